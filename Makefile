@@ -1,0 +1,49 @@
+# One line a target. Variables: make serve PORT=9000 MODEL=path-or-name DEVICE=cuda
+PORT     ?= 8000
+MODEL    ?= SmolLM2-135M-Instruct
+DEVICE   ?= auto
+PYTHON   ?= python3
+# Passed to pip when the environment is made: for instance an index that has PyTorch's CPU-only wheels, which are a
+# tenth of the size of the default ones. Any build of the release in constraints.txt will do.
+PIP_ARGS ?=
+
+BIN    := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTHON_IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11) and "CRMA Server needs Python 3.11 or later and $(PYTHON) is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.11")
+
+.PHONY: setup serve test check test-gpu e2e train ablate clean
+
+setup: .venv/.installed  ## make .venv, once; again only when pyproject.toml or constraints.txt changes
+
+serve: setup  ## pull the base model if it is not there, verify the adapters, serve on PORT
+	$(BIN)/crma pull $(MODEL)
+	$(BIN)/crma verify adapters_store --model $(MODEL)
+	CRMA_PORT=$(PORT) CRMA_MODEL=$(MODEL) CRMA_DEVICE=$(DEVICE) $(BIN)/python -m server
+
+check: setup  ## lint, format, types
+	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
+
+test: setup  ## everything that needs neither minutes nor a GPU
+	$(PYTEST) -n 2 -m "not e2e and not gpu"
+
+e2e: setup  ## the long tests, on the real model
+	$(BIN)/python -m pytest -m e2e
+
+test-gpu: setup  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+train: setup  ## train the shipped adapters again, as crma/experiments/shipped.toml says
+	$(BIN)/crma train crma/experiments/shipped.toml
+
+ablate: setup  ## CRMA on against off on the public question set
+	$(BIN)/crma ablate adapters_store --model $(MODEL)
+
+clean:  ## remove .venv and what tools left behind; pulled models and results stay
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c '$(PYTHON_IS_NEW_ENOUGH)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet --only-binary=:all: $(PIP_ARGS) -c constraints.txt -e '.[train]' --group dev
+	@touch $@

@@ -1,0 +1,8 @@
+"""Client of a CRMA Server: `Client` and `AsyncClient`; what they return is in `types`, what they raise in `errors`."""
+
+from crma_client import errors, types
+from crma_client.client import AsyncClient, Client
+from crma_client.errors import CrmaClientError
+from crma_client.types import Generation, Question, Token
+
+__all__ = ["AsyncClient", "Client", "CrmaClientError", "Generation", "Question", "Token", "errors", "types"]

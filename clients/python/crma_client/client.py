@@ -1,0 +1,263 @@
+"""`Client` and `AsyncClient`: the same calls, blocking and awaited."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+import httpx
+
+from crma_client import calls
+from crma_client.calls import Call, TokenReader
+from crma_client.errors import ConnectionFailed, InvalidArgument, TimedOut
+from crma_client.types import AblationJob, AblationReport, AdapterListing, Generation, Token
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from crma_client.calls import AblationOptions, GenerateOptions
+
+T = TypeVar("T")
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_TIMEOUT = 60.0
+
+
+class TokenStream:
+    """The tokens of one answer as they come: iterate once, then `result` is the whole Generation."""
+
+    def __init__(self, response: httpx.Response, reader: TokenReader) -> None:
+        self._reader = reader
+        self._tokens = self._read(response)
+
+    def __iter__(self) -> Iterator[Token]:
+        return self._tokens
+
+    @property
+    def result(self) -> Generation:
+        """The whole answer, texts included; raises ProtocolError before the stream has been read to its end."""
+        return self._reader.result
+
+    def _read(self, response: httpx.Response) -> Iterator[Token]:
+        with _transport_errors():
+            for chunk in response.iter_bytes():
+                yield from self._reader.feed(chunk)
+        self._reader.close()
+
+
+class AsyncTokenStream:
+    """As TokenStream, for `async for`."""
+
+    def __init__(self, response: httpx.Response, reader: TokenReader) -> None:
+        self._reader = reader
+        self._tokens = self._read(response)
+
+    def __aiter__(self) -> AsyncIterator[Token]:
+        return self._tokens
+
+    @property
+    def result(self) -> Generation:
+        """The whole answer, texts included; raises ProtocolError before the stream has been read to its end."""
+        return self._reader.result
+
+    async def _read(self, response: httpx.Response) -> AsyncIterator[Token]:
+        with _transport_errors():
+            async for chunk in response.aiter_bytes():
+                for token in self._reader.feed(chunk):
+                    yield token
+        self._reader.close()
+
+
+class Client:
+    """A CRMA Server, blocking. Use it as a context manager, or call `close()`. Safe to share between threads.
+
+    Args:
+        base_url: where the server listens.
+        api_key: sent as a bearer token.
+        timeout: seconds to wait for a connection, and for each part of an answer (a stream's next token; all of it
+            where nothing streams). None waits for ever.
+        transport: an httpx transport, for tests and proxies.
+
+    Every method raises from the tree in `crma_client.errors`, and nothing else.
+    """
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        url, headers = _url(base_url), _headers(api_key)
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, transport=transport)
+
+    def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> Generation:
+        """Generate an answer to `prompt`; see GenerateOptions."""
+        return self._send(calls.generate(prompt, options))
+
+    @contextmanager
+    def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> Iterator[TokenStream]:
+        """As `generate`, token by token. Leaving the block before the end cancels the request on the server."""
+        call = calls.stream(prompt, options)
+        with ExitStack() as stack:
+            with _transport_errors():
+                response = stack.enter_context(self._http.stream(call.method, call.path, json=call.body))
+                if response.status_code not in call.accepts:
+                    response.read()
+                reader = call.answer(response)
+            yield TokenStream(response, reader)
+
+    def ablation(self, **options: Unpack[AblationOptions]) -> AblationReport:
+        """Compare variants on a question set and wait for the report; large ones need `start_ablation`."""
+        return self._send(calls.ablation(options))
+
+    def start_ablation(self, **options: Unpack[AblationOptions]) -> AblationJob:
+        """Start a comparison in the background; ask `ablation_job` for its progress and report."""
+        return self._send(calls.start_ablation(options))
+
+    def ablation_job(self, job_id: str) -> AblationJob:
+        """How far a background ablation is, with its report once it has finished."""
+        return self._send(calls.ablation_job(job_id))
+
+    def adapters(self) -> AdapterListing:
+        """The base model, the CRMA backbone and the task adapters that the server serves."""
+        return self._send(calls.ADAPTERS)
+
+    def health(self) -> bool:
+        """Whether the process lives."""
+        return self._send(calls.HEALTH)
+
+    def ready(self) -> bool:
+        """Whether it has verified its store and run a step: False while it starts or drains."""
+        return self._send(calls.READY)
+
+    def metrics(self) -> str:
+        """The metrics in Prometheus' text format."""
+        return self._send(calls.METRICS)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, call: Call[T]) -> T:
+        with _transport_errors():
+            response = self._http.request(call.method, call.path, json=call.body)
+        return call.answer(response)
+
+
+class AsyncClient:
+    """As Client, awaited. Use it as an async context manager, or call `aclose()`."""
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        url, headers = _url(base_url), _headers(api_key)
+        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, transport=transport)
+
+    async def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> Generation:
+        """Generate an answer to `prompt`; see GenerateOptions."""
+        return await self._send(calls.generate(prompt, options))
+
+    @asynccontextmanager
+    async def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> AsyncIterator[AsyncTokenStream]:
+        """As `generate`, token by token. Leaving the block before the end cancels the request on the server."""
+        call = calls.stream(prompt, options)
+        async with AsyncExitStack() as stack:
+            with _transport_errors():
+                response = await stack.enter_async_context(self._http.stream(call.method, call.path, json=call.body))
+                if response.status_code not in call.accepts:
+                    await response.aread()
+                reader = call.answer(response)
+            yield AsyncTokenStream(response, reader)
+
+    async def ablation(self, **options: Unpack[AblationOptions]) -> AblationReport:
+        """Compare variants on a question set and wait for the report; large ones need `start_ablation`."""
+        return await self._send(calls.ablation(options))
+
+    async def start_ablation(self, **options: Unpack[AblationOptions]) -> AblationJob:
+        """Start a comparison in the background; ask `ablation_job` for its progress and report."""
+        return await self._send(calls.start_ablation(options))
+
+    async def ablation_job(self, job_id: str) -> AblationJob:
+        """How far a background ablation is, with its report once it has finished."""
+        return await self._send(calls.ablation_job(job_id))
+
+    async def adapters(self) -> AdapterListing:
+        """The base model, the CRMA backbone and the task adapters that the server serves."""
+        return await self._send(calls.ADAPTERS)
+
+    async def health(self) -> bool:
+        """Whether the process lives."""
+        return await self._send(calls.HEALTH)
+
+    async def ready(self) -> bool:
+        """Whether it has verified its store and run a step: False while it starts or drains."""
+        return await self._send(calls.READY)
+
+    async def metrics(self) -> str:
+        """The metrics in Prometheus' text format."""
+        return await self._send(calls.METRICS)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _send(self, call: Call[T]) -> T:
+        with _transport_errors():
+            response = await self._http.request(call.method, call.path, json=call.body)
+        return call.answer(response)
+
+
+@contextmanager
+def _transport_errors() -> Iterator[None]:
+    """httpx's errors, and only those, as this package's."""
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        raise TimedOut(f"the server did not answer in time ({type(error).__name__})") from error
+    except (httpx.RequestError, httpx.StreamError) as error:
+        raise ConnectionFailed(f"no complete answer from the server: {error or type(error).__name__}") from error
+
+
+def _url(base_url: str) -> httpx.URL:
+    try:
+        url = httpx.URL(base_url)
+    except (httpx.InvalidURL, TypeError) as error:
+        raise InvalidArgument(f"base_url is not a URL: {error}", field="base_url", value=base_url) from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise InvalidArgument(
+            "base_url must name a host", field="base_url", value=base_url, allowed="http://host:port or https://host"
+        )
+    return url
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    if api_key is None:
+        return {}
+    if not (isinstance(api_key, str) and api_key.isascii() and api_key.isprintable() and api_key):
+        raise InvalidArgument("api_key must be printable ASCII", field="api_key")
+    return {"Authorization": f"Bearer {api_key}"}

@@ -1,0 +1,157 @@
+"""The error tree of `crma_client`. Catch CrmaClientError to catch all of it.
+
+CrmaClientError
+├── InvalidArgument      an argument this client will not send (ValueError); nothing left the machine
+├── ConnectionFailed     no connection, or it broke before the answer was complete
+│   └── TimedOut         the client's own `timeout` ran out
+├── ProtocolError        an answer that is not what the contract says
+├── GenerationFailed     an `error` event after a stream had begun
+└── StatusError          the server refused or failed; `status` is set
+    ├── InvalidRequest       400, 413, 422   not JSON, body too large, unknown or invalid field, prompt over the context
+    ├── NotAuthorized        401, 403        API key missing, unknown, or not allowed this
+    ├── NotFound             404             unknown task, version or ablation
+    ├── Conflict             409             wrong base model, wrong CRMA lineage, or no backbone loaded
+    ├── Overloaded           429             the queue is full; `retry_after` says when to try again
+    ├── Unavailable          503             draining or not ready
+    └── DeadlineExceeded     504             the request's deadline passed
+
+A status without a class of its own is a plain StatusError. To add one: derive it here, add its line above and its
+status to `_BY_STATUS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class CrmaClientError(Exception):
+    """Base of the tree; whatever the server did not say is None.
+
+    Args:
+        message: one sentence for a person.
+        status: HTTP status of the answer.
+        code: the server's machine-readable name of the error.
+        field: the request field it is about.
+        value: the offending value.
+        allowed: what would have been accepted.
+        retry_after: seconds to wait before trying again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        field: str | None = None,
+        value: object = None,
+        allowed: object = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.code = code
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+        self.retry_after = retry_after
+
+
+class InvalidArgument(CrmaClientError, ValueError):
+    """An argument this client will not send; nothing left the machine."""
+
+
+class ConnectionFailed(CrmaClientError):
+    """No connection, or it broke before the answer was complete."""
+
+
+class TimedOut(ConnectionFailed):
+    """The client's own `timeout` ran out."""
+
+
+class ProtocolError(CrmaClientError):
+    """An answer that is not what the contract says."""
+
+
+class GenerationFailed(CrmaClientError):
+    """An `error` event after a stream had begun."""
+
+
+class StatusError(CrmaClientError):
+    """The server refused or failed."""
+
+
+class InvalidRequest(StatusError):
+    """400, 413, 422: not JSON, body too large, unknown or invalid field, prompt over the context."""
+
+
+class NotAuthorized(StatusError):
+    """401, 403: API key missing, unknown, or not allowed this."""
+
+
+class NotFound(StatusError):
+    """404: unknown task, version or ablation."""
+
+
+class Conflict(StatusError):
+    """409: wrong base model, wrong CRMA lineage, or no backbone loaded."""
+
+
+class Overloaded(StatusError):
+    """429: the queue is full."""
+
+
+class Unavailable(StatusError):
+    """503: draining or not ready."""
+
+
+class DeadlineExceeded(StatusError):
+    """504: the request's deadline passed."""
+
+
+_BY_STATUS: dict[int, type[StatusError]] = {
+    400: InvalidRequest,
+    401: NotAuthorized,
+    403: NotAuthorized,
+    404: NotFound,
+    409: Conflict,
+    413: InvalidRequest,
+    422: InvalidRequest,
+    429: Overloaded,
+    503: Unavailable,
+    504: DeadlineExceeded,
+}
+
+
+def status_error(status: int, body: object, retry_after: str | None) -> StatusError:
+    """The error for an answer of `status`; `body` is its JSON, or None where it had none (a proxy's page).
+
+    `retry_after` is the header's text; a form other than seconds is left out.
+    """
+    kind = _BY_STATUS.get(status, StatusError)
+    details = _details(body)
+    message = details.pop("message") or f"the server answered {status} without saying why"
+    return kind(message, status=status, retry_after=_seconds(retry_after), **details)
+
+
+def stream_error(body: object) -> GenerationFailed:
+    """The error for the data of an `error` event."""
+    details = _details(body)
+    message = details.pop("message") or "the server ended the stream with an error without saying why"
+    return GenerationFailed(message, **details)
+
+
+def _details(body: object) -> dict[str, Any]:
+    """message, code, field, value, allowed of {"error": {…}}; None for each that is not there."""
+    error = body.get("error") if isinstance(body, Mapping) else None
+    found = error if isinstance(error, Mapping) else {}
+    return {key: found.get(key) for key in ("message", "code", "field", "value", "allowed")}
+
+
+def _seconds(header: str | None) -> float | None:
+    try:
+        return float(header) if header is not None else None
+    except ValueError:
+        return None

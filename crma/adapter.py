@@ -1,0 +1,186 @@
+"""The CRMA backbone: one adapter on the residual stream after every decoder block.
+
+T(h) = h + g Ŵ (M ⊗ I_k) R̂ h,  M = DS(S),  g = sigmoid(gamma)
+
+Shapes: L layers (decoder blocks); d hidden size; n streams of rank k, stream-major, nk = n·k;
+h [.., d]; S [L, n, n]; R [L, nk, d]; W [L, d, nk]; gamma [L]. All layers live in four stacked parameters,
+because everything a step needs of them is then a handful of batched operations.
+
+The claims are those of "CRMA: A Spectrally-Bounded Backbone for Modular Continual Fine-Tuning of LLMs"
+(arXiv 2606.00382); the equations are ours, from the literature on doubly stochastic mixing (ARCHITECTURE.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as MappingABC
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from crma.errors import ConfigError, InvalidAdapter
+from crma.sinkhorn import Mapping, doubly_stochastic
+
+
+@dataclass(frozen=True)
+class CrmaConfig:
+    """The shape of a backbone and of its map; frozen with the weights (it is part of the digest)."""
+
+    num_layers: int
+    hidden_size: int
+    num_streams: int = 4
+    stream_rank: int = 4
+    iterations: int = 20
+    cap: float = 6.0
+    mapping: Mapping = "rounded"
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_streams", "stream_rank", "iterations", "cap"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive", field=name, value=getattr(self, name), allowed="> 0")
+        if not (self.iterations <= 1000 and self.cap <= 60):
+            value = f"{self.iterations}, {self.cap}"
+            raise ConfigError("out of range", field="iterations, cap", value=value, allowed="iterations <= 1000, cap <= 60")
+        if self.rank > self.hidden_size:
+            raise ConfigError(
+                "streams x stream rank cannot exceed the hidden size",
+                field="num_streams * stream_rank",
+                value=self.rank,
+                allowed=f"<= {self.hidden_size}",
+            )
+        if self.mapping not in get_args(Mapping):
+            raise ConfigError("unknown mapping", field="mapping", value=self.mapping, allowed=get_args(Mapping))
+
+    @property
+    def rank(self) -> int:
+        """nk, the rank of the folded update."""
+        return self.num_streams * self.stream_rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` gives it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: MappingABC[str, Any]) -> CrmaConfig:
+        """Raises ConfigError for an unknown or missing key."""
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ConfigError("unknown key in a CRMA config", field=unknown[0], value=values[unknown[0]], allowed=known)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(
+                f"incomplete CRMA config: {error}", field="config", value=dict(values), allowed=known
+            ) from None
+
+
+class Factors(NamedTuple):
+    """The bounded factors of all layers: R [L, nk, d] and W [L, d, nk] with norms <= 1, M [L, n, n], g [L]."""
+
+    R: Tensor
+    M: Tensor
+    W: Tensor
+    g: Tensor
+
+
+class FoldedPair(NamedTuple):
+    """T(h) - h = B (A h) of one layer: A [nk, d], B [d, nk]."""
+
+    A: Tensor
+    B: Tensor
+
+    def delta(self, h: Tensor) -> Tensor:
+        """[.., d] -> [.., d], in h's dtype."""
+        return nn.functional.linear(nn.functional.linear(h, self.A), self.B)
+
+
+class Backbone(nn.Module):
+    """The raw fp32 parameters of all layers, and what follows from them. Identity at step 0 because W starts at 0."""
+
+    def __init__(self, config: CrmaConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        L, n, rank, d = config.num_layers, config.num_streams, config.rank, config.hidden_size
+        near_identity = torch.full((n, n), -3.0).fill_diagonal_(0.0)
+        self.S = nn.Parameter(near_identity + 0.01 * torch.randn(L, n, n, generator=generator))
+        self.R = nn.Parameter(torch.linalg.qr(torch.randn(L, d, rank, generator=generator))[0].mT.contiguous())
+        self.W = nn.Parameter(torch.zeros(L, d, rank))
+        self.gamma = nn.Parameter(torch.zeros(L))
+
+    def mixing(self) -> Tensor:
+        """M = DS(S): [L, n, n] float32."""
+        c = self.config
+        return doubly_stochastic(self.S, iterations=c.iterations, cap=c.cap, mapping=c.mapping)
+
+    def factors(self) -> Factors:
+        """The bounded factors, differentiable in all four parameters."""
+        return Factors(R=bounded(self.R), M=self.mixing(), W=bounded(self.W), g=torch.sigmoid(self.gamma))
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """A = R̂ [L, nk, d] and B = g Ŵ (M ⊗ I_k) [L, d, nk], fp32, differentiable: T(h) - h = B (A h)."""
+        n, k = self.config.num_streams, self.config.stream_rank
+        R, M, W, g = self.factors()
+        # Column (j, b) of W (M ⊗ I_k) is the sum over streams i of W[:, (i, b)] M[i, j].
+        streams = W.reshape(*W.shape[:2], n, k)
+        mixed = torch.einsum("ldib,lij->ldjb", streams, M).flatten(-2)
+        return R, g[:, None, None] * mixed
+
+    def folded(self, device: torch.device | str, dtype: torch.dtype) -> list[FoldedPair]:
+        """One detached pair a layer as served, on `device` in `dtype`."""
+        with torch.no_grad():
+            A, B = self.fold()
+        return [FoldedPair(a, b) for a, b in zip(A.to(device, dtype), B.to(device, dtype), strict=True)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The raw fp32 parameters as stored: a later blend or training starts from these, never from folded factors."""
+        return {name: parameter.detach().clone().contiguous() for name, parameter in self.named_parameters()}
+
+    @classmethod
+    def from_tensors(cls, config: CrmaConfig, tensors: MappingABC[str, Tensor]) -> Backbone:
+        """The inverse of `tensors`. Raises InvalidAdapter for a missing, unknown, misshapen or non-finite tensor."""
+        backbone = cls(config, torch.Generator().manual_seed(0))
+        expected = dict(backbone.named_parameters())
+        if set(tensors) != set(expected):
+            odd = sorted(set(tensors) ^ set(expected))
+            raise InvalidAdapter(
+                "missing or unknown CRMA tensor", field=odd[0], value=sorted(tensors), allowed=sorted(expected)
+            )
+        with torch.no_grad():
+            for name, parameter in expected.items():
+                tensor = tensors[name]
+                if tensor.shape != parameter.shape or tensor.dtype != torch.float32:
+                    raise InvalidAdapter(
+                        "CRMA tensor of the wrong shape or dtype",
+                        field=name,
+                        value=f"{tuple(tensor.shape)} {tensor.dtype}",
+                        allowed=f"{tuple(parameter.shape)} torch.float32",
+                    )
+                if not torch.isfinite(tensor).all():
+                    raise InvalidAdapter(
+                        "CRMA tensor holds NaN or infinity", field=name, value="not finite", allowed="finite"
+                    )
+                parameter.copy_(tensor)
+        return backbone
+
+
+def bounded(P: Tensor) -> Tensor:
+    """P / sqrt(max(1, λ_max(P Pᵀ))): spectral norm at most 1, unchanged where it already is.
+
+    λ_max comes from the small Gram matrix. The clamp is inside the root: outside it the gradient at P = 0 is NaN.
+
+    Args:
+        P: [L, nk, d] or [L, d, nk]; the Gram is taken over the longer side.
+    """
+    with torch.autocast(P.device.type, enabled=False):
+        gram = P @ P.mT if P.shape[-2] <= P.shape[-1] else P.mT @ P
+        largest = torch.linalg.eigvalsh(gram)[..., -1]
+        return P / largest.clamp(min=1.0).sqrt()[..., None, None]
+
+
+def apply_unfolded(h: Tensor, factors: Factors, layer: int) -> Tensor:
+    """T(h) of one layer, literally as the formula reads: the reference that the folded form is tested against."""
+    R, M, W, g = (factor[layer] for factor in factors)
+    k = R.shape[0] // M.shape[0]
+    mixing = torch.kron(M, torch.eye(k, dtype=M.dtype, device=M.device))
+    return h + g * (h @ R.mT @ mixing.mT @ W.mT)

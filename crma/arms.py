@@ -1,0 +1,54 @@
+"""The arms of the sequential protocol as data: what is fresh, what is shared, what moves (METHOD, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+from crma.errors import ConfigError
+
+Group = Literal["S", "gamma", "R", "W"]
+ALL_GROUPS: tuple[Group, ...] = ("S", "gamma", "R", "W")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to learn task after task.
+
+    fresh_lora: a new LoRA for every task, or one LoRA through all of them.
+    crma: a shared backbone is trained beside the LoRAs.
+    backbone_learns: the backbone moves after task 1 (in the groups that the config names).
+    matched: the LoRA rank is raised until its parameters are at least those of LoRA + CRMA; alpha / rank is kept.
+    """
+
+    name: str
+    fresh_lora: bool = True
+    crma: bool = False
+    backbone_learns: bool = False
+    matched: bool = False
+
+    def rank(self, rank: int, lora_parameters_per_rank: int, crma_parameters: int) -> int:
+        """The LoRA rank that this arm trains."""
+        if not self.matched:
+            return rank
+        return ceil((rank * lora_parameters_per_rank + crma_parameters) / lora_parameters_per_rank)
+
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("MODULAR", crma=True, backbone_learns=True),
+        Arm("MODULAR-stop", crma=True),
+        Arm("FROZEN"),
+        Arm("FROZEN-matched", matched=True),
+        Arm("NAIVE", fresh_lora=False),
+    )
+}
+
+
+def arm_named(name: str) -> Arm:
+    """Raises ConfigError for an unknown arm."""
+    if name not in ARMS:
+        raise ConfigError(f"unknown arm {name!r}", field="arm", value=name, allowed=list(ARMS))
+    return ARMS[name]

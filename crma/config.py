@@ -1,0 +1,97 @@
+"""The settings of a training run: one TOML file, every key known, every value checked."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from crma.arms import ALL_GROUPS, ARMS, Group
+from crma.errors import ConfigError
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class LoraSettings(_Settings):
+    """The LoRA of every task. `target_modules`: "attention", "all-linear" or a comma-separated list of names."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    target_modules: str = "attention"
+    lr: float = Field(5e-3, gt=0)
+
+
+class CrmaSettings(_Settings):
+    """The backbone. `lr` moves R and W, `mixing_lr` moves S and gamma; after task 1 both are multiplied by
+    `later_scale`, and only the groups in `later_moves` move at all."""
+
+    num_streams: int = Field(4, ge=1)
+    stream_rank: int = Field(4, ge=1)
+    lr: float = Field(2e-3, gt=0)
+    mixing_lr: float = Field(1e-2, gt=0)
+    later_scale: float = Field(0.02, ge=0)
+    later_moves: tuple[Group, ...] = ALL_GROUPS
+
+
+class TrainConfig(_Settings):
+    """One run of the sequential protocol: an arm, a seed, an order of tasks.
+
+    `tasks` are domain names of `crma data`, or folders with train, validation and holdout .jsonl of one's own.
+    `train_items` takes the first so many training examples (0 = all). `dtype` is that of the frozen base and the
+    activations ("auto": bfloat16 where the hardware has it); adapters always train in float32.
+    """
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    arm: str = "MODULAR"
+    seed: int = 0
+    model: str = "SmolLM2-135M-Instruct"
+    epochs: int = Field(3, ge=1)
+    batch_size: int = Field(16, ge=1)
+    train_items: int = Field(0, ge=0)
+    warmup: float = Field(0.06, ge=0, lt=1)
+    clip: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    dtype: str = Field("auto", pattern="^(auto|bfloat16|float32)$")
+    lora: LoraSettings = LoraSettings()
+    crma: CrmaSettings = CrmaSettings()
+
+    @field_validator("arm")
+    @classmethod
+    def _known_arm(cls, arm: str) -> str:
+        if arm not in ARMS:
+            raise ValueError(f"unknown arm; allowed: {', '.join(ARMS)}")
+        return arm
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tasks)) != len(tasks):
+            raise ValueError("a task is named twice")
+        return tasks
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Raises ConfigError that names the first wrong key."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ConfigError(
+                f"{where}: {first['msg']}", field=where, value=first["input"], allowed=first["msg"]
+            ) from None
+
+    @classmethod
+    def read(cls, path: Path, **overrides: Any) -> TrainConfig:
+        """From a TOML file; `overrides` that are not None replace top-level keys."""
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(
+                f"cannot read {path.name}: {error}", field="config", value=str(path), allowed="a TOML file"
+            ) from None
+        return cls.from_dict(values | {key: value for key, value in overrides.items() if value is not None})

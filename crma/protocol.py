@@ -1,0 +1,354 @@
+"""The sequential protocol: task after task, a snapshot after each, then the matrices and the drift.
+
+A run folder holds `store/` (every snapshot, in the store's own format), `work/` (checkpoints, the step log) and
+`record.json` (format: API.md, run records). A run that was killed goes on where it stopped, to the same result.
+
+Shapes: T tasks; loss[i][t] is L_{i,t}: task t after training task i, row 0 the base model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from crma.adapter import Backbone, CrmaConfig
+from crma.arms import Arm, arm_named
+from crma.config import TrainConfig
+from crma.data import SPLITS, Example, load_split, split_path
+from crma.errors import TrainingError
+from crma.evaluate import Encoded, Measure, encode_examples, mean_loss, measure
+from crma.injection import Injection, Plan, target_names
+from crma.lora import Lora, LoraConfig, match_targets, new_lora
+from crma.files import replace_file, to_json
+from crma.manifest import TrainedOn, file_digest
+from crma.model import load_model, load_tokenizer, resolve_dtype
+from crma.prompts import PromptFormat, chat_format
+from crma.provenance import commit, gemm_flops, hardware
+from crma.pull import BaseModel
+from crma.entry import BackboneEntry, TaskEntry
+from crma.store import AdapterStore
+from crma.train import AdaptedModel, TaskTrainer
+
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+LICENCE = "Apache-2.0"
+
+
+@dataclass
+class Run:
+    """One run of one arm: everything that stays the same from task to task."""
+
+    config: TrainConfig
+    base: BaseModel
+    folder: Path
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.arm: Arm = arm_named(self.config.arm)
+        self.accelerator = Accelerator()
+        device = self.accelerator.device
+        self.model = load_model(self.base, device, resolve_dtype(self.config.dtype, device))
+        if device.type == "cpu":  # the backward pass of torch's fused attention takes a third of a step there
+            self.model.set_attn_implementation("eager")
+        self.tokenizer = load_tokenizer(self.base)
+        self.fmt: PromptFormat = chat_format(self.tokenizer)
+        self.stop_id = self.fmt.stop_id(self.tokenizer)
+        self.injection = Injection(self.model)
+        self.store = AdapterStore(self.folder / "store")
+        tasks, items = self.config.tasks, self.config.train_items or None
+        self.train_rows = {task: self._encode(load_split(task, "train")[:items]) for task in tasks}
+        self.validation = {task: load_split(task, "validation") for task in tasks}
+        self.holdout = {task: load_split(task, "holdout") for task in tasks}
+        self.tokens_total = self.config.epochs * sum(
+            row_tokens(row) for rows in self.train_rows.values() for row in rows
+        )
+        self.tokens_seen = 0
+
+    def execute(self) -> dict[str, Any]:
+        """Train every task, measure, write the record and return it."""
+        self._pin_config()
+        started = time.perf_counter()
+        stats = [self._train(index, task) for index, task in enumerate(self.config.tasks)]
+        record = self._record(stats)
+        record["wall_s"] = time.perf_counter() - started
+        replace_file(self.folder / "record.json", to_json(record))
+        return record
+
+    def _encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        return encode_examples(self.tokenizer, self.fmt, examples)
+
+    def _pin_config(self) -> None:
+        """A folder belongs to one config: going on with another would mix two runs."""
+        path, mine = self.folder / "config.json", self.config.model_dump(mode="json")
+        if path.exists() and json.loads(path.read_text()) != mine:
+            raise TrainingError(
+                "the run folder holds a run with another config",
+                field="out",
+                value=str(self.folder),
+                allowed="a new folder, or the same config",
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(path, to_json(mine))
+
+    def _train(self, index: int, task: str) -> dict[str, Any]:
+        """Train task number `index` unless its snapshot is there, and snapshot it."""
+        stats_path = self.folder / "work" / task / "stats.json"
+        if stats_path.exists():
+            stats: dict[str, Any] = json.loads(stats_path.read_text())
+            self.tokens_seen += stats["tokens"]
+            return stats
+        lora, backbone = self._start_lora(index, task), self._start_backbone(index)
+        moves = backbone is not None and (index == 0 or self.arm.backbone_learns)
+        adapted = AdaptedModel(self.injection, lora, backbone, backbone_moves=moves).to(self.accelerator.device)
+        M_0 = self._mixing_at_start() if backbone is not None else None
+        rows = self.train_rows[task]
+        trainer = TaskTrainer(
+            self.config, self.accelerator, adapted, rows, task, index == 0, self.stop_id, stats_path.parent, M_0
+        )
+
+        def on_step(tokens: int) -> None:
+            self.tokens_seen += tokens
+            self.progress(f"{self.arm.name} seed {self.config.seed}: {task}", self.tokens_seen, self.tokens_total)
+
+        stats = trainer.run(on_step)
+        self._snapshot(index, task, lora, backbone)
+        replace_file(stats_path, to_json(stats))
+        (stats_path.parent / "checkpoint.pt").unlink()
+        return stats
+
+    def _start_lora(self, index: int, task: str) -> Lora:
+        """Fresh, seeded by run and task; or (NAIVE) the one from the task before."""
+        if index and not self.arm.fresh_lora:
+            return self.task_entry(self.config.tasks[index - 1]).load().trainable()
+        settings = self.config.lora
+        targets = target_names(self.model, settings.target_modules)
+        shapes = self.injection.shapes
+        per_rank = sum(sum(shapes[path]) for path in match_targets(targets, shapes))
+        crma = sum(p.numel() for p in self._new_backbone().parameters())
+        rank = self.arm.rank(settings.rank, per_rank, crma)
+        alpha = settings.alpha * rank / settings.rank
+        generator = torch.Generator().manual_seed(seed_of(self.config.seed, task))
+        return new_lora(LoraConfig(rank, alpha, targets), shapes, generator)
+
+    def _new_backbone(self) -> Backbone:
+        settings = self.config.crma
+        shape = CrmaConfig(
+            len(self.injection.blocks), self.injection.hidden_size, settings.num_streams, settings.stream_rank
+        )
+        return Backbone(shape, torch.Generator().manual_seed(seed_of(self.config.seed, "backbone")))
+
+    def _start_backbone(self, index: int) -> Backbone | None:
+        """Identity before task 1, else the snapshot before this task."""
+        if not self.arm.crma:
+            return None
+        if index == 0:
+            return self._new_backbone()
+        return self.backbone_after(index).load()
+
+    def backbone_after(self, i: int) -> BackboneEntry:
+        """The backbone after i tasks."""
+        entry = self.store.backbone(f"v{i}")
+        assert entry is not None
+        return entry
+
+    def task_entry(self, task: str) -> TaskEntry:
+        return self.store.task(name_of(task))
+
+    def _mixing_at_start(self) -> Tensor:
+        with torch.no_grad():
+            return self._new_backbone().to(self.accelerator.device).mixing()
+
+    def _trained_on(self, tasks: Sequence[str]) -> TrainedOn:
+        data = {f"{name_of(task)}/{split}": digest for task in tasks for split, digest in split_digests(task).items()}
+        config = self.config.model_dump(mode="json")
+        return TrainedOn(data=data, seed=self.config.seed, commit=commit(), arm=self.arm.name, config=config)
+
+    def _snapshot(self, index: int, task: str, lora: Lora, backbone: Backbone | None) -> None:
+        """LoRA_t and CRMA_t as they are served. A snapshot left by a run killed just after it is the same: kept."""
+        version = f"v{index + 1}"
+        if backbone is not None and version not in self.store.backbone_versions():
+            self.store.publish_backbone(
+                backbone,
+                base=self.base,
+                lineage=[self.backbone_after(i).digest for i in range(index, 0, -1)],
+                trained_on=self._trained_on(self.config.tasks[: index + 1]),
+                measured={},
+                licence=LICENCE,
+                version=version,
+            )
+        if name_of(task) not in self.store.task_names():
+            self.store.publish_task(
+                name_of(task),
+                lora,
+                base=self.base,
+                backbone=None if backbone is None else self.backbone_after(index + 1).digest,
+                prompt_format=self.fmt,
+                trained_on=self._trained_on([task]),
+                measured={},
+                licence=LICENCE,
+            )
+
+    # -- after training: everything below reads the snapshots back ------------------------------------------------
+
+    def plan_after(self, i: int, t: int) -> Plan:
+        """What serves task t (0-based) after i tasks were trained (METHOD, section 4)."""
+        plan_tasks, plan_backbones = [], []
+        if self.arm.crma and i > 0:
+            plan_backbones.append((None, self._served_backbone(i)))
+        if not self.arm.fresh_lora and i > 0:
+            plan_tasks.append((None, self._served_lora(self.config.tasks[i - 1])))
+        elif self.arm.fresh_lora and i > t:
+            plan_tasks.append((None, self._served_lora(self.config.tasks[t])))
+        return Plan(plan_tasks, plan_backbones)
+
+    def _served_lora(self, task: str) -> Lora:
+        return self.task_entry(task).load().to(self.accelerator.device, self.model.dtype)
+
+    def _served_backbone(self, i: int) -> list[Any]:
+        return self.backbone_after(i).load().folded(self.accelerator.device, self.model.dtype)
+
+    def _record(self, stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        tasks = self.config.tasks
+        T = len(tasks)
+        measured: list[list[Measure]] = []
+        for i in range(T + 1):
+            self.progress("measuring", i, T + 1)
+            measured.append([self.measure(self.plan_after(i, t), self.holdout[task]) for t, task in enumerate(tasks)])
+        loss = [[m.loss for m in row] for row in measured]
+        self._check(loss)
+        tokens, train_s = sum(s["tokens"] for s in stats), sum(s["wall_s"] for s in stats)
+        return {
+            "arm": self.arm.name,
+            "seed": self.config.seed,
+            "order": list(tasks),
+            "config": self.config.model_dump(mode="json"),
+            "digests": {
+                "base": self.base.digest,
+                "data": {task: split_digests(task) for task in tasks},
+                "tasks": {task: self.task_entry(task).digest for task in tasks},
+                "backbones": [self.backbone_after(i + 1).digest for i in range(T if self.arm.crma else 0)],
+            },
+            "loss": loss,
+            "accuracy": [[m.accuracy for m in row] for row in measured],
+            "drift": [100 * (loss[T][t] - loss[t + 1][t]) / loss[t + 1][t] for t in range(T)],
+            "steps": sum(s["steps"] for s in stats),
+            "norm_log": self._norm_log(),
+            "training": {
+                "tokens": tokens,
+                "wall_s": train_s,
+                "tokens_per_s": tokens / train_s,
+                **self._efficiency(tokens / train_s),
+            },
+            "hardware": hardware(),
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "commit": commit(),
+        }
+
+    def measure(self, plan: Plan, examples: Sequence[Example]) -> Measure:
+        """Loss and accuracy of a plan on examples."""
+        return measure(self.injection, plan, self.tokenizer, self.fmt, examples)
+
+    def _check(self, loss: Sequence[Sequence[float]]) -> None:
+        """Re-read snapshots reproduce L_{t,t}, and an arm that cannot drift did not."""
+        for t, task in enumerate(self.config.tasks):
+            again = mean_loss(self.injection, self.plan_after(t + 1, t), self._encode(self.holdout[task]), self.stop_id)
+            if abs(again - loss[t + 1][t]) > 1e-6:
+                raise TrainingError(
+                    f"{task}: its snapshot does not reproduce its loss",
+                    field="loss",
+                    value=again,
+                    allowed=loss[t + 1][t],
+                )
+            if self.arm.fresh_lora and not self.arm.crma and loss[-1][t] != loss[t + 1][t]:
+                raise TrainingError(
+                    f"{task} drifted in an arm that cannot", field="drift", value=loss[-1][t], allowed=loss[t + 1][t]
+                )
+
+    def _norm_log(self) -> dict[str, Any]:
+        """Over every logged step and layer: the figure the paper quotes, and beside it what that cannot show."""
+        if not self.arm.crma:
+            return {}
+        steps, deviation, grad, moved = 0, 0.0, [], 0.0
+        for task in self.config.tasks:
+            for line in (self.folder / "work" / task / "log.jsonl").read_text().splitlines():
+                logged = json.loads(line)["crma"]
+                steps += 1
+                deviation = max(deviation, *logged["c_M_minus_1"])
+                grad.append(max(logged["grad_S"]))
+                moved = max(logged["moved"])
+        return {
+            "steps": steps,
+            "max_norm_deviation": deviation,
+            "median_grad_S": sorted(grad)[len(grad) // 2],
+            "max_moved_last": moved,
+        }
+
+    def _efficiency(self, tokens_per_s: float) -> dict[str, float]:
+        """The share of this machine's GEMM rate: a token costs 2 forward and 2 backward FLOPs per frozen weight it meets
+        (no weight gradients for the base)."""
+        weights = sum(out * in_ for out, in_ in self.injection.shapes.values())
+        limit = gemm_flops(self.model.dtype, self.accelerator.device)
+        return {"gemm_gflops": limit / 1e9, "gemm_share": 4 * weights * tokens_per_s / limit}
+
+
+def name_of(task: str) -> str:
+    """The store's name of a task: the domain, or the last name of its folder."""
+    return Path(task).name
+
+
+def split_digests(task: str) -> dict[str, str]:
+    """Digests of the three files that a task was trained and measured on."""
+    return {split: file_digest(split_path(task, split)) for split in SPLITS}
+
+
+def row_tokens(row: Encoded) -> int:
+    """Tokens that a training step reads of one example."""
+    return len(row.prompt) + len(row.answer) - 1
+
+
+def seed_of(seed: int, what: str) -> int:
+    """A 63-bit seed from a run's seed and a word, so that no two draws of a run share a stream."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{what}".encode()).digest()[:8], "big") >> 1
+
+
+def ship(run: Run, target: AdapterStore) -> list[TaskEntry]:
+    """Publish a finished run as it should serve: the last backbone, and every task's LoRA with its measures under it."""
+    T = len(run.config.tasks)
+    if run.arm.crma:
+        last = run.backbone_after(T)
+        target.publish_backbone(
+            last.load(),
+            base=run.base,
+            lineage=last.manifest.lineage,
+            trained_on=last.manifest.trained_on,
+            measured={},
+            licence=LICENCE,
+        )
+    shipped = []
+    for t, task in enumerate(run.config.tasks):
+        run.progress("measuring what ships", t, T)
+        entry, plan = run.task_entry(task), run.plan_after(T, t)
+        splits = {"validation": run.validation[task], "holdout": run.holdout[task]}
+        measured = {name: run.measure(plan, examples).to_dict() for name, examples in splits.items()}
+        shipped.append(
+            target.publish_task(
+                entry.name,
+                entry.load(),
+                base=run.base,
+                backbone=entry.manifest.backbone,
+                prompt_format=run.fmt,
+                trained_on=entry.manifest.trained_on,
+                measured=measured,
+                licence=LICENCE,
+            )
+        )
+    return shipped

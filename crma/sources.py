@@ -1,0 +1,305 @@
+"""The five domains: where their facts come from, and how a fact becomes a question with a closed answer.
+
+Each reader turns one file into (question, answer) pairs: a full question that quotes one term, and a label of one to
+four words, lower case, our own wording where the source's is long. Packages are pinned and read as files, never
+imported. Changing anything here changes the splits, and so the digests in `data_digests.json`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import platform
+import re
+import shutil
+import sqlite3
+import sysconfig
+import tempfile
+import warnings
+import xml.etree.ElementTree as ET
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from crma.errors import DataError
+from crma.packages import Package, fetch
+
+Pair = tuple[str, str]
+
+DOMAINS: tuple[str, ...] = ("medical", "legal", "finance", "code", "science")
+
+PACKAGES: Mapping[str, Package] = MappingProxyType(
+    {
+        "medical": Package(
+            kind="wheel",
+            name="simple-icd-10-cm",
+            version="1.5.0",
+            digest="sha256:6d461d71dc26aedc530ae65f02cfb578a154e49507c32e8241e75f701d4b7e42",
+            member="simple_icd_10_cm/data/icd10c-tabular-*.xml",
+        ),
+        "legal": Package(
+            kind="wheel",
+            name="courts-db",
+            version="0.10.27",
+            digest="sha256:3b47638caeaa30222231e754af3472273dfe8056d0fbd73da7f5d6857b99f27c",
+            member="courts_db/data/courts.json",
+        ),
+        "finance": Package(
+            kind="wheel",
+            name="edgartools",
+            version="5.62.1",
+            digest="sha256:cfc0ca417bbb44b97ab6aeaa237bcc633ec696a7e6de8810574a3f73350b9015",
+            member="edgar/xbrl/standardization/gaap_mappings.json",
+        ),
+        "science": Package(
+            kind="deb",
+            name="r-bioc-go.db",
+            version="3.16.0-1",
+            digest="sha256:6cf9c43b97212811ecb7ad0d7cde12e76f984ab7494a59c02455239a9dd3243d",
+            member="GO.db/extdata/GO.sqlite",
+        ),
+    }
+)
+
+MAX_PER_LABEL = {"code": 120, "science": 1000}  # so that no single label makes up most of a domain
+MAX_TERM = 80  # characters of a quoted term or docstring sentence: training time is proportional to tokens
+
+ICD_CHAPTERS = (
+    "infectious diseases",
+    "neoplasms",
+    "blood and immune disorders",
+    "endocrine and metabolic diseases",
+    "mental disorders",
+    "nervous system diseases",
+    "eye diseases",
+    "ear diseases",
+    "circulatory diseases",
+    "respiratory diseases",
+    "digestive diseases",
+    "skin diseases",
+    "musculoskeletal diseases",
+    "genitourinary diseases",
+    "pregnancy and childbirth",
+    "perinatal conditions",
+    "congenital malformations",
+    "symptoms and abnormal findings",
+    "injuries and poisoning",
+    "external causes",
+    "contact with health services",
+    "special purposes",
+)
+
+DISTRICT_OF_COLUMBIA = ("Washington D.C.", "Washignton D.C.", "D.C.", "DC")  # as courts-db spells it
+NO_STATE = ("", "United States", "England")
+MIN_COURTS = 2  # of a state or territory, to be a label
+
+REPORT_SECTIONS = (  # the 12 most common sections of the mapping at MIN_CONFIDENCE
+    "current assets",
+    "non-current assets",
+    "current liabilities",
+    "non-current liabilities",
+    "equity",
+    "cost of revenue",
+    "operating expenses",
+    "non-operating items",
+    "income tax",
+    "net income",
+    "financing activities",
+    "investing activities",
+)
+MIN_CONFIDENCE = 0.5
+
+# Standard library modules whose Python source names the most functions and classes and hardly changes between patch
+# releases (those that security fixes touch, such as email, http, urllib and tarfile, are left out).
+MODULES = (
+    "argparse asyncio base64 bdb calendar codecs collections configparser contextlib datetime difflib doctest "
+    "ftplib functools heapq imaplib importlib inspect logging multiprocessing operator optparse pathlib pdb platform "
+    "poplib random shutil smtplib socketserver statistics subprocess tempfile threading traceback unittest "
+    "weakref webbrowser wsgiref xmlrpc"
+)
+CHANGED_FILES = ("taskgroups.py", "timeouts.py")  # of asyncio, reworded between 3.11.2 and 3.11.7
+
+# The public questions of the code domain: name -> module and a hint in our own words, where the splits quote the
+# docstring. These names are kept out of the splits.
+PUBLIC_CODE: Mapping[str, Pair] = MappingProxyType(
+    {
+        "add_argument": ("argparse", "Declare an option of a command line."),
+        "add_section": ("configparser", "Start a new group of settings."),
+        "assertRaises": ("unittest", "Check that a call fails with the expected error."),
+        "b64encode": ("base64", "Write bytes with 64 printable characters."),
+        "check_output": ("subprocess", "Run a command and keep what it printed."),
+        "fromisoformat": ("datetime", "Read a date such as 2024-02-29."),
+        "gather": ("asyncio", "Wait for several awaitables at once."),
+        "getLogger": ("logging", "Get the object that records messages under a name."),
+        "get_close_matches": ("difflib", "Find the words most similar to a given word."),
+        "heapify": ("heapq", "Reorder a list so that its smallest item comes first."),
+        "isleap": ("calendar", "Tell whether a year has 366 days."),
+        "itemgetter": ("operator", "Make a callable that looks up a key."),
+        "lru_cache": ("functools", "Remember the results of the latest calls."),
+        "median": ("statistics", "The middle value of some numbers."),
+        "mkdtemp": ("tempfile", "Make a new folder that is thrown away later."),
+        "rmtree": ("shutil", "Delete a folder with everything in it."),
+        "shuffle": ("random", "Put a list in an unpredictable order."),
+        "signature": ("inspect", "Describe the parameters of a callable."),
+        "suppress": ("contextlib", "Let a block go on in spite of some exceptions."),
+        "with_suffix": ("pathlib", "The same file name with another ending."),
+    }
+)
+
+GO_NAMESPACES = {"BP": "biological process", "CC": "cellular component", "MF": "molecular function"}
+
+
+def obstacle(domain: str, given: Path | None = None) -> str | None:
+    """Why this machine cannot have a domain's source, in a sentence that says what to do; None if it can."""
+    if given is not None:
+        return None
+    running = f"{platform.python_implementation()} {platform.python_version()}"
+    if domain == "code" and not running.startswith("CPython 3.11."):
+        return (
+            f"code reads the standard library of CPython 3.11 and this is {running}; give the folder of one as source."
+        )
+    if domain == "science" and not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        package = PACKAGES[domain]
+        return f"science needs apt-get and dpkg-deb for {package}; give its GO.sqlite, taken out elsewhere, as source."
+    return None
+
+
+def read_domain(domain: str, given: Path | None = None) -> list[Pair]:
+    """The (question, answer) pairs of a domain, in the source's order, duplicates and all.
+
+    Args:
+        domain: one of `DOMAINS`.
+        given: the source, if the user has it: the pinned package file, the file inside it, or for `code` the folder of
+            the standard library of a CPython 3.11.
+
+    Raises DataError when the source cannot be had or read.
+    """
+    reason = obstacle(domain, given)
+    if reason is not None:
+        raise DataError(reason, field="source", value=domain)
+    with tempfile.TemporaryDirectory(prefix="crma-") as work:
+        if domain == "code":
+            path = given or Path(sysconfig.get_path("stdlib"))
+        else:
+            path = fetch(PACKAGES[domain], Path(work), given=given)
+        try:
+            return READERS[domain](path)
+        except (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, sqlite3.Error) as error:
+            message = f"{path.name} is not a source of the {domain} domain: {error!r}."
+            raise DataError(message, field="source", value=str(given or path)) from error
+
+
+def read_medical(path: Path) -> list[Pair]:
+    """ICD-10-CM: the title of a three-character category -> its chapter."""
+    pairs = []
+    for chapter in ET.parse(path).getroot().findall("chapter"):
+        label = ICD_CHAPTERS[int(chapter.findtext("name", "")) - 1]
+        for category in chapter.iter("diag"):
+            title = category.findtext("desc", "").strip()
+            if len(category.findtext("name", "")) == 3 and len(title) <= MAX_TERM:
+                pairs.append((f'Which ICD-10-CM chapter covers "{title}"?', label))
+    return pairs
+
+
+def read_legal(path: Path) -> list[Pair]:
+    """courts-db: the name of a court -> its state or territory, unless the name gives the answer away."""
+    courts = []
+    for court in json.loads(path.read_text(encoding="utf-8")):
+        place, name = court["location"].strip(), court["name"].strip()
+        label = "district of columbia" if place in DISTRICT_OF_COLUMBIA else place.lower()
+        given_away = {label.split()[0], place.lower().split()[0]} & set(words(name)) if place not in NO_STATE else True
+        if not given_away and len(name) <= MAX_TERM:
+            courts.append((f'Which state or territory has the court "{name}"?', label))
+    count = Counter(label for _, label in courts)
+    return [(question, label) for question, label in courts if count[label] >= MIN_COURTS]
+
+
+def read_finance(path: Path) -> list[Pair]:
+    """US-GAAP tags, split into words -> the section of a financial report that lists them."""
+    pairs = []
+    for tag, mapping in json.loads(path.read_text(encoding="utf-8")).items():
+        section = (mapping.get("section") or "").lower()
+        us_gaap = tag.isalnum()  # IFRS tags have a prefix
+        if us_gaap and section in REPORT_SECTIONS and mapping["confidence"] >= MIN_CONFIDENCE:
+            term = " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", tag)).lower()
+            if len(term) <= MAX_TERM:
+                pairs.append((f'Which section of a financial report lists "{term}"?', section))
+    return pairs
+
+
+def read_code(folder: Path) -> list[Pair]:
+    """A name and the first sentence of its docstring -> the standard library module that defines it.
+
+    Source files are parsed, not imported, so platform and build options do not matter. Names that two of `MODULES`
+    define, or that give the module away, are left out.
+    """
+    found: dict[str, dict[str, str]] = defaultdict(dict)  # name -> module -> first sentence
+    for module in MODULES.split():
+        for name, docstring in _documented_names(folder, module):
+            found[name].setdefault(module, _first_sentence(docstring))
+    pairs = []
+    for name, definitions in found.items():
+        module, sentence = next(iter(definitions.items()))
+        given_away = module in f"{name} {sentence}".lower()
+        is_sentence = 8 <= len(sentence) <= MAX_TERM and not sentence.startswith(f"{name}(")  # some begin with a call
+        if len(definitions) == 1 and is_sentence and not given_away and name not in PUBLIC_CODE:
+            pairs.append((f"{code_question(name)} {sentence}", module))
+    return pairs
+
+
+def code_question(name: str) -> str:
+    return f'Which Python module defines "{name}"?'
+
+
+def read_science(path: Path) -> list[Pair]:
+    """Gene Ontology terms -> their namespace."""
+    with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+        rows = database.execute("SELECT term, ontology FROM go_term").fetchall()
+    return [
+        (f'Which Gene Ontology namespace has the term "{term}"?', GO_NAMESPACES[namespace])
+        for term, namespace in rows
+        if namespace in GO_NAMESPACES and len(term) <= MAX_TERM
+    ]
+
+
+READERS: Mapping[str, Callable[[Path], list[Pair]]] = MappingProxyType(
+    {
+        "medical": read_medical,
+        "legal": read_legal,
+        "finance": read_finance,
+        "code": read_code,
+        "science": read_science,
+    }
+)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, lower case, without punctuation: what two equal questions have in common."""
+    return re.findall(r"\w+", text.lower())
+
+
+def _documented_names(library: Path, module: str) -> Iterator[Pair]:
+    """(name, docstring) of the public functions, classes and methods in a module, or directly in a package."""
+    package = library / module
+    files = sorted(package.glob("*.py")) if package.is_dir() else [library / f"{module}.py"]
+    for file in files:
+        if file.name in CHANGED_FILES:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a newer parser may warn of an old module's escapes
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in tree.body:
+            inner = node.body if isinstance(node, ast.ClassDef) else []
+            for definition in (node, *inner):
+                if isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                    docstring = ast.get_docstring(definition)
+                    if docstring and not definition.name.startswith("_"):
+                        yield definition.name, docstring
+
+
+def _first_sentence(docstring: str) -> str:
+    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
+    sentence = re.match(r".+?[.!?](?=\s|$)", paragraph)
+    return sentence.group() if sentence else paragraph

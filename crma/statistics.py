@@ -1,0 +1,159 @@
+"""Intervals and tests: of a proportion, of paired binary items, of a mean over seeds.
+
+Two-sided, 95 % unless said otherwise. Every function is pure; the only random one takes its seed. Too few values
+or a number that cannot be used is a ConfigError, never a NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from crma.errors import ConfigError
+
+Interval = tuple[float, float]
+
+CONFIDENCE = 0.95
+ALPHA = 0.05
+RESAMPLES = 10_000
+
+
+class Equivalence(NamedTuple):
+    """Outcome of an equivalence test: `equivalent` is `p < alpha`."""
+
+    p: float
+    equivalent: bool
+
+
+def wilson(correct: int, scored: int, confidence: float = CONFIDENCE) -> Interval:
+    """Score interval of a proportion, `correct` of `scored` items; lies in [0, 1] and holds `correct / scored`.
+
+    Source: Wilson 1927 (JASA 22, 209-212), without continuity correction, as scipy's `binomtest` computes it.
+    """
+    if scored < 1 or not 0 <= correct <= scored:
+        raise ConfigError(
+            "A proportion needs at least one scored item, and no more correct than scored.",
+            field="correct, scored",
+            value=(correct, scored),
+            allowed="0 <= correct <= scored, scored >= 1",
+        )
+    found = stats.binomtest(correct, scored).proportion_ci(confidence_level=confidence, method="wilson")
+    proportion = correct / scored  # at 0 and 1 the formula's end is the proportion itself, up to rounding
+    return min(max(0.0, float(found.low)), proportion), max(min(1.0, float(found.high)), proportion)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided p of "a flip is as likely one way as the other"; 1 where nothing flipped.
+
+    Source: McNemar 1947 (Psychometrika 12, 153-157) in its exact form: given the number of flips, those gained are
+    Binomial(gained + lost, 1/2).
+    """
+    if gained < 0 or lost < 0:
+        raise ConfigError(
+            "Counts of flips cannot be negative.", field="gained, lost", value=(gained, lost), allowed=">= 0"
+        )
+    if gained + lost == 0:
+        return 1.0
+    return float(stats.binomtest(gained, gained + lost, 0.5).pvalue)
+
+
+def paired_bootstrap(differences: Sequence[float], *, seed: int, confidence: float = CONFIDENCE) -> Interval:
+    """Percentile interval of the mean of `differences` [n], one per item, over RESAMPLES resamples of the items.
+
+    The same differences and seed give the same interval, whatever the order of the items.
+
+    Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3; resampling pairs is resampling
+    their differences. How often each *distinct* difference is drawn is Multinomial(n, counts / n): the same law as
+    drawing n indices, and 3 numbers a resample instead of n where the items are right or wrong.
+    """
+    values, counts = np.unique(_finite(differences, "differences"), return_counts=True)
+    n = int(counts.sum())
+    drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=RESAMPLES)
+    means = (drawn @ values) / n
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def paired_equivalence(differences: Sequence[int], *, margin: float, seed: int) -> bool | None:
+    """Whether two variants are as good as each other, within `margin`, on paired right-or-wrong items.
+
+    `differences` [n] holds 1 (gained), -1 (lost) or 0. True: the 90 % bootstrap interval of their mean lies strictly
+    inside (-margin, margin). False: it does not, so equivalence is not shown (which is not "different"). None: it
+    does, but n is too small for that to mean anything, so nothing is claimed.
+
+    Source: two one-sided tests at 5 % are the 90 % interval inside the margin (Schuirmann 1987). A bootstrap cannot
+    draw a flip that it has not seen: no flip in 5 items would "prove" equivalence. A true difference of `margin`
+    flips at least that share of items, so n items show none with probability (1 - margin)^n at most; that must
+    be <= 5 %, the "rule of three" (Hanley & Lippman-Hand 1983, JAMA 249, 1743-1745): 149 items for 2 points.
+    """
+    check_share(margin)
+    low, high = paired_bootstrap(differences, seed=seed, confidence=1 - 2 * ALPHA)
+    if not -margin < low <= high < margin:
+        return False
+    return True if (1 - margin) ** len(differences) <= ALPHA else None
+
+
+def check_share(margin: float) -> None:
+    """ConfigError unless `margin` can be the margin of `paired_equivalence`: a share of items in (0, 1)."""
+    if not 0 < margin < 1:
+        raise ConfigError(
+            "The margin of equivalence is a share of items.",
+            field="margin",
+            value=str(margin),
+            allowed="0 < margin < 1",
+        )
+
+
+def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Interval of the mean of `values` [n >= 2], taken as normal: mean ± t_{n-1} s / sqrt(n). Equal values: no width.
+
+    Source: "Student" 1908 (Biometrika 6, 1-25).
+    """
+    mean, error, n = _mean_and_error(values)
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
+    return mean - half, mean + half
+
+
+def tost(values: Sequence[float], *, margin: float, alpha: float = ALPHA) -> Equivalence:
+    """Two one-sided t-tests of "the mean of `values` [n >= 2] lies within ±margin" (same unit as the values).
+
+    p is the larger of the two one-sided p-values. For paired data pass the differences. Values that are all equal
+    have no error: p is then 0 inside the margin and 1 elsewhere.
+
+    Source: Schuirmann 1987 (J. Pharmacokinet. Biopharm. 15, 657-680).
+    """
+    if not 0 < margin < math.inf:
+        raise ConfigError(
+            "The margin of equivalence must be positive.", field="margin", value=str(margin), allowed="a number > 0"
+        )
+    mean, error, n = _mean_and_error(values)
+    if error == 0:
+        return Equivalence(p=0.0, equivalent=True) if abs(mean) < margin else Equivalence(p=1.0, equivalent=False)
+    p = float(stats.t.sf((margin - abs(mean)) / error, n - 1))  # the nearer end has the larger p
+    return Equivalence(p, p < alpha)
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float, int]:
+    """(mean, standard error of the mean, n); the error is exactly 0 for equal values."""
+    sample = _finite(values, "values")
+    if np.ptp(sample) == 0:  # numpy's deviation of equal values can be a rounding error above 0
+        return float(sample[0]), 0.0, sample.size
+    return float(sample.mean()), float(sample.std(ddof=1)) / math.sqrt(sample.size), sample.size
+
+
+def _finite(values: Sequence[float], field: str) -> NDArray[np.float64]:
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.ndim != 1 or sample.size < 2 or not np.isfinite(sample).all():
+        raise ConfigError(
+            "A spread needs at least two finite numbers.",
+            field=field,
+            value=f"{sample.size} values" if np.isfinite(sample).all() else "a value that is not finite",
+            allowed="at least 2 finite numbers",
+        )
+    return sample

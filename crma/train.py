@@ -1,0 +1,276 @@
+"""The one training loop: LoRA and backbone of one task, resumable, every step logged.
+
+Shapes: L layers, n streams; b rows, s positions (evaluate.Batch).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from crma.adapter import Backbone, FoldedPair
+from crma.arms import ALL_GROUPS, Group
+from crma.config import TrainConfig
+from crma.errors import TrainingError
+from crma.evaluate import IGNORED, Encoded, answer_loss, collate
+from crma.injection import Injection, Plan
+from crma.lora import Lora
+
+ALIVE_FROM_STEP = 10
+
+
+@dataclass
+class RecordingPair:
+    """A layer's folded pair in training: keeps ||dh|| / ||h|| of the last forward pass."""
+
+    pair: FoldedPair
+    ratio: Tensor | None = None
+
+    def delta(self, h: Tensor) -> Tensor:
+        """[b, s, d] -> [b, s, d], differentiable in the pair."""
+        out = self.pair.delta(h)
+        with torch.no_grad():
+            self.ratio = out.float().norm() / h.float().norm()
+        return out
+
+
+class AdaptedModel(nn.Module):
+    """The frozen base with what trains on it; forward gives the summed answer loss of a batch, in nats."""
+
+    def __init__(self, injection: Injection, lora: Lora, backbone: Backbone | None, *, backbone_moves: bool) -> None:
+        super().__init__()
+        self.injection = injection
+        self.lora = lora
+        self.lora_parameters = nn.ParameterList(lora.parameters())
+        self.backbone = backbone
+        self.backbone_moves = backbone_moves
+        self.recording: list[RecordingPair] = []
+
+    def forward(self, batch: Any) -> Tensor:
+        plan = Plan(tasks=[(None, self.lora)])
+        if self.backbone is not None:
+            with torch.set_grad_enabled(self.backbone_moves):
+                A, B = self.backbone.fold()
+            dtype = self.injection.model.dtype
+            self.recording = [RecordingPair(FoldedPair(a.to(dtype), b.to(dtype))) for a, b in zip(A, B, strict=True)]
+            plan = Plan(tasks=[(None, self.lora)], backbones=[(None, self.recording)])
+        with self.injection.active(plan):
+            return answer_loss(self.injection.model, batch)
+
+
+def epoch_batches(rows: Sequence[Encoded], batch_size: int, key: str) -> list[list[int]]:
+    """Length-grouped random batches: the same for the same key, on every machine.
+
+    Shuffled, sorted by length within windows of eight batches (little padding, still random), batches shuffled again.
+    """
+    rng = random.Random(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
+    order = list(range(len(rows)))
+    rng.shuffle(order)
+    window = 8 * batch_size
+    batches = []
+    for start in range(0, len(order), window):
+        group = sorted(order[start : start + window], key=lambda i: len(rows[i].prompt) + len(rows[i].answer))
+        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def schedule(step: int, total: int, warmup: float) -> float:
+    """Learning-rate factor of a step: linear warm-up, then half a cosine to 0."""
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def parameter_groups(config: TrainConfig, adapted: AdaptedModel, *, first_task: bool) -> list[dict[str, Any]]:
+    """AdamW groups. No weight decay on the mixing logits and the gate; groups that may not move are left out."""
+    decay = config.weight_decay
+    groups = [{"name": "lora", "params": list(adapted.lora_parameters), "lr": config.lora.lr, "weight_decay": decay}]
+    if adapted.backbone is None or not adapted.backbone_moves:
+        return groups
+    settings = config.crma
+    moves: Sequence[Group] = ALL_GROUPS if first_task else settings.later_moves
+    scale = 1.0 if first_task else settings.later_scale
+    for name, parameter in adapted.backbone.named_parameters():
+        parameter.requires_grad_(name in moves)
+        if name not in moves or scale == 0:
+            continue
+        mixing = name in ("S", "gamma")
+        lr = (settings.mixing_lr if mixing else settings.lr) * scale
+        groups.append({"name": name, "params": [parameter], "lr": lr, "weight_decay": 0.0 if mixing else decay})
+    return groups
+
+
+def backbone_log(backbone: Backbone, M_0: Tensor, recording: Sequence[RecordingPair]) -> dict[str, list[float]]:
+    """Per layer, after a backward pass: what the norm of M alone cannot show.
+
+    grad_S is ||dloss/dS||_F (0 where S does not move), moved is ||M - M_0||_F against the start of the run, entropy is
+    the mean row entropy of M in nats, sigma_2 its second singular value, W_norm = ||Ŵ||_2, dh the size of the update
+    relative to the residual stream.
+    """
+    with torch.no_grad():
+        M = backbone.mixing()
+        gram = torch.linalg.eigvalsh(backbone.W.mT @ backbone.W)[:, -1].clamp(min=0, max=1)
+        grad = torch.zeros(len(M)) if backbone.S.grad is None else backbone.S.grad.flatten(1).norm(dim=1)
+        log = {
+            "grad_S": grad,
+            "moved": (M - M_0).flatten(1).norm(dim=1),
+            "entropy": -(M.clamp(min=1e-30).log() * M).sum(-1).mean(-1),
+            "sigma_2": torch.linalg.svdvals(M)[:, 1],
+            "c_M_minus_1": torch.maximum((M.abs().sum(-1) - 1).abs().amax(-1), (M.abs().sum(-2) - 1).abs().amax(-1)),
+            "gate": torch.sigmoid(backbone.gamma),
+            "W_norm": gram.sqrt(),
+            "dh": torch.stack([pair.ratio for pair in recording if pair.ratio is not None]),
+        }
+    return {name: [float(f"{v:.6g}") for v in values.tolist()] for name, values in log.items()}
+
+
+class StepLog:
+    """JSON Lines, one a step. `position` goes into checkpoints, so that a resumed run repeats no line."""
+
+    def __init__(self, path: Path, position: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        self._file.truncate(position)
+        self._file.seek(position)
+
+    @property
+    def position(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one step."""
+        self._file.write(json.dumps(line, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@dataclass
+class TaskTrainer:
+    """Trains one task: what it needs, and where its checkpoint and log live. `start` is where a resumed task goes on."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    adapted: AdaptedModel
+    rows: Sequence[Encoded]
+    task: str
+    first_task: bool
+    pad_id: int
+    folder: Path
+    M_0: Tensor | None = None
+
+    def run(self, on_step: Callable[[int], None]) -> dict[str, Any]:
+        """Train to the end of the last epoch and return {"steps", "tokens", "wall_s"}.
+
+        Checkpoints after every epoch; a run that was killed goes on there and gives the same weights.
+
+        Raises:
+            TrainingError: a loss or gradient that is not finite, or a mixing gradient that is dead.
+        """
+        config = self.config
+        groups = parameter_groups(config, self.adapted, first_task=self.first_task)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+        base_rates = [group["lr"] for group in optimizer.param_groups]
+        steps_per_epoch = math.ceil(len(self.rows) / config.batch_size)
+        total = steps_per_epoch * config.epochs
+        done = self._restore(optimizer)
+        log = StepLog(self.folder / "log.jsonl", done["position"])
+        tokens, started, earlier = done["tokens"], time.perf_counter(), done["wall_s"]
+        for epoch in range(done["epochs"], config.epochs):
+            for step, batch in enumerate(self._batches(epoch), start=epoch * steps_per_epoch):
+                factor = schedule(step, total, config.warmup)
+                for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                    group["lr"] = rate * factor
+                line = self._step(optimizer, batch)
+                log.write({"task": self.task, "step": step, "epoch": epoch, "lr": factor} | line)
+                self._check(step, line)
+                tokens += batch.num_tokens
+                on_step(batch.num_tokens)
+            wall = earlier + time.perf_counter() - started
+            self._save(optimizer, {"epochs": epoch + 1, "position": log.position, "tokens": tokens, "wall_s": wall})
+        log.close()
+        return {"steps": total, "tokens": tokens, "wall_s": earlier + time.perf_counter() - started}
+
+    def _batches(self, epoch: int) -> Iterator[Any]:
+        key = f"{self.config.seed}/{self.task}/{epoch}"
+        for indices in epoch_batches(self.rows, self.config.batch_size, key):
+            yield collate([self.rows[i] for i in indices], self.pad_id, self.accelerator.device)
+
+    def _step(self, optimizer: torch.optim.Optimizer, batch: Any) -> dict[str, Any]:
+        optimizer.zero_grad(set_to_none=True)
+        loss = self.adapted(batch) / (batch.targets != IGNORED).sum()
+        self.accelerator.backward(loss)
+        norms = {}
+        for group in optimizer.param_groups:
+            norms[group["name"]] = float(nn.utils.clip_grad_norm_(group["params"], self.config.clip))
+        line: dict[str, Any] = {"loss": loss.item(), "tokens": batch.num_tokens, "grad_norm": norms}
+        if self.adapted.backbone is not None and self.M_0 is not None:
+            line["crma"] = backbone_log(self.adapted.backbone, self.M_0, self.adapted.recording)
+        if not all(map(math.isfinite, (line["loss"], *norms.values()))):
+            raise TrainingError(
+                f"{self.task}: loss or gradient is not finite; lower lr", field="loss", value=line, allowed="finite"
+            )
+        optimizer.step()
+        return line
+
+    def _check(self, step: int, line: dict[str, Any]) -> None:
+        """M's gradient is 0 at step 0 (W = 0) and must be alive in every layer from the tenth step of the first task."""
+        if not (self.first_task and step >= ALIVE_FROM_STEP and self.adapted.backbone_moves and "crma" in line):
+            return
+        if dead := [layer for layer, norm in enumerate(line["crma"]["grad_S"]) if norm == 0.0]:
+            raise TrainingError(
+                f"{self.task}: the gradient of M is 0 at step {step}",
+                field="layers",
+                value=dead,
+                allowed="a gradient in every layer",
+            )
+
+    def _save(self, optimizer: torch.optim.Optimizer, done: dict[str, Any]) -> None:
+        """One file, replaced atomically."""
+        state = {
+            "done": done,
+            "lora": [p.detach() for p in self.adapted.lora_parameters],
+            "backbone": self.adapted.backbone.tensors() if self.adapted.backbone is not None else None,
+            "optimizer": optimizer.state_dict(),
+        }
+        path = self.folder / "checkpoint.pt"
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    def _restore(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Take up the checkpoint if there is one; else the beginning."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            state = torch.load(self.folder / "checkpoint.pt", weights_only=True, map_location=self.accelerator.device)
+            with torch.no_grad():
+                for parameter, saved in zip(self.adapted.lora_parameters, state["lora"], strict=True):
+                    parameter.copy_(saved)
+                if self.adapted.backbone is not None:
+                    for name, parameter in self.adapted.backbone.named_parameters():
+                        parameter.copy_(state["backbone"][name])
+            optimizer.load_state_dict(state["optimizer"])
+            done: dict[str, Any] = state["done"]
+            return done
+        return {"epochs": 0, "position": 0, "tokens": 0, "wall_s": 0.0}

@@ -1,0 +1,167 @@
+"""`python -m server`: settings from the environment, one base model, one store, one process."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from crma.cache import cache_home
+from crma.errors import ConfigError, CrmaError, PullError
+from crma.injection import Injection
+from crma.model import load_model, load_tokenizer, resolve_device, resolve_dtype
+from crma.prompts import PromptFormat, chat_format
+from crma.pull import BASE_JSON, BaseModel, read_base
+from crma.store import AdapterStore
+from server import log as logs
+from server.app import create_app
+from server.engine.adapter_pool import AdapterPool
+from server.engine.async_engine import AsyncEngine
+from server.engine.engine import Engine
+from server.engine.model_runner import ModelRunner
+from server.engine.scheduler import Scheduler
+from server.metrics import Metrics
+from server.registry import Registry
+from server.schemas import ServedModel
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("server")
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """A running engine and what the app must know of it."""
+
+    engine: AsyncEngine
+    pool: AdapterPool
+    model: ServedModel
+    shapes: dict[str, tuple[int, int]]
+
+
+def find_base(settings: Settings) -> BaseModel:
+    """The pulled model that `settings.model` names, or whose folder it is. Fetches nothing. Raises PullError."""
+    folders = ((settings.home or cache_home()) / "models" / settings.model.replace("/", "--"), Path(settings.model))
+    for folder in folders:
+        if (folder / BASE_JSON).is_file():
+            return read_base(folder)
+    raise PullError(
+        f"no pulled model {settings.model!r}: run `crma pull {settings.model}` first",
+        field="CRMA_MODEL",
+        value=settings.model,
+        allowed=[str(folder) for folder in folders],
+    )
+
+
+def build_engine(settings: Settings, base: BaseModel) -> BuiltEngine:
+    """Loads the model and starts the engine's thread. Raises CrmaError for what cannot be served as asked."""
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    injection = Injection(load_model(base, device, dtype))
+    pool = AdapterPool(injection, settings.max_loaded_adapters)
+    max_model_len = min(settings.max_model_len, injection.model.config.max_position_embeddings)
+    ends = injection.model.generation_config.eos_token_id
+    core = Engine(
+        ModelRunner(injection, pool, settings.max_num_seqs),
+        Scheduler(settings.max_num_seqs, settings.max_num_batched_tokens),
+        load_tokenizer(base),
+        frozenset([ends] if isinstance(ends, int) else ends or ()),
+        max_model_len,
+    )
+    engine = AsyncEngine(core, pool, settings.max_queue)
+    engine.start()
+    model = ServedModel(
+        name=base.name, digest=base.digest, dtype=str(dtype).removeprefix("torch."), max_model_len=max_model_len
+    )
+    return BuiltEngine(engine, pool, model, injection.shapes)
+
+
+def build(settings: Settings) -> FastAPI:
+    """The app on a real engine."""
+    base = find_base(settings)
+    built = build_engine(settings, base)
+    metrics = Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
+    tokenizer = load_tokenizer(base)  # not the engine's: two threads must not share one
+    registry = Registry(
+        AdapterStore(settings.store),
+        base,
+        pool=built.pool,
+        base_format=_chat_format(tokenizer),
+        metrics=metrics,
+        shapes=built.shapes,
+        load_backbone=settings.load_backbone,
+    )
+    return create_app(
+        settings,
+        engine=built.engine,
+        registry=registry,
+        tokenizer=tokenizer,
+        model=built.model,
+        metrics=metrics,
+        on_stop=partial(built.engine.stop, 0.0),  # uvicorn has given requests their time by then
+    )
+
+
+def _chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat | None:
+    try:
+        return chat_format(tokenizer)
+    except ConfigError as error:
+        log.warning("only raw prompts for the base model: %s", error.message)
+        return None
+
+
+class _Server(uvicorn.Server):
+    """SIGTERM or SIGINT: not ready and no new requests from that moment; running ones have `drain_timeout_s`."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Also called a second time by an impatient SIGINT, which ends at once."""
+        app = self.config.app
+        if isinstance(app, FastAPI) and hasattr(app.state, "frontend"):
+            app.state.frontend.draining = True
+        log.info("%s: draining", signal.Signals(sig).name)
+        super().handle_exit(sig, frame)
+
+
+def main() -> int:
+    """Serves until it is told to stop. The exit code is 2 for a setting or model that cannot be used."""
+    try:
+        settings = Settings.load()
+        logs.configure(settings.log_format)
+        app = build(settings)
+    except CrmaError as error:
+        allowed = f" (allowed: {error.allowed})" if error.allowed else ""
+        sys.stderr.write(f"{error.message}{allowed}\n")
+        return 2
+    url = f"http://{settings.host}:{settings.port}"
+    example = """{"prompt": "What is the capital of France?", "max_tokens": 16}"""
+    log.info("documentation: %s/docs", url)
+    log.info("try: curl -s %s/generate -H 'Content-Type: application/json' -d '%s'", url, example)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
+    )
+    _Server(config).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

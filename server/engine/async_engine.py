@@ -1,0 +1,178 @@
+"""The seam: asyncio on one side, the engine's own thread on the other. `submit`, `abort`, `stats`; nothing else crosses."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from server.engine.adapter_pool import AdapterPool
+from server.engine.engine import Engine
+from server.engine.request import (
+    EngineStats,
+    EngineStopped,
+    PromptTooLong,
+    QueueFull,
+    Request,
+    RequestOutput,
+)
+
+
+@dataclass(eq=False)
+class _Stream:
+    """Where one request's outputs go, and how many of its sequences are still open."""
+
+    request: Request
+    loop: asyncio.AbstractEventLoop
+    queue: asyncio.Queue[list[RequestOutput]]
+    open: int
+
+
+class AsyncEngine:
+    """Runs an `Engine` in a thread and gives every request its stream of outputs.
+
+    Args:
+        max_queue: requests that may wait for a slot; one more is refused.
+    """
+
+    def __init__(self, engine: Engine, pool: AdapterPool, max_queue: int) -> None:
+        self.engine = engine
+        self.pool = pool
+        self.max_queue = max_queue
+        self._wake = threading.Condition()
+        self._commands: deque[Callable[[], list[RequestOutput]]] = deque()
+        self._streams: dict[str, _Stream] = {}
+        self._draining = False
+        self._stopped = False
+        self._step_seconds = 0.1
+        self._stats = EngineStats()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self._thread.start()
+
+    def submit(self, request: Request) -> AsyncIterator[RequestOutput]:
+        """Take a request; its outputs follow. Closing the iterator early aborts the request.
+
+        Raises:
+            EngineStopped, QueueFull, PromptTooLong: at once, nothing taken.
+            crma.errors.StoreError: from the first output, where an adapter cannot be loaded.
+        """
+        if self._draining or self._stopped:
+            raise EngineStopped("the server is shutting down and takes no new requests")
+        room = self.engine.max_model_len - request.sampling.max_tokens
+        if not 0 < len(request.prompt_ids) <= room:
+            raise PromptTooLong(len(request.prompt_ids), request.sampling.max_tokens, self.engine.max_model_len)
+        waiting = len(self._streams) - self.engine.scheduler.max_num_seqs
+        if waiting >= self.max_queue:
+            raise QueueFull(self.max_queue, max(1.0, waiting * self._step_seconds))
+        stream = _Stream(request, asyncio.get_running_loop(), asyncio.Queue(), request.sampling.n)
+        self._streams[request.id] = stream
+        return self._outputs(stream)
+
+    def abort(self, request_id: str) -> None:
+        """End a request in the next step; its stream ends with finish_reason abort. Unknown ids are ignored."""
+        self._command(lambda: self.engine.abort(request_id))
+
+    def stats(self) -> EngineStats:
+        """The state after the last step."""
+        return self._stats
+
+    async def stop(self, grace_s: float) -> None:
+        """Take nothing new, let what runs finish for `grace_s` seconds, then end the rest and the thread."""
+        self._draining = True
+        deadline = time.monotonic() + grace_s
+        while self._streams and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for request_id in list(self._streams):
+            self.abort(request_id)
+        while self._streams and self._thread.is_alive():
+            await asyncio.sleep(0.02)
+        with self._wake:
+            self._stopped = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    async def _outputs(self, stream: _Stream) -> AsyncIterator[RequestOutput]:
+        request = stream.request
+        pinned = False
+        try:
+            await asyncio.to_thread(self.pool.pin_selection, request.selection)
+            pinned = True
+            self._command(lambda: self._add(request))
+            while stream.open:
+                for output in await stream.queue.get():
+                    stream.open -= output.finish_reason is not None
+                    yield output
+        finally:
+            if stream.open and pinned:
+                # Pins go only when the engine is done with the sequences: never under a running step.
+                self._command(lambda: self._abort_and_unpin(request))
+            elif pinned:
+                self.pool.unpin_selection(request.selection)
+            self._streams.pop(request.id, None)
+
+    def _add(self, request: Request) -> list[RequestOutput]:
+        self.engine.add(request)
+        return []
+
+    def _abort_and_unpin(self, request: Request) -> list[RequestOutput]:
+        self.engine.abort(request.id)
+        self.pool.unpin_selection(request.selection)
+        return []
+
+    def _command(self, command: Callable[[], list[RequestOutput]]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        """The engine's thread: commands, then a step, until stopped; sleeps when there is nothing to do."""
+        while True:
+            with self._wake:
+                while not (self._commands or self.engine.scheduler.has_work() or self._stopped):
+                    self._wake.wait()
+                if self._stopped:
+                    return
+                commands = list(self._commands)
+                self._commands.clear()
+            outputs = [output for command in commands for output in command()]
+            started = time.monotonic()
+            outputs += self.engine.step()
+            self._step_seconds = 0.9 * self._step_seconds + 0.1 * (time.monotonic() - started)
+            self._stats = self._snapshot()
+            self._deliver(outputs)
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        by_request: dict[str, list[RequestOutput]] = {}
+        for output in outputs:
+            by_request.setdefault(output.request_id, []).append(output)
+        for request_id, mine in by_request.items():
+            if (stream := self._streams.get(request_id)) and not stream.loop.is_closed():
+                stream.loop.call_soon_threadsafe(stream.queue.put_nowait, mine)
+
+    def _snapshot(self) -> EngineStats:
+        scheduler, counters, pool = self.engine.scheduler, self.engine.counters, self.pool.stats()
+
+        def adapters(queue: object) -> tuple[str, ...]:
+            return tuple(sorted({s.request.selection.task_digest for s in queue} - {None}))  # type: ignore[attr-defined]
+
+        return EngineStats(
+            num_requests_running=len({s.request.id for s in scheduler.running}),
+            num_requests_waiting=len({s.request.id for s in scheduler.waiting}),
+            num_steps=counters.num_steps,
+            kv_cache_usage=len(scheduler.running) / scheduler.max_num_seqs,
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            adapter_loads=pool.loads,
+            adapter_load_seconds=pool.load_seconds,
+            adapter_evictions=pool.evictions,
+            resident=self.pool.resident(),
+            running_adapters=adapters(scheduler.running),
+            waiting_adapters=adapters(scheduler.waiting),
+        )

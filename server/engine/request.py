@@ -1,0 +1,133 @@
+"""What crosses the engine seam: a Request goes in, RequestOutputs come out. No torch, no HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from crma.selection import BASE, AdapterSelection
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. Only `stop` and `length` are successes."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. Validated at the edge (server/schemas.py); the engine trusts it.
+
+    temperature 0 is greedy. top_k 0 and top_p 1 are off. `seed` makes a sampled request repeatable:
+    sequence i of n draws from seed + i. `stop` strings end a sequence and are not part of its text.
+    `logprobs` returns the log-probability of every sampled token under the unmodified distribution.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One user call. Times are seconds of time.monotonic().
+
+    `stop_token_ids` end a sequence beside the model's own end tokens (an adapter's prompt format has one).
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    stop_token_ids: tuple[int, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    selection: AdapterSelection = BASE
+    arrival: float = 0.0
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds from arrival: until first scheduled, until the first token, until the end."""
+
+    queue_s: float
+    ttft_s: float | None
+    e2e_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """New tokens of one sequence of one request.
+
+    `text` is the new text only (a delta; may be empty while a multi-byte character or a possible stop
+    string is held back). The last output of a sequence carries finish_reason and the totals; after the
+    last output of the last sequence the iterator ends. `error` is set exactly when finish_reason is error
+    or, for a deadline, abort with error "deadline".
+    """
+
+    request_id: str
+    index: int = 0
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[float, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    timings: Timings | None = None
+
+
+class EngineError(Exception):
+    """Base of what `AsyncEngine.submit` raises before any output exists."""
+
+
+class QueueFull(EngineError):
+    """The bounded queue is full; `retry_after` is an estimate in seconds."""
+
+    def __init__(self, limit: int, retry_after: float) -> None:
+        super().__init__(f"the queue holds its limit of {limit} requests; try again in {retry_after:.0f} s")
+        self.limit = limit
+        self.retry_after = retry_after
+
+
+class EngineStopped(EngineError):
+    """The engine is draining or has failed and takes no new requests."""
+
+
+class PromptTooLong(EngineError):
+    """prompt + max_tokens cannot fit the model's context or the KV cache."""
+
+    def __init__(self, num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
+        super().__init__(
+            f"prompt of {num_prompt_tokens} tokens + max_tokens {max_tokens} exceeds max_model_len {max_model_len}"
+        )
+        self.num_prompt_tokens = num_prompt_tokens
+        self.max_tokens = max_tokens
+        self.max_model_len = max_model_len
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for metrics and /adapters. Counters only grow."""
+
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    num_steps: int = 0
+    kv_cache_usage: float = 0.0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    adapter_loads: int = 0
+    adapter_load_seconds: float = 0.0
+    adapter_evictions: int = 0
+    resident: tuple[str, ...] = ()
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()

@@ -1,0 +1,189 @@
+"""Prometheus metrics: prefix `crma_`, vLLM's suffixes, units and buckets.
+
+Two sources: what a request's own life shows (histograms, fed by `server/frontend.py`) and the engine's counters, read
+from `stats()` when Prometheus asks. The `adapter` label holds names of the store only, `base`, and `_other` for all
+adapters after the first `max_adapter_labels`: a client cannot make new series.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.registry import Collector
+
+from server.engine.request import EngineStats
+from server.schemas import TimingsBody
+
+TTFT_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+    640.0, 2560.0,
+)  # fmt: skip
+ITL_BUCKETS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+LATENCY_BUCKETS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)  # fmt: skip
+
+
+class Metrics:
+    """Everything on one registry of its own, so that two apps in one process do not meet."""
+
+    def __init__(self, registry: CollectorRegistry, *, max_adapter_labels: int = 64) -> None:
+        self.registry = registry
+        self._max_adapter_labels = max_adapter_labels
+        self._labelled: set[str] = set()
+        by = ("adapter", "crma")
+
+        def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"crma_{name}", help, by, buckets=buckets, registry=registry)
+
+        self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_BUCKETS)
+        self.itl = histogram("inter_token_latency_seconds", "Gap between tokens of a sequence.", ITL_BUCKETS)
+        self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", LATENCY_BUCKETS)
+        self.queue = histogram("request_queue_time_seconds", "From arrival until first scheduled.", LATENCY_BUCKETS)
+        self.success = Counter(
+            "crma_request_success", "Requests that ended, by reason.", ("finished_reason", *by), registry=registry
+        )
+        self.http_responses = Counter("crma_http_responses", "HTTP answers.", ("route", "status"), registry=registry)
+        self.verification_failures = Counter(
+            "crma_adapter_verification_failures", "Problems found in the store.", registry=registry
+        )
+        self.backbone_info = Gauge(
+            "crma_backbone_info", "The CRMA backbone that serves; always 1.", ("version", "digest"), registry=registry
+        )
+        self.spectral_bound = Gauge(
+            "crma_spectral_bound", "Largest certified per-layer norm bound of the backbone; 0: none.", registry=registry
+        )
+        self.ablation_accuracy = Gauge(
+            "crma_last_ablation_accuracy", "Accuracy per variant of the last ablation.", ("variant",), registry=registry
+        )
+
+    def adapter_label(self, name: str | None) -> str:
+        """The bounded label of a store name; None is the base model."""
+        if name is None:
+            return "base"
+        if name in self._labelled:
+            return name
+        if len(self._labelled) >= self._max_adapter_labels:
+            return "_other"
+        self._labelled.add(name)
+        return name
+
+    def set_backbone(self, version: str | None, digest: str | None, bound: float) -> None:
+        """What serves from now on; the last one's series goes."""
+        self.backbone_info.clear()
+        if version is not None and digest is not None:
+            self.backbone_info.labels(version=version, digest=digest).set(1)
+        self.spectral_bound.set(bound)
+
+    def set_ablation(self, accuracies: Mapping[str, float | None]) -> None:
+        """Accuracy per variant; what could not be scored is no number."""
+        self.ablation_accuracy.clear()
+        for variant, accuracy in accuracies.items():
+            if accuracy is not None:
+                self.ablation_accuracy.labels(variant=variant).set(accuracy)
+
+    def watch(
+        self, stats: Callable[[], EngineStats], names: Callable[[], Mapping[str, str]], max_adapters: int
+    ) -> None:
+        """Adds the engine's counters: `names` gives digest -> store name of task adapters."""
+        self.registry.register(_EngineCollector(self, stats, names, max_adapters))
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self.registry)
+
+
+@dataclass
+class RequestMetrics:
+    """Observes one request; `record` once, when it is over."""
+
+    metrics: Metrics
+    adapter: str
+    crma: str
+    _last: dict[int, float] = field(default_factory=dict)
+
+    def tokens(self, index: int) -> None:
+        """New tokens of sequence `index` arrived: every gap counts, pooled over sequences."""
+        now = time.monotonic()
+        if (last := self._last.get(index)) is not None:
+            self.metrics.itl.labels(self.adapter, self.crma).observe(now - last)
+        self._last[index] = now
+
+    def record(self, reason: str, times: TimingsBody | None) -> None:
+        """Why it ended (stop, length, abort, error), and its times if all of it ended well."""
+        labels = (self.adapter, self.crma)
+        self.metrics.success.labels(reason, *labels).inc()
+        if times is not None:
+            self.metrics.queue.labels(*labels).observe(times.queue_s)
+            self.metrics.e2e.labels(*labels).observe(times.e2e_s)
+            if times.ttft_s is not None:
+                self.metrics.ttft.labels(*labels).observe(times.ttft_s)
+
+
+@dataclass(eq=False)
+class _EngineCollector(Collector):
+    """Reads the engine at scrape time: no loop keeps copies that can go stale."""
+
+    metrics: Metrics
+    stats: Callable[[], EngineStats]
+    names: Callable[[], Mapping[str, str]]
+    max_adapters: int
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        stats, names = self.stats(), self.names()
+        gauges = {
+            "num_requests_running": ("Requests in the running batch.", stats.num_requests_running),
+            "num_requests_waiting": ("Requests in the queue.", stats.num_requests_waiting),
+            "kv_cache_usage_perc": ("Share of KV blocks in use, 0 to 1.", stats.kv_cache_usage),
+        }
+        counters = {
+            "engine_steps": ("Forward steps.", stats.num_steps),
+            "prompt_tokens": ("Prompt tokens, cached ones too.", stats.prompt_tokens),
+            "generation_tokens": ("Sampled tokens.", stats.generation_tokens),
+            "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
+            "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
+            "adapter_evictions": ("Adapters that made room for another.", stats.adapter_evictions),
+        }
+        for name, (help, value) in gauges.items():
+            yield GaugeMetricFamily(f"crma_{name}", help, value=value)
+        for name, (help, value) in counters.items():
+            yield CounterMetricFamily(f"crma_{name}", help, value=value)
+        yield SummaryMetricFamily(
+            "crma_adapter_load_seconds",
+            "Loads of adapters and the time they took.",
+            count_value=stats.adapter_loads,
+            sum_value=stats.adapter_load_seconds,
+        )
+        yield self._residency(stats, names)
+        yield self._lora_info(stats, names)
+
+    def _residency(self, stats: EngineStats, names: Mapping[str, str]) -> Metric:
+        family = GaugeMetricFamily("crma_adapter_resident", "Versions of the adapter in memory.", labels=("adapter",))
+        counts: dict[str, int] = {}
+        for digest, name in names.items():
+            label = self.metrics.adapter_label(name)
+            counts[label] = counts.get(label, 0) + (digest in stats.resident)
+        for label, count in counts.items():
+            family.add_metric((label,), count)
+        return family
+
+    def _lora_info(self, stats: EngineStats, names: Mapping[str, str]) -> Metric:
+        """vLLM's gauge, which the Kubernetes Gateway API Inference Extension routes by; its value is the time."""
+        labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in use, as routers read them.", labels=labels)
+        running, waiting = (
+            ",".join(sorted({names[digest] for digest in digests if digest in names}))
+            for digests in (stats.running_adapters, stats.waiting_adapters)
+        )
+        family.add_metric((str(self.max_adapters), running, waiting), time.time())
+        return family

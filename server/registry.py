@@ -1,0 +1,268 @@
+"""Task names -> digests: which adapters a request means, whether they may serve here, and what the store says now.
+
+Names are only ever looked up in a view of the store that was read before; a request never touches the file system.
+A view is replaced whole, so a request sees all of a publication or nothing of it. Running requests keep the digests
+they began with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from crma.entry import Shapes, read_backbone
+from crma.errors import NotFound, StoreError
+from crma.prompts import PromptFormat
+from crma.pull import BaseModel
+from crma.selection import AdapterSelection
+from crma.store import AdapterStore, BackboneEntry, TaskEntry
+from server.errors import NoBackbone
+from server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from server.engine.adapter_pool import AdapterPool
+
+log = logging.getLogger("server")
+
+Entry = TypeVar("Entry", TaskEntry, BackboneEntry)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a request uses. `prompt_format` None: the base model has no chat template, only raw prompts work."""
+
+    task: TaskEntry | None
+    backbone: BackboneEntry | None
+    selection: AdapterSelection
+    prompt_format: PromptFormat | None
+
+    @property
+    def crma(self) -> bool:
+        """Whether the CRMA backbone is on."""
+        return self.backbone is not None
+
+
+@dataclass(frozen=True)
+class _View:
+    """The store as it was read: entries, or why one may not serve. `tasks`: name -> version -> entry."""
+
+    tasks: Mapping[str, Mapping[str, TaskEntry | StoreError]] = field(default_factory=dict)
+    serving: Mapping[str, str] = field(default_factory=dict)
+    backbone: BackboneEntry | StoreError | None = None
+
+
+class Registry:
+    """The view, kept fresh.
+
+    Args:
+        store: looked at every `poll_s` seconds.
+        base: the model that serves.
+        pool: the engine's; it is told how to load what appears.
+        base_format: its chat format; also for adapters that recorded none.
+        shapes: of its linears (`linear_shapes`); adapters must fit them.
+        load_backbone: False: the backbone is never read, and requests that need it are refused.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        base: BaseModel,
+        *,
+        pool: AdapterPool,
+        base_format: PromptFormat | None,
+        metrics: Metrics,
+        shapes: Shapes | None = None,
+        load_backbone: bool = True,
+        poll_s: float = 2.0,
+    ) -> None:
+        self.store = store
+        self.base = base
+        self.pool = pool
+        self.verified = False
+        self._base_format = base_format
+        self._metrics = metrics
+        self._shapes = shapes
+        self._load_backbone = load_backbone
+        self._poll_s = poll_s
+        self._view = _View()
+        self._sound: set[str] = set()
+        self._pinned: set[str] = set()
+        self._pinning = threading.Lock()
+        self._seen: object = None
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Verifies the whole store, logs every problem, and begins to watch. Bad adapters do not serve; the rest do."""
+        problems = await asyncio.to_thread(self.store.verify, base=self.base, shapes=self._shapes)
+        for problem in problems:
+            log.error("adapter store: %s", problem.message)
+        self._metrics.verification_failures.inc(len(problems))
+        await self.refresh(trusted=not problems)
+        self.verified = True
+        self._watching = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """Ends the watching."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+
+    async def refresh(self, *, trusted: bool = False) -> None:
+        """Reads the store if it changed. New versions are checked first, unless the store was just verified whole."""
+        seen = await asyncio.to_thread(self._fingerprint)
+        if seen == self._seen:
+            return
+        try:
+            view = await asyncio.to_thread(self._read, trusted)
+        except StoreError as error:  # channels.json is damaged: what served goes on
+            log.error("adapter store: %s", error.message)
+            self._metrics.verification_failures.inc()
+            self._seen = seen
+            return
+        for entry in (view.backbone, *(entry for versions in view.tasks.values() for entry in versions.values())):
+            if not isinstance(entry, StoreError | None):
+                self.pool.register(entry.digest, partial(entry.load, self._shapes))
+        self._view, self._seen = view, seen
+        backbone = view.backbone
+        if isinstance(backbone, BackboneEntry):
+            bound = backbone.manifest.certificate.get("max_bound")
+            self._metrics.set_backbone(
+                backbone.version, backbone.digest, bound if isinstance(bound, float) else math.nan
+            )
+        else:
+            self._metrics.set_backbone(None, None, 0.0)
+
+    def resolve(self, task: str | None, crma: bool | None) -> Resolved:
+        """The adapters of a request.
+
+        Args:
+            task: `name` or `name@version`; None = no task adapter.
+            crma: None = on exactly if the task adapter records the backbone it was trained on.
+
+        Raises:
+            NotFound: no such task or version; `allowed` lists what there is.
+            NoBackbone: CRMA is on, and no backbone is loaded.
+            BaseMismatch, LineageMismatch: the adapters are not for this base, or not for each other.
+            StoreError: what was found when the adapter was verified.
+        """
+        entry = None if task is None else self.task(task)
+        on = crma if crma is not None else entry is not None and entry.manifest.backbone is not None
+        backbone = self._serving_backbone(crma, entry) if on else None
+        self.store.check_selection(entry, backbone, self.base.digest)
+        selection = AdapterSelection(entry.digest if entry else None, backbone.digest if backbone else None)
+        prompt_format = (entry.prompt_format if entry else None) or self._base_format
+        return Resolved(entry, backbone, selection, prompt_format)
+
+    def task(self, task: str) -> TaskEntry:
+        """The entry of `name` or `name@version`. Raises NotFound, or what was found when it was verified."""
+        name, at, version = task.partition("@")
+        versions = self._view.tasks.get(name)
+        if versions is None:
+            hint = "; leave task out for the base model" if name == "base" else ""
+            allowed = sorted(self._view.tasks)
+            raise NotFound(f"no task {name!r} in this server's store{hint}", field="task", value=task, allowed=allowed)
+        entry = versions.get(version if at else self._view.serving[name])
+        if entry is None:
+            allowed = [f"{name}@{known}" for known in versions]
+            raise NotFound(f"no version {version!r} of task {name!r}", field="task", value=task, allowed=allowed)
+        return _sound(entry)
+
+    @property
+    def backbone(self) -> BackboneEntry | None:
+        """The backbone that serves; None if none does, or not a sound one."""
+        return self._view.backbone if isinstance(self._view.backbone, BackboneEntry) else None
+
+    def serving_tasks(self) -> list[TaskEntry]:
+        """The serving version of every sound task, by name."""
+        entries = [self._view.tasks[name][version] for name, version in sorted(self._view.serving.items())]
+        return [entry for entry in entries if isinstance(entry, TaskEntry)]
+
+    def names(self) -> dict[str, str]:
+        """Digest -> name of every sound version."""
+        entries = [entry for versions in self._view.tasks.values() for entry in versions.values()]
+        return {entry.digest: entry.name for entry in entries if isinstance(entry, TaskEntry)}
+
+    def pin(self, digest: str) -> None:
+        """Keeps an adapter in memory; blocks while it loads. Once, however often it is asked for."""
+        with self._pinning:
+            if digest not in self._pinned:
+                self.pool.pin(digest)
+                self._pinned.add(digest)
+
+    def unpin(self, digest: str) -> None:
+        """Takes back `pin`, never a request's own hold."""
+        with self._pinning:
+            if digest in self._pinned:
+                self._pinned.remove(digest)
+                self.pool.unpin(digest)
+
+    def _serving_backbone(self, asked: bool | None, entry: TaskEntry | None) -> BackboneEntry:
+        if self._view.backbone is None:
+            trained = f"task {entry.name!r} was trained with CRMA, and " if asked is None and entry else ""
+            raise NoBackbone(
+                f"{trained}no CRMA backbone is loaded here; send crma: false to go without",
+                field="crma",
+                value=asked,
+                allowed=False,
+            )
+        return _sound(self._view.backbone)
+
+    def _read(self, trusted: bool) -> _View:
+        channels = self.store.channels()
+        tasks = {
+            name: {
+                version: self._checked(partial(self.store.task, name, version), trusted)
+                for version in dict.fromkeys((*self.store.task_versions(name), serving))
+            }
+            for name, serving in channels.tasks.items()
+        }
+        backbone: BackboneEntry | StoreError | None = None
+        if self._load_backbone and channels.backbone is not None:
+            backbone = self._checked(partial(read_backbone, self.store.root, channels.backbone), trusted)
+        return _View(tasks, dict(channels.tasks), backbone)
+
+    def _checked(self, read: Callable[[], Entry], trusted: bool) -> Entry | StoreError:
+        """The entry, its weights read and checked once in this process; or what is wrong with it."""
+        try:
+            entry = read()
+            if not trusted and entry.digest not in self._sound:
+                entry.load(self._shapes)
+        except StoreError as error:
+            if self.verified:  # at the start, `verify` has said so
+                log.error("adapter store: not served: %s", error.message)
+                self._metrics.verification_failures.inc()
+            return error
+        self._sound.add(entry.digest)
+        return entry
+
+    def _fingerprint(self) -> object:
+        """Changes when channels.json is replaced or a version appears or goes."""
+        root = self.store.root
+        try:
+            stat = (root / "channels.json").stat()
+        except FileNotFoundError:
+            return None
+        versions = sorted(str(path) for path in root.glob("tasks/*/v*"))
+        return stat.st_mtime_ns, stat.st_ino, stat.st_size, versions
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._poll_s)
+            try:
+                await self.refresh()
+            except Exception:
+                log.exception("adapter store: could not be looked at; what served goes on")
+
+
+def _sound(entry: Entry | StoreError) -> Entry:
+    """The entry; or its problem, raised as a copy: one instance raised again and again would gather tracebacks."""
+    if isinstance(entry, StoreError):
+        raise copy.copy(entry)
+    return entry

@@ -1,0 +1,265 @@
+"""Bodies of requests and answers. Strict: an unknown field, a number as text or a bool as a number is refused.
+
+Limits that are settings (max_n, max_stop, request_timeout_s, …) are checked where the settings are (frontend, routes).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import PydanticCustomError
+
+from crma.question_set import MAX_ITEMS
+from crma.scorers import SCORERS
+from crma.selection import Variant
+
+MAX_SEED = 2**53 - 1  # the largest integer that every JSON client keeps exact
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        """A field that is not there is named first, with those that are."""
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                name = str(key).encode("utf-8", "backslashreplace").decode()  # a lone surrogate cannot be reported
+                context = {"key": name, "allowed": sorted(cls.model_fields)}
+                raise PydanticCustomError("unknown_field", "unknown field", context)
+        return data
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+def _example(text: str) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [json.loads(text)]})
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
+
+class GenerateRequest(_Body):
+    """One generation. `crma` null: on exactly if the task's adapter was trained with a CRMA backbone."""
+
+    model_config = _example(
+        r"""{"prompt": "Which ICD-10-CM chapter covers \"Cholera\"?", "task": "medical", "crma": true,
+             "max_tokens": 16, "temperature": 0, "seed": 7}"""
+    )
+
+    prompt: str = Field(min_length=1, description="One user turn; put through the adapter's prompt format.")
+    task: str | None = Field(None, description="Task adapter: `name` or `name@version`; null: the base model.")
+    crma: bool | None = Field(None, description="CRMA backbone on or off; null: as the adapter was trained.")
+    max_tokens: int = Field(16, ge=1, description="Most tokens to generate.")
+    temperature: float = Field(0.0, ge=0, le=2, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: off.")
+    seed: Seed | None = Field(None, description="Answer i of n draws from seed + i; null: drawn, and in the answer.")
+    n: int = Field(1, ge=1, description="Answers to draw.")
+    stop: Annotated[list[StopText] | SkipJsonSchema[str], BeforeValidator(_as_list)] = Field(
+        default_factory=list, description="Texts that end an answer and are not part of it; one, or a list."
+    )
+    logprobs: bool = Field(False, description="Log-probability of every token, under the unmodified distribution.")
+    raw: bool = Field(False, description="Send the prompt as it is, without the prompt format.")
+    stream: bool = Field(False, description="Answer as server-sent events: `token`, then `done` or `error`.")
+    ignore_eos: bool = Field(False, description="Go on to max_tokens past the end of the answer; for measurements.")
+    timeout_s: float | None = Field(None, gt=0, description="Deadline of this request; null: the server's.")
+
+
+class QuestionBody(_Body):
+    """One item of an inline question set."""
+
+    id: str = Field(min_length=1)
+    task: str = Field(min_length=1)
+    question: str = Field(min_length=1)
+    answers: list[str] = Field(min_length=1)
+
+
+class AblationRequest(_Body):
+    """Either `question_set` or `questions`. A variant named twice is a null run."""
+
+    model_config = _example(
+        """{"question_set": "public", "tasks": ["medical"], "variants": ["task+crma", "task"], "scorer": "exact",
+            "max_tokens": 16, "seed": 7, "margin": 0.02}"""
+    )
+
+    question_set: str | None = Field(None, description="Name of a question set of the store, such as `public`.")
+    questions: list[QuestionBody] | None = Field(None, min_length=1, max_length=MAX_ITEMS)
+    tasks: list[str] | None = Field(None, min_length=1, description="Only the questions of these tasks.")
+    variants: list[Variant] = Field(default=["task+crma", "task"], min_length=1, max_length=8)
+    scorer: str = Field("exact", description="One of " + ", ".join(SCORERS))
+    max_tokens: int = Field(16, ge=1)
+    seed: Seed = Field(0, description="Of the bootstrap.")
+    margin: float = Field(0.02, gt=0, lt=1, description="Difference within which two variants are equivalent.")
+    repeat: bool = Field(False, description="Run variants of one selection apart instead of sharing results.")
+    timeout_s: float | None = Field(None, gt=0, description="Deadline of each item; null: the server's.")
+    background: bool = Field(False, description="Not honoured in this version: true is refused.")
+
+    @field_validator("background")
+    @classmethod
+    def _direct_only(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("background ablations are not honoured in this version; leave it out")
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> AblationRequest:
+        if (self.question_set is None) == (self.questions is None):
+            raise ValueError("give either question_set or questions")
+        return self
+
+
+class Usage(_Answer):
+    """Tokens of the request; completion_tokens over all n answers."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = Field(description="Prompt tokens whose KV was already there.")
+
+
+class TimingsBody(_Answer):
+    """Seconds from arrival."""
+
+    queue_s: float
+    ttft_s: float | None
+    e2e_s: float
+
+
+class Provenance(_Answer):
+    """Exactly what answered: content digests, engine version, dtype and seed."""
+
+    base: str
+    task: str | None
+    crma: str | None
+    engine: str
+    dtype: str
+    seed: int | None
+
+
+class Choice(_Answer):
+    """One of n answers."""
+
+    index: int
+    text: str = ""
+    finish_reason: Literal["stop", "length"]
+    logprobs: list[float] | None = None
+
+
+class GenerateResponse(_Answer):
+    """`text` and `finish_reason` for one answer, `choices` for more; `logprobs` only where asked for."""
+
+    id: str
+    text: str | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    logprobs: list[float] | None = None
+    choices: list[Choice] | None = None
+    task: str | None = Field(description="As resolved: the name, with @version if it was asked for.")
+    crma: bool = Field(description="As resolved.")
+    usage: Usage
+    timings: TimingsBody
+    provenance: Provenance
+
+
+class QuestionSetInfo(_Answer):
+    """Which questions were asked; the digest is of those asked, after any filter."""
+
+    name: str
+    digest: str
+    items: int
+
+
+class AblationProvenance(_Answer):
+    """What answered, by task: the digests of each adapter; and the one backbone."""
+
+    base: str
+    tasks: dict[str, str]
+    crma: str | None
+    engine: str
+    dtype: str
+    seed: int
+
+
+class AblationResponse(_Answer):
+    """Accuracies are over scored items; failed and timed-out items are counted apart, never as wrong."""
+
+    id: str
+    question_set: QuestionSetInfo
+    scorer: str
+    variants: dict[str, dict[str, Any]]
+    comparisons: list[dict[str, Any]]
+    items: list[dict[str, Any]]
+    provenance: AblationProvenance
+    wall_s: float
+
+
+class ServedModel(_Answer):
+    """The base model, and how it is served."""
+
+    name: str
+    digest: str
+    dtype: str
+    max_model_len: int
+
+
+class BackboneInfo(_Answer):
+    """The CRMA backbone that serves, and what is certified of it."""
+
+    version: str
+    digest: str
+    certificate: dict[str, Any]
+
+
+class TaskInfo(_Answer):
+    """A task's serving version. `lineage`: the backbone it was trained on; null: it never saw one."""
+
+    name: str
+    version: str
+    digest: str
+    rank: int
+    scaling: float
+    target_modules: list[str]
+    lineage: str | None
+    measured: dict[str, Any]
+    resident: bool
+
+
+class AdaptersResponse(_Answer):
+    """What this server can answer with."""
+
+    base: ServedModel
+    backbone: BackboneInfo | None
+    tasks: list[TaskInfo]
+
+
+class Health(_Answer):
+    """State in one word, and why if it is not good."""
+
+    status: str
+    reason: str | None = None
+
+
+class ErrorDetail(_Answer):
+    """What went wrong, where, with which value, and what would have been accepted."""
+
+    code: str
+    message: str
+    field: str | None
+    value: Any
+    allowed: Any
+
+
+class ErrorBody(_Answer):
+    """Every error of these routes."""
+
+    error: ErrorDetail

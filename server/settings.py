@@ -1,0 +1,118 @@
+"""Every setting of the server, in one list. The only place in `server` that reads the environment.
+
+A setting `x` comes from the environment variable `CRMA_X`. A `CRMA_` variable that is no setting is an error: a
+mistyped limit must not be a limit that is silently off.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from crma.errors import ConfigError
+
+PREFIX = "CRMA_"
+
+
+def _setting(default: Any, help: str, **limits: Any) -> Any:
+    return Field(default=default, description=help, **limits)
+
+
+class Settings(BaseSettings):
+    """Frozen; limits are in the unit their name ends in (`_s` seconds, `_bytes`), else they count things."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    host: str = _setting("127.0.0.1", "Address to listen on.")
+    port: int = _setting(8000, "Port to listen on.", ge=0, le=65535)
+
+    home: Path | None = _setting(None, "Where pulled models lie; unset: ~/.cache/crma.")
+    model: str = _setting(
+        "SmolLM2-135M-Instruct", "Base model: the name of a pulled model, or its folder.", min_length=1
+    )
+    store: Path = _setting(Path("adapters_store"), "Folder of the adapter store.")
+    load_backbone: bool = _setting(
+        True, "Whether to load the CRMA backbone; false: every request that needs it gets 409."
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = _setting("auto", "Type of weights and KV cache; auto: by device.")
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Where the model runs; auto: CUDA if there is one.")
+    num_threads: int = _setting(0, "CPU threads of the model; 0: one per core.", ge=0)
+
+    max_num_seqs: int = _setting(16, "Sequences that run at once.", ge=1)
+    max_num_batched_tokens: int = _setting(512, "Tokens of one step, prefill and decode together.", ge=1)
+    max_model_len: int = _setting(
+        2048, "Prompt + answer tokens of one sequence; never above the model's own limit.", ge=2
+    )
+    max_loaded_adapters: int = _setting(
+        32, "Task adapters in memory at once; the least recently used leaves first.", ge=1
+    )
+    max_queue: int = _setting(256, "Requests that may wait; one more gets 429.", ge=1)
+
+    request_timeout_s: float = _setting(120.0, "Deadline of a request, and the longest it may ask for; then 504.", gt=0)
+    drain_timeout_s: float = _setting(30.0, "How long running requests may finish after SIGTERM.", ge=0)
+    max_body_bytes: int = _setting(1 << 20, "Largest request body; above it 413.", ge=1024)
+    max_n: int = _setting(8, "Largest `n` of a request.", ge=1)
+    max_stop: int = _setting(4, "Most `stop` strings of a request.", ge=1)
+    max_ablation_direct: int = _setting(800, "Most item-variants of one /ablation.", ge=1)
+    max_ablation_inflight: int = _setting(8, "Item-variants of all ablations in the engine at once.", ge=1)
+
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = _setting((), "Comma-separated API keys; empty: open to all.")
+    admin_key: SecretStr | None = _setting(None, "Key of the admin routes; unset: they answer 403.")
+
+    log_format: Literal["text", "json"] = _setting("text", "Form of the log on standard error.")
+    max_adapter_labels: int = _setting(64, "Adapters with a metrics label of their own; the rest share `_other`.", ge=0)
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(key.strip() for key in value.split(",") if key.strip()) if isinstance(value, str) else value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003  (the signature is pydantic-settings')
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then the environment; no .env file, no secrets folder."""
+        return init_settings, env_settings
+
+    @classmethod
+    def load(cls) -> Settings:
+        """Settings from the environment. Raises ConfigError that names the variable and what it may be."""
+        known = {PREFIX + name.upper() for name in cls.model_fields}
+        for name in os.environ:
+            if name.upper().startswith(PREFIX) and name.upper() not in known:
+                raise ConfigError(f"{name} is not a setting", field=name, value=None, allowed=sorted(known))
+        try:
+            return cls()
+        except ValidationError as error:
+            raise _config_error(error) from None
+
+    @classmethod
+    def table(cls) -> Iterator[tuple[str, str, str]]:
+        """(environment variable, default, help) of every setting, in order: the README's table."""
+        for name, field in cls.model_fields.items():
+            default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+            shown = str(default).lower() if isinstance(default, bool) else "" if default is None else str(default)
+            yield PREFIX + name.upper(), shown, field.description or ""
+
+
+def _config_error(error: ValidationError) -> ConfigError:
+    """The first problem as one sentence. A secret's value is not repeated."""
+    first: Mapping[str, Any] = error.errors(include_url=False)[0]
+    name = str(first["loc"][0])
+    secret = name in ("api_keys", "admin_key")
+    return ConfigError(
+        f"{PREFIX}{name.upper()} cannot be used: {first['msg']}",
+        field=PREFIX + name.upper(),
+        value=None if secret else first.get("input"),
+        allowed=Settings.model_fields[name].description,
+    )

@@ -1,0 +1,136 @@
+"""POST /ablation: which generations run, what counts as an answer, and that it leaves room for others."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from server.engine.request import EngineStopped, FinishReason, QueueFull, Request
+from server.schemas import AblationResponse
+
+from .conftest import BASE, Serve, Served
+
+
+def question(i: int = 0, **change: Any) -> dict[str, Any]:
+    return {"id": f"q{i}", "task": "medical", "question": "Which?", "answers": ["one two"], **change}
+
+
+async def ablate(served: Served, status: int = 200, **body: Any) -> dict[str, Any]:
+    response = await served.client.post("/ablation", json=body)
+    assert response.status_code == status, response.text
+    return response.json() if status == 200 else response.json()["error"]
+
+
+async def test_the_answer_is_as_the_contract_says(served: Served) -> None:
+    served.engine.answer = lambda request: "one two" if request.selection.crma_digest else "no"
+    body = await ablate(served, question_set="public", tasks=["medical"], variants=["task+crma", "task"], seed=7)
+    AblationResponse.model_validate(body)
+    keys = ["id", "question_set", "scorer", "variants", "comparisons", "items", "provenance", "wall_s"]
+    assert list(body) == keys
+    assert body["question_set"]["name"] == "public"
+    assert body["question_set"]["items"] == 3
+    counts = [(name, v["correct"], v["scored"], v["failed"], v["timed_out"]) for name, v in body["variants"].items()]
+    assert counts == [("task+crma", 3, 3, 0, 0), ("task", 0, 3, 0, 0)]
+    assert body["comparisons"][0]["difference"] == 1
+    assert body["items"][0]["outputs"]["task"] == {"text": "no", "correct": False}
+    selections = {request.selection for request in served.engine.requests[1:]}
+    assert {s.task_digest for s in selections} == {body["provenance"]["tasks"]["medical"]}
+    assert {s.crma_digest for s in selections} == {body["provenance"]["crma"], None}
+    assert body["provenance"]["base"] == BASE.digest
+    assert all(request.sampling.temperature == 0 for request in served.engine.requests)
+
+
+async def test_each_variant_means_its_own_adapters(served: Served) -> None:
+    await ablate(served, questions=[question()], variants=["base", "task", "crma", "task+crma"])
+    assert [r.selection.variant for r in served.engine.requests[1:]] == ["base", "task", "crma", "task+crma"]
+
+
+async def test_a_null_run_shares_results_and_repeat_does_not(served: Served) -> None:
+    body = await ablate(served, questions=[question()], variants=["task", "task"])
+    assert list(body["variants"]) == ["task", "task#2"]
+    assert len(served.engine.requests[1:]) == 1
+    await ablate(served, questions=[question()], variants=["task", "task"], repeat=True)
+    assert len(served.engine.requests[1:]) == 3
+
+
+async def test_a_late_or_failed_item_is_no_wrong_answer(served: Served) -> None:
+    served.engine.fail_at_once = True
+    for ending, count in (((FinishReason.ABORT, "deadline"), "timed_out"), ((FinishReason.ERROR, "lost"), "failed")):
+        served.engine.ending = ending
+        variant = (await ablate(served, questions=[question()], variants=["task"]))["variants"]["task"]
+        assert (variant[count], variant["scored"], variant["accuracy"]) == (1, 0, None)
+
+
+async def test_a_full_queue_is_waited_out_until_the_items_deadline(served: Served) -> None:
+    served.engine.refusal = QueueFull(1, 0.001)
+
+    def free() -> None:
+        served.engine.refusal = None
+
+    asyncio.get_running_loop().call_later(0.02, free)
+    assert (await ablate(served, questions=[question()], variants=["task"]))["variants"]["task"]["scored"] == 1
+    served.engine.refusal = QueueFull(1, 5)
+    body = await ablate(served, questions=[question()], variants=["task"], timeout_s=0.01)
+    assert body["variants"]["task"]["timed_out"] == 1
+
+
+async def test_few_items_are_in_the_engine_at_once(serve: Serve) -> None:
+    served = await serve(max_ablation_inflight=2)
+    await asyncio.gather(*(ablate(served, questions=[question(i) for i in range(6)], variants=["task"]) for _ in "ab"))
+    assert served.engine.most_running == 2
+
+
+async def test_a_stopping_engine_ends_the_whole_ablation(served: Served) -> None:
+    def stop_at_second(request: Request) -> str:
+        served.engine.refusal = EngineStopped("stopping")
+        return "one two"
+
+    served.engine.answer = stop_at_second
+    error = await ablate(served, 503, questions=[question(i) for i in range(40)], variants=["task"])
+    assert error["code"] == "draining"
+    assert served.engine.running == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "field"),
+    [
+        ({}, 422, "body"),
+        ({"question_set": "public", "questions": [question()]}, 422, "body"),
+        ({"question_set": "nowhere"}, 404, "question_set"),
+        ({"question_set": "../public"}, 404, "question_set"),
+        ({"question_set": "public", "tasks": ["finance"]}, 422, "tasks"),
+        ({"questions": []}, 422, "questions"),
+        ({"questions": [question(), question()]}, 422, "questions[1].id"),
+        ({"questions": [question(answers=["?"])]}, 422, "questions[0].answers[0]"),
+        ({"questions": [question(hint="x")]}, 422, "questions.0.hint"),
+        ({"questions": [question(task="finance")]}, 404, "task"),
+        ({"questions": [question(task="legal")]}, 409, "crma"),
+        ({"questions": [question()], "variants": ["tasks"]}, 422, "variants.0"),
+        ({"questions": [question()], "scorer": "vibes"}, 422, "scorer"),
+        ({"questions": [question()], "margin": 0}, 422, "margin"),
+        ({"questions": [question()], "background": True}, 422, "background"),
+        ({"questions": [question(i) for i in range(5)], "variants": ["task", "base"]}, 422, "questions"),
+    ],
+)
+async def test_what_cannot_be_asked_is_refused_before_anything_runs(
+    serve: Serve, body: dict[str, Any], status: int, field: str
+) -> None:
+    served = await serve(max_ablation_direct=9)
+    error = await ablate(served, status, **body)
+    assert error["field"] == field
+    assert len(served.engine.requests) == 1  # the warm-up
+
+
+async def test_the_limit_is_named_and_what_would_be_beyond_it(serve: Serve) -> None:
+    served = await serve(max_ablation_direct=1)
+    error = await ablate(served, 422, questions=[question()], variants=["task", "base"])
+    assert (error["value"], error["allowed"]) == (2, "<= 1 item-variants")
+    assert '"background": true' in error["message"]
+
+
+async def test_the_last_accuracies_are_metrics(served: Served) -> None:
+    await ablate(served, questions=[question()], variants=["task"])
+    text = (await served.client.get("/metrics")).text
+    assert 'crma_last_ablation_accuracy{variant="task"} 1.0' in text

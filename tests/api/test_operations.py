@@ -1,0 +1,105 @@
+"""Health, metrics, documentation, request ids and logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+
+import pytest
+
+from server.log import _Format
+
+from .conftest import Serve, Served
+
+
+async def test_ready_only_after_the_store_is_verified_and_a_step_has_run(serve: Serve) -> None:
+    served = await serve(wait=False)
+    assert (await served.client.get("/healthz")).status_code == 200
+    early = await served.client.get("/readyz")
+    assert (early.status_code, early.json()["status"]) == (503, "not_ready")
+    await served.app.state.starting
+    assert (await served.client.get("/readyz")).status_code == 200
+    served.engine.requests.clear()
+    assert (await served.client.get("/readyz")).json()["reason"] == "no step has run yet"
+    served.app.state.frontend.draining = True
+    assert (await served.client.get("/readyz")).json()["reason"] == "stopping"
+
+
+async def test_the_metrics_of_the_contract(served: Served) -> None:
+    await served.generate(task="medical", crma=True)
+    await served.generate(task="legal")
+    text = (await served.client.get("/metrics")).text
+    names = set(re.findall(r"^([a-z0-9_:]+)(?:{| )", text, re.MULTILINE))
+    histograms = ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds")
+    expected = [
+        *(f"crma_{name}_{part}" for name in (*histograms, "request_queue_time_seconds") for part in ("bucket", "sum")),
+        *(f"crma_num_requests_{state}" for state in ("running", "waiting")),
+        "crma_kv_cache_usage_perc",
+        *(f"crma_{name}_total" for name in ("prompt_tokens", "generation_tokens", "request_success")),
+        *(f"crma_prefix_cache_{name}_total" for name in ("queries", "hits")),
+        *("crma_adapter_resident", "crma_adapter_load_seconds_count", "crma_adapter_load_seconds_sum"),
+        *("crma_adapter_evictions_total", "crma_adapter_verification_failures_total"),
+        *("crma_backbone_info", "crma_spectral_bound", "crma_http_responses_total", "vllm:lora_requests_info"),
+    ]
+    assert set(expected) - names == set()
+    assert 'crma_request_success_total{adapter="medical",crma="on",finished_reason="stop"} 1.0' in text
+    assert 'crma_request_success_total{adapter="legal",crma="off",finished_reason="stop"} 1.0' in text
+    assert 'crma_time_to_first_token_seconds_count{adapter="medical",crma="on"} 1.0' in text
+    assert 'crma_inter_token_latency_seconds_count{adapter="medical",crma="on"} 1.0' in text
+    assert 'running_lora_adapters="legal,medical"' in text
+    assert 'crma_adapter_resident{adapter="medical"} 1.0' in text
+    assert float(re.search(r"^crma_spectral_bound (\S+)", text, re.MULTILINE).group(1)) >= 1.0
+
+
+async def test_adapter_labels_are_bounded(serve: Serve) -> None:
+    served = await serve(max_adapter_labels=1)
+    for task in ("legal", "medical", "nowhere"):
+        await served.generate(task=task)
+    text = (await served.client.get("/metrics")).text
+    assert set(re.findall(r'success_total{adapter="([^"]*)"', text)) == {"legal", "_other"}
+    assert "nowhere" not in text
+
+
+async def test_unknown_paths_make_no_series(served: Served) -> None:
+    await served.client.get("/some/path/of/a/client")
+    assert 'crma_http_responses_total{route="unknown",status="404"} 1.0' in (await served.client.get("/metrics")).text
+
+
+async def test_the_documentation_needs_nothing_from_elsewhere(served: Served) -> None:
+    page = (await served.client.get("/docs")).text
+    assert "openapi.json" in page
+    assert not re.search(r"https?://", page)
+    schema = (await served.client.get("/openapi.json")).json()
+    generate = schema["paths"]["/generate"]["post"]
+    assert set(generate["responses"]) == {"200", *map(str, (400, 401, 404, 409, 413, 422, 429, 500, 503, 504))}
+    assert schema["components"]["schemas"]["GenerateRequest"]["examples"][0]["task"] == "medical"
+    described = [op["description"] for path in schema["paths"].values() for op in path.values()]
+    assert all(described)
+
+
+async def test_a_request_id_comes_back_if_it_is_plain(served: Served) -> None:
+    async def answered(sent: str) -> str:
+        return (await served.client.get("/healthz", headers={"X-Request-Id": sent})).headers["X-Request-Id"]
+
+    assert await answered("abc-1.2") == "abc-1.2"
+    for bad in ("", "a b", "x" * 65, "a\tb"):
+        assert re.fullmatch(r"[0-9a-f]{32}", await answered(bad))
+
+
+async def test_the_log_has_the_id_and_the_digest_and_never_the_prompt(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for body in ({}, {"task": "medical", "crma": True}, {"temperature": -1}):
+        await served.generate(prompt="my secret", **body)
+    served.engine.refusal = ValueError("inside")
+    await served.generate(prompt="my secret")
+    lines = [json.loads(_Format("json").format(record)) for record in caplog.records if record.name == "server.access"]
+    assert [line["status"] for line in lines] == [200, 200, 422, 500]
+    assert lines[1]["task"] == served.engine.requests[-1].selection.task_digest
+    assert lines[1]["crma"] is True
+    assert len({line["request_id"] for line in lines}) == 4
+    everything = [_Format(form).format(record) for record in caplog.records for form in ("json", "text")]
+    assert any("inside" in line for line in everything)
+    assert not any("secret" in line for line in everything)

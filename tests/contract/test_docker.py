@@ -1,0 +1,78 @@
+"""There is no Docker engine where these tests run: what can be read without one is checked here."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from server.engine.request import EngineStats
+from server.metrics import Metrics
+from server.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+READERS = ["docker/alerts.yml", "docker/grafana/dashboards/crma.json"]
+
+
+def served_names() -> set[str]:
+    """Every sample name that /metrics can have."""
+    metrics = Metrics(CollectorRegistry())
+    metrics.watch(EngineStats, dict, 1)
+    names = set()
+    for family in metrics.registry.collect():
+        ends = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "summary": ("_count", "_sum")}
+        names.update(family.name + end for end in ends.get(family.type, ("",)))
+    return names
+
+
+@pytest.mark.parametrize("path", READERS)
+def test_what_dashboards_and_alerts_read_is_served(path: str) -> None:
+    """A renamed metric would leave an alert that never fires."""
+    read = set(re.findall(r"\bcrma_[a-z0-9_]+", (ROOT / path).read_text("utf-8")))
+    assert read
+    assert read <= served_names()
+
+
+def test_the_image_and_compose_set_settings_that_exist() -> None:
+    known = {name for name, _, _ in Settings.table()}
+    for path in ("Dockerfile", "docker/compose.yaml", "docker/alerts.yml", "Makefile"):
+        assert set(re.findall(r"\bCRMA_[A-Z_]+\b", (ROOT / path).read_text("utf-8"))) <= known, path
+
+
+def dockerfile_command(instruction: str) -> list[str]:
+    """The exec form that follows `instruction`, with its continued lines joined as Docker joins them."""
+    joined = (ROOT / "Dockerfile").read_text("utf-8").replace("\\\n", "")
+    return json.loads(re.findall(rf"^{instruction}.*?(\[.*\])$", joined, re.MULTILINE)[-1])
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
+def test_the_health_check_passes_only_when_ready(status: int, code: int) -> None:
+    class Ready(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/readyz" else 404)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        command = [sys.executable, *dockerfile_command("HEALTHCHECK")[1:]]
+        done = subprocess.run(command, env={"CRMA_PORT": str(server.server_port)}, check=False, timeout=30)
+        thread.join()
+    assert done.returncode == code
+
+
+def test_the_start_command_is_valid_shell() -> None:
+    shell, option, script = dockerfile_command("CMD")
+    assert (shell, option) == ("sh", "-c")
+    assert subprocess.run([shell, "-n", option, script], check=False).returncode == 0
+    assert "exec python -m server" in script, "the server must be the process that gets SIGTERM"

@@ -1,0 +1,27 @@
+"""crma.baselines: what a trained adapter has to beat."""
+
+from __future__ import annotations
+
+from crma.baselines import majority, naive_bayes
+from crma.data import Example
+
+
+def test_majority_is_the_most_common_completion_and_breaks_ties_by_alphabet() -> None:
+    assert majority([Example("1", "b"), Example("2", "b"), Example("3", "a")]) == "b"
+    assert majority([Example("1", "b"), Example("2", "a")]) == "a"
+
+
+def test_naive_bayes_learns_from_words_and_from_parts_of_words() -> None:
+    train = [
+        Example("kinase activity", "function"),
+        Example("ligase activity", "function"),
+        Example("cell death", "process"),
+        Example("cell growth", "process"),
+    ]
+    test = [Example("synthase", ""), Example("death of a cell", ""), Example("activity", "")]
+    assert naive_bayes(train, test) == ["function", "process", "function"]
+
+
+def test_naive_bayes_falls_back_on_the_prior_for_a_prompt_it_knows_nothing_of() -> None:
+    train = [Example("ab", "x"), Example("cd", "y"), Example("ef", "y")]
+    assert naive_bayes(train, [Example("zzzz", "")]) == ["y"]

@@ -1,0 +1,147 @@
+"""crma.sources: how facts become questions with closed answers, on small files in the sources' own formats."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from crma import sources
+from crma.errors import DataError
+from crma.sources import read_domain
+
+ICD = """<ICD10CM.tabular>
+  <chapter><name>1</name><desc>Certain infectious and parasitic diseases (A00-B99)</desc><section>
+    <diag><name>A00</name><desc>Cholera</desc><diag><name>A00.0</name><desc>Too fine</desc></diag></diag>
+  </section></chapter>
+  <chapter><name>9</name><desc>Diseases of the circulatory system (I00-I99)</desc><section>
+    <diag><name>I00</name><desc>Rheumatic fever</desc></diag><diag><name>I01</name><desc>{long}</desc></diag>
+  </section></chapter>
+</ICD10CM.tabular>"""
+
+
+def test_medical_asks_for_the_chapter_of_each_category(tmp_path: Path) -> None:
+    path = tmp_path / "icd.xml"
+    path.write_text(ICD.format(long="x" * 81))
+    assert read_domain("medical", path) == [
+        ('Which ICD-10-CM chapter covers "Cholera"?', "infectious diseases"),
+        ('Which ICD-10-CM chapter covers "Rheumatic fever"?', "circulatory diseases"),
+    ]
+
+
+def test_legal_leaves_out_names_that_tell_and_places_that_are_rare(tmp_path: Path) -> None:
+    courts = [
+        ("Stark Circuit Court", "Ohio"),
+        ("Knox Circuit Court", "Ohio"),
+        ("Ohio Supreme Court", "Ohio"),
+        ("Newburgh Recorder's Court", "New York"),
+        ("Court of the New Town", "New York"),
+        ("Yonkers Court", "New York"),
+        ("Tax Court", "DC"),
+        ("Police Court", "Washignton D.C."),
+        ("Supreme Court of the Marshes", "United States"),
+        ("Consular Court", "Panama"),
+    ]
+    path = tmp_path / "courts.json"
+    path.write_text(json.dumps([{"name": name, "location": place} for name, place in courts]))
+    assert read_domain("legal", path) == [
+        (f'Which state or territory has the court "{name}"?', label)
+        for name, label in [
+            ("Stark Circuit Court", "ohio"),
+            ("Knox Circuit Court", "ohio"),
+            ("Newburgh Recorder's Court", "new york"),
+            ("Yonkers Court", "new york"),
+            ("Tax Court", "district of columbia"),
+            ("Police Court", "district of columbia"),
+        ]
+    ]
+
+
+def test_finance_splits_tags_into_words_and_keeps_sure_us_gaap_mappings_only(tmp_path: Path) -> None:
+    mapping = {
+        "_metadata": {"version": "3"},
+        "AccountsPayableCurrent": {"section": "Current Liabilities", "confidence": 0.5},
+        "OtherIRAAssets2": {"section": "Current Assets", "confidence": 1.0},
+        "Unsure": {"section": "Equity", "confidence": 0.49},
+        "Rare": {"section": "Banking Revenue", "confidence": 1.0},
+        "Nowhere": {"section": None, "confidence": 1.0},
+        "ifrs-full_Assets": {"section": "Current Assets", "confidence": 1.0},
+    }
+    path = tmp_path / "gaap.json"
+    path.write_text(json.dumps(mapping))
+    assert read_domain("finance", path) == [
+        ('Which section of a financial report lists "accounts payable current"?', "current liabilities"),
+        ('Which section of a financial report lists "other ira assets 2"?', "current assets"),
+    ]
+
+
+def test_code_is_parsed_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MODULES", "heapq asyncio")
+    (tmp_path / "heapq.py").write_text(
+        "raise SystemExit('imported')\n"
+        'def nlargest(n):\n    """Find the n largest\n    elements. In order."""\n'
+        'def tell():\n    """This is what heapq does."""\n'
+        'def shared():\n    """Defined in two modules."""\n'
+        'def called():\n    """called() -> nothing at all"""\n'
+        'def heapify(x):\n    """Transform a list into a heap."""\n'  # kept for the public questions
+        'def _private():\n    """Not for users of this."""\n'
+        "def silent(): ...\n"
+    )
+    package = tmp_path / "asyncio"
+    package.mkdir()
+    (package / "tasks.py").write_text(
+        'class Task:\n    """A coroutine."""\n    def shared(self):\n        """Of a class."""\n'
+    )
+    (package / "timeouts.py").write_text('def timeout():\n    """Differs between patch releases."""\n')
+    assert read_domain("code", tmp_path) == [
+        ('Which Python module defines "nlargest"? Find the n largest elements.', "heapq"),
+        ('Which Python module defines "Task"? A coroutine.', "asyncio"),
+    ]
+
+
+def test_science_reads_the_three_namespaces(tmp_path: Path) -> None:
+    path = tmp_path / "GO.sqlite"
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE go_term (term TEXT, ontology TEXT)")
+        rows = [("axon", "CC"), ("kinase activity", "MF"), ("sleep", "BP"), ("all", "universal")]
+        database.executemany("INSERT INTO go_term VALUES (?, ?)", rows)
+    database.close()
+    assert [answer for _, answer in read_domain("science", path)] == [
+        "cellular component",
+        "molecular function",
+        "biological process",
+    ]
+
+
+@pytest.mark.parametrize("domain", sources.DOMAINS)
+def test_a_file_of_another_format_is_reported_by_name(tmp_path: Path, domain: str) -> None:
+    path = tmp_path / "wrong"
+    path.write_bytes(b'{"a": 1}')
+    with pytest.raises(DataError, match=f"wrong is not a source of the {domain} domain"):
+        read_domain(domain, path)
+
+
+def test_code_needs_cpython_311_unless_its_library_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "python_version", lambda: "3.12.1")
+    with pytest.raises(DataError, match=r"CPython 3\.11 and this is CPython 3\.12"):
+        read_domain("code")
+    assert sources.obstacle("code", tmp_path) is None
+
+
+def test_science_needs_apt_unless_its_file_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match=r"apt-get and dpkg-deb .* GO\.sqlite"):
+        read_domain("science")
+    assert sources.obstacle("science", tmp_path) is None
+
+
+def test_every_label_is_one_to_four_lower_case_words() -> None:
+    labels = {*sources.ICD_CHAPTERS, *sources.REPORT_SECTIONS, *sources.GO_NAMESPACES.values()}
+    assert [label for label in labels if label != label.lower() or not 1 <= len(label.split()) <= 4] == []
+
+
+def test_public_code_questions_ask_for_modules_that_are_trained_on() -> None:
+    assert {module for module, _ in sources.PUBLIC_CODE.values()} <= set(sources.MODULES.split())

@@ -1,0 +1,186 @@
+"""Against published values, scipy's own tests, and what the intervals promise."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from crma import statistics
+from crma.errors import ConfigError
+
+FLIPS = st.lists(st.sampled_from([-1, 0, 1]), min_size=2, max_size=60)
+
+
+@pytest.mark.parametrize(
+    ("correct", "scored", "low", "high"),
+    [
+        (98, 100, 0.930, 0.994),
+        (38, 100, 0.291, 0.478),
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
+        (0, 20, 0.0, 0.1611),  # the same table
+        (1, 29, 0.0061, 0.1718),  # the same table
+    ],
+)
+def test_wilson_gives_published_values(correct: int, scored: int, low: float, high: float) -> None:
+    assert statistics.wilson(correct, scored) == pytest.approx((low, high), abs=6e-4)
+
+
+@settings(derandomize=True, max_examples=80, deadline=None)
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_lies_in_the_unit_interval_and_holds_the_proportion(counts: tuple[int, int]) -> None:
+    correct, scored = counts
+    low, high = statistics.wilson(correct, scored)
+    assert 0 <= low <= correct / scored <= high <= 1
+    assert high - low > 0
+
+
+@pytest.mark.parametrize(("correct", "scored"), [(0, 0), (2, 1), (-1, 5)])
+def test_wilson_refuses_impossible_counts(correct: int, scored: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        statistics.wilson(correct, scored)
+    assert caught.value.value == (correct, scored)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"),
+    [
+        (69, 1, 2 * 71 / 2**70),  # two tails of Binomial(70, 1/2): 1.2e-19
+        (1, 69, 2 * 71 / 2**70),
+        (5, 1, 14 / 64),
+        (0, 4, 2 / 16),
+        (3, 3, 1.0),
+        (0, 0, 1.0),
+    ],
+)
+def test_mcnemar_is_exact(gained: int, lost: int, p: float) -> None:
+    assert statistics.mcnemar(gained, lost) == pytest.approx(p, rel=1e-9)
+
+
+def test_mcnemar_refuses_negative_counts() -> None:
+    with pytest.raises(ConfigError, match="negative"):
+        statistics.mcnemar(-1, 3)
+
+
+def test_bootstrap_of_two_items_is_the_law_known_by_hand() -> None:
+    # Means of resamples of (0, 1): 0 with probability 1/4, 1/2 with 1/2, 1 with 1/4.
+    assert statistics.paired_bootstrap([0, 1], seed=0, confidence=0.95) == (0.0, 1.0)
+    assert statistics.paired_bootstrap([0, 1], seed=0, confidence=0.40) == (0.5, 0.5)
+
+
+def test_bootstrap_agrees_with_scipys_on_continuous_differences() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(1.0, 1.0, 80), rng.normal(0.6, 1.0, 80)
+    theirs = stats.bootstrap(
+        (a, b),
+        lambda x, y, axis: np.mean(x, axis=axis) - np.mean(y, axis=axis),
+        paired=True,
+        method="percentile",
+        n_resamples=10_000,
+        rng=np.random.default_rng(2),
+    ).confidence_interval
+    ours = statistics.paired_bootstrap((a - b).tolist(), seed=3)
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.02)  # the interval is 0.6 wide
+
+
+def test_bootstrap_covers_the_true_difference_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    trials, hits = 300, 0
+    for trial in range(trials):
+        differences = rng.choice([1, 0, -1], size=60, p=[0.3, 0.6, 0.1])
+        low, high = statistics.paired_bootstrap(differences.tolist(), seed=trial)
+        hits += low <= 0.2 <= high
+    assert 0.90 <= hits / trials <= 0.98
+
+
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(FLIPS, st.integers(0, 2**32 - 1), st.randoms(use_true_random=False))
+def test_bootstrap_depends_on_the_seed_and_not_on_the_order_of_items(differences: list[int], seed: int, random) -> None:
+    first = statistics.paired_bootstrap(differences, seed=seed)
+    shuffled = random.sample(differences, len(differences))
+    assert statistics.paired_bootstrap(shuffled, seed=seed) == first
+    assert -1 <= first[0] <= np.mean(differences) <= first[1] <= 1
+
+
+def test_bootstrap_differs_between_seeds() -> None:
+    differences = np.random.default_rng(0).normal(size=50).tolist()
+    assert statistics.paired_bootstrap(differences, seed=0) != statistics.paired_bootstrap(differences, seed=1)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, math.nan], [1.0, math.inf]])
+def test_spread_of_too_few_or_non_finite_values_is_refused(values: list[float]) -> None:
+    for compute in (
+        lambda: statistics.paired_bootstrap(values, seed=0),
+        lambda: statistics.t_interval(values),
+        lambda: statistics.tost(values, margin=1.0),
+    ):
+        with pytest.raises(ConfigError, match="at least two finite"):
+            compute()
+
+
+@pytest.mark.parametrize(
+    ("differences", "margin", "expected"),
+    [
+        ([0] * 149, 0.02, True),
+        ([0] * 148, 0.02, None),  # 0.98^148 > 5 %: too few items for silence to mean anything
+        ([0] * 5, 0.02, None),
+        ([0] * 100, 0.05, True),
+        ([1] * 69 + [-1] + [0] * 30, 0.02, False),
+        ([1] * 5 + [-1] * 5 + [0] * 990, 0.02, True),  # flips that cancel, few enough
+        ([1] * 62 + [-1] * 62 + [0] * 876, 0.02, True),  # the 95 % interval would be ±0.022: it is the 90 % one
+        ([1] * 250 + [-1] * 250 + [0] * 500, 0.02, False),  # the same difference, too noisy to tell
+    ],
+)
+def test_paired_equivalence_needs_the_interval_inside_the_margin_and_enough_items(
+    differences: list[int], margin: float, expected: bool | None
+) -> None:
+    assert statistics.paired_equivalence(differences, margin=margin, seed=0) is expected
+
+
+@pytest.mark.parametrize("margin", [0, -0.1, 1, math.nan, math.inf])
+def test_paired_equivalence_refuses_a_margin_that_is_no_share(margin: float) -> None:
+    with pytest.raises(ConfigError) as caught:
+        statistics.paired_equivalence([0, 1], margin=margin, seed=0)
+    assert (caught.value.field, caught.value.allowed) == ("margin", "0 < margin < 1")
+
+
+def test_t_interval_gives_the_textbook_value() -> None:
+    # 1..5: mean 3, s = sqrt(2.5), t(0.975, 4) = 2.776
+    assert statistics.t_interval([1, 2, 3, 4, 5]) == pytest.approx((3 - 1.963, 3 + 1.963), abs=1e-3)
+
+
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(st.lists(st.integers(-400, 400).map(lambda i: i / 8), min_size=3, max_size=12), st.floats(0.1, 60))
+def test_tost_is_the_larger_of_scipys_one_sided_tests(values: list[float], margin: float) -> None:
+    found = statistics.tost(values, margin=margin)
+    if len(set(values)) == 1:
+        assert found.p == (0.0 if abs(values[0]) < margin else 1.0)
+    else:
+        above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
+        below = stats.ttest_1samp(values, margin, alternative="less").pvalue
+        assert found.p == pytest.approx(max(above, below), rel=1e-6, abs=1e-12)
+    assert found.equivalent == (found.p < 0.05)
+
+
+def test_tost_says_no_drift_only_within_the_margin() -> None:
+    drift = [0.02, -0.03, 0.01]  # percent, over three seeds
+    assert statistics.tost(drift, margin=0.5).equivalent
+    assert not statistics.tost([0.4, 0.6, 0.5], margin=0.5).equivalent
+    assert not statistics.tost([-0.4, 0.3, 0.1], margin=0.5).equivalent  # near zero on average, too scattered to say
+
+
+def test_equal_values_have_no_width_and_no_doubt() -> None:
+    assert statistics.t_interval([0.1, 0.1, 0.1]) == (0.1, 0.1)
+    assert statistics.tost([0.0, 0.0], margin=0.5) == (0.0, True)
+    assert statistics.tost([0.5, 0.5], margin=0.5) == (1.0, False)
+
+
+@pytest.mark.parametrize("margin", [0.0, -1.0, math.nan, math.inf])
+def test_tost_refuses_a_margin_that_is_none(margin: float) -> None:
+    with pytest.raises(ConfigError) as caught:
+        statistics.tost([0.0, 1.0], margin=margin)
+    assert caught.value.field == "margin"

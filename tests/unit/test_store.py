@@ -1,0 +1,372 @@
+"""The store: what is published comes back, whatever dies on the way; channels say what serves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from published import (
+    BASE,
+    FORMAT,
+    OTHER,
+    SHAPES,
+    TRAINED,
+    make_backbone,
+    make_lora,
+    publish,
+    publish_backbone,
+)
+
+from crma.errors import AlreadyExists, BaseMismatch, InvalidAdapter, LineageMismatch, NotFound, StoreError
+from crma.manifest import Blend, content_digest, file_digest
+from crma.store import AdapterStore, backbone_digest
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[AdapterStore]:
+    """An empty store; whatever a test does to it through its methods must leave it sound."""
+    store = AdapterStore(tmp_path / "store")
+    yield store
+    store.check_integrity()
+
+
+@pytest.fixture
+def full(store: AdapterStore) -> AdapterStore:
+    backbone = publish_backbone(store)
+    publish(store, backbone=backbone.digest)
+    return store
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Publishing ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_store_holds_nothing_and_writes_nothing(store: AdapterStore) -> None:
+    assert store.task_names() == store.task_versions("medical") == store.backbone_versions() == ()
+    assert store.backbone() is None
+    assert store.verify() == []
+    with pytest.raises(NotFound):
+        store.task("medical")
+    assert not store.root.exists()
+
+
+def test_a_published_task_comes_back_as_it_was_stored(store: AdapterStore) -> None:
+    entry = publish(store)
+    assert store.task("medical") == store.task("medical", "v1") == entry
+    assert entry.prompt_format == FORMAT
+    assert entry.manifest.trained_on == TRAINED
+    assert (entry.manifest.rank, entry.manifest.alpha, entry.manifest.scaling) == (4, 8.0, 2.0)
+    assert entry.digest == content_digest({name: file_digest(entry.path / name) for name in entry.manifest.files})
+    loaded = entry.load(SHAPES)
+    for path, pair in make_lora().pairs.items():
+        assert torch.equal(loaded.pairs[path].A, pair.A.bfloat16())
+        assert torch.equal(loaded.pairs[path].B, pair.B.bfloat16())
+        assert loaded.pairs[path].scaling == pair.scaling
+
+
+def test_publishing_what_was_loaded_gives_the_same_bytes_and_digest(full: AdapterStore) -> None:
+    first, backbone = full.task("medical"), full.backbone()
+    assert backbone is not None
+    again = full.publish_task(
+        "again", first.load(), base=BASE, backbone=None, prompt_format=None, trained_on=None, measured={}, licence="MIT"
+    )
+    assert again.digest == first.digest
+    for name in first.manifest.files:
+        assert (again.path / name).read_bytes() == (first.path / name).read_bytes()
+    assert backbone_digest(backbone.load()) == backbone.digest
+
+
+def test_a_published_backbone_comes_back_bit_for_bit_with_its_certificate(store: AdapterStore) -> None:
+    first = publish_backbone(store)
+    blend = Blend(parents=(first.digest, first.digest), **{"lambda": 0.5})
+    second = publish_backbone(store, seed=1, lineage=[first.digest], blend=blend)
+    assert store.backbone() == second
+    assert store.backbone("v1") == first
+    for name, tensor in make_backbone(1).tensors().items():
+        assert torch.equal(second.load(SHAPES).tensors()[name], tensor)
+    assert "max_movement" not in first.manifest.certificate
+    assert second.manifest.certificate["max_movement"] > 0
+    assert second.manifest.blend == blend
+    assert second.descends_from(first.digest)
+    assert second.descends_from(second.digest)
+    assert not first.descends_from(second.digest)
+
+
+def test_a_version_is_published_once_and_the_next_free_one_is_the_default(store: AdapterStore) -> None:
+    first = publish(store, version="v9")
+    before = contents(store.root)
+    with pytest.raises(AlreadyExists) as caught:
+        publish(store, seed=1, version="v9")
+    assert caught.value.value == "v9"
+    assert contents(store.root) == before
+    assert publish(store, seed=1).version == "v10"
+    assert store.task_versions("medical") == ("v9", "v10")
+    assert store.task("medical", "v9") == first
+
+
+def test_a_version_can_be_published_without_serving(store: AdapterStore) -> None:
+    publish(store, serve=False)
+    assert store.task_names() == ()
+    assert store.task_versions("medical") == ("v1",)
+    with pytest.raises(NotFound):
+        store.task("medical")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "../evil"},
+        {"name": "base"},
+        {"version": "../v1"},
+        {"measured": {"loss": float("nan")}},
+        {"measured": {"loss": torch.zeros(1)}},
+        {"backbone": "sha256:" + "d" * 64},
+    ],
+)
+def test_what_cannot_be_published_leaves_the_store_as_it_was(full: AdapterStore, changes: dict[str, Any]) -> None:
+    before = contents(full.root)
+    with pytest.raises(StoreError):
+        publish(full, **{"name": "new", **changes})
+    assert contents(full.root) == before
+
+
+def test_weights_that_are_not_finite_cannot_be_published(store: AdapterStore) -> None:
+    lora, backbone = make_lora(), make_backbone()
+    next(iter(lora.pairs.values())).A[0, 0] = torch.nan
+    with torch.no_grad():
+        backbone.S[0, 0, 0] = torch.inf
+    with pytest.raises(InvalidAdapter, match="NaN"):
+        store.publish_task(
+            "a", lora, base=BASE, backbone=None, prompt_format=None, trained_on=None, measured={}, licence="MIT"
+        )
+    with pytest.raises(InvalidAdapter):
+        store.publish_backbone(backbone, base=BASE, lineage=(), trained_on=None, measured={}, licence="MIT")
+    assert not store.root.exists()
+
+
+def test_a_lineage_that_forgets_an_ancestor_or_changes_the_base_is_refused(store: AdapterStore) -> None:
+    first = publish_backbone(store)
+    second = publish_backbone(store, seed=1, lineage=[first.digest])
+    with pytest.raises(LineageMismatch):
+        publish_backbone(store, seed=2, lineage=[second.digest])
+    with pytest.raises(BaseMismatch):
+        publish_backbone(store, seed=2, lineage=[first.digest], base=OTHER)
+    with pytest.raises(BaseMismatch):
+        publish(store, base=OTHER, backbone=first.digest)
+
+
+# Selections ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_selection_needs_the_same_base_and_a_backbone_of_its_own_lineage(store: AdapterStore) -> None:
+    first = publish_backbone(store)
+    task = publish(store, backbone=first.digest)
+    second = publish_backbone(store, seed=1, lineage=[first.digest])
+    stranger = publish_backbone(store, seed=2, serve=False)
+    imported = publish(store, "imported", backbone=None)
+    younger = publish(store, "younger", backbone=second.digest)
+    for allowed in [(None, None), (task, None), (None, first), (task, first), (task, second), (imported, None)]:
+        store.check_selection(*allowed, BASE.digest)
+    for refused in [(task, stranger), (imported, first), (younger, first)]:
+        with pytest.raises(LineageMismatch):
+            store.check_selection(*refused, BASE.digest)
+    for selection in [(task, None), (None, first)]:
+        with pytest.raises(BaseMismatch) as caught:
+            store.check_selection(*selection, OTHER.digest)
+        assert (caught.value.value, caught.value.allowed) == (BASE.digest, OTHER.digest)
+
+
+# Channels -----------------------------------------------------------------------------------------------------------
+
+
+def test_channels_move_and_roll_back_with_their_evidence(store: AdapterStore) -> None:
+    for seed in range(3):
+        publish(store, seed=seed)
+    store.set_serving("tasks/medical", "v1", evidence={"accuracy": 0.5})
+    assert store.task("medical").version == "v1"
+    history = store.channels().history
+    assert [(change.before, change.after) for change in history] == [
+        (None, "v1"),
+        ("v1", "v2"),
+        ("v2", "v3"),
+        ("v3", "v1"),
+    ]
+    assert history[-1].evidence == {"accuracy": 0.5}
+    for expected in ("v3", "v2", "v1", None):
+        assert store.roll_back("tasks/medical").version("tasks/medical") == expected
+    assert store.task_names() == ()
+    with pytest.raises(NotFound):
+        store.roll_back("tasks/medical")
+
+
+def test_a_task_called_backbone_is_not_the_backbone(store: AdapterStore) -> None:
+    publish(store, "backbone")
+    assert store.backbone() is None
+    publish_backbone(store)
+    store.set_serving("backbone", None)
+    assert store.task_names() == ("backbone",)
+
+
+@pytest.mark.parametrize(
+    ("channel", "version", "error"),
+    [
+        ("tasks/medical", "v7", NotFound),
+        ("tasks/unknown", "v1", NotFound),
+        ("backbone", "v7", NotFound),
+        ("tasks/../backbones", "v1", InvalidAdapter),
+        ("medical", "v1", InvalidAdapter),
+        ("tasks/medical", "../v1", InvalidAdapter),
+    ],
+)
+def test_a_channel_moves_only_to_what_is_there(
+    full: AdapterStore, channel: str, version: str, error: type[StoreError]
+) -> None:
+    before = contents(full.root)
+    with pytest.raises(error):
+        full.set_serving(channel, version)
+    assert contents(full.root) == before
+
+
+def test_writers_at_once_lose_no_change_and_share_no_version(store: AdapterStore) -> None:
+    def work(worker: int) -> None:
+        own = AdapterStore(store.root)
+        for _ in range(3):
+            entry = publish(own, "shared", seed=worker)
+            own.set_serving("tasks/shared", entry.version)
+            publish(own, f"own-{worker}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert store.task_versions("shared") == tuple(f"v{i}" for i in range(1, 13))
+    assert store.task_names() == ("own-0", "own-1", "own-2", "own-3", "shared")
+    changes = [(change.channel, change.after) for change in store.channels().history]
+    assert set(changes) >= {("tasks/shared", f"v{i}") for i in range(1, 13)}
+    assert sum(channel.startswith("tasks/own") for channel, _ in changes) == 4 * 3
+    assert store.verify(base=BASE, shapes=SHAPES) == []
+
+
+class Model(RuleBasedStateMachine):
+    """Publish, serve and roll back in any order against a dictionary that does the same."""
+
+    root: Path
+    runs = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Model.runs += 1
+        self.store = AdapterStore(Model.root / str(Model.runs))
+        self.published: list[str] = []
+        self.served: list[str | None] = [None]
+
+    @rule(serve=st.booleans())
+    def publish(self, serve: bool) -> None:
+        version = publish(self.store, seed=len(self.published), serve=serve).version
+        self.published.append(version)
+        if serve:
+            self.served.append(version)
+
+    @precondition(lambda self: self.published)
+    @rule(data=st.data())
+    def serve(self, data: st.DataObject) -> None:
+        version = data.draw(st.sampled_from([None, *self.published]))
+        self.store.set_serving("tasks/medical", version)
+        if version != self.served[-1]:
+            self.served.append(version)
+
+    @rule()
+    def roll_back(self) -> None:
+        if len(self.served) > 1:
+            self.store.roll_back("tasks/medical")
+            self.served.pop()
+        else:
+            with pytest.raises(NotFound):
+                self.store.roll_back("tasks/medical")
+
+    @invariant()
+    def agrees(self) -> None:
+        assert self.store.task_versions("medical") == tuple(self.published)
+        assert self.store.channels().version("tasks/medical") == self.served[-1]
+        self.store.check_integrity()
+
+
+def test_any_order_of_publish_serve_and_roll_back_gives_what_a_stack_gives(tmp_path: Path) -> None:
+    Model.root = tmp_path
+    run_state_machine_as_test(
+        Model, settings=settings(derandomize=True, max_examples=8, stateful_step_count=10, deadline=None)
+    )
+
+
+# A death at every step ----------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The process died: no handler of an exception runs on."""
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
+    """From the `step`-th change to the file system on, every such call fails; returns a count of the calls made."""
+    calls = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls >= step:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("open", "mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "chmod"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    return lambda: calls
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["first", "next"])
+def test_a_publish_that_dies_at_any_step_shows_the_whole_version_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
+) -> None:
+    template = AdapterStore(tmp_path / "template")
+    if existing:
+        publish(template)
+    outcomes = []
+    for step in range(1, 100):
+        store = AdapterStore(tmp_path / str(step))
+        if existing:
+            shutil.copytree(template.root, store.root)
+        before = store.task_versions("medical")
+        with monkeypatch.context() as patch:
+            die_at(patch, step)
+            try:
+                publish(store, seed=1)
+            except Killed:
+                died = True
+            else:
+                died = False
+        store.check_integrity()
+        assert store.verify(base=BASE, shapes=SHAPES) == []
+        after = store.task_versions("medical")
+        served = store.channels().version("tasks/medical")
+        assert after[: len(before)] == before
+        assert served in (None, *after)
+        outcomes.append((len(after) - len(before), served == after[-1] if after else False))
+        assert len(publish(store, seed=2).version) == 2  # the lock is free, and life goes on
+        store.clean()
+        assert not list(store.root.glob(".publishing-*"))
+        if not died:
+            break
+    assert outcomes == sorted(outcomes)  # nothing, then the version, then the version serving
+    assert {(0, existing), (1, False), (1, True)} == set(outcomes)
+    assert len(outcomes) > 15
