@@ -41,7 +41,9 @@ class CrmaConfig:
                 raise ConfigError(f"{name} must be positive", field=name, value=getattr(self, name), allowed="> 0")
         if not (self.iterations <= 1000 and self.cap <= 60):
             value = f"{self.iterations}, {self.cap}"
-            raise ConfigError("out of range", field="iterations, cap", value=value, allowed="iterations <= 1000, cap <= 60")
+            raise ConfigError(
+                "out of range", field="iterations, cap", value=value, allowed="iterations <= 1000, cap <= 60"
+            )
         if self.rank > self.hidden_size:
             raise ConfigError(
                 "streams x stream rank cannot exceed the hidden size",

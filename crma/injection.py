@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -93,6 +94,16 @@ def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     }
 
 
+def shapes_of_folder(folder: Path) -> dict[str, tuple[int, int]]:
+    """`linear_shapes` of a model folder from its config alone: no weight is read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return linear_shapes(
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        )
+
+
 def target_names(model: PreTrainedModel, which: str) -> tuple[str, ...]:
     """Last names of the linears that `which` stands for: "attention", "all-linear", or a comma-separated list."""
     if which not in ("attention", "all-linear"):
@@ -117,7 +128,7 @@ class Injection:
         self.hidden_size: int = model.config.hidden_size
         self._plan = Plan()
         self._hooks = [model.get_submodule(path).register_forward_hook(self._lora_hook(path)) for path in self.shapes]
-        # torch multiplies a sliced (not contiguous) batch by one copy of the head a row: 57 MB each on the default model.
+        # torch gives every row of a sliced (not contiguous) batch its own copy of the head: 57 MB on the default model.
         head = model.get_output_embeddings()
         self._hooks.append(head.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous()))
         self._hooks += [block.register_forward_hook(self._crma_hook(layer)) for layer, block in enumerate(self.blocks)]

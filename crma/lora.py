@@ -21,7 +21,7 @@ Groups = Sequence[tuple[Tensor | None, "LoraPair"]]
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """rank r and alpha of every pair unless a pair says otherwise; target_modules are the last names of module paths."""
+    """Rank and alpha of every pair unless a pair says otherwise; target_modules are last names of module paths."""
 
     rank: int
     alpha: float
@@ -113,7 +113,7 @@ def new_lora(config: LoraConfig, shapes: Mapping[str, tuple[int, int]], generato
 
 
 def match_targets(target_modules: Iterable[str], shapes: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Module paths whose last name is in `target_modules`, in model order. A target that matches nothing is an error."""
+    """Module paths whose last name is a target, in model order. ConfigError for a target that matches nothing."""
     names = {path.rsplit(".", 1)[-1] for path in shapes}
     wanted = set(target_modules)
     if missing := sorted(wanted - names):

@@ -25,17 +25,17 @@ from crma.adapter import Backbone, CrmaConfig
 from crma.arms import Arm, arm_named
 from crma.config import TrainConfig
 from crma.data import SPLITS, Example, load_split, split_path
+from crma.entry import BackboneEntry, TaskEntry
 from crma.errors import TrainingError
 from crma.evaluate import Encoded, Measure, encode_examples, mean_loss, measure
+from crma.files import replace_file, to_json
 from crma.injection import Injection, Plan, target_names
 from crma.lora import Lora, LoraConfig, match_targets, new_lora
-from crma.files import replace_file, to_json
 from crma.manifest import TrainedOn, file_digest
 from crma.model import load_model, load_tokenizer, resolve_dtype
 from crma.prompts import PromptFormat, chat_format
 from crma.provenance import commit, gemm_flops, hardware
 from crma.pull import BaseModel
-from crma.entry import BackboneEntry, TaskEntry
 from crma.store import AdapterStore
 from crma.train import AdaptedModel, TaskTrainer
 
@@ -293,8 +293,8 @@ class Run:
         }
 
     def _efficiency(self, tokens_per_s: float) -> dict[str, float]:
-        """The share of this machine's GEMM rate: a token costs 2 forward and 2 backward FLOPs per frozen weight it meets
-        (no weight gradients for the base)."""
+        """The share of this machine's GEMM rate. A token costs two forward and two backward FLOPs for every weight of the
+        blocks: the base gets no weight gradients."""
         weights = sum(out * in_ for out, in_ in self.injection.shapes.values())
         limit = gemm_flops(self.model.dtype, self.accelerator.device)
         return {"gemm_gflops": limit / 1e9, "gemm_share": 4 * weights * tokens_per_s / limit}
@@ -321,7 +321,7 @@ def seed_of(seed: int, what: str) -> int:
 
 
 def ship(run: Run, target: AdapterStore) -> list[TaskEntry]:
-    """Publish a finished run as it should serve: the last backbone, and every task's LoRA with its measures under it."""
+    """Publish a finished run as it should serve: the last backbone, and every LoRA with its measures under it."""
     T = len(run.config.tasks)
     if run.arm.crma:
         last = run.backbone_after(T)

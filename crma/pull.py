@@ -94,6 +94,16 @@ def pull(source: str = DEFAULT_MODEL, *, home: Path | None = None) -> BaseModel:
     return _install(name, target, fill)
 
 
+def find_base(model: str = DEFAULT_MODEL, *, home: Path | None = None) -> BaseModel:
+    """A model that was pulled before, by name, hub id or folder. Fetches nothing. Raises PullError."""
+    folders = ((home or cache_home()) / "models" / model.replace("/", "--"), Path(model))
+    for folder in folders:
+        if (folder / BASE_JSON).is_file():
+            return read_base(folder)
+    message = f"There is no pulled model {model!r}: run `crma pull {model}` first."
+    raise PullError(message, field="model", value=model, allowed=[str(folder) for folder in folders])
+
+
 def read_base(folder: Path, *, verify: bool = False) -> BaseModel:
     """Read the `base.json` of a pulled model; with `verify`, also compare every file with its digest.
 

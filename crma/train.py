@@ -165,7 +165,7 @@ class StepLog:
 
 @dataclass
 class TaskTrainer:
-    """Trains one task: what it needs, and where its checkpoint and log live. `start` is where a resumed task goes on."""
+    """Trains one task: what it needs, and the folder where its checkpoint and log live."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -232,7 +232,7 @@ class TaskTrainer:
         return line
 
     def _check(self, step: int, line: dict[str, Any]) -> None:
-        """M's gradient is 0 at step 0 (W = 0) and must be alive in every layer from the tenth step of the first task."""
+        """M's gradient is 0 at step 0 (W = 0) and must be alive in every layer from the tenth step of task 1."""
         if not (self.first_task and step >= ALIVE_FROM_STEP and self.adapted.backbone_moves and "crma" in line):
             return
         if dead := [layer for layer, norm in enumerate(line["crma"]["grad_S"]) if norm == 0.0]:

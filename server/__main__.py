@@ -8,7 +8,6 @@ import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -17,18 +16,17 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from crma.cache import cache_home
-from crma.errors import ConfigError, CrmaError, PullError
+from crma.errors import ConfigError, CrmaError
 from crma.injection import Injection
 from crma.model import load_model, load_tokenizer, resolve_device, resolve_dtype
 from crma.prompts import PromptFormat, chat_format
-from crma.pull import BASE_JSON, BaseModel, read_base
+from crma.pull import BaseModel, find_base
 from crma.store import AdapterStore
 from server import log as logs
 from server.app import create_app
 from server.engine.adapter_pool import AdapterPool
 from server.engine.async_engine import AsyncEngine
-from server.engine.engine import Engine
+from server.engine.engine import Engine, model_stop_ids
 from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
@@ -52,20 +50,6 @@ class BuiltEngine:
     shapes: dict[str, tuple[int, int]]
 
 
-def find_base(settings: Settings) -> BaseModel:
-    """The pulled model that `settings.model` names, or whose folder it is. Fetches nothing. Raises PullError."""
-    folders = ((settings.home or cache_home()) / "models" / settings.model.replace("/", "--"), Path(settings.model))
-    for folder in folders:
-        if (folder / BASE_JSON).is_file():
-            return read_base(folder)
-    raise PullError(
-        f"no pulled model {settings.model!r}: run `crma pull {settings.model}` first",
-        field="CRMA_MODEL",
-        value=settings.model,
-        allowed=[str(folder) for folder in folders],
-    )
-
-
 def build_engine(settings: Settings, base: BaseModel) -> BuiltEngine:
     """Loads the model and starts the engine's thread. Raises CrmaError for what cannot be served as asked."""
     if settings.num_threads:
@@ -75,12 +59,12 @@ def build_engine(settings: Settings, base: BaseModel) -> BuiltEngine:
     injection = Injection(load_model(base, device, dtype))
     pool = AdapterPool(injection, settings.max_loaded_adapters)
     max_model_len = min(settings.max_model_len, injection.model.config.max_position_embeddings)
-    ends = injection.model.generation_config.eos_token_id
+    tokenizer = load_tokenizer(base)
     core = Engine(
         ModelRunner(injection, pool, settings.max_num_seqs),
         Scheduler(settings.max_num_seqs, settings.max_num_batched_tokens),
-        load_tokenizer(base),
-        frozenset([ends] if isinstance(ends, int) else ends or ()),
+        tokenizer,
+        model_stop_ids(tokenizer, injection.model.generation_config.eos_token_id),
         max_model_len,
     )
     engine = AsyncEngine(core, pool, settings.max_queue)
@@ -93,7 +77,7 @@ def build_engine(settings: Settings, base: BaseModel) -> BuiltEngine:
 
 def build(settings: Settings) -> FastAPI:
     """The app on a real engine."""
-    base = find_base(settings)
+    base = find_base(settings.model, home=settings.home)
     built = build_engine(settings, base)
     metrics = Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
     tokenizer = load_tokenizer(base)  # not the engine's: two threads must not share one

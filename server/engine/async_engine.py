@@ -1,4 +1,4 @@
-"""The seam: asyncio on one side, the engine's own thread on the other. `submit`, `abort`, `stats`; nothing else crosses."""
+"""The seam: asyncio on one side, the engine's thread on the other. `submit`, `abort`, `stats`; nothing else crosses."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from server.engine.engine import Engine
 from server.engine.request import (
     EngineStats,
     EngineStopped,
+    FinishReason,
     PromptTooLong,
     QueueFull,
     Request,
     RequestOutput,
+    Timings,
 )
 
 
@@ -29,6 +31,7 @@ class _Stream:
     loop: asyncio.AbstractEventLoop
     queue: asyncio.Queue[list[RequestOutput]]
     open: int
+    aborted: bool = False
 
 
 class AsyncEngine:
@@ -76,6 +79,8 @@ class AsyncEngine:
 
     def abort(self, request_id: str) -> None:
         """End a request in the next step; its stream ends with finish_reason abort. Unknown ids are ignored."""
+        if stream := self._streams.get(request_id):
+            stream.aborted = True
         self._command(lambda: self.engine.abort(request_id))
 
     def stats(self) -> EngineStats:
@@ -90,8 +95,6 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         for request_id in list(self._streams):
             self.abort(request_id)
-        while self._streams and self._thread.is_alive():
-            await asyncio.sleep(0.02)
         with self._wake:
             self._stopped = True
             self._wake.notify()
@@ -100,25 +103,34 @@ class AsyncEngine:
 
     async def _outputs(self, stream: _Stream) -> AsyncIterator[RequestOutput]:
         request = stream.request
-        pinned = False
+        # A future of its own: if the client goes while an adapter loads, the load ends, and its pin is given back.
+        pin = asyncio.ensure_future(asyncio.to_thread(self.pool.pin_selection, request.selection))
         try:
-            await asyncio.to_thread(self.pool.pin_selection, request.selection)
-            pinned = True
-            self._command(lambda: self._add(request))
+            await asyncio.shield(pin)
+            self._command(lambda: self._add(stream))
             while stream.open:
                 for output in await stream.queue.get():
                     stream.open -= output.finish_reason is not None
                     yield output
         finally:
-            if stream.open and pinned:
-                # Pins go only when the engine is done with the sequences: never under a running step.
-                self._command(lambda: self._abort_and_unpin(request))
-            elif pinned:
-                self.pool.unpin_selection(request.selection)
             self._streams.pop(request.id, None)
+            pin.add_done_callback(lambda done: self._release(stream, done))
 
-    def _add(self, request: Request) -> list[RequestOutput]:
-        self.engine.add(request)
+    def _release(self, stream: _Stream, pin: asyncio.Future[None]) -> None:
+        """Give the pins back, but never under a running step: the engine's thread does it once it is done."""
+        if pin.cancelled() or pin.exception() is not None:
+            return
+        self._command(lambda: self._abort_and_unpin(stream.request))
+
+    def _add(self, stream: _Stream) -> list[RequestOutput]:
+        if stream.aborted:
+            now = time.monotonic()
+            timings = Timings(now - stream.request.arrival, None, now - stream.request.arrival)
+            return [
+                RequestOutput(stream.request.id, index, finish_reason=FinishReason.ABORT, timings=timings)
+                for index in range(stream.request.sampling.n)
+            ]
+        self.engine.add(stream.request)
         return []
 
     def _abort_and_unpin(self, request: Request) -> list[RequestOutput]:
@@ -137,7 +149,7 @@ class AsyncEngine:
             with self._wake:
                 while not (self._commands or self.engine.scheduler.has_work() or self._stopped):
                     self._wake.wait()
-                if self._stopped:
+                if self._stopped and not self._commands:
                     return
                 commands = list(self._commands)
                 self._commands.clear()
@@ -158,21 +170,19 @@ class AsyncEngine:
 
     def _snapshot(self) -> EngineStats:
         scheduler, counters, pool = self.engine.scheduler, self.engine.counters, self.pool.stats()
-
-        def adapters(queue: object) -> tuple[str, ...]:
-            return tuple(sorted({s.request.selection.task_digest for s in queue} - {None}))  # type: ignore[attr-defined]
-
+        running = [s.request for s in scheduler.running]
+        waiting = [s.request for s in scheduler.waiting]
         return EngineStats(
-            num_requests_running=len({s.request.id for s in scheduler.running}),
-            num_requests_waiting=len({s.request.id for s in scheduler.waiting}),
+            num_requests_running=len({request.id for request in running}),
+            num_requests_waiting=len({request.id for request in waiting}),
             num_steps=counters.num_steps,
-            kv_cache_usage=len(scheduler.running) / scheduler.max_num_seqs,
+            kv_cache_usage=len(running) / scheduler.max_num_seqs,
             prompt_tokens=counters.prompt_tokens,
             generation_tokens=counters.generation_tokens,
             adapter_loads=pool.loads,
             adapter_load_seconds=pool.load_seconds,
             adapter_evictions=pool.evictions,
             resident=self.pool.resident(),
-            running_adapters=adapters(scheduler.running),
-            waiting_adapters=adapters(scheduler.waiting),
+            running_adapters=tuple(sorted({d for request in running if (d := request.selection.task_digest)})),
+            waiting_adapters=tuple(sorted({d for request in waiting if (d := request.selection.task_digest)})),
         )

@@ -1,0 +1,225 @@
+"""The `crma` command: pull, data, train, verify, evaluate, ablate, import. It never speaks HTTP.
+
+Data goes to stdout, everything else to stderr. The exit code is 0, 1 where something that was checked is wrong, 2
+where the command could not be carried out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from crma.errors import CrmaError
+from crma.pull import DEFAULT_MODEL, find_base
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+StoreFolder = Annotated[Path, typer.Argument(help="The adapter store.")]
+Model = Annotated[str, typer.Option(help="A pulled model's name, or its folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")]
+
+
+def note(text: str) -> None:
+    """A line about what is going on, on stderr."""
+    console.print(text)
+
+
+def show_json(value: Any) -> None:
+    """The result, on stdout."""
+    sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+@app.command()
+def pull(source: Annotated[str, typer.Argument(help="Default model, hub id, or folder.")] = DEFAULT_MODEL) -> None:
+    """Fetch and convert a base model into the cache; does nothing if it is there."""
+    from crma.pull import pull as fetch
+
+    base = fetch(source)
+    note(f"{base.name} {base.digest} in {base.path}")
+
+
+@app.command()
+def data(
+    domains: Annotated[list[str] | None, typer.Argument(help="Domains to build; all that can be if none.")] = None,
+    source: Annotated[list[str] | None, typer.Option(help="DOMAIN=FILE: a source that you already have.")] = None,
+) -> None:
+    """Build the five domains into the cache, and check their digests."""
+    from crma.data import build
+
+    pairs = [text.partition("=") for text in source or ()]
+    show_json(build(domains or None, sources={domain: Path(path) for domain, _, path in pairs}, note=note))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML file; see crma/experiments.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; a killed run goes on there.")] = None,
+    arm: Annotated[str | None, typer.Option(help="Instead of the file's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the file's.")] = None,
+    ship: Annotated[Path | None, typer.Option(help="Publish the result, with its measures, into this store.")] = None,
+) -> None:
+    """Train task after task, measure, and write the run's record."""
+    from crma.config import TrainConfig
+    from crma.protocol import Run
+    from crma.protocol import ship as publish
+    from crma.store import AdapterStore
+
+    settings = TrainConfig.read(config, arm=arm, seed=seed)
+    folder = out or Path("runs") / f"{config.stem}-{settings.arm}-{settings.seed}"
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
+        bar = bars.add_task("loading the model", total=None)
+        run = Run(
+            settings,
+            find_base(settings.model),
+            folder,
+            lambda what, done, total: bars.update(bar, description=what, completed=done, total=total),
+        )
+        record = run.execute()
+        if ship is not None:
+            publish(run, AdapterStore(ship))
+    note(f"record: {folder / 'record.json'}")
+    show_json({key: record[key] for key in ("arm", "seed", "loss", "accuracy", "drift", "norm_log", "training")})
+
+
+@app.command()
+def verify(store: StoreFolder, model: Model = DEFAULT_MODEL, as_json: Json = False) -> None:
+    """Check every file, digest, shape and lineage of a store, and print the backbone's certificate."""
+    from crma.injection import shapes_of_folder
+    from crma.store import AdapterStore
+
+    base = find_base(model)
+    adapters = AdapterStore(store)
+    problems = adapters.verify(base=base, shapes=shapes_of_folder(base.path))
+    serving = adapters.backbone() if not problems else None
+    certificate = {} if serving is None else serving.manifest.certificate
+    if as_json:
+        show_json({"problems": [problem.message for problem in problems], "certificate": certificate})
+    for problem in problems:
+        note(f"[red]✗[/red] {problem.message}")
+    if not problems:
+        summary = {key: certificate[key] for key in certificate if key != "layers"}
+        note(f"[green]✓[/green] {store}: {', '.join(adapters.task_names()) or 'no tasks'}; certificate {summary}")
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def ablate(
+    store: StoreFolder,
+    model: Model = DEFAULT_MODEL,
+    questions: Annotated[Path | None, typer.Option(help="JSON Lines; the store's public set if not given.")] = None,
+    variants: Annotated[str, typer.Option(help="Comma-separated.")] = "task+crma,task,crma,base",
+    scorer: str = "exact",
+    max_tokens: int = 16,
+    margin: float = 0.02,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """The same questions with and without CRMA: accuracies, intervals, flips."""
+    from crma.question_set import read_question_set
+    from crma.served import Served
+    from crma.served import ablate as run
+    from crma.store import AdapterStore
+
+    questions = questions or store / "question_sets" / "public.jsonl"
+    served = Served(find_base(model), AdapterStore(store))
+    names: Any = [name.strip() for name in variants.split(",")]
+    result = run(
+        served,
+        read_question_set(questions),
+        names,
+        scorer=scorer,
+        max_tokens=max_tokens,
+        margin=margin,
+        seed=seed,
+        note=note,
+    )
+    if as_json:
+        show_json(result)
+        return
+    table = Table("variant", "correct", "scored", "accuracy", "95 % (Wilson)", title=str(questions))
+    for variant, row in result["variants"].items():
+        table.add_row(
+            variant, str(row["correct"]), str(row["scored"]), f"{row['accuracy']:.2f}", interval(row["wilson"])
+        )
+    Console().print(table)
+    for pair in result["comparisons"]:
+        flips = pair["mcnemar"]
+        text = f"{pair['a']} - {pair['b']}: {pair['difference']:+.2f} {interval(pair['bootstrap'])}"
+        Console().print(f"{text}, gained {flips['gained']}, lost {flips['lost']}, p = {flips['p']:.2g}")
+
+
+@app.command()
+def evaluate(
+    store: StoreFolder,
+    model: Model = DEFAULT_MODEL,
+    split: str = "holdout",
+    control: Annotated[Path | None, typer.Option(help="A store of LoRAs trained without CRMA.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Loss and accuracy of every built-in task under every variant, beside majority and naive Bayes."""
+    from crma.data import DOMAINS
+    from crma.served import Served, score_tasks
+    from crma.store import AdapterStore
+
+    served = Served(find_base(model), AdapterStore(store))
+    tasks = [task for task in served.store.task_names() if task in DOMAINS]
+    result = score_tasks(served, tasks, split, AdapterStore(control) if control else None, note=note)
+    if as_json:
+        show_json(result)
+        return
+    columns = list(next(iter(result["tasks"].values())))
+    table = Table("task", *columns, title=f"{split}: accuracy (95 %) / nats per answer token")
+    for task, row in result["tasks"].items():
+        cells = (row[column] for column in columns)
+        table.add_row(task, *(f"{c['accuracy']:.2f} {interval(c['wilson'])}{loss_of(c)}" for c in cells))
+    Console().print(table)
+
+
+@app.command("import")
+def import_adapter(
+    folder: Annotated[Path, typer.Argument(help="A PEFT LoRA: adapter_config.json and adapter_model.safetensors.")],
+    name: Annotated[str, typer.Argument(help="The task's name here.")],
+    store: Annotated[Path, typer.Option(help="Where to publish it.")] = Path("adapters_store"),
+    model: Model = DEFAULT_MODEL,
+    licence: str = "unknown",
+) -> None:
+    """Publish a PEFT LoRA from elsewhere as a task. It has never seen CRMA, so it serves without."""
+    from crma.injection import shapes_of_folder
+    from crma.store import AdapterStore
+
+    base = find_base(model)
+    entry = AdapterStore(store).import_peft(folder, name, base, licence=licence, shapes=shapes_of_folder(base.path))
+    note(f"{entry.name}@{entry.version} {entry.digest}")
+
+
+def interval(bounds: list[float] | None) -> str:
+    """[low, high], or a dash."""
+    return "–" if bounds is None else f"[{bounds[0]:.2f}, {bounds[1]:.2f}]"
+
+
+def loss_of(cell: dict[str, Any]) -> str:
+    """A cell's loss, where it has one."""
+    return f" / {cell['loss']:.2f}" if "loss" in cell else ""
+
+
+def main() -> None:
+    """Run the command; an error of the tree is one line and exit code 2."""
+    try:
+        app()
+    except CrmaError as error:
+        allowed = f" (allowed: {error.allowed})" if error.allowed else ""
+        console.print(f"[red]error:[/red] {error.field or 'crma'}: {error.message}{allowed}", markup=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
