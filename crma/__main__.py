@@ -166,8 +166,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Loss and accuracy of every built-in task under every variant, beside majority and naive Bayes."""
-    from crma.data import DOMAINS
     from crma.served import Served, score_tasks
+    from crma.sources import DOMAINS
     from crma.store import AdapterStore
 
     served = Served(find_base(model), AdapterStore(store))
@@ -182,6 +182,14 @@ def evaluate(
         cells = (row[column] for column in columns)
         table.add_row(task, *(f"{c['accuracy']:.2f} {interval(c['wilson'])}{loss_of(c)}" for c in cells))
     Console().print(table)
+
+
+@app.command()
+def table(result: Annotated[Path, typer.Argument(help="What `crma evaluate --json` printed.")]) -> None:
+    """A result as the Markdown table that the README shows."""
+    from crma.tables import results_table
+
+    sys.stdout.write(results_table(json.loads(result.read_text(encoding="utf-8"))) + "\n")
 
 
 @app.command("import")

@@ -169,15 +169,18 @@ class Backbone(nn.Module):
 def bounded(P: Tensor) -> Tensor:
     """P / sqrt(max(1, λ_max(P Pᵀ))): spectral norm at most 1, unchanged where it already is.
 
-    λ_max comes from the small Gram matrix. The clamp is inside the root: outside it the gradient at P = 0 is NaN.
+    λ_max comes from the small Gram matrix, of P / max(1, its largest entry): squares of finite entries overflow.
+    The clamp is inside the root: outside it the gradient at P = 0 is NaN.
 
     Args:
         P: [L, nk, d] or [L, d, nk]; the Gram is taken over the longer side.
     """
     with torch.autocast(P.device.type, enabled=False):
+        scale = P.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1.0)
+        P = P / scale
         gram = P @ P.mT if P.shape[-2] <= P.shape[-1] else P.mT @ P
-        largest = torch.linalg.eigvalsh(gram)[..., -1]
-        return P / largest.clamp(min=1.0).sqrt()[..., None, None]
+        largest = torch.linalg.eigvalsh(gram)[..., -1, None, None]
+        return P / largest.clamp(min=scale**-2).sqrt()
 
 
 def apply_unfolded(h: Tensor, factors: Factors, layer: int) -> Tensor:

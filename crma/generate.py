@@ -33,9 +33,10 @@ def next_token(logits: Tensor, temperature: float, top_k: int, top_p: float, gen
         ordered, ids = ordered[:top_k], ids[:top_k]
     probabilities = torch.softmax(ordered, dim=-1)
     before = probabilities.cumsum(-1) - probabilities
-    probabilities = torch.where(before < top_p, probabilities, 0.0)
-    draw = torch.rand((), generator=generator) * probabilities.sum()
-    return int(ids[int((probabilities.cumsum(-1) <= draw).sum().clamp(max=len(ids) - 1))])
+    reached = torch.where(before < top_p, probabilities, 0.0).cumsum(-1)
+    # Of this sum and no other: a draw beyond the last step would fall to a token that top-p left out.
+    draw = torch.rand((), generator=generator) * reached[-1]
+    return int(ids[int((reached <= draw).sum())])
 
 
 def generate(

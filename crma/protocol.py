@@ -293,7 +293,7 @@ class Run:
         }
 
     def _efficiency(self, tokens_per_s: float) -> dict[str, float]:
-        """The share of this machine's GEMM rate. A token costs two forward and two backward FLOPs for every weight of the
+        """The share of this machine's GEMM rate. A token costs two forward and two backward FLOPs a weight of the
         blocks: the base gets no weight gradients."""
         weights = sum(out * in_ for out, in_ in self.injection.shapes.values())
         limit = gemm_flops(self.model.dtype, self.accelerator.device)

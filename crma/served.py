@@ -22,7 +22,7 @@ from crma.question_set import QuestionSet
 from crma.scorers import exact
 from crma.selection import VARIANTS, AdapterSelection, Variant
 from crma.statistics import wilson
-from crma.store import AdapterStore
+from crma.store import AdapterStore, TaskEntry
 
 Note = Callable[[str], None]
 
@@ -162,8 +162,15 @@ def score_tasks(
     return {
         "split": split,
         "tasks": rows,
+        "model": served.base.name,
         "base": served.base.digest,
+        "seed": _seed(served.store.task(tasks[0])),
+        "adapters": {task: served.store.task(task).digest for task in tasks},
         "dtype": str(served.dtype).removeprefix("torch."),
         "hardware": hardware(),
         "commit": commit(),
     }
+
+
+def _seed(entry: TaskEntry) -> int | None:
+    return entry.manifest.trained_on.seed if entry.manifest.trained_on is not None else None

@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     num_threads: int = _setting(0, "CPU threads of the model; 0: one per core.", ge=0)
 
     max_num_seqs: int = _setting(16, "Sequences that run at once.", ge=1)
-    max_num_batched_tokens: int = _setting(512, "Tokens of one step, prefill and decode together.", ge=1)
+    max_num_batched_tokens: int = _setting(512, "Prompt tokens of one step, padding included; a longer prompt runs alone.", ge=1)
     max_model_len: int = _setting(
         2048, "Prompt + answer tokens of one sequence; never above the model's own limit.", ge=2
     )

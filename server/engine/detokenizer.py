@@ -30,18 +30,30 @@ class Detokenizer:
     def add(self, token_id: int) -> str:
         """The text that this token makes certain; may be empty."""
         self._ids.append(token_id)
-        self._text += self._stream.step(self._backend, token_id) or ""
+        self._text += self._new_text(token_id)
         self._find_stop()
         return self._give(len(self._text) if self.stopped else len(self._text) - self._held_back())
 
     def flush(self) -> str:
         """All text that was held back, at the end of the sequence."""
         if not self.stopped:
-            whole = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            whole = self._whole()
             if whole.startswith(self._text):  # an unfinished character at the very end is only in the whole text
                 self._text = whole
                 self._find_stop()
         return self._give(len(self._text))
+
+    def _new_text(self, token_id: int) -> str:
+        try:
+            return self._stream.step(self._backend, token_id) or ""
+        except Exception:  # it raises nothing more exact
+            # Where characters are spelled in byte tokens, one that completes none unmakes those spelled just before it.
+            # What was given out stays; the new text is what the whole has beyond it.
+            self._stream = DecodeStream(ids=[token_id], skip_special_tokens=True)
+            return self._whole()[len(self._text) :]
+
+    def _whole(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _find_stop(self) -> None:
         found = [at for at in (self._text.find(stop, self._given) for stop in self._stop) if at >= 0]

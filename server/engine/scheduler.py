@@ -69,7 +69,7 @@ class Scheduler:
         return [s for queue in (self.waiting, self.running) for s in queue if s.request.id == request_id]
 
     def check_integrity(self) -> None:
-        """AssertionError unless every slot is free or used by exactly one running sequence, and by nothing that waits."""
+        """AssertionError unless every slot is free or used by exactly one running sequence, by nothing that waits."""
         used = [s.slot for s in self.running]
         assert sorted([*self._free_slots, *(slot for slot in used if slot is not None)]) == list(
             range(self.max_num_seqs)

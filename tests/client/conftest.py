@@ -89,12 +89,6 @@ async def generate(request: Request) -> Response:
 
 
 async def ablation(request: Request) -> Response:
-    body = {} if request.method == "GET" else await request.json()
-    job = {"id": "abl-1", "status": "running", "progress": 0.5}
-    if body.get("background"):
-        return JSONResponse({"id": "abl-1", "status_url": "/ablation/abl-1"}, status_code=202)
-    if request.path_params.get("id") == "abl-running":
-        return JSONResponse(job)
     output = {"task+crma": {"text": "x", "correct": True}, "task": {"status": "failed", "error": "boom"}}
     report = {
         "id": "abl-1",
@@ -105,9 +99,9 @@ async def ablation(request: Request) -> Response:
         "items": [{"id": "q1", "task": "medical", "answers": ["x"], "outputs": output}],
         "provenance": {"base": DIGEST},
         "wall_s": 4.2,
-        "sent": body,
+        "sent": await request.json(),
     }
-    return JSONResponse(report if request.method == "POST" else {**job, "status": "finished", **report})
+    return JSONResponse(report)
 
 
 async def operations(request: Request) -> Response:
@@ -129,7 +123,6 @@ def app() -> Starlette:
         routes=[
             Route("/generate", generate, methods=["POST"]),
             Route("/ablation", ablation, methods=["POST"]),
-            Route("/ablation/{id}", ablation),
             *(Route(path, operations) for path in ("/adapters", "/healthz", "/readyz", "/metrics")),
         ]
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from crma_client import CrmaClientError, Question, calls
 from crma_client.errors import InvalidArgument, ProtocolError
-from crma_client.types import AblationReport, AdapterListing, read, read_generation, read_job
+from crma_client.types import AblationReport, AdapterListing, read, read_generation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,11 +23,10 @@ def test_only_what_was_given_is_sent() -> None:
 
 
 def test_questions_are_sent_as_the_contract_writes_them() -> None:
-    body = calls.start_ablation({"questions": [Question("q1", "medical", "?", ("a", "b"))], "margin": 0.02}).body
+    body = calls.ablation({"questions": [Question("q1", "medical", "?", ("a", "b"))], "margin": 0.02}).body
     assert json.loads(json.dumps(body)) == {
         "questions": [{"id": "q1", "task": "medical", "question": "?", "answers": ["a", "b"]}],
         "margin": 0.02,
-        "background": True,
     }
 
 
@@ -69,12 +68,6 @@ def test_an_ablation_argument_no_server_would_accept_is_refused(options: dict[st
         calls.ablation(options)
 
 
-@pytest.mark.parametrize("job_id", ["", "../generate", "a/b", "a?b", "é", 7])
-def test_an_ablation_id_cannot_point_elsewhere(job_id: Any) -> None:
-    with pytest.raises(InvalidArgument):
-        calls.ablation_job(job_id)
-
-
 def test_a_stream_assembles_the_same_answer_as_one_body() -> None:
     for n in (1, 3):
         body = {"prompt": "one two", "n": n}
@@ -110,7 +103,6 @@ REPORT = {
 ANSWERS = [
     (read_generation, generation({"prompt": "p", "n": 2})),
     (partial(read, AblationReport), REPORT),
-    (read_job, REPORT),
     (
         partial(read, AdapterListing),
         {"base": {}, "backbone": {"version": "v1", "digest": "d", "certificate": {}}, "tasks": [TASK]},

@@ -1,4 +1,4 @@
-"""Both clients against an app that speaks the contract. The test against the real server is in tests/api."""
+"""Both clients against an app that speaks the contract. The test against the real server is in test_real_app."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ CALLS = [
     ("generate", ("one two",), {"task": "medical", "crma": True, "seed": 7}),
     ("generate", ("one two",), {"n": 3, "stop": ("a", "b")}),
     ("ablation", (), {"question_set": "public", "variants": ["task+crma", "task"], "margin": 0.02}),
-    ("start_ablation", (), {"questions": QUESTIONS}),
-    ("ablation_job", ("abl-running",), {}),
-    ("ablation_job", ("abl-1",), {}),
+    ("ablation", (), {"questions": QUESTIONS}),
     ("adapters", (), {}),
     ("health", (), {}),
     ("ready", (), {}),
@@ -81,16 +79,6 @@ async def test_an_answer_is_typed_and_keeps_what_it_does_not_know(app: Starlette
         listing = await client.adapters()
         assert listing.backbone is not None
         assert listing.tasks[0].target_modules == ("q_proj", "v_proj")
-
-
-async def test_a_background_ablation_brings_its_report_when_finished(app: Starlette) -> None:
-    async with async_client(app) as client:
-        started = await client.start_ablation(questions=QUESTIONS)
-        running = await client.ablation_job("abl-running")
-        finished = await client.ablation_job(started.id)
-    assert (started.status_url, running.report, running.progress) == ("/ablation/abl-1", None, 0.5)
-    assert finished.report is not None
-    assert finished.report.scorer == "exact"
 
 
 async def test_a_stream_gives_tokens_then_the_whole_answer(app: Starlette) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, get_args, ge
 from crma_client.errors import InvalidArgument, ProtocolError, StatusError, status_error, stream_error
 from crma_client.sse import Event, EventParser
 from crma_client.types import (
-    AblationJob,
     AblationReport,
     AdapterListing,
     Generation,
@@ -21,7 +20,6 @@ from crma_client.types import (
     expect,
     read,
     read_generation,
-    read_job,
 )
 
 if TYPE_CHECKING:
@@ -111,22 +109,10 @@ def stream(prompt: str, options: Mapping[str, Any]) -> Call[TokenReader]:
 
 def ablation(options: Mapping[str, Any]) -> Call[AblationReport]:
     """POST /ablation, answered when it is done."""
-    body = _ablation_body(options)
+    body = _body(_ABLATION, options)
+    if "questions" in body:
+        body["questions"] = [asdict(question) for question in body["questions"]]
     return Call("POST", "/ablation", lambda response: read(AblationReport, _json(response)), body)
-
-
-def start_ablation(options: Mapping[str, Any]) -> Call[AblationJob]:
-    """POST /ablation with "background": true."""
-    body = {**_ablation_body(options), "background": True}
-    return Call("POST", "/ablation", lambda response: read_job(_json(response)), body, accepts=(202,))
-
-
-def ablation_job(job_id: str) -> Call[AblationJob]:
-    """GET /ablation/{id}. The id is one the server gave: letters, digits, dashes and underscores."""
-    if not (isinstance(job_id, str) and job_id.replace("-", "").replace("_", "").isalnum() and job_id.isascii()):
-        raise InvalidArgument("job_id must be an ablation's id", field="job_id", value=job_id, allowed="abl-…")
-    path = f"/ablation/{job_id}"
-    return Call("GET", path, lambda response: read_job(_json(response)))
 
 
 ADAPTERS: Call[AdapterListing] = Call("GET", "/adapters", lambda response: read(AdapterListing, _json(response)))
@@ -211,13 +197,6 @@ def _event_data(event: Event) -> dict[str, Any]:
     except ValueError as error:
         raise ProtocolError(f"the data of the {event.name} event is not JSON", value=event.data[:200]) from error
     return data
-
-
-def _ablation_body(options: Mapping[str, Any]) -> dict[str, Any]:
-    body = _body(_ABLATION, options)
-    if "questions" in body:
-        body["questions"] = [asdict(question) for question in body["questions"]]
-    return body
 
 
 def _body(kinds: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

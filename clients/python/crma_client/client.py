@@ -12,7 +12,7 @@ import httpx
 from crma_client import calls
 from crma_client.calls import Call, TokenReader
 from crma_client.errors import ConnectionFailed, InvalidArgument, TimedOut
-from crma_client.types import AblationJob, AblationReport, AdapterListing, Generation, Token
+from crma_client.types import AblationReport, AdapterListing, Generation, Token
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -111,16 +111,8 @@ class Client:
             yield TokenStream(response, reader)
 
     def ablation(self, **options: Unpack[AblationOptions]) -> AblationReport:
-        """Compare variants on a question set and wait for the report; large ones need `start_ablation`."""
+        """Compare variants on a question set and wait for the report; mind `timeout`, which it must fit in."""
         return self._send(calls.ablation(options))
-
-    def start_ablation(self, **options: Unpack[AblationOptions]) -> AblationJob:
-        """Start a comparison in the background; ask `ablation_job` for its progress and report."""
-        return self._send(calls.start_ablation(options))
-
-    def ablation_job(self, job_id: str) -> AblationJob:
-        """How far a background ablation is, with its report once it has finished."""
-        return self._send(calls.ablation_job(job_id))
 
     def adapters(self) -> AdapterListing:
         """The base model, the CRMA backbone and the task adapters that the server serves."""
@@ -187,16 +179,8 @@ class AsyncClient:
             yield AsyncTokenStream(response, reader)
 
     async def ablation(self, **options: Unpack[AblationOptions]) -> AblationReport:
-        """Compare variants on a question set and wait for the report; large ones need `start_ablation`."""
+        """Compare variants on a question set and wait for the report; mind `timeout`, which it must fit in."""
         return await self._send(calls.ablation(options))
-
-    async def start_ablation(self, **options: Unpack[AblationOptions]) -> AblationJob:
-        """Start a comparison in the background; ask `ablation_job` for its progress and report."""
-        return await self._send(calls.start_ablation(options))
-
-    async def ablation_job(self, job_id: str) -> AblationJob:
-        """How far a background ablation is, with its report once it has finished."""
-        return await self._send(calls.ablation_job(job_id))
 
     async def adapters(self) -> AdapterListing:
         """The base model, the CRMA backbone and the task adapters that the server serves."""

@@ -9,7 +9,7 @@ CrmaClientError
 └── StatusError          the server refused or failed; `status` is set
     ├── InvalidRequest       400, 413, 422   not JSON, body too large, unknown or invalid field, prompt over the context
     ├── NotAuthorized        401, 403        API key missing, unknown, or not allowed this
-    ├── NotFound             404             unknown task, version or ablation
+    ├── NotFound             404             unknown task, version or question set
     ├── Conflict             409             wrong base model, wrong CRMA lineage, or no backbone loaded
     ├── Overloaded           429             the queue is full; `retry_after` says when to try again
     ├── Unavailable          503             draining or not ready
@@ -92,7 +92,7 @@ class NotAuthorized(StatusError):
 
 
 class NotFound(StatusError):
-    """404: unknown task, version or ablation."""
+    """404: unknown task, version or question set."""
 
 
 class Conflict(StatusError):

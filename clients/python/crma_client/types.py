@@ -170,18 +170,6 @@ class AblationReport:
 
 
 @dataclass(frozen=True)
-class AblationJob:
-    """An ablation that runs in the background; `report` is there once it has finished."""
-
-    id: str
-    raw: Mapping[str, Any] = field(repr=False)
-    status: str | None = None
-    status_url: str | None = None
-    progress: Any = None
-    report: AblationReport | None = None
-
-
-@dataclass(frozen=True)
 class Backbone:
     """The serving CRMA backbone and the certificate of its norm bounds."""
 
@@ -227,13 +215,6 @@ def read_generation(data: object) -> Generation:
     body = expect(Mapping, data, "Generation")
     choices = body.get("choices") or [{**body, "index": 0}]
     return dataclasses.replace(read(Generation, {**body, "choices": choices}), raw=body)
-
-
-def read_job(data: object) -> AblationJob:
-    """As `read`; the report is in the same object as the job's state."""
-    body = expect(Mapping, data, "AblationJob")
-    report = read(AblationReport, body) if "variants" in body else None
-    return dataclasses.replace(read(AblationJob, {**body, "report": None}), report=report, raw=body)
 
 
 _hints = lru_cache(maxsize=None)(get_type_hints)

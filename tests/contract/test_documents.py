@@ -1,0 +1,144 @@
+"""The documents are true: README's tables are what the code says, its files exist, its commands are the Makefile's.
+
+`python tests/contract/test_documents.py` writes the tables into README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+
+from crma.tables import results_table
+from server.engine.request import EngineStats
+from server.errors import STATUS_OF, ApiError
+from server.metrics import Metrics
+from server.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+RESULT = ROOT / "crma" / "results" / "holdout.json"
+
+
+def settings_table() -> str:
+    lines = ["| variable | default | |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| `{name}` | `{default}` | {text} |" for name, default, text in Settings.table())])
+
+
+def errors_table() -> str:
+    codes = {(kind.status, kind.code) for kind in (ApiError, *ApiError.__subclasses__())}
+    codes |= {(status, code) for _, status, code in STATUS_OF}
+    codes |= {(404, "no_route"), (405, "method_not_allowed"), (409, "adapter_in_use"), (422, "unknown_field")}
+    by_status: dict[int, list[str]] = {}
+    for status, code in sorted(codes):
+        by_status.setdefault(status, []).append(f"`{code}`")
+    return "\n".join(["| status | code |", "|---|---|", *(f"| {s} | {', '.join(c)} |" for s, c in by_status.items())])
+
+
+def metrics_table() -> str:
+    metrics = Metrics(CollectorRegistry())
+    metrics.watch(EngineStats, dict, 1)
+    families: list[Metric] = list(metrics.registry.collect())
+    lines = [f"| `{f.name}{'_total' if f.type == 'counter' else ''}` | {f.type} | {f.documentation} |" for f in families]
+    return "\n".join(["| name | type | |", "|---|---|---|", *sorted(set(lines))])
+
+
+def results() -> str:
+    return results_table(json.loads(RESULT.read_text("utf-8")))
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "results": results,
+    "settings": settings_table,
+    "errors": errors_table,
+    "metrics": metrics_table,
+}
+
+
+def block(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- {name}\b[^>]*-->\n)(.*?)(<!-- /{name} -->)", re.DOTALL)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_table_of_the_readme_is_what_the_code_says(name: str) -> None:
+    found = block(name).search(README.read_text("utf-8"))
+    assert found is not None
+    assert found[2].strip() == BLOCKS[name]().strip()
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([\w-]+)", README.read_text("utf-8")))
+    assert {"serve", "test"} <= named <= targets
+
+
+def test_files_and_folders_of_the_readme_exist() -> None:
+    text = README.read_text("utf-8")
+    tree = re.search(r"```\n(crma/.*?)```", text, re.DOTALL)
+    assert tree is not None
+    top = ""
+    for line in tree[1].splitlines():
+        name = line.split()[0]
+        top = top if line.startswith(" ") else name
+        assert (ROOT / (Path(top) / name if line.startswith(" ") else Path(name))).exists(), line
+    for path in re.findall(r"`((?:crma|server|clients|docker|adapters_store)/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_routes_of_the_readme_are_the_routes_of_the_app() -> None:
+    from server.routes import ablation, adapters, generate, operations
+
+    routers = (generate.router, ablation.router, adapters.router, adapters.admin, operations.router)
+    served = {route.path for router in routers for route in router.routes}  # type: ignore[attr-defined]
+    served = {re.sub(r"\{task\}/\w+$", "{task}/{action}", path) for path in served}
+    named = set(re.findall(r"\| `(?:GET|POST) (/[\w/{}]+)`", README.read_text("utf-8")))
+    assert named == served
+
+
+def test_crma_commands_of_the_readme_are_those_of_the_command() -> None:
+    from crma.__main__ import app
+
+    named = set(re.findall(r"^\| `crma (\w+)` \|", README.read_text("utf-8"), re.MULTILINE))
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    assert named == commands
+
+
+def test_bodies_of_the_readmes_curls_are_accepted_by_the_schemas() -> None:
+    from server.schemas import AblationRequest, GenerateRequest
+
+    schemas = {"/generate": GenerateRequest, "/ablation": AblationRequest}
+    text = README.read_text("utf-8").replace("\\\n", " ")
+    curls = [shlex.split(line) for line in text.splitlines() if line.startswith("curl ")]
+    assert len(curls) >= 2
+    for words in curls:
+        path = next(word for word in words if "/" in word and word[:4] == "127.").split("8000")[1]
+        schemas[path].model_validate_json(words[words.index("-d") + 1])
+
+
+def test_everything_in_the_code_map_exists() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    for row in re.findall(r"^\| (`crma/.*?) \|", text, re.MULTILINE):
+        for name in re.findall(r"`([\w./]+)`", row):
+            assert (ROOT / name).exists() or (ROOT / "crma" / name).exists(), name
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    assert version is not None
+    assert f"[{version[1]}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+if __name__ == "__main__":
+    text = README.read_text("utf-8")
+    for name, render in BLOCKS.items():
+        if name != "results" or RESULT.exists():
+            text = block(name).sub(lambda m, r=render: f"{m[1]}{r()}\n{m[3]}", text)
+    README.write_text(text, "utf-8")
+    sys.exit(0)

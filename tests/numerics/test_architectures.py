@@ -1,0 +1,97 @@
+"""Every supported family: the start is the base model, rows are their own, the fold is the formula, decoding is HF's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tiny import FAMILIES, backbone, injection, lora
+from torch import Tensor
+
+from crma.adapter import Backbone, CrmaConfig, Factors, apply_unfolded
+from crma.generate import generate
+from crma.injection import Injection, Plan
+from crma.lora import LoraConfig, new_lora
+
+INPUT = torch.arange(3, 48).reshape(5, 9)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def logits(inj: Injection, plan: Plan, rows: Tensor = INPUT) -> Tensor:
+    with torch.inference_mode(), inj.active(plan):
+        return inj.model(rows).logits
+
+
+@every_family
+def test_before_training_the_adapted_model_is_the_base_model(family: str) -> None:
+    inj, generator = injection(family), torch.Generator().manual_seed(0)
+    start = Backbone(CrmaConfig(len(inj.blocks), inj.hidden_size), generator)
+    untrained = new_lora(LoraConfig(4, 8.0, tuple({path.rsplit(".")[-1] for path in inj.shapes})), inj.shapes, generator)
+    plan = Plan([(None, untrained)], [(None, start.folded("cpu", torch.float32))])
+    assert torch.equal(logits(inj, plan), logits(inj, Plan()))
+
+
+@every_family
+def test_each_row_of_a_mixed_batch_gets_what_it_gets_alone(family: str) -> None:
+    inj = injection(family)
+    tasks = [lora(inj, 4, "all-linear", seed=0), lora(inj, 2, "attention", seed=1)]
+    layers = [backbone(inj, seed).folded("cpu", torch.float32) for seed in range(2)]
+    chosen = [(0, 0), (None, 1), (None, None), (1, None), (0, 1)]
+    mixed = Plan(
+        [(torch.tensor([i for i, (t, _) in enumerate(chosen) if t == which]), tasks[which]) for which in range(2)],
+        [(torch.tensor([i for i, (_, c) in enumerate(chosen) if c == which]), layers[which]) for which in range(2)],
+    )
+    together, base = logits(inj, mixed), logits(inj, Plan())
+    for i, (t, c) in enumerate(chosen):
+        alone = Plan(
+            [] if t is None else [(None, tasks[t])],
+            [] if c is None else [(None, layers[c])],
+        )
+        torch.testing.assert_close(together[i : i + 1], logits(inj, alone, INPUT[i : i + 1]), atol=1e-5, rtol=1e-5)
+        if (t, c) == (None, None):
+            assert torch.equal(together[i], base[i])
+        else:
+            assert (together[i] - base[i]).abs().max() > 0.1
+
+
+@dataclass
+class Unfolded:
+    """A layer of the adapter as the formula reads."""
+
+    factors: Factors
+    layer: int
+
+    def delta(self, h: Tensor) -> Tensor:
+        return apply_unfolded(h, self.factors, self.layer) - h
+
+
+@every_family
+def test_the_folded_backbone_serves_what_the_formula_says(family: str) -> None:
+    inj = injection(family)
+    raw = backbone(inj, seed=0)
+    with torch.no_grad():
+        raw.S.normal_(std=3)
+        raw.gamma.normal_()
+    formula = [Unfolded(raw.factors(), layer) for layer in range(len(inj.blocks))]
+    folded = logits(inj, Plan(backbones=[(None, raw.folded("cpu", torch.float32))]))
+    torch.testing.assert_close(folded, logits(inj, Plan(backbones=[(None, formula)])), atol=2e-5, rtol=1e-5)
+    assert (folded - logits(inj, Plan())).abs().max() > 0.1
+
+
+@every_family
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_oracle_decodes_as_transformers_does(family: str, adapted: bool) -> None:
+    inj = injection(family)
+    layers = backbone(inj, seed=0).folded("cpu", torch.float32)
+    plan = Plan([(None, lora(inj, 4, "all-linear", seed=0))], [(None, layers)]) if adapted else Plan()
+    prompt = list(range(5, 25))  # longer than the sliding windows
+    made = generate(inj, prompt, plan, max_tokens=10)
+    with torch.inference_mode(), inj.active(plan):
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        theirs = inj.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=10, eos_token_id=None)
+    assert list(made.token_ids) == theirs[0, len(prompt) :].tolist()
+    scored = logits(inj, plan, theirs)[0, len(prompt) - 1 : -1].log_softmax(-1)
+    expected = scored.gather(1, theirs[0, len(prompt) :, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(made.logprobs), expected, atol=1e-4, rtol=0)

@@ -1,0 +1,164 @@
+"""Tiny real models of every family, adapters for them, an engine on one, and a whole app: shared by several tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from crma.adapter import Backbone, CrmaConfig
+from crma.injection import Injection, target_names
+from crma.lora import Lora, LoraConfig, LoraPair, match_targets
+from crma.prompts import PromptFormat
+from crma.pull import BaseModel, pull
+from crma.store import AdapterStore, BackboneEntry, TaskEntry
+from server.engine.adapter_pool import AdapterPool
+from server.engine.engine import Engine
+from server.engine.model_runner import ModelRunner
+from server.engine.scheduler import Scheduler
+from server.settings import Settings
+
+VOCAB = 300
+# A wide initializer: logits as far apart as a trained model's, so that rounding does not decide an argmax.
+SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.3}
+SIZES |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+GQA = {"num_key_value_heads": 2}
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
+FAMILIES: dict[str, partial[PretrainedConfig]] = {
+    "llama": partial(LlamaConfig, **SIZES, **GQA),
+    "mistral": partial(MistralConfig, **SIZES, **GQA, sliding_window=8),
+    "qwen2": partial(Qwen2Config, **SIZES, **GQA),
+    "qwen3": partial(Qwen3Config, **SIZES, **GQA, head_dim=8),
+    "gemma2": partial(Gemma2Config, **SIZES, **GQA, **GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=30.0),
+    "gemma3": partial(Gemma3TextConfig, **SIZES, **GQA, **GEMMA),
+    "phi3": partial(Phi3Config, **SIZES, **GQA),
+    "gpt_neox": partial(GPTNeoXConfig, **SIZES),
+}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FORMAT = PromptFormat("<|im_start|>", "[answer]", "<|im_end|>")
+
+
+@cache
+def injection(family: str = "llama") -> Injection:
+    """One random fp32 model of a family a process, with its hooks; as `crma.model.load_model` sets it up."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval().requires_grad_(False)
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+    return Injection(model)
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of VOCAB tokens with a chat template; some tokens are parts of characters."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=special,
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the naïve café costs 3 € in 日本 and the 🙂 is free, the other answers"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=CHATML,
+        eos_token=special[1],
+        additional_special_tokens=special[:1],
+    )
+
+
+def lora(inj: Injection, rank: int, which: str, seed: int) -> Lora:
+    """A random LoRA large enough to change the answer; `which` as in `target_names`, or "first": one linear a block."""
+    targets = target_names(inj.model, "all-linear")[:1] if which == "first" else target_names(inj.model, which)
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for path in match_targets(targets, inj.shapes):
+        out, in_ = inj.shapes[path]
+        A = torch.randn(rank, in_, generator=generator) / in_**0.5
+        B = torch.randn(out, rank, generator=generator) / rank**0.5
+        pairs[path] = LoraPair(A, B, 2.0)
+    return Lora(LoraConfig(rank, 2.0 * rank, targets), pairs)
+
+
+def backbone(inj: Injection, seed: int) -> Backbone:
+    """A random backbone; its W is not zero, so it changes the answer."""
+    generator = torch.Generator().manual_seed(seed)
+    made = Backbone(CrmaConfig(len(inj.blocks), inj.hidden_size, num_streams=2, stream_rank=2), generator)
+    with torch.no_grad():
+        made.W.normal_(generator=generator)
+    return made
+
+
+def adapters(inj: Injection) -> dict[str, Lora | Backbone]:
+    """Three tasks of different ranks and targets, and two backbones, by digest."""
+    tasks = [(2, "attention"), (5, "all-linear"), (8, "first")]
+    made: dict[str, Lora | Backbone] = {f"task-{i}": lora(inj, *task, seed=i) for i, task in enumerate(tasks)}
+    return made | {f"crma-{i}": backbone(inj, seed=i) for i in range(2)}
+
+
+def make_engine(
+    inj: Injection,
+    known: Mapping[str, Lora | Backbone],
+    *,
+    max_num_seqs: int = 4,
+    max_num_batched_tokens: int = 64,
+    max_resident: int = 2,
+    max_model_len: int = 400,
+) -> tuple[Engine, AdapterPool]:
+    """An engine without end tokens of its own, and its pool, in which `known` is registered and nothing resident."""
+    pool = AdapterPool(inj, max_resident)
+    for digest, adapter in known.items():
+        pool.register(digest, lambda adapter=adapter: adapter)
+    runner, scheduler = ModelRunner(inj, pool, max_num_seqs), Scheduler(max_num_seqs, max_num_batched_tokens)
+    return Engine(runner, scheduler, tokenizer(), frozenset(), max_model_len), pool
+
+
+def pulled_base(folder: Path) -> BaseModel:
+    """The tiny Llama and the tokenizer, saved and pulled into `folder/home` under the name "tiny"."""
+    model = injection().model
+    model.save_pretrained(folder / "tiny")
+    tokenizer().save_pretrained(folder / "tiny")
+    return pull(str(folder / "tiny"), home=folder / "home")
+
+
+def publish_backbone(store: AdapterStore, base: BaseModel, seed: int = 0) -> BackboneEntry:
+    """A random backbone in the store, serving."""
+    record: dict[str, Any] = {"trained_on": None, "measured": {}, "licence": "Apache-2.0"}
+    return store.publish_backbone(backbone(injection(), seed), base=base, lineage=(), **record)
+
+
+def publish(store: AdapterStore, base: BaseModel, name: str, seed: int, under: str | None) -> TaskEntry:
+    """A random task adapter in the store, serving; `under`: the digest of the backbone it records."""
+    record: dict[str, Any] = {"trained_on": None, "measured": {"accuracy": 0.5}, "licence": "Apache-2.0"}
+    made = lora(injection(), 4, "all-linear", seed)
+    return store.publish_task(name, made, base=base, backbone=under, prompt_format=FORMAT, **record)
+
+
+def settings(folder: Path, **options: Any) -> Settings:
+    """For a server of the tiny model on the CPU, with the store in `folder/store`."""
+    where = {"home": folder / "home", "model": "tiny", "store": folder / "store"}
+    return Settings(**{**where, "device": "cpu", "dtype": "float32", "num_threads": 1, "admin_key": "admin", **options})

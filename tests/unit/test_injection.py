@@ -1,0 +1,97 @@
+"""crma.injection: off is absent, each row gets its own, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import transformers
+from tiny import FAMILIES, backbone, injection, lora
+from transformers import AutoModelForCausalLM
+
+from crma.errors import ConfigError, InvalidAdapter, UnsupportedModel
+from crma.injection import Injection, Plan, plan_rows, target_names
+from crma.lora import Lora, LoraPair
+from crma.selection import BASE, AdapterSelection
+
+INPUT = torch.arange(3, 15).reshape(2, 6)
+
+
+@torch.inference_mode()
+def test_hooks_without_a_plan_change_no_bit_and_leave_nothing_behind() -> None:
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama"]()).eval()
+    before = model(INPUT).logits
+    hooked = Injection(model)
+    assert torch.equal(model(INPUT).logits, before)
+    with pytest.raises(KeyError), hooked.active(Plan(tasks=[(None, lora(hooked, 4, "attention", seed=0))])):
+        assert not torch.equal(model(INPUT).logits, before)
+        raise KeyError("a forward pass that fails")
+    assert torch.equal(model(INPUT).logits, before)
+    hooked.remove()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_rows_are_grouped_by_what_they_selected_and_nothing_unknown_becomes_the_base() -> None:
+    loras = {name: lora(injection(), 4, "attention", seed) for seed, name in enumerate("ab")}
+    backbones = {"c": backbone(injection(), 0).folded("cpu", torch.float32)}
+    rows = [AdapterSelection("a", "c"), BASE, AdapterSelection("b"), AdapterSelection("a"), AdapterSelection(None, "c")]
+    plan = plan_rows(rows, loras, backbones)
+    tasks = {id(chosen): index.tolist() for index, chosen in plan.tasks if index is not None}
+    assert tasks == {id(loras["a"]): [0, 3], id(loras["b"]): [2]}
+    assert [index.tolist() for index, _ in plan.backbones if index is not None] == [[0, 4]]
+    assert plan_rows([BASE] * 3, loras, backbones) == Plan([], [])
+    assert [index for index, _ in plan_rows([AdapterSelection("a")] * 2, loras, backbones).tasks] == [None]
+    for unknown in (AdapterSelection("z"), AdapterSelection("a", "z")):
+        with pytest.raises(ConfigError, match="is not loaded") as caught:
+            plan_rows([BASE, unknown], loras, backbones)
+        assert caught.value.value == "z"
+
+
+def test_adapters_of_another_shape_are_refused() -> None:
+    path = "model.layers.0.self_attn.k_proj"
+    fitting = lora(injection(), 4, "k_proj", seed=0)
+    injection().check(fitting)
+    wide = LoraPair(fitting.pairs[path].A, torch.zeros(32, 4), 1.0)
+    for name, pair, message in ((path, wide, "wrong shape"), ("model.layers.2.self_attn.k_proj", wide, "no such")):
+        with pytest.raises(InvalidAdapter, match=message) as caught:
+            injection().check(Lora(fitting.config, {name: pair}))
+        assert caught.value.field == name
+    injection().check_backbone(2, 32)
+    for shape in ((3, 32), (2, 64)):
+        with pytest.raises(InvalidAdapter, match="backbone of the wrong shape"):
+            injection().check_backbone(*shape)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "others"),
+    [
+        ("llama", ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")),
+        ("phi3", ("o_proj", "qkv_proj"), ("gate_up_proj", "down_proj")),
+        ("gpt_neox", ("query_key_value", "dense"), ("dense_h_to_4h", "dense_4h_to_h")),
+    ],
+)
+def test_targets_go_by_structure(family: str, attention: tuple[str, ...], others: tuple[str, ...]) -> None:
+    model = injection(family).model
+    assert set(target_names(model, "attention")) == set(attention)
+    assert set(target_names(model, "all-linear")) == {*attention, *others}
+    assert target_names(model, "q_proj, x,") == ("q_proj", "x")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("T5ForConditionalGeneration", {"d_model": 32, "d_ff": 32, "num_layers": 2}, "it is an encoder-decoder"),
+        ("BartForConditionalGeneration", {"d_model": 32, "encoder_layers": 1}, "it is an encoder-decoder"),
+        ("MambaForCausalLM", {"hidden_size": 32, "num_hidden_layers": 2}, "no attention to keep a KV cache for"),
+        ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "have no torch.nn.Linear"),
+    ],
+)
+def test_other_architectures_are_refused_with_the_reason(family: str, changes: dict[str, int], reason: str) -> None:
+    architecture = getattr(transformers, family)
+    config = architecture.config_class(vocab_size=128, pad_token_id=0, **changes)
+    with torch.device("meta"):
+        model = architecture(config)
+    with pytest.raises(UnsupportedModel, match=re.escape(f"{family} cannot be served")) as caught:
+        Injection(model)
+    assert reason in caught.value.message
