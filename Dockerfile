@@ -21,7 +21,6 @@ COPY --from=environment /opt/venv /opt/venv
 COPY pyproject.toml LICENSE ./
 COPY crma crma
 COPY server server
-COPY clients/playground clients/playground
 COPY --chown=crma:crma adapters_store adapters_store
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -104,7 +105,7 @@ def verify(store: StoreFolder, model: Model = DEFAULT_MODEL, as_json: Json = Fal
     if as_json:
         show_json({"problems": [problem.message for problem in problems], "certificate": certificate})
     for problem in problems:
-        note(f"[red]✗[/red] {problem.message}")
+        note(f"[red]✗[/red] {escape(problem.message)}")
     if not problems:
         summary = {key: certificate[key] for key in certificate if key != "layers"}
         note(f"[green]✓[/green] {store}: {', '.join(adapters.task_names()) or 'no tasks'}; certificate {summary}")
@@ -176,11 +177,11 @@ def evaluate(
     if as_json:
         show_json(result)
         return
-    columns = list(next(iter(result["tasks"].values())))
-    table = Table("task", *columns, title=f"{split}: accuracy (95 %) / nats per answer token")
+    table = Table("task", "variant", "accuracy", "95 % (Wilson)", "nats per answer token", title=split)
     for task, row in result["tasks"].items():
-        cells = (row[column] for column in columns)
-        table.add_row(task, *(f"{c['accuracy']:.2f} {interval(c['wilson'])}{loss_of(c)}" for c in cells))
+        for variant, cell in row.items():
+            loss = f"{cell['loss']:.2f}" if "loss" in cell else "–"
+            table.add_row(task, variant, f"{cell['accuracy']:.2f}", interval(cell["wilson"]), loss)
     Console().print(table)
 
 
@@ -214,18 +215,14 @@ def interval(bounds: list[float] | None) -> str:
     return "–" if bounds is None else f"[{bounds[0]:.2f}, {bounds[1]:.2f}]"
 
 
-def loss_of(cell: dict[str, Any]) -> str:
-    """A cell's loss, where it has one."""
-    return f" / {cell['loss']:.2f}" if "loss" in cell else ""
-
-
 def main() -> None:
     """Run the command; an error of the tree is one line and exit code 2."""
     try:
         app()
     except CrmaError as error:
         allowed = f" (allowed: {error.allowed})" if error.allowed else ""
-        console.print(f"[red]error:[/red] {error.field or 'crma'}: {error.message}{allowed}", markup=True)
+        text = f"{error.field or 'crma'}: {error.message}{allowed}"
+        note(f"[red]error:[/red] {escape(text)}")
         sys.exit(2)
 
 

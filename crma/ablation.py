@@ -13,6 +13,7 @@ flips by construction; `repeat=True` runs them apart.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -36,15 +37,11 @@ class ItemResult:
     error: str | None = None
 
     def __post_init__(self) -> None:
-        if self.status not in get_args(Status):
-            raise ConfigError("Unknown status.", field="status", value=self.status, allowed=list(get_args(Status)))
         if self.status == "scored" and (self.text is None or self.error is not None):
-            raise ConfigError(
-                "A scored item has a text and no error.",
-                field="text, error",
-                value=(self.text, self.error),
-                allowed="a text, no error",
-            )
+            raise ConfigError("A scored item has a text and no error.", field="status", value=self.status)
+
+
+Marked = tuple[ItemResult, bool | None]  # an outcome, and whether it is right: None unless scored
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AblationPlan:
     """`jobs` to run, and for every variant's label the job that answers each question."""
 
     jobs: tuple[Job, ...]
@@ -70,12 +67,8 @@ class Plan:
     def by_variant(self, outcomes: Sequence[ItemResult]) -> dict[str, tuple[ItemResult, ...]]:
         """Outcomes [jobs], in the order of `jobs`, fanned out to label -> [questions]."""
         if len(outcomes) != len(self.jobs):
-            raise ConfigError(
-                "Every job has one outcome.",
-                field="outcomes",
-                value=len(outcomes),
-                allowed=f"{len(self.jobs)} outcomes",
-            )
+            message = "Every job has one outcome."
+            raise ConfigError(message, field="outcomes", value=len(outcomes), allowed=len(self.jobs))
         return {label: tuple(outcomes[job] for job in row) for label, row in self.job_of.items()}
 
 
@@ -85,7 +78,7 @@ def plan(
     select: Callable[[Variant, str], AdapterSelection],
     *,
     repeat: bool = False,
-) -> Plan:
+) -> AblationPlan:
     """The generations that answer every question under every variant, each once; question by question.
 
     Args:
@@ -110,21 +103,17 @@ def plan(
                 shared[selection] = len(jobs)
                 jobs.append(Job(index, selection))
             rows[label].append(shared[selection])
-    return Plan(tuple(jobs), {label: tuple(row) for label, row in rows.items()})
+    return AblationPlan(tuple(jobs), {label: tuple(row) for label, row in rows.items()})
 
 
 def variant_selection(variant: Variant, *, task_digest: str | None, crma_digest: str | None) -> AdapterSelection:
     """The selection of one cell of the 2x2; ConfigError where it needs an adapter that is not there."""
-    wanted = {"task": "task" in variant, "crma": "crma" in variant}
     for part, digest in (("task", task_digest), ("crma", crma_digest)):
-        if wanted[part] and digest is None:
-            raise ConfigError(
-                f"Variant {variant!r} needs a {part} adapter, and none is there.",
-                field="variants",
-                value=variant,
-                allowed=[other for other in VARIANTS if part not in other],
-            )
-    return AdapterSelection(task_digest if wanted["task"] else None, crma_digest if wanted["crma"] else None)
+        if part in variant and digest is None:
+            message = f"Variant {variant!r} needs an adapter that is not there: {part}."
+            without = [other for other in VARIANTS if part not in other]
+            raise ConfigError(message, field="variants", value=variant, allowed=without)
+    return AdapterSelection(task_digest if "task" in variant else None, crma_digest if "crma" in variant else None)
 
 
 def check_settings(*, scorer: str, margin: float) -> None:
@@ -134,12 +123,7 @@ def check_settings(*, scorer: str, margin: float) -> None:
 
 
 def report(
-    questions: Sequence[Question],
-    results: Mapping[str, Sequence[ItemResult]],
-    *,
-    scorer: str,
-    margin: float,
-    seed: int,
+    questions: Sequence[Question], results: Mapping[str, Sequence[ItemResult]], *, scorer: str, margin: float, seed: int
 ) -> dict[str, Any]:
     """The "variants", "comparisons" and "items" of an ablation's answer; plain JSON, nothing in it is NaN or infinite.
 
@@ -154,111 +138,75 @@ def report(
         seed: of the bootstrap.
     """
     check_settings(scorer=scorer, margin=margin)
-    is_right = scorer_named(scorer)
-    for label, row in results.items():
-        if len(row) != len(questions):
-            raise ConfigError(
-                f"Variant {label!r} must have one result for every question.",
-                field="results",
-                value=len(row),
-                allowed=f"{len(questions)} results",
-            )
-    marks = {
-        label: [
-            is_right(result.text, question.answers) if result.status == "scored" and result.text is not None else None
-            for question, result in zip(questions, row, strict=True)
-        ]
-        for label, row in results.items()
-    }
+    marked = {label: _marked(questions, row, scorer) for label, row in results.items()}
     return {
-        "variants": {label: _summary(questions, row, marks[label]) for label, row in results.items()},
+        "variants": {label: _summary(questions, row) for label, row in marked.items()},
         "comparisons": [
-            {"a": a, "b": b} | _comparison(questions, marks[a], marks[b], margin=margin, seed=seed)
-            for a, b in combinations(results, 2)
+            {"a": a, "b": b} | _comparison(questions, marked[a], marked[b], margin=margin, seed=seed)
+            for a, b in combinations(marked, 2)
         ],
         "items": [
-            {
-                "id": question.id,
-                "task": question.task,
-                "answers": list(question.answers),
-                "outputs": {label: _output(row[i], marks[label][i]) for label, row in results.items()},
-            }
+            question.model_dump(mode="json", include={"id", "task", "answers"})
+            | {"outputs": {label: _output(*row[i]) for label, row in marked.items()}}
             for i, question in enumerate(questions)
         ],
     }
 
 
+def _marked(questions: Sequence[Question], row: Sequence[ItemResult], scorer: str) -> list[Marked]:
+    is_right = scorer_named(scorer)
+    return [
+        (result, is_right(result.text or "", question.answers) if result.status == "scored" else None)
+        for question, result in zip(questions, row, strict=True)
+    ]
+
+
 def _labels(variants: Sequence[Variant]) -> tuple[str, ...]:
     """A distinct name for each place: "task", then "task#2" for the same variant again."""
-    if not variants:
-        raise ConfigError("No variant is named.", field="variants", value=[], allowed=list(VARIANTS))
-    labels: list[str] = []
-    for i, variant in enumerate(variants):
-        if variant not in VARIANTS:
-            raise ConfigError("Unknown variant.", field=f"variants[{i}]", value=variant, allowed=list(VARIANTS))
-        nth = variants[: i + 1].count(variant)
-        labels.append(variant if nth == 1 else f"{variant}#{nth}")
-    return tuple(labels)
+    if not variants or not set(variants) <= set(VARIANTS):
+        message = "Variants are one or more of those there are."
+        raise ConfigError(message, field="variants", value=list(variants), allowed=list(VARIANTS))
+    nth = [variants[: i + 1].count(variant) for i, variant in enumerate(variants)]
+    return tuple(name if n == 1 else f"{name}#{n}" for name, n in zip(variants, nth, strict=True))
 
 
-def _summary(questions: Sequence[Question], row: Sequence[ItemResult], marks: Sequence[bool | None]) -> dict[str, Any]:
+def _summary(questions: Sequence[Question], row: Sequence[Marked]) -> dict[str, Any]:
     """A variant's counts over all items, and the same for each task under "by_task"."""
-    places: dict[str, list[int]] = {}
-    for i, question in enumerate(questions):
-        places.setdefault(question.task, []).append(i)
-    by_task = {task: _counts([row[i] for i in at], [marks[i] for i in at]) for task, at in places.items()}
-    return _counts(row, marks) | {"by_task": by_task}
+    by_task: dict[str, list[Marked]] = {}
+    for question, item in zip(questions, row, strict=True):
+        by_task.setdefault(question.task, []).append(item)
+    return _counts(row) | {"by_task": {task: _counts(items) for task, items in by_task.items()}}
 
 
-def _counts(row: Sequence[ItemResult], marks: Sequence[bool | None]) -> dict[str, Any]:
-    statuses = [result.status for result in row]
-    correct, scored = marks.count(True), statuses.count("scored")
+def _counts(row: Sequence[Marked]) -> dict[str, Any]:
+    statuses = Counter(result.status for result, _ in row)
+    correct, scored = sum(mark is True for _, mark in row), statuses["scored"]
     return {
         "correct": correct,
-        "scored": scored,
-        "failed": statuses.count("failed"),
-        "timed_out": statuses.count("timed_out"),
+        **{status: statuses[status] for status in get_args(Status)},
         "accuracy": correct / scored if scored else None,
         "wilson": list(statistics.wilson(correct, scored)) if scored else None,
     }
 
 
 def _comparison(
-    questions: Sequence[Question],
-    a: Sequence[bool | None],
-    b: Sequence[bool | None],
-    *,
-    margin: float,
-    seed: int,
+    questions: Sequence[Question], a: Sequence[Marked], b: Sequence[Marked], *, margin: float, seed: int
 ) -> dict[str, Any]:
     """a against b, item by item: gained = right only in a, lost = right only in b."""
-    ids: dict[tuple[bool, bool], list[str]] = {(x, y): [] for x in (True, False) for y in (True, False)}
-    differences: list[int] = []
-    for question, right_a, right_b in zip(questions, a, b, strict=True):
-        if right_a is not None and right_b is not None:
-            ids[right_a, right_b].append(question.id)
-            differences.append(right_a - right_b)
-    gained, lost, n = ids[True, False], ids[False, True], len(differences)
-    enough = n >= 2
+    pairs = zip(questions, a, b, strict=True)
+    both = [(q.id, x, y) for q, (_, x), (_, y) in pairs if x is not None and y is not None]
+    table = Counter((x, y) for _, x, y in both)
+    gained, lost, n = table[True, False], table[False, True], len(both)
+    differences = [x - y for _, x, y in both]
+    equivalent = statistics.paired_equivalence(differences, margin=margin, seed=seed) if n > 1 else None
     return {
         "n": n,
-        "difference": (len(gained) - len(lost)) / n if n else None,
-        "bootstrap": list(statistics.paired_bootstrap(differences, seed=seed)) if enough else None,
-        "mcnemar": {
-            "gained": len(gained),
-            "lost": len(lost),
-            "p": statistics.mcnemar(len(gained), len(lost)) if n else None,
-        },
-        "table": {
-            "both": len(ids[True, True]),
-            "a_only": len(gained),
-            "b_only": len(lost),
-            "neither": len(ids[False, False]),
-        },
-        "equivalent_within_margin": statistics.paired_equivalence(differences, margin=margin, seed=seed)
-        if enough
-        else None,
-        "flips": {"gained": gained, "lost": lost},
+        "difference": (gained - lost) / n if n else None,
+        "bootstrap": list(statistics.paired_bootstrap(differences, seed=seed)) if n > 1 else None,
+        "mcnemar": {"gained": gained, "lost": lost, "p": statistics.mcnemar(gained, lost) if n else None},
+        "table": {"both": table[True, True], "a_only": gained, "b_only": lost, "neither": table[False, False]},
+        "equivalent_within_margin": equivalent,
+        "flips": {"gained": [id for id, x, y in both if x > y], "lost": [id for id, x, y in both if x < y]},
     }
 
 

@@ -69,8 +69,8 @@ class TrainConfig(_Settings):
     @field_validator("tasks")
     @classmethod
     def _each_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(tasks)) != len(tasks):
-            raise ValueError("a task is named twice")
+        if len({Path(task).name for task in tasks}) != len(tasks):
+            raise ValueError("a task is named twice; a folder is named by its last part")
         return tasks
 
     @classmethod

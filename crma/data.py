@@ -1,8 +1,10 @@
-"""Task data: the five domains built into the cache, users' own JSON Lines, and the public question set.
+"""Task data: the five domains built into the cache, and users' own JSON Lines.
 
 A built domain is a folder `<home>/data/<domain>` with `train.jsonl`, `validation.jsonl`, `holdout.jsonl` (lines of
-{"prompt", "completion"}) and `public.jsonl` (lines of a question set). Splits follow the hash of a question, so the
-order of a source never matters, and every file has its digest in `data_digests.json`, so a changed source is noticed.
+{"prompt", "completion"}) and `public.jsonl` (lines of a question set; those of all domains, one after the other, are
+the public set). Splits follow the hash of a question, so the order of a source never matters, and every file has its
+digest in `data_digests.json`, so a changed source is noticed: whoever changes one on purpose writes there what
+`digests(domain, split(domain, read_domain(domain)))` gives.
 A task of the user's own is any folder with the first three files; see `read_jsonl`.
 """
 
@@ -10,40 +12,81 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rich.console import Console
+from pydantic import BeforeValidator, TypeAdapter
 
 from crma.cache import cache_home
 from crma.errors import DataError
-from crma.manifest import bytes_digest, file_digest
+from crma.files import publish_folder
+from crma.json_lines import Text, read_lines
+from crma.manifest import bytes_digest
 from crma.sources import DOMAINS, MAX_PER_LABEL, PUBLIC_CODE, Pair, code_question, obstacle, read_domain, words
 
 SPLITS: Mapping[str, int] = {"train": 500, "validation": 100, "holdout": 100}
-PUBLIC = "public"
 NUM_PUBLIC = 20  # public questions a domain
 SALT = "crma-1:"
 SOURCE_CHANGED = (
-    "Its source has changed: give the pinned version (for code, docstrings as in CPython 3.11.2 to 3.11.7)."
+    "The source has changed: give the pinned version (for code, docstrings as in CPython 3.11.2 to 3.11.7)."
 )
 DIGESTS_FILE = Path(__file__).with_name("data_digests.json")
 
-Note = Callable[[str], None]
+Note = Callable[[str], object]
+
+
+def _content(role: str, value: object) -> object:
+    """The text of a list of one message of `role`; what is no list stays, to be checked as a text."""
+    match value:
+        case [{"role": found, "content": content}] if found == role:
+            return content
+        case list():
+            raise ValueError(f"Expected exactly one message of the {role}")
+    return value
 
 
 @dataclass(frozen=True)
 class Example:
     """One question of a task and its answer."""
 
-    prompt: str
-    completion: str
+    prompt: Annotated[Text, BeforeValidator(partial(_content, "user"))]
+    completion: Annotated[Text, BeforeValidator(partial(_content, "assistant"))]
+
+
+def _turns(line: object) -> object:
+    """{"messages": [user, assistant]} as the prompt and the completion that they are."""
+    match line:
+        case {"messages": [prompt, completion]}:
+            return {"prompt": [prompt], "completion": [completion]}
+        case {"messages": _}:
+            raise ValueError("Messages must be one of the user and one of the assistant")
+    return line
+
+
+_EXAMPLE: TypeAdapter[Example] = TypeAdapter(Annotated[Example, BeforeValidator(_turns)])
+
+
+def read_jsonl(path: Path) -> list[Example]:
+    """Examples from JSON Lines in TRL's conventions; blank lines are skipped, further fields are ignored.
+
+    A line is {"prompt": text, "completion": text}, the same with one message each (a list of one {"role", "content"}),
+    or {"messages": [user, assistant]}. Training sees one user turn and one answer, so anything longer is refused.
+    Raises DataError with the line number.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.", field="data", value=str(path)) from error
+    examples = [example for _, example in read_lines(path.name, content, _EXAMPLE.validate_json, DataError)]
+    if not examples:
+        raise DataError(f"{path} holds no examples.", field="data", value=str(path), allowed="at least one line")
+    return examples
 
 
 def build(
@@ -51,8 +94,7 @@ def build(
     *,
     home: Path | None = None,
     sources: Mapping[str, Path] | None = None,
-    accept: bool = False,
-    note: Note | None = None,
+    note: Note = lambda _: None,
 ) -> dict[str, str]:
     """Build the splits of some domains into the cache; nothing is fetched for what is there already.
 
@@ -60,23 +102,20 @@ def build(
         domains: the domains wanted; none means all, less those this machine cannot build (a note says which).
         home: the cache folder; `cache_home()` when None.
         sources: domain -> a source file the user already has (see `crma.sources.read_domain`).
-        accept: take the digests as they come out, to be committed as `data_digests.json`, instead of holding them to
-            it. For whoever changes a source on purpose.
-        note: called with a sentence before and after each domain; prints on stderr when None.
+        note: called with a sentence before and after each domain.
 
     Returns:
         "<domain>/<split>" -> digest. Raises DataError.
     """
-    note = note or Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print
     sources = sources or {}
     for domain in (*(domains or ()), *sources):
         if domain not in DOMAINS:
             raise DataError(f"{domain!r} is not a built-in domain.", field="domain", value=domain, allowed=DOMAINS)
-    expected = {} if accept else committed_digests()
     built: dict[str, str] = {}
     for domain in domains or DOMAINS:
         folder = (home or cache_home()) / "data" / domain
-        if not accept and _digests(domain, folder) == _of(domain, expected):
+        wanted = {name: digest for name, digest in committed_digests().items() if name.startswith(f"{domain}/")}
+        if digests(domain, {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}) == wanted:
             note(f"{domain}: already built in {folder}")
         elif not domains and (reason := obstacle(domain, sources.get(domain))):
             note(f"{domain}: skipped, because {reason}")
@@ -84,11 +123,12 @@ def build(
         else:
             note(f"{domain}: building")
             files = split(domain, read_domain(domain, sources.get(domain)))
-            if not accept:
-                _check_digests(domain, files, expected, advice=SOURCE_CHANGED)
-            _write(files, folder)
+            _check_digests(domain, files, advice=SOURCE_CHANGED)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            publish_folder(folder.parent, folder, files)
             note(f"{domain}: built in {folder}")
-        built |= _digests(domain, folder)
+        built |= wanted
     return built
 
 
@@ -104,26 +144,26 @@ def split(domain: str, pairs: Sequence[Pair]) -> dict[str, bytes]:
         answers[_normal(question)].add(answer)
     distinct = {_normal(question): (question, answer) for question, answer in sorted(pairs, reverse=True)}
     unambiguous = [pair for normal, pair in distinct.items() if len(answers[normal]) == 1]
-    pool = sorted(_thin(unambiguous, MAX_PER_LABEL.get(domain)), key=lambda pair: _order("split", pair[0]))
+    pool = sorted(_thin(unambiguous, MAX_PER_LABEL.get(domain, len(pairs))), key=partial(_order, "split"))
     needed = sum(SPLITS.values()) + (0 if domain == "code" else NUM_PUBLIC)
     if len(pool) < needed:
         message = f"The source of {domain} gives {len(pool)} questions, too few for the splits."
         raise DataError(message, field=domain, value=len(pool), allowed=f"at least {needed}")
-    files, start = {}, 0
-    for name, size in SPLITS.items():
-        lines = [asdict(Example(*pair)) for pair in pool[start : start + size]]
-        files[f"{name}.jsonl"] = _json_lines(lines)
-        start += size
-    public = pool[start : start + NUM_PUBLIC]
+    left = iter(pool)
+    files = {
+        f"{name}.jsonl": _json_lines(
+            [{"prompt": prompt, "completion": answer} for prompt, answer in islice(left, size)]
+        )
+        for name, size in SPLITS.items()
+    }
+    public = list(islice(left, NUM_PUBLIC))
     if domain == "code":  # our own wording, so that no docstring is committed
         public = [(f"{code_question(name)} {hint}", module) for name, (module, hint) in PUBLIC_CODE.items()]
-    files[f"{PUBLIC}.jsonl"] = _json_lines(
-        [
-            {"id": f"{domain}-{i:02}", "task": domain, "question": question, "answers": [answer]}
-            for i, (question, answer) in enumerate(public, start=1)
-        ]
-    )
-    return files
+    items = [
+        {"id": f"{domain}-{i:02}", "task": domain, "question": question, "answers": [answer]}
+        for i, (question, answer) in enumerate(public, start=1)
+    ]
+    return files | {"public.jsonl": _json_lines(items)}
 
 
 def load_split(task: str, split: str, *, home: Path | None = None) -> list[Example]:
@@ -133,12 +173,9 @@ def load_split(task: str, split: str, *, home: Path | None = None) -> list[Examp
     path = split_path(task, split, home=home)
     if not path.is_file():
         todo = f"run `crma data {task}`" if task in DOMAINS else f"{task} is no built-in domain, so make it a folder"
-        raise DataError(
-            f"There is no {path}: {todo}.", field="task", value=task, allowed=f"{', '.join(DOMAINS)}, a folder"
-        )
+        raise DataError(f"There is no {path}: {todo}.", field="task", value=task, allowed=(*DOMAINS, "a folder"))
     if task in DOMAINS:
-        advice = f"Build it again with `crma data {task}`."
-        _check_digests(task, {path.name: path.read_bytes()}, committed_digests(), advice=advice)
+        _check_digests(task, {path.name: path.read_bytes()}, advice=f"Build it again with `crma data {task}`.")
     return read_jsonl(path)
 
 
@@ -148,87 +185,37 @@ def split_path(task: str, split: str, *, home: Path | None = None) -> Path:
     return folder / f"{split}.jsonl"
 
 
-def public_lines(*, home: Path | None = None) -> bytes:
-    """The public question set as its file's bytes, from the built domains (all five must be there)."""
-    paths = [split_path(domain, PUBLIC, home=home) for domain in DOMAINS]
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"There is no {path}: run `crma data`.", field="domain", value=path.parent.name)
-    return b"".join(path.read_bytes() for path in paths)
-
-
 def committed_digests() -> dict[str, str]:
     """ "<domain>/<split>" -> the digest it must have."""
     return json.loads(DIGESTS_FILE.read_text(encoding="utf-8"))
 
 
-def read_jsonl(path: Path) -> list[Example]:
-    """Examples from JSON Lines in TRL's conventions; blank lines are skipped, further fields are ignored.
-
-    A line is {"prompt": text, "completion": text}, the same with one message each (a list of one {"role", "content"}),
-    or {"messages": [user, assistant]}. Training sees one user turn and one answer, so anything longer is refused.
-    Raises DataError with the line number.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}.", field="data", value=str(path)) from error
-    examples = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                examples.append(_example(json.loads(line)))
-            except ValueError as error:
-                allowed = '{"prompt", "completion"} or {"messages": [user, assistant]}'
-                where = f"{path.name} line {number}"
-                raise DataError(f"{where}: {error}.", field=where, value=line[:80], allowed=allowed) from error
-    if not examples:
-        raise DataError(f"{path} holds no examples.", field="data", value=str(path), allowed="at least one line")
-    return examples
+def digests(domain: str, files: Mapping[str, bytes]) -> dict[str, str]:
+    """ "<domain>/<split>" -> the digest it has."""
+    return {f"{domain}/{Path(name).stem}": bytes_digest(content) for name, content in files.items()}
 
 
-def _example(line: Any) -> Example:
-    """One parsed line as an Example. Raises ValueError saying what is wrong."""
-    if not isinstance(line, dict):
-        raise ValueError("is not an object")
-    if "messages" in line:
-        turns = line["messages"]
-        if not isinstance(turns, list) or len(turns) != 2:
-            raise ValueError('"messages" must be one user message and one assistant message')
-        prompt, completion = turns[:1], turns[1:]
-    elif "prompt" in line and "completion" in line:
-        prompt, completion = line["prompt"], line["completion"]
-    else:
-        raise ValueError('has neither "prompt" and "completion" nor "messages"')
-    return Example(_text(prompt, "user"), _text(completion, "assistant"))
-
-
-def _text(value: Any, role: str) -> str:
-    """The text of a prompt or completion, plain or as a list of one message."""
-    if isinstance(value, list):
-        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != role:
-            raise ValueError(f"expected exactly one message of the {role}")
-        value = value[0].get("content")
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"the text of the {role} is missing or empty")
-    return value
+def _check_digests(domain: str, files: Mapping[str, bytes], *, advice: str) -> None:
+    committed = committed_digests()
+    for name, found in digests(domain, files).items():
+        if found != committed.get(name):
+            message = f"{name} is not the data this version was made with. {advice}"
+            raise DataError(message, field=name, value=found, allowed=committed.get(name))
 
 
 def _normal(question: str) -> str:
     return " ".join(words(question))
 
 
-def _order(purpose: str, question: str) -> bytes:
-    return hashlib.sha256(f"{SALT}{purpose}:{question}".encode()).digest()
+def _order(purpose: str, pair: Pair) -> bytes:
+    return hashlib.sha256(f"{SALT}{purpose}:{pair[0]}".encode()).digest()
 
 
-def _thin(pairs: Sequence[Pair], limit: int | None) -> Sequence[Pair]:
+def _thin(pairs: Sequence[Pair], limit: int) -> list[Pair]:
     """At most `limit` questions of each answer, chosen by a hash that is independent of the order of the splits."""
-    if limit is None:
-        return pairs
     count: Counter[str] = Counter()
     kept = []
-    for question, answer in sorted(pairs, key=lambda pair: _order("thin", pair[0])):
+    for question, answer in sorted(pairs, key=partial(_order, "thin")):
         count[answer] += 1
         if count[answer] <= limit:
             kept.append((question, answer))
@@ -237,33 +224,3 @@ def _thin(pairs: Sequence[Pair], limit: int | None) -> Sequence[Pair]:
 
 def _json_lines(lines: Sequence[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-
-
-def _digests(domain: str, folder: Path) -> dict[str, str]:
-    return {f"{domain}/{path.stem}": file_digest(path) for path in sorted(folder.glob("*.jsonl"))}
-
-
-def _of(domain: str, digests: Mapping[str, str]) -> dict[str, str]:
-    return {name: digest for name, digest in digests.items() if name.startswith(f"{domain}/")}
-
-
-def _check_digests(domain: str, files: Mapping[str, bytes], expected: Mapping[str, str], *, advice: str) -> None:
-    for name, content in files.items():
-        found, wanted = bytes_digest(content), expected.get(f"{domain}/{Path(name).stem}")
-        if found != wanted:
-            message = f"{domain}/{name} is not the data this version was made with. {advice}"
-            raise DataError(message, field=f"{domain}/{name}", value=found, allowed=wanted)
-
-
-def _write(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write a domain's folder aside and put it in the place of the old one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        aside.chmod(0o755)
-        for name, content in files.items():
-            (aside / name).write_bytes(content)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

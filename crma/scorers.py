@@ -5,18 +5,14 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 
 from crma.errors import ConfigError
 
 Scorer = Callable[[str, Sequence[str]], bool]
 
 _MINUS = re.compile(r"(?<!\w)-(?=\.?\d)")
-_DROPPED = re.compile(
-    r"['’]"  # court's = courts
-    r"|\.(?!\d)"  # U.S. = US; one before a digit is a decimal point and stays
-    r"|(?<=\d),(?=\d{3}(?!\d))"  # 1,000 = 1000
-)
+# court's = courts; U.S. = US, but one before a digit is a decimal point and stays; 1,000 = 1000
+_DROPPED = re.compile(r"['’]|\.(?!\d)|(?<=\d),(?=\d{3}(?!\d))")
 
 
 def normalise(text: str) -> str:
@@ -52,7 +48,7 @@ def contains(text: str, answers: Sequence[str]) -> bool:
     return any(f" {wanted} " in found for wanted in map(normalise, answers) if wanted)
 
 
-SCORERS: Mapping[str, Scorer] = MappingProxyType({"exact": exact, "contains": contains})
+SCORERS: Mapping[str, Scorer] = {"exact": exact, "contains": contains}
 
 
 def scorer(name: str) -> Scorer:

@@ -21,6 +21,7 @@ from crma.pull import BaseModel
 from crma.question_set import QuestionSet
 from crma.scorers import exact
 from crma.selection import VARIANTS, AdapterSelection, Variant
+from crma.sources import DOMAINS
 from crma.statistics import wilson
 from crma.store import AdapterStore, TaskEntry
 
@@ -137,6 +138,10 @@ def score_tasks(
     """
     if split not in ("validation", "holdout"):
         raise ConfigError("not a split to score on", field="split", value=split, allowed="validation, holdout")
+    if not tasks:
+        raise ConfigError(
+            "the store serves no built-in task", field="store", value=str(served.store.root), allowed=DOMAINS
+        )
     rows: dict[str, Any] = {}
     for task in tasks:
         examples, train = load_split(task, split), load_split(task, "train")
@@ -149,6 +154,7 @@ def score_tasks(
         if control is not None:
             note(f"{task}: control")
             entry = control.task(task)
+            control.check_selection(entry, None, served.base.digest)
             lora = entry.load(served.injection.shapes).to(served.device, served.dtype)
             fmt = entry.prompt_format or chat_format(served.tokenizer)
             alone = Plan(tasks=[(None, lora)])

@@ -2,7 +2,7 @@
 
 Each reader turns one file into (question, answer) pairs: a full question that quotes one term, and a label of one to
 four words, lower case, our own wording where the source's is long. Packages are pinned and read as files, never
-imported. Changing anything here changes the splits, and so the digests in `data_digests.json`.
+imported. Changing anything here or in `wording.json` changes the splits, and so the digests in `data_digests.json`.
 """
 
 from __future__ import annotations
@@ -16,100 +16,59 @@ import shutil
 import sqlite3
 import sysconfig
 import tempfile
-import warnings
 import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 from crma.errors import DataError
 from crma.packages import Package, fetch
 
 Pair = tuple[str, str]
 
-DOMAINS: tuple[str, ...] = ("medical", "legal", "finance", "code", "science")
-
-PACKAGES: Mapping[str, Package] = MappingProxyType(
-    {
-        "medical": Package(
-            kind="wheel",
-            name="simple-icd-10-cm",
-            version="1.5.0",
-            digest="sha256:6d461d71dc26aedc530ae65f02cfb578a154e49507c32e8241e75f701d4b7e42",
-            member="simple_icd_10_cm/data/icd10c-tabular-*.xml",
-        ),
-        "legal": Package(
-            kind="wheel",
-            name="courts-db",
-            version="0.10.27",
-            digest="sha256:3b47638caeaa30222231e754af3472273dfe8056d0fbd73da7f5d6857b99f27c",
-            member="courts_db/data/courts.json",
-        ),
-        "finance": Package(
-            kind="wheel",
-            name="edgartools",
-            version="5.62.1",
-            digest="sha256:cfc0ca417bbb44b97ab6aeaa237bcc633ec696a7e6de8810574a3f73350b9015",
-            member="edgar/xbrl/standardization/gaap_mappings.json",
-        ),
-        "science": Package(
-            kind="deb",
-            name="r-bioc-go.db",
-            version="3.16.0-1",
-            digest="sha256:6cf9c43b97212811ecb7ad0d7cde12e76f984ab7494a59c02455239a9dd3243d",
-            member="GO.db/extdata/GO.sqlite",
-        ),
-    }
-)
+PACKAGES: Mapping[str, Package] = {
+    "medical": Package(
+        name="simple-icd-10-cm",
+        version="1.5.0",
+        digest="sha256:6d461d71dc26aedc530ae65f02cfb578a154e49507c32e8241e75f701d4b7e42",
+        member="simple_icd_10_cm/data/icd10c-tabular-*.xml",
+    ),
+    "legal": Package(
+        name="courts-db",
+        version="0.10.27",
+        digest="sha256:3b47638caeaa30222231e754af3472273dfe8056d0fbd73da7f5d6857b99f27c",
+        member="courts_db/data/courts.json",
+    ),
+    "finance": Package(
+        name="edgartools",
+        version="5.62.1",
+        digest="sha256:cfc0ca417bbb44b97ab6aeaa237bcc633ec696a7e6de8810574a3f73350b9015",
+        member="edgar/xbrl/standardization/gaap_mappings.json",
+    ),
+    "science": Package(
+        kind="deb",
+        name="r-bioc-go.db",
+        version="3.16.0-1",
+        digest="sha256:6cf9c43b97212811ecb7ad0d7cde12e76f984ab7494a59c02455239a9dd3243d",
+        member="GO.db/extdata/GO.sqlite",
+    ),
+}
 
 MAX_PER_LABEL = {"code": 120, "science": 1000}  # so that no single label makes up most of a domain
 MAX_TERM = 80  # characters of a quoted term or docstring sentence: training time is proportional to tokens
 
-ICD_CHAPTERS = (
-    "infectious diseases",
-    "neoplasms",
-    "blood and immune disorders",
-    "endocrine and metabolic diseases",
-    "mental disorders",
-    "nervous system diseases",
-    "eye diseases",
-    "ear diseases",
-    "circulatory diseases",
-    "respiratory diseases",
-    "digestive diseases",
-    "skin diseases",
-    "musculoskeletal diseases",
-    "genitourinary diseases",
-    "pregnancy and childbirth",
-    "perinatal conditions",
-    "congenital malformations",
-    "symptoms and abnormal findings",
-    "injuries and poisoning",
-    "external causes",
-    "contact with health services",
-    "special purposes",
-)
+WORDING: Mapping[str, Any] = json.loads(Path(__file__).with_name("wording.json").read_text(encoding="utf-8"))
+ICD_CHAPTERS: list[str] = WORDING["icd_chapters"]  # our labels for chapters 1 to 22
+REPORT_SECTIONS: list[str] = WORDING["report_sections"]  # the 12 most common of the mapping at MIN_CONFIDENCE
+MIN_CONFIDENCE = 0.5
+# The public questions of the code domain: name -> [module, a hint in our own words, where the splits quote the
+# docstring]. These names are kept out of the splits.
+PUBLIC_CODE: Mapping[str, list[str]] = WORDING["public_code"]
 
 DISTRICT_OF_COLUMBIA = ("Washington D.C.", "Washignton D.C.", "D.C.", "DC")  # as courts-db spells it
 NO_STATE = ("", "United States", "England")
 MIN_COURTS = 2  # of a state or territory, to be a label
-
-REPORT_SECTIONS = (  # the 12 most common sections of the mapping at MIN_CONFIDENCE
-    "current assets",
-    "non-current assets",
-    "current liabilities",
-    "non-current liabilities",
-    "equity",
-    "cost of revenue",
-    "operating expenses",
-    "non-operating items",
-    "income tax",
-    "net income",
-    "financing activities",
-    "investing activities",
-)
-MIN_CONFIDENCE = 0.5
 
 # Standard library modules whose Python source names the most functions and classes and hardly changes between patch
 # releases (those that security fixes touch, such as email, http, urllib and tarfile, are left out).
@@ -121,48 +80,16 @@ MODULES = (
 )
 CHANGED_FILES = ("taskgroups.py", "timeouts.py")  # of asyncio, reworded between 3.11.2 and 3.11.7
 
-# The public questions of the code domain: name -> module and a hint in our own words, where the splits quote the
-# docstring. These names are kept out of the splits.
-PUBLIC_CODE: Mapping[str, Pair] = MappingProxyType(
-    {
-        "add_argument": ("argparse", "Declare an option of a command line."),
-        "add_section": ("configparser", "Start a new group of settings."),
-        "assertRaises": ("unittest", "Check that a call fails with the expected error."),
-        "b64encode": ("base64", "Write bytes with 64 printable characters."),
-        "check_output": ("subprocess", "Run a command and keep what it printed."),
-        "fromisoformat": ("datetime", "Read a date such as 2024-02-29."),
-        "gather": ("asyncio", "Wait for several awaitables at once."),
-        "getLogger": ("logging", "Get the object that records messages under a name."),
-        "get_close_matches": ("difflib", "Find the words most similar to a given word."),
-        "heapify": ("heapq", "Reorder a list so that its smallest item comes first."),
-        "isleap": ("calendar", "Tell whether a year has 366 days."),
-        "itemgetter": ("operator", "Make a callable that looks up a key."),
-        "lru_cache": ("functools", "Remember the results of the latest calls."),
-        "median": ("statistics", "The middle value of some numbers."),
-        "mkdtemp": ("tempfile", "Make a new folder that is thrown away later."),
-        "rmtree": ("shutil", "Delete a folder with everything in it."),
-        "shuffle": ("random", "Put a list in an unpredictable order."),
-        "signature": ("inspect", "Describe the parameters of a callable."),
-        "suppress": ("contextlib", "Let a block go on in spite of some exceptions."),
-        "with_suffix": ("pathlib", "The same file name with another ending."),
-    }
-)
-
 GO_NAMESPACES = {"BP": "biological process", "CC": "cellular component", "MF": "molecular function"}
 
 
 def obstacle(domain: str, given: Path | None = None) -> str | None:
     """Why this machine cannot have a domain's source, in a sentence that says what to do; None if it can."""
-    if given is not None:
-        return None
     running = f"{platform.python_implementation()} {platform.python_version()}"
-    if domain == "code" and not running.startswith("CPython 3.11."):
-        return (
-            f"code reads the standard library of CPython 3.11 and this is {running}; give the folder of one as source."
-        )
-    if domain == "science" and not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        package = PACKAGES[domain]
-        return f"science needs apt-get and dpkg-deb for {package}; give its GO.sqlite, taken out elsewhere, as source."
+    if domain == "code" and given is None and not running.startswith("CPython 3.11."):
+        return f"code reads the library of CPython 3.11 and this is {running}; give the folder of one as source."
+    if domain == "science" and given is None and not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        return f"science needs apt-get and dpkg-deb for {PACKAGES[domain]}; give its GO.sqlite, taken out, as source."
     return None
 
 
@@ -264,15 +191,14 @@ def read_science(path: Path) -> list[Pair]:
     ]
 
 
-READERS: Mapping[str, Callable[[Path], list[Pair]]] = MappingProxyType(
-    {
-        "medical": read_medical,
-        "legal": read_legal,
-        "finance": read_finance,
-        "code": read_code,
-        "science": read_science,
-    }
-)
+READERS: Mapping[str, Callable[[Path], list[Pair]]] = {
+    "medical": read_medical,
+    "legal": read_legal,
+    "finance": read_finance,
+    "code": read_code,
+    "science": read_science,
+}
+DOMAINS = tuple(READERS)
 
 
 def words(text: str) -> list[str]:
@@ -282,14 +208,10 @@ def words(text: str) -> list[str]:
 
 def _documented_names(library: Path, module: str) -> Iterator[Pair]:
     """(name, docstring) of the public functions, classes and methods in a module, or directly in a package."""
-    package = library / module
-    files = sorted(package.glob("*.py")) if package.is_dir() else [library / f"{module}.py"]
-    for file in files:
+    for file in sorted((library / module).glob("*.py")) or [library / f"{module}.py"]:
         if file.name in CHANGED_FILES:
             continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a newer parser may warn of an old module's escapes
-            tree = ast.parse(file.read_text(encoding="utf-8"))
+        tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in tree.body:
             inner = node.body if isinstance(node, ast.ClassDef) else []
             for definition in (node, *inner):

@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,21 +192,20 @@ class TaskTrainer:
         steps_per_epoch = math.ceil(len(self.rows) / config.batch_size)
         total = steps_per_epoch * config.epochs
         done = self._restore(optimizer)
-        log = StepLog(self.folder / "log.jsonl", done["position"])
         tokens, started, earlier = done["tokens"], time.perf_counter(), done["wall_s"]
-        for epoch in range(done["epochs"], config.epochs):
-            for step, batch in enumerate(self._batches(epoch), start=epoch * steps_per_epoch):
-                factor = schedule(step, total, config.warmup)
-                for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-                    group["lr"] = rate * factor
-                line = self._step(optimizer, batch)
-                log.write({"task": self.task, "step": step, "epoch": epoch, "lr": factor} | line)
-                self._check(step, line)
-                tokens += batch.num_tokens
-                on_step(batch.num_tokens)
-            wall = earlier + time.perf_counter() - started
-            self._save(optimizer, {"epochs": epoch + 1, "position": log.position, "tokens": tokens, "wall_s": wall})
-        log.close()
+        with closing(StepLog(self.folder / "log.jsonl", done["position"])) as log:
+            for epoch in range(done["epochs"], config.epochs):
+                for step, batch in enumerate(self._batches(epoch), start=epoch * steps_per_epoch):
+                    factor = schedule(step, total, config.warmup)
+                    for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                        group["lr"] = rate * factor
+                    line = self._step(optimizer, batch)
+                    log.write({"task": self.task, "step": step, "epoch": epoch, "lr": factor} | line)
+                    self._check(step, line)
+                    tokens += batch.num_tokens
+                    on_step(batch.num_tokens)
+                wall = earlier + time.perf_counter() - started
+                self._save(optimizer, {"epochs": epoch + 1, "position": log.position, "tokens": tokens, "wall_s": wall})
         return {"steps": total, "tokens": tokens, "wall_s": earlier + time.perf_counter() - started}
 
     def _batches(self, epoch: int) -> Iterator[Any]:

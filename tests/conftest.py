@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from tiny import pulled_base
 
-from crma.pull import BaseModel
+if TYPE_CHECKING:
+    from crma.pull import BaseModel
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     """The tiny Llama with its tokenizer, pulled into a cache of its own; read only."""
+    from tiny import pulled_base
+
     return pulled_base(tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture
-def home(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache that holds `base`, as $CRMA_HOME."""
-    home = base.path.parents[1]
-    monkeypatch.setenv("CRMA_HOME", str(home))
-    return home
+@pytest.fixture(scope="session")
+def write_task() -> Callable[[Path, tuple[str, str]], None]:
+    """Writes a task into a new folder: twelve examples a split, with two answers in turn."""
+
+    def write(folder: Path, answers: tuple[str, str]) -> None:
+        folder.mkdir(parents=True)
+        for split in ("train", "validation", "holdout"):
+            lines = [{"prompt": f"{split} {i * 37}?", "completion": answers[i % 2]} for i in range(12)]
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def _quick_gemm() -> Iterator[None]:
+    """A run measures the machine's rate with a product that takes a second or two; here with a small one."""
+    from crma import protocol
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "gemm_flops", partial(protocol.gemm_flops, n=64))
+        yield

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +31,7 @@ from crma.lora import Lora, LoraConfig, LoraPair, match_targets
 from crma.prompts import PromptFormat
 from crma.pull import BaseModel, pull
 from crma.store import AdapterStore, BackboneEntry, TaskEntry
+from server.__main__ import build
 from server.engine.adapter_pool import AdapterPool
 from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner
@@ -151,14 +154,24 @@ def publish_backbone(store: AdapterStore, base: BaseModel, seed: int = 0) -> Bac
     return store.publish_backbone(backbone(injection(), seed), base=base, lineage=(), **record)
 
 
-def publish(store: AdapterStore, base: BaseModel, name: str, seed: int, under: str | None) -> TaskEntry:
+def publish(
+    store: AdapterStore, base: BaseModel, name: str, seed: int, *, under: str | None, scale: float = 1.0
+) -> TaskEntry:
     """A random task adapter in the store, serving; `under`: the digest of the backbone it records."""
     record: dict[str, Any] = {"trained_on": None, "measured": {"accuracy": 0.5}, "licence": "Apache-2.0"}
     made = lora(injection(), 4, "all-linear", seed)
+    for pair in made.pairs.values():
+        pair.B.mul_(scale)
     return store.publish_task(name, made, base=base, backbone=under, prompt_format=FORMAT, **record)
 
 
-def settings(folder: Path, **options: Any) -> Settings:
-    """For a server of the tiny model on the CPU, with the store in `folder/store`."""
-    where = {"home": folder / "home", "model": "tiny", "store": folder / "store"}
-    return Settings(**{**where, "device": "cpu", "dtype": "float32", "num_threads": 1, "admin_key": "admin", **options})
+@asynccontextmanager
+async def serving(base: BaseModel, store: Path, **options: Any) -> AsyncIterator[FastAPI]:
+    """The app as `python -m server` builds it, on the CPU in fp32: ready, and stopped afterwards."""
+    where = {"home": base.path.parents[1], "model": base.name, "store": store}
+    options = {"device": "cpu", "dtype": "float32", "num_threads": 1, "admin_key": "admin", **options}
+    app = build(Settings(**where, **options))
+    async with app.router.lifespan_context(app):
+        await app.state.starting
+        yield app
+    assert not app.state.frontend.engine._thread.is_alive()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -22,15 +23,17 @@ from server.engine.request import (
     Timings,
 )
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(eq=False)
 class _Stream:
-    """Where one request's outputs go, and how many of its sequences are still open."""
+    """Where one request's outputs go, and which of its sequences are still open."""
 
     request: Request
     loop: asyncio.AbstractEventLoop
     queue: asyncio.Queue[list[RequestOutput]]
-    open: int
+    open: set[int]
     aborted: bool = False
 
 
@@ -50,6 +53,7 @@ class AsyncEngine:
         self._streams: dict[str, _Stream] = {}
         self._draining = False
         self._stopped = False
+        self._ended = False  # the thread has carried out its last command
         self._step_seconds = 0.1
         self._stats = EngineStats()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -59,7 +63,7 @@ class AsyncEngine:
         self._thread.start()
 
     def submit(self, request: Request) -> AsyncIterator[RequestOutput]:
-        """Take a request; its outputs follow. Closing the iterator early aborts the request.
+        """Take a request; its outputs follow. Closing the iterator once it is being read aborts the request.
 
         Raises:
             EngineStopped, QueueFull, PromptTooLong: at once, nothing taken.
@@ -73,7 +77,7 @@ class AsyncEngine:
         waiting = len(self._streams) - self.engine.scheduler.max_num_seqs
         if waiting >= self.max_queue:
             raise QueueFull(self.max_queue, max(1.0, waiting * self._step_seconds))
-        stream = _Stream(request, asyncio.get_running_loop(), asyncio.Queue(), request.sampling.n)
+        stream = _Stream(request, asyncio.get_running_loop(), asyncio.Queue(), set(range(request.sampling.n)))
         self._streams[request.id] = stream
         return self._outputs(stream)
 
@@ -110,7 +114,10 @@ class AsyncEngine:
             self._command(lambda: self._add(stream))
             while stream.open:
                 for output in await stream.queue.get():
-                    stream.open -= output.finish_reason is not None
+                    if output.index not in stream.open:
+                        continue
+                    if output.finish_reason is not None:
+                        stream.open.remove(output.index)
                     yield output
         finally:
             self._streams.pop(request.id, None)
@@ -124,12 +131,7 @@ class AsyncEngine:
 
     def _add(self, stream: _Stream) -> list[RequestOutput]:
         if stream.aborted:
-            now = time.monotonic()
-            timings = Timings(now - stream.request.arrival, None, now - stream.request.arrival)
-            return [
-                RequestOutput(stream.request.id, index, finish_reason=FinishReason.ABORT, timings=timings)
-                for index in range(stream.request.sampling.n)
-            ]
+            return _endings(stream.request, FinishReason.ABORT)
         self.engine.add(stream.request)
         return []
 
@@ -140,16 +142,32 @@ class AsyncEngine:
 
     def _command(self, command: Callable[[], list[RequestOutput]]) -> None:
         with self._wake:
-            self._commands.append(command)
-            self._wake.notify()
+            if not self._ended:
+                self._commands.append(command)
+                self._wake.notify()
+                return
+        self._deliver(command())  # no step can be running any more
 
     def _run(self) -> None:
-        """The engine's thread: commands, then a step, until stopped; sleeps when there is nothing to do."""
+        """The engine's thread. If it fails, everybody who waits for it gets an error, and nobody new is taken."""
+        try:
+            self._serve()
+        except Exception:
+            logger.exception("the engine has failed and takes no more requests")
+            with self._wake:
+                self._stopped = self._ended = True
+                self._commands.clear()
+            requests = [stream.request for stream in list(self._streams.values())]
+            self._deliver([o for r in requests for o in _endings(r, FinishReason.ERROR, "the engine failed")])
+
+    def _serve(self) -> None:
+        """Commands, then a step, until stopped; sleeps when there is nothing to do."""
         while True:
             with self._wake:
                 while not (self._commands or self.engine.scheduler.has_work() or self._stopped):
                     self._wake.wait()
                 if self._stopped and not self._commands:
+                    self._ended = True
                     return
                 commands = list(self._commands)
                 self._commands.clear()
@@ -186,3 +204,11 @@ class AsyncEngine:
             running_adapters=tuple(sorted({d for request in running if (d := request.selection.task_digest)})),
             waiting_adapters=tuple(sorted({d for request in waiting if (d := request.selection.task_digest)})),
         )
+
+
+def _endings(request: Request, reason: FinishReason, error: str | None = None) -> list[RequestOutput]:
+    """The last output of each sequence of a request that the engine does not hold."""
+    waited = time.monotonic() - request.arrival
+    timings = Timings(waited, None, waited)
+    indices = range(request.sampling.n)
+    return [RequestOutput(request.id, i, finish_reason=reason, error=error, timings=timings) for i in indices]

@@ -114,9 +114,15 @@ class Engine:
         self.counters.num_steps += 1
         if step.is_prefill:
             self.counters.prompt_tokens += sum(len(s.request.prompt_ids) for s in step.sequences)
+        broken = {s for s, is_nan in zip(step.sequences, logits.isnan().any(-1).tolist(), strict=True) if is_nan}
+        if broken:
+            logger.error("%d sequences end with an error: their logits are not numbers", len(broken))
+            self.runner.clear([s.slot for s in broken if s.slot is not None])
         now = self.clock()
         return [
-            self._append(sequence, token, logprob, now)
+            self._finish(sequence, FinishReason.ERROR, error="the model and adapters overflow on this prompt")
+            if sequence in broken
+            else self._append(sequence, token, logprob, now)
             for sequence, token, logprob in zip(step.sequences, tokens, logprobs, strict=True)
         ]
 

@@ -37,6 +37,12 @@ class KvCache:
             self._layers[index] = keys, values
         return keys, values
 
+    def clear(self, slots: list[int]) -> None:
+        """Zero what is not a number: the next sequence of a slot would mask it, and 0 · NaN is NaN."""
+        for keys, values in self._layers.values():
+            keys[slots] = 0
+            values[slots] = 0
+
     def _grown(self, old: Tensor | None, like: Tensor, room: int) -> Tensor:
         new = like.new_zeros(self.num_slots, like.shape[1], room, like.shape[3])
         if old is not None:

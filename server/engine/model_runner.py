@@ -43,6 +43,11 @@ class ModelRunner:
             )
         return output.logits[:, -1].float()
 
+    @torch.inference_mode()
+    def clear(self, slots: list[int]) -> None:
+        """Leave nothing of a sequence whose logits are not numbers to the next one of its slot."""
+        self.kv.clear(slots)
+
     def _masks(self, positions: Tensor, num_positions: int) -> Tensor | dict[str, Tensor]:
         windowed = self._as_model_wants(attention_mask(positions, num_positions, self._window))
         if not self._mixed_layers:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
-from crma.ablation import ItemResult, Job, Plan, check_settings, plan, report
+from crma.ablation import AblationPlan, ItemResult, Job, check_settings, plan, report
 from crma.errors import NotFound
 from crma.question_set import Question, QuestionSet, inline_question_set, read_question_set
 from crma.selection import AdapterSelection, Variant
@@ -76,7 +76,7 @@ def _selector(frontend: Frontend, selected: Selected) -> Any:
     return select
 
 
-def _check_size(work: Plan, limit: int) -> None:
+def _check_size(work: AblationPlan, limit: int) -> None:
     if work.num_item_variants > limit:
         raise InvalidField(
             f'over {limit} item-variants an ablation would need "background": true, which is not honoured in this '
@@ -89,7 +89,7 @@ def _check_size(work: Plan, limit: int) -> None:
 
 
 async def _run(
-    work: Plan, questions: QuestionSet, selected: Selected, body: AblationRequest, frontend: Frontend
+    work: AblationPlan, questions: QuestionSet, selected: Selected, body: AblationRequest, frontend: Frontend
 ) -> list[ItemResult]:
     """Outcomes in the order of the jobs. Few are in the engine at once, so that others' requests are not starved.
 

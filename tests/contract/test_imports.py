@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HTTP = {"fastapi", "starlette", "uvicorn", "httpx"}
 TORCH = {"torch", "numpy", "transformers", "safetensors", "scipy", "peft"}
-NO_TORCH = ("server.engine.request", "server.engine.scheduler", "server.engine.block_pool")
+NO_TORCH = ("server.engine.request", "server.engine.scheduler", "server.engine.sequence")
 READS_ENVIRONMENT = {"server.settings", "crma.cache"}
 
 

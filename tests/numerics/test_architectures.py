@@ -1,4 +1,4 @@
-"""Every supported family: the start is the base model, rows are their own, the fold is the formula, decoding is HF's."""
+"""Every supported family: it starts as the base model, rows are their own, folded is the formula, decoding is HF's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crma.adapter import Backbone, CrmaConfig, Factors, apply_unfolded
 from crma.generate import generate
-from crma.injection import Injection, Plan
+from crma.injection import Injection, Plan, target_names
 from crma.lora import LoraConfig, new_lora
 
 INPUT = torch.arange(3, 48).reshape(5, 9)
@@ -27,7 +27,8 @@ def logits(inj: Injection, plan: Plan, rows: Tensor = INPUT) -> Tensor:
 def test_before_training_the_adapted_model_is_the_base_model(family: str) -> None:
     inj, generator = injection(family), torch.Generator().manual_seed(0)
     start = Backbone(CrmaConfig(len(inj.blocks), inj.hidden_size), generator)
-    untrained = new_lora(LoraConfig(4, 8.0, tuple({path.rsplit(".")[-1] for path in inj.shapes})), inj.shapes, generator)
+    config = LoraConfig(4, 8.0, target_names(inj.model, "all-linear"))
+    untrained = new_lora(config, inj.shapes, generator)
     plan = Plan([(None, untrained)], [(None, start.folded("cpu", torch.float32))])
     assert torch.equal(logits(inj, plan), logits(inj, Plan()))
 
@@ -44,10 +45,7 @@ def test_each_row_of_a_mixed_batch_gets_what_it_gets_alone(family: str) -> None:
     )
     together, base = logits(inj, mixed), logits(inj, Plan())
     for i, (t, c) in enumerate(chosen):
-        alone = Plan(
-            [] if t is None else [(None, tasks[t])],
-            [] if c is None else [(None, layers[c])],
-        )
+        alone = Plan([] if t is None else [(None, tasks[t])], [] if c is None else [(None, layers[c])])
         torch.testing.assert_close(together[i : i + 1], logits(inj, alone, INPUT[i : i + 1]), atol=1e-5, rtol=1e-5)
         if (t, c) == (None, None):
             assert torch.equal(together[i], base[i])

@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from crma.adapter import Backbone
@@ -74,7 +74,7 @@ calls = st.builds(
     n=st.sampled_from([1, 1, 2]),
     stop_at=st.sampled_from([None, None, 1, 3]),
     arrival=st.integers(0, 12),
-    patience=st.sampled_from([None, None, None, 0, 1, 4]),
+    patience=st.sampled_from([None] * 5 + [0, 1, 4]),
 )
 
 
@@ -102,7 +102,7 @@ def as_request(name: str, call: Call, stop: tuple[int, ...] = ()) -> Request:
 
 
 def drive(engine: Engine, pool: AdapterPool, requests: Sequence[Request], schedule: Sequence[Call]) -> dict:
-    """(request id, index) -> Answer: steps until nothing is left, with the arrivals, cancellations, pins of a server."""
+    """(request id, index) -> Answer. Steps until nothing is left; arrivals, cancellations and pins as in a server."""
     answers = {(r.id, i): Answer() for r in requests for i in range(r.sampling.n)}
     open_ = {r.id: r.sampling.n for r in requests}
 
@@ -162,7 +162,7 @@ def test_every_request_gets_what_it_gets_alone(family: str, capsys: pytest.Captu
     several units apart on average, so that this has a chance of about one in a million per token and is not excused."""
     tally: Counter = Counter(mismatches=0)
 
-    @settings(derandomize=True, max_examples=12, deadline=None, database=None)
+    @settings(derandomize=True, max_examples=25, deadline=None, phases=[Phase.generate])  # shrinking takes minutes
     @given(
         schedule=st.lists(calls, min_size=4, max_size=9),
         max_num_seqs=st.integers(1, 4),
@@ -219,20 +219,16 @@ def test_nothing_stays_behind_when_only_the_adapter_changes() -> None:
 
 
 def test_an_adapter_that_overflows_harms_nobody_beside_it_or_after_it() -> None:
-    """Finite weights can still give NaN. A masked NaN in a slot would come through: 0 · NaN is NaN."""
-    injection = tiny.injection()
-    broken = tiny.lora(injection, 2, "all-linear", seed=0)
+    """Finite weights can give NaN. That is an error and no answer; and a masked NaN in a slot must not stay there for
+    the next sequence: 0 · NaN is NaN."""
+    broken = tiny.lora(tiny.injection(), 2, "all-linear", seed=0)
     for pair in broken.pairs.values():
         pair.B.fill_(1e30)
-    engine, pool = tiny.make_engine(injection, {"broken": broken}, max_num_seqs=2)
-    bad = [
-        Call(AdapterSelection("broken"), prompt(20), arrival=0),
-        Call(AdapterSelection("broken"), prompt(9), arrival=1),
-    ]
+    engine, pool = tiny.make_engine(tiny.injection(), {"broken": broken}, max_num_seqs=2)
+    bad = [Call(AdapterSelection("broken"), prompt(n), arrival=at) for n, at in ((20, 0), (9, 1))]
     good = [Call(BASE, prompt(n), arrival=at) for n, at in ((7, 0), (1, 2), (4, 9))]
-    schedule = [*bad, *good]
-    requests = [as_request(str(i), call) for i, call in enumerate(schedule)]
-    answers = drive(engine, pool, requests, schedule)
-    assert any(logprob != logprob for logprob in answers["0", 0].logprobs), "the adapter was to give NaN"
+    requests = [as_request(str(i), call) for i, call in enumerate(bad + good)]
+    answers = drive(engine, pool, requests, bad + good)
+    assert [(answers[r.id, 0].reason, answers[r.id, 0].tokens) for r in requests[:2]] == [(FinishReason.ERROR, [])] * 2
     for request, call in zip(requests[2:], good, strict=True):
         assert tuple(answers[request.id, 0].tokens) == alone("llama", call, 0, ()).token_ids

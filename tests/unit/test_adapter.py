@@ -17,55 +17,37 @@ from crma.sinkhorn import norm_bound
 CONFIG = CrmaConfig(num_layers=3, hidden_size=20, num_streams=4, stream_rank=3)
 
 
-def random_backbone(config: CrmaConfig, seed: int, std: float = 1.0) -> Backbone:
+def random_backbone(seed: int = 0, std: float = 1.0) -> Backbone:
     """Far from the identity: every parameter is random."""
-    backbone, generator = Backbone(config), torch.Generator().manual_seed(seed)
+    backbone, generator = Backbone(CONFIG), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.normal_(std=std, generator=generator)
     return backbone
 
 
-BACKBONES = st.builds(
-    random_backbone, st.just(CONFIG), st.integers(0, 2**31), st.sampled_from([0.01, 1.0, 30.0, 1e10, 1e30])
-)
-LONGEST = settings(derandomize=True, max_examples=40, deadline=None)
-
-
-def matrices(backbone: Backbone) -> list[torch.Tensor]:
-    """T of every layer as an explicit matrix, in float64, from the formula."""
-    with torch.no_grad():
-        factors = Factors(*(factor.double() for factor in backbone.factors()))
-        return [apply_unfolded(torch.eye(20).double(), factors, layer).mT for layer in range(3)]
-
-
-def test_it_starts_as_the_identity_with_orthonormal_reads() -> None:
+def test_it_starts_as_the_identity_with_orthonormal_reads_and_half_open_gates() -> None:
     backbone = Backbone(CONFIG, torch.Generator().manual_seed(0))
     h = torch.randn(5, 20)
     for layer, pair in enumerate(backbone.folded("cpu", torch.float32)):
         assert torch.equal(h + pair.delta(h), h)
-        assert torch.equal(apply_unfolded(h, backbone.factors(), layer), h)
         torch.testing.assert_close(backbone.R[layer] @ backbone.R[layer].mT, torch.eye(12))
-    assert torch.equal(torch.sigmoid(backbone.gamma), torch.full((3,), 0.5))
+    assert torch.equal(backbone.factors().g, torch.full((3,), 0.5))
     again = Backbone(CONFIG, torch.Generator().manual_seed(0))
     assert all(torch.equal(a, b) for a, b in zip(backbone.parameters(), again.parameters(), strict=True))
 
 
-@LONGEST
-@given(BACKBONES)
-def test_no_parameters_break_the_bound(backbone: Backbone) -> None:
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([0.01, 1.0, 30.0, 1e10, 1e30]))
+def test_no_parameters_break_the_bound_and_the_folded_form_is_the_formula(seed: int, std: float) -> None:
+    backbone = random_backbone(seed, std)
     with torch.no_grad():
         factors = backbone.factors()
     bounds = 1 + norm_bound(factors.M) * factors.g
-    for T, bound in zip(matrices(backbone), bounds, strict=True):
-        assert torch.linalg.matrix_norm(T, ord=2) <= bound + 1e-5
-
-
-@LONGEST
-@given(BACKBONES)
-def test_the_folded_form_is_the_formula(backbone: Backbone) -> None:
-    pairs = backbone.folded("cpu", torch.float32)
-    for T, pair in zip(matrices(backbone), pairs, strict=True):
+    exact = Factors(*(factor.double() for factor in factors))
+    for layer, pair in enumerate(backbone.folded("cpu", torch.float32)):
+        T = apply_unfolded(torch.eye(20).double(), exact, layer).mT  # column by column
+        assert torch.linalg.matrix_norm(T, ord=2) <= bounds[layer] + 1e-5
         torch.testing.assert_close(torch.eye(20) + pair.B @ pair.A, T.float(), atol=1e-5, rtol=0)
         h = torch.randn(2, 3, 20)
         torch.testing.assert_close(h + pair.delta(h), h @ T.float().mT, atol=1e-5, rtol=1e-5)
@@ -87,39 +69,27 @@ def test_the_gradient_through_the_normalisation_is_finite(size: float) -> None:
     assert torch.isfinite(P.grad).all()
 
 
-@pytest.mark.parametrize("sd", [0.1, 3.0, 1e6])
-def test_the_mixing_learns_nothing_at_the_start_and_in_every_layer_once_writes_are_not_zero(sd: float) -> None:
+@pytest.mark.parametrize(("W", "S", "alive"), [(0.0, 1.0, False), (0.1, 0.1, True), (0.1, 3.0, True), (0.1, 1e6, None)])
+def test_the_mixing_learns_once_writes_are_not_zero(W: float, S: float, alive: bool | None) -> None:
     backbone = Backbone(CONFIG, torch.Generator().manual_seed(0))
-    for W, alive in ((0.0, False), (0.1, True)):
-        torch.nn.init.normal_(backbone.W, std=W)
-        torch.nn.init.normal_(backbone.S, std=sd if sd > 3 or alive else 0.1)
-        backbone.zero_grad()
-        A, B = backbone.fold()
-        ((B @ A) * torch.randn(3, 20, 20)).sum().backward()
-        assert all(torch.isfinite(p.grad).all() for p in backbone.parameters() if p.grad is not None)
-        assert backbone.S.grad is not None
-        if sd <= 3 or not alive:
-            assert (backbone.S.grad.flatten(1).norm(dim=1) > 0).tolist() == [alive] * 3
-
-
-def test_the_plain_mapping_is_used_where_the_config_says_so() -> None:
-    plain = random_backbone(CrmaConfig(3, 20, 4, 3, iterations=1, mapping="sinkhorn"), 0, std=30)
-    assert (plain.mixing().sum(-1) - 1).abs().max() > 1e-3
+    torch.nn.init.normal_(backbone.W, std=W)
+    torch.nn.init.normal_(backbone.S, std=S)
+    A, B = backbone.fold()
+    ((B @ A) * torch.randn(3, 20, 20)).sum().backward()
+    gradients = {name: p.grad for name, p in backbone.named_parameters() if p.grad is not None}
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    if alive is not None:
+        assert (gradients["S"].flatten(1).norm(dim=1) > 0).tolist() == [alive] * 3
 
 
 def test_what_is_stored_comes_back_bit_for_bit_and_is_a_copy() -> None:
-    backbone = random_backbone(CONFIG, 0)
+    backbone = random_backbone()
     tensors = backbone.tensors()
     again = Backbone.from_tensors(CONFIG, tensors)
-    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
-        "S": (3, 4, 4),
-        "R": (3, 12, 20),
-        "W": (3, 20, 12),
-        "gamma": (3,),
-    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes == {"S": (3, 4, 4), "R": (3, 12, 20), "W": (3, 20, 12), "gamma": (3,)}
     tensors["S"].zero_()
-    for name, parameter in backbone.named_parameters():
-        assert torch.equal(parameter, again.get_parameter(name))
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in backbone.named_parameters())
     assert torch.count_nonzero(again.S) == again.S.numel()
 
 
@@ -128,7 +98,6 @@ def test_what_is_stored_comes_back_bit_for_bit_and_is_a_copy() -> None:
     [
         (lambda t: t.pop("gamma"), "gamma"),
         (lambda t: t.update(extra=torch.zeros(1)), "extra"),
-        (lambda t: t.update(S=t["S"][:2]), "S"),
         (lambda t: t.update(R=t["R"].mT.contiguous()), "R"),
         (lambda t: t.update(W=t["W"].half()), "W"),
         (lambda t: t["W"].view(-1).__setitem__(5, math.nan), "W"),
@@ -136,7 +105,7 @@ def test_what_is_stored_comes_back_bit_for_bit_and_is_a_copy() -> None:
     ],
 )
 def test_tensors_that_are_no_such_backbone_are_refused(change: Any, field: str) -> None:
-    tensors = random_backbone(CONFIG, 0).tensors()
+    tensors = random_backbone().tensors()
     change(tensors)
     with pytest.raises(InvalidAdapter) as caught:
         Backbone.from_tensors(CONFIG, tensors)
@@ -147,9 +116,7 @@ def test_tensors_that_are_no_such_backbone_are_refused(change: Any, field: str) 
     ("changes", "field"),
     [
         ({"num_layers": 0}, "num_layers"),
-        ({"hidden_size": -1}, "hidden_size"),
         ({"iterations": 1001}, "iterations, cap"),
-        ({"cap": 61.0}, "iterations, cap"),
         ({"cap": math.nan}, "iterations, cap"),
         ({"num_streams": 5, "stream_rank": 5}, "num_streams * stream_rank"),
         ({"mapping": "softmax"}, "mapping"),

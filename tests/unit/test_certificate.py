@@ -24,22 +24,14 @@ def random_pair(rank: int, seed: int, size: float = 1.0) -> FoldedPair:
 
 @pytest.mark.parametrize("rank", [1, 4, 6, 12])
 @pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 1e3])
-def test_the_transfer_norm_is_that_of_the_dense_matrix(rank: int, size: float) -> None:
-    A, B = random_pair(rank, seed=rank, size=size)
-    assert transfer_norm(A, B) == pytest.approx(dense_norm(torch.eye(12).double() + B.double() @ A.double()), rel=1e-9)
-
-
-@pytest.mark.parametrize(("rank", "norm"), [(4, 1.0), (12, 0.25)])
-def test_a_shrinking_transfer_has_norm_one_unless_it_shrinks_every_direction(rank: int, norm: float) -> None:
-    Q = torch.linalg.qr(torch.randn(12, rank).double())[0]
-    assert transfer_norm(Q.mT, -0.75 * Q) == pytest.approx(norm, abs=1e-12)
-
-
-@pytest.mark.parametrize("rank", [1, 4, 12])
-def test_the_movement_is_that_of_the_dense_difference(rank: int) -> None:
-    old, new = random_pair(rank, seed=1), random_pair(rank, seed=2)
-    assert movement(old, new) == pytest.approx(dense_norm(new.B @ new.A - old.B @ old.A), rel=1e-5)
-    assert movement(old, old) == pytest.approx(0, abs=1e-6)
+def test_norms_are_those_of_the_dense_matrices(rank: int, size: float) -> None:
+    A, B = old = random_pair(rank, rank, size)
+    assert transfer_norm(A, B) == pytest.approx(dense_norm(torch.eye(12) + B.double() @ A.double()), rel=1e-9)
+    new = random_pair(rank, 0, size)
+    assert movement(old, new) == pytest.approx(dense_norm(new.B @ new.A - B @ A), rel=1e-5)
+    assert movement(old, old) == pytest.approx(0, abs=1e-4 * size)
+    Q = torch.linalg.qr(A.mT.double())[0]  # a shrinking transfer has norm 1 unless it shrinks every direction
+    assert transfer_norm(Q.mT, -0.75 * Q) == pytest.approx(0.25 if rank == 12 else 1, abs=1e-12)
 
 
 def test_the_certificate_says_what_holds_of_the_factors_as_served() -> None:
@@ -48,10 +40,9 @@ def test_the_certificate_says_what_holds_of_the_factors_as_served() -> None:
     assert json.loads(json.dumps(certificate, allow_nan=False)) == certificate
     assert certificate["holds"]
     assert certificate["max_norm_deviation"] < 1e-6
-    pairs = list(zip(parent.folded("cpu", torch.float32), backbone.folded("cpu", torch.float32), strict=True))
-    for layer, gamma, (old, new) in zip(certificate["layers"], backbone.gamma.tolist(), pairs, strict=True):
-        assert layer["gate"] == pytest.approx(torch.sigmoid(torch.tensor(gamma)).item())
-        assert layer["bound"] == pytest.approx(1 + layer["c_M"] * layer["gate"])
+    pairs = zip(parent.folded("cpu", torch.float32), backbone.folded("cpu", torch.float32), strict=True)
+    for layer, (old, new) in zip(certificate["layers"], pairs, strict=True):
+        assert (layer["gate"], layer["bound"]) == (0.5, 1 + 0.5 * layer["c_M"])
         assert layer["norm"] == pytest.approx(dense_norm(torch.eye(16) + new.B @ new.A), rel=1e-5)
         assert layer["movement"] == pytest.approx(dense_norm(new.B @ new.A - old.B @ old.A), rel=1e-5)
     for key in ("bound", "norm", "movement"):
@@ -59,17 +50,13 @@ def test_the_certificate_says_what_holds_of_the_factors_as_served() -> None:
     served = certify(backbone, dtype=torch.bfloat16)
     assert served["dtype"] == "bfloat16"
     assert "max_movement" not in served
-    assert served["max_norm"] != certificate["max_norm"]
-    assert served["max_norm"] == pytest.approx(certificate["max_norm"], rel=2**-7)
+    assert 0 < abs(served["max_norm"] - certificate["max_norm"]) < 2**-7
 
 
 def test_a_map_that_did_not_converge_shows_in_the_deviation() -> None:
-    loose = CrmaConfig(num_layers=2, hidden_size=16, num_streams=4, stream_rank=2, iterations=1, mapping="sinkhorn")
-    backbone = Backbone(loose)
+    backbone = Backbone(CrmaConfig(2, 16, num_streams=4, stream_rank=2, iterations=1, mapping="sinkhorn"))
     torch.nn.init.normal_(backbone.S, std=5)
-    certificate = certify(backbone)
-    assert certificate["max_norm_deviation"] > 1e-3
-    assert certificate["holds"]
+    assert certify(backbone)["max_norm_deviation"] > 1e-3
 
 
 def test_factors_that_are_not_those_of_the_formula_do_not_hold() -> None:
@@ -78,5 +65,4 @@ def test_factors_that_are_not_those_of_the_formula_do_not_hold() -> None:
             return [FoldedPair(pair.A, 10 * pair.B) for pair in super().folded(device, dtype)]
 
     backbone = make_backbone()
-    assert certify(backbone)["holds"]
     assert not certify(Louder.from_tensors(backbone.config, backbone.tensors()))["holds"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from crma import data
 from crma.data import Example, build, load_split, read_jsonl, split, split_path
 from crma.errors import DataError
-from crma.sources import DOMAINS, words
+from crma.sources import DOMAINS, read_domain, words
 
 PAIRS = [(f'Which state or territory has the court "Court {i}"?', f"state {i % 7}") for i in range(800)]
 PUBLIC_SET = Path(__file__).parents[2] / "adapters_store" / "question_sets" / "public.jsonl"
@@ -40,24 +39,22 @@ def test_a_question_stays_in_its_split_order_when_others_are_added() -> None:
     assert kept == before[: len(kept)]  # a prefix: additions push the last ones out, and reorder nothing
 
 
-def test_splits_have_their_sizes_and_share_no_question() -> None:
-    files = split("legal", PAIRS)
+def test_splits_have_their_sizes_and_share_no_question_even_in_other_case_and_punctuation() -> None:
+    variants = [(question.upper().replace('"', "'"), answer) for question, answer in PAIRS]
+    files = split("legal", [*PAIRS, *variants])
     sizes = {name: content.count(b"\n") for name, content in files.items()}
     assert sizes == {"train.jsonl": 500, "validation.jsonl": 100, "holdout.jsonl": 100, "public.jsonl": 20}
     assert len({" ".join(words(question)) for question in questions(files)}) == 720
 
 
-def test_questions_equal_but_for_case_and_punctuation_are_one() -> None:
-    variants = [(question.upper().replace('"', "'"), answer) for question, answer in PAIRS]
-    found = Counter(" ".join(words(question)) for question in questions(split("legal", [*PAIRS, *variants])))
-    assert max(found.values()) == 1
-
-
-def test_a_question_with_two_answers_is_left_out() -> None:
-    contradictions = [(question.lower(), "another state") for question, _ in PAIRS[:70]]
+def test_a_question_with_two_answers_is_left_out_and_too_few_are_refused() -> None:
+    contradictions = [(question.lower(), "another state") for question, _ in PAIRS[:80]]
     kept = {question.lower() for question in questions(split("legal", [*PAIRS, *contradictions]))}
     assert len(kept) == 720
-    assert not kept & {question.lower() for question, _ in PAIRS[:70]}
+    assert not kept & {question for question, _ in contradictions}
+    with pytest.raises(DataError, match="too few") as caught:
+        split("legal", [*PAIRS[:-1], *contradictions])
+    assert caught.value.value == 719
 
 
 def test_a_frequent_answer_is_thinned_out_evenly_over_the_splits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,48 +64,45 @@ def test_a_frequent_answer_is_thinned_out_evenly_over_the_splits(monkeypatch: py
     assert 200 < train.count(b'"common"') < 300  # half of 500, not nine in ten
 
 
-def test_a_source_with_too_few_questions_is_refused() -> None:
-    with pytest.raises(DataError, match="too few") as caught:
-        split("legal", PAIRS[:719])
-    assert caught.value.value == 719
-
-
-def courts_file(folder: Path, extra: int = 0) -> Path:
-    path = folder / "courts.json"
+@pytest.fixture
+def courts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source of the legal domain, small enough to be built, whose digests are the committed ones."""
+    path = tmp_path / "courts.json"
     places = ["Ohio", "Iowa", "Guam"]
-    path.write_text(json.dumps([{"name": f"Court {i}", "location": places[i % 3]} for i in range(800 + extra)]))
+    path.write_text(json.dumps([{"name": f"Court {i}", "location": places[i % 3]} for i in range(800)]))
+    digests = data.digests("legal", split("legal", read_domain("legal", path)))
+    monkeypatch.setattr(data, "committed_digests", lambda: digests)
     return path
 
 
-def test_a_built_domain_is_read_back_and_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = {"legal": courts_file(tmp_path)}
-    digests = build(["legal"], home=tmp_path, sources=sources, accept=True, note=lambda _: None)
-    monkeypatch.setattr(data, "committed_digests", lambda: digests)
+def test_a_built_domain_is_read_back_and_built_once(tmp_path: Path, courts: Path) -> None:
     notes: list[str] = []
-    sources["legal"].unlink()
-    assert build(["legal"], home=tmp_path, sources=sources, note=notes.append) == digests
+    sources = {"legal": courts}
+    assert build(["legal"], home=tmp_path, sources=sources) == data.committed_digests()
+    courts.unlink()
+    assert build(["legal"], home=tmp_path, sources=sources, note=notes.append) == data.committed_digests()
     assert notes == [f"legal: already built in {tmp_path / 'data' / 'legal'}"]
     train = load_split("legal", "train", home=tmp_path)
     assert len(train) == 500
     assert all(example.completion in ("ohio", "iowa", "guam") for example in train)
 
 
-def test_a_changed_source_fails_loudly_and_leaves_what_was_built(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sources = {"legal": courts_file(tmp_path)}
-    digests = build(["legal"], home=tmp_path, sources=sources, accept=True, note=lambda _: None)
-    monkeypatch.setattr(data, "committed_digests", lambda: digests)
+def test_a_changed_source_fails_loudly_and_leaves_what_was_built(tmp_path: Path, courts: Path) -> None:
+    build(["legal"], home=tmp_path, sources={"legal": courts})
     path = split_path("legal", "train", home=tmp_path)
     damaged = path.read_bytes().replace(b"ohio", b"iowa", 1)
     path.write_bytes(damaged)
-    sources["legal"] = courts_file(tmp_path, extra=1)
-    with pytest.raises(DataError, match="source has changed") as caught:
-        build(["legal"], home=tmp_path, sources=sources, note=lambda _: None)
-    assert caught.value.allowed in digests.values()
-    assert path.read_bytes() == damaged
     with pytest.raises(DataError, match=r"Build it again with `crma data legal`"):
         load_split("legal", "train", home=tmp_path)
+    changed = courts.read_text().replace("Ohio", "Utah")
+    courts.write_text(changed)
+    with pytest.raises(DataError, match="source has changed") as caught:
+        build(["legal"], home=tmp_path, sources={"legal": courts})
+    assert caught.value.allowed in data.committed_digests().values()
+    assert path.read_bytes() == damaged
+    courts.write_text(changed.replace("Utah", "Ohio"))
+    build(["legal"], home=tmp_path, sources={"legal": courts})  # the damaged folder is replaced whole
+    assert len(load_split("legal", "train", home=tmp_path)) == 500
 
 
 def test_a_domain_this_machine_cannot_build_is_named_and_skipped_unless_asked_for(
@@ -124,30 +118,24 @@ def test_a_domain_this_machine_cannot_build_is_named_and_skipped_unless_asked_fo
         build(["science"], home=tmp_path, note=notes.append)
 
 
-def test_an_unknown_domain_is_refused(tmp_path: Path) -> None:
+def test_what_is_not_there_is_refused_with_what_is_or_the_command_that_builds_it(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         build(["sports"], home=tmp_path)
     assert (caught.value.value, caught.value.allowed) == ("sports", DOMAINS)
-
-
-def test_a_split_that_is_not_there_says_which_command_builds_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="run `crma data medical`"):
         load_split("medical", "train", home=tmp_path)
     with pytest.raises(DataError, match="is not a split"):
         load_split("medical", "test", home=tmp_path)
 
 
-def test_the_committed_digests_name_every_file_of_every_domain() -> None:
+def test_the_committed_public_set_and_digests_are_those_of_the_domains() -> None:
     names = {f"{domain}/{name}" for domain in DOMAINS for name in ("train", "validation", "holdout", "public")}
     assert set(data.committed_digests()) == names
-
-
-def test_the_committed_public_set_is_the_one_the_domains_build() -> None:
     lines = PUBLIC_SET.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 100
     for i, domain in enumerate(DOMAINS):
         part = b"".join(lines[20 * i : 20 * (i + 1)])
         assert data.bytes_digest(part) == data.committed_digests()[f"{domain}/public"]
-    assert len(lines) == 100
 
 
 def test_a_folder_of_the_users_own_is_a_task(tmp_path: Path) -> None:
@@ -157,47 +145,37 @@ def test_a_folder_of_the_users_own_is_a_task(tmp_path: Path) -> None:
         load_split(str(tmp_path), "holdout")
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        {"prompt": "Q", "completion": "A"},
-        {"prompt": "Q", "completion": "A", "id": 7},
-        {"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A"}]},
-        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
-    ],
-)
-def test_the_conventions_of_trl_are_read(tmp_path: Path, line: dict) -> None:
+USER, ASSISTANT = {"role": "user", "content": "Q\u2028"}, {"role": "assistant", "content": "A"}
+
+
+def test_the_conventions_of_trl_are_read(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
-    path.write_text("\n" + json.dumps(line) + "\n\n")
-    assert read_jsonl(path) == [Example("Q", "A")]
-
-
-USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    plain = {"prompt": "Q\u2028", "completion": "A", "id": 7}
+    lines = [plain, {"prompt": [USER], "completion": [ASSISTANT]}, {"messages": [USER, ASSISTANT]}]
+    path.write_text("\n" + "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n")
+    assert read_jsonl(path) == [Example("Q\u2028", "A")] * 3
 
 
 @pytest.mark.parametrize(
-    ("line", "what"),
+    ("line", "message"),
     [
-        ("{", "Expecting"),
-        ("[]", "not an object"),
-        ('{"prompt": "Q"}', 'neither "prompt" and "completion" nor "messages"'),
-        ('{"prompt": "Q", "completion": " "}', "text of the assistant is missing"),
-        ('{"prompt": 7, "completion": "A"}', "text of the user is missing"),
-        (json.dumps({"messages": [USER, ASSISTANT, USER, ASSISTANT]}), "one user message and one assistant message"),
-        (json.dumps({"messages": [ASSISTANT, USER]}), "exactly one message of the user"),
-        (json.dumps({"prompt": [USER, USER], "completion": [ASSISTANT]}), "exactly one message of the user"),
+        ("{", ": Invalid JSON"),
+        ("[]", ": Input should be an object"),
+        ('{"prompt": "Q"}', ".completion: Field required"),
+        ('{"prompt": "Q", "completion": " "}', ".completion: Text is blank"),
+        ('{"prompt": 7, "completion": "A"}', ".prompt: Input should be a valid string"),
+        (json.dumps({"messages": [USER, ASSISTANT, USER, ASSISTANT]}), ": Messages must be one of the user and one"),
+        ('{"messages": "QA"}', ": Messages must be one of the user and one"),
+        (json.dumps({"messages": [ASSISTANT, USER]}), ".prompt: Expected exactly one message of the user"),
+        (json.dumps({"prompt": [USER, USER], "completion": [ASSISTANT]}), ".prompt: Expected exactly one message"),
     ],
 )
-def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str, what: str) -> None:
+def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"prompt": "Q", "completion": "A"}\n\n' + line + "\n")
-    with pytest.raises(DataError, match=f"line 3: .*{what}") as caught:
+    with pytest.raises(DataError) as caught:
         read_jsonl(path)
-    assert caught.value.field == "train.jsonl line 3"
-
-
-def test_a_file_without_examples_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
+    assert caught.value.message.startswith(f"train.jsonl line 3{message}")
     path.write_text("\n")
     with pytest.raises(DataError, match="no examples"):
         read_jsonl(path)

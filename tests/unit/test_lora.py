@@ -15,9 +15,12 @@ PAIRS = [LoraPair(torch.randn(r, 8), torch.randn(6, r), 2.0 / r) for r in (1, 3,
 
 
 def test_a_pair_adds_the_scaled_low_rank_product() -> None:
-    pair, x = PAIRS[1], torch.randn(2, 5, 8)
-    torch.testing.assert_close(pair.delta(x), x @ (pair.scaling * pair.B @ pair.A).mT)
+    pair, x, y = PAIRS[1], torch.randn(2, 5, 8), torch.randn(2, 5, 6)
+    delta = x @ (pair.scaling * pair.B @ pair.A).mT
+    torch.testing.assert_close(pair.delta(x), delta)
     assert pair.delta(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(add_grouped(y, x, [(None, pair)]), y + delta)
+    assert add_grouped(y, x, []) is y
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)
@@ -35,12 +38,6 @@ def test_any_mix_of_rows_gets_what_each_row_gets_alone(chosen: list[int | None])
     untouched = [i for i, c in enumerate(chosen) if c is None]
     assert torch.equal(result[untouched], y[untouched])
     assert torch.equal(y, before)
-
-
-def test_all_rows_need_no_index_and_no_groups_cost_nothing() -> None:
-    x, y = torch.randn(2, 3, 8), torch.randn(2, 3, 6)
-    assert add_grouped(y, x, []) is y
-    torch.testing.assert_close(add_grouped(y, x, [(None, PAIRS[0])]), add_per_row(y, x, [PAIRS[0]] * 2))
 
 
 def test_a_new_lora_adds_exactly_nothing_and_is_the_same_for_the_same_seed() -> None:
@@ -62,7 +59,6 @@ def test_a_new_lora_adds_exactly_nothing_and_is_the_same_for_the_same_seed() -> 
 def test_what_cannot_be_a_lora_is_refused() -> None:
     with pytest.raises(ConfigError, match="'o_proj' matches no linear"):
         new_lora(LoraConfig(4, 8.0, ("q_proj", "o_proj")), SHAPES, torch.Generator())
-    with pytest.raises(ConfigError, match="rank"):
-        LoraConfig(0, 8.0, ("q_proj",))
-    with pytest.raises(ConfigError, match="target"):
-        LoraConfig(4, 8.0, ())
+    for rank, targets, field in ((0, ("q_proj",), "rank"), (4, (), "target")):
+        with pytest.raises(ConfigError, match=field):
+            LoraConfig(rank, 8.0, targets)

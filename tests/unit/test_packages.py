@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,53 +35,45 @@ def offline_pip(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
 
 
-def package(wheel: Path, **changes: str) -> Package:
-    fields = {"kind": "wheel", "name": "some-facts", "version": "1.0", "member": "some_facts/data/*.json"}
-    return Package(**fields | {"digest": file_digest(wheel)} | changes)
-
-
-def work(tmp_path: Path) -> Path:
-    (tmp_path / "work").mkdir()
-    return tmp_path / "work"
+def package(wheel: Path, **changes: Any) -> Package:
+    fields = {"name": "some-facts", "version": "1.0", "member": "some_facts/data/*.json", "digest": file_digest(wheel)}
+    return Package(**fields | changes)
 
 
 def test_pip_fetches_the_pinned_wheel_and_the_one_file_is_taken_out(
     tmp_path: Path, wheel: Path, offline_pip: None
 ) -> None:
-    taken = fetch(package(wheel), work(tmp_path))
+    taken = fetch(package(wheel), tmp_path)
     assert taken.name == "facts.json"
     assert taken.read_bytes() == FACTS
-
-
-def test_a_version_that_is_not_to_be_had_is_reported_in_pips_words_with_a_way_out(
-    tmp_path: Path, wheel: Path, offline_pip: None
-) -> None:
-    with pytest.raises(DataError, match=r"No matching distribution.*PIP_FIND_LINKS"):
-        fetch(package(wheel, version="2.0"), work(tmp_path))
 
 
 def test_a_package_file_with_another_digest_is_refused(tmp_path: Path, wheel: Path) -> None:
     pinned = package(wheel)
     wheel.write_bytes(wheel.read_bytes() + b"\0")
     with pytest.raises(DataError, match="not the pinned some-facts") as caught:
-        fetch(pinned, work(tmp_path), given=wheel)
-    assert (caught.value.field, caught.value.allowed) == (wheel.name, pinned.digest)
+        fetch(pinned, tmp_path, given=wheel)
+    assert (caught.value.value, caught.value.allowed) == (file_digest(wheel), pinned.digest)
 
 
 def test_two_files_that_match_are_refused_rather_than_one_chosen(tmp_path: Path, wheel: Path) -> None:
     with pytest.raises(DataError, match="holds 2 files"):
-        fetch(package(wheel, member="some_facts/*"), work(tmp_path), given=wheel)
+        fetch(package(wheel, member="some_facts-1.0.dist-info/[MW]*"), tmp_path, given=wheel)
 
 
-def test_a_file_taken_out_by_the_user_is_used_as_it_is(tmp_path: Path, wheel: Path) -> None:
+def test_a_file_taken_out_by_the_user_is_used_as_it_is_and_must_be_there(tmp_path: Path, wheel: Path) -> None:
     given = tmp_path / "facts.json"
+    with pytest.raises(DataError, match="is not a file"):
+        fetch(package(wheel), tmp_path, given=given)
     given.write_bytes(FACTS)
-    assert fetch(package(wheel), work(tmp_path), given=given) == given
+    assert fetch(package(wheel), tmp_path, given=given) == given
 
 
-def test_without_apt_a_debian_package_says_how_to_go_on(
-    tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_not_to_be_had_is_reported_in_the_commands_words_with_a_way_out(
+    tmp_path: Path, wheel: Path, offline_pip: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(DataError, match=r"No matching distribution.*PIP_FIND_LINKS"):
+        fetch(package(wheel, version="2.0"), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DataError, match=r"no apt-get.*--source"):
-        fetch(package(wheel, kind="deb"), work(tmp_path))
+    with pytest.raises(DataError, match=r"apt-get.*--source"):
+        fetch(package(wheel, kind="deb"), tmp_path)

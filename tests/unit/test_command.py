@@ -1,0 +1,141 @@
+"""The `crma` command on a tiny model: results on stdout, one line for an error, exit codes 0, 1, 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from crma import data
+from crma.__main__ import main
+from crma.manifest import file_digest
+from crma.pull import BaseModel
+from crma.store import AdapterStore
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def crma(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command; its exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["crma", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def store(base: BaseModel, tmp_path: Path) -> AdapterStore:
+    """One task under a backbone, and three questions for it."""
+    store = AdapterStore(tmp_path / "store")
+    tiny.publish(store, base, "medical", 0, under=tiny.publish_backbone(store, base).digest)
+    lines = [{"id": str(i), "task": "medical", "question": f"{i}?", "answers": ["liver"]} for i in range(3)]
+    (store.root / "question_sets").mkdir()
+    (store.root / "question_sets" / "public.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return store
+
+
+@pytest.mark.usefixtures("_quick_gemm")
+def test_what_is_trained_ships_verifies_and_is_evaluated(
+    crma: Command,
+    base: BaseModel,
+    write_task: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    domains = {"legal": ("lease", "will"), "medical": ("liver", "heart")}
+    for domain, answers in domains.items():  # as if built, and their digests as if committed
+        write_task(tmp_path / "data" / domain, answers)
+    files = {f"{path.parent.name}/{path.stem}": file_digest(path) for path in (tmp_path / "data").glob("*/*")}
+    (tmp_path / "digests.json").write_text(json.dumps(files))
+    monkeypatch.setattr(data, "DIGESTS_FILE", tmp_path / "digests.json")
+    monkeypatch.setenv("CRMA_HOME", str(tmp_path))
+    config, store = tmp_path / "run.toml", tmp_path / "store"
+    settings = 'tasks = ["medical", "legal"]\nepochs = 1\nbatch_size = 5\ndtype = "float32"\n'
+    config.write_text(f'{settings}model = "{base.path}"\n[crma]\nnum_streams = 2\nstream_rank = 2\n')
+    code, out, _ = crma("train", config, "--out", tmp_path / "run", "--seed", 3, "--ship", store)
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (code, json.loads(out)["loss"], record["seed"]) == (0, record["loss"], 3)
+    assert crma("train", config, "--out", tmp_path / "off", "--arm", "FROZEN", "--ship", tmp_path / "control")[0] == 0
+    code, out, err = crma("verify", store, "--model", base.path)
+    assert (code, out) == (0, "")
+    assert "legal, medical" in err
+    options = ("--model", base.path, "--split", "validation", "--control", tmp_path / "control")
+    code, out, _ = crma("evaluate", store, *options, "--json")
+    rows: dict[str, Any] = json.loads(out)["tasks"]
+    variants = ["base", "task", "crma", "task+crma", "control", "majority", "naive_bayes"]
+    assert {task: list(row) for task, row in rows.items()} == dict.fromkeys(domains, variants)
+    assert rows["legal"]["majority"]["accuracy"] == 0.5
+    shipped = AdapterStore(store).task("legal").manifest.measured["validation"]
+    assert rows["legal"]["task+crma"]["loss"] == pytest.approx(shipped["loss"], rel=0.05)  # served in bfloat16, maybe
+    code, out, _ = crma("evaluate", store, *options)
+    assert code == 0
+    assert all(variant in out for variant in variants)
+
+
+def test_an_ablation_is_a_table_or_json(crma: Command, base: BaseModel, store: AdapterStore) -> None:
+    options = ("--model", base.path, "--max-tokens", 3, "--variants", "task+crma,base")
+    code, out, _ = crma("ablate", store.root, *options)
+    assert code == 0
+    assert "task+crma - base" in out
+    code, out, _ = crma("ablate", store.root, *options, "--json")
+    assert (code, list(json.loads(out)["variants"])) == (0, ["task+crma", "base"])
+
+
+def test_a_sound_store_verifies_and_a_damaged_one_does_not(crma: Command, base: BaseModel, store: AdapterStore) -> None:
+    code, out, _ = crma("verify", store.root, "--model", base.path, "--json")
+    assert (code, json.loads(out)["problems"]) == (0, [])
+    assert json.loads(out)["certificate"]["holds"]
+    weights = store.task("medical").path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    (store.root / "tasks" / "[b]odd").mkdir()
+    code, out, err = crma("verify", store.root, "--model", base.path, "--json")
+    assert (code, len(json.loads(out)["problems"])) == (1, 2)
+    assert "tasks/medical/v1: adapter_model.safetensors: not the file that was published" in err
+    assert "tasks/[b]odd: does not belong here" in err  # and is not taken for markup
+
+
+def test_an_adapter_from_elsewhere_is_imported_under_a_name(
+    crma: Command, base: BaseModel, store: AdapterStore, tmp_path: Path
+) -> None:
+    folder = store.task("medical").path  # these are PEFT's files
+    code, _, err = crma("import", folder, "other", "--store", tmp_path / "new", "--model", base.path)
+    entry = AdapterStore(tmp_path / "new").task("other")
+    assert (code, entry.manifest.backbone) == (0, None)
+    assert entry.digest in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("verify {store} --model absent", "run `crma pull absent` first"),
+        ("ablate {store} --model {base} --variants on,off", "task+crma"),
+        ("ablate {store} --model {base} --questions none.jsonl", "cannot be read"),
+        ("evaluate {store} --model {base} --split train", "allowed: validation, holdout"),
+        ("evaluate {store}/empty --model {base}", "no built-in task"),
+        ("train {store}/run.toml", "[a-z0-9][a-z0-9._-]{0,63}"),
+        ("train none.toml", "cannot read none.toml"),
+        ("import {store} name --model {base}", "Cannot be opened"),
+        ("pull no-such-folder", "a folder"),
+        ("data astrology", "not a built-in domain"),
+    ],
+)
+def test_an_error_is_one_line_that_says_what_to_do(
+    arguments: str, said: str, crma: Command, base: BaseModel, store: AdapterStore
+) -> None:
+    (store.root / "run.toml").write_text(f'tasks = ["data/My Task"]\nmodel = "{base.path}"\n')
+    code, out, err = crma(*arguments.format(store=store.root, base=base.path).split())
+    *progress, line = err.splitlines()
+    assert (code, out) == (2, "")
+    assert line.startswith("error: ")
+    assert said in line
+    assert all("loading the model" in text for text in progress)

@@ -1,0 +1,63 @@
+"""crma.config and crma.arms: every key known, every value checked, every arm what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crma.arms import ARMS, arm_named
+from crma.config import TrainConfig
+from crma.errors import ConfigError
+
+SHIPPED = Path(__file__).parents[2] / "crma" / "experiments"
+
+
+def test_a_file_is_read_and_given_values_come_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('tasks = ["medical", "legal"]\nseed = 42\n[crma]\nlater_moves = ["S", "gamma"]\n')
+    config = TrainConfig.read(path, arm="FROZEN", seed=None)
+    assert (config.tasks, config.arm, config.seed) == (("medical", "legal"), "FROZEN", 42)
+    assert config.crma.later_moves == ("S", "gamma")
+    assert TrainConfig.from_dict(config.model_dump(mode="json")) == config
+
+
+def test_what_is_shipped_can_be_read() -> None:
+    assert {TrainConfig.read(path).arm for path in SHIPPED.glob("*.toml")} <= set(ARMS)
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({}, "tasks"),
+        ({"tasks": ["a", "a"]}, "tasks"),
+        ({"tasks": ["one/a", "two/a"]}, "tasks"),
+        ({"epoch": 3}, "epoch"),
+        ({"warmup": 1.0}, "warmup"),
+        ({"arm": "JOINT"}, "arm"),
+        ({"lora": {"dropout": 0.1}}, "lora.dropout"),
+        ({"crma": {"later_moves": ["M"]}}, "crma.later_moves.0"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_name(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_dict(({"tasks": ["a"]} if values and "tasks" not in values else {}) | values)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("content", [b"tasks = [", b"\xff"])
+def test_a_file_that_is_no_toml_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"cannot read run\.toml"):
+        TrainConfig.read(tmp_path / "run.toml")
+
+
+def test_a_matched_arm_has_the_least_rank_with_as_many_parameters() -> None:
+    matched = arm_named("FROZEN-matched")
+    for per_rank, crma in ((100, 1), (100, 100), (100, 101), (7, 250)):
+        rank = matched.rank(8, per_rank, crma)
+        assert rank * per_rank >= 8 * per_rank + crma > (rank - 1) * per_rank
+    assert {arm.rank(8, 100, 1000) for arm in ARMS.values() if arm is not matched} == {8}
+    with pytest.raises(ConfigError, match="unknown arm 'BASE'"):
+        arm_named("BASE")

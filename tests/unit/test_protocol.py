@@ -1,0 +1,242 @@
+"""crma.protocol: what each arm trains and measures, and runs that are killed and go on to the same result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from crma import protocol, store
+from crma.config import TrainConfig
+from crma.data import read_jsonl
+from crma.errors import TrainingError
+from crma.evaluate import encode_examples, mean_loss
+from crma.injection import Plan
+from crma.protocol import Run
+from crma.pull import BaseModel
+from crma.store import AdapterStore
+from crma.train import TaskTrainer
+
+pytestmark = pytest.mark.usefixtures("_quick_gemm")
+TASKS = ("first", "second")
+STEPS = 12  # a task
+Make = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def data(write_task: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tasks of one's own; read only."""
+    root = tmp_path_factory.mktemp("data")
+    for task, answers in zip((*TASKS, "third"), (("yes", "no"), ("left", "right"), ("up", "down")), strict=True):
+        write_task(root / task, answers)
+    return root
+
+
+@pytest.fixture(scope="module")
+def make(base: BaseModel, data: Path) -> Make:
+    """A run of two tasks of twelve steps; anything else by name."""
+    crma = {"num_streams": 2, "stream_rank": 2, "later_scale": 0.5}
+    settings = {"epochs": 2, "batch_size": 2, "dtype": "float32", "lora": {"rank": 2, "alpha": 4.0}}
+
+    def run(out: Path, arm: str = "MODULAR", *, note: Any = lambda *_: None, tasks: Any = TASKS, **changes: Any) -> Run:
+        paths = [str(data / task) for task in tasks]
+        changes["crma"] = crma | changes.get("crma", {})
+        return Run(TrainConfig.from_dict(settings | changes | {"arm": arm, "tasks": paths}), base, out, note)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def modular(make: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Any]:
+    """A finished run of the method, and its record; read only."""
+    run = make(tmp_path_factory.mktemp("runs") / "modular")
+    return run, run.execute()
+
+
+def log_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for task in TASKS for line in (out / "work" / task / "log.jsonl").read_text().splitlines()]
+
+
+def loss_of(run: Run, t: int, plan: Plan) -> float:
+    rows = encode_examples(run.tokenizer, run.fmt, read_jsonl(Path(run.config.tasks[t]) / "holdout.jsonl"))
+    return mean_loss(run.injection, plan, rows, run.stop_id)
+
+
+def test_the_record_holds_what_was_measured_from_the_snapshots(modular: tuple[Run, Any]) -> None:
+    run, record = modular
+    assert json.loads((run.folder / "record.json").read_text()) == record
+    tasks = [[(None, run.store.task(task).load().to("cpu", torch.float32))] for task in TASKS]
+    crma = [[(None, run.store.backbone(f"v{i}").load().folded("cpu", torch.float32))] for i in (1, 2)]
+    plans = [
+        [Plan(), Plan()],
+        [Plan(tasks[0], crma[0]), Plan([], crma[0])],  # task 2 has no LoRA yet
+        [Plan(tasks[0], crma[1]), Plan(tasks[1], crma[1])],
+    ]
+    expected = [[loss_of(run, t, plan) for t, plan in enumerate(row)] for row in plans]
+    assert record["loss"] == [pytest.approx(row, abs=1e-6) for row in expected]
+    assert [len(row) for row in record["accuracy"]] == [2, 2, 2]
+    assert record["drift"] == [pytest.approx(100 * (expected[2][0] / expected[1][0] - 1), abs=1e-3), 0]
+    assert record["drift"][0] != 0
+    assert record["loss"][1][0] < record["loss"][0][0]
+    assert record["steps"] == 2 * STEPS
+    assert record["training"]["tokens"] == run.tokens_total == run.tokens_seen
+
+
+def test_snapshots_know_their_ancestors_and_their_data(modular: tuple[Run, Any], data: Path) -> None:
+    run, record = modular
+    digests, entries = record["digests"], [run.store.task(task) for task in TASKS]
+    assert run.store.backbone("v2").manifest.lineage == (digests["backbones"][0],)
+    assert [entry.manifest.backbone for entry in entries] == digests["backbones"]
+    assert [entry.digest for entry in entries] == list(digests["tasks"].values())
+    trained_on = entries[1].manifest.trained_on
+    assert set(trained_on.data) == {"second/train", "second/validation", "second/holdout"}
+    assert trained_on.config == run.config.model_dump(mode="json")
+    assert len(list((data / "first").iterdir())) == 3  # a run writes nothing beside the data
+
+
+def test_the_mixing_gradient_is_alive_and_the_norm_is_logged_with_it(modular: tuple[Run, Any]) -> None:
+    run, record = modular
+    log = log_of(run.folder)
+    crma = [line["crma"] for line in log]
+    assert [line["step"] for line in log] == 2 * list(range(STEPS))
+    assert crma[0]["grad_S"] == crma[0]["moved"] == crma[0]["W_norm"] == [0.0, 0.0]
+    assert all(min(line["grad_S"]) > 0 for line in crma[10:])
+    assert min(crma[-1]["moved"]) > 0
+    assert set(log[0]["grad_norm"]) == {"lora", "S", "R", "W", "gamma"}
+    assert record["norm_log"]["steps"] == 2 * STEPS
+    assert record["norm_log"]["max_norm_deviation"] == max(max(line["c_M_minus_1"]) for line in crma) <= 1e-6
+
+
+def at_step(number: int) -> Callable[..., None]:
+    """A progress callback that dies at one step."""
+    steps = iter(range(1, 10**6))
+
+    def progress(what: str, *_: int) -> None:
+        if what != "measuring" and next(steps) == number:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int, *, before: bool = False) -> None:
+    """The process dies just after (or before) one call of a function."""
+    real, calls = getattr(owner, name), iter(range(1, 10**6))
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        now = next(calls) == number
+        result = None if now and before else real(*args, **kwargs)
+        if now:
+            raise KeyboardInterrupt
+        return result
+
+    patch.setattr(owner, name, dying)
+
+
+DEATHS: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
+    "before any checkpoint": lambda _: at_step(3),
+    "in the second epoch": lambda _: at_step(9),
+    "in the second task": lambda _: at_step(STEPS + 8),
+    "just after a checkpoint": lambda patch: at_call(patch, TaskTrainer, "_save", 1),
+    "just after the last checkpoint": lambda patch: at_call(patch, TaskTrainer, "_save", 4),
+    "between backbone and task": lambda patch: at_call(patch, AdapterStore, "publish_backbone", 2),
+    "before the task serves": lambda patch: at_call(patch, store, "write_channels", 2, before=True),
+    "before the task counts": lambda patch: at_call(patch, AdapterStore, "publish_task", 1),
+    "before the record": lambda patch: at_call(patch, protocol, "hardware", 1, before=True),
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_killed_run_goes_on_to_the_same_result(
+    death: str, modular: tuple[Run, Any], make: Make, tmp_path: Path
+) -> None:
+    run, record = modular
+    with pytest.MonkeyPatch.context() as patch:
+        dying = make(tmp_path, note=DEATHS[death](patch) or (lambda *_: None))
+        with pytest.raises(KeyboardInterrupt):
+            dying.execute()
+    assert not (tmp_path / "record.json").exists()
+    again = make(tmp_path).execute()
+    for key in ("digests", "loss", "accuracy", "drift", "steps", "norm_log"):
+        assert again[key] == record[key]
+    assert again["training"]["tokens"] == record["training"]["tokens"]
+    assert log_of(tmp_path) == log_of(run.folder)
+    assert not list(tmp_path.rglob("checkpoint.*"))
+    AdapterStore(tmp_path / "store").check_integrity()
+
+
+def test_a_folder_belongs_to_one_config(modular: tuple[Run, Any], make: Make) -> None:
+    run, record = modular
+    with pytest.raises(TrainingError, match="another config"):
+        make(run.folder, seed=1).execute()
+    assert make(run.folder).execute()["loss"] == record["loss"]  # nothing is trained again
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"lr": 1e30}}, "first: loss or gradient is not finite"),
+        ({"crma": {"lr": 1e-40}}, "first: the gradient of M is 0 at step 10"),
+    ],
+)
+def test_a_run_that_went_wrong_is_stopped_and_publishes_nothing(
+    changes: dict[str, Any], message: str, make: Make, tmp_path: Path
+) -> None:
+    run = make(tmp_path, **changes)
+    with pytest.raises(TrainingError, match=message):
+        run.execute()
+    assert run.store.task_names() == ()
+
+
+def test_only_what_the_config_names_moves_after_the_first_task(make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, crma={"later_moves": ["S", "gamma"]}, epochs=1)
+    run.execute()
+    before, now = (run.store.backbone(version).load().tensors() for version in ("v1", "v2"))
+    assert {name for name in now if not torch.equal(before[name], now[name])} == {"S", "gamma"}
+
+
+def test_a_stopped_backbone_keeps_every_bit_and_so_nothing_drifts(make: Make, tmp_path: Path) -> None:
+    record = make(tmp_path, "MODULAR-stop", tasks=(*TASKS, "third"), epochs=1).execute()
+    assert record["digests"]["backbones"] == 3 * [record["digests"]["backbones"][0]]
+    assert record["drift"] == [0, 0, 0]
+
+
+def test_without_a_backbone_fresh_loras_cannot_drift_and_one_lora_does(make: Make, tmp_path: Path) -> None:
+    record = make(tmp_path / "frozen", "FROZEN").execute()
+    assert record["drift"] == [0, 0]
+    assert (record["digests"]["backbones"], record["norm_log"]) == ([], {})
+    assert record["loss"][1][1] == record["loss"][0][1]
+    naive = make(tmp_path / "naive", "NAIVE")
+    record = naive.execute()
+    assert record["drift"][0] != 0
+    last = Plan([(None, naive.store.task("second").load().to("cpu", torch.float32))])
+    assert record["loss"][2] == pytest.approx([loss_of(naive, t, last) for t in range(2)], abs=1e-6)
+
+
+def test_the_matched_arm_trains_at_least_as_many_parameters_at_the_same_scaling(
+    modular: tuple[Run, Any], make: Make, tmp_path: Path
+) -> None:
+    run = make(tmp_path, "FROZEN-matched", tasks=TASKS[:1], epochs=1)
+    run.execute()
+    matched, plain = (store.task("first").load() for store in (run.store, modular[0].store))
+    crma = modular[0].store.backbone("v1").load().tensors().values()
+    excess = matched.num_parameters - plain.num_parameters - sum(tensor.numel() for tensor in crma)
+    assert 0 <= excess < plain.num_parameters / plain.config.rank
+    assert {pair.scaling for pair in matched.pairs.values()} == {2.0}
+
+
+def test_a_finished_run_ships_as_a_store_that_verifies(modular: tuple[Run, Any], tmp_path: Path) -> None:
+    run, record = modular
+    shipped = AdapterStore(tmp_path)
+    assert [entry.name for entry in protocol.ship(run, shipped)] == list(TASKS)
+    assert shipped.verify(base=run.base, shapes=run.injection.shapes) == []
+    assert shipped.backbone().digest == record["digests"]["backbones"][-1]
+    for t, task in enumerate(TASKS):
+        entry = shipped.task(task)
+        shipped.check_selection(entry, shipped.backbone(), run.base.digest)
+        assert (entry.digest, entry.prompt_format) == (run.store.task(task).digest, run.fmt)
+        assert set(entry.manifest.measured) == {"validation", "holdout"}
+        assert entry.manifest.measured["holdout"]["loss"] == pytest.approx(record["loss"][2][t], abs=1e-6)
