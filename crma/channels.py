@@ -5,16 +5,17 @@ A channel is `backbone` or `tasks/<name>`. The file is replaced whole, under the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from crma.errors import InvalidAdapter, NotFound
-from crma.files import read_regular, replace_file, to_json
-from crma.manifest import Json, check_name, check_version, parse_record
+from crma.errors import NotFound
+from crma.files import invalid, read_regular, replace_file, to_json
+from crma.manifest import Json, Name, Record, Version, check_name, parse_record
 
 CHANNELS = "channels.json"
 BACKBONE = "backbone"
@@ -27,35 +28,41 @@ def task_channel(name: str) -> str:
 
 
 def channel_task(channel: str) -> str:
-    """The task of a channel `tasks/<name>`. Raises InvalidAdapter."""
+    """The task of a channel `tasks/<name>`. Raises InvalidAdapter if it is no such channel."""
     folder, _, name = channel.partition("/")
     if folder != "tasks":
-        raise InvalidAdapter("Not a channel.", field="channel", value=channel, allowed=f"{BACKBONE} or tasks/<name>")
+        raise invalid("Not a channel.", "channel", channel, f"{BACKBONE} or tasks/<name>")
     return check_name(name)
 
 
-class Change(BaseModel):
-    """One line of history: `channel` went from one version to another; null is "nothing serves"."""
+def channel_folder(channel: str) -> str:
+    """Where in the store its versions are. Raises InvalidAdapter if there can be no such channel."""
+    return "backbones" if channel == BACKBONE else task_channel(channel_task(channel))
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+class Change(Record):
+    """One line of history: `channel` went from one version to another; null is "nothing serves"."""
 
     time: str
     channel: str
     action: Literal["serve", "roll_back"]
-    before: str | None = Field(alias="from")
-    after: str | None = Field(alias="to")
+    before: Version | None = Field(alias="from")
+    after: Version | None = Field(alias="to")
     evidence: Json | None = None
 
 
-class Channels(BaseModel):
-    """The content of `channels.json`. Changes return a new value; `write` makes it count."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+class Channels(Record):
+    """The content of `channels.json`. Changes return a new value; `write_channels` makes it count."""
 
     format: Literal[1] = 1
-    backbone: str | None = None
-    tasks: dict[str, str] = Field(default_factory=dict)
+    backbone: Version | None = None
+    tasks: dict[Name, Version] = Field(default_factory=dict)
     history: tuple[Change, ...] = ()
+
+    def serving(self) -> dict[str, str]:
+        """Channel -> version of all that serves."""
+        tasks = {task_channel(name): version for name, version in self.tasks.items()}
+        return tasks if self.backbone is None else {BACKBONE: self.backbone, **tasks}
 
     def version(self, channel: str) -> str | None:
         """The version that serves, or None. Raises InvalidAdapter if there can be no such channel."""
@@ -63,9 +70,7 @@ class Channels(BaseModel):
 
     def serve(self, channel: str, version: str | None, evidence: Mapping[str, Any] | None = None) -> Channels:
         """`version` serves from now on (None: nothing does). Where it does already, nothing is recorded."""
-        if version == self.version(channel):
-            return self
-        return self._change("serve", channel, version, evidence)
+        return self if version == self.version(channel) else self._change("serve", channel, version, evidence)
 
     def roll_back(self, channel: str, evidence: Mapping[str, Any] | None = None) -> Channels:
         """What served before the current version serves again; done twice, it goes back two versions.
@@ -73,32 +78,6 @@ class Channels(BaseModel):
         Raises:
             NotFound: nothing served before.
         """
-        past = self._past(channel)
-        if not past:
-            raise NotFound(
-                f"{channel}: nothing to roll back to.", field="channel", value=channel, allowed="a channel that changed"
-            )
-        return self._change("roll_back", channel, past[-1], evidence)
-
-    def check_integrity(self) -> None:
-        """The history ends in what serves. Raises InvalidAdapter."""
-        replayed: dict[str, str | None] = {}
-        for change in self.history:
-            if replayed.get(change.channel) != change.before:
-                raise InvalidAdapter(f"{CHANNELS}: the history has a gap.", field="history", value=change.channel)
-            replayed[change.channel] = change.after
-        current = {BACKBONE: self.backbone, **{task_channel(name): version for name, version in self.tasks.items()}}
-        for channel in {*replayed, *current}:
-            if replayed.get(channel) != current.get(channel):
-                raise InvalidAdapter(
-                    f"{CHANNELS}: {channel} is not what its history says.",
-                    field=channel,
-                    value=current.get(channel),
-                    allowed=replayed.get(channel),
-                )
-
-    def _past(self, channel: str) -> list[str | None]:
-        """The versions that served before, oldest first: a roll-back takes the last one off."""
         past: list[str | None] = []
         for change in self.history:
             if change.channel == channel:
@@ -106,51 +85,45 @@ class Channels(BaseModel):
                     past.append(change.before)
                 elif past:
                     past.pop()
-        return past
+        if not past:
+            message = f"{channel}: nothing to roll back to."
+            raise NotFound(message, field="channel", value=channel, allowed="a channel that changed")
+        return self._change("roll_back", channel, past[-1], evidence)
 
-    def _change(
-        self,
-        action: Literal["serve", "roll_back"],
-        channel: str,
-        version: str | None,
-        evidence: Mapping[str, Any] | None,
-    ) -> Channels:
-        values = {
-            "time": now(),
-            "channel": channel,
-            "action": action,
-            "from": self.version(channel),
-            "to": version,
-            "evidence": None if evidence is None else dict(evidence),
-        }
-        change = parse_record(Change, to_json(values), CHANNELS)
+    def check_integrity(self) -> None:
+        """The history has no gap and ends in what serves. Raises InvalidAdapter."""
+        replayed: dict[str, str | None] = {}
+        for change in self.history:
+            if replayed.get(change.channel) != change.before:
+                raise invalid("The history has a gap.", CHANNELS, change.before, replayed.get(change.channel))
+            replayed[change.channel] = change.after
+        expected = {channel: version for channel, version in replayed.items() if version is not None}
+        if self.serving() != expected:
+            raise invalid("What serves is not what the history says.", CHANNELS, self.serving(), expected)
+
+    def _change(self, action: str, channel: str, version: str | None, evidence: Mapping[str, Any] | None) -> Channels:
+        values = {"channel": channel, "action": action, "from": self.version(channel), "to": version}
+        change = parse_record(Change, to_json({**values, "time": now(), "evidence": evidence}), CHANNELS)
         update: dict[str, Any] = {"history": (*self.history, change)}
         if channel == BACKBONE:
             update["backbone"] = version
         else:
-            name = channel_task(channel)
-            tasks = {other: serving for other, serving in self.tasks.items() if other != name}
-            update["tasks"] = tasks if version is None else {**tasks, name: version}
+            tasks = {**self.tasks, channel_task(channel): version}
+            update["tasks"] = {name: serving for name, serving in tasks.items() if serving is not None}
         return self.model_copy(update=update)
 
 
 def read_channels(root: Path) -> Channels:
     """The channels of a store; empty if it has none yet. Raises InvalidAdapter if the file is damaged."""
     path = root / CHANNELS
-    if not path.is_symlink() and not path.exists():
+    if not os.path.lexists(path):
         return Channels()
-    channels = parse_record(Channels, read_regular(path, MAX_BYTES), CHANNELS)
-    for name, version in channels.tasks.items():
-        check_name(name)
-        check_version(version)
-    if channels.backbone is not None:
-        check_version(channels.backbone)
-    return channels
+    return parse_record(Channels, read_regular(path, MAX_BYTES), CHANNELS)
 
 
 def write_channels(root: Path, channels: Channels) -> None:
     """Replaces the file. Call with the store's lock held."""
-    replace_file(root / CHANNELS, to_json(channels.model_dump(mode="json", by_alias=True)))
+    replace_file(root / CHANNELS, to_json(channels))
 
 
 def now() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import stat
@@ -13,10 +14,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from crma.errors import InvalidAdapter
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from crma.errors import InvalidAdapter, NotFound, StoreError
 
 TEMPORARY_PREFIX = ".publishing-"
+MAX_JSON_BYTES = 4 * 2**20
 _LOCK = ".lock"
+
+
+def invalid(message: str, field: str, value: object, allowed: object) -> InvalidAdapter:
+    """The error, its message led by the field; the value is cut, because it may be anything that was in a file."""
+    shown = value if isinstance(value, int | float | None) else str(value)[:200]
+    return InvalidAdapter(f"{field}: {message}", field=field, value=shown, allowed=allowed)
+
+
+@contextmanager
+def about(where: str) -> Iterator[None]:
+    """Store errors raised inside say what they are about."""
+    try:
+        yield
+    except StoreError as error:
+        error.message = f"{where}: {error.message}"
+        error.args = (error.message,)
+        raise
 
 
 def read_regular(path: Path, limit: int) -> bytes:
@@ -32,20 +54,38 @@ def read_regular(path: Path, limit: int) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise InvalidAdapter(
-            f"Cannot be opened: {error.strerror}.", field=path.name, value=str(path), allowed="a plain file, not a link"
-        ) from error
+        raise invalid(f"Cannot be opened: {error.strerror}.", path.name, path, "a plain file, not a link") from error
     with os.fdopen(descriptor, "rb") as stream:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise InvalidAdapter("Not a plain file.", field=path.name, value=str(path), allowed="a plain file")
+            raise invalid("Not a plain file.", path.name, path, "a plain file")
         if status.st_size > limit:
-            raise InvalidAdapter("Too large.", field=path.name, value=status.st_size, allowed=f"<= {limit} bytes")
+            raise invalid("Too large.", path.name, status.st_size, f"<= {limit} bytes")
         return stream.read(limit)
 
 
+def plain_folder(root: Path, place: str) -> Path:
+    """`root/place`, of which every part is a folder and none is a link (`root` itself may be one)."""
+    path = root
+    for part in place.split("/"):
+        path = path / part
+        if not os.path.lexists(path):
+            raise NotFound("Not in the store.", field="path", value=place, allowed="a published version")
+        if path.is_symlink() or not path.is_dir():
+            raise invalid("Not a folder of the store.", "path", path, "a folder, not a link")
+    return path
+
+
+def names_in(root: Path, place: str) -> list[str]:
+    """What is in a folder of the store; nothing if there is no such folder. InvalidAdapter if it is a link."""
+    try:
+        return os.listdir(plain_folder(root, place))
+    except NotFound:
+        return []
+
+
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """One JSON object: UTF-8, no key twice, no NaN or Infinity. Raises InvalidAdapter that names `where`."""
+    """One JSON object: UTF-8, no key twice, only finite numbers. Raises InvalidAdapter that names `where`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -53,35 +93,44 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
             raise ValueError("a key appears twice")
         return result
 
-    def finite(constant: str) -> float:
-        raise ValueError(f"{constant} is not a JSON number")
+    def finite(text: str) -> float:
+        if not math.isfinite(number := float(text)):
+            raise ValueError(f"{text} is not finite")
+        return number
 
     try:
-        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=finite)
+        parsed = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
     except (ValueError, RecursionError) as error:
-        raise InvalidAdapter(f"{where}: not valid JSON: {error}.", field=where, allowed="one JSON object") from error
+        raise invalid(f"Not valid JSON: {error}.", where, f"{len(data)} bytes", "one JSON object") from error
     if not isinstance(parsed, dict):
-        raise InvalidAdapter(
-            f"{where}: not a JSON object.", field=where, value=type(parsed).__name__, allowed="one JSON object"
-        )
+        raise invalid("Not a JSON object.", where, type(parsed).__name__, "one JSON object")
     return parsed
 
 
-def to_json(content: Mapping[str, Any]) -> bytes:
-    """Readable JSON with a newline at the end; the same content gives the same bytes. Raises InvalidAdapter on NaN."""
+def to_json(content: Mapping[str, Any] | BaseModel) -> bytes:
+    """Readable JSON with a newline at the end; the same content gives the same bytes.
+
+    Records (pydantic's and dataclasses, also inside `content`) are written as objects. Raises InvalidAdapter on NaN.
+    """
     try:
-        return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        plain = to_jsonable_python(content, by_alias=True)
+        return (json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except (ValueError, TypeError, RecursionError) as error:
-        raise InvalidAdapter(f"Cannot be written as JSON: {error}.", allowed="finite JSON values") from error
+        raise invalid(f"Cannot be written: {error}.", "JSON", content, "finite JSON values") from error
 
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Holds the store's one writer lock, created on first use: waits for it; the kernel frees it when a holder dies."""
+    """Holds the store's one writer lock, created on first use: waits for it; the kernel frees it when a holder dies.
+
+    Deletes what writers that died have left: whoever holds the lock is the only one.
+    """
     root.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for leftover in root.glob(f"{TEMPORARY_PREFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         yield
     finally:
         os.close(descriptor)
@@ -90,7 +139,7 @@ def locked(root: Path) -> Iterator[None]:
 def publish_folder(root: Path, target: Path, files: Mapping[str, bytes]) -> None:
     """Makes `target` appear with all `files` or not at all, whenever the process or the machine dies.
 
-    The last of `files` is written last. Call with the lock held; `target` (below `root`) must not exist.
+    The last of `files` is written last. `target` (below `root`) must not exist; only a lock makes sure of that.
     """
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=root))
     try:
@@ -100,10 +149,9 @@ def publish_folder(root: Path, target: Path, files: Mapping[str, bytes]) -> None
         _sync_folder(temporary)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(temporary, target)
-    except OSError:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for folder in (target.parent, *target.parent.parents):
+    for folder in target.parents:
         _sync_folder(folder)
         if folder == root:
             break
@@ -118,23 +166,11 @@ def replace_file(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def remove_leftovers(root: Path) -> tuple[str, ...]:
-    """Deletes what killed writers left, and returns the names. Call with the lock held: then no writer is alive."""
-    leftovers = sorted(root.glob(f"{TEMPORARY_PREFIX}*"))
-    for path in leftovers:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    return tuple(path.name for path in leftovers)
-
-
 def _write_synced(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    with os.fdopen(descriptor, "wb") as stream:
+    with path.open("xb") as stream:
         stream.write(data)
         stream.flush()
-        os.fsync(descriptor)
+        os.fsync(stream.fileno())
 
 
 def _sync_folder(path: Path) -> None:

@@ -62,7 +62,7 @@ def fetch(package: Package, into: Path, *, given: Path | None = None) -> Path:
 
 def _download(package: Package, into: Path) -> Path:
     if package.kind == "wheel":
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
         _run([*pip, f"{package.name}=={package.version}"], into, package)
     else:
         apt = ["apt-get", "download", f"{package.name}={package.version}"]
@@ -75,12 +75,15 @@ def _download(package: Package, into: Path) -> Path:
 
 
 def _run(command: list[str], folder: Path, package: Package) -> None:
-    """Run a command inside `folder`; a failure shows the command's own last words, and a way out."""
+    """Run a command inside `folder`, its progress bar shown; a failure says its own last words, and a way out."""
+    shown = sys.stderr if sys.stderr.isatty() else subprocess.PIPE
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, cwd=folder, stdout=shown, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=False
+        )
         if done.returncode == 0:
             return
-        failure = " ".join((done.stderr or done.stdout).strip().splitlines()[-2:])
+        failure = " ".join((done.stderr or done.stdout or "").strip().splitlines()[-2:])
     except (OSError, subprocess.TimeoutExpired) as error:
         failure = str(error)
     way_out = "set PIP_FIND_LINKS to its folder" if package.kind == "wheel" else "give a copy of it as `--source`"

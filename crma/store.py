@@ -6,9 +6,11 @@ appears whole (`files.publish_folder`) and `channels.json` is replaced whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,42 +18,15 @@ from torch import Tensor
 
 from crma.adapter import Backbone
 from crma.certificate import certify
-from crma.channels import BACKBONE, Channels, channel_task, now, read_channels, task_channel, write_channels
-from crma.entry import (
-    BackboneEntry,
-    Shapes,
-    TaskEntry,
-    about,
-    backbone_from_files,
-    read_backbone,
-    read_config,
-    read_task,
-    read_tensors,
-    versions_in,
-)
-from crma.errors import AlreadyExists, BaseMismatch, LineageMismatch, NotFound, StoreError
-from crma.files import locked, publish_folder, remove_leftovers, to_json
-from crma.integrity import content_problems, structural_problems
+from crma.channels import BACKBONE, Channels, channel_folder, now, read_channels, task_channel, write_channels
+from crma.entry import BackboneEntry, Shapes, TaskEntry, read_backbone, read_entry, read_task, read_weights, versions_in
+from crma.errors import AlreadyExists, InvalidAdapter, LineageMismatch, NotFound, StoreError
+from crma.files import about, invalid, locked, names_in, publish_folder, to_json
 from crma.lora import Lora
-from crma.manifest import (
-    BACKBONE_FILES,
-    MANIFEST,
-    TASK_FILES,
-    BackboneManifest,
-    Blend,
-    TaskManifest,
-    TrainedOn,
-    bytes_digest,
-    check_name,
-    check_version,
-    content_digest,
-    make_manifest,
-)
+from crma.manifest import BackboneManifest, Blend, TaskManifest, TrainedOn, add_manifest, check_version, files_digest
 from crma.peft_format import check_fits, lora_from_peft, lora_to_peft
 from crma.prompts import PromptFormat
-
-if TYPE_CHECKING:
-    from crma.pull import BaseModel
+from crma.pull import BaseModel
 
 __all__ = ["AdapterStore", "BackboneEntry", "TaskEntry", "backbone_digest"]
 
@@ -78,11 +53,11 @@ class AdapterStore:
 
     def task_versions(self, name: str) -> tuple[str, ...]:
         """Every published version of a task, oldest first, serving or not. Raises InvalidAdapter if it is no name."""
-        return versions_in(self.root, "tasks", check_name(name))
+        return versions_in(self.root, task_channel(name))
 
     def backbone_versions(self) -> tuple[str, ...]:
         """Every published version of the backbone, oldest first, serving or not."""
-        return versions_in(self.root, "backbones")
+        return versions_in(self.root, BACKBONE)
 
     def task(self, name: str, version: str | None = None) -> TaskEntry:
         """A task's entry; without `version`, of the one that serves.
@@ -91,14 +66,14 @@ class AdapterStore:
             NotFound: no such task or version, or none that serves.
             InvalidAdapter, DigestMismatch: its manifest is damaged, or the name is none.
         """
-        serving = self.channels().version(task_channel(name)) if version is None else check_version(version)
+        serving = self.channels().version(task_channel(name)) if version is None else version
         if serving is None:
             raise NotFound(f"No task {name!r} serves.", field="task", value=name, allowed=list(self.task_names()))
         return read_task(self.root, name, serving)
 
     def backbone(self, version: str | None = None) -> BackboneEntry | None:
         """A backbone's entry; without `version`, of the one that serves, or None if none does. Raises as `task`."""
-        serving = self.channels().backbone if version is None else check_version(version)
+        serving = self.channels().backbone if version is None else version
         return None if serving is None else read_backbone(self.root, serving)
 
     def check_selection(self, task: TaskEntry | None, backbone: BackboneEntry | None, base_digest: str) -> None:
@@ -110,17 +85,13 @@ class AdapterStore:
         """
         for entry in (task, backbone):
             if entry is not None:
-                _check_base(entry, base_digest)
+                entry.check_base(base_digest)
         if task is not None and backbone is not None:
             trained_on = task.manifest.backbone
             if trained_on is None or not backbone.descends_from(trained_on):
-                raise LineageMismatch(
-                    f"{task.name}@{task.version} was not trained on backbone {backbone.version} or an ancestor of it; "
-                    "use it with CRMA off.",
-                    field="crma",
-                    value=trained_on,
-                    allowed=[backbone.digest, *backbone.manifest.lineage],
-                )
+                descent = [backbone.digest, *backbone.manifest.lineage]
+                message = f"{task.name}@{task.version} was not trained under this backbone: use it with CRMA off."
+                raise LineageMismatch(message, field="crma", value=trained_on, allowed=descent)
 
     # Publishing --------------------------------------------------------------------------------------------------
 
@@ -147,28 +118,20 @@ class AdapterStore:
 
         Raises:
             AlreadyExists: the version is published.
-            BaseMismatch, LineageMismatch: `backbone` is of another base, or neither in the store nor an ancestor.
+            LineageMismatch: `backbone` is of another base, or neither in the store nor an ancestor.
             InvalidAdapter: the name, the weights or a field of the manifest; nothing is published then.
         """
-        channel = task_channel(name)
         config, tensors = lora_to_peft(lora, base_name=base.name, dtype=dtype)
         stored = lora_from_peft(config, tensors).config  # what is published can be loaded
         if backbone is not None:
-            self._check_backbone_known(backbone, base.digest)
-        fields = {
-            "kind": "task",
-            "name": name,
-            "base": {"name": base.name, "digest": base.digest},
-            "prompt_format": None if prompt_format is None else prompt_format.to_dict(),
-            "rank": stored.rank,
-            "alpha": stored.alpha,
-            "scaling": stored.scaling,
-            "target_modules": stored.target_modules,
-            "backbone": backbone,
-            **_provenance(trained_on, measured, licence),
-        }
-        files = dict(zip(TASK_FILES, (to_json(config), _save(tensors)), strict=True))
-        return read_task(self.root, name, self._publish(TaskManifest, channel, files, fields, version, serve))
+            known = [entry for entry in self._backbones().values() if entry.manifest.base.digest == base.digest]
+            if not any(entry.descends_from(backbone) for entry in known):
+                message = "The store holds neither this backbone nor a descendant for this base: publish it first."
+                raise LineageMismatch(message, field="backbone", value=backbone, allowed=[e.digest for e in known])
+        fields = {"name": name, "prompt_format": prompt_format, "backbone": backbone, "scaling": stored.scaling}
+        fields |= asdict(stored) | _provenance(base, trained_on, measured, licence)
+        files = _files(TaskManifest.FILES, config, tensors)
+        return read_task(self.root, name, self._publish(task_channel(name), files, fields, version, serve))
 
     def publish_backbone(
         self,
@@ -189,36 +152,24 @@ class AdapterStore:
         store has it); `blend` names the two backbones it lies between, if it was not trained.
 
         Raises:
+            BaseMismatch: an ancestor was made for another base model.
             LineageMismatch: an ancestor's own ancestors are not in `lineage`: their LoRAs would stop serving.
         """
         files = _backbone_files(backbone)
-        backbone_from_files(backbone.config.to_dict(), backbone.tensors())  # what is published can be loaded
-        known = self._backbones_by_digest()
-        _check_lineage(lineage, known, base.digest)
+        Backbone.from_tensors(backbone.config, backbone.tensors())  # what is published can be loaded
+        known = self._backbones()
+        for ancestor in (known[digest] for digest in lineage if digest in known):
+            ancestor.check_base(base.digest)
+            if forgotten := [digest for digest in ancestor.manifest.lineage if digest not in lineage]:
+                message = f"The lineage leaves out ancestors of {ancestor.version}: their LoRAs would stop serving."
+                raise LineageMismatch(message, field="lineage", value=list(lineage), allowed=f"with {forgotten}")
         parent = known[lineage[0]].load() if lineage and lineage[0] in known else None
-        fields = {
-            "kind": "backbone",
-            "base": {"name": base.name, "digest": base.digest},
-            "config": backbone.config.to_dict(),
-            "lineage": list(lineage),
-            "blend": None if blend is None else blend.model_dump(mode="json", by_alias=True),
-            "certificate": certify(backbone, parent),
-            **_provenance(trained_on, measured, licence),
-        }
-        return read_backbone(self.root, self._publish(BackboneManifest, BACKBONE, files, fields, version, serve))
+        fields = {"config": backbone.config, "lineage": lineage, "blend": blend}
+        fields |= {"certificate": certify(backbone, parent), **_provenance(base, trained_on, measured, licence)}
+        return read_backbone(self.root, self._publish(BACKBONE, files, fields, version, serve))
 
     def import_peft(
-        self,
-        path: Path,
-        name: str,
-        base: BaseModel,
-        *,
-        prompt_format: PromptFormat | None = None,
-        licence: str = "unknown",
-        measured: Mapping[str, Any] | None = None,
-        shapes: Shapes | None = None,
-        version: str | None = None,
-        serve: bool = True,
+        self, path: Path, name: str, base: BaseModel, *, licence: str = "unknown", shapes: Shapes | None = None
     ) -> TaskEntry:
         """Publishes a PEFT LoRA from a local folder, its tensors in their own dtype, with no CRMA lineage.
 
@@ -228,30 +179,13 @@ class AdapterStore:
         Raises:
             InvalidAdapter: as `peft_format.lora_from_peft`, and with `shapes`, as `check_fits`.
         """
-        config_file, weights_file = ((path / name).resolve() for name in TASK_FILES)
         with about(str(path)):
-            config = read_config(config_file)
-            lora = lora_from_peft(config, read_tensors(weights_file))
+            config, tensors = read_weights([(path / file).resolve() for file in TaskManifest.FILES])
+            lora = lora_from_peft(config, tensors)
             if shapes is not None:
                 check_fits(config, lora, shapes)
-        return self.publish_task(
-            name,
-            lora,
-            base=base,
-            backbone=None,
-            prompt_format=prompt_format,
-            trained_on=None,
-            measured=measured or {},
-            licence=licence,
-            version=version,
-            serve=serve,
-            dtype=None,
-        )
-
-    def clean(self) -> tuple[str, ...]:
-        """Deletes what killed publishers left behind, and returns the names."""
-        with locked(self.root):
-            return remove_leftovers(self.root)
+        unknown: dict[str, Any] = {"backbone": None, "prompt_format": None, "trained_on": None, "measured": {}}
+        return self.publish_task(name, lora, base=base, licence=licence, dtype=None, **unknown)
 
     # Serving -----------------------------------------------------------------------------------------------------
 
@@ -279,52 +213,73 @@ class AdapterStore:
             base: the model that is served; every entry must be made for it.
             shapes: of that model; every entry must fit it.
         """
-        problems = structural_problems(self.root)
-        return problems + content_problems(self.root, None if base is None else base.digest, shapes)
+        entries, channels, problems = self._structure()
+        for entry in entries:
+            with _collected(problems):
+                entry.load(shapes)
+            if base is not None:
+                with _collected(problems):
+                    entry.check_base(base.digest)
+        backbones = [entry for entry in entries if isinstance(entry, BackboneEntry)]
+        serving = [entry for entry in backbones if entry.version == channels.backbone]
+        for task in (entry for entry in entries if isinstance(entry, TaskEntry)):
+            # A task trained on a backbone needs the serving one if both serve, any in the store otherwise.
+            serves = channels.tasks.get(task.name) == task.version
+            candidates = serving if serves and serving else backbones
+            trained_on = task.manifest.backbone
+            if trained_on is not None and not any(backbone.descends_from(trained_on) for backbone in candidates):
+                message = f"{task.manifest.place}: no backbone to serve under is its own or descends from it."
+                allowed = [backbone.digest for backbone in candidates]
+                problems.append(LineageMismatch(message, field="backbone", value=trained_on, allowed=allowed))
+        return problems
 
     def check_integrity(self) -> None:
         """Raises the first thing wrong with the store's structure: folders, listings, channels. Reads no weights."""
-        for problem in structural_problems(self.root):
+        for problem in self._structure()[-1]:
             raise problem
+
+    def _structure(self) -> tuple[list[TaskEntry | BackboneEntry], Channels, list[StoreError]]:
+        """The entries with a sound folder and manifest, what serves, and what is wrong with the rest."""
+        entries: list[TaskEntry | BackboneEntry] = []
+        problems: list[StoreError] = []
+        channels = Channels()
+        for name in _names(problems, task_channel, self.root, "tasks"):
+            for version in _names(problems, check_version, self.root, f"tasks/{name}"):
+                with _collected(problems):
+                    entries.append(read_task(self.root, name, version))
+        for version in _names(problems, check_version, self.root, "backbones"):
+            with _collected(problems):
+                entries.append(read_backbone(self.root, version))
+        with _collected(problems):
+            channels = read_channels(self.root)
+            channels.check_integrity()
+            published = {entry.manifest.place for entry in entries}
+            for channel, version in channels.serving().items():
+                if f"{channel_folder(channel)}/{version}" not in published:
+                    message = f"{channel}: serves {version}, which is not in the store, or damaged."
+                    problems.append(NotFound(message, field=channel, value=version, allowed="a published version"))
+        return entries, channels, problems
 
     # -------------------------------------------------------------------------------------------------------------
 
-    def _backbones_by_digest(self) -> dict[str, BackboneEntry]:
+    def _backbones(self) -> dict[str, BackboneEntry]:
+        """By digest."""
         entries = (read_backbone(self.root, version) for version in self.backbone_versions())
         return {entry.digest: entry for entry in entries}
 
-    def _check_backbone_known(self, digest: str, base_digest: str) -> None:
-        for entry in self._backbones_by_digest().values():
-            if entry.descends_from(digest):
-                return _check_base(entry, base_digest)
-        raise LineageMismatch(
-            "The store holds neither this backbone nor one that descends from it; publish the backbone first.",
-            field="backbone",
-            value=digest,
-            allowed=sorted(self._backbones_by_digest()),
-        )
-
     def _publish(
-        self,
-        kind: type[TaskManifest] | type[BackboneManifest],
-        channel: str,
-        files: Mapping[str, bytes],
-        fields: Mapping[str, Any],
-        version: str | None,
-        serve: bool,
+        self, channel: str, files: Mapping[str, bytes], fields: Mapping[str, Any], version: str | None, serve: bool
     ) -> str:
         """Writes one version, and moves its channel to it; returns the version."""
-        parts = ("backbones",) if channel == BACKBONE else tuple(channel.split("/"))
+        kind = BackboneManifest if channel == BACKBONE else TaskManifest
         with locked(self.root):
-            taken = versions_in(self.root, *parts)
-            version = f"v{int(taken[-1][1:]) + 1 if taken else 1}" if version is None else check_version(version)
+            taken = versions_in(self.root, channel)
+            version = f"v{int(taken[-1][1:]) + 1 if taken else 1}" if version is None else version
             if version in taken:
-                where = "/".join((*parts, version))
-                raise AlreadyExists(f"{where} is published.", field="version", value=version, allowed="a new version")
-            digests = {name: bytes_digest(data) for name, data in files.items()}
-            manifest = make_manifest(kind, {**fields, "version": version, "files": digests, "created": now()})
-            target = self.root.joinpath(*parts, version)
-            publish_folder(self.root, target, {**files, MANIFEST: to_json(manifest.to_dict())})
+                message = f"{channel}: {version} is published."
+                raise AlreadyExists(message, field="version", value=version, allowed="a new version")
+            files = add_manifest(kind, files, version=version, created=now(), **fields)  # checks the version too
+            publish_folder(self.root, self.root / channel_folder(channel) / version, files)
             if serve:
                 write_channels(self.root, read_channels(self.root).serve(channel, version))
         return version
@@ -333,49 +288,46 @@ class AdapterStore:
         """Makes a change count, once what it names is known to be there. Call with the lock held."""
         version = channels.version(channel)
         if version is not None:
-            check_version(version)
-            if channel == BACKBONE:
-                read_backbone(self.root, version)
-            else:
-                read_task(self.root, channel_task(channel), version)
+            read_entry(self.root, channel, version)
         write_channels(self.root, channels)
         return channels
 
 
 def backbone_digest(backbone: Backbone) -> str:
-    """The digest a backbone would be published under: for lineages of backbones that are never published."""
-    return content_digest({name: bytes_digest(data) for name, data in _backbone_files(backbone).items()})
+    """The digest that a backbone is published under."""
+    return files_digest(_backbone_files(backbone))
+
+
+def _provenance(base: BaseModel, trained_on: TrainedOn | None, measured: Any, licence: str) -> dict[str, Any]:
+    reference = {"name": base.name, "digest": base.digest}
+    return {"base": reference, "trained_on": trained_on, "measured": measured, "licence": licence}
+
+
+def _files(names: tuple[str, str], config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, bytes]:
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    return dict(zip(names, (to_json(config), weights), strict=True))
 
 
 def _backbone_files(backbone: Backbone) -> dict[str, bytes]:
-    return dict(zip(BACKBONE_FILES, (to_json(backbone.config.to_dict()), _save(backbone.tensors())), strict=True))
+    return _files(BackboneManifest.FILES, backbone.config.to_dict(), backbone.tensors())
 
 
-def _save(tensors: dict[str, Tensor]) -> bytes:
-    return safetensors.torch.save(tensors, metadata={"format": "pt"})
+def _names(problems: list[StoreError], check: Callable[[str], str], root: Path, place: str) -> list[str]:
+    """Names in a folder that pass `check`, sorted; the others, and a folder that is a link, are problems."""
+    names: list[str] = []
+    with _collected(problems):
+        for name in sorted(names_in(root, place)):
+            try:
+                check(name)
+                names.append(name)
+            except InvalidAdapter as error:
+                problems.append(invalid("does not belong here.", f"{place}/{name}", name, error.allowed))
+    return names
 
 
-def _provenance(trained_on: TrainedOn | None, measured: Mapping[str, Any], licence: str) -> dict[str, Any]:
-    record = None if trained_on is None else trained_on.model_dump(mode="json")
-    return {"trained_on": record, "measured": dict(measured), "licence": licence}
-
-
-def _check_base(entry: TaskEntry | BackboneEntry, base_digest: str) -> None:
-    made_for = entry.manifest.base
-    if made_for.digest != base_digest:
-        raise BaseMismatch(
-            f"Made for another base model, {made_for.name}.", field="base", value=made_for.digest, allowed=base_digest
-        )
-
-
-def _check_lineage(lineage: Sequence[str], known: Mapping[str, BackboneEntry], base_digest: str) -> None:
-    """Ancestors are of the same base, and their own ancestors are in `lineage` too."""
-    for ancestor in (known[digest] for digest in lineage if digest in known):
-        _check_base(ancestor, base_digest)
-        if forgotten := [digest for digest in ancestor.manifest.lineage if digest not in lineage]:
-            raise LineageMismatch(
-                f"The lineage leaves out ancestors of backbone {ancestor.version}: their LoRAs would stop serving.",
-                field="lineage",
-                value=list(lineage),
-                allowed=f"with {forgotten}",
-            )
+@contextmanager
+def _collected(problems: list[StoreError]) -> Iterator[None]:
+    try:
+        yield
+    except StoreError as error:
+        problems.append(error)

@@ -54,6 +54,14 @@ class Answer:
     text: str = ""
     reason: FinishReason | None = None
 
+    def take(self, output: RequestOutput) -> None:
+        assert self.reason is None, "an output after the last one"
+        self.tokens += output.token_ids
+        self.logprobs += output.logprobs
+        self.text += output.text
+        self.reason = output.finish_reason
+        assert self.reason is None or output.completion_tokens == len(self.tokens)
+
 
 @cache
 def adapters(family: str) -> dict[str, Lora | Backbone]:
@@ -90,9 +98,7 @@ def alone(family: str, call: Call, index: int, stop_ids: tuple[int, ...]) -> Gen
 
 
 def stop_ids(family: str, call: Call) -> tuple[int, ...]:
-    if call.stop_at is None:
-        return ()
-    return alone(family, call, 0, ()).token_ids[call.stop_at : call.stop_at + 1]
+    return () if call.stop_at is None else alone(family, call, 0, ()).token_ids[call.stop_at :][:1]
 
 
 def as_request(name: str, call: Call, stop: tuple[int, ...] = ()) -> Request:
@@ -108,19 +114,13 @@ def drive(engine: Engine, pool: AdapterPool, requests: Sequence[Request], schedu
 
     def take(outputs: list[RequestOutput]) -> None:
         for output in outputs:
-            answer = answers[output.request_id, output.index]
-            assert answer.reason is None, "an output after the last one"
-            answer.tokens += output.token_ids
-            answer.logprobs += output.logprobs
-            answer.text += output.text
-            answer.reason = output.finish_reason
+            answers[output.request_id, output.index].take(output)
             if output.finish_reason is not None:
-                assert output.completion_tokens == len(answer.tokens)
                 open_[output.request_id] -= 1
                 if not open_[output.request_id]:
-                    pool.unpin_selection(by_id[output.request_id].selection)
+                    pool.unpin_selection(selections[output.request_id])
 
-    by_id = {r.id: r for r in requests}
+    selections = {r.id: r.selection for r in requests}
     for step in range(1000):
         for request, call in zip(requests, schedule, strict=True):
             if call.arrival == step:
@@ -138,49 +138,40 @@ def drive(engine: Engine, pool: AdapterPool, requests: Sequence[Request], schedu
     raise AssertionError("a request starves")
 
 
-def check(answer: Answer, call: Call, oracle: Generation, tally: Counter) -> None:
-    """Exactly the oracle's tokens; a cancelled one has as many as it had time for."""
-    tally["sequences"] += 1
-    tally["tokens"] += len(answer.tokens)
-    wanted = oracle.token_ids
-    if answer.reason is FinishReason.ABORT:
-        assert call.patience is not None
-        tally["cancelled"] += 1
-        wanted = wanted[: len(answer.tokens)]
-    else:
-        assert answer.reason is not None
-        tally["mismatches"] += answer.reason.value != oracle.finish_reason
-    tally["mismatches"] += tuple(answer.tokens) != wanted
+def mismatches(answer: Answer, call: Call, oracle: Generation) -> list[str]:
+    """What is not as the oracle has it; a cancelled sequence has as much of it as it had time for."""
+    cancelled = answer.reason is FinishReason.ABORT and call.patience is not None
+    wanted = oracle.token_ids[: len(answer.tokens)] if cancelled else oracle.token_ids
     errors = [abs(a - b) for a, b in zip(answer.logprobs, oracle.logprobs, strict=False)]
-    tally["mismatches"] += max(errors, default=0.0) > TOLERANCE
-    tally["mismatches"] += answer.text != tiny.tokenizer().decode(answer.tokens, skip_special_tokens=True)
+    checks = {
+        "tokens": tuple(answer.tokens) == wanted,
+        "log-probabilities": len(errors) == len(wanted) and max(errors, default=0.0) <= TOLERANCE,
+        "text": answer.text == tiny.tokenizer().decode(answer.tokens, skip_special_tokens=True),
+        "reason": cancelled or answer.reason == oracle.finish_reason,
+    }
+    return [name for name, right in checks.items() if not right]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_request_gets_what_it_gets_alone(family: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two tokens whose logits differ by less than fp32 rounding could be told apart either way: the models' logits are
-    several units apart on average, so that this has a chance of about one in a million per token and is not excused."""
+    """Greedy ties are not excused: rounding is about 1e-6 and the best two logits of these models are half a unit apart
+    on average, so that rounding decides one token in some 300,000. These fixed examples have 3,000."""
     tally: Counter = Counter(mismatches=0)
+    limits = {"max_num_seqs": st.integers(1, 4), "max_num_batched_tokens": st.sampled_from([8, 24, 64])}
 
     @settings(derandomize=True, max_examples=25, deadline=None, phases=[Phase.generate])  # shrinking takes minutes
-    @given(
-        schedule=st.lists(calls, min_size=4, max_size=9),
-        max_num_seqs=st.integers(1, 4),
-        budget=st.sampled_from([8, 24, 64]),
-    )
-    def run(schedule: list[Call], max_num_seqs: int, budget: int) -> None:
-        limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": budget}
+    @given(schedule=st.lists(calls, min_size=4, max_size=9), limits=st.fixed_dictionaries(limits))
+    def run(schedule: list[Call], limits: dict[str, int]) -> None:
         engine, pool = tiny.make_engine(tiny.injection(family), adapters(family), **limits)
-        stops = [stop_ids(family, call) for call in schedule]
-        named = enumerate(zip(schedule, stops, strict=True))
-        requests = [as_request(str(i), call, stop) for i, (call, stop) in named]
+        requests = [as_request(str(i), call, stop_ids(family, call)) for i, call in enumerate(schedule)]
         answers = drive(engine, pool, requests, schedule)
-        for request, call in zip(requests, schedule, strict=True):
-            for index in range(call.n):
-                oracle = alone(family, call, index, request.stop_token_ids)
-                check(answers[request.id, index], call, oracle, tally)
         tally["schedules"] += 1
-        assert tally["mismatches"] == 0, tally
+        for (name, index), answer in answers.items():
+            call, stop = schedule[int(name)], requests[int(name)].stop_token_ids
+            wrong = mismatches(answer, call, alone(family, call, index, stop))
+            tally.update(sequences=1, tokens=len(answer.tokens), cancelled=answer.reason is FinishReason.ABORT)
+            tally["mismatches"] += bool(wrong)
+            assert not wrong, (wrong, call, answer)
 
     run()
     with capsys.disabled():
@@ -195,10 +186,8 @@ def test_a_long_sequence_beside_short_ones_grows_the_cache(family: str) -> None:
     engine, pool = tiny.make_engine(tiny.injection(family), adapters(family), max_num_seqs=3)
     requests = [as_request(str(i), call) for i, call in enumerate(schedule)]
     answers = drive(engine, pool, requests, schedule)
-    tally: Counter = Counter(mismatches=0)
-    for request, call in zip(requests, schedule, strict=True):
-        check(answers[request.id, 0], call, alone(family, call, 0, ()), tally)
-    assert tally["mismatches"] == 0
+    for i, call in enumerate(schedule):
+        assert not mismatches(answers[str(i), 0], call, alone(family, call, 0, ()))
 
 
 def test_nothing_stays_behind_when_only_the_adapter_changes() -> None:
@@ -211,9 +200,7 @@ def test_nothing_stays_behind_when_only_the_adapter_changes() -> None:
     for i, selection in enumerate(selections):
         call = Call(selection, prompt(12))
         answer = drive(engine, pool, [as_request(str(i), call)], [call])[str(i), 0]
-        oracle = alone(family, call, 0, ())
-        assert tuple(answer.tokens) == oracle.token_ids
-        assert answer.logprobs == pytest.approx(oracle.logprobs, abs=TOLERANCE)
+        assert not mismatches(answer, call, alone(family, call, 0, ()))
         seen[selection] = tuple(answer.logprobs)
     assert len(set(seen.values())) == len(set(selections)), "two selections gave one answer"
 

@@ -23,15 +23,14 @@ BASE = BaseModel("tiny", "sha256:" + "a" * 64, Path("unused"), {})
 OTHER = BaseModel("other", "sha256:" + "b" * 64, Path("unused"), {})
 FORMAT = PromptFormat("<user>", "<assistant>", "</s>")
 TRAINED = TrainedOn(data={"train": "sha256:" + "c" * 64}, seed=42, commit="abc", arm="MODULAR", config={"lr": 0.005})
+PROVENANCE = {"base": BASE, "trained_on": TRAINED, "measured": {"loss": 0.5}, "licence": "Apache-2.0"}
 SHAPES = {f"model.layers.{i}.self_attn.{name}": (16, 16) for i in range(2) for name in ("q_proj", "v_proj")}
 
 
 def make_lora(seed: int = 0) -> Lora:
     generator = torch.Generator().manual_seed(seed)
-    pairs = {
-        path: LoraPair(torch.randn(4, 16, generator=generator), torch.randn(16, 4, generator=generator), 2.0)
-        for path in SHAPES
-    }
+    tensors = {path: [torch.randn(size, generator=generator) for size in ((4, 16), (16, 4))] for path in SHAPES}
+    pairs = {path: LoraPair(A, B, 2.0) for path, (A, B) in tensors.items()}
     return Lora(LoraConfig(4, 8.0, ("q_proj", "v_proj")), pairs)
 
 
@@ -44,19 +43,12 @@ def make_backbone(seed: int = 0) -> Backbone:
 
 
 def publish(store: AdapterStore, name: str = "medical", seed: int = 0, **changes: Any) -> TaskEntry:
-    settings = {
-        "base": BASE,
-        "backbone": None,
-        "prompt_format": FORMAT,
-        "trained_on": TRAINED,
-        "measured": {"loss": 0.5},
-    }
-    return store.publish_task(name, make_lora(seed), **{**settings, "licence": "Apache-2.0", **changes})
+    fields = {"lora": make_lora(seed), "backbone": None, "prompt_format": FORMAT, **PROVENANCE, **changes}
+    return store.publish_task(name, **fields)
 
 
 def publish_backbone(store: AdapterStore, seed: int = 0, **changes: Any) -> BackboneEntry:
-    fields = {"base": BASE, "lineage": (), "trained_on": TRAINED, "measured": {}, "licence": "Apache-2.0"}
-    return store.publish_backbone(make_backbone(seed), **{**fields, **changes})
+    return store.publish_backbone(make_backbone(seed), **{"lineage": (), **PROVENANCE, **changes})
 
 
 def rewrite(folder: Path, name: str, data: bytes) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
-import pytest
 import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -45,16 +44,10 @@ def deltas(
 
 
 @settings(derandomize=True, max_examples=300, deadline=None)
-@given(tokens=ids)
-def test_the_text_is_what_decoding_at_once_gives(tokens: list[int]) -> None:
-    assert "".join(deltas(tokens)) == tiny.tokenizer().decode(tokens, skip_special_tokens=True)
-
-
-@settings(derandomize=True, max_examples=100, deadline=None)
-@given(text=TEXTS)
-def test_so_it_is_where_characters_are_spelled_in_bytes(text: str) -> None:
-    tokens = spelled().encode(text)
-    assert "".join(deltas(tokens, which=spelled())) == spelled().decode(tokens, skip_special_tokens=True)
+@given(tokens=ids, text=TEXTS)
+def test_the_text_is_what_decoding_at_once_gives(tokens: list[int], text: str) -> None:
+    for which, those in ((tiny.tokenizer(), tokens), (spelled(), spelled().encode(text))):
+        assert "".join(deltas(those, which=which)) == which.decode(those, skip_special_tokens=True)
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)
@@ -65,12 +58,6 @@ def test_bytes_that_spell_nothing_are_no_error(tokens: list[int]) -> None:
     given = deltas(tokens, which=spelled())
     if tokens and tokens[-1] == 262:  # " the"
         assert "".join(given).endswith("the")
-
-
-def test_a_character_comes_whole() -> None:
-    euro = tiny.tokenizer().convert_tokens_to_ids(["â", "Ĥ", "¬", "a"])
-    assert deltas(euro) == ["", "", "€", "a", ""]
-    assert deltas(euro[:2]) == ["", "", "�"], "an unfinished one is given at the end, as decoding at once does"
 
 
 @settings(derandomize=True, max_examples=300, deadline=None)
@@ -94,7 +81,9 @@ def test_of_several_stop_strings_none_is_given_out(text: str, stop: list[str]) -
     assert "".join(deltas(letters, tuple(stop))) == expected
 
 
-@pytest.mark.parametrize("make", [tiny.tokenizer, spelled])
-def test_text_is_given_as_soon_as_it_is_certain(make: Callable[[], PreTrainedTokenizerFast]) -> None:
-    tokens = make().convert_tokens_to_ids([*"abcat"])
-    assert deltas(tokens, ("cb",), make()) == ["a", "b", "", "ca", "t", ""]
+def test_text_is_given_as_soon_as_it_is_certain() -> None:
+    for which in (tiny.tokenizer(), spelled()):
+        assert deltas(which.convert_tokens_to_ids([*"abcat"]), ("cb",), which) == ["a", "b", "", "ca", "t", ""]
+    euro = tiny.tokenizer().convert_tokens_to_ids(["â", "Ĥ", "¬", "a"])
+    assert deltas(euro) == ["", "", "€", "a", ""], "a character comes whole"
+    assert deltas(euro[:2]) == ["", "", "�"], "an unfinished one at the end, as decoding at once gives it"

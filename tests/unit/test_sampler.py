@@ -27,14 +27,11 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_greedy_takes_the_lowest_of_equals() -> None:
-    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
-    assert sample(logits, [SamplingParams()] * 2, [generator(0)] * 2) == ([1, 0], [None, None])
-
-
-def test_log_probabilities_are_of_the_unmodified_distribution() -> None:
-    logits = torch.tensor([[math.log(1), math.log(2), math.log(5)]])
+def test_greedy_takes_the_lowest_of_equals_and_log_probabilities_are_of_the_unmodified_distribution() -> None:
+    ties = torch.tensor([[0.0, 3.0, 3.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
+    assert sample(ties, [SamplingParams()] * 2, [generator(0)] * 2) == ([1, 0], [None, None])
     asked = SamplingParams(temperature=0.1, top_k=1, logprobs=True)
+    logits = torch.tensor([[1.0, 2.0, 5.0]]).log()
     assert sample(logits, [asked], [generator(0)]) == ([2], [pytest.approx(math.log(5 / 8), abs=1e-6)])
 
 

@@ -4,70 +4,56 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
-from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
 from crma_client import calls
-from crma_client.calls import Call, TokenReader
+from crma_client.calls import AblationOptions, Call, GenerateOptions, TokenReader
 from crma_client.errors import ConnectionFailed, InvalidArgument, TimedOut
 from crma_client.types import AblationReport, AdapterListing, Generation, Token
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-    from crma_client.calls import AblationOptions, GenerateOptions
-
 T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-DEFAULT_TIMEOUT = 60.0
 
 
-class TokenStream:
+class TokenStream(TokenReader):
     """The tokens of one answer as they come: iterate once, then `result` is the whole Generation."""
 
-    def __init__(self, response: httpx.Response, reader: TokenReader) -> None:
-        self._reader = reader
+    def __init__(self, response: httpx.Response) -> None:
+        super().__init__()
         self._tokens = self._read(response)
 
     def __iter__(self) -> Iterator[Token]:
         return self._tokens
 
-    @property
-    def result(self) -> Generation:
-        """The whole answer, texts included; raises ProtocolError before the stream has been read to its end."""
-        return self._reader.result
-
     def _read(self, response: httpx.Response) -> Iterator[Token]:
         with _transport_errors():
             for chunk in response.iter_bytes():
-                yield from self._reader.feed(chunk)
-        self._reader.close()
+                yield from self._feed(chunk)
+        _ = self.result  # raises if the stream broke off
 
 
-class AsyncTokenStream:
+class AsyncTokenStream(TokenReader):
     """As TokenStream, for `async for`."""
 
-    def __init__(self, response: httpx.Response, reader: TokenReader) -> None:
-        self._reader = reader
+    def __init__(self, response: httpx.Response) -> None:
+        super().__init__()
         self._tokens = self._read(response)
 
     def __aiter__(self) -> AsyncIterator[Token]:
         return self._tokens
 
-    @property
-    def result(self) -> Generation:
-        """The whole answer, texts included; raises ProtocolError before the stream has been read to its end."""
-        return self._reader.result
-
     async def _read(self, response: httpx.Response) -> AsyncIterator[Token]:
         with _transport_errors():
             async for chunk in response.aiter_bytes():
-                for token in self._reader.feed(chunk):
+                for token in self._feed(chunk):
                     yield token
-        self._reader.close()
+        _ = self.result  # raises if the stream broke off
 
 
 class Client:
@@ -78,21 +64,15 @@ class Client:
         api_key: sent as a bearer token.
         timeout: seconds to wait for a connection, and for each part of an answer (a stream's next token; all of it
             where nothing streams). None waits for ever.
-        transport: an httpx transport, for tests and proxies.
+        http: what else an httpx client takes: verify, proxy, transport, ….
 
     Every method raises from the tree in `crma_client.errors`, and nothing else.
     """
 
     def __init__(
-        self,
-        base_url: str = DEFAULT_URL,
-        *,
-        api_key: str | None = None,
-        timeout: float | None = DEFAULT_TIMEOUT,
-        transport: httpx.BaseTransport | None = None,
+        self, base_url: str = DEFAULT_URL, *, api_key: str | None = None, timeout: float | None = 60.0, **http: Any
     ) -> None:
-        url, headers = _url(base_url), _headers(api_key)
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, transport=transport)
+        self._http = httpx.Client(**_options(base_url, api_key, timeout), **http)
 
     def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> Generation:
         """Generate an answer to `prompt`; see GenerateOptions."""
@@ -104,11 +84,10 @@ class Client:
         call = calls.stream(prompt, options)
         with ExitStack() as stack:
             with _transport_errors():
-                response = stack.enter_context(self._http.stream(call.method, call.path, json=call.body))
+                                response = stack.enter_context(self._http.stream(call.method, call.path, content=call.body))
                 if response.status_code not in call.accepts:
                     response.read()
-                reader = call.answer(response)
-            yield TokenStream(response, reader)
+            yield TokenStream(call.answer(response))
 
     def ablation(self, **options: Unpack[AblationOptions]) -> AblationReport:
         """Compare variants on a question set and wait for the report; mind `timeout`, which it must fit in."""
@@ -137,14 +116,12 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _send(self, call: Call[T]) -> T:
         with _transport_errors():
-            response = self._http.request(call.method, call.path, json=call.body)
+            response = self._http.request(call.method, call.path, content=call.body)
         return call.answer(response)
 
 
@@ -152,15 +129,9 @@ class AsyncClient:
     """As Client, awaited. Use it as an async context manager, or call `aclose()`."""
 
     def __init__(
-        self,
-        base_url: str = DEFAULT_URL,
-        *,
-        api_key: str | None = None,
-        timeout: float | None = DEFAULT_TIMEOUT,
-        transport: httpx.AsyncBaseTransport | None = None,
+        self, base_url: str = DEFAULT_URL, *, api_key: str | None = None, timeout: float | None = 60.0, **http: Any
     ) -> None:
-        url, headers = _url(base_url), _headers(api_key)
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, transport=transport)
+        self._http = httpx.AsyncClient(**_options(base_url, api_key, timeout), **http)
 
     async def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> Generation:
         """Generate an answer to `prompt`; see GenerateOptions."""
@@ -172,11 +143,10 @@ class AsyncClient:
         call = calls.stream(prompt, options)
         async with AsyncExitStack() as stack:
             with _transport_errors():
-                response = await stack.enter_async_context(self._http.stream(call.method, call.path, json=call.body))
+                                response = await stack.enter_async_context(self._http.stream(call.method, call.path, content=call.body))
                 if response.status_code not in call.accepts:
                     await response.aread()
-                reader = call.answer(response)
-            yield AsyncTokenStream(response, reader)
+            yield AsyncTokenStream(call.answer(response))
 
     async def ablation(self, **options: Unpack[AblationOptions]) -> AblationReport:
         """Compare variants on a question set and wait for the report; mind `timeout`, which it must fit in."""
@@ -205,14 +175,12 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def _send(self, call: Call[T]) -> T:
         with _transport_errors():
-            response = await self._http.request(call.method, call.path, json=call.body)
+            response = await self._http.request(call.method, call.path, content=call.body)
         return call.answer(response)
 
 
@@ -223,25 +191,20 @@ def _transport_errors() -> Iterator[None]:
         yield
     except httpx.TimeoutException as error:
         raise TimedOut(f"the server did not answer in time ({type(error).__name__})") from error
+    except httpx.UnsupportedProtocol as error:
+        raise InvalidArgument(f"base_url is not that of a server: {error}", field="base_url") from error
     except (httpx.RequestError, httpx.StreamError) as error:
         raise ConnectionFailed(f"no complete answer from the server: {error or type(error).__name__}") from error
 
 
-def _url(base_url: str) -> httpx.URL:
+def _options(base_url: str, api_key: str | None, timeout: float | None) -> dict[str, Any]:
+    """What both httpx clients are made with. Raises InvalidArgument, which never shows the key."""
+    headers = {"Content-Type": "application/json"}
+    if api_key is not None:
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise InvalidArgument("api_key must be printable ASCII", field="api_key")
+        headers["Authorization"] = f"Bearer {api_key}"
     try:
-        url = httpx.URL(base_url)
+        return {"base_url": httpx.URL(base_url), "headers": headers, "timeout": timeout}
     except (httpx.InvalidURL, TypeError) as error:
         raise InvalidArgument(f"base_url is not a URL: {error}", field="base_url", value=base_url) from error
-    if url.scheme not in ("http", "https") or not url.host:
-        raise InvalidArgument(
-            "base_url must name a host", field="base_url", value=base_url, allowed="http://host:port or https://host"
-        )
-    return url
-
-
-def _headers(api_key: str | None) -> dict[str, str]:
-    if api_key is None:
-        return {}
-    if not (isinstance(api_key, str) and api_key.isascii() and api_key.isprintable() and api_key):
-        raise InvalidArgument("api_key must be printable ASCII", field="api_key")
-    return {"Authorization": f"Bearer {api_key}"}

@@ -22,9 +22,14 @@ status to `_BY_STATUS`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass
+from typing import TypeVar
+
+E = TypeVar("E", bound="CrmaClientError")
 
 
+@dataclass(eq=False)
 class CrmaClientError(Exception):
     """Base of the tree; whatever the server did not say is None.
 
@@ -38,25 +43,17 @@ class CrmaClientError(Exception):
         retry_after: seconds to wait before trying again.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int | None = None,
-        code: str | None = None,
-        field: str | None = None,
-        value: object = None,
-        allowed: object = None,
-        retry_after: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.status = status
-        self.code = code
-        self.field = field
-        self.value = value
-        self.allowed = allowed
-        self.retry_after = retry_after
+    message: str
+    _: KW_ONLY
+    status: int | None = None
+    code: str | None = None
+    field: str | None = None
+    value: object = None
+    allowed: object = None
+    retry_after: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
 
 
 class InvalidArgument(CrmaClientError, ValueError):
@@ -111,18 +108,9 @@ class DeadlineExceeded(StatusError):
     """504: the request's deadline passed."""
 
 
-_BY_STATUS: dict[int, type[StatusError]] = {
-    400: InvalidRequest,
-    401: NotAuthorized,
-    403: NotAuthorized,
-    404: NotFound,
-    409: Conflict,
-    413: InvalidRequest,
-    422: InvalidRequest,
-    429: Overloaded,
-    503: Unavailable,
-    504: DeadlineExceeded,
-}
+_BY_STATUS: dict[int, type[StatusError]] = dict.fromkeys((400, 413, 422), InvalidRequest)
+_BY_STATUS |= dict.fromkeys((401, 403), NotAuthorized)
+_BY_STATUS |= {404: NotFound, 409: Conflict, 429: Overloaded, 503: Unavailable, 504: DeadlineExceeded}
 
 
 def status_error(status: int, body: object, retry_after: str | None) -> StatusError:
@@ -130,28 +118,21 @@ def status_error(status: int, body: object, retry_after: str | None) -> StatusEr
 
     `retry_after` is the header's text; a form other than seconds is left out.
     """
-    kind = _BY_STATUS.get(status, StatusError)
-    details = _details(body)
-    message = details.pop("message") or f"the server answered {status} without saying why"
-    return kind(message, status=status, retry_after=_seconds(retry_after), **details)
+    error = _told(_BY_STATUS.get(status, StatusError), body, f"the server answered {status} without saying why")
+    error.status = status
+    with suppress(ValueError):
+        error.retry_after = float(retry_after or "")
+    return error
 
 
 def stream_error(body: object) -> GenerationFailed:
     """The error for the data of an `error` event."""
-    details = _details(body)
-    message = details.pop("message") or "the server ended the stream with an error without saying why"
-    return GenerationFailed(message, **details)
+    return _told(GenerationFailed, body, "the server ended the stream with an error without saying why")
 
 
-def _details(body: object) -> dict[str, Any]:
-    """message, code, field, value, allowed of {"error": {…}}; None for each that is not there."""
+def _told(kind: type[E], body: object, otherwise: str) -> E:
+    """`kind` with what {"error": {…}} says; `otherwise` is the message if it has none."""
     error = body.get("error") if isinstance(body, Mapping) else None
     found = error if isinstance(error, Mapping) else {}
-    return {key: found.get(key) for key in ("message", "code", "field", "value", "allowed")}
-
-
-def _seconds(header: str | None) -> float | None:
-    try:
-        return float(header) if header is not None else None
-    except ValueError:
-        return None
+    details = {key: found.get(key) for key in ("code", "field", "value", "allowed")}
+    return kind(found.get("message") or otherwise, **details)

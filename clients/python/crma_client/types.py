@@ -6,19 +6,15 @@ Keys this version does not know are left alone; top-level answers keep the whole
 
 from __future__ import annotations
 
-import dataclasses
-import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from crma_client.errors import ProtocolError
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-T = TypeVar("T", bound="DataclassInstance")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,8 @@ class Choice:
     """One of the n answers. finish_reason: stop or length; logprobs: one per token, if asked for."""
 
     index: int
-    text: str
     finish_reason: str
+    text: str = ""  # the event that ends a stream leaves it out: the tokens have brought it
     logprobs: tuple[float, ...] | None = None
 
 
@@ -206,57 +202,36 @@ class AdapterListing:
 
 def read(cls: type[T], data: object) -> T:
     """JSON as an instance of dataclass `cls`; raises ProtocolError that names the place where it is something else."""
-    answer: T = _value(cls, data, cls.__name__)
-    return answer
+    return _value(cls, data, cls.__name__)
 
 
 def read_generation(data: object) -> Generation:
     """As `read`, for both forms of the answer: its one choice at the top, or a list of `choices`."""
-    body = expect(Mapping, data, "Generation")
+    body = _value(dict, data, "Generation")
     choices = body.get("choices") or [{**body, "index": 0}]
-    return dataclasses.replace(read(Generation, {**body, "choices": choices}), raw=body)
+    return replace(read(Generation, {**body, "choices": choices}), raw=body)
 
 
 _hints = lru_cache(maxsize=None)(get_type_hints)
 
 
-def _value(kind: Any, data: object, where: str) -> Any:
-    """`data` as `kind`: a dataclass, X | None, tuple, Mapping, Any, or a plain type."""
+def _value(kind: Any, data: Any, where: str) -> Any:
+    """`data` as `kind`: a dataclass, X | None, tuple of one type, Mapping, Any, or a plain type."""
     origin, args = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return data
-    if origin is types.UnionType:  # always X | None
+    if origin is UnionType:  # always X | None
         return None if data is None else _value(args[0], data, where)
-    if dataclasses.is_dataclass(kind):
-        return _instance(kind, expect(Mapping, data, where), where)
     if origin is tuple:
-        items = expect(list, data, where)
-        kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
-        if len(kinds) != len(items):
-            raise ProtocolError(f"{where} does not hold {len(kinds)} values", field=where, value=data)
-        return tuple(
-            _value(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(zip(kinds, items, strict=True))
-        )
+        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(_value(list, data, where)))
     if origin is Mapping:
-        return {key: _value(args[1], item, f"{where}.{key}") for key, item in expect(Mapping, data, where).items()}
-    if kind in (int, float) and isinstance(data, bool):
-        raise ProtocolError(f"{where} is not a number", field=where, value=data)
-    return expect((int, float) if kind is float else kind, data, where)
-
-
-def _instance(cls: Any, data: Mapping[str, Any], where: str) -> Any:
-    values = {**data, "raw": data}
-    found = {}
-    for item in dataclasses.fields(cls):
-        if item.name in values:
-            found[item.name] = _value(_hints(cls)[item.name], values[item.name], f"{where}.{item.name}")
-        elif item.default is dataclasses.MISSING:
-            raise ProtocolError(f"{where} lacks {item.name}", field=f"{where}.{item.name}", value=data)
-    return cls(**found)
-
-
-def expect(kind: Any, data: object, where: str) -> Any:
-    """`data`, or ProtocolError if it is no `kind`."""
-    if not isinstance(data, kind):
-        raise ProtocolError(f"{where} of the answer has the wrong type", field=where, value=data, allowed=str(kind))
+        return {key: _value(args[1], item, f"{where}.{key}") for key, item in _value(dict, data, where).items()}
+    if is_dataclass(kind):
+        return _instance(kind, {**_value(dict, data, where), "raw": data}, where)
+    if kind is not Any and not isinstance(data, (int, float) if kind is float else kind):
+        raise ProtocolError(f"{where} is no {kind.__name__}", field=where, value=data, allowed=kind.__name__)
     return data
+
+
+def _instance(cls: Any, given: dict[str, Any], where: str) -> Any:
+    """A `cls` of what was given. A field that was not has its default; without one it is None, or refused."""
+    values = {name: given.get(name, getattr(cls, name, None)) for name in _hints(cls)}
+    return cls(**{name: _value(_hints(cls)[name], value, f"{where}.{name}") for name, value in values.items()})
