@@ -102,8 +102,14 @@ class AdapterPool:
             if self._evict():
                 self._publish()
 
+    def pin_if_resident(self, selection: AdapterSelection) -> bool:
+        """Pin both adapters of a selection if that takes no loading; never waits for another's load."""
+        digests = [digest for digest in selection if digest is not None]
+        with self._lock:
+            return all(digest in self._resident for digest in digests) and all(map(self._pin_resident, digests))
+
     def pin_selection(self, selection: AdapterSelection) -> None:
-        """Pin both adapters of a selection, or neither."""
+        """Pin both adapters of a selection, or neither; blocks while they load."""
         digests = [digest for digest in selection if digest is not None]
         for i, digest in enumerate(digests):
             try:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+from crma.selection import AdapterSelection
 from server.engine.adapter_pool import AdapterPool
 from server.engine.engine import Engine
 from server.engine.request import (
@@ -108,7 +109,7 @@ class AsyncEngine:
     async def _outputs(self, stream: _Stream) -> AsyncIterator[RequestOutput]:
         request = stream.request
         # A future of its own: if the client goes while an adapter loads, the load ends, and its pin is given back.
-        pin = asyncio.ensure_future(asyncio.to_thread(self.pool.pin_selection, request.selection))
+        pin = asyncio.ensure_future(self._pin(request.selection))
         try:
             await asyncio.shield(pin)
             self._command(lambda: self._add(stream))
@@ -122,6 +123,10 @@ class AsyncEngine:
         finally:
             self._streams.pop(request.id, None)
             pin.add_done_callback(lambda done: self._release(stream, done))
+
+    async def _pin(self, selection: AdapterSelection) -> None:
+        if not self.pool.pin_if_resident(selection):  # a slow load holds up only those who need it
+            await asyncio.to_thread(self.pool.pin_selection, selection)
 
     def _release(self, stream: _Stream, pin: asyncio.Future[None]) -> None:
         """Give the pins back, but never under a running step: the engine's thread does it once it is done."""

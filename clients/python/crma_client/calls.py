@@ -86,29 +86,20 @@ class Call(Generic[T]):
 
 def generate(prompt: str, options: Mapping[str, Any]) -> Call[Generation]:
     """POST /generate."""
-    return Call(
-        "POST",
-        "/generate",
-        lambda response: read_generation(_json(response.content)),
-        _body(GenerateOptions, options, prompt=prompt),
-    )
+    body = _body(GenerateOptions, options, prompt=prompt)
+    return Call("POST", "/generate", lambda response: read_generation(_json(response.content)), body)
 
 
 def stream(prompt: str, options: Mapping[str, Any]) -> Call[httpx.Response]:
     """POST /generate with "stream": true; the answer's bytes are for a TokenReader."""
-    return Call(
-        "POST", "/generate", lambda response: response, _body(GenerateOptions, options, prompt=prompt, stream=True)
-    )
+    body = _body(GenerateOptions, options, prompt=prompt, stream=True)
+    return Call("POST", "/generate", lambda response: response, body)
 
 
 def ablation(options: Mapping[str, Any]) -> Call[AblationReport]:
     """POST /ablation, answered when it is done."""
-    return Call(
-        "POST",
-        "/ablation",
-        lambda response: read(AblationReport, _json(response.content)),
-        _body(AblationOptions, options),
-    )
+    body = _body(AblationOptions, options)
+    return Call("POST", "/ablation", lambda response: read(AblationReport, _json(response.content)), body)
 
 
 ADAPTERS = Call("GET", "/adapters", lambda response: read(AdapterListing, _json(response.content)))
@@ -118,9 +109,10 @@ METRICS = Call("GET", "/metrics", lambda response: response.text)
 
 
 class TokenReader:
-    """The bytes of one stream in, tokens out; after the `done` event `result` is the whole Generation."""
+    """One streamed answer: bytes in, tokens out; after the `done` event `result` is the whole Generation."""
 
-    def __init__(self) -> None:
+    def __init__(self, response: httpx.Response) -> None:
+        self._response = response
         self._events = EventParser()
         self._seen: list[Token] = []
         self._result: Generation | None = None

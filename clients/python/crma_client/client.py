@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
@@ -24,16 +25,13 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 class TokenStream(TokenReader):
     """The tokens of one answer as they come: iterate once, then `result` is the whole Generation."""
 
-    def __init__(self, response: httpx.Response) -> None:
-        super().__init__()
-        self._tokens = self._read(response)
-
     def __iter__(self) -> Iterator[Token]:
         return self._tokens
 
-    def _read(self, response: httpx.Response) -> Iterator[Token]:
+    @cached_property
+    def _tokens(self) -> Iterator[Token]:
         with _transport_errors():
-            for chunk in response.iter_bytes():
+            for chunk in self._response.iter_bytes():
                 yield from self._feed(chunk)
         _ = self.result  # raises if the stream broke off
 
@@ -41,16 +39,13 @@ class TokenStream(TokenReader):
 class AsyncTokenStream(TokenReader):
     """As TokenStream, for `async for`."""
 
-    def __init__(self, response: httpx.Response) -> None:
-        super().__init__()
-        self._tokens = self._read(response)
-
     def __aiter__(self) -> AsyncIterator[Token]:
         return self._tokens
 
-    async def _read(self, response: httpx.Response) -> AsyncIterator[Token]:
+    @cached_property
+    async def _tokens(self) -> AsyncIterator[Token]:
         with _transport_errors():
-            async for chunk in response.aiter_bytes():
+            async for chunk in self._response.aiter_bytes():
                 for token in self._feed(chunk):
                     yield token
         _ = self.result  # raises if the stream broke off
@@ -84,7 +79,7 @@ class Client:
         call = calls.stream(prompt, options)
         with ExitStack() as stack:
             with _transport_errors():
-                                response = stack.enter_context(self._http.stream(call.method, call.path, content=call.body))
+                response = stack.enter_context(self._http.stream(call.method, call.path, content=call.body))
                 if response.status_code not in call.accepts:
                     response.read()
             yield TokenStream(call.answer(response))
@@ -143,7 +138,7 @@ class AsyncClient:
         call = calls.stream(prompt, options)
         async with AsyncExitStack() as stack:
             with _transport_errors():
-                                response = await stack.enter_async_context(self._http.stream(call.method, call.path, content=call.body))
+                response = await stack.enter_async_context(self._http.stream(call.method, call.path, content=call.body))
                 if response.status_code not in call.accepts:
                     await response.aread()
             yield AsyncTokenStream(call.answer(response))

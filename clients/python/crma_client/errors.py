@@ -22,11 +22,8 @@ status to `_BY_STATUS`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
-from typing import TypeVar
-
-E = TypeVar("E", bound="CrmaClientError")
+from typing import Any
 
 
 @dataclass(eq=False)
@@ -116,23 +113,21 @@ _BY_STATUS |= {404: NotFound, 409: Conflict, 429: Overloaded, 503: Unavailable, 
 def status_error(status: int, body: object, retry_after: str | None) -> StatusError:
     """The error for an answer of `status`; `body` is its JSON, or None where it had none (a proxy's page).
 
-    `retry_after` is the header's text; a form other than seconds is left out.
+    `retry_after` is the header's text; its other form, a date, is left out.
     """
-    error = _told(_BY_STATUS.get(status, StatusError), body, f"the server answered {status} without saying why")
-    error.status = status
-    with suppress(ValueError):
-        error.retry_after = float(retry_after or "")
-    return error
+    seconds = float(retry_after) if retry_after and retry_after.isdecimal() else None
+    details = _details(body, f"the server answered {status} without saying why")
+    return _BY_STATUS.get(status, StatusError)(**details, status=status, retry_after=seconds)
 
 
 def stream_error(body: object) -> GenerationFailed:
     """The error for the data of an `error` event."""
-    return _told(GenerationFailed, body, "the server ended the stream with an error without saying why")
+    return GenerationFailed(**_details(body, "the server ended the stream with an error without saying why"))
 
 
-def _told(kind: type[E], body: object, otherwise: str) -> E:
-    """`kind` with what {"error": {…}} says; `otherwise` is the message if it has none."""
+def _details(body: object, otherwise: str) -> dict[str, Any]:
+    """What {"error": {…}} says, None for each thing it does not; `otherwise` is the message where it has none."""
     error = body.get("error") if isinstance(body, Mapping) else None
     found = error if isinstance(error, Mapping) else {}
     details = {key: found.get(key) for key in ("code", "field", "value", "allowed")}
-    return kind(found.get("message") or otherwise, **details)
+    return {**details, "message": found.get("message") or otherwise}

@@ -9,14 +9,15 @@ class EventParser:
     """Feed bytes as they come; complete events come out, each as its name and its data.
 
     Follows the event-stream format of the HTML standard (section 9.2): lines end with LF, CR or CR LF, a blank line
-    ends an event, the data lines of one are joined by newlines, its name is "message" if the server gave none, lines that start with a colon are comments, events without data are dropped. `id` and `retry` mean
-    nothing here, since a stream of tokens cannot be resumed. An unfinished event at the end of the stream is dropped.
+    ends an event, lines that start with a colon are comments, the data lines of an event are joined by newlines, events
+    without data are dropped, the name is "message" if the server gives none. `id` and `retry` mean nothing here, since
+    a stream of tokens cannot be resumed. An unfinished event at the end of the stream is dropped.
     """
 
     def __init__(self) -> None:
         self._buffer = b""
         self._after_cr = False
-        self._name = "message"
+        self._name = ""
         self._data: list[str] = []
 
     def feed(self, chunk: bytes) -> Iterator[tuple[str, str]]:
@@ -34,6 +35,6 @@ class EventParser:
             elif field == "data":
                 self._data.append(value.removeprefix(" "))
             elif not line:
-                name, data, self._name, self._data = self._name, self._data, "message", []
+                name, data, self._name, self._data = self._name, self._data, "", []
                 if data:
-                    yield name, "\n".join(data)
+                    yield name or "message", "\n".join(data)

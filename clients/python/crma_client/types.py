@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
-from functools import lru_cache
+from functools import cache
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -141,25 +141,19 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class AblationItem:
-    """One question and, per variant, {"text", "correct"}, or why there is no answer."""
-
-    id: str
-    task: str
-    answers: tuple[str, ...]
-    outputs: Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
 class AblationReport:
-    """The answer of /ablation. `question_set` holds its name, digest and number of items."""
+    """The answer of /ablation. `question_set` holds its name, digest and number of items.
+
+    An item is {"id", "task", "answers", "outputs"}: a question and, by variant, {"text", "correct"}, or why there is no
+    answer.
+    """
 
     id: str
     question_set: Mapping[str, Any]
     scorer: str
     variants: Mapping[str, VariantScore]
     comparisons: tuple[Comparison, ...]
-    items: tuple[AblationItem, ...]
+    items: tuple[Mapping[str, Any], ...]
     provenance: Mapping[str, Any]
     wall_s: float
     raw: Mapping[str, Any] = field(repr=False)
@@ -212,7 +206,7 @@ def read_generation(data: object) -> Generation:
     return replace(read(Generation, {**body, "choices": choices}), raw=body)
 
 
-_hints = lru_cache(maxsize=None)(get_type_hints)
+_hints = cache(get_type_hints)
 
 
 def _value(kind: Any, data: Any, where: str) -> Any:
@@ -227,7 +221,8 @@ def _value(kind: Any, data: Any, where: str) -> Any:
     if is_dataclass(kind):
         return _instance(kind, {**_value(dict, data, where), "raw": data}, where)
     if kind is not Any and not isinstance(data, (int, float) if kind is float else kind):
-        raise ProtocolError(f"{where} is no {kind.__name__}", field=where, value=data, allowed=kind.__name__)
+        name = kind.__name__
+        raise ProtocolError(f"the answer has no {where} of type {name}", field=where, value=data, allowed=name)
     return data
 
 
