@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -31,12 +31,13 @@ from crma.lora import Lora, LoraConfig, LoraPair, match_targets
 from crma.prompts import PromptFormat
 from crma.pull import BaseModel, pull
 from crma.store import AdapterStore, BackboneEntry, TaskEntry
-from server.__main__ import build
 from server.engine.adapter_pool import AdapterPool
 from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import Scheduler
-from server.settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 VOCAB = 300
 # A wide initializer: logits as far apart as a trained model's, so that rounding does not decide an argmax.
@@ -72,6 +73,14 @@ def injection(family: str = "llama") -> Injection:
     return Injection(model)
 
 
+def fresh(inj: Injection) -> nn.Module:
+    """The same model again, without hooks, to be changed."""
+    config = inj.model.config
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
+    model.load_state_dict(inj.model.state_dict())
+    return model.eval()
+
+
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of VOCAB tokens with a chat template; some tokens are parts of characters."""
@@ -94,7 +103,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def lora(inj: Injection, rank: int, which: str, seed: int) -> Lora:
+def lora(inj: Injection, rank: int, which: str, seed: int = 0) -> Lora:
     """A random LoRA large enough to change the answer; `which` as in `target_names`, or "first": one linear a block."""
     targets = target_names(inj.model, "all-linear")[:1] if which == "first" else target_names(inj.model, which)
     generator = torch.Generator().manual_seed(seed)
@@ -107,7 +116,7 @@ def lora(inj: Injection, rank: int, which: str, seed: int) -> Lora:
     return Lora(LoraConfig(rank, 2.0 * rank, targets), pairs)
 
 
-def backbone(inj: Injection, seed: int) -> Backbone:
+def backbone(inj: Injection, seed: int = 0) -> Backbone:
     """A random backbone; its W is not zero, so it changes the answer."""
     generator = torch.Generator().manual_seed(seed)
     made = Backbone(CrmaConfig(len(inj.blocks), inj.hidden_size, num_streams=2, stream_rank=2), generator)
@@ -168,6 +177,9 @@ def publish(
 @asynccontextmanager
 async def serving(base: BaseModel, store: Path, **options: Any) -> AsyncIterator[FastAPI]:
     """The app as `python -m server` builds it, on the CPU in fp32: ready, and stopped afterwards."""
+    from server.__main__ import build
+    from server.settings import Settings
+
     where = {"home": base.path.parents[1], "model": base.name, "store": store}
     options = {"device": "cpu", "dtype": "float32", "num_threads": 1, "admin_key": "admin", **options}
     app = build(Settings(**where, **options))

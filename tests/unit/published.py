@@ -1,19 +1,18 @@
-"""A tiny base model, LoRA and backbone, and how the tests publish and damage them."""
+"""How the tests of the store publish the tiny model's adapters, and damage them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from tiny import FORMAT, backbone, injection, lora
 
-from crma.adapter import Backbone, CrmaConfig
-from crma.lora import Lora, LoraConfig, LoraPair
 from crma.manifest import TrainedOn, content_digest, file_digest
-from crma.prompts import PromptFormat
 from crma.pull import BaseModel
 from crma.store import AdapterStore, BackboneEntry, TaskEntry
 
@@ -21,25 +20,10 @@ WEIGHTS = "adapter_model.safetensors"
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BASE = BaseModel("tiny", "sha256:" + "a" * 64, Path("unused"), {})
 OTHER = BaseModel("other", "sha256:" + "b" * 64, Path("unused"), {})
-FORMAT = PromptFormat("<user>", "<assistant>", "</s>")
 TRAINED = TrainedOn(data={"train": "sha256:" + "c" * 64}, seed=42, commit="abc", arm="MODULAR", config={"lr": 0.005})
+SHAPES = injection().shapes
+make_lora, make_backbone = partial(lora, injection(), 4, "attention"), partial(backbone, injection())
 PROVENANCE = {"base": BASE, "trained_on": TRAINED, "measured": {"loss": 0.5}, "licence": "Apache-2.0"}
-SHAPES = {f"model.layers.{i}.self_attn.{name}": (16, 16) for i in range(2) for name in ("q_proj", "v_proj")}
-
-
-def make_lora(seed: int = 0) -> Lora:
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {path: [torch.randn(size, generator=generator) for size in ((4, 16), (16, 4))] for path in SHAPES}
-    pairs = {path: LoraPair(A, B, 2.0) for path, (A, B) in tensors.items()}
-    return Lora(LoraConfig(4, 8.0, ("q_proj", "v_proj")), pairs)
-
-
-def make_backbone(seed: int = 0) -> Backbone:
-    generator = torch.Generator().manual_seed(seed)
-    backbone = Backbone(CrmaConfig(num_layers=2, hidden_size=16, num_streams=2, stream_rank=2), generator)
-    with torch.no_grad():
-        backbone.W.normal_(generator=generator)
-    return backbone
 
 
 def publish(store: AdapterStore, name: str = "medical", seed: int = 0, **changes: Any) -> TaskEntry:

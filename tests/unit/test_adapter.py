@@ -61,14 +61,6 @@ def test_factors_within_the_bound_are_left_alone_and_others_come_down_to_it() ->
     torch.testing.assert_close(bounded(7 * unit.mT), unit.mT)
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e10, 1e30])
-def test_the_gradient_through_the_normalisation_is_finite(size: float) -> None:
-    P = (size * torch.randn(2, 4, 9)).requires_grad_()
-    bounded(P).sum().backward()
-    assert P.grad is not None
-    assert torch.isfinite(P.grad).all()
-
-
 @pytest.mark.parametrize(("W", "S", "alive"), [(0.0, 1.0, False), (0.1, 0.1, True), (0.1, 3.0, True), (0.1, 1e6, None)])
 def test_the_mixing_learns_once_writes_are_not_zero(W: float, S: float, alive: bool | None) -> None:
     backbone = Backbone(CONFIG, torch.Generator().manual_seed(0))
@@ -82,17 +74,6 @@ def test_the_mixing_learns_once_writes_are_not_zero(W: float, S: float, alive: b
         assert (gradients["S"].flatten(1).norm(dim=1) > 0).tolist() == [alive] * 3
 
 
-def test_what_is_stored_comes_back_bit_for_bit_and_is_a_copy() -> None:
-    backbone = random_backbone()
-    tensors = backbone.tensors()
-    again = Backbone.from_tensors(CONFIG, tensors)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    assert shapes == {"S": (3, 4, 4), "R": (3, 12, 20), "W": (3, 20, 12), "gamma": (3,)}
-    tensors["S"].zero_()
-    assert all(torch.equal(p, again.get_parameter(name)) for name, p in backbone.named_parameters())
-    assert torch.count_nonzero(again.S) == again.S.numel()
-
-
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -101,7 +82,6 @@ def test_what_is_stored_comes_back_bit_for_bit_and_is_a_copy() -> None:
         (lambda t: t.update(R=t["R"].mT.contiguous()), "R"),
         (lambda t: t.update(W=t["W"].half()), "W"),
         (lambda t: t["W"].view(-1).__setitem__(5, math.nan), "W"),
-        (lambda t: t["gamma"].__setitem__(0, math.inf), "gamma"),
     ],
 )
 def test_tensors_that_are_no_such_backbone_are_refused(change: Any, field: str) -> None:
@@ -116,12 +96,9 @@ def test_tensors_that_are_no_such_backbone_are_refused(change: Any, field: str) 
     ("changes", "field"),
     [
         ({"num_layers": 0}, "num_layers"),
-        ({"iterations": 1001}, "iterations, cap"),
         ({"cap": math.nan}, "iterations, cap"),
         ({"num_streams": 5, "stream_rank": 5}, "num_streams * stream_rank"),
         ({"mapping": "softmax"}, "mapping"),
-        ({"depth": 3}, "depth"),
-        ({"num_layers": "3"}, "config"),
     ],
 )
 def test_a_config_that_cannot_be_honoured_is_refused(changes: dict[str, Any], field: str) -> None:

@@ -143,20 +143,6 @@ async def test_closed_early_frees_its_slot_and_pins(start: Any) -> None:
         assert served.pool.num_pins() == 2
 
 
-async def test_the_client_goes_while_its_adapter_loads(start: Any) -> None:
-    served, unpinned = start(go=False), threading.Event()
-    unpin = served.pool.unpin_selection
-    served.pool.unpin_selection = lambda selection: unpin(selection) or unpinned.set()
-    (gone,) = served.take(ask("gone", SLOW))
-    await happens(served.at_load)
-    gone.cancel()
-    await asyncio.gather(gone, return_exceptions=True)
-    assert gone.cancelled()
-    served.go.set()
-    await happens(unpinned)
-    assert served.pool.resident() == ("slow",)
-
-
 async def test_what_cannot_be_taken_is_refused_at_once_and_takes_nothing(start: Any) -> None:
     served = start(go=False, max_num_seqs=1, max_queue=2, max_model_len=10)
     for num_prompt, max_tokens in ((0, 1), (8, 3), (11, 1)):

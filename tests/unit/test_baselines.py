@@ -20,8 +20,3 @@ def test_naive_bayes_learns_from_words_and_from_parts_of_words() -> None:
     ]
     test = [Example("synthase", ""), Example("death of a cell", ""), Example("activity", "")]
     assert naive_bayes(train, test) == ["function", "process", "function"]
-
-
-def test_naive_bayes_falls_back_on_the_prior_for_a_prompt_it_knows_nothing_of() -> None:
-    train = [Example("ab", "x"), Example("cd", "y"), Example("ef", "y")]
-    assert naive_bayes(train, [Example("zzzz", "")]) == ["y"]

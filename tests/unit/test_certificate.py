@@ -43,7 +43,7 @@ def test_the_certificate_says_what_holds_of_the_factors_as_served() -> None:
     pairs = zip(parent.folded("cpu", torch.float32), backbone.folded("cpu", torch.float32), strict=True)
     for layer, (old, new) in zip(certificate["layers"], pairs, strict=True):
         assert (layer["gate"], layer["bound"]) == (0.5, 1 + 0.5 * layer["c_M"])
-        assert layer["norm"] == pytest.approx(dense_norm(torch.eye(16) + new.B @ new.A), rel=1e-5)
+        assert layer["norm"] == pytest.approx(dense_norm(torch.eye(32) + new.B @ new.A), rel=1e-5)
         assert layer["movement"] == pytest.approx(dense_norm(new.B @ new.A - old.B @ old.A), rel=1e-5)
     for key in ("bound", "norm", "movement"):
         assert certificate[f"max_{key}"] == max(layer[key] for layer in certificate["layers"])

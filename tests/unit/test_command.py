@@ -118,14 +118,9 @@ def test_an_adapter_from_elsewhere_is_imported_under_a_name(
     ("arguments", "said"),
     [
         ("verify {store} --model absent", "run `crma pull absent` first"),
-        ("ablate {store} --model {base} --variants on,off", "task+crma"),
         ("ablate {store} --model {base} --questions none.jsonl", "cannot be read"),
         ("evaluate {store} --model {base} --split train", "allowed: validation, holdout"),
-        ("evaluate {store}/empty --model {base}", "no built-in task"),
         ("train {store}/run.toml", "[a-z0-9][a-z0-9._-]{0,63}"),
-        ("train none.toml", "cannot read none.toml"),
-        ("import {store} name --model {base}", "Cannot be opened"),
-        ("pull no-such-folder", "a folder"),
         ("data astrology", "not a built-in domain"),
     ],
 )

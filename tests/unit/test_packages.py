@@ -56,19 +56,6 @@ def test_a_package_file_with_another_digest_is_refused(tmp_path: Path, wheel: Pa
     assert (caught.value.value, caught.value.allowed) == (file_digest(wheel), pinned.digest)
 
 
-def test_two_files_that_match_are_refused_rather_than_one_chosen(tmp_path: Path, wheel: Path) -> None:
-    with pytest.raises(DataError, match="holds 2 files"):
-        fetch(package(wheel, member="some_facts-1.0.dist-info/[MW]*"), tmp_path, given=wheel)
-
-
-def test_a_file_taken_out_by_the_user_is_used_as_it_is_and_must_be_there(tmp_path: Path, wheel: Path) -> None:
-    given = tmp_path / "facts.json"
-    with pytest.raises(DataError, match="is not a file"):
-        fetch(package(wheel), tmp_path, given=given)
-    given.write_bytes(FACTS)
-    assert fetch(package(wheel), tmp_path, given=given) == given
-
-
 def test_what_is_not_to_be_had_is_reported_in_the_commands_words_with_a_way_out(
     tmp_path: Path, wheel: Path, offline_pip: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

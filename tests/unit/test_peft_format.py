@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ import pytest
 import safetensors.torch
 import torch
 from published import BASE
-from tiny import injection, lora
+from tiny import FAMILIES, fresh, injection, lora
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from crma.errors import InvalidAdapter
-from crma.injection import Plan
+from crma.injection import Injection, Plan, target_names
 from crma.lora import Lora, LoraPair
 from crma.peft_format import CONFIG, WEIGHTS, check_fits, lora_from_peft, lora_to_peft
 from crma.store import AdapterStore
@@ -35,19 +33,13 @@ FILES = lora_to_peft(LORA, base_name="tiny", dtype=None)
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
-def fresh() -> nn.Module:
-    """The tiny model again, for PEFT to change."""
-    model = AutoModelForCausalLM.from_config(INJECTION.model.config)
-    model.load_state_dict(INJECTION.model.state_dict())
-    return model.eval()
-
-
 @torch.no_grad()
-def assert_means_the_same(folder: Path, ours: Lora) -> None:
-    theirs = peft.PeftModel.from_pretrained(fresh(), str(folder)).eval()(INPUT).logits
-    assert (INJECTION.model(INPUT).logits - theirs).abs().max() > 0.1
-    with INJECTION.active(Plan(tasks=[(None, ours)])):
-        torch.testing.assert_close(INJECTION.model(INPUT).logits, theirs, rtol=0, atol=2e-5)
+def assert_means_the_same(folder: Path, ours: Lora, inj: Injection = INJECTION) -> None:
+    """PEFT, with its own code, computes from the folder what we compute, and not what the base model does."""
+    theirs = peft.PeftModel.from_pretrained(fresh(inj), str(folder)).eval()(INPUT).logits
+    assert (inj.model(INPUT).logits - theirs).abs().max() > 0.1
+    with inj.active(Plan(tasks=[(None, ours)])):
+        torch.testing.assert_close(inj.model(INPUT).logits, theirs, rtol=0, atol=2e-5)
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -56,49 +48,48 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> N
     safetensors.torch.save_file(tensors, folder / WEIGHTS)
 
 
-def saved_by_peft(folder: Path, **config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def saved_by_peft(folder: Path, inj: Injection = INJECTION, **config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A LoRA with random A and B as PEFT saves it."""
     torch.manual_seed(2)
     settings = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **config}
-    model = peft.get_peft_model(fresh(), peft.LoraConfig(**settings))
+    model = peft.get_peft_model(fresh(inj), peft.LoraConfig(**settings))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            nn.init.normal_(parameter, std=0.2)
+            nn.init.normal_(parameter, std=0.5 * parameter.shape[1] ** -0.5)
     model.save_pretrained(str(folder))
     return json.loads((folder / CONFIG).read_text()), safetensors.torch.load_file(folder / WEIGHTS)
 
 
-def irregular(lora: Lora) -> Lora:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_from_peft_means_the_same_in_the_store_and_back_in_peft(family: str, tmp_path: Path) -> None:
+    inj = injection(family)
+    saved_by_peft(tmp_path / "peft", inj, target_modules=list(target_names(inj.model, "all-linear")))
+    entry = AdapterStore(tmp_path / "store").import_peft(tmp_path / "peft", "task", BASE, shapes=inj.shapes)
+    for folder in (tmp_path / "peft", entry.path):
+        assert_means_the_same(folder, entry.load(inj.shapes), inj)
+
+
+def test_peft_computes_from_our_files_what_we_compute(tmp_path: Path) -> None:
     """Other ranks and scalings in some modules, and not the same modules in each layer."""
-    (first, a), (second, b), (third, _), *_ = sorted(lora.pairs.items())
-    changed = {first: LoraPair(a.A[:3], a.B[:, :3], 1.7), second: LoraPair(b.A, b.B, 0.3)}
-    return Lora(lora.config, {path: pair for path, pair in (lora.pairs | changed).items() if path != third})
-
-
-@pytest.mark.parametrize("change", [lambda lora: lora, irregular], ids=["regular", "irregular"])
-def test_peft_computes_from_our_files_what_we_compute(tmp_path: Path, change: Callable[[Lora], Lora]) -> None:
-    changed = change(LORA)
-    write(tmp_path / "ours", *lora_to_peft(changed, base_name="tiny", dtype=None))
-    assert_means_the_same(tmp_path / "ours", changed)
+    (first, a), (second, b), (third, _), *_ = sorted(LORA.pairs.items())
+    changed = LORA.pairs | {first: LoraPair(a.A[:3], a.B[:, :3], 1.7), second: LoraPair(b.A, b.B, 0.3)}
+    irregular = Lora(LORA.config, {path: pair for path, pair in changed.items() if path != third})
+    write(tmp_path / "ours", *lora_to_peft(irregular, base_name="tiny", dtype=None))
+    assert_means_the_same(tmp_path / "ours", irregular)
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        {},
         {"use_rslora": True},
         {"rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 3}},
         {"alpha_pattern": {"v_proj": 11, "layers.0.self_attn.v_proj": 1}},  # the first that matches counts
         {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_pro.": 5}, "use_rslora": True},
-        {"rank_pattern": {r"^model\.layers\.0.*": 2}, "alpha_pattern": {".*self_attn.*": 3}},
         {"rank_pattern": {"proj": 2, "layers.1": 2, "_proj": 2}},  # matches no whole name: no effect in PEFT
-        {"target_modules": "all-linear"},
         {"target_modules": r".*layers\.1.*(q_proj|down_proj)"},
-        {"layers_to_transform": [1]},
         {"layers_to_transform": 0, "layers_pattern": "layers"},
         {"exclude_modules": ["layers.0.self_attn.q_proj"]},
         {"target_modules": ["model.layers.0.mlp.up_proj", "o_proj"]},
-        {"lora_dropout": 0.3, "init_lora_weights": "gaussian"},
     ],
     ids=str,
 )
@@ -117,48 +108,25 @@ def test_we_compute_from_pefts_files_what_peft_computes(tmp_path: Path, config: 
         assert again.pairs[path].scaling == pytest.approx(pair.scaling, rel=1e-15)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_tensors_keep_their_dtype_or_are_stored_in_the_one_asked_for(dtype: torch.dtype) -> None:
-    typed = LORA.to("cpu", dtype)
-    again = lora_from_peft(*lora_to_peft(typed, base_name="tiny", dtype=None))
-    assert all(torch.equal(again.pairs[path].B, pair.B) for path, pair in typed.pairs.items())
-    assert {tensor.dtype for tensor in again.parameters()} == {dtype}
-    assert {tensor.dtype for tensor in lora_to_peft(typed, base_name="tiny")[1].values()} == {torch.bfloat16}
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("peft_type", "LOHA"),
-        ("peft_type", None),
-        ("task_type", "SEQ_CLS"),
         ("use_dora", True),
         ("bias", "lora_only"),
         ("modules_to_save", ["lm_head"]),
         ("fan_in_fan_out", True),
         ("init_lora_weights", "pissa"),
-        ("use_rslora", "yes"),
         ("a_field_of_the_future", 0.5),
-        ("target_modules", []),
-        ("target_modules", None),
-        ("target_modules", [1]),
         ("target_modules", ["k_proj"]),
         ("layers_to_transform", [0]),
-        ("exclude_modules", ["q_proj"]),
-        ("exclude_modules", 3),
-        ("r", 0),
         ("r", 8),
         ("r", True),
-        ("r", None),
         ("lora_alpha", float("nan")),
         ("lora_alpha", 10**400),
-        ("lora_alpha", "16"),
         ("rank_pattern", {"q_proj": 8}),
-        ("rank_pattern", {"q_proj": "4"}),
-        ("rank_pattern", [4]),
         ("alpha_pattern", {"(": 1}),
         ("alpha_pattern", {"(a+)+b": 1}),
-        ("alpha_pattern", {".*.*.*x": 1}),
     ],
 )
 def test_a_config_with_another_meaning_is_refused_by_its_field(field: str, value: Any) -> None:
@@ -175,14 +143,9 @@ def test_a_config_with_another_meaning_is_refused_by_its_field(field: str, value
     [
         (KEY, None, "One of lora_A and lora_B is missing"),
         (KEY, torch.zeros(5, 32), "shapes of its rank"),
-        (KEY, torch.zeros(4, 0), "shapes of its rank"),
-        (KEY, torch.zeros(4, 32, 1), "shapes of its rank"),
         (KEY, torch.full((4, 32), float("-inf"), dtype=torch.bfloat16), "NaN or infinity"),
         (KEY, torch.zeros(4, 32, dtype=torch.int8), "dtype"),
-        (KEY, torch.zeros(4, 32, dtype=torch.float64), "dtype"),
-        (KEY.replace("q_proj", "up_proj"), torch.zeros(4, 32), "missing"),
         (KEY.replace(".weight", ".bias"), torch.zeros(4), "plain LoRA"),
-        (KEY.replace("lora_A.weight", "lora_embedding_A"), torch.zeros(4, 32), "plain LoRA"),
         (KEY.removeprefix("base_model.model."), torch.zeros(4, 32), "plain LoRA"),
         (KEY.replace("layers", "../layers"), torch.zeros(4, 32), "plain LoRA"),
     ],
@@ -194,21 +157,6 @@ def test_a_tensor_that_cannot_be_used_is_refused_with_the_reason(key: str, tenso
         lora_from_peft(config, tensors)
     with pytest.raises(InvalidAdapter, match="No LoRA tensor"):
         lora_from_peft(config, {})
-
-
-@pytest.mark.parametrize(
-    ("shapes", "reason"),
-    [
-        ({path: shape for path, shape in SHAPES.items() if "layers.1" not in path}, "No such linear"),
-        ({path: (out, 17) for path, (out, _) in SHAPES.items()}, "Does not fit"),
-        ({**SHAPES, "model.layers.1.cross.q_proj": (16, 16)}, "without tensors"),
-    ],
-)
-def test_a_base_model_it_does_not_fit_is_refused(shapes: dict[str, tuple[int, int]], reason: str) -> None:
-    config = {**FILES[0], "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-    check_fits(config, LORA, SHAPES)
-    with pytest.raises(InvalidAdapter, match=reason):
-        check_fits(config, LORA, shapes)
 
 
 def test_a_peft_folder_becomes_a_task_without_lineage(tmp_path: Path) -> None:
@@ -231,8 +179,6 @@ def test_a_peft_folder_becomes_a_task_without_lineage(tmp_path: Path) -> None:
     [
         (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "Cannot be opened"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"\x80\x04."), "Not a safetensors file"),
-        (lambda folder: (folder / CONFIG).write_text("[]"), "Not a JSON object"),
-        (shutil.rmtree, "Cannot be opened"),
         (lambda _: None, "No such linear layer"),
     ],
 )

@@ -20,11 +20,6 @@ GEMMA = (
     "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-LLAMA_2 = (
-    "{% if messages[0].role == 'system' %}{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
-    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
-    "{% for m in messages %}{{ bos_token }}[INST] {{ system }}{{ m.content }} [/INST]{% endfor %}"
-)
 LLAMA_3_1 = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
     "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
@@ -35,7 +30,6 @@ LLAMA_3_1 = (
 )
 CHATML_TOKENS = {"special": ["<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"}
 GEMMA_TOKENS = {"special": ["<start_of_turn>", "<end_of_turn>"], "bos_token": "<bos>", "eos_token": "<eos>"}
-LLAMA_2_TOKENS = {"special": [], "bos_token": "<s>", "eos_token": "</s>"}
 LLAMA_3_TOKENS = {
     "special": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "bos_token": "<|begin_of_text|>",
@@ -48,8 +42,6 @@ GEMMA_FORMAT = ("<bos><start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>mod
 CASES: dict[str, tuple[str, dict[str, Any], tuple[str, str, str]]] = {
     "ChatML": (CHATML, CHATML_TOKENS, CHATML_FORMAT),
     "Gemma": (GEMMA, GEMMA_TOKENS, GEMMA_FORMAT),
-    "Llama 2": (LLAMA_2, LLAMA_2_TOKENS, ("<s>[INST] ", " [/INST]", "</s>")),
-    "Qwen 2": (DEFAULT_SYSTEM, CHATML_TOKENS, CHATML_FORMAT),
     "SmolLM 2": (DEFAULT_SYSTEM, CHATML_TOKENS | {"bos_token": "<|im_start|>"}, CHATML_FORMAT),
     "Llama 3.1": (LLAMA_3_1, LLAMA_3_TOKENS, LLAMA_3_FORMAT),
 }
@@ -78,7 +70,7 @@ def test_the_format_is_one_user_turn_and_the_end_of_an_answer(name: str) -> None
     assert chat_format(tokenizer_of(template, **tokens)) == PromptFormat(*expected)
 
 
-@pytest.mark.parametrize("name", ["ChatML", "Gemma", "Llama 2"])
+@pytest.mark.parametrize("name", ["ChatML", "Gemma"])
 def test_a_prompt_has_the_tokens_of_a_template_without_a_system_turn(name: str) -> None:
     template, tokens, _ = CASES[name]
     tokenizer, prompt = tokenizer_of(template, **tokens), "two\n\nlines: naïve 日本"
@@ -114,10 +106,3 @@ def test_what_cannot_be_one_user_turn_is_refused() -> None:
             chat_format(tokenizer_of(template, **CHATML_TOKENS))
     with pytest.raises(ConfigError, match="not one token"):
         PromptFormat("", "", "two").stop_id(tokenizer_of(CHATML, **CHATML_TOKENS))
-
-
-def test_a_format_is_stored_whole_or_refused() -> None:
-    fmt = PromptFormat("a", "b", "c")
-    assert PromptFormat.from_dict(fmt.to_dict()) == fmt
-    with pytest.raises(ConfigError, match="not a prompt format"):
-        PromptFormat.from_dict(fmt.to_dict() | {"system": "d"})

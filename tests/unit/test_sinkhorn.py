@@ -71,13 +71,6 @@ def test_two_streams_have_the_closed_form(logits: list[float]) -> None:
         torch.testing.assert_close(found, torch.tensor([[m, 1 - m], [1 - m, m]]), atol=2e-6, rtol=0)
 
 
-def test_the_plain_alternation_is_kept_as_an_option_and_is_only_as_good_as_its_convergence() -> None:
-    S = 30 * torch.randn(200, 4, 4, generator=torch.Generator().manual_seed(0))
-    plain = doubly_stochastic(S, mapping="sinkhorn")
-    assert (plain.sum(-2) - 1).abs().max() <= 1e-6
-    assert (plain.sum(-1) - 1).abs().max() > 1e-3
-
-
 @property_test
 @given(SEEDS, st.integers(1, 6), st.integers(1, 6))
 def test_the_bound_is_at_least_the_spectral_norm_of_any_matrix(seed: int, rows: int, columns: int) -> None:

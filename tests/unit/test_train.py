@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import closing
-from pathlib import Path
-
 import pytest
 from tiny import backbone, injection, lora
 
 from crma.config import TrainConfig
 from crma.evaluate import Encoded
-from crma.train import AdaptedModel, StepLog, epoch_batches, parameter_groups, schedule
+from crma.train import AdaptedModel, epoch_batches, parameter_groups, schedule
 
 ROWS = [Encoded([0] * (i * 7 % 23 + 1), [1]) for i in range(50)]
 CRMA = {"lr": 2.0, "mixing_lr": 3.0, "later_scale": 0.5, "later_moves": ["S", "W"]}
@@ -57,16 +53,3 @@ def test_the_rate_rises_to_its_peak_and_falls_to_nothing() -> None:
     assert rates[:11] == pytest.approx([*(0.1 * i for i in range(1, 11)), 1])
     assert (rates[55], rates[100]) == pytest.approx((0.5, 0))
     assert schedule(0, 1, 0.0) == 1.0
-
-
-def test_a_log_goes_on_at_a_position_and_forgets_what_came_after(tmp_path: Path) -> None:
-    path = tmp_path / "work" / "log.jsonl"
-    with closing(StepLog(path, 0)) as log:
-        log.write({"step": 0})
-        position = log.position
-        log.write({"step": 1})
-    with closing(StepLog(path, position)) as log:
-        log.write({"step": 7})
-        with pytest.raises(ValueError, match="JSON"):
-            log.write({"loss": float("nan")})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 0}, {"step": 7}]
