@@ -92,12 +92,8 @@ class Run:
         """A folder belongs to one config: going on with another would mix two runs."""
         path, mine = self.folder / "config.json", self.config.model_dump(mode="json")
         if path.exists() and json.loads(path.read_text()) != mine:
-            raise TrainingError(
-                "the run folder holds a run with another config",
-                field="out",
-                value=str(self.folder),
-                allowed="a new folder, or the same config",
-            )
+            message = "the run folder holds a run with another config; name a new one"
+            raise TrainingError(message, field="out", value=str(self.folder), allowed="the same config")
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, to_json(mine))
 
@@ -163,6 +159,7 @@ class Run:
         return entry
 
     def task_entry(self, task: str) -> TaskEntry:
+        """The LoRA of a task that was trained."""
         return self.store.task(name_of(task))
 
     def _mixing_at_start(self) -> Tensor:
@@ -205,20 +202,15 @@ class Run:
 
     def plan_after(self, i: int, t: int) -> Plan:
         """What serves task t (0-based) after i tasks were trained (METHOD, section 4)."""
-        plan_tasks, plan_backbones = [], []
+        device, dtype = self.accelerator.device, self.model.dtype
+        plan = Plan()
         if self.arm.crma and i > 0:
-            plan_backbones.append((None, self._served_backbone(i)))
-        if not self.arm.fresh_lora and i > 0:
-            plan_tasks.append((None, self._served_lora(self.config.tasks[i - 1])))
-        elif self.arm.fresh_lora and i > t:
-            plan_tasks.append((None, self._served_lora(self.config.tasks[t])))
-        return Plan(plan_tasks, plan_backbones)
-
-    def _served_lora(self, task: str) -> Lora:
-        return self.task_entry(task).load().to(self.accelerator.device, self.model.dtype)
-
-    def _served_backbone(self, i: int) -> list[Any]:
-        return self.backbone_after(i).load().folded(self.accelerator.device, self.model.dtype)
+            plan = Plan(backbones=[(None, self.backbone_after(i).load().folded(device, dtype))])
+        learned = t if self.arm.fresh_lora else i - 1  # NAIVE has one LoRA: as the last task left it
+        if i > (t if self.arm.fresh_lora else 0):
+            lora = self.task_entry(self.config.tasks[learned]).load().to(device, dtype)
+            plan = Plan([(None, lora)], plan.backbones)
+        return plan
 
     def _record(self, stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
         tasks = self.config.tasks
@@ -264,18 +256,13 @@ class Run:
     def _check(self, loss: Sequence[Sequence[float]]) -> None:
         """Re-read snapshots reproduce L_{t,t}, and an arm that cannot drift did not."""
         for t, task in enumerate(self.config.tasks):
+            first, last = loss[t + 1][t], loss[-1][t]
             again = mean_loss(self.injection, self.plan_after(t + 1, t), self._encode(self.holdout[task]), self.stop_id)
-            if abs(again - loss[t + 1][t]) > 1e-6:
-                raise TrainingError(
-                    f"{task}: its snapshot does not reproduce its loss",
-                    field="loss",
-                    value=again,
-                    allowed=loss[t + 1][t],
-                )
-            if self.arm.fresh_lora and not self.arm.crma and loss[-1][t] != loss[t + 1][t]:
-                raise TrainingError(
-                    f"{task} drifted in an arm that cannot", field="drift", value=loss[-1][t], allowed=loss[t + 1][t]
-                )
+            if abs(again - first) > 1e-6:
+                message = f"{task}: its snapshot does not reproduce its loss"
+                raise TrainingError(message, field="loss", value=again, allowed=first)
+            if self.arm.fresh_lora and not self.arm.crma and last != first:
+                raise TrainingError(f"{task} drifted in an arm that cannot", field="drift", value=last, allowed=first)
 
     def _norm_log(self) -> dict[str, Any]:
         """Over every logged step and layer: the figure the paper quotes, and beside it what that cannot show."""
