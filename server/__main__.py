@@ -6,7 +6,6 @@ import logging
 import math
 import signal
 import sys
-from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -29,6 +28,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine, model_stop_ids
 from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import Scheduler
+from server.frontend import Frontend
 from server.metrics import Metrics
 from server.registry import Registry
 from server.schemas import ServedModel
@@ -40,65 +40,46 @@ if TYPE_CHECKING:
 log = logging.getLogger("server")
 
 
-@dataclass(frozen=True)
-class BuiltEngine:
-    """A running engine and what the app must know of it."""
-
-    engine: AsyncEngine
-    pool: AdapterPool
-    model: ServedModel
-    shapes: dict[str, tuple[int, int]]
-
-
-def build_engine(settings: Settings, base: BaseModel) -> BuiltEngine:
+def build_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
     """Loads the model and starts the engine's thread. Raises CrmaError for what cannot be served as asked."""
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     device = resolve_device(settings.device)
-    dtype = resolve_dtype(settings.dtype, device)
-    injection = Injection(load_model(base, device, dtype))
+    injection = Injection(load_model(base, device, resolve_dtype(settings.dtype, device)))
     pool = AdapterPool(injection, settings.max_loaded_adapters)
-    max_model_len = min(settings.max_model_len, injection.model.config.max_position_embeddings)
     tokenizer = load_tokenizer(base)
     core = Engine(
         ModelRunner(injection, pool, settings.max_num_seqs),
         Scheduler(settings.max_num_seqs, settings.max_num_batched_tokens),
         tokenizer,
         model_stop_ids(tokenizer, injection.model.generation_config.eos_token_id),
-        max_model_len,
+        min(settings.max_model_len, injection.model.config.max_position_embeddings),
     )
     engine = AsyncEngine(core, pool, settings.max_queue)
     engine.start()
-    model = ServedModel(
-        name=base.name, digest=base.digest, dtype=str(dtype).removeprefix("torch."), max_model_len=max_model_len
-    )
-    return BuiltEngine(engine, pool, model, injection.shapes)
+    return engine
 
 
 def build(settings: Settings) -> FastAPI:
     """The app on a real engine."""
     base = find_base(settings.model, home=settings.home)
-    built = build_engine(settings, base)
+    engine = build_engine(settings, base)
+    injection = engine.pool.injection
     metrics = Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
     tokenizer = load_tokenizer(base)  # not the engine's: two threads must not share one
     registry = Registry(
         AdapterStore(settings.store),
         base,
-        pool=built.pool,
-        base_format=_chat_format(tokenizer),
-        metrics=metrics,
-        shapes=built.shapes,
+        engine.pool,
+        _chat_format(tokenizer),
+        metrics,
+        shapes=injection.shapes,
         load_backbone=settings.load_backbone,
     )
-    return create_app(
-        settings,
-        engine=built.engine,
-        registry=registry,
-        tokenizer=tokenizer,
-        model=built.model,
-        metrics=metrics,
-        on_stop=partial(built.engine.stop, 0.0),  # uvicorn has given requests their time by then
-    )
+    dtype, limit = str(injection.model.dtype).removeprefix("torch."), engine.engine.max_model_len
+    model = ServedModel(name=base.name, digest=base.digest, dtype=dtype, max_model_len=limit)
+    frontend = Frontend(settings, engine, registry, tokenizer, model, metrics)
+    return create_app(frontend, on_stop=partial(engine.stop, 0.0))  # uvicorn has given requests their time by then
 
 
 def _chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat | None:
@@ -114,9 +95,8 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Also called a second time by an impatient SIGINT, which ends at once."""
-        app = self.config.app
-        if isinstance(app, FastAPI) and hasattr(app.state, "frontend"):
-            app.state.frontend.draining = True
+        assert isinstance(self.config.app, FastAPI)
+        self.config.app.state.frontend.draining = True
         log.info("%s: draining", signal.Signals(sig).name)
         super().handle_exit(sig, frame)
 
@@ -135,14 +115,8 @@ def main() -> int:
     example = """{"prompt": "What is the capital of France?", "max_tokens": 16}"""
     log.info("documentation: %s/docs", url)
     log.info("try: curl -s %s/generate -H 'Content-Type: application/json' -d '%s'", url, example)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
-    )
+    config = uvicorn.Config(app, settings.host, settings.port, log_config=None, access_log=False)
+    config.timeout_graceful_shutdown = math.ceil(settings.drain_timeout_s)
     _Server(config).run()
     return 0
 

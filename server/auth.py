@@ -21,35 +21,32 @@ _bearer = HTTPBearer(auto_error=False, description="An API key, or the admin key
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-def _is_one_of(given: str, keys: Iterable[SecretStr]) -> bool:
+def _is_one_of(given: HTTPAuthorizationCredentials | None, keys: Iterable[SecretStr | None]) -> bool:
     """Compares with every key, so that the time tells nothing of which one was near."""
-    found = False
-    for key in keys:
-        found |= hmac.compare_digest(given.encode(), key.get_secret_value().encode())
-    return found
+    if given is None:
+        return False
+    sent = given.credentials.encode()
+    return sum(hmac.compare_digest(sent, key.get_secret_value().encode()) for key in keys if key) > 0
+
+
+def _unauthorized(needed: str) -> Unauthorized:
+    return Unauthorized(f"{needed} is needed", field="Authorization", allowed="Bearer <key>")
 
 
 def require_key(request: Request, credentials: Credentials) -> None:
     """Raises Unauthorized where API keys are set and the request has none of them."""
-    settings: Settings = request.app.state.settings
-    if not settings.api_keys:
-        return
-    if credentials is None:
-        raise Unauthorized("this server needs an API key")
-    admin = (settings.admin_key,) if settings.admin_key else ()
-    if not _is_one_of(credentials.credentials, (*settings.api_keys, *admin)):
-        raise Unauthorized("the API key is not known here")
+    settings: Settings = request.app.state.frontend.settings
+    if settings.api_keys and not _is_one_of(credentials, (*settings.api_keys, settings.admin_key)):
+        raise _unauthorized("an API key that this server knows")
 
 
 def require_admin(request: Request, credentials: Credentials) -> None:
     """Raises Forbidden where no admin key is set or an ordinary key was given, Unauthorized for any other key."""
-    settings: Settings = request.app.state.settings
+    settings: Settings = request.app.state.frontend.settings
     if settings.admin_key is None:
         raise Forbidden("admin routes are off: this server has no admin key", field="CRMA_ADMIN_KEY")
-    if credentials is None:
-        raise Unauthorized("this route needs the admin key")
-    if _is_one_of(credentials.credentials, (settings.admin_key,)):
+    if _is_one_of(credentials, (settings.admin_key,)):
         return
-    if _is_one_of(credentials.credentials, settings.api_keys):
-        raise Forbidden("this route needs the admin key, and this is an ordinary API key")
-    raise Unauthorized("the admin key is not known here")
+    if _is_one_of(credentials, settings.api_keys):
+        raise Forbidden("this route needs the admin key, and this is an ordinary API key", field="Authorization")
+    raise _unauthorized("the admin key")

@@ -10,20 +10,20 @@ from collections.abc import AsyncGenerator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import fastapi
 from fastapi import Depends
 
-from crma.errors import CrmaError
+from crma.errors import StoreError
 from crma.prompts import raw_format
 from crma.selection import BASE
 from server import __version__
-from server.engine.request import EngineError, FinishReason, Request, RequestOutput, SamplingParams
+from server.engine.request import EngineError, FinishReason, Request, RequestOutput, SamplingParams, Timings
 from server.errors import ClientGone, DeadlineExceeded, Draining, GenerationFailed, InvalidField, NotReady
 from server.metrics import Metrics, RequestMetrics
 from server.registry import Registry, Resolved
-from server.schemas import Provenance, ServedModel, TimingsBody, Usage
+from server.schemas import ServedModel
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,13 +32,6 @@ if TYPE_CHECKING:
     from server.engine.async_engine import AsyncEngine
 
 T = TypeVar("T")
-
-
-class Prompt(NamedTuple):
-    """Token ids, and the tokens that end an answer beside the model's own."""
-
-    ids: tuple[int, ...]
-    stop_ids: tuple[int, ...]
 
 
 @dataclass
@@ -53,34 +46,31 @@ class SequenceResult:
 class Generation:
     """One request in the engine. `close` it whatever happens: it aborts what has not ended, and counts the request."""
 
-    def __init__(self, engine: AsyncEngine, request: Request, resolved: Resolved, metrics: RequestMetrics) -> None:
+    def __init__(self, engine: AsyncEngine, request: Request, metrics: RequestMetrics) -> None:
         self.request = request
-        self.resolved = resolved
         self.sequences = [SequenceResult() for _ in range(request.sampling.n)]
         self._engine = engine
         self._metrics = metrics
         self._failure = "abort"
-        self._closed = False
+        self._open = False  # taken by the engine, and neither ended nor refused
 
     async def outputs(self) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as they come, already added to `sequences`.
 
         Raises:
-            EngineError: refused; nothing has run.
+            EngineError, StoreError: refused; nothing has run, and it may be tried again.
             DeadlineExceeded, GenerationFailed, Draining: the engine gave up on the request.
         """
-        try:
-            stream = self._engine.submit(self.request)
+        stream = self._engine.submit(self.request)
+        self._open = True
+        async with aclosing(stream):  # type: ignore[type-var]  # now, and not when the garbage collector comes to it
             try:
                 async for output in stream:
                     self._take(output)
                     yield output
-            finally:
-                if isinstance(stream, AsyncGenerator):  # now, and not when the garbage collector comes to it
-                    await stream.aclose()
-        except (EngineError, CrmaError):
-            self._closed = True  # nothing to abort, and no request that ended
-            raise
+            except (EngineError, StoreError):
+                self._open = False
+                raise
 
     async def finished(self) -> None:
         """Waits until every sequence has ended. Raises as `outputs`."""
@@ -90,9 +80,9 @@ class Generation:
 
     def close(self) -> None:
         """Idempotent."""
-        if self._closed:
+        if not self._open:
             return
-        self._closed = True
+        self._open = False
         ended = self._ended()
         if len(ended) < len(self.sequences):
             self._engine.abort(self.request.id)
@@ -100,23 +90,19 @@ class Generation:
         else:
             self._metrics.record(str(ended[0].finish_reason), self.timings())
 
-    def usage(self) -> Usage:
+    def usage(self) -> dict[str, int]:
         """Tokens over all sequences; the prompt is counted once."""
-        return Usage(
-            prompt_tokens=len(self.request.prompt_ids),
-            completion_tokens=sum(output.completion_tokens for output in self._ended()),
-            cached_tokens=min(output.cached_tokens for output in self._ended()),
-        )
+        return {
+            "prompt_tokens": len(self.request.prompt_ids),
+            "completion_tokens": sum(output.completion_tokens for output in self._ended()),
+            "cached_tokens": min(output.cached_tokens for output in self._ended()),
+        }
 
-    def timings(self) -> TimingsBody:
+    def timings(self) -> Timings:
         """Of the whole request: the first sequence to start, the first token of any, the last to end."""
         times = [output.timings for output in self._ended() if output.timings is not None]
-        first_tokens = [each.ttft_s for each in times if each.ttft_s is not None]
-        return TimingsBody(
-            queue_s=min(each.queue_s for each in times),
-            ttft_s=min(first_tokens, default=None),
-            e2e_s=max(each.e2e_s for each in times),
-        )
+        first_token = min((each.ttft_s for each in times if each.ttft_s is not None), default=None)
+        return Timings(min(each.queue_s for each in times), first_token, max(each.e2e_s for each in times))
 
     def _ended(self) -> list[RequestOutput]:
         return [sequence.last for sequence in self.sequences if sequence.last is not None]
@@ -138,28 +124,29 @@ class Generation:
             sequence.last = output
 
 
+@dataclass(eq=False)
 class Frontend:
-    """What every generating route needs. One per app, in `app.state.frontend`."""
+    """What every generating route needs. One per app, in `app.state.frontend`.
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        engine: AsyncEngine,
-        registry: Registry,
-        tokenizer: PreTrainedTokenizerBase,
-        model: ServedModel,
-        metrics: Metrics,
-    ) -> None:
-        self.settings = settings
-        self.engine = engine
-        self.registry = registry
-        self.model = model
-        self.metrics = metrics
-        self.draining = False
-        self.ablation_slots = asyncio.Semaphore(settings.max_ablation_inflight)
-        self._tokenizer = tokenizer
-        self._raw = raw_format(tokenizer)
+    Args:
+        engine: running already.
+        registry: not started; the app starts and stops it.
+        tokenizer: its own; not one that another thread uses.
+        model: what the engine runs.
+        metrics: the one that `registry` was given.
+    """
+
+    settings: Settings
+    engine: AsyncEngine
+    registry: Registry
+    tokenizer: PreTrainedTokenizerBase
+    model: ServedModel
+    metrics: Metrics
+    draining: bool = False
+
+    def __post_init__(self) -> None:
+        self.ablation_slots = asyncio.Semaphore(self.settings.max_ablation_inflight)
+        self._raw = raw_format(self.tokenizer)
         # One thread: a fast tokenizer is not to be used by two at once, and encoding must not hold the event loop up.
         self._encoder = ThreadPoolExecutor(1, "encode")
 
@@ -168,65 +155,60 @@ class Frontend:
         if self.draining:
             raise Draining("the server is stopping and takes no new requests")
         if not self.registry.verified:
-            raise NotReady("the adapter store is not verified yet; try again", headers={"Retry-After": "1"})
+            raise NotReady("the adapter store is not verified yet; try again")
         return self.registry.resolve(task, crma)
 
-    async def encode(self, prompt: str, resolved: Resolved, *, raw: bool = False) -> Prompt:
-        """A prompt's tokens, off the event loop. Raises InvalidField where the base has no chat template."""
-        if not raw and resolved.prompt_format is None:
-            message = "this model has no chat template: send raw prompts"
-            raise InvalidField(message, field="raw", value=raw, allowed=True)
-        head_and_tail = self._raw if raw or resolved.prompt_format is None else resolved.prompt_format
-        ends = resolved.prompt_format or self._raw  # a prompt formatted by hand ends like one that was formatted here
-
-        def encode() -> Prompt:
-            return Prompt(tuple(head_and_tail.encode(self._tokenizer, prompt)), (ends.stop_id(self._tokenizer),))
-
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
-
-    def generation(
+    async def generation(
         self,
-        prompt: Prompt,
+        prompt: str,
         resolved: Resolved,
         sampling: SamplingParams,
         *,
+        raw: bool = False,
         timeout_s: float | None = None,
-        arrival: float | None = None,
         prefix: str = "gen",
     ) -> Generation:
         """A request, not yet submitted. A sampled one without a seed gets one, so that it can be repeated.
 
         Raises:
-            InvalidField: n, stop or timeout_s over the server's limits.
+            InvalidField: n, stop or timeout_s over the server's limits; or not raw, where the base has no chat format.
         """
-        self._check_limits(sampling, timeout_s)
+        arrival = time.monotonic()
+        for name, value, limit in (
+            ("n", sampling.n, self.settings.max_n),
+            ("stop", len(sampling.stop), self.settings.max_stop),
+            ("timeout_s", timeout_s or 0, self.settings.request_timeout_s),
+        ):
+            if value > limit:
+                raise InvalidField(f"{name}: over this server's limit", field=name, value=value, allowed=f"<= {limit}")
+        if not raw and resolved.prompt_format is None:
+            message = "this model has no chat template: send raw prompts"
+            raise InvalidField(message, field="raw", value=raw, allowed=True)
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(31))
-        arrival = time.monotonic() if arrival is None else arrival
+        own = resolved.prompt_format or self._raw  # a prompt formatted by hand ends like one that was formatted here
+
+        def encode() -> tuple[list[int], int]:
+            return (self._raw if raw else own).encode(self.tokenizer, prompt), own.stop_id(self.tokenizer)
+
+        prompt_ids, stop_id = await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
         request = Request(
             id=f"{prefix}-{uuid.uuid4().hex}",
-            prompt_ids=prompt.ids,
-            stop_token_ids=prompt.stop_ids,
+            prompt_ids=tuple(prompt_ids),
+            stop_token_ids=(stop_id,),
             sampling=sampling,
             selection=resolved.selection,
             arrival=arrival,
             deadline=arrival + (timeout_s or self.settings.request_timeout_s),
         )
         label = self.metrics.adapter_label(resolved.task.name if resolved.task else None)
-        metrics = RequestMetrics(self.metrics, label, "on" if resolved.crma else "off")
-        return Generation(self.engine, request, resolved, metrics)
+        crma = "off" if resolved.selection.crma_digest is None else "on"
+        return Generation(self.engine, request, RequestMetrics(self.metrics, label, crma))
 
-    def provenance(self, generation: Generation) -> Provenance:
-        """Exactly what answered."""
-        selection = generation.request.selection
-        return Provenance(
-            base=self.model.digest,
-            task=selection.task_digest,
-            crma=selection.crma_digest,
-            engine=__version__,
-            dtype=self.model.dtype,
-            seed=generation.request.sampling.seed,
-        )
+    def provenance(self, seed: int | None, crma: str | None, **tasks: Any) -> dict[str, Any]:
+        """Exactly what answered: `tasks` is the digest, or the digests by name, of the task adapters."""
+        served = {"crma": crma, "engine": __version__, "dtype": self.model.dtype, "seed": seed}
+        return {"base": self.model.digest, **tasks, **served}
 
     def not_ready(self) -> str | None:
         """Why this server should get no requests yet, or any more; None if it should."""
@@ -238,29 +220,12 @@ class Frontend:
 
     async def warm_up(self) -> None:
         """One token of the base model: the first step, before the first user pays for it."""
-        base = Resolved(None, None, BASE, self._raw)
-        request = Request(
-            id=f"warm-up-{uuid.uuid4().hex}",
-            prompt_ids=(await self.encode("Hello", base)).ids,
-            sampling=SamplingParams(max_tokens=1),
-            arrival=time.monotonic(),
-        )
-        async for output in self.engine.submit(request):
-            if output.error:
-                raise GenerationFailed(output.error)
+        generation = await self.generation("Hello", Resolved(None, BASE, None), SamplingParams(1), raw=True)
+        await generation.finished()
 
     def close(self) -> None:
         """Ends the encoding thread."""
         self._encoder.shutdown(wait=False, cancel_futures=True)
-
-    def _check_limits(self, sampling: SamplingParams, timeout_s: float | None) -> None:
-        for name, value, limit in (
-            ("n", sampling.n, self.settings.max_n),
-            ("stop", len(sampling.stop), self.settings.max_stop),
-            ("timeout_s", timeout_s or 0, self.settings.request_timeout_s),
-        ):
-            if value > limit:
-                raise InvalidField(f"{name}: over this server's limit", field=name, value=value, allowed=f"<= {limit}")
 
 
 async def unless_gone(request: fastapi.Request, work: Awaitable[T]) -> T:

@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,9 +23,8 @@ access = logging.getLogger("server.access")
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-FIELDS = ("request_id", "method", "path", "status", "wall_s", "task", "crma")
 
-
+@dataclass
 class RequestLog:
     """ASGI middleware, outermost: gives every request its id (an `X-Request-Id` that was sent is kept if it is plain),
     logs and counts its answer, and turns what nobody caught into a 500 that says nothing of the inside.
@@ -32,9 +32,8 @@ class RequestLog:
     A route puts what it resolved into `request.state.selection`; the task is logged by digest.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app = app
-        self.metrics = metrics
+    app: ASGIApp
+    metrics: Metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,49 +65,39 @@ class RequestLog:
             request_id.reset(token)
 
     def _record(self, scope: Scope, status: int, wall_s: float) -> None:
-        route = scope.get("route")
-        path = getattr(route, "path", None) or "unknown"
+        path = getattr(scope.get("route"), "path", "unknown")
         self.metrics.http_responses.labels(route=path, status=str(status)).inc()
-        selection = scope["state"].get("selection")
-        extra: dict[str, Any] = {
-            "request_id": request_id.get(),
-            "method": scope["method"],
-            "path": path,
-            "status": status,
-            "wall_s": round(wall_s, 4),
-        }
-        if selection is not None:
-            extra |= {"task": selection.task_digest, "crma": selection.crma_digest is not None}
-        access.info("%s %s %d", scope["method"], path, status, extra=extra)
+        fields = {"method": scope["method"], "path": path, "status": status, "wall_s": round(wall_s, 4)}
+        if (selection := scope["state"].get("selection")) is not None:
+            fields |= {"task": selection.task_digest, "crma": selection.crma_digest is not None}
+        access.info("answered", extra={"fields": {"request_id": request_id.get(), **fields}})
 
 
-class _Format(logging.Formatter):
+class Format(logging.Formatter):
+    """A record with its request's id and, for an answer, its fields: as text or as JSON."""
+
     def __init__(self, form: Literal["text", "json"]) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
         self.form = form
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = {name: value for name in FIELDS if (value := getattr(record, name, None)) is not None}
-        fields.setdefault("request_id", request_id.get())
-        if self.form == "json":
-            stamp = self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z")
-            line = {"time": stamp, "level": record.levelname.lower(), "message": record.getMessage(), **fields}
-            if record.exc_info:
-                line["traceback"] = self.formatException(record.exc_info)
-            return json.dumps(line)
-        shown = " ".join(
-            f"{name}={value}"
-            for name, value in fields.items()
-            if value is not None and name not in ("method", "path", "status")
-        )
-        head, _, rest = super().format(record).partition("\n")
-        return f"{head} {shown}".rstrip() + (f"\n{rest}" if rest else "")
+        """One line, and the traceback if there is one: in text under it, in JSON within it."""
+        given: dict[str, Any] = {"request_id": request_id.get(), **getattr(record, "fields", {})}
+        fields = {name: value for name, value in given.items() if value is not None}
+        if self.form == "text":
+            head, *rest = super().format(record).split("\n")
+            return "\n".join([" ".join([head, *(f"{name}={value}" for name, value in fields.items())]), *rest])
+        stamp = self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z")
+        line = {"time": stamp, "level": record.levelname.lower(), "message": record.getMessage(), **fields}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
 
 
 def configure(form: Literal["text", "json"]) -> None:
     """Sends the `server`, `crma` and uvicorn logs to standard error in one form; uvicorn's own access log is off."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Format(form))
+    handler.setFormatter(Format(form))
     for name in ("server", "crma", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

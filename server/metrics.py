@@ -7,16 +7,21 @@ adapters after the first `max_adapter_labels`: a client cannot make new series.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter as Counts
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from server.engine.request import EngineStats
-from server.schemas import TimingsBody
+from server.engine.request import EngineStats, Timings
+
+if TYPE_CHECKING:
+    from crma.store import BackboneEntry
 
 TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
@@ -31,6 +36,22 @@ LATENCY_BUCKETS = (
 )  # fmt: skip
 
 
+Names = Mapping[str, str]  # digest -> store name
+
+# What is read from EngineStats: its field, the metric, the help text.
+ENGINE = (
+    (GaugeMetricFamily, "num_requests_running", "num_requests_running", "Requests in the running batch."),
+    (GaugeMetricFamily, "num_requests_waiting", "num_requests_waiting", "Requests in the queue."),
+    (GaugeMetricFamily, "kv_cache_usage", "kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1."),
+    (CounterMetricFamily, "num_steps", "engine_steps", "Forward steps."),
+    (CounterMetricFamily, "prompt_tokens", "prompt_tokens", "Prompt tokens, cached ones too."),
+    (CounterMetricFamily, "generation_tokens", "generation_tokens", "Sampled tokens."),
+    (CounterMetricFamily, "prefix_cache_queries", "prefix_cache_queries", "Prompt tokens sought in the prefix cache."),
+    (CounterMetricFamily, "prefix_cache_hits", "prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+    (CounterMetricFamily, "adapter_evictions", "adapter_evictions", "Adapters that made room for another."),
+)
+
+
 class Metrics:
     """Everything on one registry of its own, so that two apps in one process do not meet."""
 
@@ -43,44 +64,41 @@ class Metrics:
         def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"crma_{name}", help, by, buckets=buckets, registry=registry)
 
+        def counter(name: str, help: str, *labels: str) -> Counter:
+            return Counter(f"crma_{name}", help, labels, registry=registry)
+
+        def gauge(name: str, help: str, *labels: str) -> Gauge:
+            return Gauge(f"crma_{name}", help, labels, registry=registry)
+
         self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_BUCKETS)
         self.itl = histogram("inter_token_latency_seconds", "Gap between tokens of a sequence.", ITL_BUCKETS)
         self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", LATENCY_BUCKETS)
         self.queue = histogram("request_queue_time_seconds", "From arrival until first scheduled.", LATENCY_BUCKETS)
-        self.success = Counter(
-            "crma_request_success", "Requests that ended, by reason.", ("finished_reason", *by), registry=registry
-        )
-        self.http_responses = Counter("crma_http_responses", "HTTP answers.", ("route", "status"), registry=registry)
-        self.verification_failures = Counter(
-            "crma_adapter_verification_failures", "Problems found in the store.", registry=registry
-        )
-        self.backbone_info = Gauge(
-            "crma_backbone_info", "The CRMA backbone that serves; always 1.", ("version", "digest"), registry=registry
-        )
-        self.spectral_bound = Gauge(
-            "crma_spectral_bound", "Largest certified per-layer norm bound of the backbone; 0: none.", registry=registry
-        )
-        self.ablation_accuracy = Gauge(
-            "crma_last_ablation_accuracy", "Accuracy per variant of the last ablation.", ("variant",), registry=registry
-        )
+        self.success = counter("request_success", "Requests that ended, by reason.", "finished_reason", *by)
+        self.http_responses = counter("http_responses", "HTTP answers.", "route", "status")
+        self.verification_failures = counter("adapter_verification_failures", "Problems found in the store.")
+        self.backbone_info = gauge("backbone_info", "The CRMA backbone that serves; always 1.", "version", "digest")
+        self.spectral_bound = gauge("spectral_bound", "Largest certified norm bound of a layer; 0: no backbone.")
+        help = "Accuracy of the last ablation, by variant."
+        self.ablation_accuracy = gauge("last_ablation_accuracy", help, "variant")
 
     def adapter_label(self, name: str | None) -> str:
         """The bounded label of a store name; None is the base model."""
         if name is None:
             return "base"
-        if name in self._labelled:
-            return name
-        if len(self._labelled) >= self._max_adapter_labels:
+        if name not in self._labelled and len(self._labelled) >= self._max_adapter_labels:
             return "_other"
         self._labelled.add(name)
         return name
 
-    def set_backbone(self, version: str | None, digest: str | None, bound: float) -> None:
+    def set_backbone(self, backbone: BackboneEntry | None) -> None:
         """What serves from now on; the last one's series goes."""
         self.backbone_info.clear()
-        if version is not None and digest is not None:
-            self.backbone_info.labels(version=version, digest=digest).set(1)
-        self.spectral_bound.set(bound)
+        self.spectral_bound.set(0)
+        if backbone is not None:
+            self.backbone_info.labels(backbone.version, backbone.digest).set(1)
+            bound = backbone.manifest.certificate.get("max_bound")
+            self.spectral_bound.set(bound if isinstance(bound, float) else math.nan)
 
     def set_ablation(self, accuracies: Mapping[str, float | None]) -> None:
         """Accuracy per variant; what could not be scored is no number."""
@@ -89,15 +107,9 @@ class Metrics:
             if accuracy is not None:
                 self.ablation_accuracy.labels(variant=variant).set(accuracy)
 
-    def watch(
-        self, stats: Callable[[], EngineStats], names: Callable[[], Mapping[str, str]], max_adapters: int
-    ) -> None:
+    def watch(self, stats: Callable[[], EngineStats], names: Callable[[], Names], max_adapters: int) -> None:
         """Adds the engine's counters: `names` gives digest -> store name of task adapters."""
         self.registry.register(_EngineCollector(self, stats, names, max_adapters))
-
-    def text(self) -> bytes:
-        """The exposition format."""
-        return generate_latest(self.registry)
 
 
 @dataclass
@@ -116,7 +128,7 @@ class RequestMetrics:
             self.metrics.itl.labels(self.adapter, self.crma).observe(now - last)
         self._last[index] = now
 
-    def record(self, reason: str, times: TimingsBody | None) -> None:
+    def record(self, reason: str, times: Timings | None) -> None:
         """Why it ended (stop, length, abort, error), and its times if all of it ended well."""
         labels = (self.adapter, self.crma)
         self.metrics.success.labels(reason, *labels).inc()
@@ -133,51 +145,28 @@ class _EngineCollector(Collector):
 
     metrics: Metrics
     stats: Callable[[], EngineStats]
-    names: Callable[[], Mapping[str, str]]
+    names: Callable[[], Names]
     max_adapters: int
-
-    def describe(self) -> Iterable[Metric]:
-        return ()
 
     def collect(self) -> Iterator[Metric]:
         stats, names = self.stats(), self.names()
-        gauges = {
-            "num_requests_running": ("Requests in the running batch.", stats.num_requests_running),
-            "num_requests_waiting": ("Requests in the queue.", stats.num_requests_waiting),
-            "kv_cache_usage_perc": ("Share of KV blocks in use, 0 to 1.", stats.kv_cache_usage),
-        }
-        counters = {
-            "engine_steps": ("Forward steps.", stats.num_steps),
-            "prompt_tokens": ("Prompt tokens, cached ones too.", stats.prompt_tokens),
-            "generation_tokens": ("Sampled tokens.", stats.generation_tokens),
-            "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
-            "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
-            "adapter_evictions": ("Adapters that made room for another.", stats.adapter_evictions),
-        }
-        for name, (help, value) in gauges.items():
-            yield GaugeMetricFamily(f"crma_{name}", help, value=value)
-        for name, (help, value) in counters.items():
-            yield CounterMetricFamily(f"crma_{name}", help, value=value)
-        yield SummaryMetricFamily(
-            "crma_adapter_load_seconds",
-            "Loads of adapters and the time they took.",
-            count_value=stats.adapter_loads,
-            sum_value=stats.adapter_load_seconds,
-        )
+        for family, attribute, name, help in ENGINE:
+            yield family(f"crma_{name}", help, value=getattr(stats, attribute))
+        loads, seconds = stats.adapter_loads, stats.adapter_load_seconds
+        help = "Loads of adapters and the time they took."
+        yield SummaryMetricFamily("crma_adapter_load_seconds", help, count_value=loads, sum_value=seconds)
         yield self._residency(stats, names)
         yield self._lora_info(stats, names)
 
-    def _residency(self, stats: EngineStats, names: Mapping[str, str]) -> Metric:
+    def _residency(self, stats: EngineStats, names: Names) -> Metric:
         family = GaugeMetricFamily("crma_adapter_resident", "Versions of the adapter in memory.", labels=("adapter",))
-        counts: dict[str, int] = {}
-        for digest, name in names.items():
-            label = self.metrics.adapter_label(name)
-            counts[label] = counts.get(label, 0) + (digest in stats.resident)
+        counts = Counts({self.metrics.adapter_label(name): 0 for name in names.values()})
+        counts.update(self.metrics.adapter_label(name) for digest, name in names.items() if digest in stats.resident)
         for label, count in counts.items():
             family.add_metric((label,), count)
         return family
 
-    def _lora_info(self, stats: EngineStats, names: Mapping[str, str]) -> Metric:
+    def _lora_info(self, stats: EngineStats, names: Names) -> Metric:
         """vLLM's gauge, which the Kubernetes Gateway API Inference Extension routes by; its value is the time."""
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in use, as routers read them.", labels=labels)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
-import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -39,14 +38,8 @@ class Resolved:
     """What a request uses. `prompt_format` None: the base model has no chat template, only raw prompts work."""
 
     task: TaskEntry | None
-    backbone: BackboneEntry | None
     selection: AdapterSelection
     prompt_format: PromptFormat | None
-
-    @property
-    def crma(self) -> bool:
-        """Whether the CRMA backbone is on."""
-        return self.backbone is not None
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,13 @@ class _View:
     serving: Mapping[str, str] = field(default_factory=dict)
     backbone: BackboneEntry | StoreError | None = None
 
+    def sound(self) -> list[TaskEntry]:
+        """Every version of a task that may serve, by name and version."""
+        entries = (entry for _, versions in sorted(self.tasks.items()) for entry in versions.values())
+        return [entry for entry in entries if isinstance(entry, TaskEntry)]
 
+
+@dataclass(eq=False)
 class Registry:
     """The view, kept fresh.
 
@@ -70,27 +69,17 @@ class Registry:
         load_backbone: False: the backbone is never read, and requests that need it are refused.
     """
 
-    def __init__(
-        self,
-        store: AdapterStore,
-        base: BaseModel,
-        *,
-        pool: AdapterPool,
-        base_format: PromptFormat | None,
-        metrics: Metrics,
-        shapes: Shapes | None = None,
-        load_backbone: bool = True,
-        poll_s: float = 2.0,
-    ) -> None:
-        self.store = store
-        self.base = base
-        self.pool = pool
-        self.verified = False
-        self._base_format = base_format
-        self._metrics = metrics
-        self._shapes = shapes
-        self._load_backbone = load_backbone
-        self._poll_s = poll_s
+    store: AdapterStore
+    base: BaseModel
+    pool: AdapterPool
+    base_format: PromptFormat | None
+    metrics: Metrics
+    shapes: Shapes | None = None
+    load_backbone: bool = True
+    poll_s: float = 2.0
+    verified: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
         self._view = _View()
         self._sound: set[str] = set()
         self._pinned: set[str] = set()
@@ -100,11 +89,9 @@ class Registry:
 
     async def start(self) -> None:
         """Verifies the whole store, logs every problem, and begins to watch. Bad adapters do not serve; the rest do."""
-        problems = await asyncio.to_thread(self.store.verify, base=self.base, shapes=self._shapes)
-        for problem in problems:
-            log.error("adapter store: %s", problem.message)
-        self._metrics.verification_failures.inc(len(problems))
-        await self.refresh(trusted=not problems)
+        for problem in await asyncio.to_thread(self.store.verify, base=self.base, shapes=self.shapes):
+            self._report(problem)
+        await self.refresh()
         self.verified = True
         self._watching = asyncio.create_task(self._watch())
 
@@ -114,30 +101,21 @@ class Registry:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
 
-    async def refresh(self, *, trusted: bool = False) -> None:
-        """Reads the store if it changed. New versions are checked first, unless the store was just verified whole."""
+    async def refresh(self) -> None:
+        """Reads the store if it changed; new versions are checked first."""
         seen = await asyncio.to_thread(self._fingerprint)
         if seen == self._seen:
             return
         try:
-            view = await asyncio.to_thread(self._read, trusted)
+            view = await asyncio.to_thread(self._read)
         except StoreError as error:  # channels.json is damaged: what served goes on
-            log.error("adapter store: %s", error.message)
-            self._metrics.verification_failures.inc()
-            self._seen = seen
-            return
-        for entry in (view.backbone, *(entry for versions in view.tasks.values() for entry in versions.values())):
-            if not isinstance(entry, StoreError | None):
-                self.pool.register(entry.digest, partial(entry.load, self._shapes))
+            self._report(error)
+            view = self._view
+        for entry in (*view.sound(), view.backbone):
+            if isinstance(entry, TaskEntry | BackboneEntry):
+                self.pool.register(entry.digest, partial(entry.load, self.shapes))
         self._view, self._seen = view, seen
-        backbone = view.backbone
-        if isinstance(backbone, BackboneEntry):
-            bound = backbone.manifest.certificate.get("max_bound")
-            self._metrics.set_backbone(
-                backbone.version, backbone.digest, bound if isinstance(bound, float) else math.nan
-            )
-        else:
-            self._metrics.set_backbone(None, None, 0.0)
+        self.metrics.set_backbone(self.backbone)
 
     def resolve(self, task: str | None, crma: bool | None) -> Resolved:
         """The adapters of a request.
@@ -157,8 +135,8 @@ class Registry:
         backbone = self._serving_backbone(crma, entry) if on else None
         self.store.check_selection(entry, backbone, self.base.digest)
         selection = AdapterSelection(entry.digest if entry else None, backbone.digest if backbone else None)
-        prompt_format = (entry.prompt_format if entry else None) or self._base_format
-        return Resolved(entry, backbone, selection, prompt_format)
+        prompt_format = (entry.prompt_format if entry else None) or self.base_format
+        return Resolved(entry, selection, prompt_format)
 
     def task(self, task: str) -> TaskEntry:
         """The entry of `name` or `name@version`. Raises NotFound, or what was found when it was verified."""
@@ -181,13 +159,11 @@ class Registry:
 
     def serving_tasks(self) -> list[TaskEntry]:
         """The serving version of every sound task, by name."""
-        entries = [self._view.tasks[name][version] for name, version in sorted(self._view.serving.items())]
-        return [entry for entry in entries if isinstance(entry, TaskEntry)]
+        return [entry for entry in self._view.sound() if self._view.serving[entry.name] == entry.version]
 
     def names(self) -> dict[str, str]:
         """Digest -> name of every sound version."""
-        entries = [entry for versions in self._view.tasks.values() for entry in versions.values()]
-        return {entry.digest: entry.name for entry in entries if isinstance(entry, TaskEntry)}
+        return {entry.digest: entry.name for entry in self._view.sound()}
 
     def pin(self, digest: str) -> None:
         """Keeps an adapter in memory; blocks while it loads. Once, however often it is asked for."""
@@ -206,41 +182,39 @@ class Registry:
     def _serving_backbone(self, asked: bool | None, entry: TaskEntry | None) -> BackboneEntry:
         if self._view.backbone is None:
             trained = f"task {entry.name!r} was trained with CRMA, and " if asked is None and entry else ""
-            raise NoBackbone(
-                f"{trained}no CRMA backbone is loaded here; send crma: false to go without",
-                field="crma",
-                value=asked,
-                allowed=False,
-            )
+            message = f"{trained}no CRMA backbone is loaded here; send crma: false to go without"
+            raise NoBackbone(message, field="crma", value=asked, allowed=False)
         return _sound(self._view.backbone)
 
-    def _read(self, trusted: bool) -> _View:
+    def _read(self) -> _View:
         channels = self.store.channels()
         tasks = {
             name: {
-                version: self._checked(partial(self.store.task, name, version), trusted)
+                version: self._checked(partial(self.store.task, name, version))
                 for version in dict.fromkeys((*self.store.task_versions(name), serving))
             }
             for name, serving in channels.tasks.items()
         }
-        backbone: BackboneEntry | StoreError | None = None
-        if self._load_backbone and channels.backbone is not None:
-            backbone = self._checked(partial(read_backbone, self.store.root, channels.backbone), trusted)
+        version = channels.backbone if self.load_backbone else None
+        backbone = self._checked(partial(read_backbone, self.store.root, version)) if version else None
         return _View(tasks, dict(channels.tasks), backbone)
 
-    def _checked(self, read: Callable[[], Entry], trusted: bool) -> Entry | StoreError:
+    def _checked(self, read: Callable[[], Entry]) -> Entry | StoreError:
         """The entry, its weights read and checked once in this process; or what is wrong with it."""
         try:
             entry = read()
-            if not trusted and entry.digest not in self._sound:
-                entry.load(self._shapes)
+            if entry.digest not in self._sound:
+                entry.load(self.shapes)
         except StoreError as error:
             if self.verified:  # at the start, `verify` has said so
-                log.error("adapter store: not served: %s", error.message)
-                self._metrics.verification_failures.inc()
+                self._report(error)
             return error
         self._sound.add(entry.digest)
         return entry
+
+    def _report(self, problem: StoreError) -> None:
+        log.error("adapter store: %s", problem.message)
+        self.metrics.verification_failures.inc()
 
     def _fingerprint(self) -> object:
         """Changes when channels.json is replaced or a version appears or goes."""
@@ -254,7 +228,7 @@ class Registry:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(self._poll_s)
+            await asyncio.sleep(self.poll_s)
             try:
                 await self.refresh()
             except Exception:

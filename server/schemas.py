@@ -1,20 +1,21 @@
 """Bodies of requests and answers. Strict: an unknown field, a number as text or a bool as a number is refused.
 
-Limits that are settings (max_n, max_stop, request_timeout_s, …) are checked where the settings are (frontend, routes).
+Limits that are settings (max_n, max_stop, request_timeout_s, …) are checked where the settings are (`frontend.py`).
 """
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
-from crma.question_set import MAX_ITEMS
+from crma.question_set import MAX_ITEMS, Question
 from crma.scorers import SCORERS
 from crma.selection import Variant
+from server.engine.request import Timings
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON client keeps exact
 
@@ -38,10 +39,6 @@ class _Answer(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def _example(text: str) -> ConfigDict:
-    return ConfigDict(json_schema_extra={"examples": [json.loads(text)]})
-
-
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -49,14 +46,16 @@ def _as_list(value: Any) -> Any:
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
+GENERATE_EXAMPLE: JsonDict = {"prompt": 'Which ICD-10-CM chapter covers "Cholera"?', "task": "medical", "crma": True}
+GENERATE_EXAMPLE |= {"max_tokens": 16, "temperature": 0, "seed": 7}
+ABLATION_EXAMPLE: JsonDict = {"question_set": "public", "tasks": ["medical"], "variants": ["task+crma", "task"]}
+ABLATION_EXAMPLE |= {"scorer": "exact", "max_tokens": 16, "seed": 7, "margin": 0.02}
+
 
 class GenerateRequest(_Body):
     """One generation. `crma` null: on exactly if the task's adapter was trained with a CRMA backbone."""
 
-    model_config = _example(
-        r"""{"prompt": "Which ICD-10-CM chapter covers \"Cholera\"?", "task": "medical", "crma": true,
-             "max_tokens": 16, "temperature": 0, "seed": 7}"""
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [GENERATE_EXAMPLE]})
 
     prompt: str = Field(min_length=1, description="One user turn; put through the adapter's prompt format.")
     task: str | None = Field(None, description="Task adapter: `name` or `name@version`; null: the base model.")
@@ -77,22 +76,16 @@ class GenerateRequest(_Body):
     timeout_s: float | None = Field(None, gt=0, description="Deadline of this request; null: the server's.")
 
 
-class QuestionBody(_Body):
+class QuestionBody(_Body, Question):
     """One item of an inline question set."""
 
-    id: str = Field(min_length=1)
-    task: str = Field(min_length=1)
-    question: str = Field(min_length=1)
-    answers: list[str] = Field(min_length=1)
+    model_config = ConfigDict(strict=False)  # its answers are a tuple, which JSON does not have
 
 
 class AblationRequest(_Body):
     """Either `question_set` or `questions`. A variant named twice is a null run."""
 
-    model_config = _example(
-        """{"question_set": "public", "tasks": ["medical"], "variants": ["task+crma", "task"], "scorer": "exact",
-            "max_tokens": 16, "seed": 7, "margin": 0.02}"""
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [ABLATION_EXAMPLE]})
 
     question_set: str | None = Field(None, description="Name of a question set of the store, such as `public`.")
     questions: list[QuestionBody] | None = Field(None, min_length=1, max_length=MAX_ITEMS)
@@ -104,14 +97,7 @@ class AblationRequest(_Body):
     margin: float = Field(0.02, gt=0, lt=1, description="Difference within which two variants are equivalent.")
     repeat: bool = Field(False, description="Run variants of one selection apart instead of sharing results.")
     timeout_s: float | None = Field(None, gt=0, description="Deadline of each item; null: the server's.")
-    background: bool = Field(False, description="Not honoured in this version: true is refused.")
-
-    @field_validator("background")
-    @classmethod
-    def _direct_only(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("background ablations are not honoured in this version; leave it out")
-        return value
+    background: Literal[False] = Field(False, description="Not honoured in this version: true is refused.")
 
     @model_validator(mode="after")
     def _one_source(self) -> AblationRequest:
@@ -128,23 +114,24 @@ class Usage(_Answer):
     cached_tokens: int = Field(description="Prompt tokens whose KV was already there.")
 
 
-class TimingsBody(_Answer):
-    """Seconds from arrival."""
-
-    queue_s: float
-    ttft_s: float | None
-    e2e_s: float
-
-
-class Provenance(_Answer):
-    """Exactly what answered: content digests, engine version, dtype and seed."""
-
+class _Provenance(_Answer):
     base: str
-    task: str | None
     crma: str | None
     engine: str
     dtype: str
     seed: int | None
+
+
+class Provenance(_Provenance):
+    """Exactly what answered: content digests, engine version, dtype and seed."""
+
+    task: str | None
+
+
+class AblationProvenance(_Provenance):
+    """The same of an ablation: the digest of each task's adapter, and the one backbone."""
+
+    tasks: dict[str, str]
 
 
 class Choice(_Answer):
@@ -167,34 +154,15 @@ class GenerateResponse(_Answer):
     task: str | None = Field(description="As resolved: the name, with @version if it was asked for.")
     crma: bool = Field(description="As resolved.")
     usage: Usage
-    timings: TimingsBody
+    timings: Timings
     provenance: Provenance
-
-
-class QuestionSetInfo(_Answer):
-    """Which questions were asked; the digest is of those asked, after any filter."""
-
-    name: str
-    digest: str
-    items: int
-
-
-class AblationProvenance(_Answer):
-    """What answered, by task: the digests of each adapter; and the one backbone."""
-
-    base: str
-    tasks: dict[str, str]
-    crma: str | None
-    engine: str
-    dtype: str
-    seed: int
 
 
 class AblationResponse(_Answer):
     """Accuracies are over scored items; failed and timed-out items are counted apart, never as wrong."""
 
     id: str
-    question_set: QuestionSetInfo
+    question_set: dict[str, Any] = Field(description="Name, digest and number of items, after any filter.")
     scorer: str
     variants: dict[str, dict[str, Any]]
     comparisons: list[dict[str, Any]]
@@ -240,13 +208,6 @@ class AdaptersResponse(_Answer):
     base: ServedModel
     backbone: BackboneInfo | None
     tasks: list[TaskInfo]
-
-
-class Health(_Answer):
-    """State in one word, and why if it is not good."""
-
-    status: str
-    reason: str | None = None
 
 
 class ErrorDetail(_Answer):

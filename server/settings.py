@@ -7,12 +7,12 @@ mistyped limit must not be a limit that is silently off.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from crma.errors import ConfigError
 
@@ -32,25 +32,17 @@ class Settings(BaseSettings):
     port: int = _setting(8000, "Port to listen on.", ge=0, le=65535)
 
     home: Path | None = _setting(None, "Where pulled models lie; unset: ~/.cache/crma.")
-    model: str = _setting(
-        "SmolLM2-135M-Instruct", "Base model: the name of a pulled model, or its folder.", min_length=1
-    )
+    model: str = _setting("SmolLM2-135M-Instruct", "Base model: a pulled one's name, or its folder.", min_length=1)
     store: Path = _setting(Path("adapters_store"), "Folder of the adapter store.")
-    load_backbone: bool = _setting(
-        True, "Whether to load the CRMA backbone; false: every request that needs it gets 409."
-    )
+    load_backbone: bool = _setting(True, "Load the CRMA backbone; false: requests that need it get 409.")
     dtype: Literal["auto", "bfloat16", "float32"] = _setting("auto", "Type of weights and KV cache; auto: by device.")
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Where the model runs; auto: CUDA if there is one.")
     num_threads: int = _setting(0, "CPU threads of the model; 0: one per core.", ge=0)
 
     max_num_seqs: int = _setting(16, "Sequences that run at once.", ge=1)
-    max_num_batched_tokens: int = _setting(512, "Prompt tokens of one step, padding included; a longer prompt runs alone.", ge=1)
-    max_model_len: int = _setting(
-        2048, "Prompt + answer tokens of one sequence; never above the model's own limit.", ge=2
-    )
-    max_loaded_adapters: int = _setting(
-        32, "Task adapters in memory at once; the least recently used leaves first.", ge=1
-    )
+    max_num_batched_tokens: int = _setting(512, "Prompt tokens a step, padded; a longer prompt runs alone.", ge=1)
+    max_model_len: int = _setting(2048, "Prompt + answer tokens of one sequence; at most the model's own.", ge=2)
+    max_loaded_adapters: int = _setting(32, "Task adapters in memory; the least recently used leaves first.", ge=1)
     max_queue: int = _setting(256, "Requests that may wait; one more gets 429.", ge=1)
 
     request_timeout_s: float = _setting(120.0, "Deadline of a request, and the longest it may ask for; then 504.", gt=0)
@@ -73,18 +65,6 @@ class Settings(BaseSettings):
         return tuple(key.strip() for key in value.split(",") if key.strip()) if isinstance(value, str) else value
 
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003  (the signature is pydantic-settings')
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments, then the environment; no .env file, no secrets folder."""
-        return init_settings, env_settings
-
-    @classmethod
     def load(cls) -> Settings:
         """Settings from the environment. Raises ConfigError that names the variable and what it may be."""
         known = {PREFIX + name.upper() for name in cls.model_fields}
@@ -94,7 +74,11 @@ class Settings(BaseSettings):
         try:
             return cls()
         except ValidationError as error:
-            raise _config_error(error) from None
+            first = error.errors(include_url=False)[0]
+            field = str(first["loc"][0])
+            value = None if field in ("api_keys", "admin_key") else first.get("input")  # a secret is not repeated
+            name, allowed = PREFIX + field.upper(), cls.model_fields[field].description
+            raise ConfigError(f"{name}: {first['msg']}", field=name, value=value, allowed=allowed) from None
 
     @classmethod
     def table(cls) -> Iterator[tuple[str, str, str]]:
@@ -103,16 +87,3 @@ class Settings(BaseSettings):
             default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
             shown = str(default).lower() if isinstance(default, bool) else "" if default is None else str(default)
             yield PREFIX + name.upper(), shown, field.description or ""
-
-
-def _config_error(error: ValidationError) -> ConfigError:
-    """The first problem as one sentence. A secret's value is not repeated."""
-    first: Mapping[str, Any] = error.errors(include_url=False)[0]
-    name = str(first["loc"][0])
-    secret = name in ("api_keys", "admin_key")
-    return ConfigError(
-        f"{PREFIX}{name.upper()} cannot be used: {first['msg']}",
-        field=PREFIX + name.upper(),
-        value=None if secret else first.get("input"),
-        allowed=Settings.model_fields[name].description,
-    )

@@ -9,68 +9,54 @@ from fastapi import APIRouter, Depends
 
 from crma.store import TaskEntry
 from server.auth import require_admin, require_key
-from server.engine.request import EngineError
-from server.errors import ApiError
+from server.engine.adapter_pool import AdapterInUse
+from server.errors import AdapterBusy, documented
 from server.frontend import Frontend, TheFrontend
-from server.routes.responses import errors
 from server.schemas import AdaptersResponse, BackboneInfo, TaskInfo
 
 router = APIRouter()
-admin = APIRouter(prefix="/adapters/{task}", dependencies=[Depends(require_admin)])
+admin = APIRouter(
+    prefix="/adapters/{task}", dependencies=[Depends(require_admin)], responses=documented(401, 403, 404, 409)
+)
 
-ADMIN_ERRORS = errors(401, 403, 404, 409)
 
-
-@router.get("/adapters", response_model=AdaptersResponse, responses=errors(401), dependencies=[Depends(require_key)])
+@router.get("/adapters", responses=documented(401), dependencies=[Depends(require_key)])
 async def adapters(frontend: TheFrontend) -> AdaptersResponse:
     """The base model, the backbone that serves, and each task's serving version."""
-    resident = frontend.registry.pool.resident()
-    backbone = frontend.registry.backbone
-    info = None
-    if backbone is not None:
-        certificate = backbone.manifest.certificate
-        info = BackboneInfo(version=backbone.version, digest=backbone.digest, certificate=certificate)
-    tasks = [_task_info(entry, resident) for entry in frontend.registry.serving_tasks()]
-    return AdaptersResponse(base=frontend.model, backbone=info, tasks=tasks)
+    serving = frontend.registry.backbone
+    backbone = serving and BackboneInfo.model_validate(serving.manifest, from_attributes=True)
+    tasks = [_task_info(entry, frontend) for entry in frontend.registry.serving_tasks()]
+    return AdaptersResponse(base=frontend.model, backbone=backbone, tasks=tasks)
 
 
-def _task_info(entry: TaskEntry, resident: tuple[str, ...]) -> TaskInfo:
-    manifest = entry.manifest
-    return TaskInfo(
-        name=entry.name,
-        version=entry.version,
-        digest=entry.digest,
-        rank=manifest.rank,
-        scaling=manifest.scaling,
-        target_modules=list(manifest.target_modules),
-        lineage=manifest.backbone,
-        measured=manifest.measured,
-        resident=entry.digest in resident,
-    )
+def _task_info(entry: TaskEntry, frontend: Frontend) -> TaskInfo:
+    fields = entry.manifest.model_dump(include=set(TaskInfo.model_fields))
+    resident = entry.digest in frontend.registry.pool.resident()
+    return TaskInfo(**fields, lineage=entry.manifest.backbone, resident=resident)
 
 
-@admin.post("/load", response_model=TaskInfo, responses=ADMIN_ERRORS)
+@admin.post("/load")
 async def load(task: str, frontend: TheFrontend) -> TaskInfo:
     """Brings an adapter (`name` or `name@version`) into memory before a request needs it."""
     return await _apply(frontend, task, frontend.registry.pool.load)
 
 
-@admin.post("/unload", response_model=TaskInfo, responses=ADMIN_ERRORS)
+@admin.post("/unload")
 async def unload(task: str, frontend: TheFrontend) -> TaskInfo:
     """Frees its memory; it loads again when a request needs it. 409 while requests use it or it is pinned."""
     try:
         return await _apply(frontend, task, frontend.registry.pool.unload)
-    except EngineError as error:
-        raise ApiError(str(error), status=409, code="adapter_in_use", field="task", value=task) from error
+    except AdapterInUse as error:
+        raise AdapterBusy(str(error), field="task", value=task) from error
 
 
-@admin.post("/pin", response_model=TaskInfo, responses=ADMIN_ERRORS)
+@admin.post("/pin")
 async def pin(task: str, frontend: TheFrontend) -> TaskInfo:
     """Loads it, and keeps it in memory until it is unpinned. Once is enough."""
     return await _apply(frontend, task, frontend.registry.pin)
 
 
-@admin.post("/unpin", response_model=TaskInfo, responses=ADMIN_ERRORS)
+@admin.post("/unpin")
 async def unpin(task: str, frontend: TheFrontend) -> TaskInfo:
     """Takes back `pin`; requests that use the adapter keep it."""
     return await _apply(frontend, task, frontend.registry.unpin)
@@ -80,4 +66,4 @@ async def _apply(frontend: Frontend, task: str, action: Callable[[str], None]) -
     entry = frontend.resolve(task, crma=False).task
     assert entry is not None
     await asyncio.to_thread(action, entry.digest)
-    return _task_info(entry, frontend.registry.pool.resident())
+    return _task_info(entry, frontend)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -15,51 +15,32 @@ from starlette.types import Receive, Scope, Send
 
 from server.auth import require_key
 from server.engine.request import RequestOutput, SamplingParams
-from server.errors import ApiError, error_body, to_api_error
+from server.errors import ApiError, documented, error_body, to_api_error
 from server.frontend import Frontend, Generation, TheFrontend, unless_gone
-from server.routes.responses import errors
 from server.schemas import GenerateRequest, GenerateResponse
 
 log = logging.getLogger("server")
 
 router = APIRouter(dependencies=[Depends(require_key)])
 
-EXAMPLE = json.loads("""
-{"id": "gen-4b1c", "text": "infectious diseases", "finish_reason": "stop", "task": "medical", "crma": true,
- "usage": {"prompt_tokens": 31, "completion_tokens": 3, "cached_tokens": 0},
- "timings": {"queue_s": 0.001, "ttft_s": 0.05, "e2e_s": 0.08},
- "provenance": {"base": "sha256:…", "task": "sha256:…", "crma": "sha256:…", "engine": "0.1.0", "dtype": "bfloat16",
-                "seed": 7}}
-""")
-STREAM_EXAMPLE = (
-    'event: token\ndata: {"index": 0, "text": "infectious"}\n\nevent: done\ndata: {"id": "gen-4b1c", …}\n\n'
-)
-CONTENT = {"application/json": {"example": EXAMPLE}, "text/event-stream": {"example": STREAM_EXAMPLE}}
+STREAM = 'event: token\ndata: {"index": 0, "text": "infectious"}\n\nevent: done\ndata: {"id": "gen-4b1c", …}\n\n'
 
 
 @router.post(
     "/generate",
     response_model=GenerateResponse,
-    responses={200: {"content": CONTENT}, **errors(400, 401, 404, 409, 413, 422, 429, 500, 503, 504)},
+    responses={
+        200: {"content": {"text/event-stream": {"example": STREAM}}},
+        **documented(400, 401, 404, 409, 413, 422, 429, 500, 503, 504),
+    },
 )
 async def generate(body: GenerateRequest, request: Request, frontend: TheFrontend) -> Response:
     """Generate with a task adapter, the CRMA backbone, both or neither. A client that goes away frees its work."""
-    arrival = time.monotonic()
     resolved = frontend.resolve(body.task, body.crma)
     request.state.selection = resolved.selection
-    sampling = SamplingParams(
-        max_tokens=body.max_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        seed=body.seed,
-        n=body.n,
-        stop=tuple(body.stop),
-        logprobs=body.logprobs,
-        ignore_eos=body.ignore_eos,
-    )
-    prompt = await frontend.encode(body.prompt, resolved, raw=body.raw)
-    generation = frontend.generation(prompt, resolved, sampling, timeout_s=body.timeout_s, arrival=arrival)
+    fields = body.model_dump(include={field.name for field in dataclasses.fields(SamplingParams)})
+    sampling = SamplingParams(**fields | {"stop": tuple(body.stop)})
+    generation = await frontend.generation(body.prompt, resolved, sampling, raw=body.raw, timeout_s=body.timeout_s)
     if body.stream:
         return await _stream(generation, body, request, frontend)
     try:
@@ -69,24 +50,24 @@ async def generate(body: GenerateRequest, request: Request, frontend: TheFronten
         generation.close()
 
 
-def answer(generation: Generation, body: GenerateRequest, frontend: Frontend, *, texts: bool = True) -> dict[str, Any]:
-    """The body of GenerateResponse; without `texts` that of the `done` event."""
+def answer(generation: Generation, body: GenerateRequest, frontend: Frontend) -> dict[str, Any]:
+    """The body of GenerateResponse; of a stream that of its `done` event, without texts and log-probabilities."""
     choices: list[dict[str, Any]] = []
     for index, sequence in enumerate(generation.sequences):
-        reason = sequence.last and str(sequence.last.finish_reason)
-        choice: dict[str, Any] = {"index": index, "text": sequence.text, "finish_reason": reason}
-        if body.logprobs:
+        choice: dict[str, Any] = {} if body.stream else {"text": sequence.text}
+        choice["finish_reason"] = sequence.last and sequence.last.finish_reason
+        if body.logprobs and not body.stream:
             choice["logprobs"] = sequence.logprobs
-        choices.append(choice if texts else {key: choice[key] for key in ("index", "finish_reason")})
-    first = {key: value for key, value in choices[0].items() if key != "index"}
+        choices.append({"index": index, **choice} if body.n > 1 else choice)
+    selection, seed = generation.request.selection, generation.request.sampling.seed
     return {
         "id": generation.request.id,
-        **({"choices": choices} if body.n > 1 else first),
+        **({"choices": choices} if body.n > 1 else choices[0]),
         "task": body.task,
-        "crma": generation.resolved.crma,
-        "usage": generation.usage().model_dump(),
-        "timings": generation.timings().model_dump(),
-        "provenance": frontend.provenance(generation).model_dump(),
+        "crma": selection.crma_digest is not None,
+        "usage": generation.usage(),
+        "timings": dataclasses.asdict(generation.timings()),
+        "provenance": frontend.provenance(seed, selection.crma_digest, task=selection.task_digest),
     }
 
 
@@ -117,28 +98,21 @@ async def _stream(generation: Generation, body: GenerateRequest, request: Reques
         generation.close()
         raise
 
-    return _EventStream(_events(first, outputs, generation, body, frontend), generation)
-
-
-async def _events(
-    first: RequestOutput,
-    outputs: AsyncGenerator[RequestOutput, None],
-    generation: Generation,
-    body: GenerateRequest,
-    frontend: Frontend,
-) -> AsyncGenerator[str, None]:
-    try:
-        async with aclosing(outputs):
-            for event in _token_events(first, logprobs=body.logprobs):
-                yield event
-            async for output in outputs:
-                for event in _token_events(output, logprobs=body.logprobs):
+    async def events() -> AsyncGenerator[str, None]:
+        try:
+            async with aclosing(outputs):
+                for event in _token_events(first, logprobs=body.logprobs):
                     yield event
-        yield _event("done", answer(generation, body, frontend, texts=False))
-    except Exception as error:  # the status is sent: an error can only be an event
-        if not isinstance(error, ApiError):
-            log.exception("unexpected %s in a stream", type(error).__name__)
-        yield _event("error", error_body(to_api_error(error)))
+                async for output in outputs:
+                    for event in _token_events(output, logprobs=body.logprobs):
+                        yield event
+            yield _event("done", answer(generation, body, frontend))
+        except Exception as error:  # the status is sent: an error can only be an event
+            if not isinstance(error, ApiError):
+                log.exception("unexpected %s in a stream", type(error).__name__)
+            yield _event("error", error_body(to_api_error(error)))
+
+    return _EventStream(events(), generation)
 
 
 def _token_events(output: RequestOutput, *, logprobs: bool) -> list[str]:

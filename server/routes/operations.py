@@ -5,37 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi import APIRouter
-from fastapi.responses import HTMLResponse, JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from fastapi.responses import HTMLResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server.frontend import TheFrontend
-from server.schemas import Health
 
 router = APIRouter()
 
 DOCS = (Path(__file__).parent.parent / "docs.html").read_text("utf-8")
 
 
-@router.get("/healthz", response_model=Health)
-async def healthz() -> Health:
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
     """200 while the process lives."""
-    return Health(status="alive")
+    return {"status": "alive"}
 
 
-@router.get(
-    "/readyz", response_model=Health, responses={503: {"model": Health, "description": "Not ready; `reason` says why."}}
-)
-async def readyz(frontend: TheFrontend) -> Response:
+@router.get("/readyz", responses={503: {"description": "Not ready; `reason` says why."}})
+async def readyz(frontend: TheFrontend, response: Response) -> dict[str, str | None]:
     """200 once the store is verified and the engine has run a step; 503 before, and while draining."""
     reason = frontend.not_ready()
-    health = Health(status="ready" if reason is None else "not_ready", reason=reason)
-    return JSONResponse(health.model_dump(), status_code=200 if reason is None else 503)
+    response.status_code = 503 if reason else 200
+    return {"status": "not_ready" if reason else "ready", "reason": reason}
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 def metrics(frontend: TheFrontend) -> Response:
     """Prometheus text."""
-    return Response(frontend.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(frontend.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/docs", response_class=HTMLResponse, include_in_schema=False)

@@ -1,6 +1,6 @@
 """The real app over ASGI, with the real store, tokenizer and pool; only the engine behind the seam is a scripted one.
 
-It is for what a real engine does not do when it is told to: refuse, fail, be late. The rest is in `test_real_engine.py`.
+For what a real engine does not do when it is told to: refuse, fail, be late. `test_real_engine.py` has the rest.
 """
 
 from __future__ import annotations
@@ -55,13 +55,14 @@ class FakeEngine:
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
-            first, _, rest = self.answer(request).partition(" ")
+            answer = self.answer(request)
+            first = answer.split(" ")[0]
             for index in range(request.sampling.n):
                 if not self.fail_at_once:
                     yield RequestOutput(request.id, index, (5,), first, logprobs=(-0.5,))
                 await asyncio.sleep(0)
                 times = Timings(0.1, 0.2, 0.3)
-                yield RequestOutput(request.id, index, (6,), f" {rest}", (-0.25,), *self.ending, 2, 1, times)
+                yield RequestOutput(request.id, index, (6,), answer[len(first) :], (-0.25,), *self.ending, 2, 1, times)
         finally:
             self.running -= 1
 

@@ -137,7 +137,7 @@ async def test_a_bad_version_is_refused_and_the_others_serve(store: AdapterStore
     made = await started(store)
     folder = publish(store, "bad", 1).path
     if damage == "shape":
-        made.shapes = {path: (8, 9) for path in SHAPES}
+        made.shapes = dict.fromkeys(SHAPES, (8, 9))
     else:
         path = folder / ("manifest.json" if damage == "manifest" else "adapter_model.safetensors")
         path.chmod(0o644)
