@@ -216,7 +216,10 @@ class Frontend:
             return "stopping"
         if not self.registry.verified:
             return "the adapter store is not verified yet"
-        return None if self.engine.stats().num_steps else "no step has run yet"
+        stats = self.engine.stats()
+        if stats.has_failed:
+            return "the engine has failed; restart the server"
+        return None if stats.num_steps else "no step has run yet"
 
     async def warm_up(self) -> None:
         """One token of the base model: the first step, before the first user pays for it."""

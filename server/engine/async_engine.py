@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from crma.selection import AdapterSelection
 from server.engine.adapter_pool import AdapterPool
@@ -162,6 +162,7 @@ class AsyncEngine:
             with self._wake:
                 self._stopped = self._ended = True
                 self._commands.clear()
+            self._stats = replace(self._stats, has_failed=True)
             requests = [stream.request for stream in list(self._streams.values())]
             self._deliver([o for r in requests for o in _endings(r, FinishReason.ERROR, "the engine failed")])
 

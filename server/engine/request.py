@@ -117,6 +117,7 @@ class PromptTooLong(EngineError):
 class EngineStats:
     """A snapshot for metrics and /adapters. Counters only grow."""
 
+    has_failed: bool = False
     num_requests_running: int = 0
     num_requests_waiting: int = 0
     num_steps: int = 0

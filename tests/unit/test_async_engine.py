@@ -204,6 +204,7 @@ async def test_an_unforeseen_failure_of_the_engine_leaves_nobody_waiting(start: 
         assert reason(outputs)[0] is FinishReason.ERROR
     with pytest.raises(EngineStopped):
         served.engine.submit(ask("later"))
+    assert served.engine.stats().has_failed
     await asyncio.wait_for(served.engine.stop(0), 10)
 
 
