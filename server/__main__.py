@@ -112,7 +112,9 @@ def main() -> int:
         sys.stderr.write(f"{error.message}{allowed}\n")
         return 2
     url = f"http://{settings.host}:{settings.port}"
-    example = """{"prompt": "What is the capital of France?", "max_tokens": 16}"""
+    example = '{"prompt": "What is the capital of France?"}'
+    if (settings.store / "tasks" / "medical").is_dir():  # the shipped store
+        example = '{"prompt": "Which ICD-10-CM chapter covers \\"Manic episode\\"?", "task": "medical", "crma": true}'
     log.info("documentation: %s/docs", url)
     log.info("try: curl -s %s/generate -H 'Content-Type: application/json' -d '%s'", url, example)
     config = uvicorn.Config(app, settings.host, settings.port, log_config=None, access_log=False)
