@@ -216,10 +216,9 @@ class AdapterStore:
         entries, channels, problems = self._structure()
         for entry in entries:
             with _collected(problems):
-                entry.load(shapes)
-            if base is not None:
-                with _collected(problems):
+                if base is not None:  # first: what is made for another base rarely fits this one's shapes either
                     entry.check_base(base.digest)
+                entry.load(shapes)
         backbones = [entry for entry in entries if isinstance(entry, BackboneEntry)]
         serving = [entry for entry in backbones if entry.version == channels.backbone]
         for task in (entry for entry in entries if isinstance(entry, TaskEntry)):

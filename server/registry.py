@@ -203,6 +203,7 @@ class Registry:
         """The entry, its weights read and checked once in this process; or what is wrong with it."""
         try:
             entry = read()
+            entry.check_base(self.base.digest)
             if entry.digest not in self._sound:
                 entry.load(self.shapes)
         except StoreError as error:

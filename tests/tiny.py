@@ -164,11 +164,18 @@ def publish_backbone(store: AdapterStore, base: BaseModel, seed: int = 0) -> Bac
 
 
 def publish(
-    store: AdapterStore, base: BaseModel, name: str, seed: int, *, under: str | None, scale: float = 1.0
+    store: AdapterStore,
+    base: BaseModel,
+    name: str,
+    seed: int,
+    *,
+    under: str | None,
+    scale: float = 1.0,
+    family: str = "llama",
 ) -> TaskEntry:
     """A random task adapter in the store, serving; `under`: the digest of the backbone it records."""
     record: dict[str, Any] = {"trained_on": None, "measured": {"accuracy": 0.5}, "licence": "Apache-2.0"}
-    made = lora(injection(), 4, "all-linear", seed)
+    made = lora(injection(family), 4, "all-linear", seed)
     for pair in made.pairs.values():
         pair.B.mul_(scale)
     return store.publish_task(name, made, base=base, backbone=under, prompt_format=FORMAT, **record)

@@ -226,10 +226,13 @@ async def test_a_corrupt_adapter_is_refused_and_the_others_serve(base: BaseModel
 
 
 async def test_what_does_not_belong_is_refused(served: Served, base: BaseModel) -> None:
-    tiny.publish(served.store, replace(base, digest="sha256:" + "b" * 64), "foreign", 3, under=None)
+    elsewhere = replace(base, digest="sha256:" + "b" * 64)
+    tiny.publish(served.store, elsewhere, "foreign", 3, under=None)
+    tiny.publish(served.store, elsewhere, "foreign-shape", 3, under=None, family="gpt_neox")
     tiny.publish(served.store, base, "huge", 4, under=None, scale=1e30)
     await served.registry.refresh()
     assert await served.error(task="foreign") == (409, "base_mismatch")
+    assert await served.error(task="foreign-shape") == (409, "base_mismatch")
     assert await served.error(task="legal", crma=True) == (409, "lineage_mismatch")
     assert await served.error(task="medical@v2") == (404, "not_found")
     assert await served.error(prompt="x" * 600) == (422, "prompt_too_long")
