@@ -37,4 +37,4 @@ import http.client, os, sys\n\
 server = http.client.HTTPConnection('127.0.0.1', int(os.environ['CRMA_PORT']), timeout=4)\n\
 server.request('GET', '/readyz')\n\
 sys.exit(server.getresponse().status != 200)"]
-CMD ["sh", "-c", "crma pull \"$CRMA_MODEL\" && crma verify adapters_store --model \"$CRMA_MODEL\" && exec python -m server"]
+CMD ["sh", "-c", "crma pull \"$CRMA_MODEL\" && exec python -m server"]

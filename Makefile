@@ -17,7 +17,7 @@ setup: .venv/.installed  ## make .venv, once; again only when pyproject.toml or 
 
 serve: setup  ## pull the base model if it is not there, verify the adapters, serve on PORT
 	$(BIN)/crma pull $(MODEL)
-	$(BIN)/crma verify adapters_store --model $(MODEL)
+	-@$(BIN)/crma verify $${CRMA_STORE:-adapters_store} --model $(MODEL)
 	CRMA_PORT=$(PORT) CRMA_MODEL=$(MODEL) CRMA_DEVICE=$(DEVICE) $(BIN)/python -m server
 
 check: setup  ## lint, format, types

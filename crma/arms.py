@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from crma.errors import ConfigError
-
 Group = Literal["S", "gamma", "R", "W"]
 ALL_GROUPS: tuple[Group, ...] = ("S", "gamma", "R", "W")
 
@@ -45,10 +43,3 @@ ARMS: dict[str, Arm] = {
         Arm("NAIVE", fresh_lora=False),
     )
 }
-
-
-def arm_named(name: str) -> Arm:
-    """Raises ConfigError for an unknown arm."""
-    if name not in ARMS:
-        raise ConfigError(f"unknown arm {name!r}", field="arm", value=name, allowed=list(ARMS))
-    return ARMS[name]

@@ -96,6 +96,13 @@ class TaskEntry(_Entry[TaskManifest]):
 class BackboneEntry(_Entry[BackboneManifest]):
     """A version of the CRMA backbone."""
 
+    def check_certificate(self, found: dict[str, Any]) -> None:
+        """The manifest is outside the digest, so its bounds are computed anew. Raises InvalidAdapter if they differ."""
+        for name in ("max_bound", "max_norm"):
+            said = self.manifest.certificate.get(name)
+            if not isinstance(said, float) or abs(said - found[name]) > 1e-5:
+                raise invalid(f"backbones/{self.version}: not its certificate.", name, said, found[name])
+
     def descends_from(self, digest: str) -> bool:
         """Whether `digest` is this backbone or one of its ancestors: then a LoRA trained under it may serve here."""
         return digest == self.digest or digest in self.manifest.lineage

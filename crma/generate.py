@@ -28,7 +28,8 @@ def next_token(logits: Tensor, temperature: float, top_k: int, top_p: float, gen
     """
     if temperature == 0.0:
         return int(logits.argmax())
-    ordered, ids = torch.sort(logits / temperature, descending=True, stable=True)
+    # Against the largest first: a tiny temperature then gives -inf, never inf, and no softmax becomes NaN.
+    ordered, ids = torch.sort((logits - logits.max()) / temperature, descending=True, stable=True)
     if top_k:
         ordered, ids = ordered[:top_k], ids[:top_k]
     probabilities = torch.softmax(ordered, dim=-1)
@@ -36,7 +37,7 @@ def next_token(logits: Tensor, temperature: float, top_k: int, top_p: float, gen
     reached = torch.where(before < top_p, probabilities, 0.0).cumsum(-1)
     # Of this sum and no other: a draw beyond the last step would fall to a token that top-p left out.
     draw = torch.rand((), generator=generator) * reached[-1]
-    return int(ids[int((reached <= draw).sum())])
+    return int(ids[min(int((reached <= draw).sum()), len(ids) - 1)])
 
 
 def generate(

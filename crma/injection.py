@@ -71,16 +71,17 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             raise refuse(f"its blocks ({type(block).__name__}) have no torch.nn.Linear to adapt")
         if attention_module(block) is None:
             raise refuse(f"its blocks ({type(block).__name__}) have no attention to keep a KV cache for")
+    if odd := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        raise refuse(f"it has layers of the kind {min(odd)}")
     return path, blocks
 
 
 def attention_module(block: nn.Module) -> str | None:
     """The name of the block's attention: the child whose name says attention and that holds linears."""
     for name, child in block.named_children():
-        if "attn" in name or "attention" in name:
-            linears = [m for m in child.modules() if isinstance(m, nn.Linear)]
-            if linears:
-                return name
+        named = "attn" in name or "attention" in name
+        if named and any(isinstance(m, nn.Linear) for m in child.modules()):
+            return name
     return None
 
 

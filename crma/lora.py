@@ -62,11 +62,6 @@ class Lora:
     config: LoraConfig
     pairs: dict[str, LoraPair]
 
-    @property
-    def num_parameters(self) -> int:
-        """Elements of all A and B."""
-        return sum(pair.A.numel() + pair.B.numel() for pair in self.pairs.values())
-
     def parameters(self) -> list[Tensor]:
         """Every A and B, in the order of the module paths."""
         return [tensor for _, pair in sorted(self.pairs.items()) for tensor in (pair.A, pair.B)]

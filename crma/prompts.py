@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from crma.errors import ConfigError
@@ -19,19 +18,6 @@ class PromptFormat:
     head: str
     tail: str
     stop: str
-
-    def to_dict(self) -> dict[str, str]:
-        """JSON-able; `from_dict` gives it back."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, str]) -> PromptFormat:
-        """Raises ConfigError unless the keys are exactly head, tail and stop."""
-        if set(values) != {"head", "tail", "stop"}:
-            raise ConfigError(
-                "not a prompt format", field="prompt_format", value=dict(values), allowed="head, tail, stop"
-            )
-        return cls(**values)
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         """Token ids of one user turn. Special tokens written inside `prompt` are text, never markup."""

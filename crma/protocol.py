@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from crma.adapter import Backbone, CrmaConfig
-from crma.arms import Arm, arm_named
+from crma.arms import ARMS, Arm
 from crma.config import TrainConfig
 from crma.data import SPLITS, Example, load_split, split_path
 from crma.entry import BackboneEntry, TaskEntry
@@ -53,7 +53,7 @@ class Run:
     progress: Progress
 
     def __post_init__(self) -> None:
-        self.arm: Arm = arm_named(self.config.arm)
+        self.arm: Arm = ARMS[self.config.arm]
         for task in self.config.tasks:
             check_name(name_of(task))  # now, and not when the first task is trained and cannot be published
         self.accelerator = Accelerator()

@@ -89,7 +89,10 @@ def pull(source: str = DEFAULT_MODEL, *, home: Path | None = None) -> BaseModel:
 
 def find_base(model: str = DEFAULT_MODEL, *, home: Path | None = None) -> BaseModel:
     """A model that was pulled before, by name, hub id or folder. Fetches nothing. Raises PullError."""
-    folders = ((home or cache_home()) / "models" / model.replace("/", "--"), Path(model))
+    models = (home or cache_home()) / "models"
+    folders = [models / model.replace("/", "--"), Path(model)]
+    if Path(model).is_dir():
+        folders.append(models / Path(model).resolve().name)  # where pulling that folder put it
     for folder in folders:
         if (folder / BASE_JSON).is_file():
             return read_base(folder)

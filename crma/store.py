@@ -218,7 +218,9 @@ class AdapterStore:
             with _collected(problems):
                 if base is not None:  # first: what is made for another base rarely fits this one's shapes either
                     entry.check_base(base.digest)
-                entry.load(shapes)
+                weights = entry.load(shapes)
+                if isinstance(entry, BackboneEntry) and isinstance(weights, Backbone):
+                    entry.check_certificate(certify(weights))
         backbones = [entry for entry in entries if isinstance(entry, BackboneEntry)]
         serving = [entry for entry in backbones if entry.version == channels.backbone]
         for task in (entry for entry in entries if isinstance(entry, TaskEntry)):

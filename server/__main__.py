@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import sys
 from functools import partial
@@ -111,6 +112,8 @@ def main() -> int:
         allowed = f" (allowed: {error.allowed})" if error.allowed else ""
         sys.stderr.write(f"{error.message}{allowed}\n")
         return 2
+    # A server whose engine is gone ends, so that whoever supervises it starts another.
+    app.state.frontend.engine.on_failure = partial(os.kill, os.getpid(), signal.SIGTERM)
     url = f"http://{settings.host}:{settings.port}"
     example = '{"prompt": "What is the capital of France?"}'
     if (settings.store / "tasks" / "medical").is_dir():  # the shipped store

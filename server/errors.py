@@ -158,14 +158,9 @@ def shown(value: object, limit: int) -> Any:
     return (text if len(text) <= limit else text[:limit] + "…").encode("utf-8", "backslashreplace").decode()
 
 
-def error_response(error: ApiError, path: str) -> JSONResponse:
-    """The answer for an error; routes under `/v1` speak OpenAI's shape."""
-    body = error_body(error)
-    if path.startswith("/v1/"):
-        kind = "invalid_request_error" if error.status < 500 else "server_error"
-        inner = body["error"]
-        body = {"error": {"message": inner["message"], "type": kind, "param": inner["field"], "code": inner["code"]}}
-    return JSONResponse(body, status_code=error.status, headers=error.headers)
+def error_response(error: ApiError) -> JSONResponse:
+    """The answer for an error."""
+    return JSONResponse(error_body(error), status_code=error.status, headers=error.headers)
 
 
 def _from_validation(error: RequestValidationError) -> ApiError:
@@ -215,7 +210,7 @@ def install(app: FastAPI) -> None:
             refusal = to_api_error(error)
             if refusal.status >= 500 and refusal is not error:
                 log.error("%s: %s", type(error).__name__, error, exc_info=error)
-        return error_response(refusal, request.url.path)
+        return error_response(refusal)
 
     for kind in (CrmaError, EngineError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)

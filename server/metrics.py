@@ -42,7 +42,7 @@ Names = Mapping[str, str]  # digest -> store name
 ENGINE = (
     (GaugeMetricFamily, "num_requests_running", "num_requests_running", "Requests in the running batch."),
     (GaugeMetricFamily, "num_requests_waiting", "num_requests_waiting", "Requests in the queue."),
-    (GaugeMetricFamily, "kv_cache_usage", "kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1."),
+    (GaugeMetricFamily, "kv_cache_usage", "kv_cache_usage_perc", "Share of sequence slots in use, 0 to 1."),
     (CounterMetricFamily, "num_steps", "engine_steps", "Forward steps."),
     (CounterMetricFamily, "prompt_tokens", "prompt_tokens", "Prompt tokens, cached ones too."),
     (CounterMetricFamily, "generation_tokens", "generation_tokens", "Sampled tokens."),

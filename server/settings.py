@@ -42,7 +42,9 @@ class Settings(BaseSettings):
     max_num_seqs: int = _setting(16, "Sequences that run at once.", ge=1)
     max_num_batched_tokens: int = _setting(512, "Prompt tokens a step, padded; a longer prompt runs alone.", ge=1)
     max_model_len: int = _setting(2048, "Prompt + answer tokens of one sequence; at most the model's own.", ge=2)
-    max_loaded_adapters: int = _setting(32, "Task adapters in memory; the least recently used leaves first.", ge=1)
+    max_loaded_adapters: int = _setting(
+        32, "Adapters in memory, with the backbone; the least recently used goes.", ge=1
+    )
     max_queue: int = _setting(256, "Requests that may wait; one more gets 429.", ge=1)
 
     request_timeout_s: float = _setting(120.0, "Deadline of a request, and the longest it may ask for; then 504.", gt=0)

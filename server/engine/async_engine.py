@@ -57,6 +57,7 @@ class AsyncEngine:
         self._ended = False  # the thread has carried out its last command
         self._step_seconds = 0.1
         self._stats = EngineStats()
+        self.on_failure: Callable[[], None] = lambda: None  # called once, in the engine's thread
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -71,7 +72,8 @@ class AsyncEngine:
             crma.errors.StoreError: from the first output, where an adapter cannot be loaded.
         """
         if self._draining or self._stopped:
-            raise EngineStopped("the server is shutting down and takes no new requests")
+            why = "the engine has failed" if self._stats.has_failed else "the server is shutting down"
+            raise EngineStopped(f"{why} and takes no new requests")
         room = self.engine.max_model_len - request.sampling.max_tokens
         if not 0 < len(request.prompt_ids) <= room:
             raise PromptTooLong(len(request.prompt_ids), request.sampling.max_tokens, self.engine.max_model_len)
@@ -165,6 +167,7 @@ class AsyncEngine:
             self._stats = replace(self._stats, has_failed=True)
             requests = [stream.request for stream in list(self._streams.values())]
             self._deliver([o for r in requests for o in _endings(r, FinishReason.ERROR, "the engine failed")])
+            self.on_failure()
 
     def _serve(self) -> None:
         """Commands, then a step, until stopped; sleeps when there is nothing to do."""

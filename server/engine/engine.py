@@ -109,12 +109,14 @@ class Engine:
         return [self._finish(s, FinishReason.ABORT, error="deadline") for s in late]
 
     def _update(self, step: Step, logits: torch.Tensor) -> list[RequestOutput]:
+        not_numbers = (logits.isnan() | logits.isposinf()).any(-1)
+        logits = logits.masked_fill(not_numbers[:, None], 0.0)  # the sampler may not meet them
         params = [s.request.sampling for s in step.sequences]
         tokens, logprobs = sample(logits, params, [self._decoding[s].generator for s in step.sequences])
         self.counters.num_steps += 1
         if step.is_prefill:
             self.counters.prompt_tokens += sum(len(s.request.prompt_ids) for s in step.sequences)
-        broken = {s for s, is_nan in zip(step.sequences, logits.isnan().any(-1).tolist(), strict=True) if is_nan}
+        broken = {s for s, is_nan in zip(step.sequences, not_numbers.tolist(), strict=True) if is_nan}
         if broken:
             logger.error("%d sequences end with an error: their logits are not numbers", len(broken))
             self.runner.clear([s.slot for s in broken if s.slot is not None])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.errors import ClientGone, NoRoute, error_response
+from server.errors import ClientGone
 
 from .conftest import Serve, Served
 
@@ -83,7 +83,7 @@ async def test_a_client_that_goes_while_it_sends_is_no_malformed_body(served: Se
     ("field", "values"),
     [
         ("prompt", ["", None, ["Hi"]]),
-        ("temperature", [-1, 2.1, True, "0"]),
+        ("temperature", [-1, 2.1, True, "0", 1e-40]),
         ("max_tokens", [0, "5", 5.5, True]),
         ("top_p", [0]),
         ("top_k", [-1]),
@@ -138,11 +138,6 @@ async def test_a_route_or_method_that_is_not_there(served: Served) -> None:
     response = await served.client.get("/generate")
     assert (response.status_code, response.json()["error"]["code"]) == (405, "method_not_allowed")
     assert response.headers["Allow"] == "POST"
-
-
-def test_openai_routes_have_openais_shape() -> None:
-    body = json.loads(error_response(NoRoute("no", field="model", value="x"), "/v1/completions").body)
-    assert body == {"error": {"message": "no", "type": "invalid_request_error", "param": "model", "code": "no_route"}}
 
 
 JSON_VALUES = st.recursive(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from crma.arms import ARMS, arm_named
+from crma.arms import ARMS
 from crma.config import TrainConfig
 from crma.errors import ConfigError
 
@@ -52,10 +52,8 @@ def test_a_file_that_is_no_toml_is_refused(tmp_path: Path, content: bytes) -> No
 
 
 def test_a_matched_arm_has_the_least_rank_with_as_many_parameters() -> None:
-    matched = arm_named("FROZEN-matched")
+    matched = ARMS["FROZEN-matched"]
     for per_rank, crma in ((100, 1), (100, 100), (100, 101), (7, 250)):
         rank = matched.rank(8, per_rank, crma)
         assert rank * per_rank >= 8 * per_rank + crma > (rank - 1) * per_rank
     assert {arm.rank(8, 100, 1000) for arm in ARMS.values() if arm is not matched} == {8}
-    with pytest.raises(ConfigError, match="unknown arm 'BASE'"):
-        arm_named("BASE")

@@ -68,3 +68,10 @@ def test_it_ends_at_a_stop_token_or_the_limit() -> None:
     stopped = generate(injection(), [3, 4, 5], max_tokens=6, stop_ids=[stop])
     assert (stopped.token_ids, stopped.finish_reason) == (free.token_ids[:first], "stop")
     assert stopped.logprobs == free.logprobs[:first]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1e-40, 1.0), (1e-6, 1.0), (1.0, 1e-30)])
+def test_extreme_settings_choose_the_likeliest_token(temperature: float, top_p: float) -> None:
+    """Logits over a tiny temperature overflowed to NaN, and the draw fell past the end of the vocabulary."""
+    logits = torch.tensor([1.0, 30.0, 2.0])
+    assert next_token(logits, temperature, 0, top_p, torch.Generator().manual_seed(0)) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -260,3 +261,13 @@ def test_a_publish_that_dies_at_any_step_shows_the_whole_version_or_nothing(
     assert outcomes == sorted(outcomes)  # nothing, then the version, then the version serving
     assert {(0, existing), (1, False), (1, True)} == set(outcomes)
     assert len(outcomes) > 15
+
+
+def test_a_forged_certificate_is_found_by_verify(store: AdapterStore) -> None:
+    """The manifest is outside the digest: its bounds are computed anew."""
+    entry = publish_backbone(store)
+    manifest = entry.path / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["certificate"]["max_bound"] = 1.0
+    manifest.write_text(json.dumps(content))
+    assert [type(problem).__name__ for problem in store.verify()] == ["InvalidAdapter"]
