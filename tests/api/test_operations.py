@@ -5,21 +5,35 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from crma.errors import StoreError
+from crma.store import AdapterStore
 from server.log import Format
 
 from .conftest import Serve, Served
 
 
-async def test_ready_only_after_the_store_is_verified_and_a_step_has_run(serve: Serve) -> None:
+async def test_ready_only_after_the_store_is_verified_and_a_step_has_run(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, verify = threading.Event(), AdapterStore.verify
+
+    def held(self: AdapterStore, **options: Any) -> list[StoreError]:
+        assert go.wait(60)
+        return verify(self, **options)
+
+    monkeypatch.setattr(AdapterStore, "verify", held)
     served = await serve(wait=False)
     assert (await served.client.get("/healthz")).status_code == 200
     early = await served.client.get("/readyz")
     assert (early.status_code, early.json()["status"]) == (503, "not_ready")
     assert await served.error() == (503, "not_ready")
+    go.set()
     await served.app.state.starting
     assert (await served.client.get("/readyz")).status_code == 200
     served.engine.requests.clear()
