@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
@@ -39,6 +39,12 @@ class _Answer(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+def _no_sliver(temperature: float) -> float:
+    if 0 < temperature < 0.01:
+        raise ValueError("Input should be 0, or from 0.01 to 2")
+    return temperature
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -61,7 +67,7 @@ class GenerateRequest(_Body):
     task: str | None = Field(None, description="Task adapter: `name` or `name@version`; null: the base model.")
     crma: bool | None = Field(None, description="CRMA backbone on or off; null: as the adapter was trained.")
     max_tokens: int = Field(16, ge=1, description="Most tokens to generate.")
-    temperature: Literal[0] | Annotated[float, Field(ge=0.01, le=2)] = Field(0, description="0 is greedy.")
+    temperature: Annotated[float, AfterValidator(_no_sliver)] = Field(0, ge=0, le=2, description="0, or from 0.01.")
     top_p: float = Field(1.0, ge=1e-6, le=1)
     top_k: int = Field(0, ge=0, description="0: off.")
     seed: Seed | None = Field(None, description="Answer i of n draws from seed + i; null: drawn, and in the answer.")
