@@ -15,7 +15,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from crma.errors import CrmaError
 from crma.pull import DEFAULT_MODEL, find_base
@@ -33,9 +32,14 @@ def note(text: str) -> None:
     console.print(text)
 
 
+def show(text: str) -> None:
+    """A line of the result, on stdout."""
+    sys.stdout.write(text + "\n")
+
+
 def show_json(value: Any) -> None:
-    """The result, on stdout."""
-    sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    """The whole result."""
+    show(json.dumps(value, indent=1, allow_nan=False))
 
 
 @app.command()
@@ -78,12 +82,11 @@ def train(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
         bar = bars.add_task("loading the model", total=None)
-        run = Run(
-            settings,
-            find_base(settings.model),
-            folder,
-            lambda what, done, total: bars.update(bar, description=what, completed=done, total=total),
-        )
+
+        def progress(what: str, done: int, total: int) -> None:
+            bars.update(bar, description=what, completed=done, total=total)
+
+        run = Run(settings, find_base(settings.model), folder, progress)
         record = run.execute()
         if ship is not None:
             publish(run, AdapterStore(ship))
@@ -133,29 +136,19 @@ def ablate(
     questions = questions or store / "question_sets" / "public.jsonl"
     served = Served(find_base(model), AdapterStore(store))
     names: Any = [name.strip() for name in variants.split(",")]
-    result = run(
-        served,
-        read_question_set(questions),
-        names,
-        scorer=scorer,
-        max_tokens=max_tokens,
-        margin=margin,
-        seed=seed,
-        note=note,
-    )
+    options: Any = {"scorer": scorer, "max_tokens": max_tokens, "margin": margin, "seed": seed}
+    result = run(served, read_question_set(questions), names, **options, note=note)
     if as_json:
         show_json(result)
         return
-    table = Table("variant", "correct", "scored", "accuracy", "95 % (Wilson)", title=str(questions))
+    show(f"{questions}: accuracy [95 %, Wilson]")
     for variant, row in result["variants"].items():
-        table.add_row(
-            variant, str(row["correct"]), str(row["scored"]), f"{row['accuracy']:.2f}", interval(row["wilson"])
-        )
-    Console().print(table)
+        counts = f"{row['correct']} of {row['scored']}"
+        show(f"{variant:<12} {row['accuracy']:.2f} {interval(row['wilson'])} {counts}")
     for pair in result["comparisons"]:
         flips = pair["mcnemar"]
         text = f"{pair['a']} - {pair['b']}: {pair['difference']:+.2f} {interval(pair['bootstrap'])}"
-        Console().print(f"{text}, gained {flips['gained']}, lost {flips['lost']}, p = {flips['p']:.2g}")
+        show(f"{text}, gained {flips['gained']}, lost {flips['lost']}, p = {flips['p']:.2g}")
 
 
 @app.command()
@@ -170,19 +163,15 @@ def evaluate(
     from crma.served import Served, score_tasks
     from crma.sources import DOMAINS
     from crma.store import AdapterStore
+    from crma.tables import results_table
 
     served = Served(find_base(model), AdapterStore(store))
     tasks = [task for task in served.store.task_names() if task in DOMAINS]
     result = score_tasks(served, tasks, split, AdapterStore(control) if control else None, note=note)
     if as_json:
         show_json(result)
-        return
-    table = Table("task", "variant", "accuracy", "95 % (Wilson)", "nats per answer token", title=split)
-    for task, row in result["tasks"].items():
-        for variant, cell in row.items():
-            loss = f"{cell['loss']:.2f}" if "loss" in cell else "–"
-            table.add_row(task, variant, f"{cell['accuracy']:.2f}", interval(cell["wilson"]), loss)
-    Console().print(table)
+    else:
+        show(results_table(result))
 
 
 @app.command()
@@ -190,7 +179,7 @@ def table(result: Annotated[Path, typer.Argument(help="What `crma evaluate --jso
     """A result as the Markdown table that the README shows."""
     from crma.tables import results_table
 
-    sys.stdout.write(results_table(json.loads(result.read_text(encoding="utf-8"))) + "\n")
+    show(results_table(json.loads(result.read_text(encoding="utf-8"))))
 
 
 @app.command("import")

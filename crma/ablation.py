@@ -36,10 +36,6 @@ class ItemResult:
     text: str | None = None
     error: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.status == "scored" and (self.text is None or self.error is not None):
-            raise ConfigError("A scored item has a text and no error.", field="status", value=self.status)
-
 
 Marked = tuple[ItemResult, bool | None]  # an outcome, and whether it is right: None unless scored
 
@@ -66,9 +62,6 @@ class AblationPlan:
 
     def by_variant(self, outcomes: Sequence[ItemResult]) -> dict[str, tuple[ItemResult, ...]]:
         """Outcomes [jobs], in the order of `jobs`, fanned out to label -> [questions]."""
-        if len(outcomes) != len(self.jobs):
-            message = "Every job has one outcome."
-            raise ConfigError(message, field="outcomes", value=len(outcomes), allowed=len(self.jobs))
         return {label: tuple(outcomes[job] for job in row) for label, row in self.job_of.items()}
 
 
@@ -104,16 +97,6 @@ def plan(
                 jobs.append(Job(index, selection))
             rows[label].append(shared[selection])
     return AblationPlan(tuple(jobs), {label: tuple(row) for label, row in rows.items()})
-
-
-def variant_selection(variant: Variant, *, task_digest: str | None, crma_digest: str | None) -> AdapterSelection:
-    """The selection of one cell of the 2x2; ConfigError where it needs an adapter that is not there."""
-    for part, digest in (("task", task_digest), ("crma", crma_digest)):
-        if part in variant and digest is None:
-            message = f"Variant {variant!r} needs an adapter that is not there: {part}."
-            without = [other for other in VARIANTS if part not in other]
-            raise ConfigError(message, field="variants", value=variant, allowed=without)
-    return AdapterSelection(task_digest if "task" in variant else None, crma_digest if "crma" in variant else None)
 
 
 def check_settings(*, scorer: str, margin: float) -> None:

@@ -104,13 +104,10 @@ class Channels(Record):
     def _change(self, action: str, channel: str, version: str | None, evidence: Mapping[str, Any] | None) -> Channels:
         values = {"channel": channel, "action": action, "from": self.version(channel), "to": version}
         change = parse_record(Change, to_json({**values, "time": now(), "evidence": evidence}), CHANNELS)
-        update: dict[str, Any] = {"history": (*self.history, change)}
-        if channel == BACKBONE:
-            update["backbone"] = version
-        else:
-            tasks = {**self.tasks, channel_task(channel): version}
-            update["tasks"] = {name: serving for name, serving in tasks.items() if serving is not None}
-        return self.model_copy(update=update)
+        serving = {**self.serving(), channel: version}
+        backbone = serving.pop(BACKBONE, None)
+        tasks = {channel_task(channel): version for channel, version in serving.items() if version is not None}
+        return Channels(backbone=backbone, tasks=tasks, history=(*self.history, change))
 
 
 def read_channels(root: Path) -> Channels:

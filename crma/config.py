@@ -6,14 +6,15 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from crma.arms import ALL_GROUPS, ARMS, Group
 from crma.errors import ConfigError
+from crma.json_lines import checked
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class LoraSettings(_Settings):
@@ -76,14 +77,7 @@ class TrainConfig(_Settings):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """Raises ConfigError that names the first wrong key."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ConfigError(
-                f"{where}: {first['msg']}", field=where, value=first["input"], allowed=first["msg"]
-            ) from None
+        return checked("", values, cls.model_validate, ConfigError)
 
     @classmethod
     def read(cls, path: Path, **overrides: Any) -> TrainConfig:
@@ -91,7 +85,6 @@ class TrainConfig(_Settings):
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(
-                f"cannot read {path.name}: {error}", field="config", value=str(path), allowed="a TOML file"
-            ) from None
+            message = f"cannot read {path.name}: {error}"
+            raise ConfigError(message, field="config", value=str(path), allowed="a TOML file") from None
         return cls.from_dict(values | {key: value for key, value in overrides.items() if value is not None})

@@ -33,40 +33,33 @@ from crma.sources import DOMAINS, MAX_PER_LABEL, PUBLIC_CODE, Pair, code_questio
 SPLITS: Mapping[str, int] = {"train": 500, "validation": 100, "holdout": 100}
 NUM_PUBLIC = 20  # public questions a domain
 SALT = "crma-1:"
-SOURCE_CHANGED = (
-    "The source has changed: give the pinned version (for code, docstrings as in CPython 3.11.2 to 3.11.7)."
-)
+SOURCE_CHANGED = "The source has changed: give the pinned one (for code, docstrings as in CPython 3.11.2 to 3.11.7)."
 DIGESTS_FILE = Path(__file__).with_name("data_digests.json")
 
 Note = Callable[[str], object]
-
-
-def _content(role: str, value: object) -> object:
-    """The text of a list of one message of `role`; what is no list stays, to be checked as a text."""
-    match value:
-        case [{"role": found, "content": content}] if found == role:
-            return content
-        case list():
-            raise ValueError(f"Expected exactly one message of the {role}")
-    return value
 
 
 @dataclass(frozen=True)
 class Example:
     """One question of a task and its answer."""
 
-    prompt: Annotated[Text, BeforeValidator(partial(_content, "user"))]
-    completion: Annotated[Text, BeforeValidator(partial(_content, "assistant"))]
+    prompt: Text
+    completion: Text
 
 
 def _turns(line: object) -> object:
-    """{"messages": [user, assistant]} as the prompt and the completion that they are."""
+    """Messages as the prompt and the completion that they are; what holds none stays, to be checked as it is."""
     match line:
-        case {"messages": [prompt, completion]}:
-            return {"prompt": [prompt], "completion": [completion]}
-        case {"messages": _}:
-            raise ValueError("Messages must be one of the user and one of the assistant")
-    return line
+        case {"prompt": [*prompt], "completion": [*completion]}:
+            messages = [*prompt, *completion]
+        case {"messages": messages}:
+            pass
+        case _:
+            return line
+    match messages:
+        case [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]:
+            return {"prompt": prompt, "completion": completion}
+    raise ValueError("Expected one message of the user and one of the assistant")
 
 
 _EXAMPLE: TypeAdapter[Example] = TypeAdapter(Annotated[Example, BeforeValidator(_turns)])
@@ -90,17 +83,12 @@ def read_jsonl(path: Path) -> list[Example]:
 
 
 def build(
-    domains: Sequence[str] | None = None,
-    *,
-    home: Path | None = None,
-    sources: Mapping[str, Path] | None = None,
-    note: Note = lambda _: None,
+    domains: Sequence[str] | None = None, *, sources: Mapping[str, Path] | None = None, note: Note = lambda _: None
 ) -> dict[str, str]:
     """Build the splits of some domains into the cache; nothing is fetched for what is there already.
 
     Args:
         domains: the domains wanted; none means all, less those this machine cannot build (a note says which).
-        home: the cache folder; `cache_home()` when None.
         sources: domain -> a source file the user already has (see `crma.sources.read_domain`).
         note: called with a sentence before and after each domain.
 
@@ -113,7 +101,7 @@ def build(
             raise DataError(f"{domain!r} is not a built-in domain.", field="domain", value=domain, allowed=DOMAINS)
     built: dict[str, str] = {}
     for domain in domains or DOMAINS:
-        folder = (home or cache_home()) / "data" / domain
+        folder = cache_home() / "data" / domain
         wanted = {name: digest for name, digest in committed_digests().items() if name.startswith(f"{domain}/")}
         if digests(domain, {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}) == wanted:
             note(f"{domain}: already built in {folder}")
@@ -150,12 +138,10 @@ def split(domain: str, pairs: Sequence[Pair]) -> dict[str, bytes]:
         message = f"The source of {domain} gives {len(pool)} questions, too few for the splits."
         raise DataError(message, field=domain, value=len(pool), allowed=f"at least {needed}")
     left = iter(pool)
-    files = {
-        f"{name}.jsonl": _json_lines(
-            [{"prompt": prompt, "completion": answer} for prompt, answer in islice(left, size)]
-        )
-        for name, size in SPLITS.items()
-    }
+    files = {}
+    for name, size in SPLITS.items():
+        examples = [{"prompt": prompt, "completion": answer} for prompt, answer in islice(left, size)]
+        files[f"{name}.jsonl"] = _json_lines(examples)
     public = list(islice(left, NUM_PUBLIC))
     if domain == "code":  # our own wording, so that no docstring is committed
         public = [(f"{code_question(name)} {hint}", module) for name, (module, hint) in PUBLIC_CODE.items()]
@@ -166,11 +152,11 @@ def split(domain: str, pairs: Sequence[Pair]) -> dict[str, bytes]:
     return files | {"public.jsonl": _json_lines(items)}
 
 
-def load_split(task: str, split: str, *, home: Path | None = None) -> list[Example]:
+def load_split(task: str, split: str) -> list[Example]:
     """The examples of a split: of a built domain (digest checked), or of a folder of the user's own. DataError."""
     if split not in SPLITS:
         raise DataError(f"{split!r} is not a split.", field="split", value=split, allowed=tuple(SPLITS))
-    path = split_path(task, split, home=home)
+    path = split_path(task, split)
     if not path.is_file():
         todo = f"run `crma data {task}`" if task in DOMAINS else f"{task} is no built-in domain, so make it a folder"
         raise DataError(f"There is no {path}: {todo}.", field="task", value=task, allowed=(*DOMAINS, "a folder"))
@@ -179,9 +165,9 @@ def load_split(task: str, split: str, *, home: Path | None = None) -> list[Examp
     return read_jsonl(path)
 
 
-def split_path(task: str, split: str, *, home: Path | None = None) -> Path:
+def split_path(task: str, split: str) -> Path:
     """Where a split is, built or not. `task` is a built-in domain or the path of a folder."""
-    folder = (home or cache_home()) / "data" / task if task in DOMAINS else Path(task)
+    folder = cache_home() / "data" / task if task in DOMAINS else Path(task)
     return folder / f"{split}.jsonl"
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from crma.data import Example
 from crma.injection import Injection, Plan
@@ -54,35 +56,21 @@ class Measure:
     items: int
     wilson: tuple[float, float]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {"loss": self.loss, "accuracy": self.accuracy, "items": self.items, "wilson": list(self.wilson)}
 
-
-def encode_examples(
-    tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, examples: Iterable[Example]
-) -> list[Encoded]:
-    """The same tokens in training, evaluation and serving."""
-    return [Encoded(fmt.encode(tokenizer, e.prompt), fmt.encode_answer(tokenizer, e.completion)) for e in examples]
+def score(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
+    """What a Measure holds beside the loss."""
+    correct, n = sum(exact(answer, [e.completion]) for answer, e in zip(answers, examples, strict=True)), len(examples)
+    return {"accuracy": correct / n, "items": n, "wilson": wilson(correct, n)}
 
 
 def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str = "cpu") -> Batch:
     """One left-padded batch. The last answer token is only a target."""
-    sequences = [row.prompt + row.answer[:-1] for row in rows]
-    width, keep = max(map(len, sequences)), max(len(row.answer) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_id)
-    attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-    targets = torch.full((len(rows), keep), IGNORED)
-    for i, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
-        input_ids[i, width - len(sequence) :] = torch.tensor(sequence)
-        attention_mask[i, width - len(sequence) :] = 1
-        targets[i, keep - len(row.answer) :] = torch.tensor(row.answer)
+    read = [torch.tensor(row.prompt + row.answer[:-1]) for row in rows]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    input_ids = pad(read, padding_value=pad_id)
+    attention_mask = pad([torch.ones_like(ids) for ids in read])
+    targets = pad([torch.tensor(row.answer) for row in rows], padding_value=IGNORED)
     return Batch(input_ids.to(device), attention_mask.to(device), targets.to(device))
-
-
-def positions(attention_mask: Tensor) -> Tensor:
-    """Position ids of left-padded rows: 0 at each row's first real token."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -97,7 +85,7 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
         output = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            position_ids=positions(batch.attention_mask),
+            position_ids=(batch.attention_mask.cumsum(-1) - 1).clamp(min=0),  # 0 at each first real token
             use_cache=False,
             logits_to_keep=batch.targets.shape[1],
         )
@@ -106,72 +94,62 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(output.logits.float(), batch.targets[wanted], reduction="sum")
 
 
-def by_length(rows: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length: fixed, whatever else changes."""
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt) + len(rows[i].answer), i))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+@dataclass(frozen=True)
+class Evaluator:
+    """A model under any plan, asked in one prompt format. Batches hold rows of similar length, and always the same."""
 
+    injection: Injection
+    tokenizer: PreTrainedTokenizerBase
+    fmt: PromptFormat
+    batch_size: int = 50
 
-@torch.inference_mode()
-def mean_loss(injection: Injection, plan: Plan, rows: Sequence[Encoded], pad_id: int, batch_size: int = 50) -> float:
-    """Nats per answer token over all rows, every row under the same plan."""
-    device = next(injection.model.parameters()).device
-    total, count = 0.0, 0
-    with injection.active(plan):
-        for indices in by_length(rows, batch_size):
-            batch = collate([rows[i] for i in indices], pad_id, device)
-            total += answer_loss(injection.model, batch).item()
-            count += int((batch.targets != IGNORED).sum())
-    return total / count
+    @property
+    def stop_id(self) -> int:
+        """The token that ends an answer; it pads as well."""
+        return self.fmt.stop_id(self.tokenizer)
 
+    def encode(self, examples: Iterable[Example]) -> list[Encoded]:
+        """The same tokens in training, evaluation and serving."""
+        fmt, tokenizer = self.fmt, self.tokenizer
+        return [Encoded(fmt.encode(tokenizer, e.prompt), fmt.encode_answer(tokenizer, e.completion)) for e in examples]
 
-@torch.inference_mode()
-def greedy_answers(
-    injection: Injection,
-    plan: Plan,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Encoded],
-    stop_id: int,
-    *,
-    max_tokens: int = 16,
-    batch_size: int = 50,
-) -> list[str]:
-    """The greedy answer of every row, by transformers' own generate."""
-    device = next(injection.model.parameters()).device
-    answers = [""] * len(rows)
-    with injection.active(plan):
-        for indices in by_length(rows, batch_size):
-            batch = collate([Encoded(rows[i].prompt, [stop_id]) for i in indices], stop_id, device)
-            ids = injection.model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                do_sample=False,
-                max_new_tokens=max_tokens,
-                eos_token_id=stop_id,
-                pad_token_id=stop_id,
-            )
-            texts = tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-            for i, text in zip(indices, texts, strict=True):
-                answers[i] = text
-    return answers
+    @torch.inference_mode()
+    def loss(self, plan: Plan, rows: Sequence[Encoded]) -> float:
+        """Nats per answer token over all rows, every row under the same plan."""
+        total, count = 0.0, 0
+        with self.injection.active(plan):
+            for indices in self._by_length(rows):
+                batch = collate([rows[i] for i in indices], self.stop_id, self.injection.model.device)
+                total += answer_loss(self.injection.model, batch).item()
+                count += int((batch.targets != IGNORED).sum())
+        return total / count
 
+    @torch.inference_mode()
+    def answers(self, plan: Plan, rows: Sequence[Encoded], *, max_tokens: int = 16) -> list[str]:
+        """The greedy answer of every row, by transformers' own generate."""
+        model, stop_id, answers = self.injection.model, self.stop_id, [""] * len(rows)
+        with self.injection.active(plan):
+            for indices in self._by_length(rows):
+                batch = collate([Encoded(rows[i].prompt, [stop_id]) for i in indices], stop_id, model.device)
+                ids = model.generate(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    do_sample=False,
+                    max_new_tokens=max_tokens,
+                    eos_token_id=stop_id,
+                    pad_token_id=stop_id,
+                )
+                texts = self.tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+                for i, text in zip(indices, texts, strict=True):
+                    answers[i] = text
+        return answers
 
-def measure(
-    injection: Injection,
-    plan: Plan,
-    tokenizer: PreTrainedTokenizerBase,
-    fmt: PromptFormat,
-    examples: Sequence[Example],
-) -> Measure:
-    """Loss and exact-match accuracy of one plan on `examples`."""
-    rows = encode_examples(tokenizer, fmt, examples)
-    stop_id = fmt.stop_id(tokenizer)
-    answers = greedy_answers(injection, plan, tokenizer, rows, stop_id)
-    correct = sum(exact(answer, [e.completion]) for answer, e in zip(answers, examples, strict=True))
-    return Measure(
-        loss=mean_loss(injection, plan, rows, stop_id),
-        accuracy=correct / len(examples),
-        items=len(examples),
-        wilson=wilson(correct, len(examples)),
-    )
+    def measure(self, plan: Plan, examples: Sequence[Example]) -> Measure:
+        """Loss and exact-match accuracy of one plan on `examples`."""
+        rows = self.encode(examples)
+        return Measure(self.loss(plan, rows), **score(self.answers(plan, rows), examples))
+
+    def _by_length(self, rows: Sequence[Encoded]) -> Iterator[list[int]]:
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt) + len(rows[i].answer), i))
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]

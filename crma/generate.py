@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,24 +24,40 @@ class Generation:
     finish_reason: str
 
 
-def next_token(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
+def penalised(
+    logits: Tensor, prompt: Sequence[int], output: Sequence[int], repetition: float, presence: float, frequency: float
+) -> Tensor:
+    """Logits [vocab] fp32 after the repetition penalty of prompt and output, then the other two, of the output only."""
+    scores = logits.tolist()
+    for token in {*prompt, *output}:
+        scores[token] = scores[token] / repetition if scores[token] > 0 else scores[token] * repetition
+    for token, count in Counter(output).items():
+        scores[token] -= presence + frequency * count
+    return torch.tensor(scores).clamp(max=torch.finfo(torch.float32).max)  # inf - inf would be NaN
+
+
+def next_token(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None, min_p: float = 0.0
+) -> int:
     """One token from fp32 logits [vocab]; temperature 0 is greedy (lowest id among equals).
 
-    Order: temperature, then top-k, then top-p over what is left; the draw walks the sorted distribution with one
-    uniform number, so that the same seed gives the same token wherever the logits are the same.
+    Order: temperature, top-k (exactly k; of equals the lowest ids), min-p, then top-p over what is left. The draw walks
+    the token ids with one uniform number, so that the same seed gives the same token wherever the logits are the same:
+    probabilities are whole numbers, whose sums have no rounding.
     """
+    scores = logits.tolist()
+    best = max(scores)
     if temperature == 0.0:
-        return int(logits.argmax())
-    # Against the largest first: a tiny temperature then gives -inf, never inf, and no softmax becomes NaN.
-    ordered, ids = torch.sort((logits - logits.max()) / temperature, descending=True, stable=True)
-    if top_k:
-        ordered, ids = ordered[:top_k], ids[:top_k]
-    probabilities = torch.softmax(ordered, dim=-1)
-    before = probabilities.cumsum(-1) - probabilities
-    reached = torch.where(before < top_p, probabilities, 0.0).cumsum(-1)
-    # Of this sum and no other: a draw beyond the last step would fall to a token that top-p left out.
-    draw = torch.rand((), generator=generator) * reached[-1]
-    return int(ids[min(int((reached <= draw).sum()), len(ids) - 1)])
+        return scores.index(best)
+    ranked = sorted(range(len(scores)), key=lambda token: -scores[token])  # stable
+    # Against the largest first: a tiny temperature then gives -inf, never inf.
+    odds = {token: math.exp((scores[token] - best) / temperature) for token in ranked[: top_k or None]}
+    masses = {token: round(2**32 * p) for token, p in odds.items() if p >= min_p}
+    before = [*accumulate(masses.values(), initial=0)]
+    nucleus = sorted(token for token, mass in zip(masses, before, strict=False) if mass < top_p * before[-1])
+    sums = list(accumulate(masses[token] for token in nucleus))
+    draw = 1 - torch.rand((), dtype=torch.float64, generator=generator).item()  # in (0, 1]
+    return nucleus[bisect_left(sums, draw * sums[-1])]
 
 
 def generate(
@@ -50,6 +70,10 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
     seed: int | None = None,
 ) -> Generation:
     """Decode one request alone with transformers' own cache.
@@ -67,15 +91,15 @@ def generate(
     tokens: list[int] = []
     logprobs: list[float] = []
     with torch.inference_mode(), injection.active(plan or Plan()):
-        while True:
+        while len(tokens) < max_tokens:
             output = injection.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
             cache = output.cache
             logits = output.logits[0, -1].float()
-            token = next_token(logits.cpu(), temperature, top_k, top_p, generator)
+            scores = penalised(logits, prompt_ids, tokens, repetition_penalty, presence_penalty, frequency_penalty)
+            token = next_token(scores, temperature, top_k, top_p, generator, min_p)
             if token in stop_ids:
                 return Generation(tuple(tokens), tuple(logprobs), "stop")
             tokens.append(token)
             logprobs.append(torch.log_softmax(logits, -1)[token].item())
-            if len(tokens) == max_tokens:
-                return Generation(tuple(tokens), tuple(logprobs), "length")
             ids = torch.tensor([[token]], device=device)
+    return Generation(tuple(tokens), tuple(logprobs), "length")

@@ -6,7 +6,7 @@ hooks add the deltas, so a model without an active plan computes exactly what it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from crma.errors import ConfigError, InvalidAdapter, UnsupportedModel
-from crma.lora import Lora, LoraPair, add_grouped
+from crma.lora import Lora, LoraPair, LoraStack, StackedRows, add_grouped
 from crma.selection import AdapterSelection
 
 if TYPE_CHECKING:
@@ -35,11 +35,14 @@ class ResidualPair(Protocol):
 class Plan:
     """Which rows of one batch use what: `tasks` (rows, LoRA) and `backbones` (rows, one pair a layer); rows None = all.
 
-    No row is in two groups of a kind; a row in none is the base model's.
+    No row is in two groups of a kind; a row in none is the base model's. `stacked` takes the place of `tasks` where no
+    gradient is needed. `head_rows`: the rows whose logits are wanted; None = all.
     """
 
     tasks: Sequence[tuple[Tensor | None, Lora]] = ()
     backbones: Sequence[tuple[Tensor | None, Sequence[ResidualPair]]] = ()
+    stacked: StackedRows | None = None
+    head_rows: Tensor | None = None
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -129,9 +132,7 @@ class Injection:
         self.hidden_size: int = model.config.hidden_size
         self._plan = Plan()
         self._hooks = [model.get_submodule(path).register_forward_hook(self._lora_hook(path)) for path in self.shapes]
-        # torch gives every row of a sliced (not contiguous) batch its own copy of the head: 57 MB on the default model.
-        head = model.get_output_embeddings()
-        self._hooks.append(head.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous()))
+        self._hooks.append(model.get_output_embeddings().register_forward_pre_hook(self._head_hook))
         self._hooks += [block.register_forward_hook(self._crma_hook(layer)) for layer, block in enumerate(self.blocks)]
 
     @contextmanager
@@ -173,12 +174,20 @@ class Injection:
 
     def _lora_hook(self, path: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if self._plan.stacked is not None:
+                self._plan.stacked.add_(path, output, inputs[0])
+                return None
             groups: list[tuple[Tensor | None, LoraPair]] = [
                 (rows, lora.pairs[path]) for rows, lora in self._plan.tasks if path in lora.pairs
             ]
             return add_grouped(output, inputs[0], groups) if groups else None
 
         return hook
+
+    def _head_hook(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        # torch gives every row of a sliced (not contiguous) batch its own copy of the head: 57 MB on the default model.
+        rows = self._plan.head_rows
+        return (inputs[0] if rows is None else inputs[0][rows]).contiguous()
 
     def _crma_hook(self, layer: int) -> Any:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
@@ -197,30 +206,40 @@ def plan_rows(
     loras: Mapping[str, Lora],
     backbones: Mapping[str, Sequence[ResidualPair]],
     device: torch.device | str = "cpu",
+    *,
+    stack: Callable[[frozenset[str]], LoraStack] | None = None,
+    head_rows: Tensor | None = None,
 ) -> Plan:
     """Group the rows of a batch by what they selected.
 
     Args:
         selections: one a row.
         loras, backbones: what is loaded, by digest.
+        stack: gives a stack that holds the adapters of these digests; None: one group of rows an adapter.
 
     Raises:
         ConfigError: a selection that is not loaded (never the base model instead).
     """
 
-    def group(digests: Sequence[str | None], loaded: Mapping[str, Any], field: str) -> list[tuple[Tensor | None, Any]]:
+    def rows_of(digests: Sequence[str | None], loaded: Mapping[str, Any], field: str) -> dict[str, list[int]]:
         by_digest: dict[str, list[int]] = {}
         for row, digest in enumerate(digests):
             if digest is not None:
                 by_digest.setdefault(digest, []).append(row)
         if missing := set(by_digest) - set(loaded):
             raise ConfigError(f"{field} is not loaded", field=field, value=min(missing), allowed=sorted(loaded))
+        return by_digest
+
+    def group(by_digest: Mapping[str, list[int]], loaded: Mapping[str, Any]) -> list[tuple[Tensor | None, Any]]:
         return [
-            (None if len(rows) == len(digests) else torch.tensor(rows, device=device), loaded[digest])
+            (None if len(rows) == len(selections) else torch.tensor(rows, device=device), loaded[digest])
             for digest, rows in by_digest.items()
         ]
 
-    return Plan(
-        tasks=group([s.task_digest for s in selections], loras, "task_digest"),
-        backbones=group([s.crma_digest for s in selections], backbones, "crma_digest"),
-    )
+    tasks = rows_of([s.task_digest for s in selections], loras, "task_digest")
+    crma = group(rows_of([s.crma_digest for s in selections], backbones, "crma_digest"), backbones)
+    if stack is None or not tasks:
+        return Plan(group(tasks, loras), crma, head_rows=head_rows)
+    stacked = stack(frozenset(tasks))
+    adapters = [-1 if s.task_digest is None else stacked.index[s.task_digest] for s in selections]
+    return Plan((), crma, StackedRows(stacked, torch.tensor(adapters, device=device)), head_rows)

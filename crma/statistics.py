@@ -1,4 +1,4 @@
-"""Intervals and tests: of a proportion, of paired binary items, of a mean over seeds.
+"""Intervals and tests: of a proportion, of paired binary items.
 
 Two-sided, 95 % unless said otherwise. Every function is pure; the only random one takes its seed. Too few values
 or a number that cannot be used is a ConfigError, impossible counts are a ValueError (scipy's own); never a NaN.
@@ -6,12 +6,9 @@ or a number that cannot be used is a ConfigError, impossible counts are a ValueE
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from crma.errors import ConfigError
@@ -23,19 +20,12 @@ ALPHA = 0.05
 RESAMPLES = 10_000
 
 
-class Equivalence(NamedTuple):
-    """Outcome of an equivalence test: `equivalent` is `p < alpha`."""
-
-    p: float
-    equivalent: bool
-
-
-def wilson(correct: int, scored: int, confidence: float = CONFIDENCE) -> Interval:
+def wilson(correct: int, scored: int) -> Interval:
     """Score interval of a proportion, `correct` of `scored` items; lies in [0, 1] and holds `correct / scored`.
 
     Source: Wilson 1927 (JASA 22, 209-212), without continuity correction, as scipy's `binomtest` computes it.
     """
-    found = stats.binomtest(correct, scored).proportion_ci(confidence_level=confidence, method="wilson")
+    found = stats.binomtest(correct, scored).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
     proportion = correct / scored  # at 0 and 1 the formula's end is the proportion itself, up to rounding
     return min(max(0.0, float(found.low)), proportion), max(min(1.0, float(found.high)), proportion)
 
@@ -60,8 +50,11 @@ def paired_bootstrap(differences: Sequence[float], *, seed: int, confidence: flo
     their differences. How often each *distinct* difference is drawn is Multinomial(n, counts / n): the same law as
     drawing n indices, and 3 numbers a resample instead of n where the items are right or wrong.
     """
-    values, counts = np.unique(_finite(differences, "differences"), return_counts=True)
-    n = int(counts.sum())
+    n = len(differences)
+    if n < 2 or not np.isfinite(differences).all():
+        message = "A spread needs at least two finite numbers."
+        raise ConfigError(message, field="differences", value=f"{n} values", allowed="at least 2 finite numbers")
+    values, counts = np.unique(np.asarray(differences, dtype=np.float64), return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=RESAMPLES)
     means = (drawn @ values) / n
     tail = (1 - confidence) / 2
@@ -93,47 +86,3 @@ def check_share(margin: float) -> None:
     if not 0 < margin < 1:
         message = "The margin of equivalence is a share of items."
         raise ConfigError(message, field="margin", value=str(margin), allowed="0 < margin < 1")
-
-
-def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Interval of the mean of `values` [n >= 2], taken as normal: mean ± t_{n-1} s / sqrt(n). Equal values: no width.
-
-    Source: "Student" 1908 (Biometrika 6, 1-25).
-    """
-    mean, error, n = _mean_and_error(values)
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
-    return mean - half, mean + half
-
-
-def tost(values: Sequence[float], *, margin: float, alpha: float = ALPHA) -> Equivalence:
-    """Two one-sided t-tests of "the mean of `values` [n >= 2] lies within ±margin" (same unit as the values).
-
-    p is the larger of the two one-sided p-values. For paired data pass the differences. Values that are all equal
-    have no error: p is then 0 inside the margin and 1 elsewhere.
-
-    Source: Schuirmann 1987 (J. Pharmacokinet. Biopharm. 15, 657-680).
-    """
-    if not 0 < margin < math.inf:
-        message = "The margin of equivalence must be positive."
-        raise ConfigError(message, field="margin", value=str(margin), allowed="a number > 0")
-    mean, error, n = _mean_and_error(values)
-    if error == 0:
-        return Equivalence(0.0, True) if abs(mean) < margin else Equivalence(1.0, False)
-    p = float(stats.t.sf((margin - abs(mean)) / error, n - 1))  # the nearer end has the larger p
-    return Equivalence(p, p < alpha)
-
-
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float, int]:
-    """(mean, standard error of the mean, n); the error is exactly 0 for equal values."""
-    sample = _finite(values, "values")
-    if np.ptp(sample) == 0:  # numpy's deviation of equal values can be a rounding error above 0
-        return float(sample[0]), 0.0, sample.size
-    return float(sample.mean()), float(sample.std(ddof=1)) / math.sqrt(sample.size), sample.size
-
-
-def _finite(values: Sequence[float], field: str) -> NDArray[np.float64]:
-    sample = np.asarray(values, dtype=np.float64)
-    if sample.size < 2 or not np.isfinite(sample).all():
-        message = "A spread needs at least two finite numbers."
-        raise ConfigError(message, field=field, value=f"{sample.size} values", allowed="at least 2 finite numbers")
-    return sample

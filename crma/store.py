@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import safetensors.torch
 import torch
@@ -29,6 +29,16 @@ from crma.prompts import PromptFormat
 from crma.pull import BaseModel
 
 __all__ = ["AdapterStore", "BackboneEntry", "TaskEntry", "backbone_digest"]
+
+
+class Origin(TypedDict):
+    """Where a version comes from. `trained_on` is None if unknown; `measured` is any JSON of finite numbers; `licence`
+    SPDX where there is one."""
+
+    base: BaseModel
+    trained_on: TrainedOn | None
+    measured: Mapping[str, Any]
+    licence: str
 
 
 class AdapterStore:
@@ -100,27 +110,24 @@ class AdapterStore:
         name: str,
         lora: Lora,
         *,
-        base: BaseModel,
         backbone: str | None,
         prompt_format: PromptFormat | None,
-        trained_on: TrainedOn | None,
-        measured: Mapping[str, Any],
-        licence: str,
         version: str | None = None,
         serve: bool = True,
         dtype: torch.dtype | None = torch.bfloat16,
+        **origin: Unpack[Origin],
     ) -> TaskEntry:
         """Publishes a LoRA as the next version of a task, or as `version`, and serves it.
 
-        `backbone` is the digest of the CRMA backbone it was trained on, None if it never saw one. `prompt_format` and
-        `trained_on` are None if unknown; `measured` is any JSON of finite numbers; `licence` SPDX where there is one.
-        `dtype` is that of the stored tensors; None keeps each as it is.
+        `backbone` is the digest of the CRMA backbone it was trained on, None if it never saw one. `prompt_format` is
+        None if unknown. `dtype` is that of the stored tensors; None keeps each as it is.
 
         Raises:
             AlreadyExists: the version is published.
             LineageMismatch: `backbone` is of another base, or neither in the store nor an ancestor.
             InvalidAdapter: the name, the weights or a field of the manifest; nothing is published then.
         """
+        base = origin["base"]
         config, tensors = lora_to_peft(lora, base_name=base.name, dtype=dtype)
         stored = lora_from_peft(config, tensors).config  # what is published can be loaded
         if backbone is not None:
@@ -129,7 +136,7 @@ class AdapterStore:
                 message = "The store holds neither this backbone nor a descendant for this base: publish it first."
                 raise LineageMismatch(message, field="backbone", value=backbone, allowed=[e.digest for e in known])
         fields = {"name": name, "prompt_format": prompt_format, "backbone": backbone, "scaling": stored.scaling}
-        fields |= asdict(stored) | _provenance(base, trained_on, measured, licence)
+        fields |= asdict(stored) | _provenance(origin)
         files = _files(TaskManifest.FILES, config, tensors)
         return read_task(self.root, name, self._publish(task_channel(name), files, fields, version, serve))
 
@@ -137,14 +144,11 @@ class AdapterStore:
         self,
         backbone: Backbone,
         *,
-        base: BaseModel,
         lineage: Sequence[str],
-        trained_on: TrainedOn | None,
-        measured: Mapping[str, Any],
-        licence: str,
         blend: Blend | None = None,
         version: str | None = None,
         serve: bool = True,
+        **origin: Unpack[Origin],
     ) -> BackboneEntry:
         """Publishes a backbone, its raw fp32 parameters and its certificate; else as `publish_task`.
 
@@ -159,13 +163,13 @@ class AdapterStore:
         Backbone.from_tensors(backbone.config, backbone.tensors())  # what is published can be loaded
         known = self._backbones()
         for ancestor in (known[digest] for digest in lineage if digest in known):
-            ancestor.check_base(base.digest)
+            ancestor.check_base(origin["base"].digest)
             if forgotten := [digest for digest in ancestor.manifest.lineage if digest not in lineage]:
                 message = f"The lineage leaves out ancestors of {ancestor.version}: their LoRAs would stop serving."
                 raise LineageMismatch(message, field="lineage", value=list(lineage), allowed=f"with {forgotten}")
         parent = known[lineage[0]].load() if lineage and lineage[0] in known else None
         fields = {"config": backbone.config, "lineage": lineage, "blend": blend}
-        fields |= {"certificate": certify(backbone, parent), **_provenance(base, trained_on, measured, licence)}
+        fields |= {"certificate": certify(backbone, parent), **_provenance(origin)}
         return read_backbone(self.root, self._publish(BACKBONE, files, fields, version, serve))
 
     def import_peft(
@@ -184,8 +188,8 @@ class AdapterStore:
             lora = lora_from_peft(config, tensors)
             if shapes is not None:
                 check_fits(config, lora, shapes)
-        unknown: dict[str, Any] = {"backbone": None, "prompt_format": None, "trained_on": None, "measured": {}}
-        return self.publish_task(name, lora, base=base, licence=licence, dtype=None, **unknown)
+        origin: Origin = {"base": base, "trained_on": None, "measured": {}, "licence": licence}
+        return self.publish_task(name, lora, backbone=None, prompt_format=None, dtype=None, **origin)
 
     # Serving -----------------------------------------------------------------------------------------------------
 
@@ -244,13 +248,11 @@ class AdapterStore:
         entries: list[TaskEntry | BackboneEntry] = []
         problems: list[StoreError] = []
         channels = Channels()
-        for name in _names(problems, task_channel, self.root, "tasks"):
-            for version in _names(problems, check_version, self.root, f"tasks/{name}"):
+        tasks = _names(problems, task_channel, self.root, "tasks")
+        for channel in (BACKBONE, *map(task_channel, tasks)):
+            for version in _names(problems, check_version, self.root, channel_folder(channel)):
                 with _collected(problems):
-                    entries.append(read_task(self.root, name, version))
-        for version in _names(problems, check_version, self.root, "backbones"):
-            with _collected(problems):
-                entries.append(read_backbone(self.root, version))
+                    entries.append(read_entry(self.root, channel, version))
         with _collected(problems):
             channels = read_channels(self.root)
             channels.check_integrity()
@@ -299,9 +301,9 @@ def backbone_digest(backbone: Backbone) -> str:
     return files_digest(_backbone_files(backbone))
 
 
-def _provenance(base: BaseModel, trained_on: TrainedOn | None, measured: Any, licence: str) -> dict[str, Any]:
-    reference = {"name": base.name, "digest": base.digest}
-    return {"base": reference, "trained_on": trained_on, "measured": measured, "licence": licence}
+def _provenance(origin: Origin) -> dict[str, Any]:
+    base = origin["base"]
+    return {**origin, "base": {"name": base.name, "digest": base.digest}}
 
 
 def _files(names: tuple[str, str], config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, bytes]:

@@ -6,13 +6,12 @@ Shapes: L layers, n streams; b rows, s positions (evaluate.Batch).
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from crma.arms import ALL_GROUPS, Group
 from crma.config import TrainConfig
 from crma.errors import TrainingError
 from crma.evaluate import IGNORED, Encoded, answer_loss, collate
+from crma.files import replace_file
 from crma.injection import Injection, Plan
 from crma.lora import Lora
 
@@ -139,30 +139,6 @@ def backbone_log(backbone: Backbone, M_0: Tensor, recording: Sequence[RecordingP
     return {name: [float(f"{v:.6g}") for v in values.tolist()] for name, values in log.items()}
 
 
-class StepLog:
-    """JSON Lines, one a step. `position` goes into checkpoints, so that a resumed run repeats no line."""
-
-    def __init__(self, path: Path, position: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("r+b" if path.exists() else "w+b")
-        self._file.truncate(position)
-        self._file.seek(position)
-
-    @property
-    def position(self) -> int:
-        """Bytes written so far."""
-        return self._file.tell()
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one step."""
-        self._file.write(json.dumps(line, allow_nan=False, separators=(",", ":")).encode() + b"\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
 @dataclass
 class TaskTrainer:
     """Trains one task: what it needs, and the folder where its checkpoint and log live."""
@@ -177,8 +153,8 @@ class TaskTrainer:
     folder: Path
     M_0: Tensor | None = None
 
-    def run(self, on_step: Callable[[int], None]) -> dict[str, Any]:
-        """Train to the end of the last epoch and return {"steps", "tokens", "wall_s"}.
+    def run(self, progress: Callable[[int, int], None]) -> float:
+        """Train to the end of the last epoch; `progress(step, steps)` after each. Returns the seconds it took.
 
         Checkpoints after every epoch; a run that was killed goes on there and gives the same weights.
 
@@ -192,21 +168,22 @@ class TaskTrainer:
         steps_per_epoch = math.ceil(len(self.rows) / config.batch_size)
         total = steps_per_epoch * config.epochs
         done = self._restore(optimizer)
-        tokens, started, earlier = done["tokens"], time.perf_counter(), done["wall_s"]
-        with closing(StepLog(self.folder / "log.jsonl", done["position"])) as log:
+        started = time.perf_counter() - done["wall_s"]
+        with (self.folder / "log.jsonl").open("ab", buffering=0) as log:
+            log.truncate(done["position"])  # a resumed run repeats no line
             for epoch in range(done["epochs"], config.epochs):
                 for step, batch in enumerate(self._batches(epoch), start=epoch * steps_per_epoch):
                     factor = schedule(step, total, config.warmup)
                     for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                         group["lr"] = rate * factor
                     line = self._step(optimizer, batch)
-                    log.write({"task": self.task, "step": step, "epoch": epoch, "lr": factor} | line)
+                    logged = {"task": self.task, "step": step, "epoch": epoch, "lr": factor} | line
+                    log.write(json.dumps(logged, allow_nan=False, separators=(",", ":")).encode() + b"\n")
                     self._check(step, line)
-                    tokens += batch.num_tokens
-                    on_step(batch.num_tokens)
-                wall = earlier + time.perf_counter() - started
-                self._save(optimizer, {"epochs": epoch + 1, "position": log.position, "tokens": tokens, "wall_s": wall})
-        return {"steps": total, "tokens": tokens, "wall_s": earlier + time.perf_counter() - started}
+                    progress(step + 1, total)
+                wall_s = time.perf_counter() - started
+                self._save(optimizer, {"epochs": epoch + 1, "position": log.tell(), "wall_s": wall_s})
+        return time.perf_counter() - started
 
     def _batches(self, epoch: int) -> Iterator[Any]:
         key = f"{self.config.seed}/{self.task}/{epoch}"
@@ -224,9 +201,8 @@ class TaskTrainer:
         if self.adapted.backbone is not None and self.M_0 is not None:
             line["crma"] = backbone_log(self.adapted.backbone, self.M_0, self.adapted.recording)
         if not all(map(math.isfinite, (line["loss"], *norms.values()))):
-            raise TrainingError(
-                f"{self.task}: loss or gradient is not finite; lower lr", field="loss", value=line, allowed="finite"
-            )
+            message = f"{self.task}: loss or gradient is not finite; lower lr"
+            raise TrainingError(message, field="loss", value=line, allowed="finite")
         optimizer.step()
         return line
 
@@ -235,41 +211,23 @@ class TaskTrainer:
         if not (self.first_task and step >= ALIVE_FROM_STEP and self.adapted.backbone_moves and "crma" in line):
             return
         if dead := [layer for layer, norm in enumerate(line["crma"]["grad_S"]) if norm == 0.0]:
-            raise TrainingError(
-                f"{self.task}: the gradient of M is 0 at step {step}",
-                field="layers",
-                value=dead,
-                allowed="a gradient in every layer",
-            )
+            message = f"{self.task}: the gradient of M is 0 at step {step}"
+            raise TrainingError(message, field="layers", value=dead, allowed="a gradient in every layer")
 
     def _save(self, optimizer: torch.optim.Optimizer, done: dict[str, Any]) -> None:
         """One file, replaced atomically."""
-        state = {
-            "done": done,
-            "lora": [p.detach() for p in self.adapted.lora_parameters],
-            "backbone": self.adapted.backbone.tensors() if self.adapted.backbone is not None else None,
-            "optimizer": optimizer.state_dict(),
-        }
-        path = self.folder / "checkpoint.pt"
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        checkpoint = io.BytesIO()
+        state = {"done": done, "adapted": self.adapted.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state, checkpoint)
+        replace_file(self.folder / "checkpoint.pt", checkpoint.getvalue())
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Take up the checkpoint if there is one; else the beginning."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            state = torch.load(self.folder / "checkpoint.pt", weights_only=True, map_location=self.accelerator.device)
-            with torch.no_grad():
-                for parameter, saved in zip(self.adapted.lora_parameters, state["lora"], strict=True):
-                    parameter.copy_(saved)
-                if self.adapted.backbone is not None:
-                    for name, parameter in self.adapted.backbone.named_parameters():
-                        parameter.copy_(state["backbone"][name])
+        path, done = self.folder / "checkpoint.pt", {"epochs": 0, "position": 0, "wall_s": 0.0}
+        if path.exists():
+            state = torch.load(path, weights_only=True, map_location=self.accelerator.device)
+            self.adapted.load_state_dict(state["adapted"])
             optimizer.load_state_dict(state["optimizer"])
-            done: dict[str, Any] = state["done"]
-            return done
-        return {"epochs": 0, "position": 0, "tokens": 0, "wall_s": 0.0}
+            done = state["done"]
+        return done

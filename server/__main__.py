@@ -26,6 +26,7 @@ from server import log as logs
 from server.app import create_app
 from server.engine.adapter_pool import AdapterPool
 from server.engine.async_engine import AsyncEngine
+from server.engine.block_pool import BlockPool, root_key
 from server.engine.engine import Engine, model_stop_ids
 from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import Scheduler
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("server")
 
+BLOCK_SIZE = 16  # tokens: the grain in which KV memory is given out and prefixes are shared
+
 
 def build_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
     """Loads the model and starts the engine's thread. Raises CrmaError for what cannot be served as asked."""
@@ -47,14 +50,24 @@ def build_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
         torch.set_num_threads(settings.num_threads)
     device = resolve_device(settings.device)
     injection = Injection(load_model(base, device, resolve_dtype(settings.dtype, device)))
-    pool = AdapterPool(injection, settings.max_loaded_adapters)
+    mib = settings.max_adapter_mib
+    pool = AdapterPool(injection, settings.max_loaded_adapters, None if mib is None else mib * 2**20)
     tokenizer = load_tokenizer(base)
+    max_model_len = min(settings.max_model_len, injection.model.config.max_position_embeddings)
+    if settings.max_num_batched_tokens < settings.max_num_seqs or settings.kv_cache_tokens < max_model_len:
+        pair = f"{settings.max_num_batched_tokens}, {settings.kv_cache_tokens}"
+        message = "CRMA_MAX_NUM_BATCHED_TOKENS or CRMA_KV_CACHE_TOKENS is too small for what they have to hold"
+        limits = f"max_num_batched_tokens >= {settings.max_num_seqs}, kv_cache_tokens >= {max_model_len}"
+        raise ConfigError(message, field="CRMA_KV_CACHE_TOKENS", value=pair, allowed=limits)
+    blocks = BlockPool(1 + -(-settings.kv_cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
+    identity = (base.digest, str(injection.model.dtype))
+    root_of = (lambda selection: root_key(*identity, *selection)) if settings.prefix_caching else None
     core = Engine(
-        ModelRunner(injection, pool, settings.max_num_seqs),
-        Scheduler(settings.max_num_seqs, settings.max_num_batched_tokens),
+        ModelRunner(injection, pool, blocks),
+        Scheduler(blocks, settings.max_num_seqs, settings.max_num_batched_tokens, root_of),
         tokenizer,
         model_stop_ids(tokenizer, injection.model.generation_config.eos_token_id),
-        min(settings.max_model_len, injection.model.config.max_position_embeddings),
+        max_model_len,
     )
     engine = AsyncEngine(core, pool, settings.max_queue)
     engine.start()

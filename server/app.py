@@ -10,13 +10,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import __version__, errors
-from server.errors import BodyTooLarge
 from server.frontend import Frontend
 from server.log import RequestLog
-from server.routes import ablation, adapters, generate, operations
+from server.routes import ablation, adapters, generate, openai, operations
 
 log = logging.getLogger("server")
 
@@ -35,12 +35,11 @@ def create_app(frontend: Frontend, on_stop: Callable[[], Awaitable[None]]) -> Fa
         await on_stop()
         frontend.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(
         title="CRMA Server",
         version=__version__,
         description="Many fine-tuned tasks from one base model, with a shared CRMA backbone on or off per request.",
         lifespan=lifespan,
-        docs_url=None,
         redoc_url=None,
         strict_content_type=False,
     )
@@ -48,7 +47,7 @@ def create_app(frontend: Frontend, on_stop: Callable[[], Awaitable[None]]) -> Fa
     settings, metrics = frontend.settings, frontend.metrics
     metrics.watch(frontend.engine.stats, frontend.registry.names, settings.max_loaded_adapters)
     errors.install(app)
-    for router in (generate.router, ablation.router, adapters.router, adapters.admin, operations.router):
+    for router in (generate.router, openai.router, ablation.router, adapters.router, adapters.admin, operations.router):
         app.include_router(router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestLog, metrics=metrics)  # the last added is the outermost
@@ -83,7 +82,7 @@ class BodyLimit:
                 size += len(message.get("body", b""))
                 if size > self.max_bytes:
                     limit = f"<= {self.max_bytes} bytes"
-                    raise BodyTooLarge("the body is over the limit", field="body", value=size, allowed=limit)
+                    raise errors.BodyTooLarge("the body is over the limit", field="body", value=size, allowed=limit)
                 decoder.decode(message.get("body", b""), final=not message.get("more_body", False))
             return message
 

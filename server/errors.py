@@ -1,7 +1,8 @@
 """What a request can be refused with: the tree, the one table of statuses, and the handlers that write the answer.
 
 Errors of `crma` and of the engine get their status from `STATUS_OF`. Anything else is a 500 that says nothing of the
-inside; the log has it under the request id. To add one: derive it from ApiError here.
+inside; the log has it under the request id. Routes under /v1 answer in OpenAI's shape. To add one: derive it from
+ApiError here.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from crma.errors import BaseMismatch, ConfigError, CrmaError, DigestMismatch, InvalidAdapter, LineageMismatch, NotFound
+from server.engine.adapter_pool import AdapterPoolFull
 from server.engine.request import EngineError, EngineStopped, PromptTooLong, QueueFull
 from server.schemas import ErrorBody
 
@@ -57,12 +60,20 @@ class MethodNotAllowed(ApiError, status=405, code="method_not_allowed"):
     """The path, but not by this method."""
 
 
+class ModelNotFound(ApiError, status=404, code="model_not_found"):
+    """No task or version for a `model` of OpenAI's routes."""
+
+
 class NoBackbone(ApiError, status=409, code="no_backbone"):
     """CRMA asked for, none loaded."""
 
 
 class AdapterBusy(ApiError, status=409, code="adapter_in_use"):
     """Requests use the adapter, or it is pinned."""
+
+
+class AdapterUnloaded(ApiError, status=409, code="adapter_unloaded"):
+    """An administrator took the request's adapter out of memory while it ran or waited."""
 
 
 class BodyTooLarge(ApiError, status=413, code="body_too_large"):
@@ -106,6 +117,7 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
     (LineageMismatch, 409, "lineage_mismatch"),
     (DigestMismatch, 409, "digest_mismatch"),
     (InvalidAdapter, 409, "invalid_adapter"),
+    (AdapterPoolFull, 409, "adapter_pool_full"),
     (ConfigError, 422, "invalid_field"),
     (PromptTooLong, 422, "prompt_too_long"),
     (QueueFull, 429, "queue_full"),
@@ -113,14 +125,19 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
 )
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` argument of a route that can answer with these: each with the codes that it can have."""
+GENERATING = (400, 401, 404, 409, 413, 422, 429, 500, 503, 504)
+
+
+def documented(*statuses: int, body: type[BaseModel] = ErrorBody, stream: str = "") -> dict[int | str, dict[str, Any]]:
+    """The `responses` argument of a route that can answer with these: each with the codes that it can have.
+
+    `stream`: an example of the events that it may answer with instead of one body.
+    """
     kinds: list[type[ApiError]] = [ApiError, *ApiError.__subclasses__()]
     codes = {(kind.status, kind.code) for kind in kinds} | {(status, code) for _, status, code in STATUS_OF}
-    return {
-        status: {"model": ErrorBody, "description": ", ".join(code for s, code in sorted(codes) if s == status)}
-        for status in statuses
-    }
+    named = {status: ", ".join(code for s, code in sorted(codes) if s == status) for status in statuses}
+    whole: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"example": stream}}}}
+    return (whole if stream else {}) | {status: {"model": body, "description": named[status]} for status in statuses}
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -141,10 +158,18 @@ def to_api_error(error: Exception) -> ApiError:
     return made
 
 
-def error_body(error: ApiError) -> dict[str, Any]:
-    """`{"error": {"code", "message", "field", "value", "allowed"}}`, safe to write as JSON whatever was sent."""
+def error_body(error: ApiError, path: str) -> dict[str, Any]:
+    """An ErrorBody, for a path under /v1 an OpenAIErrorBody; safe to write as JSON whatever was sent."""
     limits = {"message": 500, "field": 200, "value": 200, "allowed": 4000}
-    return {"error": {"code": error.code} | {name: shown(getattr(error, name), limits[name]) for name in limits}}
+    parts = {name: shown(getattr(error, name), limit) for name, limit in limits.items()}
+    if not path.startswith("/v1/"):
+        return {"error": {"code": error.code} | parts}
+    message, allowed = parts["message"], parts["allowed"]
+    if allowed is not None and str(allowed) not in message:  # OpenAI's shape has no place of its own for it
+        message = f"{message} (allowed: {allowed})"
+    param = "model" if parts["field"] == "task" else parts["field"]
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": error.code}}
 
 
 def shown(value: object, limit: int) -> Any:
@@ -158,9 +183,9 @@ def shown(value: object, limit: int) -> Any:
     return (text if len(text) <= limit else text[:limit] + "…").encode("utf-8", "backslashreplace").decode()
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """The answer for an error."""
-    return JSONResponse(error_body(error), status_code=error.status, headers=error.headers)
+def error_response(error: ApiError, path: str) -> JSONResponse:
+    """The answer for an error of a request to `path`."""
+    return JSONResponse(error_body(error, path), status_code=error.status, headers=error.headers)
 
 
 def _from_validation(error: RequestValidationError) -> ApiError:
@@ -210,7 +235,7 @@ def install(app: FastAPI) -> None:
             refusal = to_api_error(error)
             if refusal.status >= 500 and refusal is not error:
                 log.error("%s: %s", type(error).__name__, error, exc_info=error)
-        return error_response(refusal)
+        return error_response(refusal, request.scope["path"])
 
     for kind in (CrmaError, EngineError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)

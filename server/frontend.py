@@ -6,21 +6,21 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import fastapi
 from fastapi import Depends
 
 from crma.errors import StoreError
-from crma.prompts import raw_format
+from crma.prompts import PromptFormat, raw_format
 from crma.selection import BASE
-from server import __version__
-from server.engine.request import EngineError, FinishReason, Request, RequestOutput, SamplingParams, Timings
-from server.errors import ClientGone, DeadlineExceeded, Draining, GenerationFailed, InvalidField, NotReady
+from server import __version__, errors
+from server.engine.request import EngineError, FinishReason, QueueFull, Request, RequestOutput, SamplingParams, Timings
 from server.metrics import Metrics, RequestMetrics
 from server.registry import Registry, Resolved
 from server.schemas import ServedModel
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from server.engine.async_engine import AsyncEngine
+    from server.engine.request import TokenLogprob
 
 T = TypeVar("T")
+Outputs = AsyncGenerator[RequestOutput, None]
 
 
 @dataclass
@@ -39,64 +41,51 @@ class SequenceResult:
     """One of n answers, as far as it has come; `last` is its last output, with the totals, once it has ended."""
 
     text: str = ""
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
     last: RequestOutput | None = None
 
 
 class Generation:
-    """One request in the engine. `close` it whatever happens: it aborts what has not ended, and counts the request."""
+    """One request in the engine."""
 
     def __init__(self, engine: AsyncEngine, request: Request, metrics: RequestMetrics) -> None:
         self.request = request
         self.sequences = [SequenceResult() for _ in range(request.sampling.n)]
+        self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._engine = engine
         self._metrics = metrics
-        self._failure = "abort"
-        self._open = False  # taken by the engine, and neither ended nor refused
 
-    async def outputs(self) -> AsyncGenerator[RequestOutput, None]:
-        """Outputs as they come, already added to `sequences`.
+    async def outputs(self) -> Outputs:
+        """Submits, and gives outputs as they come, already added to `sequences`. Who does not read them to their end
+        closes this: then the engine aborts what has not ended. A refused request may be submitted again.
 
         Raises:
-            EngineError, StoreError: refused; nothing has run, and it may be tried again.
-            DeadlineExceeded, GenerationFailed, Draining: the engine gave up on the request.
+            EngineError, StoreError: refused; nothing has run.
+            DeadlineExceeded, AdapterUnloaded, GenerationFailed, Draining: the engine gave up on the request.
         """
-        stream = self._engine.submit(self.request)
-        self._open = True
-        async with aclosing(stream):  # type: ignore[type-var]  # now, and not when the garbage collector comes to it
+        # Closed now, and not when the garbage collector comes to it.
+        async with aclosing(self._engine.submit(self.request)) as stream:  # type: ignore[type-var]
             try:
                 async for output in stream:
                     self._take(output)
                     yield output
-            except (EngineError, StoreError):
-                self._open = False
+                self._metrics.record(str(self.sequences[0].finish_reason), self.timings())
+            except BaseException as error:
+                if not isinstance(error, EngineError | StoreError):
+                    self._metrics.record("error" if isinstance(error, errors.GenerationFailed) else "abort", None)
                 raise
 
     async def finished(self) -> None:
         """Waits until every sequence has ended. Raises as `outputs`."""
-        async with aclosing(self.outputs()) as outputs:
-            async for _ in outputs:
-                pass
-
-    def close(self) -> None:
-        """Idempotent."""
-        if not self._open:
-            return
-        self._open = False
-        ended = self._ended()
-        if len(ended) < len(self.sequences):
-            self._engine.abort(self.request.id)
-            self._metrics.record(self._failure, None)
-        else:
-            self._metrics.record(str(ended[0].finish_reason), self.timings())
+        async for _ in self.outputs():
+            pass
 
     def usage(self) -> dict[str, int]:
         """Tokens over all sequences; the prompt is counted once."""
-        return {
-            "prompt_tokens": len(self.request.prompt_ids),
-            "completion_tokens": sum(output.completion_tokens for output in self._ended()),
-            "cached_tokens": min(output.cached_tokens for output in self._ended()),
-        }
+        ended = self._ended()
+        new, cached = sum(each.completion_tokens for each in ended), min(each.cached_tokens for each in ended)
+        return {"prompt_tokens": len(self.request.prompt_ids), "completion_tokens": new, "cached_tokens": cached}
 
     def timings(self) -> Timings:
         """Of the whole request: the first sequence to start, the first token of any, the last to end."""
@@ -109,19 +98,21 @@ class Generation:
 
     def _take(self, output: RequestOutput) -> None:
         if output.finish_reason is FinishReason.ERROR:
-            self._failure = "error"
-            raise GenerationFailed(output.error or "the engine failed on this request")
+            raise errors.GenerationFailed(output.error or "the engine failed on this request")
         if output.finish_reason is FinishReason.ABORT:
             if output.error == "deadline":
-                raise DeadlineExceeded("the request's deadline passed before it was done", field="timeout_s")
-            raise Draining("the request was aborted: the server is stopping")
+                raise errors.DeadlineExceeded("the request's deadline passed before it was done", field="timeout_s")
+            if output.error == "unloaded":
+                raise errors.AdapterUnloaded("its adapter was unloaded by an administrator", field="task")
+            raise errors.Draining("the request was aborted: the server is stopping")
         sequence = self.sequences[output.index]
         sequence.text += output.text
         sequence.logprobs += output.logprobs
+        self.prompt_logprobs += output.prompt_logprobs
         if output.token_ids:
             self._metrics.tokens(output.index)
         if output.finish_reason is not None:
-            sequence.last = output
+            sequence.finish_reason, sequence.last = output.finish_reason, output
 
 
 @dataclass(eq=False)
@@ -149,18 +140,20 @@ class Frontend:
         self._raw = raw_format(self.tokenizer)
         # One thread: a fast tokenizer is not to be used by two at once, and encoding must not hold the event loop up.
         self._encoder = ThreadPoolExecutor(1, "encode")
+        self._num_encoding = 0  # in that thread and waiting for it
+        self._num_tokens = len(self.tokenizer)
 
     def resolve(self, task: str | None, crma: bool | None) -> Resolved:
         """The adapters of a request. Raises NotReady, Draining, and what the registry raises."""
         if self.draining:
-            raise Draining("the server is stopping and takes no new requests")
+            raise errors.Draining("the server is stopping and takes no new requests")
         if not self.registry.verified:
-            raise NotReady("the adapter store is not verified yet; try again")
+            raise errors.NotReady("the adapter store is not verified yet; try again")
         return self.registry.resolve(task, crma)
 
     async def generation(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         resolved: Resolved,
         sampling: SamplingParams,
         *,
@@ -170,31 +163,25 @@ class Frontend:
     ) -> Generation:
         """A request, not yet submitted. A sampled one without a seed gets one, so that it can be repeated.
 
+        Args:
+            prompt: text, or token ids, which are what the model reads: they are raw whatever `raw` says.
+
         Raises:
-            InvalidField: n, stop or timeout_s over the server's limits; or not raw, where the base has no chat format.
+            InvalidField: n, stop or timeout_s over the server's limits; a token id that there is not; or not raw, where
+                the base has no chat format.
+            QueueFull: `max_queue` prompts wait to be encoded.
         """
         arrival = time.monotonic()
-        for name, value, limit in (
-            ("n", sampling.n, self.settings.max_n),
-            ("stop", len(sampling.stop), self.settings.max_stop),
-            ("timeout_s", timeout_s or 0, self.settings.request_timeout_s),
-        ):
-            if value > limit:
-                raise InvalidField(f"{name}: over this server's limit", field=name, value=value, allowed=f"<= {limit}")
-        if not raw and resolved.prompt_format is None:
+        self._check_limits(sampling, timeout_s)
+        if isinstance(prompt, str) and not raw and resolved.prompt_format is None:
             message = "this model has no chat template: send raw prompts"
-            raise InvalidField(message, field="raw", value=raw, allowed=True)
+            raise errors.InvalidField(message, field="raw", value=raw, allowed=True)
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(31))
-        own = resolved.prompt_format or self._raw  # a prompt formatted by hand ends like one that was formatted here
-
-        def encode() -> tuple[list[int], int]:
-            return (self._raw if raw else own).encode(self.tokenizer, prompt), own.stop_id(self.tokenizer)
-
-        prompt_ids, stop_id = await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
+        prompt_ids, stop_id = await self._encode(prompt, resolved.prompt_format or self._raw, raw)
         request = Request(
             id=f"{prefix}-{uuid.uuid4().hex}",
-            prompt_ids=tuple(prompt_ids),
+            prompt_ids=prompt_ids,
             stop_token_ids=(stop_id,),
             sampling=sampling,
             selection=resolved.selection,
@@ -204,6 +191,40 @@ class Frontend:
         label = self.metrics.adapter_label(resolved.task.name if resolved.task else None)
         crma = "off" if resolved.selection.crma_digest is None else "on"
         return Generation(self.engine, request, RequestMetrics(self.metrics, label, crma))
+
+    def _check_limits(self, sampling: SamplingParams, timeout_s: float | None) -> None:
+        for name, value, limit in (
+            ("n", sampling.n, self.settings.max_n),
+            ("stop", len(sampling.stop), self.settings.max_stop),
+            ("timeout_s", timeout_s or 0, self.settings.request_timeout_s),
+        ):
+            if value > limit:
+                raise errors.InvalidField(f"{name}: over the limit", field=name, value=value, allowed=f"<= {limit}")
+
+    async def _encode(self, prompt: str | Sequence[int], own: PromptFormat, raw: bool) -> tuple[tuple[int, ...], int]:
+        """The prompt's ids, and the token that ends its answer: one formatted by hand ends like one formatted here."""
+        for at, each in enumerate(() if isinstance(prompt, str) else prompt):
+            if not 0 <= each < self._num_tokens:
+                name, allowed = f"prompt.{at}", f"0 to {self._num_tokens - 1}"
+                raise errors.InvalidField(f"{name}: no such token", field=name, value=each, allowed=allowed)
+        if self._num_encoding > self.settings.max_queue:
+            raise QueueFull(self.settings.max_queue, retry_after=1.0)
+
+        def encode() -> tuple[tuple[int, ...], int]:
+            ids = (self._raw if raw else own).encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
+            return tuple(ids), own.stop_id(self.tokenizer)
+
+        self._num_encoding += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
+        finally:
+            self._num_encoding -= 1
+
+    def top_tokens(self, logprob: TokenLogprob) -> list[dict[str, Any]]:
+        """The most probable tokens as they are answered, each with its own text; part of a character is shown as �."""
+        # Decoding only reads the tokenizer; it need not wait for the thread that encodes.
+        text = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
+        return [{"id": each, "token": text([each]), "logprob": value} for each, value in logprob.top]
 
     def provenance(self, seed: int | None, crma: str | None, **tasks: Any) -> dict[str, Any]:
         """Exactly what answered: `tasks` is the digest, or the digests by name, of the task adapters."""
@@ -222,9 +243,10 @@ class Frontend:
         return None if stats.num_steps else "no step has run yet"
 
     async def warm_up(self) -> None:
-        """One token of the base model: the first step, before the first user pays for it."""
+        """One token of the base model: the first step, before the first user pays for it; no metric counts it."""
         generation = await self.generation("Hello", Resolved(None, BASE, None), SamplingParams(1), raw=True)
-        await generation.finished()
+        async for _ in self.engine.submit(generation.request):
+            pass
 
     def close(self) -> None:
         """Ends the encoding thread."""
@@ -243,7 +265,7 @@ async def unless_gone(request: fastapi.Request, work: Awaitable[T]) -> T:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientGone("the client went away")
+        raise errors.ClientGone("the client went away")
     finally:
         task.cancel()
         watcher.cancel()

@@ -59,7 +59,7 @@ class RequestLog:
             log.exception("unexpected %s", type(error).__name__)
             if status:  # the answer has begun; the connection can only be cut
                 raise
-            await error_response(to_api_error(error))(scope, receive, send_with_id)
+            await error_response(to_api_error(error), scope["path"])(scope, receive, send_with_id)
         finally:
             self._record(scope, status or 499, time.monotonic() - started)
             request_id.reset(token)

@@ -1,8 +1,8 @@
 """Task names -> digests: which adapters a request means, whether they may serve here, and what the store says now.
 
 Names are only ever looked up in a view of the store that was read before; a request never touches the file system.
-A view is replaced whole, so a request sees all of a publication or nothing of it. Running requests keep the digests
-they began with.
+A view is replaced whole, so a request sees all of a publication or nothing of it, and once what serves from then on is
+in memory where its predecessor was. Running requests keep the digests they began with.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,6 +54,12 @@ class _View:
         entries = (entry for _, versions in sorted(self.tasks.items()) for entry in versions.values())
         return [entry for entry in entries if isinstance(entry, TaskEntry)]
 
+    def served(self) -> dict[str | None, TaskEntry | BackboneEntry]:
+        """What serves and is sound: tasks by name, the backbone under None."""
+        served: dict[str | None, TaskEntry | BackboneEntry] = {}
+        served |= {entry.name: entry for entry in self.sound() if self.serving[entry.name] == entry.version}
+        return served | ({None: self.backbone} if isinstance(self.backbone, BackboneEntry) else {})
+
 
 @dataclass(eq=False)
 class Registry:
@@ -81,9 +86,7 @@ class Registry:
 
     def __post_init__(self) -> None:
         self._view = _View()
-        self._sound: set[str] = set()
-        self._pinned: set[str] = set()
-        self._pinning = threading.Lock()
+        self._sound: dict[str, int] = {}  # digest of what was checked -> bytes that it takes as it serves
         self._seen: object = None
         self._watching: asyncio.Task[None] | None = None
 
@@ -102,7 +105,7 @@ class Registry:
             await asyncio.gather(self._watching, return_exceptions=True)
 
     async def refresh(self) -> None:
-        """Reads the store if it changed; new versions are checked first."""
+        """Reads the store if it changed; new versions are checked first, and loaded if they replace a resident one."""
         seen = await asyncio.to_thread(self._fingerprint)
         if seen == self._seen:
             return
@@ -113,7 +116,8 @@ class Registry:
             view = self._view
         for entry in (*view.sound(), view.backbone):
             if isinstance(entry, TaskEntry | BackboneEntry):
-                self.pool.register(entry.digest, partial(entry.load, self.shapes))
+                self.pool.register(entry.digest, partial(entry.load, self.shapes), self._sound[entry.digest])
+        await self._preload(view)
         self._view, self._seen = view, seen
         self.metrics.set_backbone(self.backbone)
 
@@ -159,25 +163,21 @@ class Registry:
 
     def serving_tasks(self) -> list[TaskEntry]:
         """The serving version of every sound task, by name."""
-        return [entry for entry in self._view.sound() if self._view.serving[entry.name] == entry.version]
+        return [entry for entry in self._view.served().values() if isinstance(entry, TaskEntry)]
 
     def names(self) -> dict[str, str]:
         """Digest -> name of every sound version."""
         return {entry.digest: entry.name for entry in self._view.sound()}
 
-    def pin(self, digest: str) -> None:
-        """Keeps an adapter in memory; blocks while it loads. Once, however often it is asked for."""
-        with self._pinning:
-            if digest not in self._pinned:
-                self.pool.pin(digest)
-                self._pinned.add(digest)
-
-    def unpin(self, digest: str) -> None:
-        """Takes back `pin`, never a request's own hold."""
-        with self._pinning:
-            if digest in self._pinned:
-                self._pinned.remove(digest)
-                self.pool.unpin(digest)
+    async def _preload(self, view: _View) -> None:
+        """Loads what will serve in place of something resident, so that no request has to wait for it."""
+        before, resident = self._view.served(), self.pool.resident()
+        for name, entry in view.served().items():
+            if name in before and before[name].digest in resident and entry.digest not in resident:
+                try:
+                    await asyncio.to_thread(self.pool.load, entry.digest)
+                except Exception as error:
+                    log.warning("%s is not loaded before it serves: %s", entry.manifest.place, error)
 
     def _serving_backbone(self, asked: bool | None, entry: TaskEntry | None) -> BackboneEntry:
         if self._view.backbone is None:
@@ -205,12 +205,12 @@ class Registry:
             entry = read()
             entry.check_base(self.base.digest)
             if entry.digest not in self._sound:
-                entry.load(self.shapes)
+                size = sum(tensor.numel() for tensor in entry.load(self.shapes).parameters())
+                self._sound[entry.digest] = size * self.pool.injection.model.dtype.itemsize
         except StoreError as error:
             if self.verified:  # at the start, `verify` has said so
                 self._report(error)
             return error
-        self._sound.add(entry.digest)
         return entry
 
     def _report(self, problem: StoreError) -> None:

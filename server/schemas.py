@@ -5,7 +5,8 @@ Limits that are settings (max_n, max_stop, request_timeout_s, …) are checked w
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import dataclasses
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
@@ -15,13 +16,14 @@ from pydantic_core import PydanticCustomError
 from crma.question_set import MAX_ITEMS, Question
 from crma.scorers import SCORERS
 from crma.selection import Variant
-from server.engine.request import Timings
+from server.engine.request import SamplingParams, Timings
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON client keeps exact
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    nulls_left_out: ClassVar[bool] = False
 
     @model_validator(mode="before")
     @classmethod
@@ -32,7 +34,8 @@ class _Body(BaseModel):
                 name = str(key).encode("utf-8", "backslashreplace").decode()  # a lone surrogate cannot be reported
                 context = {"key": name, "allowed": sorted(cls.model_fields)}
                 raise PydanticCustomError("unknown_field", "unknown field", context)
-        return data
+        known = isinstance(data, dict) and cls.nulls_left_out
+        return {key: value for key, value in data.items() if value is not None} if known else data
 
 
 class _Answer(BaseModel):
@@ -49,37 +52,89 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _one_prompt(value: Any) -> Any:
+    """Refuses here what the union's branches would, where each would name itself as a field."""
+    if not value or not (isinstance(value, str) or (isinstance(value, list) and all(type(v) is int for v in value))):
+        raise ValueError("Input should be one text or one list of token ids, not empty; no list of prompts")
+    if isinstance(value, str):
+        value.encode()  # half a surrogate pair is a ValueError
+    return value
+
+
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
+StopTexts = Annotated[list[StopText] | SkipJsonSchema[str], BeforeValidator(_as_list)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Temperature = Annotated[float, AfterValidator(_no_sliver), Field(ge=0, le=2, description="0, or from 0.01.")]
 
 GENERATE_EXAMPLE: JsonDict = {"prompt": 'Which ICD-10-CM chapter covers "Cholera"?', "task": "medical", "crma": True}
 GENERATE_EXAMPLE |= {"max_tokens": 16, "temperature": 0, "seed": 7}
+COMPLETION_EXAMPLE: JsonDict = {"model": "medical:crma-on", "prompt": "Cholera is", "max_tokens": 16}
 ABLATION_EXAMPLE: JsonDict = {"question_set": "public", "tasks": ["medical"], "variants": ["task+crma", "task"]}
 ABLATION_EXAMPLE |= {"scorer": "exact", "max_tokens": 16, "seed": 7, "margin": 0.02}
 
 
-class GenerateRequest(_Body):
-    """One generation. `crma` null: on exactly if the task's adapter was trained with a CRMA backbone."""
+class _Sampled(_Body):
+    """What every generating route takes."""
+
+    crma: bool | None = Field(None, description="CRMA backbone on or off; null: as the adapter was trained.")
+    max_tokens: int = Field(16, ge=1, description="Most tokens to generate.")
+    top_p: float = Field(1.0, ge=1e-6, le=1)
+    presence_penalty: float = Field(0, ge=-2, le=2, description="Off the logits of tokens that the answer has.")
+    frequency_penalty: float = Field(0, ge=-2, le=2, description="The same, as often as it has them.")
+    seed: Seed | None = Field(None, description="Answer i of n draws from seed + i; null: drawn, and in the answer.")
+    n: int = Field(1, ge=1, description="Answers to draw.")
+    stop: StopTexts = Field([], description="Texts that end an answer and are not part of it; one, or a list.")
+    stream: bool = Field(False, description="Answer as server-sent events.")
+    ignore_eos: bool = Field(False, description="Go on to max_tokens past the end of the answer; for measurements.")
+
+    def sampling(self, **more: int | None) -> SamplingParams:
+        """The fields that the engine knows by the same name, and `more`."""
+        fields = self.model_dump(include={each.name for each in dataclasses.fields(SamplingParams)})
+        return SamplingParams(**fields | {"stop": tuple(self.stop), **more})
+
+
+class GenerateRequest(_Sampled):
+    """One generation. `crma` null: on exactly if the task's adapter was trained with a CRMA backbone.
+
+    A stream is `token` events, then `done` or `error`.
+    """
 
     model_config = ConfigDict(json_schema_extra={"examples": [GENERATE_EXAMPLE]})
 
     prompt: str = Field(min_length=1, description="One user turn; put through the adapter's prompt format.")
     task: str | None = Field(None, description="Task adapter: `name` or `name@version`; null: the base model.")
-    crma: bool | None = Field(None, description="CRMA backbone on or off; null: as the adapter was trained.")
-    max_tokens: int = Field(16, ge=1, description="Most tokens to generate.")
-    temperature: Annotated[float, AfterValidator(_no_sliver)] = Field(0, ge=0, le=2, description="0, or from 0.01.")
-    top_p: float = Field(1.0, ge=1e-6, le=1)
+    temperature: Temperature = 0
     top_k: int = Field(0, ge=0, description="0: off.")
-    seed: Seed | None = Field(None, description="Answer i of n draws from seed + i; null: drawn, and in the answer.")
-    n: int = Field(1, ge=1, description="Answers to draw.")
-    stop: Annotated[list[StopText] | SkipJsonSchema[str], BeforeValidator(_as_list)] = Field(
-        default_factory=list, description="Texts that end an answer and are not part of it; one, or a list."
-    )
+    min_p: float = Field(0, ge=0, le=1, description="Least probability, as a share of the most probable token's.")
+    repetition_penalty: float = Field(1, ge=0.01, le=2, description="Over tokens of prompt and answer; 1: off.")
     logprobs: bool = Field(False, description="Log-probability of every token, under the unmodified distribution.")
+    top_logprobs: int = Field(0, ge=0, le=20, description="As many most probable tokens with each; needs logprobs.")
+    prompt_logprobs: bool = Field(False, description="The same of the prompt's tokens; of the first it is null.")
     raw: bool = Field(False, description="Send the prompt as it is, without the prompt format.")
-    stream: bool = Field(False, description="Answer as server-sent events: `token`, then `done` or `error`.")
-    ignore_eos: bool = Field(False, description="Go on to max_tokens past the end of the answer; for measurements.")
     timeout_s: float | None = Field(None, gt=0, description="Deadline of this request; null: the server's.")
+
+
+class StreamOptions(_Body):
+    """OpenAI's; what else it may hold there is refused."""
+
+    include_usage: bool = Field(False, description="The last chunk, without choices, has the usage; needs stream.")
+
+
+class CompletionRequest(_Sampled):
+    """OpenAI's legacy completion; null is as good as left out. A field that is not here is refused, not ignored.
+
+    `prompt` is one text or one list of token ids, and never formatted.
+    A stream is a chunk a token, one with the finish_reason, and `[DONE]`; or a chunk with `error`.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"examples": [COMPLETION_EXAMPLE]})
+    nulls_left_out = True
+
+    model: str = Field(description="`base` or `name[@version]`, with `:crma-on` or `:crma-off` after it, or `crma`.")
+    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
+    temperature: Temperature = 1
+    stream_options: StreamOptions = StreamOptions()
+    user: str | None = Field(None, description="Ignored, as its definition allows: it names the caller's user.")
 
 
 class QuestionBody(_Body, Question):
@@ -140,27 +195,41 @@ class AblationProvenance(_Provenance):
     tasks: dict[str, str]
 
 
-class Choice(_Answer):
-    """One of n answers."""
-
-    index: int
-    text: str = ""
-    finish_reason: Literal["stop", "length"]
-    logprobs: list[float] | None = None
-
-
-class GenerateResponse(_Answer):
-    """`text` and `finish_reason` for one answer, `choices` for more; `logprobs` only where asked for."""
-
-    id: str
+class _Text(_Answer):
     text: str | None = None
     finish_reason: Literal["stop", "length"] | None = None
     logprobs: list[float] | None = None
+    top_logprobs: list[list[dict[str, Any]]] | None = Field(None, description="Of each token: id, token, logprob.")
+
+
+class Choice(_Text):
+    """One of n answers."""
+
+    index: int
+
+
+class GenerateResponse(_Text):
+    """`text` and `finish_reason` for one answer, `choices` for more; log-probabilities only where asked for."""
+
+    id: str
     choices: list[Choice] | None = None
+    prompt_logprobs: list[float | None] | None = None
     task: str | None = Field(description="As resolved: the name, with @version if it was asked for.")
     crma: bool = Field(description="As resolved.")
     usage: Usage
     timings: Timings
+    provenance: Provenance
+
+
+class CompletionResponse(_Answer):
+    """OpenAI's `text_completion`. `provenance` is added to it: what `model` was resolved to, and the seed."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int = Field(description="Unix time.")
+    model: str = Field(description="As it was asked for.")
+    choices: list[Choice]
+    usage: dict[str, Any]
     provenance: Provenance
 
 
@@ -216,17 +285,13 @@ class AdaptersResponse(_Answer):
     tasks: list[TaskInfo]
 
 
-class ErrorDetail(_Answer):
-    """What went wrong, where, with which value, and what would have been accepted."""
-
-    code: str
-    message: str
-    field: str | None
-    value: Any
-    allowed: Any
-
-
 class ErrorBody(_Answer):
-    """Every error of these routes."""
+    """Every error of the other routes: code, message, field, value and allowed."""
 
-    error: ErrorDetail
+    error: dict[str, Any]
+
+
+class OpenAIErrorBody(_Answer):
+    """Every error of the routes under /v1: message, type, param (the field) and code."""
+
+    error: dict[str, str | None]

@@ -40,11 +40,14 @@ class Settings(BaseSettings):
     num_threads: int = _setting(0, "CPU threads of the model; 0: one per core.", ge=0)
 
     max_num_seqs: int = _setting(16, "Sequences that run at once.", ge=1)
-    max_num_batched_tokens: int = _setting(512, "Prompt tokens a step, padded; a longer prompt runs alone.", ge=1)
+    max_num_batched_tokens: int = _setting(512, "Tokens a step over all sequences; at least max_num_seqs.", ge=1)
     max_model_len: int = _setting(2048, "Prompt + answer tokens of one sequence; at most the model's own.", ge=2)
+    kv_cache_tokens: int = _setting(8192, "Room for keys and values of all sequences; at least max_model_len.", ge=32)
+    prefix_caching: bool = _setting(True, "Share the KV of equal beginnings of prompts under the same adapters.")
     max_loaded_adapters: int = _setting(
-        32, "Adapters in memory, with the backbone; the least recently used goes.", ge=1
+        32, "Task adapters and backbones in memory; the least recently used goes.", ge=2
     )
+    max_adapter_mib: int | None = _setting(None, "Their weights in MiB, as they serve; unset: no limit.", ge=1)
     max_queue: int = _setting(256, "Requests that may wait; one more gets 429.", ge=1)
 
     request_timeout_s: float = _setting(120.0, "Deadline of a request, and the longest it may ask for; then 504.", gt=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from crma.prompts import PromptFormat
 from crma.pull import BaseModel, pull
 from crma.store import AdapterStore, BackboneEntry, TaskEntry
 from server.engine.adapter_pool import AdapterPool
+from server.engine.block_pool import BlockPool, root_key
 from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import Scheduler
@@ -138,15 +140,22 @@ def make_engine(
     *,
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 64,
-    max_resident: int = 2,
+    max_resident: int = 3,
     max_model_len: int = 400,
+    num_blocks: int = 64,
+    block_size: int = 8,
+    prefix_caching: bool = True,
+    executor: Executor | None = None,
 ) -> tuple[Engine, AdapterPool]:
     """An engine without end tokens of its own, and its pool, in which `known` is registered and nothing resident."""
     pool = AdapterPool(inj, max_resident)
+    pool.executor = executor or pool.executor
     for digest, adapter in known.items():
         pool.register(digest, lambda adapter=adapter: adapter)
-    runner, scheduler = ModelRunner(inj, pool, max_num_seqs), Scheduler(max_num_seqs, max_num_batched_tokens)
-    return Engine(runner, scheduler, tokenizer(), frozenset(), max_model_len), pool
+    blocks = BlockPool(num_blocks + 1, block_size)
+    root_of = (lambda selection: root_key(*selection)) if prefix_caching else None
+    scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, root_of)
+    return Engine(ModelRunner(inj, pool, blocks), scheduler, tokenizer(), frozenset(), max_model_len), pool
 
 
 def pulled_base(folder: Path) -> BaseModel:

@@ -1,45 +1,59 @@
-"""Adapters in memory, by digest: loaded on demand, pinned while requests use them, evicted least recently used first.
+"""Adapters in memory, by digest: thousands registered, a bounded number resident, pinned while requests use them.
 
-Thread-safe. Loading runs in the caller's thread, never in the engine's.
+Thread-safe, and the lock is never held while an adapter loads: that is done one at a time, in a thread of the pool's
+own. Requests wait for adapters in the engine's queue: nothing that the engine's thread calls loads or waits.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from crma.adapter import Backbone, FoldedPair
-from crma.errors import NotFound
+from crma.errors import CrmaError, InvalidAdapter, NotFound
 from crma.injection import Injection
-from crma.lora import Lora
+from crma.lora import Lora, LoraStack
 from crma.selection import AdapterSelection
 from server.engine.request import EngineError
 
+logger = logging.getLogger(__name__)
+
 Loader = Callable[[], Lora | Backbone]
+Weights = Lora | list[FoldedPair]
 
 
-class AdapterInUse(EngineError):
-    """An adapter that requests use, or that is pinned, cannot be unloaded."""
+class AdapterInUse(EngineError, CrmaError):
+    """An adapter that requests use, or that an administrator holds, cannot be unloaded."""
+
+
+class AdapterPoolFull(EngineError, CrmaError):
+    """No room, now or ever: over the limits beside what is in use or held by an administrator."""
 
 
 class PoolStats(NamedTuple):
     """Counters since the start."""
 
-    loads: int
-    load_seconds: float
-    evictions: int
+    loads: int = 0
+    load_seconds: float = 0.0
+    evictions: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Resident:
-    weights: Lora | list[FoldedPair]
+    """`pins` are running requests'; `leaving` counts the unloads that wait for those to end."""
+
+    weights: Weights
     pins: int = 0
+    leaving: int = 0
 
 
 class AdapterPool:
@@ -47,144 +61,301 @@ class AdapterPool:
 
     Args:
         injection: checks every adapter against the model and says device and dtype.
-        max_resident: residents kept; only unpinned ones are evicted, so running requests may hold more.
+        max_resident: most residents, task adapters and backbones together; what is being loaded counts.
+        max_bytes: most bytes of weights as they serve, of the same; None: no limit.
+
+    Attributes:
+        on_change: called without the lock, by any thread, when what the engine waits for may have come: a load ended,
+            well or badly, an unload or a hold is over, or there is a failure to take.
+        loras, backbones: the residents. Read by the engine's thread without the lock; replaced, never changed.
+        executor: runs the loads, one at a time and in order, never inside `submit`. `close` ends it.
+        held: what administrators pinned.
     """
 
-    def __init__(self, injection: Injection, max_resident: int) -> None:
+    def __init__(self, injection: Injection, max_resident: int, max_bytes: int | None = None) -> None:
         self.injection = injection
         self.max_resident = max_resident
-        self._lock = threading.RLock()
-        self._loading = threading.Lock()
-        self._loaders: dict[str, Loader] = {}
-        self._resident: OrderedDict[str, _Resident] = OrderedDict()
-        self._stats = PoolStats(0, 0.0, 0)
-        # Read by the engine's thread without the lock; replaced, never changed.
+        self.max_bytes = math.inf if max_bytes is None else max_bytes
+        self.on_change: Callable[[], None] = lambda: None
         self.loras: Mapping[str, Lora] = {}
         self.backbones: Mapping[str, list[FoldedPair]] = {}
+        self.executor: Executor = ThreadPoolExecutor(1, "adapters")
+        self.held: set[str] = set()
+        self._changed = threading.Condition()  # the one lock; notified when pins are given back and holds are taken
+        self._loaders: dict[str, Loader] = {}
+        self._sizes: dict[str, int] = {}  # bytes: an estimate until a load has shown the true number
+        self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+        self._loading: dict[str, Future[Exception | None]] = {}  # room for them is made
+        self._wanted: dict[str, int] = {}  # digest -> its place in the queue
+        self._failures: dict[str, Exception] = {}
+        self._stack: LoraStack | None = None
+        self._stats = PoolStats()
 
-    def register(self, digest: str, loader: Loader) -> None:
-        """Make a digest loadable. Content never changes under a digest, so the first loader stays."""
-        with self._lock:
-            self._loaders.setdefault(digest, loader)
+    def register(self, digest: str, loader: Loader, num_bytes: int = 0) -> None:
+        """Make a digest loadable. Its content never changes, but where it lies may: the last loader counts.
+
+        Args:
+            num_bytes: about what it takes as it serves; the true number is known once it has been loaded.
+        """
+        with self._changed:
+            self._loaders[digest] = loader
+            self._sizes.setdefault(digest, num_bytes)
+
+    def acquire(self, selection: AdapterSelection) -> bool:
+        """Pin both adapters of a selection if they are resident and none is being unloaded; else take nothing."""
+        digests = _digests(selection)
+        with self._changed:
+            found = [self._resident.get(digest) for digest in digests]
+            if any(resident is None or resident.leaving for resident in found):
+                return False
+            for digest in digests:
+                self._resident[digest].pins += 1
+                self._resident.move_to_end(digest)
+            return True
+
+    def release(self, selection: AdapterSelection) -> None:
+        """Give back what `acquire` took."""
+        with self._changed:
+            for digest in _digests(selection):
+                assert self._resident[digest].pins > 0
+                self._resident[digest].pins -= 1
+            self._changed.notify_all()
+
+    def prefetch(self, selections: Iterable[AdapterSelection]) -> None:
+        """Say all that waits, in the queue's order: what is missing begins to load as far as there is room.
+
+        What is not pinned makes room, but not for what waits behind, or with, its own user. Where the first that is
+        missing finds no room, those behind it wait too: they would take its room.
+        """
+        with self._changed:
+            in_order = [_digests(selection) for selection in dict.fromkeys(selections)]
+            self._wanted = {d: i for i, d in enumerate(dict.fromkeys(d for digests in in_order for d in digests))}
+            keep: set[str] = set()
+            for digests in in_order:
+                keep.update(digests)
+                missing = [d for d in digests if d not in self._resident and d not in self._loading]
+                if not missing or not self._failures.keys().isdisjoint(digests):
+                    continue
+                if error := self._refusal([*missing, *digests]):
+                    self._failures[str(error.value)] = error
+                elif not all(self._begin(digest, keep) for digest in missing):
+                    break
+        if self._failures:
+            self.on_change()
+
+    def stack(self, digests: frozenset[str]) -> LoraStack:
+        """Copies, beyond `max_bytes`, of these pinned task adapters side by side; the last made, if it has them all."""
+        if (stack := self._stack) is None or not digests <= stack.index.keys():
+            stack = self._stack = LoraStack({digest: self.loras[digest] for digest in sorted(digests)})
+        return stack
+
+    def is_loading(self, selection: AdapterSelection) -> bool:
+        """Whether an adapter of it is being loaded: then it is not for want of room that it waits."""
+        return any(digest in self._loading for digest in _digests(selection))
+
+    def take_failures(self) -> dict[str, Exception]:
+        """Digest -> why what waits for it waits in vain, each given once; the next `prefetch` of it tries again.
+
+        NotFound, AdapterPoolFull (no room beside what is held), or what the load raised.
+        """
+        with self._changed:
+            failures, self._failures = self._failures, {}
+            return failures
 
     def load(self, digest: str) -> None:
-        """Make an adapter resident. Raises NotFound, or what its loader or the check against the model raises."""
-        self.pin(digest)
-        self.unpin(digest)
+        """Make an adapter resident; blocks. What is not pinned makes room, what is waited for last.
 
-    def pin(self, digest: str) -> None:
-        """Make resident if needed, and keep so until unpinned as often."""
-        with self._loading:  # one load at a time; a second request for the same digest waits for the first
-            with self._lock:
-                if self._pin_resident(digest):
-                    return
-                if digest not in self._loaders:
-                    raise NotFound(
-                        "adapter is not registered", field="digest", value=digest, allowed=sorted(self._loaders)
-                    )
-                loader = self._loaders[digest]
-            started = time.perf_counter()
-            weights = self._as_served(loader())
-            with self._lock:
-                self._resident[digest] = _Resident(weights)
-                loads, seconds, evictions = self._stats
-                self._stats = PoolStats(loads + 1, seconds + time.perf_counter() - started, evictions)
-                self._pin_resident(digest)
-                self._evict()
-                self._publish()
-
-    def unpin(self, digest: str) -> None:
-        """Give back one pin."""
-        with self._lock:
-            resident = self._resident[digest]
-            assert resident.pins > 0
-            resident.pins -= 1
-            if self._evict():
-                self._publish()
-
-    def pin_if_resident(self, selection: AdapterSelection) -> bool:
-        """Pin both adapters of a selection if that takes no loading; never waits for another's load."""
-        digests = [digest for digest in selection if digest is not None]
-        with self._lock:
-            return all(digest in self._resident for digest in digests) and all(map(self._pin_resident, digests))
-
-    def pin_selection(self, selection: AdapterSelection) -> None:
-        """Pin both adapters of a selection, or neither; blocks while they load."""
-        digests = [digest for digest in selection if digest is not None]
-        for i, digest in enumerate(digests):
-            try:
-                self.pin(digest)
-            except BaseException:
-                for pinned in digests[:i]:
-                    self.unpin(pinned)
-                raise
-
-    def unpin_selection(self, selection: AdapterSelection) -> None:
-        """Give back what `pin_selection` took."""
-        for digest in selection:
-            if digest is not None:
-                self.unpin(digest)
-
-    def unload(self, digest: str) -> None:
-        """Free a resident adapter; no-op if it is not resident. Raises AdapterInUse while it is pinned."""
-        with self._lock:
-            resident = self._resident.get(digest)
-            if resident is None:
+        Raises:
+            NotFound, AdapterPoolFull: it cannot be had, or not now.
+            Exception: what the loader raises; InvalidAdapter if it does not fit the model or the dtype that serves.
+        """
+        with self._changed:
+            if digest in self._resident:
+                self._resident.move_to_end(digest)
                 return
-            if resident.pins:
-                raise AdapterInUse(f"adapter {digest} is in use by {resident.pins} requests or pins")
-            del self._resident[digest]
-            self._publish()
+            if error := self._refusal([digest]):
+                raise error
+            loading = self._loading.get(digest) or self._begin(digest, ())
+            if loading is None:
+                raise self._full([digest])
+        if failure := loading.result():
+            raise failure
+
+    def hold(self, digest: str) -> None:
+        """An administrator's pin: load, and keep until `unhold`. Once is enough. Raises as `load`."""
+        while True:
+            self.load(digest)
+            with self._changed:
+                if digest in self._resident:  # not evicted again before it was held
+                    self.held.add(digest)
+                    return self._changed.notify_all()
+
+    def unhold(self, digest: str) -> None:
+        """Take back `hold`, never a request's own pin."""
+        with self._changed:
+            self.held.discard(digest)
+        self.on_change()
+
+    def unload(self, digest: str, *, wait_s: float = 0.0) -> None:
+        """Free a resident adapter; no-op if it is not resident, or on its way.
+
+        Args:
+            wait_s: longest wait for requests that use it; meanwhile no other can `acquire` it.
+
+        Raises:
+            AdapterInUse: at once if it is held, after the wait if it is pinned; it stays as it was.
+        """
+        with self._changed:
+            if (resident := self._resident.get(digest)) is None:
+                return
+            resident.leaving += 1
+            self._changed.wait_for(lambda: not resident.pins or digest in self.held, wait_s)
+            resident.leaving -= 1
+            in_use = resident.pins > 0 or digest in self.held
+            if not in_use and self._resident.get(digest) is resident:  # else another freed it meanwhile
+                del self._resident[digest]
+                self._publish()
+        self.on_change()
+        if in_use:
+            message = f"adapter {digest} is in use by {resident.pins} sequences, or held"
+            raise AdapterInUse(message, field="digest", value=digest, allowed="an adapter that is not in use")
+
+    def close(self) -> None:
+        """Load nothing more; waits for the load under way and ends the thread. For when the engine has ended."""
+        self.executor.shutdown(cancel_futures=True)
 
     def resident(self) -> tuple[str, ...]:
         """Digests in memory, least recently used first."""
-        with self._lock:
+        with self._changed:
             return tuple(self._resident)
 
     def stats(self) -> PoolStats:
         """Counters since the start."""
-        with self._lock:
-            return self._stats
-
-    def check_integrity(self) -> None:
-        """No negative pins; what the engine sees is what is resident; over the limit only while pinned."""
-        with self._lock:
-            assert all(r.pins >= 0 for r in self._resident.values())
-            assert set(self.loras) | set(self.backbones) == set(self._resident)
-            unpinned = [d for d, r in self._resident.items() if not r.pins]
-            assert len(self._resident) <= self.max_resident or not unpinned
+        return self._stats
 
     def num_pins(self) -> int:
-        """Pins held by requests and by administrators."""
-        with self._lock:
-            return sum(r.pins for r in self._resident.values())
+        """Pins of running sequences, which take one on each adapter that they use."""
+        with self._changed:
+            return sum(resident.pins for resident in self._resident.values())
 
-    def _pin_resident(self, digest: str) -> bool:
-        if digest not in self._resident:
+    def check_integrity(self) -> None:
+        """AssertionError unless limits hold, with what loads, sizes are true, and the engine sees what is resident."""
+        with self._changed:
+            weights = {digest: resident.weights for digest, resident in self._resident.items()}
+            assert all(resident.pins >= 0 and resident.leaving >= 0 for resident in self._resident.values())
+            assert {**self.loras, **self.backbones} == weights
+            assert {digest: self._sizes[digest] for digest in weights} == {d: _num_bytes(w) for d, w in weights.items()}
+            assert not weights.keys() & (self._loading.keys() | self._failures.keys())
+            assert self.held <= weights.keys()
+            assert weights.keys() | self._loading.keys() <= self._loaders.keys() == self._sizes.keys()
+            assert not self._over([*weights, *self._loading])
+
+    # With the lock held ----------------------------------------------------------------------------------------------
+
+    def _begin(self, digest: str, keep: Collection[str]) -> Future[Exception | None] | None:
+        """Make room, without what is to be kept, and load; None: no room."""
+        if not self._make_room(digest, keep):
+            return None
+        self._loading[digest] = self.executor.submit(self._load, digest, frozenset(keep))
+        return self._loading[digest]
+
+    def _make_room(self, digest: str, keep: Collection[str]) -> bool:
+        """Evict what must go for a digest, and nothing in vain.
+
+        First what nobody waits for, the least recently used first; then what is needed last.
+        """
+        evictable = [d for d, r in self._resident.items() if not (r.pins or d in self.held or d in keep)]
+        staying, victims = {*self._resident, *self._loading, digest}, []
+        for victim in sorted(evictable, key=lambda d: -self._wanted.get(d, math.inf)):
+            if not self._over(staying):
+                break
+            staying.remove(victim)
+            victims.append(victim)
+        if self._over(staying):
             return False
-        self._resident[digest].pins += 1
-        self._resident.move_to_end(digest)
+        for victim in victims:
+            del self._resident[victim]
+        self._stats = self._stats._replace(evictions=self._stats.evictions + len(victims))
+        self._publish()
         return True
 
-    def _evict(self) -> bool:
-        surplus = len(self._resident) - self.max_resident
-        victims = [d for d, r in self._resident.items() if not r.pins][: max(0, surplus)]
-        for digest in victims:
-            del self._resident[digest]
-        loads, seconds, evictions = self._stats
-        self._stats = PoolStats(loads, seconds, evictions + len(victims))
-        return bool(victims)
+    def _over(self, digests: Collection[str]) -> bool:
+        """Whether so many, or so large ones, must not be resident together."""
+        return len(digests) > self.max_resident or sum(self._sizes[d] for d in digests) > self.max_bytes
+
+    def _refusal(self, digests: Collection[str]) -> NotFound | AdapterPoolFull | None:
+        """Why these cannot all be resident, even if no request ran; its `value` is the one to blame."""
+        for digest in digests:
+            if digest not in self._loaders:
+                message = f"adapter {digest} is not registered"
+                return NotFound(message, field="digest", value=digest, allowed="a registered digest")
+        return self._full(digests) if self._over({*digests, *self.held}) else None
+
+    def _full(self, digests: Collection[str]) -> AdapterPoolFull:
+        digests = list(dict.fromkeys(digests))
+        size = sum(self._sizes[digest] for digest in digests)
+        message = f"no room for {' + '.join(digests)}, {size} bytes, beside what is in use or held"
+        limits = f"at most {self.max_resident} adapters of {self.max_bytes} bytes together"
+        return AdapterPoolFull(message, field="digest", value=digests[0], allowed=limits)
 
     def _publish(self) -> None:
+        """The one place where residency changes for the engine's thread."""
         self.loras = {d: r.weights for d, r in self._resident.items() if isinstance(r.weights, Lora)}
         self.backbones = {d: r.weights for d, r in self._resident.items() if isinstance(r.weights, list)}
+        if self._stack is not None and not self._stack.index.keys() <= self.loras.keys():
+            self._stack = None  # it holds a copy of what is gone
 
-    def _as_served(self, adapter: Lora | Backbone) -> Lora | list[FoldedPair]:
-        parameter = next(self.injection.model.parameters())
-        device, dtype = parameter.device, parameter.dtype
+    # In the thread of the loads --------------------------------------------------------------------------------------
+
+    def _load(self, digest: str, keep: frozenset[str]) -> Exception | None:
+        """What went wrong; None: it is resident. Finding no room after all is for `prefetch` to try again."""
+        started, weights = time.perf_counter(), None
+        error: Exception | None = None
+        try:
+            weights = self._as_served(self._loaders[digest]())
+        except Exception as caught:
+            logger.warning("adapter %s: %s", digest, caught, exc_info=not isinstance(caught, CrmaError))
+            error = caught.with_traceback(None)  # its frames would keep what was read
+        with self._changed:
+            del self._loading[digest]
+            if weights is not None:
+                self._sizes[digest] = _num_bytes(weights)
+                if self._make_room(digest, keep):
+                    self._resident[digest] = _Resident(weights)
+                    loads, seconds, evictions = self._stats
+                    self._stats = PoolStats(loads + 1, seconds + time.perf_counter() - started, evictions)
+                    self._failures.pop(digest, None)
+                    self._publish()
+                else:
+                    error = self._full([digest])
+            elif error is not None:
+                self._failures[digest] = error
+        self.on_change()
+        return error
+
+    def _as_served(self, adapter: Lora | Backbone) -> Weights:
+        """On the model's device, in its dtype. Raises InvalidAdapter for what does not fit."""
+        weights: Weights
+        model = self.injection.model
         if isinstance(adapter, Backbone):
             self.injection.check_backbone(adapter.config.num_layers, adapter.config.hidden_size)
-            return adapter.folded(device, dtype)
-        self.injection.check(adapter)
-        with torch.no_grad():
-            return adapter.to(device, dtype)
+            weights = adapter.folded(model.device, model.dtype)
+        else:
+            self.injection.check(adapter)
+            weights = adapter.to(model.device, model.dtype)
+        if not all(tensor.isfinite().all() for tensor in _tensors(weights)):
+            message, limit = f"weights overflow in {model.dtype}, which serves", torch.finfo(model.dtype).max
+            raise InvalidAdapter(message, field="weights", value="infinite", allowed=f"-{limit:.3g} to {limit:.3g}")
+        return weights
+
+
+def _digests(selection: AdapterSelection) -> list[str]:
+    return [digest for digest in selection if digest is not None]
+
+
+def _tensors(weights: Weights) -> list[torch.Tensor]:
+    return weights.parameters() if isinstance(weights, Lora) else [tensor for pair in weights for tensor in pair]
+
+
+def _num_bytes(weights: Weights) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(weights))

@@ -1,16 +1,17 @@
-"""The seam: asyncio on one side, the engine's thread on the other. `submit`, `abort`, `stats`; nothing else crosses."""
+"""The seam: asyncio on one side, the engine's thread on the other. `submit`, `abort`, `stats`, and an administrator's
+`cancel_adapter`; nothing else crosses."""
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from crma.selection import AdapterSelection
 from server.engine.adapter_pool import AdapterPool
 from server.engine.engine import Engine
 from server.engine.request import (
@@ -35,14 +36,13 @@ class _Stream:
     loop: asyncio.AbstractEventLoop
     queue: asyncio.Queue[list[RequestOutput]]
     open: set[int]
-    aborted: bool = False
 
 
 class AsyncEngine:
     """Runs an `Engine` in a thread and gives every request its stream of outputs.
 
     Args:
-        max_queue: requests that may wait for a slot; one more is refused.
+        max_queue: sequences that may wait beside those that can run at once; with one more a request is refused.
     """
 
     def __init__(self, engine: Engine, pool: AdapterPool, max_queue: int) -> None:
@@ -59,6 +59,7 @@ class AsyncEngine:
         self._stats = EngineStats()
         self.on_failure: Callable[[], None] = lambda: None  # called once, in the engine's thread
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        pool.on_change = lambda: self._command(list)  # wakes the thread: who waits for an adapter may start
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -69,7 +70,7 @@ class AsyncEngine:
 
         Raises:
             EngineStopped, QueueFull, PromptTooLong: at once, nothing taken.
-            crma.errors.StoreError: from the first output, where an adapter cannot be loaded.
+            crma.errors.StoreError, EngineError: instead of an output, where an adapter cannot be loaded.
         """
         if self._draining or self._stopped:
             why = "the engine has failed" if self._stats.has_failed else "the server is shutting down"
@@ -77,18 +78,29 @@ class AsyncEngine:
         room = self.engine.max_model_len - request.sampling.max_tokens
         if not 0 < len(request.prompt_ids) <= room:
             raise PromptTooLong(len(request.prompt_ids), request.sampling.max_tokens, self.engine.max_model_len)
-        waiting = len(self._streams) - self.engine.scheduler.max_num_seqs
-        if waiting >= self.max_queue:
+        waiting = sum(len(stream.open) for stream in self._streams.values()) - self.engine.scheduler.max_num_seqs
+        if waiting + request.sampling.n > self.max_queue:
             raise QueueFull(self.max_queue, max(1.0, waiting * self._step_seconds))
         stream = _Stream(request, asyncio.get_running_loop(), asyncio.Queue(), set(range(request.sampling.n)))
         self._streams[request.id] = stream
+        self._command(lambda: self._add(request))
         return self._outputs(stream)
 
     def abort(self, request_id: str) -> None:
         """End a request in the next step; its stream ends with finish_reason abort. Unknown ids are ignored."""
-        if stream := self._streams.get(request_id):
-            stream.aborted = True
         self._command(lambda: self.engine.abort(request_id))
+
+    async def cancel_adapter(self, digest: str) -> None:
+        """End every sequence that runs with an adapter; returns when its pins are given back."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def cancel() -> list[RequestOutput]:
+            outputs = self.engine.abort_adapter(digest)
+            done.get_loop().call_soon_threadsafe(done.set_result, None)
+            return outputs
+
+        self._command(cancel)
+        await asyncio.shield(done)
 
     def stats(self) -> EngineStats:
         """The state after the last step."""
@@ -107,44 +119,23 @@ class AsyncEngine:
             self._wake.notify()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self.pool.close)
 
     async def _outputs(self, stream: _Stream) -> AsyncIterator[RequestOutput]:
-        request = stream.request
-        # A future of its own: if the client goes while an adapter loads, the load ends, and its pin is given back.
-        pin = asyncio.ensure_future(self._pin(request.selection))
+        left = stream.request.sampling.n
         try:
-            await asyncio.shield(pin)
-            self._command(lambda: self._add(stream))
-            while stream.open:
+            while left:
                 for output in await stream.queue.get():
-                    if output.index not in stream.open:
-                        continue
-                    if output.finish_reason is not None:
-                        stream.open.remove(output.index)
+                    if output.cause is not None:
+                        raise copy.copy(output.cause)  # not one instance in many streams: it would gather tracebacks
+                    left -= output.finish_reason is not None
                     yield output
         finally:
-            self._streams.pop(request.id, None)
-            pin.add_done_callback(lambda done: self._release(stream, done))
+            if self._streams.pop(stream.request.id, None) is not None:
+                self.abort(stream.request.id)
 
-    async def _pin(self, selection: AdapterSelection) -> None:
-        if not self.pool.pin_if_resident(selection):  # a slow load holds up only those who need it
-            await asyncio.to_thread(self.pool.pin_selection, selection)
-
-    def _release(self, stream: _Stream, pin: asyncio.Future[None]) -> None:
-        """Give the pins back, but never under a running step: the engine's thread does it once it is done."""
-        if pin.cancelled() or pin.exception() is not None:
-            return
-        self._command(lambda: self._abort_and_unpin(stream.request))
-
-    def _add(self, stream: _Stream) -> list[RequestOutput]:
-        if stream.aborted:
-            return _endings(stream.request, FinishReason.ABORT)
-        self.engine.add(stream.request)
-        return []
-
-    def _abort_and_unpin(self, request: Request) -> list[RequestOutput]:
-        self.engine.abort(request.id)
-        self.pool.unpin_selection(request.selection)
+    def _add(self, request: Request) -> list[RequestOutput]:
+        self.engine.add(request)
         return []
 
     def _command(self, command: Callable[[], list[RequestOutput]]) -> None:
@@ -170,20 +161,26 @@ class AsyncEngine:
             self.on_failure()
 
     def _serve(self) -> None:
-        """Commands, then a step, until stopped; sleeps when there is nothing to do."""
+        """Commands, then a step, until stopped; sleeps while a step has nothing to run."""
+        is_idle = True
         while True:
             with self._wake:
-                while not (self._commands or self.engine.scheduler.has_work() or self._stopped):
-                    self._wake.wait()
+                while is_idle and not (self._commands or self._stopped):
+                    if not self._wake.wait(self.engine.seconds_left()):
+                        break  # a deadline has passed
                 if self._stopped and not self._commands:
                     self._ended = True
                     return
                 commands = list(self._commands)
                 self._commands.clear()
             outputs = [output for command in commands for output in command()]
-            started = time.monotonic()
+            started, num_steps = time.monotonic(), self.engine.counters.num_steps
             outputs += self.engine.step()
-            self._step_seconds = 0.9 * self._step_seconds + 0.1 * (time.monotonic() - started)
+            is_idle = self.engine.counters.num_steps == num_steps
+            if not is_idle:
+                self._step_seconds = 0.9 * self._step_seconds + 0.1 * (time.monotonic() - started)
+            elif not self.engine.scheduler.unfinished():
+                self.engine.check_integrity()
             self._stats = self._snapshot()
             self._deliver(outputs)
 
@@ -193,19 +190,24 @@ class AsyncEngine:
             by_request.setdefault(output.request_id, []).append(output)
         for request_id, mine in by_request.items():
             if (stream := self._streams.get(request_id)) and not stream.loop.is_closed():
-                stream.loop.call_soon_threadsafe(stream.queue.put_nowait, mine)
+                stream.loop.call_soon_threadsafe(self._put, stream, mine)
+
+    def _put(self, stream: _Stream, outputs: list[RequestOutput]) -> None:
+        """On the event loop. A request that has ended keeps no place, whether or not its iterator is ever read."""
+        stream.open -= {output.index for output in outputs if output.finish_reason is not None}
+        if not stream.open:
+            self._streams.pop(stream.request.id, None)
+        stream.queue.put_nowait(outputs)
 
     def _snapshot(self) -> EngineStats:
-        scheduler, counters, pool = self.engine.scheduler, self.engine.counters, self.pool.stats()
+        scheduler, pool = self.engine.scheduler, self.pool.stats()
         running = [s.request for s in scheduler.running]
         waiting = [s.request for s in scheduler.waiting]
         return EngineStats(
+            **asdict(self.engine.counters),
             num_requests_running=len({request.id for request in running}),
             num_requests_waiting=len({request.id for request in waiting}),
-            num_steps=counters.num_steps,
-            kv_cache_usage=len(running) / scheduler.max_num_seqs,
-            prompt_tokens=counters.prompt_tokens,
-            generation_tokens=counters.generation_tokens,
+            kv_cache_usage=1 - scheduler.blocks.num_free / scheduler.blocks.capacity,
             adapter_loads=pool.loads,
             adapter_load_seconds=pool.load_seconds,
             adapter_evictions=pool.evictions,

@@ -6,22 +6,26 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 
-from server.engine.batch import build_batch
+from server.engine.batch import Batch, build_batch
 from server.engine.detokenizer import Detokenizer
 from server.engine.model_runner import ModelRunner
-from server.engine.request import FinishReason, Request, RequestOutput, Timings
-from server.engine.sampler import sample
-from server.engine.scheduler import Scheduler, Step
+from server.engine.request import FinishReason, Request, RequestOutput, Timings, TokenLogprob
+from server.engine.sampler import SamplingRow, sample, token_logprobs
+from server.engine.scheduler import Admission, Scheduler, Step
 from server.engine.sequence import Sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+MAX_OVERTAKEN = 64  # sequences may start before one whose adapter finds no room; then it is its turn
+PREFETCH = 64  # waiting sequences whose adapters are loaded ahead
 
 
 @dataclass
@@ -37,8 +41,11 @@ class EngineCounters:
     """Totals since the start."""
 
     num_steps: int = 0
+    num_preemptions: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
 
 
 @dataclass
@@ -47,7 +54,7 @@ class Engine:
 
     Args:
         stop_ids: tokens that end every sequence (the model's own).
-        max_model_len: prompt and answer together, in tokens.
+        max_model_len: prompt and answer together, in tokens; it fits the KV cache.
     """
 
     runner: ModelRunner
@@ -59,10 +66,11 @@ class Engine:
     counters: EngineCounters = field(default_factory=EngineCounters)
 
     def __post_init__(self) -> None:
-        self._decoding: dict[Sequence, _Decoding] = {}
+        self.pool = self.runner.pool
+        assert self.scheduler.blocks.blocks_for(self.max_model_len) <= self.scheduler.blocks.capacity
 
     def add(self, request: Request) -> None:
-        """Queue the n sequences of a request whose adapters are resident."""
+        """Queue the n sequences of a request of at most max_model_len tokens."""
         for index in range(request.sampling.n):
             sequence = Sequence(request, index)
             generator = torch.Generator()
@@ -70,65 +78,132 @@ class Engine:
                 generator.seed()
             else:
                 generator.manual_seed(request.sampling.seed + index)
-            self._decoding[sequence] = _Decoding(Detokenizer(self.tokenizer, request.sampling.stop), generator)
+            sequence.decoding = _Decoding(Detokenizer(self.tokenizer, request.sampling.stop), generator)
             self.scheduler.add(sequence)
 
-    def abort(self, request_id: str, error: str | None = None) -> list[RequestOutput]:
-        """End every sequence of a request; its slots are free for the next step."""
-        return [self._finish(s, FinishReason.ABORT, error=error) for s in self.scheduler.find(request_id)]
+    def abort(self, request_id: str) -> list[RequestOutput]:
+        """End every sequence of a request; its blocks are free for the next step."""
+        return [self._finish(s, FinishReason.ABORT) for s in self.scheduler.find(request_id)]
+
+    def abort_adapter(self, digest: str) -> list[RequestOutput]:
+        """End every sequence that runs with an adapter."""
+        using = [s for s in self.scheduler.running if digest in s.request.selection]
+        return [self._finish(s, FinishReason.ABORT, error="unloaded") for s in using]
 
     def step(self) -> list[RequestOutput]:
         """Schedule, run, update. A failed forward pass ends the sequences that were in it, and nothing else."""
-        expired = self._expire()
-        if not self.scheduler.has_work():
-            return expired
-        step = self.scheduler.schedule()
-        now = self.clock()
-        for sequence in step.sequences:
-            sequence.first_scheduled = sequence.first_scheduled or now
+        ended = self._expire() + self._end_unloadable()
+        self.pool.prefetch([s.request.selection for s in islice(self.scheduler.waiting, PREFETCH)])
+        step = self.scheduler.schedule(self._admit)
+        self._count(step)
+        if not step.chunks:
+            return ended
+        batch = build_batch(step, self.runner.kv)
         try:
-            logits = self.runner.run(build_batch(step, self.runner.device))
+            logits = self.runner.run(batch, step.new_blocks)
         except Exception:
-            logger.exception("a step failed; its %d sequences end with an error", len(step.sequences))
-            return expired + [self._finish(s, FinishReason.ERROR, error="the step failed") for s in step.sequences]
-        return expired + self._update(step, logits)
+            logger.exception("a step failed; its %d sequences end with an error", len(step.chunks))
+            return ended + [self._finish(c.sequence, FinishReason.ERROR, error="the step failed") for c in step.chunks]
+        self.scheduler.computed(step)
+        return ended + self._update(batch, logits)
+
+    def seconds_left(self) -> float | None:
+        """Until the next deadline; None if nothing has one."""
+        deadlines = [s.request.deadline for s in self.scheduler.unfinished() if s.request.deadline is not None]
+        return max(0.0, min(deadlines) - self.clock()) if deadlines else None
 
     def check_integrity(self) -> None:
         """AssertionError where the books do not balance."""
         self.scheduler.check_integrity()
-        assert set(self._decoding) == {*self.scheduler.waiting, *self.scheduler.running}
+        self.pool.check_integrity()
+        pins = sum(digest is not None for s in self.scheduler.running for digest in s.request.selection)
+        assert self.pool.num_pins() == pins
+
+    def _admit(self, sequence: Sequence) -> Admission:
+        selection = sequence.request.selection
+        if self.pool.acquire(selection):
+            return Admission.NOW
+        if sequence.num_overtaken >= MAX_OVERTAKEN and not self.pool.is_loading(selection):
+            return Admission.HOLD  # so that whoever runs lets go of an adapter, and this one finds room
+        return Admission.LATER
 
     def _expire(self) -> list[RequestOutput]:
         now = self.clock()
-        late = [
-            s
-            for queue in (self.scheduler.waiting, self.scheduler.running)
-            for s in queue
-            if s.request.deadline is not None and now >= s.request.deadline
-        ]
+        late = [s for s in self.scheduler.unfinished() if s.request.deadline is not None and now >= s.request.deadline]
         return [self._finish(s, FinishReason.ABORT, error="deadline") for s in late]
 
-    def _update(self, step: Step, logits: torch.Tensor) -> list[RequestOutput]:
-        not_numbers = (logits.isnan() | logits.isposinf()).any(-1)
-        logits = logits.masked_fill(not_numbers[:, None], 0.0)  # the sampler may not meet them
-        params = [s.request.sampling for s in step.sequences]
-        tokens, logprobs = sample(logits, params, [self._decoding[s].generator for s in step.sequences])
-        self.counters.num_steps += 1
-        if step.is_prefill:
-            self.counters.prompt_tokens += sum(len(s.request.prompt_ids) for s in step.sequences)
-        broken = {s for s, is_nan in zip(step.sequences, not_numbers.tolist(), strict=True) if is_nan}
-        if broken:
-            logger.error("%d sequences end with an error: their logits are not numbers", len(broken))
-            self.runner.clear([s.slot for s in broken if s.slot is not None])
-        now = self.clock()
+    def _end_unloadable(self) -> list[RequestOutput]:
+        """Whoever waits for an adapter that can't be loaded gets the reason."""
         return [
-            self._finish(sequence, FinishReason.ERROR, error="the model and adapters overflow on this prompt")
-            if sequence in broken
-            else self._append(sequence, token, logprob, now)
-            for sequence, token, logprob in zip(step.sequences, tokens, logprobs, strict=True)
+            self._finish(s, FinishReason.ERROR, error=str(cause), cause=cause)
+            for digest, cause in self.pool.take_failures().items()
+            for s in list(self.scheduler.waiting)
+            if digest in s.request.selection
         ]
 
-    def _append(self, sequence: Sequence, token: int, logprob: float | None, now: float) -> RequestOutput:
+    def _count(self, step: Step) -> None:
+        """Pins and clocks of who starts and who gives way."""
+        now = self.clock()
+        for sequence in step.preempted:
+            self.pool.release(sequence.request.selection)
+        self.counters.num_preemptions += len(step.preempted)
+        self.counters.num_steps += bool(step.chunks)
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            if sequence.first_scheduled is None:
+                sequence.first_scheduled = now
+                self.counters.prompt_tokens += len(sequence.request.prompt_ids)
+                if self.scheduler.root_of is not None:
+                    self.counters.prefix_cache_queries += len(sequence.request.prompt_ids)
+                    self.counters.prefix_cache_hits += chunk.start
+
+    def _update(self, batch: Batch, logits: torch.Tensor) -> list[RequestOutput]:
+        """Logits -> the next token of every chunk that ends at its sequence's newest token."""
+        not_numbers = (logits.isnan() | logits.isposinf()).any(-1)
+        logits = logits.masked_fill(not_numbers[:, None], 0.0)  # the sampler may not meet them
+        rows, sequences, broken = [], [], []
+        first = 0
+        for chunk, count in zip(batch.chunks, batch.num_logits, strict=True):
+            part = slice(first, first := first + count)
+            if not_numbers[part].any():
+                broken.append(chunk.sequence)
+                continue
+            if chunk.sequence.wants_prompt_logprobs:
+                self._add_prompt_logprobs(chunk.sequence, chunk.start, logits[part])
+            if chunk.samples:
+                rows.append(first - 1)
+                sequences.append(chunk.sequence)
+        now = self.clock()
+        outputs = [self._append(*each, now) for each in self._sample(logits[rows], sequences)] if rows else []
+        if broken:
+            logger.error("%d sequences end with an error: their logits are not numbers", len(broken))
+        error = "the model and adapters overflow on this prompt"
+        return outputs + [self._finish(s, FinishReason.ERROR, error=error) for s in broken]
+
+    def _sample(
+        self, logits: torch.Tensor, sequences: list[Sequence]
+    ) -> list[tuple[Sequence, int, tuple[TokenLogprob, ...]]]:
+        """Each sequence with its next token and, where asked for, its log-probability."""
+        rows = [
+            SamplingRow(s.request.sampling, s.request.prompt_ids, s.output_ids, s.decoding.generator) for s in sequences
+        ]
+        tokens = sample(logits, rows)
+        logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(tokens)
+        if asked := [i for i, s in enumerate(sequences) if s.request.sampling.logprobs is not None]:
+            tops = [sequences[i].request.sampling.logprobs or 0 for i in asked]
+            for i, logprob in zip(asked, token_logprobs(logits[asked], [tokens[i] for i in asked], tops), strict=True):
+                logprobs[i] = (logprob,)
+        return list(zip(sequences, tokens, logprobs, strict=True))
+
+    def _add_prompt_logprobs(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
+        """The logits at a position are of the token after it; those of the prompt's last are not of the prompt."""
+        if start == 0:
+            sequence.prompt_logprobs.clear()  # computed again after it had to give way
+        targets = sequence.request.prompt_ids[start + 1 : start + 1 + len(logits)]
+        top = sequence.request.sampling.prompt_logprobs or 0
+        sequence.prompt_logprobs += token_logprobs(logits[: len(targets)], targets, [top] * len(targets))
+
+    def _append(self, sequence: Sequence, token: int, logprob: tuple[TokenLogprob, ...], now: float) -> RequestOutput:
         """Give a sequence its next token, and end it where that ends it."""
         request = sequence.request
         sequence.first_token = sequence.first_token or now
@@ -137,41 +212,56 @@ class Engine:
             return self._finish(sequence, FinishReason.STOP)
         sequence.token_ids.append(token)
         self.counters.generation_tokens += 1
-        detokenizer = self._decoding[sequence].detokenizer
-        text, new = detokenizer.add(token), ((token,), () if logprob is None else (logprob,))
+        detokenizer = sequence.decoding.detokenizer
+        text = detokenizer.add(token)
         if detokenizer.stopped:
-            return self._finish(sequence, FinishReason.STOP, text, new)
-        if len(sequence.token_ids) >= request.sampling.max_tokens:
-            return self._finish(sequence, FinishReason.LENGTH, text, new)
-        return RequestOutput(request.id, sequence.index, new[0], text, new[1])
+            return self._finish(sequence, FinishReason.STOP, text, (token,), logprob)
+        if len(sequence.token_ids) - len(request.prompt_ids) >= request.sampling.max_tokens:
+            return self._finish(sequence, FinishReason.LENGTH, text, (token,), logprob)
+        prompt_logprobs = _taken(sequence.prompt_logprobs)
+        return RequestOutput(request.id, sequence.index, (token,), text, logprob, prompt_logprobs)
 
     def _finish(
         self,
         sequence: Sequence,
         reason: FinishReason,
         text: str = "",
-        new: tuple[tuple[int, ...], tuple[float, ...]] = ((), ()),
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+        *,
         error: str | None = None,
+        cause: Exception | None = None,
     ) -> RequestOutput:
-        self.scheduler.remove(sequence)
+        request = sequence.request
+        if self.scheduler.remove(sequence):
+            self.pool.release(request.selection)
         sequence.finish_reason = reason
-        text += self._decoding.pop(sequence).detokenizer.flush()
-        now, arrival = self.clock(), sequence.request.arrival
+        now = self.clock()
         return RequestOutput(
-            request_id=sequence.request.id,
+            request_id=request.id,
             index=sequence.index,
-            token_ids=new[0],
-            text=text,
-            logprobs=new[1],
+            token_ids=token_ids,
+            text=text + sequence.decoding.detokenizer.flush(),
+            logprobs=logprobs,
+            prompt_logprobs=_taken(sequence.prompt_logprobs),
             finish_reason=reason,
             error=error,
-            completion_tokens=len(sequence.token_ids),
+            cause=cause,
+            completion_tokens=len(sequence.token_ids) - len(request.prompt_ids),
+            cached_tokens=sequence.num_cached_tokens,
             timings=Timings(
-                queue_s=(sequence.first_scheduled or now) - arrival,
-                ttft_s=None if sequence.first_token is None else sequence.first_token - arrival,
-                e2e_s=now - arrival,
+                queue_s=(sequence.first_scheduled or now) - request.arrival,
+                ttft_s=None if sequence.first_token is None else sequence.first_token - request.arrival,
+                e2e_s=now - request.arrival,
             ),
         )
+
+
+def _taken(items: list[TokenLogprob]) -> tuple[TokenLogprob, ...]:
+    """All of them; the list is empty then."""
+    taken = tuple(items)
+    items.clear()
+    return taken
 
 
 def model_stop_ids(tokenizer: PreTrainedTokenizerBase, eos: int | Iterable[int] | None) -> frozenset[int]:

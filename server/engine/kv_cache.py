@@ -1,88 +1,129 @@
-"""Keys and values of running sequences: one slot a sequence, read and written through transformers' cache interface.
+"""Keys and values in blocks, and attention over them, called by transformers' models through their attention interface.
 
-Shapes: L layers; slots; h key-value heads; p positions; e head size; b rows and s new tokens of one forward pass.
+A batch is T tokens, each a row of its own for the model ([T, 1]): all but attention looks at one token at a time, so
+sequences of any lengths, chunks of prompts and single new tokens lie side by side without padding.
+
+Shapes: L layers; N blocks of z tokens; T tokens of a batch; H query heads over h key-value heads, g = H / h; e head
+size. A group is n sequences with s new tokens each and up to m blocks; p = m z positions.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-GROWTH = 256  # positions
+ATTENTION = "crma_paged"
 
 
 class KvCache:
-    """Per layer, keys and values [slots, h, p, e]; p grows in steps as sequences do.
+    """One tensor [L, 2, N, z, h, e] of uninitialised memory; what a sequence gets of it is made zero first."""
 
-    New memory is zero, never uninitialised: a masked position still enters a product, and 0 · NaN is NaN. The last
-    position of every slot is scratch, where padding is written.
+    def __init__(
+        self, config: PretrainedConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, 2, num_blocks, block_size, heads, size)
+        self.blocks = torch.empty(shape, dtype=dtype, device=device)
+        self.zero([0])
+
+    def zero(self, blocks: list[int]) -> None:
+        """Before their first use: a masked position still enters a product, and another's NaN · 0 is NaN."""
+        self.blocks[:, :, blocks] = 0
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """n sequences with s new tokens each.
+
+    rows: where their n · s tokens lie in the batch, sequence by sequence. tables [n, m]: their blocks, padded with the
+    null block. positions [n, s].
     """
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+    rows: slice
+    tables: Tensor
+    positions: Tensor
+    _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
-    def layer(self, index: int, like: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer with room for `num_positions` and the scratch position.
-
-        Args:
-            like: [b, h, s, e] new keys: they decide heads, size, dtype and device.
-        """
-        keys, values = self._layers.get(index, (None, None))
-        if keys is None or values is None or keys.shape[2] <= num_positions:
-            room = (num_positions // GROWTH + 1) * GROWTH + 1
-            keys, values = (self._grown(old, like, room) for old in (keys, values))
-            self._layers[index] = keys, values
-        return keys, values
-
-    def clear(self, slots: list[int]) -> None:
-        """Zero what is not a number: the next sequence of a slot would mask it, and 0 · NaN is NaN."""
-        for keys, values in self._layers.values():
-            keys[slots] = 0
-            values[slots] = 0
-
-    def _grown(self, old: Tensor | None, like: Tensor, room: int) -> Tensor:
-        new = like.new_zeros(self.num_slots, like.shape[1], room, like.shape[3])
-        if old is not None:
-            new[:, :, : old.shape[2] - 1] = old[:, :, :-1]
-        return new
-
-    def view(self, slots: Tensor, positions: Tensor) -> BatchView:
-        """The cache as one forward pass sees it: slots [b], positions [b, s] (-1 = padding)."""
-        return BatchView(self, slots, positions)
+    def mask(self, num_positions: int, window: int | None, repeats: int) -> Tensor:
+        """Bool [n, 1, s · repeats, p]: a token sees positions up to its own; with a window only the last of them."""
+        if (known := self._masks.get((window, repeats))) is None:
+            own = self.positions.repeat_interleave(repeats, dim=1)[:, None, :, None]
+            other = torch.arange(num_positions, device=own.device)
+            known = other <= own if window is None else (other <= own) & (other > own - window)
+            self._masks[window, repeats] = known
+        return known
 
 
-class BatchView:
-    """What a transformers model takes for its `cache`: it only ever calls `update` (and asks for no length, because
-    positions and the mask are given)."""
+@dataclass(frozen=True)
+class PagedKv:
+    """The cache as one forward pass sees it: slots [T] say where each token's keys and values go."""
 
-    def __init__(self, kv: KvCache, slots: Tensor, positions: Tensor) -> None:
-        self.kv = kv
-        self.slots = slots
-        self.positions = positions
-        self.num_positions = int(positions.max()) + 1
+    cache: KvCache
+    slots: Tensor
+    groups: tuple[AttentionGroup, ...]
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write [b, h, s, e] at this pass's positions; return everything up to the longest row: [b, h, p, e]."""
-        keys, values = self.kv.layer(layer_idx, key, self.num_positions)
-        rows = self.slots[:, None]
-        keys[rows, :, self.positions] = key.transpose(1, 2)
-        values[rows, :, self.positions] = value.transpose(1, 2)
-        return keys[self.slots, :, : self.num_positions], values[self.slots, :, : self.num_positions]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Unused where position ids are given; 0 keeps the model from adding anything to them."""
-        return 0 * layer_idx
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, cap: float | None
+    ) -> Tensor:
+        """Write key and value [T, h, e], then attend with query [T, H, e] -> [T, H, e]."""
+        keys, values = self.cache.blocks[layer]
+        keys.flatten(0, 1)[self.slots] = key
+        values.flatten(0, 1)[self.slots] = value
+        output = torch.empty_like(query)
+        for group in self.groups:
+            output[group.rows] = _attend_group(group, query[group.rows], keys, values, scale, window, cap)
+        return output
 
 
-def attention_mask(positions: Tensor, num_positions: int, window: int | None) -> Tensor:
-    """Bool [b, 1, s, p]: a token sees positions up to its own, and with a window only the last `window` of them.
+def _attend_group(
+    group: AttentionGroup,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+) -> Tensor:
+    """[n · s, H, e] -> [n · s, H, e]. The g query heads of a key-value head are g more queries of it: no copies."""
+    (n, s), (H, e), h = group.positions.shape, query.shape[1:], keys.shape[2]
+    q = query.view(n, s, h, H // h, e).permute(0, 2, 1, 3, 4).reshape(n, h, s * H // h, e)
+    k, v = (part[group.tables].flatten(1, 2).transpose(1, 2) for part in (keys, values))
+    mask = group.mask(k.shape[2], window, H // h)
+    if cap is None:
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    else:  # a soft cap (Gemma 2) on the scores; the fused attention has none
+        scores = torch.tanh(q @ k.mT * scale / cap) * cap
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+        out = weights.to(q.dtype) @ v
+    return out.view(n, h, s, H // h, e).transpose(1, 2).reshape(n * s, H, e)
 
-    Padding (position -1) sees position 0, so that no row of a softmax is empty.
-    """
-    own = positions.clamp(min=0)[:, None, :, None]
-    other = torch.arange(num_positions, device=positions.device)
-    visible = other <= own
-    return visible if window is None else visible & (other > own - window)
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    paged: PagedKv,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: query [T, H, 1, e], key and value [T, h, 1, e] -> [T, 1, H, e]. `paged` comes through
+    the model's keyword arguments."""
+    assert attention_mask is None
+    assert isinstance(module.layer_idx, int)
+    tokens = (query[:, :, 0], key[:, :, 0], value[:, :, 0])
+    return paged.attend(module.layer_idx, *tokens, scaling, sliding_window, softcap)[:, None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, paged_attention)

@@ -2,62 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
+from crma.errors import UnsupportedModel
 from crma.injection import Injection, plan_rows
 from server.engine.adapter_pool import AdapterPool
 from server.engine.batch import Batch
-from server.engine.kv_cache import KvCache, attention_mask
+from server.engine.block_pool import BlockPool
+from server.engine.kv_cache import ATTENTION, KvCache
+
+STACK_TOKENS = 64  # up to so many tokens, adapters side by side in one product cost less than one product for each
 
 
 class ModelRunner:
-    """Holds the injected model and the KV cache; `run` is the only thing that touches either."""
+    """Holds the injected model and the KV cache; `run` is the only thing that touches either.
 
-    def __init__(self, injection: Injection, pool: AdapterPool, max_num_seqs: int) -> None:
+    Raises:
+        UnsupportedModel: the model's attention can't be replaced.
+    """
+
+    def __init__(self, injection: Injection, pool: AdapterPool, blocks: BlockPool) -> None:
+        model = injection.model
+        if not getattr(model, "_supports_attention_backend", False):
+            name = type(model).__name__
+            message = f"{name} cannot be served: its attention does not go through transformers' attention interface"
+            raise UnsupportedModel(message, field="model", value=name, allowed="_supports_attention_backend")
         self.injection = injection
         self.pool = pool
-        self.kv = KvCache(max_num_seqs)
-        self.device = next(injection.model.parameters()).device
-        config = injection.model.config
-        kinds = set(getattr(config, "layer_types", None) or ())
-        self._window: int | None = getattr(config, "sliding_window", None)
-        # Models that mix full and windowed layers take one mask a kind; with one kind they take the mask itself.
-        self._mixed_layers = len(kinds) > 1
-        if kinds == {"full_attention"}:
-            self._window = None
+        self.device = next(model.parameters()).device
+        self.kv = KvCache(model.config, blocks.num_blocks, blocks.block_size, model.dtype, self.device)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Tensor:
-        """fp32 logits of every row's newest token: [b, vocab]."""
-        view = self.kv.view(batch.slots, batch.positions)
-        plan = plan_rows(batch.selections, self.pool.loras, self.pool.backbones, self.device)
-        with self.injection.active(plan):
+    def run(self, batch: Batch, new_blocks: list[int]) -> Tensor:
+        """fp32 logits of the batch's `logit_rows`: [rows, vocab]."""
+        self.kv.zero(new_blocks)
+        plan = plan_rows(
+            batch.selections,
+            self.pool.loras,
+            self.pool.backbones,
+            self.device,
+            stack=self.pool.stack if len(batch.selections) <= STACK_TOKENS else None,
+            head_rows=torch.tensor(batch.logit_rows, dtype=torch.long, device=self.device),
+        )
+        with self.injection.active(plan), self._paged_attention():
             output = self.injection.model(
-                input_ids=batch.input_ids,
-                attention_mask=self._masks(batch.positions, view.num_positions),
-                position_ids=batch.positions.clamp(min=0),
-                cache=view,
-                use_cache=True,
-                logits_to_keep=1,
+                input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False, paged=batch.paged
             )
         return output.logits[:, -1].float()
 
-    @torch.inference_mode()
-    def clear(self, slots: list[int]) -> None:
-        """Leave nothing of a sequence whose logits are not numbers to the next one of its slot."""
-        self.kv.clear(slots)
-
-    def _masks(self, positions: Tensor, num_positions: int) -> Tensor | dict[str, Tensor]:
-        windowed = self._as_model_wants(attention_mask(positions, num_positions, self._window))
-        if not self._mixed_layers:
-            return windowed
-        full = self._as_model_wants(attention_mask(positions, num_positions, None))
-        return {"full_attention": full, "sliding_attention": windowed}
-
-    def _as_model_wants(self, mask: Tensor) -> Tensor:
-        """Bool for SDPA; for the eager attention (soft-capped models), what is added to the scores."""
-        model = self.injection.model
-        if model.config._attn_implementation != "eager":
-            return mask
-        return torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+    @contextmanager
+    def _paged_attention(self) -> Iterator[None]:
+        """Outside a step the model is what transformers made it."""
+        config = self.injection.model.config
+        before, config._attn_implementation = config._attn_implementation, ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from crma.selection import BASE, AdapterSelection
 
@@ -21,20 +22,34 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How tokens are chosen. Validated at the edge (server/schemas.py); the engine trusts it.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 are off. `seed` makes a sampled request repeatable:
-    sequence i of n draws from seed + i. `stop` strings end a sequence and are not part of its text.
-    `logprobs` returns the log-probability of every sampled token under the unmodified distribution.
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and the penalties' 1, 0 and 0 are off. The repetition penalty is
+    of prompt and answer (Keskar et al. 2019), the other two of the answer only (OpenAI). `seed` makes a sampled request
+    repeatable: sequence i of n draws from seed + i. `stop` strings end a sequence and are not part of its text.
+    `logprobs` k returns, for every sampled token, its log-probability and the k most probable tokens, all under the
+    model's own distribution; `prompt_logprobs` k the same for every prompt token but the first. None: off.
     """
 
     max_tokens: int = 16
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
     n: int = 1
     stop: tuple[str, ...] = ()
-    logprobs: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     ignore_eos: bool = False
+
+
+class TokenLogprob(NamedTuple):
+    """The log-probability of one token, and (id, log-probability) of the most probable ones, most probable first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +82,22 @@ class RequestOutput:
     """New tokens of one sequence of one request.
 
     `text` is the new text only (a delta; may be empty while a multi-byte character or a possible stop
-    string is held back). The last output of a sequence carries finish_reason and the totals; after the
-    last output of the last sequence the iterator ends. `error` is set exactly when finish_reason is error
-    or, for a deadline, abort with error "deadline".
+    string is held back). `logprobs` has one entry a new token where asked for. The first output of sequence 0 carries
+    `prompt_logprobs` where asked for: one entry a prompt token but the first. The last output of a sequence carries
+    finish_reason and the totals; after the last output of the last sequence the iterator ends. `error` is set exactly
+    when finish_reason is error or, with the reason "deadline" or "unloaded", abort. `cause` is what the load of an
+    adapter raised; the stream raises it instead of giving this output.
     """
 
     request_id: str
     index: int = 0
     token_ids: tuple[int, ...] = ()
     text: str = ""
-    logprobs: tuple[float, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    cause: Exception | None = None
     completion_tokens: int = 0
     cached_tokens: int = 0
     timings: Timings | None = None
@@ -92,7 +111,7 @@ class QueueFull(EngineError):
     """The bounded queue is full; `retry_after` is an estimate in seconds."""
 
     def __init__(self, limit: int, retry_after: float) -> None:
-        super().__init__(f"the queue holds its limit of {limit} requests; try again in {retry_after:.0f} s")
+        super().__init__(f"the queue holds its limit of {limit} sequences; try again in {retry_after:.0f} s")
         self.limit = limit
         self.retry_after = retry_after
 
@@ -115,12 +134,13 @@ class PromptTooLong(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot for metrics and /adapters. Counters only grow."""
+    """A snapshot for metrics and /adapters. Counters only grow; kv_cache_usage is the share of blocks in use."""
 
     has_failed: bool = False
     num_requests_running: int = 0
     num_requests_waiting: int = 0
     num_steps: int = 0
+    num_preemptions: int = 0
     kv_cache_usage: float = 0.0
     prompt_tokens: int = 0
     generation_tokens: int = 0

@@ -1,78 +1,212 @@
-"""Which sequences the next step runs. Plain data, no torch.
+"""What the next step computes. Plain data, no torch.
 
-First come, first served: a step prefills what fits of the waiting, or, when none fits, decodes everything that runs.
+One budget of tokens a step over all sequences: those that decode take one each, what is left goes to prompts, oldest
+first, in chunks. There are no phases. First come, first served; who can't be served yet because of an adapter is passed
+by others, but not for ever.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
 
+from crma.selection import AdapterSelection
+from server.engine.block_pool import BlockPool, Key, next_key
 from server.engine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What to run: whole prompts (`is_prefill`), or one token for each sequence."""
+class Admission(Enum):
+    """What the engine says of a sequence that could start."""
 
-    sequences: tuple[Sequence, ...]
-    is_prefill: bool
+    NOW = "now"
+    LATER = "later"  # others may pass
+    HOLD = "hold"  # it has been passed too often: nobody behind it starts before it
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`count` tokens of a sequence from position `start`; the next token is sampled if they are its last."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk ends at the newest token."""
+        return self.start + self.count == len(self.sequence.token_ids)
+
+
+@dataclass
+class Step:
+    """What to run, the blocks that are new in it, and who had to give way."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    new_blocks: list[int] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
 
 
 class Scheduler:
-    """Two queues and two limits.
+    """Two queues and the blocks.
 
-    max_num_seqs: sequences that run at once (= slots in the KV cache).
-    max_num_batched_tokens: padded prompt tokens of one prefill; a longer prompt runs alone.
+    max_num_seqs: sequences that run at once.
+    max_num_batched_tokens: tokens of one step; at least max_num_seqs, so that everything that decodes can.
+    root_of: the key that a selection's chains of blocks start from; None: no prefix is shared.
     """
 
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockPool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        root_of: Callable[[AdapterSelection], Key] | None = None,
+    ) -> None:
+        assert max_num_seqs <= max_num_batched_tokens
+        self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.root_of = root_of
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self._free_slots = list(range(max_num_seqs))
+        self.running: list[Sequence] = []  # oldest first
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence at the end of the queue."""
         self.waiting.append(sequence)
 
-    def has_work(self) -> bool:
-        """True while anything waits or runs."""
-        return bool(self.waiting or self.running)
+    def schedule(self, admit: Callable[[Sequence], Admission]) -> Step:
+        """Choose the next step, and give what it computes its blocks.
 
-    def schedule(self) -> Step:
-        """Choose the next step; moves what it prefills from waiting to running and gives it a slot."""
-        admitted: list[Sequence] = []
-        width = 0
-        while self.waiting and self._free_slots:
-            width = max(width, len(self.waiting[0].request.prompt_ids))
-            if admitted and width * (len(admitted) + 1) > self.max_num_batched_tokens:
-                break
-            sequence = self.waiting.popleft()
-            sequence.slot = self._free_slots.pop()
-            admitted.append(sequence)
-        self.running += admitted
-        return Step(tuple(admitted or self.running), is_prefill=bool(admitted))
+        Args:
+            admit: asked for each sequence for which there is room, in order; `NOW` takes its adapters.
+        """
+        step = Step()
+        budget = self.max_num_batched_tokens
+        for sequence in sorted(self.running, key=lambda s: s.num_pending_tokens > 1):
+            count = min(sequence.num_pending_tokens, budget)
+            if count and sequence not in step.preempted and self._make_room(sequence, count, step):
+                step.chunks.append(Chunk(sequence, sequence.num_computed_tokens, count))
+                budget -= count
+        if not step.preempted:
+            self._start_waiting(step, budget, admit)
+        return step
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take a finished or aborted sequence out, wherever it is, and free its slot."""
-        if sequence.slot is None:
-            self.waiting.remove(sequence)
-            return
-        self.running.remove(sequence)
-        self._free_slots.append(sequence.slot)
-        sequence.slot = None
+    def computed(self, step: Step) -> None:
+        """The step has run: its tokens are in the cache, and full blocks can be shared."""
+        size = self.blocks.block_size
+        for chunk in step.chunks:
+            sequence, stop = chunk.sequence, chunk.start + chunk.count
+            sequence.num_computed_tokens = stop
+            if self.root_of is not None:
+                for i in range(chunk.start // size, stop // size):
+                    self.blocks.remember(sequence.block_table[i], self._keys(sequence, i + 1)[i])
+
+    def remove(self, sequence: Sequence) -> bool:
+        """Take a finished sequence out, wherever it is, and free its blocks. True if it was running."""
+        is_running = sequence in self.running
+        (self.running if is_running else self.waiting).remove(sequence)
+        self._free(sequence)
+        return is_running
 
     def find(self, request_id: str) -> list[Sequence]:
         """Every unfinished sequence of a request."""
-        return [s for queue in (self.waiting, self.running) for s in queue if s.request.id == request_id]
+        return [s for s in self.unfinished() if s.request.id == request_id]
+
+    def unfinished(self) -> list[Sequence]:
+        """Everything that runs or waits."""
+        return [*self.running, *self.waiting]
 
     def check_integrity(self) -> None:
-        """AssertionError unless every slot is free or used by exactly one running sequence, by nothing that waits."""
-        used = [s.slot for s in self.running]
-        assert sorted([*self._free_slots, *(slot for slot in used if slot is not None)]) == list(
-            range(self.max_num_seqs)
-        )
-        assert all(s.slot is None for s in self.waiting)
-        assert not any(s.is_finished for queue in (self.waiting, self.running) for s in queue)
+        """AssertionError unless blocks and sequences agree: whoever waits has none, whoever runs those it needs."""
+        self.blocks.check_integrity([s.block_table for s in self.running])
+        assert len(self.running) <= self.max_num_seqs
+        assert not set(self.running) & set(self.waiting)
+        assert not any(s.block_table or s.num_computed_tokens for s in self.waiting)
+        assert not any(s.finish_reason for s in self.unfinished())
+        for s in self.running:
+            assert 0 <= s.num_computed_tokens < len(s.token_ids)
+            assert len(s.block_table) >= self.blocks.blocks_for(s.num_computed_tokens)
+
+    def _start_waiting(self, step: Step, budget: int, admit: Callable[[Sequence], Admission]) -> None:
+        passed: list[Sequence] = []
+        for sequence in list(self.waiting):
+            if not budget or len(self.running) == self.max_num_seqs:
+                return
+            if self._leader_computes(sequence):
+                continue  # its prompt will be in the cache
+            cached = self._cached_blocks(sequence)
+            new = self.blocks.blocks_for(len(sequence.token_ids)) - len(cached)
+            spare = len(
+                self.running
+            )  # each that runs needs a block soon: who starts should not have to give way at once
+            free = self.blocks.num_free - sum(self.blocks.is_free(block) for block in cached)
+            if new + spare > free:
+                return
+            admission = admit(sequence)
+            if admission is Admission.HOLD:
+                return
+            if admission is Admission.LATER:
+                passed.append(sequence)
+                continue
+            for other in passed:
+                other.num_overtaken += 1
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            self.blocks.share(cached)
+            sequence.block_table = cached
+            sequence.num_computed_tokens = len(cached) * self.blocks.block_size
+            if sequence.first_scheduled is None:
+                sequence.num_cached_tokens = sequence.num_computed_tokens
+            count = min(sequence.num_pending_tokens, budget)
+            self._grow(sequence, count, step)
+            step.chunks.append(Chunk(sequence, sequence.num_computed_tokens, count))
+            budget -= count
+
+    def _make_room(self, sequence: Sequence, count: int, step: Step) -> bool:
+        """Blocks for `count` more tokens; the newest sequences give way for it, at last it itself: then False."""
+        while not self._grow(sequence, count, step):
+            victim = self.running[-1]
+            self.running.remove(victim)
+            self._free(victim)
+            self.waiting.appendleft(victim)
+            step.preempted.append(victim)
+            step.chunks = [chunk for chunk in step.chunks if chunk.sequence is not victim]
+            if victim is sequence:
+                return False
+        return True
+
+    def _grow(self, sequence: Sequence, count: int, step: Step) -> bool:
+        missing = self.blocks.blocks_for(sequence.num_computed_tokens + count) - len(sequence.block_table)
+        new = self.blocks.allocate(max(0, missing))
+        if new is None:
+            return False
+        sequence.block_table += new
+        step.new_blocks += new
+        return True
+
+    def _free(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.block_table)
+        sequence.block_table, sequence.num_computed_tokens = [], 0
+
+    def _leader_computes(self, sequence: Sequence) -> bool:
+        """Whether another of the request's n still computes the prompt that this one would share."""
+        if self.root_of is None or len(sequence.request.prompt_ids) <= self.blocks.block_size:
+            return False
+        return any(s.request is sequence.request and s.num_pending_tokens > 1 for s in self.running)
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold its beginning already. The last token is always computed: its logits are needed."""
+        if self.root_of is None or sequence.wants_prompt_logprobs:
+            return []
+        most = (len(sequence.token_ids) - 1) // self.blocks.block_size
+        return self.blocks.find(self._keys(sequence, most)[:most])
+
+    def _keys(self, sequence: Sequence, count: int) -> list[Key]:
+        """At least the first `count` keys of its full blocks."""
+        assert self.root_of is not None
+        keys, size = sequence.block_keys, self.blocks.block_size
+        while len(keys) < count:
+            before = keys[-1] if keys else self.root_of(sequence.request.selection)
+            keys.append(next_key(before, sequence.token_ids[len(keys) * size : (len(keys) + 1) * size]))
+        return keys

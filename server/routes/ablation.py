@@ -15,8 +15,8 @@ from crma.question_set import Question, QuestionSet, inline_question_set, read_q
 from crma.selection import AdapterSelection, Variant
 from server.auth import require_key
 from server.engine.request import PromptTooLong, QueueFull, SamplingParams
-from server.errors import DeadlineExceeded, GenerationFailed, InvalidField, documented
-from server.frontend import Frontend, TheFrontend, unless_gone
+from server.errors import AdapterUnloaded, DeadlineExceeded, GenerationFailed, InvalidField, documented
+from server.frontend import Frontend, Generation, TheFrontend, unless_gone
 from server.registry import Resolved
 from server.schemas import AblationProvenance, AblationRequest, AblationResponse
 
@@ -103,21 +103,21 @@ async def _run(
 async def _answer(question: Question, resolved: Resolved, body: AblationRequest, frontend: Frontend) -> ItemResult:
     """One generation; its own failure is its outcome. A full queue is waited out within the item's deadline."""
     sampling = SamplingParams(max_tokens=body.max_tokens, seed=body.seed)
-    generation = await frontend.generation(
-        question.question, resolved, sampling, timeout_s=body.timeout_s, prefix="abl"
-    )
+    deadline = time.monotonic() + (body.timeout_s or frontend.settings.request_timeout_s)
+    generation: Generation | None = None
     try:
         while True:
             try:
+                generation = generation or await frontend.generation(
+                    question.question, resolved, sampling, timeout_s=body.timeout_s, prefix="abl"
+                )
                 await generation.finished()
                 return ItemResult("scored", text=generation.sequences[0].text)
             except QueueFull as error:
-                if (left := (generation.request.deadline or 0) - time.monotonic()) <= 0:
+                if (left := deadline - time.monotonic()) <= 0:
                     return ItemResult("timed_out", error="the queue was full until the deadline")
                 await asyncio.sleep(min(left, error.retry_after))
     except DeadlineExceeded as error:
         return ItemResult("timed_out", error=error.message)
-    except (GenerationFailed, PromptTooLong) as error:
+    except (AdapterUnloaded, GenerationFailed, PromptTooLong) as error:
         return ItemResult("failed", error=str(error))
-    finally:
-        generation.close()

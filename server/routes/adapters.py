@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Query
+from pydantic import BaseModel, ConfigDict, Field
 
 from crma.store import TaskEntry
 from server.auth import require_admin, require_key
@@ -18,6 +21,16 @@ router = APIRouter()
 admin = APIRouter(
     prefix="/adapters/{task}", dependencies=[Depends(require_admin)], responses=documented(401, 403, 404, 409)
 )
+
+
+class UnloadQuery(BaseModel):
+    """What is to become of requests that use the adapter."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    when_in_use: Literal["refuse", "wait", "cancel"] = Field(
+        "refuse", description="409; wait for them as long as a request may take, then 409; or end them with an error."
+    )
 
 
 @router.get("/adapters", responses=documented(401), dependencies=[Depends(require_key)])
@@ -41,25 +54,29 @@ async def load(task: str, frontend: TheFrontend) -> TaskInfo:
     return await _apply(frontend, task, frontend.registry.pool.load)
 
 
-@admin.post("/unload")
-async def unload(task: str, frontend: TheFrontend) -> TaskInfo:
-    """Frees its memory; it loads again when a request needs it. 409 while requests use it or it is pinned."""
+@admin.post("/unload", responses=documented(422))
+async def unload(task: str, frontend: TheFrontend, query: Annotated[UnloadQuery, Query()]) -> TaskInfo:
+    """Frees its memory; it loads again when a request needs it. 409 if requests still use it, or while it is pinned."""
+    pool, digest = frontend.registry.pool, frontend.resolve(task, crma=False).selection.task_digest
+    if query.when_in_use == "cancel" and digest is not None and digest not in pool.held:
+        await frontend.engine.cancel_adapter(digest)
+    wait_s = 0.0 if query.when_in_use == "refuse" else frontend.settings.request_timeout_s
     try:
-        return await _apply(frontend, task, frontend.registry.pool.unload)
+        return await _apply(frontend, task, partial(pool.unload, wait_s=wait_s))
     except AdapterInUse as error:
-        raise AdapterBusy(str(error), field="task", value=task) from error
+        raise AdapterBusy(str(error), field="task", value=task, allowed=error.allowed) from error
 
 
 @admin.post("/pin")
 async def pin(task: str, frontend: TheFrontend) -> TaskInfo:
-    """Loads it, and keeps it in memory until it is unpinned. Once is enough."""
-    return await _apply(frontend, task, frontend.registry.pin)
+    """Loads it, and keeps it in memory until it is unpinned. Once is enough. A later version is another adapter."""
+    return await _apply(frontend, task, frontend.registry.pool.hold)
 
 
 @admin.post("/unpin")
 async def unpin(task: str, frontend: TheFrontend) -> TaskInfo:
-    """Takes back `pin`; requests that use the adapter keep it."""
-    return await _apply(frontend, task, frontend.registry.unpin)
+    """Takes back `pin`, of `name@version` if another version serves by now; requests that use the adapter keep it."""
+    return await _apply(frontend, task, frontend.registry.pool.unhold)
 
 
 async def _apply(frontend: Frontend, task: str, action: Callable[[str], None]) -> TaskInfo:

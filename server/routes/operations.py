@@ -1,18 +1,14 @@
-"""Health, readiness, metrics and documentation. Open whatever keys are set: they say nothing of any request."""
+"""Health, readiness and metrics. Open whatever keys are set: they say nothing of any request."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fastapi import APIRouter
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server.frontend import TheFrontend
 
 router = APIRouter()
-
-DOCS = (Path(__file__).parent.parent / "docs.html").read_text("utf-8")
 
 
 @router.get("/healthz")
@@ -33,9 +29,3 @@ async def readyz(frontend: TheFrontend, response: Response) -> dict[str, str | N
 def metrics(frontend: TheFrontend) -> Response:
     """Prometheus text."""
     return Response(generate_latest(frontend.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-@router.get("/docs", response_class=HTMLResponse, include_in_schema=False)
-async def docs() -> HTMLResponse:
-    """/openapi.json as a page that needs nothing from elsewhere."""
-    return HTMLResponse(DOCS)

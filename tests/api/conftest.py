@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from crma.pull import BaseModel
 from crma.store import AdapterStore
 from server.app import create_app
 from server.engine.adapter_pool import AdapterPool
-from server.engine.request import EngineStats, FinishReason, Request, RequestOutput, Timings
+from server.engine.request import EngineStats, FinishReason, Request, RequestOutput, Timings, TokenLogprob
 from server.frontend import Frontend
 from server.metrics import Metrics
 from server.registry import Registry
@@ -31,6 +32,12 @@ from server.schemas import ServedModel
 from server.settings import Settings
 
 BASE = BaseModel("tiny", "sha256:" + "b" * 64, Path("nowhere"), {})
+
+
+def tokens(asked: int | None, *logprobs: float) -> tuple[TokenLogprob, ...]:
+    """Log-probabilities of tokens, where they were asked for; token k of the most probable ones has -k."""
+    top = tuple((token, -float(token)) for token in range(asked or 0))
+    return tuple(TokenLogprob(each, top) for each in logprobs if asked is not None)
 
 
 @dataclass
@@ -55,14 +62,17 @@ class FakeEngine:
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
-            answer = self.answer(request)
+            answer, asked = self.answer(request), request.sampling
             first = answer.split(" ")[0]
-            for index in range(request.sampling.n):
+            for index in range(asked.n):
+                output = partial(RequestOutput, request.id, index)
+                prompt = tokens(asked.prompt_logprobs, *[-1.0] * (len(request.prompt_ids) - 1))
                 if not self.fail_at_once:
-                    yield RequestOutput(request.id, index, (5,), first, logprobs=(-0.5,))
+                    yield output((5,), first, tokens(asked.logprobs, -0.5), () if index else prompt)
                 await asyncio.sleep(0)
-                times = Timings(0.1, 0.2, 0.3)
-                yield RequestOutput(request.id, index, (6,), answer[len(first) :], (-0.25,), *self.ending, 2, 1, times)
+                end: dict[str, Any] = {"completion_tokens": 2, "cached_tokens": 1, "timings": Timings(0.1, 0.2, 0.3)}
+                end |= {"finish_reason": self.ending[0], "error": self.ending[1]}
+                yield output((6,), answer[len(first) :], tokens(asked.logprobs, -0.25), **end)
         finally:
             self.running -= 1
 

@@ -52,6 +52,35 @@ async def test_admin_routes_need_the_admin_key(serve: Serve, action: str) -> Non
     assert counted in await served.metrics()
 
 
+async def test_an_adapter_in_use_is_unloaded_as_asked(serve: Serve) -> None:
+    """A request uses it until the engine is told to cancel those that do."""
+    served = await serve(admin_key="root", request_timeout_s=0.01)
+    registry, cancelled = served.app.state.frontend.registry, []
+    pool, selection = registry.pool, registry.resolve("medical", False).selection
+
+    async def cancel(digest: str) -> None:
+        cancelled.append(digest)
+        pool.release(selection)
+
+    async def post(action: str) -> tuple[int, str]:
+        response = await served.client.post(f"/adapters/medical/{action}", headers=ADMIN)
+        body = response.json()
+        return response.status_code, body["error"]["code"] if "error" in body else str(body["resident"])
+
+    served.engine.cancel_adapter = cancel
+    assert await post("load") == (200, "True")
+    assert pool.acquire(selection)
+    for query in ("", "?when_in_use=refuse", "?when_in_use=wait"):
+        assert await post(f"unload{query}") == (409, "adapter_in_use")
+    assert await post("unload?when_in_use=Wait") == (422, "invalid_field")
+    assert await post("unload?when_used=wait") == (422, "invalid_field")
+    assert (await post("pin"), cancelled) == ((200, "True"), [])
+    assert await post("unload?when_in_use=cancel") == (409, "adapter_in_use")
+    assert (await post("unpin"), cancelled) == ((200, "True"), []), "nobody is cancelled for what is pinned"
+    assert await post("unload?when_in_use=cancel") == (200, "False")
+    assert cancelled == [selection.task_digest]
+
+
 async def test_an_empty_store_serves_the_base(serve: Serve, tmp_path: Path) -> None:
     served = await serve(store=tmp_path / "nothing")
     body = (await served.client.get("/adapters")).json()

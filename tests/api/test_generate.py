@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 import tiny
+from starlette.requests import ClientDisconnect
 
 from crma.errors import InvalidAdapter
-from server.engine.request import EngineStopped, FinishReason, QueueFull
+from server.engine.request import EngineStopped, FinishReason, QueueFull, SamplingParams
 from server.schemas import GenerateResponse
 
 from .conftest import BASE, Serve, Served
 
+REFUSALS = [(QueueFull(4, 2.2), 429, "queue_full"), (InvalidAdapter("bad", field="x"), 409, "invalid_adapter")]
+REFUSALS += [(EngineStopped("end"), 503, "draining"), (ValueError("a secret of the inside"), 500, "internal_error")]
+ABORT, ERROR = FinishReason.ABORT, FinishReason.ERROR
+FAILURES = [((ABORT, "deadline"), 504, "deadline_exceeded"), ((ABORT, "unloaded"), 409, "adapter_unloaded")]
+FAILURES += [((ERROR, "the step failed"), 500, "generation_failed"), ((ABORT, None), 503, "draining")]
+
 
 def events(text: str) -> list[tuple[str, Any]]:
-    parsed = []
-    for block in text.strip().split("\n\n"):
-        name, data = block.split("\n")
-        parsed.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
-    return parsed
+    blocks = (block.split("\n") for block in text.strip().split("\n\n"))
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
 
 
 async def test_the_answer_is_as_the_contract_says(served: Served) -> None:
@@ -48,6 +53,25 @@ async def test_a_stream_is_tokens_then_the_same_without_text(served: Served) -> 
     assert (name, list(data)) == ("done", [key for key in whole if key not in ("text", "logprobs")])
 
 
+async def test_the_most_probable_tokens_come_with_each_and_log_probabilities_of_the_prompt(served: Served) -> None:
+    asked = {"logprobs": True, "top_logprobs": 2, "prompt_logprobs": True}
+    body = (await served.generate(**asked)).json()
+    GenerateResponse.model_validate(body)
+    top = [{"id": i, "token": tiny.tokenizer().decode([i]), "logprob": -i} for i in range(2)]
+    assert (body["logprobs"], body["top_logprobs"]) == ([-0.5, -0.25], [top, top])
+    assert body["prompt_logprobs"] == [None] + [-1.0] * (body["usage"]["prompt_tokens"] - 1)
+    first, _, (_, done) = events((await served.generate(**asked, stream=True)).text)
+    assert first == ("token", {"index": 0, "text": "one", "logprob": -0.5, "top_logprobs": top})
+    assert done["prompt_logprobs"] == body["prompt_logprobs"]
+
+
+async def test_everything_about_sampling_reaches_the_engine(served: Served) -> None:
+    asked = {"max_tokens": 3, "temperature": 0.5, "top_p": 0.5, "top_k": 4, "min_p": 0.1, "repetition_penalty": 1.2}
+    asked |= {"presence_penalty": -1.5, "frequency_penalty": 2.0, "seed": 5, "n": 2, "ignore_eos": True}
+    await served.generate(**asked, stop=["a", "b"], logprobs=True, top_logprobs=20)
+    assert served.engine.requests[-1].sampling == SamplingParams(**asked, stop=("a", "b"), logprobs=20)
+
+
 async def test_several_answers_come_as_choices(served: Served) -> None:
     body = (await served.generate(n=2, logprobs=True)).json()
     GenerateResponse.model_validate(body)
@@ -70,15 +94,7 @@ async def test_raw_skips_the_format_and_special_tokens_in_a_prompt_are_text(serv
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    ("error", "status", "code"),
-    [
-        (QueueFull(4, 2.2), 429, "queue_full"),
-        (EngineStopped("stopping"), 503, "draining"),
-        (InvalidAdapter("bad", field="x"), 409, "invalid_adapter"),
-        (ValueError("a secret of the inside"), 500, "internal_error"),
-    ],
-)
+@pytest.mark.parametrize(("error", "status", "code"), REFUSALS)
 async def test_a_refused_request_has_its_status_streamed_or_not(
     served: Served, error: Exception, status: int, code: str, stream: bool
 ) -> None:
@@ -92,14 +108,7 @@ async def test_a_refused_request_has_its_status_streamed_or_not(
     assert 'reason="abort"' not in await served.metrics()
 
 
-@pytest.mark.parametrize(
-    ("ending", "status", "code"),
-    [
-        ((FinishReason.ABORT, "deadline"), 504, "deadline_exceeded"),
-        ((FinishReason.ERROR, "the step failed"), 500, "generation_failed"),
-        ((FinishReason.ABORT, None), 503, "draining"),
-    ],
-)
+@pytest.mark.parametrize(("ending", "status", "code"), FAILURES)
 async def test_a_failure_is_a_status_before_the_first_token_and_an_event_after_it(
     served: Served, ending: tuple[FinishReason, str | None], status: int, code: str
 ) -> None:
@@ -117,3 +126,27 @@ async def test_the_deadline_is_the_requests_or_the_servers(serve: Serve) -> None
     await served.generate(timeout_s=5)
     assert [r.deadline - r.arrival for r in served.engine.requests[-2:]] == pytest.approx([50, 5])
     assert (await served.generate(timeout_s=51)).json()["error"]["field"] == "timeout_s"
+
+
+async def test_a_stream_that_nobody_reads_keeps_no_place_in_the_engine(served: Served) -> None:
+    """The client goes before the head of the answer is written: the response never asks for its first event."""
+    received = [{"type": "http.request", "body": b'{"prompt": "Hi", "stream": true}'}]
+
+    async def receive() -> dict[str, Any]:
+        return received.pop() if received else await asyncio.Event().wait()
+
+    async def send(message: dict[str, Any]) -> None:
+        assert served.engine.running == 1
+        raise OSError("gone")
+
+    scope = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": []}
+    with pytest.raises(ClientDisconnect):
+        await served.app(scope | {"asgi": {"spec_version": "2.4"}}, receive, send)
+    assert served.engine.running == 0
+
+
+async def test_prompts_that_wait_to_be_encoded_are_bounded(serve: Serve) -> None:
+    frontend = (await serve(max_queue=1)).app.state.frontend
+    asked = [frontend.generation("Hi", frontend.resolve(None, None), SamplingParams()) for _ in range(3)]
+    *_, waited, refused = await asyncio.gather(*asked, return_exceptions=True)
+    assert (waited.request.sampling, type(refused)) == (SamplingParams(), QueueFull)

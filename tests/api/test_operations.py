@@ -77,8 +77,9 @@ async def test_labels_are_bounded_whatever_clients_ask_for(serve: Serve) -> None
 
 async def test_the_documentation_needs_nothing_from_elsewhere(served: Served) -> None:
     page = (await served.client.get("/docs")).text
-    assert "openapi.json" in page
-    assert not re.search(r"https?://", page)
+    assert ("openapi.json" in page, re.search(r"https?://", page)) == (True, None)
+    script, style = (re.findall(rf'"([^"]+[.]{kind})"', page)[0] for kind in ("js", "css"))
+    assert [(await served.client.get(needed)).status_code for needed in (script, style)] == [200, 200]
     schema = (await served.client.get("/openapi.json")).json()
     generate = schema["paths"]["/generate"]["post"]
     assert set(generate["responses"]) == {"200", *map(str, (400, 401, 404, 409, 413, 422, 429, 500, 503, 504))}

@@ -124,7 +124,7 @@ async def served(base: BaseModel, store: AdapterStore) -> AsyncIterator[Served]:
 def gate(served: Served) -> tuple[threading.Event, threading.Event]:
     """(reached, open): the first is set when a forward pass waits for the second."""
     reached, opened, run = threading.Event(), threading.Event(), served.engine.engine.runner.run
-    served.engine.engine.runner.run = lambda batch: (reached.set(), opened.wait(10), run(batch))[2]
+    served.engine.engine.runner.run = lambda *step: (reached.set(), opened.wait(10), run(*step))[2]
     return reached, opened
 
 
@@ -172,6 +172,8 @@ async def test_a_stream_is_the_whole_answer_in_pieces_and_n_counts_on_from_the_s
         assert [data["logprob"] for data in mine if "logprob" in data] == choice["logprobs"]
         assert done["choices"][index]["finish_reason"] == choice["finish_reason"]
         assert (await served.ask(**sampled, seed=5 + index))["text"] == choice["text"]
+    cached = [body["usage"].pop("cached_tokens") for body in (whole, done)]
+    assert cached == [0, 16], "the prompt's one full block"
     assert (done["usage"], done["provenance"]) == (whole["usage"], whole["provenance"])
     drawn = await served.ask(**sampled)
     assert (await served.ask(**sampled, seed=drawn["provenance"]["seed"]))["text"] == drawn["text"]

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from crma_client import AsyncClient, Client, CrmaClientError, Question, calls, errors
+from crma_client import AsyncClient, Client, CrmaClientError, calls, errors
 
-ROOT = Path(__file__).parents[2]
 TOKEN = b'event: token\ndata: {"index": 0, "text": "a"}\n\n'
 REFUSAL = {"error": {"code": "queue_full", "message": "full", "field": "task", "value": "x", "allowed": ["medical"]}}
 
@@ -29,27 +25,16 @@ def test_only_what_was_given_is_sent() -> None:
     assert json.loads(call.body or b"") == {"prompt": "hi", "task": "medical", "temperature": 0, "stop": ["a", "b"]}
     streamed = calls.stream("hi", {"crma": False})
     assert json.loads(streamed.body or b"") == {"prompt": "hi", "crma": False, "stream": True}
-    question = {"id": "q1", "task": "medical", "question": "?", "answers": ["a", "b"]}
-    asked = calls.ablation({"questions": [Question("q1", "medical", "?", ("a", "b"))]})
-    assert json.loads(asked.body or b"") == {"questions": [question]}
+    asked = calls.ablation({"questions": [{"id": "q1"}], "margin": None})
+    assert json.loads(asked.body or b"") == {"questions": [{"id": "q1"}]}
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("max_token", 4), ("stream", True), ("question_set", "public"), ("task", b"x"), ("seed", {1})]
-)
-def test_an_unknown_option_or_one_that_json_has_not_is_refused_before_it_is_sent(field: str, value: object) -> None:
+@pytest.mark.parametrize("value", [b"x", {1}])
+def test_a_value_that_json_has_not_is_refused_before_it_is_sent(value: object) -> None:
     for call in (calls.generate, calls.stream):
         with pytest.raises(errors.InvalidArgument) as caught:
-            call("hi", {field: value})
-        unknown = field not in ("task", "seed")
-        assert (caught.value.field, bool(caught.value.allowed)) == ((field, True) if unknown else ("body", False))
-    with pytest.raises(errors.InvalidArgument, match="prompt"):
-        calls.ablation({"prompt": "hi"})
-
-
-def test_the_two_clients_have_the_same_methods() -> None:
-    names = {name.removeprefix("a") if name == "aclose" else name for name in vars(AsyncClient) if name[0] != "_"}
-    assert names == {name for name in vars(Client) if name[0] != "_"}
+            call("hi", {"task": value})
+        assert caught.value.field == "body"
 
 
 @pytest.mark.parametrize(
@@ -74,20 +59,20 @@ async def test_a_stream_that_fails_or_breaks_gives_its_tokens_and_then_an_error(
 
 
 async def test_a_refusal_is_one_error_for_every_way_to_call() -> None:
-    transport = answering(429, json=REFUSAL, headers={"Retry-After": "2"})
+    transport, caught = answering(429, json=REFUSAL, headers={"Retry-After": "2"}), []
     with Client(transport=transport) as client:
-        with pytest.raises(errors.Overloaded) as whole:
+        with pytest.raises(errors.Overloaded) as error:
             client.generate("hi")
-        with pytest.raises(errors.Overloaded) as streamed, client.stream("hi"):
+        caught.append(error.value)
+        with pytest.raises(errors.Overloaded) as error, client.stream("hi"):
             pytest.fail("a refused stream was opened")
+        caught.append(error.value)
     async with AsyncClient(transport=transport) as awaited:
-        with pytest.raises(errors.Overloaded) as awaited_whole:
-            await awaited.generate("hi")
-        with pytest.raises(errors.Overloaded) as awaited_stream:
+        with pytest.raises(errors.Overloaded) as error:
             async with awaited.stream("hi"):
                 pytest.fail("a refused stream was opened")
-    for caught in (whole, streamed, awaited_whole, awaited_stream):
-        assert vars(caught.value) == {"status": 429, "retry_after": 2, **REFUSAL["error"]}
+        caught.append(error.value)
+    assert [vars(error) for error in caught] == 3 * [{"status": 429, "retry_after": 2, **REFUSAL["error"]}]
 
 
 def test_an_answer_that_is_not_the_contracts_is_an_error_of_the_tree() -> None:
@@ -162,21 +147,3 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown() -> None:
         with pytest.raises(errors.InvalidArgument) as caught:
             Client(api_key=key)
         assert (caught.value.field, "cret" in repr(caught.value)) == ("api_key", False)
-
-
-def test_imports_where_there_is_no_torch_and_no_server() -> None:
-    """The package depends on httpx only; a meta-path finder stands in for an environment without the rest."""
-    program = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "numpy", "transformers", "server", "crma", "starlette", "pydantic"}:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-import crma_client
-print(crma_client.Client().__class__.__name__)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT / "clients/python", capture_output=True, text=True, check=False
-    )
-    assert (done.stdout, done.stderr) == ("Client\n", "")

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HTTP = {"fastapi", "starlette", "uvicorn", "httpx"}
 TORCH = {"torch", "numpy", "transformers", "safetensors", "scipy", "peft"}
-NO_TORCH = "server.engine.request, server.engine.scheduler, server.engine.sequence"
+NO_TORCH = ", ".join(f"server.engine.{name}" for name in ("block_pool", "request", "scheduler", "sequence"))
 READS_ENVIRONMENT = {"server.settings", "crma.cache"}
 
 

@@ -51,7 +51,7 @@ class Running:
         self.go, self.at_step, self.at_load = (threading.Event() for _ in range(3))
         self.failures: list[Exception] = []
         run = self.core.runner.run
-        self.core.runner.run = lambda batch: self.wait(self.at_step) or run(batch)
+        self.core.runner.run = lambda *step: self.wait(self.at_step) or run(*step)
         self.pool.register("slow", lambda: self.wait(self.at_load) or ADAPTERS["task-1"])
         self.engine = AsyncEngine(self.core, self.pool, max_queue)
         self.engine.start()
@@ -80,7 +80,7 @@ class Running:
     def check_empty(self) -> None:
         self.core.check_integrity()
         self.pool.check_integrity()
-        assert (self.pool.num_pins(), self.core.scheduler.has_work(), self.engine._streams) == (0, False, {})
+        assert (self.pool.num_pins(), self.core.scheduler.unfinished(), self.engine._streams) == (0, [], {})
 
 
 def ask(
@@ -124,10 +124,10 @@ async def test_aborted_before_its_first_output(start: Any) -> None:
     served = start(go=False, max_num_seqs=1)
     unread = served.engine.submit(ask("unread", n=2))
     served.engine.abort("unread")
-    (runs,) = served.take(ask("runs"))
-    await happens(served.at_step)
-    waits, loads = served.take(ask("waits", BOTH), ask("loads", SLOW))
+    (loads,) = served.take(ask("loads", SLOW))
     await happens(served.at_load)
+    runs, waits = served.take(ask("runs"), ask("waits", BOTH))
+    await happens(served.at_step)
     for name in ("waits", "loads", "waits", "nobody"):
         served.engine.abort(name)
     served.go.set()
@@ -224,11 +224,12 @@ async def test_stopping_lets_what_runs_finish_and_takes_nothing_new(start: Any) 
 async def test_stopping_aborts_what_is_left_when_the_time_is_up(start: Any) -> None:
     """What runs, what waits, what loads, and what nobody has begun to read."""
     served = start(go=False, max_num_seqs=1)
-    taken = served.take(ask("runs", BOTH, max_tokens=300), ask("waits", max_tokens=300), ask("loads", SLOW))
+    taken = served.take(ask("loads", SLOW))
+    await happens(served.at_load)
+    taken += served.take(ask("runs", max_tokens=300), ask("waits", max_tokens=300))
     unread = served.engine.submit(ask("unread", BOTH))
     await happens(served.at_step)
     stopping = asyncio.create_task(served.engine.stop(0))
-    await happens(served.at_load)
     served.go.set()
     await asyncio.wait_for(stopping, 10)
     taken.append(asyncio.create_task(read(unread)))

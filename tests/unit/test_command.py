@@ -16,6 +16,7 @@ from crma.__main__ import main
 from crma.manifest import file_digest
 from crma.pull import BaseModel
 from crma.store import AdapterStore
+from crma.tables import results_table
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -71,7 +72,8 @@ def test_what_is_trained_ships_verifies_and_is_evaluated(
     assert "legal, medical" in err
     options = ("--model", base.path, "--split", "validation", "--control", tmp_path / "control")
     code, out, _ = crma("evaluate", store, *options, "--json")
-    rows: dict[str, Any] = json.loads(out)["tasks"]
+    result = json.loads(out)
+    rows: dict[str, Any] = result["tasks"]
     variants = ["base", "task", "crma", "task+crma", "control", "majority", "naive_bayes"]
     assert {task: list(row) for task, row in rows.items()} == dict.fromkeys(domains, variants)
     assert rows["legal"]["majority"]["accuracy"] == 0.5
@@ -79,7 +81,9 @@ def test_what_is_trained_ships_verifies_and_is_evaluated(
     assert rows["legal"]["task+crma"]["loss"] == pytest.approx(shipped["loss"], rel=0.05)  # served in bfloat16, maybe
     code, out, _ = crma("evaluate", store, *options)
     assert code == 0
-    assert all(variant in out for variant in variants)
+    assert "LoRA without CRMA" in out
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert crma("table", tmp_path / "result.json")[:2] == (0, results_table(result) + "\n")
 
 
 def test_an_ablation_is_a_table_or_json(crma: Command, base: BaseModel, store: AdapterStore) -> None:

@@ -35,7 +35,7 @@ def test_what_is_shipped_can_be_read() -> None:
         ({"warmup": 1.0}, "warmup"),
         ({"arm": "JOINT"}, "arm"),
         ({"lora": {"dropout": 0.1}}, "lora.dropout"),
-        ({"crma": {"later_moves": ["M"]}}, "crma.later_moves.0"),
+        ({"crma": {"later_moves": ["M"]}}, "crma.later_moves[0]"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_name(values: dict[str, Any], field: str) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from crma import data
 from crma.data import Example, build, load_split, read_jsonl, split, split_path
@@ -23,11 +22,9 @@ def questions(files: dict[str, bytes]) -> list[str]:
     return [line.get("prompt") or line["question"] for line in lines]
 
 
-@given(st.randoms(use_true_random=False))
-@settings(derandomize=True, max_examples=5, deadline=None)
-def test_splits_do_not_depend_on_the_order_or_on_repetition_in_the_source(random) -> None:
+def test_splits_do_not_depend_on_the_order_or_on_repetition_in_the_source() -> None:
     shuffled = [*PAIRS, *PAIRS[:50]]
-    random.shuffle(shuffled)
+    random.Random(0).shuffle(shuffled)
     assert split("legal", shuffled) == split("legal", PAIRS)
 
 
@@ -57,37 +54,38 @@ def courts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.write_text(json.dumps([{"name": f"Court {i}", "location": places[i % 3]} for i in range(800)]))
     digests = data.digests("legal", split("legal", read_domain("legal", path)))
     monkeypatch.setattr(data, "committed_digests", lambda: digests)
+    monkeypatch.setenv("CRMA_HOME", str(tmp_path))
     return path
 
 
 def test_a_built_domain_is_read_back_and_built_once(tmp_path: Path, courts: Path) -> None:
     notes: list[str] = []
     sources = {"legal": courts}
-    assert build(["legal"], home=tmp_path, sources=sources) == data.committed_digests()
+    assert build(["legal"], sources=sources) == data.committed_digests()
     courts.unlink()
-    assert build(["legal"], home=tmp_path, sources=sources, note=notes.append) == data.committed_digests()
+    assert build(["legal"], sources=sources, note=notes.append) == data.committed_digests()
     assert notes == [f"legal: already built in {tmp_path / 'data' / 'legal'}"]
-    train = load_split("legal", "train", home=tmp_path)
+    train = load_split("legal", "train")
     assert len(train) == 500
     assert all(example.completion in ("ohio", "iowa", "guam") for example in train)
 
 
 def test_a_changed_source_fails_loudly_and_leaves_what_was_built(tmp_path: Path, courts: Path) -> None:
-    build(["legal"], home=tmp_path, sources={"legal": courts})
-    path = split_path("legal", "train", home=tmp_path)
+    build(["legal"], sources={"legal": courts})
+    path = split_path("legal", "train")
     damaged = path.read_bytes().replace(b"ohio", b"iowa", 1)
     path.write_bytes(damaged)
     with pytest.raises(DataError, match=r"Build it again with `crma data legal`"):
-        load_split("legal", "train", home=tmp_path)
+        load_split("legal", "train")
     changed = courts.read_text().replace("Ohio", "Utah")
     courts.write_text(changed)
     with pytest.raises(DataError, match="source has changed") as caught:
-        build(["legal"], home=tmp_path, sources={"legal": courts})
+        build(["legal"], sources={"legal": courts})
     assert caught.value.allowed in data.committed_digests().values()
     assert path.read_bytes() == damaged
     courts.write_text(changed.replace("Utah", "Ohio"))
-    build(["legal"], home=tmp_path, sources={"legal": courts})  # the damaged folder is replaced whole
-    assert len(load_split("legal", "train", home=tmp_path)) == 500
+    build(["legal"], sources={"legal": courts})  # the damaged folder is replaced whole
+    assert len(load_split("legal", "train")) == 500
 
 
 def test_the_committed_public_set_and_digests_are_those_of_the_domains() -> None:
@@ -124,8 +122,8 @@ def test_the_conventions_of_trl_are_read(tmp_path: Path) -> None:
         ("{", ": Invalid JSON"),
         ('{"prompt": "Q"}', ".completion: Field required"),
         ('{"prompt": "Q", "completion": " "}', ".completion: Text is blank"),
-        (json.dumps({"messages": [USER, ASSISTANT, USER, ASSISTANT]}), ": Messages must be one of the user and one"),
-        (json.dumps({"prompt": [USER, USER], "completion": [ASSISTANT]}), ".prompt: Expected exactly one message"),
+        (json.dumps({"messages": [USER, ASSISTANT, USER, ASSISTANT]}), ": Expected one message of the user and one"),
+        (json.dumps({"prompt": [USER, USER], "completion": [ASSISTANT]}), ": Expected one message of the user and one"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str, message: str) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import tiny
+from schedules import Loads
 
 from crma.generate import generate
-from server.engine.engine import Engine, model_stop_ids
+from crma.selection import AdapterSelection
+from server.engine.engine import MAX_OVERTAKEN, Engine, model_stop_ids
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams, Timings
 
 PROMPT = (5, 9, 40)
@@ -25,7 +27,7 @@ def run(engine: Engine, *requests: Request) -> list[RequestOutput]:
     for request in requests:
         engine.add(request)
     outputs = []
-    while engine.scheduler.has_work():
+    while engine.scheduler.unfinished():
         outputs += engine.step()
         engine.check_integrity()
     return outputs
@@ -64,7 +66,7 @@ def test_times_are_seconds_from_arrival_and_counters_count() -> None:
     for name in ("first", "second"):
         engine.add(ask(name, max_tokens=2))
     outputs = []
-    while engine.scheduler.has_work():
+    while engine.scheduler.unfinished():
         now[0] += 1
         outputs += engine.step()
     for name, expected in (("first", (1, 1, 2)), ("second", (3, 3, 4))):
@@ -78,10 +80,52 @@ def test_an_abort_ends_all_sequences_once_and_gives_what_was_held_back() -> None
     engine.add(ask(n=2, stop=(tiny.tokenizer().decode(oracle()[:2]) + "☃",)))
     assert "".join(o.text for o in engine.step()) == "", "it could still become the stop string"
     ended = engine.abort("r")
-    assert [(o.index, o.finish_reason, o.error) for o in ended] == [(i, FinishReason.ABORT, None) for i in (1, 0)]
+    assert [(o.index, o.finish_reason, o.error) for o in ended] == [(i, FinishReason.ABORT, None) for i in (0, 1)]
     assert "".join(o.text for o in ended) == tiny.tokenizer().decode(oracle()[:1])
     assert engine.abort("r") == []
     assert engine.step() == []
+    engine.check_integrity()
+
+
+def test_who_finds_no_room_for_its_adapter_is_passed_a_while_and_then_comes_next() -> None:
+    """Two adapters fit; two long answers keep them, and short ones that use them pass."""
+    loads = Loads()
+    known = {f"task-{i}": tiny.lora(tiny.injection(), 2, "first", seed=i) for i in range(3)}
+    engine, _ = tiny.make_engine(tiny.injection(), known, max_resident=2, executor=loads)
+
+    def add(name: str, task: int, max_tokens: int) -> None:
+        engine.add(Request(name, PROMPT, (), SamplingParams(max_tokens), AdapterSelection(f"task-{task}")))
+
+    for task in range(2):
+        add(f"long {task}", task, 120)
+    for _ in range(3):
+        engine.step()
+        loads.end_one()
+    add("cold", 2, 2)
+    for i in range(150):
+        add(f"short {i}", i % 2, 2)
+    ended: list[str] = []
+    while engine.scheduler.unfinished():
+        ended += [o.request_id for o in engine.step() if o.finish_reason]
+        engine.check_integrity()
+        loads.end_one()
+    passed = [name for name in ended[: ended.index("cold")] if name.startswith("short")]
+    assert MAX_OVERTAKEN <= len(passed) <= MAX_OVERTAKEN + 4, "and those that ran already"
+    assert len(ended) == 153
+
+
+def test_cancelling_an_adapter_ends_who_runs_with_it_and_nobody_else() -> None:
+    engine, pool = tiny.make_engine(tiny.injection(), tiny.adapters(tiny.injection()), executor=(loads := Loads()))
+    for name, task in (("with", "task-0"), ("without", None), ("waits", "task-1")):
+        engine.add(Request(name, PROMPT, (), SamplingParams(50), AdapterSelection(task)))
+    engine.step()
+    loads.end_one()
+    engine.step()
+    assert [(o.request_id, o.finish_reason, o.error) for o in engine.abort_adapter("task-0")] == [
+        ("with", FinishReason.ABORT, "unloaded")
+    ]
+    pool.unload("task-0")
+    assert {s.request.id for s in engine.scheduler.unfinished()} == {"without", "waits"}
     engine.check_integrity()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from crma.channels import CHANNELS, Channels
-from crma.errors import DigestMismatch, InvalidAdapter
+from crma.errors import InvalidAdapter
 from crma.files import parse_json, to_json
 from crma.manifest import (
     MANIFEST,
@@ -89,11 +89,6 @@ def test_a_field_that_is_unknown_missing_or_wrong_is_refused_by_name(
         parse_record(kind, edited(values, path, value), MANIFEST)
     assert caught.value.field is not None
     assert caught.value.allowed is not None
-
-
-def test_a_digest_that_is_not_that_of_the_files_is_a_mismatch() -> None:
-    with pytest.raises(DigestMismatch):
-        parse_record(TaskManifest, edited(TASK, "files", dict.fromkeys(TASK_FILES, D1)), MANIFEST)
 
 
 DEEP = b'{"a": ' * 100_000

@@ -14,12 +14,11 @@ from crma import protocol, store
 from crma.config import TrainConfig
 from crma.data import read_jsonl
 from crma.errors import TrainingError
-from crma.evaluate import encode_examples, mean_loss
 from crma.injection import Plan
 from crma.protocol import Run
 from crma.pull import BaseModel
 from crma.store import AdapterStore
-from crma.train import StepLog, TaskTrainer
+from crma.train import TaskTrainer
 
 pytestmark = pytest.mark.usefixtures("_quick_gemm")
 TASKS = ("first", "second")
@@ -62,8 +61,8 @@ def log_of(out: Path) -> list[dict[str, Any]]:
 
 
 def loss_of(run: Run, t: int, plan: Plan) -> float:
-    rows = encode_examples(run.tokenizer, run.fmt, read_jsonl(Path(run.config.tasks[t]) / "holdout.jsonl"))
-    return mean_loss(run.injection, plan, rows, run.stop_id)
+    examples = read_jsonl(Path(run.config.tasks[t]) / "holdout.jsonl")
+    return run.evaluator.loss(plan, run.evaluator.encode(examples))
 
 
 def test_the_record_holds_what_was_measured_from_the_snapshots(modular: tuple[Run, Any]) -> None:
@@ -83,7 +82,8 @@ def test_the_record_holds_what_was_measured_from_the_snapshots(modular: tuple[Ru
     assert record["drift"][0] != 0
     assert record["loss"][1][0] < record["loss"][0][0]
     assert record["steps"] == 2 * STEPS
-    assert record["training"]["tokens"] == run.tokens_total == run.tokens_seen
+    rows = [row for task in run.train_rows.values() for row in task]
+    assert record["training"]["tokens"] == 2 * sum(len(row.prompt) + len(row.answer) - 1 for row in rows)
 
 
 def test_snapshots_know_their_ancestors_and_their_data(modular: tuple[Run, Any], data: Path) -> None:
@@ -126,9 +126,9 @@ def at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int, befor
 
 
 DEATHS: dict[str, tuple[Any, str, int, bool]] = {
-    "before any checkpoint": (StepLog, "write", 3, False),
-    "in the second epoch": (StepLog, "write", 9, False),
-    "in the second task": (StepLog, "write", STEPS + 8, False),
+    "before any checkpoint": (TaskTrainer, "_check", 3, False),
+    "in the second epoch": (TaskTrainer, "_check", 9, False),
+    "in the second task": (TaskTrainer, "_check", STEPS + 8, False),
     "just after a checkpoint": (TaskTrainer, "_save", 1, False),
     "just after the last checkpoint": (TaskTrainer, "_save", 4, False),
     "between backbone and task": (AdapterStore, "publish_backbone", 2, False),

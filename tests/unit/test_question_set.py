@@ -6,21 +6,13 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from crma import question_set
 from crma.errors import ConfigError
 from crma.question_set import inline_question_set, parse_question_set
-from crma.scorers import normalise
 
 GOOD: dict[str, Any] = {"id": "q1", "task": "medical", "question": "Cholera?", "answers": ["infectious diseases"]}
 DIGEST_OF_GOOD = "sha256:5706498c6d5b5dfdbff7d5dd02a501e683d58abecb474dbcabe35c768ef2454d"
-
-TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(str.strip)
-ANSWERS = st.lists(TEXT.filter(normalise), min_size=1, max_size=3)
-ITEM = st.fixed_dictionaries({"id": TEXT, "task": TEXT, "question": TEXT, "answers": ANSWERS})
-ITEMS = st.lists(ITEM, min_size=1, max_size=5, unique_by=lambda item: item["id"])
 
 
 def lines(*items: object) -> bytes:
@@ -33,9 +25,9 @@ def refusal(content: bytes) -> ConfigError:
     return caught.value
 
 
-@settings(derandomize=True, max_examples=60, deadline=None)
-@given(ITEMS, st.booleans())
-def test_what_was_written_is_read_and_has_one_digest(items: list[dict[str, Any]], escape: bool) -> None:
+@pytest.mark.parametrize("escape", [False, True])
+def test_what_was_written_is_read_and_has_one_digest(escape: bool) -> None:
+    items = [GOOD, {"id": " 2 ", "task": "é", "question": "Qu\u2028\u0085e\n🦜?", "answers": ["-1", "\x00c", "日本"]}]
     compact = "\n".join(json.dumps(item, ensure_ascii=escape, separators=(",", ":")) for item in items)
     turned = "\r\n\r\n".join(json.dumps(dict(reversed(item.items())), ensure_ascii=not escape) for item in items)
     first = parse_question_set("one", compact.encode())
@@ -53,27 +45,6 @@ def test_the_digest_of_a_known_set_does_not_change_and_every_field_and_the_order
     assert len(set(digests)) == len(sets)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("\ud800"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@settings(derandomize=True, max_examples=150, deadline=None)
-@given(
-    st.binary(max_size=80) | st.binary(max_size=40).map(lambda noise: lines(GOOD)[:-5] + noise),
-    st.dictionaries(st.sampled_from([*GOOD, "hint"]), JSON, max_size=5),
-)
-def test_neither_bytes_nor_json_crash_the_parser(content: bytes, change: dict[str, Any]) -> None:
-    for parse in (lambda: parse_question_set("noise", content), lambda: inline_question_set([{**GOOD, **change}])):
-        try:
-            parse()
-        except ConfigError as error:
-            error.message.encode()
-            json.dumps([error.field, error.value, error.allowed], ensure_ascii=False, allow_nan=False).encode()
-
-
 @pytest.mark.parametrize(
     ("bad", "field"),
     [
@@ -84,6 +55,8 @@ def test_neither_bytes_nor_json_crash_the_parser(content: bytes, change: dict[st
         ({**GOOD, "answers": ["a", ""]}, ".answers[1]"),
         ({**GOOD, "answers": ["?!"]}, ".answers[0]"),
         ({**GOOD, "question": "half \ud800"}, ""),
+        ({**GOOD, "answers": [{"a": [float("nan")]}]}, ".answers[0]"),
+        ({**GOOD, "id": 10**400}, ".id"),
         ("text", ""),
     ],
 )
@@ -92,6 +65,7 @@ def test_a_wrong_item_is_refused_by_line_and_field_and_inline_by_index(bad: obje
     assert error.field == f"public line 3{field}"
     assert error.message.startswith(f"{error.field}: ")
     assert error.allowed
+    json.dumps([error.message, error.value], ensure_ascii=False, allow_nan=False).encode()
     with pytest.raises(ConfigError) as caught:
         inline_question_set([GOOD, bad])
     assert caught.value.field is not None

@@ -12,7 +12,6 @@ from published import BASE, FORMAT, SHAPES, publish, publish_backbone
 from tiny import injection
 
 from crma.errors import LineageMismatch, NotFound, StoreError
-from crma.lora import Lora
 from crma.prompts import PromptFormat
 from crma.store import AdapterStore
 from server.engine.adapter_pool import AdapterPool
@@ -104,8 +103,9 @@ async def test_what_is_published_while_it_serves_appears_by_itself(store: Adapte
     await made.stop()
     assert before.selection.task_digest == first
     assert made.resolve("task", None).selection.task_digest == second
+    estimate = made.pool._sizes[hidden]
     made.pool.load(hidden)
-    assert isinstance(made.pool.loras[hidden], Lora)
+    assert estimate == sum(tensor.nbytes for tensor in made.pool.loras[hidden].parameters()) > 0
 
 
 @pytest.mark.parametrize("damage", ["weights", "manifest", "shape"])
@@ -146,13 +146,24 @@ async def test_damaged_channels_leave_what_serves(store: AdapterStore, served_be
     assert made.resolve("task", None).task is not None
 
 
-async def test_a_pin_is_one_pin_and_an_unpin_is_never_a_requests(store: AdapterStore) -> None:
-    digest = publish(store, "task").digest
+async def test_what_replaces_a_resident_version_is_in_memory_before_it_serves(
+    store: AdapterStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = [publish(store, "warm", 0).digest, publish_backbone(store).digest]
+    publish(store, "cold", 1)
     made = await started(store)
-    made.pool.pin(digest)  # a request's
-    for _ in range(2):
-        made.pin(digest)
-        assert made.pool.num_pins() == 2
-    for _ in range(2):
-        made.unpin(digest)
-        assert made.pool.num_pins() == 1
+    for digest in old:
+        made.pool.load(digest)
+    new = [publish(store, "warm", 2).digest, publish_backbone(store, 1).digest]
+    publish(store, "cold", 3)
+    changed: list[str] = []
+    made.pool.on_change = lambda: changed.append(str(made.resolve("warm", None).selection.task_digest))
+    await made.refresh()
+    assert (set(made.pool.resident()), changed) == ({*old, *new}, [old[0]] * 2)
+    assert [made.resolve("warm", None).selection.task_digest, made.resolve(None, True).selection.crma_digest] == new
+    made.pool.hold(new[0])
+    made.pool.max_resident = 1  # so that there is no room for its successor, which serves all the same
+    last = publish(store, "warm", 4).digest
+    await made.refresh()
+    assert made.resolve("warm", None).selection.task_digest == last
+    assert "tasks/warm/v3 is not loaded before it serves: no room" in caplog.text

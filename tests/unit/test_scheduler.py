@@ -1,83 +1,173 @@
-"""server.engine.scheduler: first come, first served, within the limits, and no slot given twice."""
+"""server.engine.scheduler: within the budget, in order, blocks for all that is computed, and nobody waits for ever."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.engine.request import FinishReason, Request
-from server.engine.scheduler import Scheduler
+from crma.selection import AdapterSelection
+from server.engine.block_pool import BlockPool, root_key
+from server.engine.request import FinishReason, Request, SamplingParams
+from server.engine.scheduler import Admission, Scheduler, Step
 from server.engine.sequence import Sequence
 
-
-def padded(sequences: list[Sequence]) -> int:
-    return len(sequences) * max(len(s.request.prompt_ids) for s in sequences)
+BLOCK, LONGEST = 2, 12
 
 
-class SchedulerMachine(RuleBasedStateMachine):
-    """A model of two lists beside the real one; any order of calls."""
+def make(num_blocks: int = 30, max_num_seqs: int = 3, budget: int = 8) -> Scheduler:
+    return Scheduler(BlockPool(num_blocks + 1, BLOCK), max_num_seqs, budget, lambda selection: root_key(*selection))
 
-    @initialize(max_num_seqs=st.integers(1, 4), budget=st.sampled_from([1, 8, 16, 30]))
-    def start(self, max_num_seqs: int, budget: int) -> None:
-        self.scheduler = Scheduler(max_num_seqs, budget)
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
 
-    @rule(length=st.integers(1, 12))
-    def add(self, length: int) -> None:
-        self.waiting.append(Sequence(Request("r", (0,) * length), 0))
-        self.scheduler.add(self.waiting[-1])
+def sequence(length: int = 4, task: str | None = None, first: int = 0, n: int = 1) -> Sequence:
+    request = Request("r", tuple(range(first, first + length)), (), SamplingParams(n=n), AdapterSelection(task))
+    return Sequence(request, 0)
+
+
+def run(scheduler: Scheduler, step: Step) -> None:
+    """What the engine does after a forward pass: each chunk that ends at the newest token gets one more."""
+    scheduler.computed(step)
+    for chunk in step.chunks:
+        if chunk.sequence.num_pending_tokens == 0:
+            chunk.sequence.token_ids.append(7)
+
+
+def now(_: Sequence) -> Admission:
+    return Admission.NOW
+
+
+class Schedules(RuleBasedStateMachine):
+    """Any order of arrivals, steps and ends; an adapter that is away now and then."""
+
+    @initialize(num_blocks=st.integers(10, 30), max_num_seqs=st.integers(1, 4), budget=st.sampled_from([4, 7, 30]))
+    def start(self, num_blocks: int, max_num_seqs: int, budget: int) -> None:
+        self.scheduler = make(num_blocks, max_num_seqs, budget)
+        self.present = True
+
+    @rule(length=st.integers(1, LONGEST), task=st.sampled_from([None, "away"]), first=st.integers(0, 1))
+    def add(self, length: int, task: str | None, first: int) -> None:
+        self.scheduler.add(sequence(length, task, first))
 
     @rule()
-    @precondition(lambda self: self.waiting or self.running)
-    def schedule(self) -> None:
-        self.step()
+    def toggle(self) -> None:
+        self.present = not self.present
 
-    def step(self) -> bool:
-        """Whether it was a prefill."""
-        step = self.scheduler.schedule()
-        chosen, free = list(step.sequences), self.scheduler.max_num_seqs - len(self.running)
-        if not step.is_prefill:
-            assert chosen == self.running
-            assert not (self.waiting and free), "a prompt waits beside a free slot"
-            return False
-        assert chosen == self.waiting[: len(chosen)], "not in the order of arrival"
-        budget = self.scheduler.max_num_batched_tokens
-        assert len(chosen) == 1 or padded(chosen) <= budget
-        more = self.waiting[: len(chosen) + 1]
-        assert len(chosen) in (free, len(self.waiting)) or padded(more) > budget, "room was left unused"
-        self.waiting = self.waiting[len(chosen) :]
-        self.running += chosen
-        return True
+    def admit(self, waiting: Sequence) -> Admission:
+        return Admission.NOW if self.present or waiting.request.selection.task_digest is None else Admission.LATER
 
-    @rule(data=st.data(), reason=st.sampled_from(FinishReason))
-    @precondition(lambda self: self.waiting or self.running)
-    def end(self, data: st.DataObject, reason: FinishReason) -> None:
-        """Finished, failed or aborted, wherever it is."""
-        self.remove(data.draw(st.sampled_from(self.waiting + self.running)), reason)
+    @rule()
+    def step(self) -> None:
+        before, queue = list(self.scheduler.running), list(self.scheduler.waiting)
+        step = self.scheduler.schedule(self.admit)
+        assert sum(chunk.count for chunk in step.chunks) <= self.scheduler.max_num_batched_tokens
+        assert all(chunk.count > 0 for chunk in step.chunks)
+        assert len({chunk.sequence for chunk in step.chunks}) == len(step.chunks)
+        assert step.chunks or not before, "something runs and nothing is computed"
+        for chunk in step.chunks:
+            assert chunk.start == chunk.sequence.num_computed_tokens < len(chunk.sequence.token_ids)
+            assert len(chunk.sequence.block_table) * BLOCK >= chunk.start + chunk.count
+        decoding = [s for s in before if s.num_pending_tokens == 1 and s not in step.preempted]
+        assert {*decoding} <= {chunk.sequence for chunk in step.chunks}, "a decode was left out"
+        started = [s for s in queue if s in self.scheduler.running]
+        could = [s for s in queue if self.admit(s) is Admission.NOW]
+        assert started == could[: len(started)], "not in the order of arrival"
+        assert not (step.preempted and started), "one gives way while another starts"
+        assert Counter(s for s in step.preempted if s in self.scheduler.waiting) == Counter(step.preempted)
+        run(self.scheduler, step)
 
-    def remove(self, ended: Sequence, reason: FinishReason) -> None:
-        self.scheduler.remove(ended)
-        ended.finish_reason = reason
-        (self.waiting if ended in self.waiting else self.running).remove(ended)
-        assert ended.slot is None
+    @rule(data=st.data())
+    @precondition(lambda self: self.scheduler.unfinished())
+    def end(self, data: st.DataObject) -> None:
+        self.remove(data.draw(st.sampled_from(self.scheduler.unfinished())))
 
-    def teardown(self) -> None:
-        """Nothing starves: where a decode ends all that it ran, two steps for each that waits are enough."""
-        for _ in range(2 * len(self.waiting) + 1):
-            if self.scheduler.has_work() and not self.step():
-                for ended in list(self.running):
-                    self.remove(ended, FinishReason.LENGTH)
-        assert not self.waiting + self.running
+    def remove(self, ended: Sequence) -> None:
+        was_running = ended in self.scheduler.running
+        assert self.scheduler.remove(ended) is was_running
+        ended.finish_reason = FinishReason.STOP
 
     @invariant()
     def books_balance(self) -> None:
         self.scheduler.check_integrity()
-        assert list(self.scheduler.waiting) == self.waiting
-        assert self.scheduler.running == self.running
-        assert self.scheduler.has_work() == bool(self.waiting or self.running)
+        for running in list(self.scheduler.running):
+            if len(running.token_ids) > LONGEST + 4:  # never over what the cache holds, as the engine sees to
+                self.remove(running)
+
+    def teardown(self) -> None:
+        """Everybody is served: the oldest never gives way, so it ends, and then the next is the oldest."""
+        self.present = True
+        for _ in range(40 * len(self.scheduler.unfinished())):
+            self.step()
+            self.books_balance()
+        assert not self.scheduler.unfinished()
+        assert self.scheduler.blocks.num_free == self.scheduler.blocks.capacity
 
 
-TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(derandomize=True, max_examples=60, stateful_step_count=30, deadline=None)
+TestSchedules = Schedules.TestCase
+TestSchedules.settings = settings(derandomize=True, max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_a_prompt_is_computed_in_chunks_beside_what_decodes() -> None:
+    scheduler, short, long = make(budget=5), sequence(2), sequence(12, first=50)
+    scheduler.add(short)
+    run(scheduler, scheduler.schedule(now))
+    scheduler.add(long)
+    chunks = []
+    for _ in range(4):
+        step = scheduler.schedule(now)
+        chunks.append([(c.sequence is long, c.start, c.count, c.samples) for c in step.chunks])
+        run(scheduler, step)
+    assert chunks[0] == [(False, 2, 1, True), (True, 0, 4, False)]
+    assert chunks[2] == [(False, 4, 1, True), (True, 8, 4, True)]
+    assert chunks[3] == [(False, 5, 1, True), (True, 12, 1, True)]
+
+
+def test_a_known_beginning_is_not_computed_again_but_only_under_the_same_adapters() -> None:
+    scheduler, found = make(max_num_seqs=1), []
+    for task in ("a", "b", "a", None):
+        asks = sequence(7, task)
+        scheduler.add(asks)
+        run(scheduler, scheduler.schedule(now))
+        found.append(asks.num_cached_tokens)
+        scheduler.remove(asks)
+    assert found == [0, 0, 6, 0], "all full blocks; the last token is always computed"
+
+
+def test_the_n_sequences_of_a_request_wait_for_the_first_to_compute_their_prompt() -> None:
+    scheduler, leader = make(), sequence(7, n=2)
+    follower = Sequence(leader.request, 1)
+    for each in (leader, follower):
+        scheduler.add(each)
+    run(scheduler, scheduler.schedule(now))
+    assert scheduler.running == [leader]
+    scheduler.schedule(now)
+    assert (scheduler.running, follower.num_cached_tokens) == ([leader, follower], 6)
+
+
+def test_who_waits_for_an_adapter_is_passed_and_counts_it_until_it_holds_the_others_up() -> None:
+    scheduler, away = make(max_num_seqs=9, budget=30), sequence(task="away")
+    answers = {away: Admission.LATER}
+    for each in (sequence(), away, sequence(), sequence()):
+        scheduler.add(each)
+    assert len(scheduler.schedule(lambda s: answers.get(s, Admission.NOW)).chunks) == 3
+    assert away.num_overtaken == 2
+    answers[away] = Admission.HOLD
+    scheduler.add(sequence())
+    scheduler.schedule(lambda s: answers.get(s, Admission.NOW))
+    assert (len(scheduler.running), len(scheduler.waiting)) == (3, 2)
+
+
+def test_the_newest_gives_way_and_comes_back_first() -> None:
+    scheduler = make(num_blocks=6)
+    old, new, later = sequence(4), sequence(4, first=20), sequence(4, first=40)
+    for each in (old, new, later):
+        scheduler.add(each)
+    preempted: list[Sequence] = []
+    while not preempted:
+        step = scheduler.schedule(now)
+        preempted = step.preempted
+        run(scheduler, step)
+    assert preempted == [new]
+    assert list(scheduler.waiting) == [new, later]
+    assert (new.block_table, new.num_computed_tokens) == ([], 0)

@@ -68,7 +68,7 @@ def test_finance_splits_tags_into_words_and_keeps_sure_us_gaap_mappings_only(tmp
 
 
 def test_code_is_parsed_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MODULES", "heapq asyncio")
+    monkeypatch.setattr(sources, "MODULES", ["heapq", "asyncio"])
     (tmp_path / "heapq.py").write_text(
         "raise SystemExit('imported')\n"
         'def nlargest(n):\n    """Find the n largest\n    elements. In order."""\n'

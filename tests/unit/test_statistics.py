@@ -6,14 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
 from crma import statistics
 from crma.errors import ConfigError
-
-FLIPS = st.lists(st.sampled_from([-1, 0, 1]), min_size=2, max_size=60)
 
 
 @pytest.mark.parametrize(
@@ -61,26 +57,13 @@ def test_bootstrap_agrees_with_scipys_on_continuous_differences() -> None:
     theirs = stats.bootstrap((differences,), np.mean, method="percentile", n_resamples=10_000, rng=2)
     ours = statistics.paired_bootstrap(differences.tolist(), seed=3)
     assert ours == pytest.approx(tuple(theirs.confidence_interval), abs=0.02)  # the interval is 0.6 wide
-
-
-@settings(derandomize=True, max_examples=40, deadline=None)
-@given(FLIPS, st.integers(0, 2**32 - 1), st.randoms(use_true_random=False))
-def test_bootstrap_depends_on_the_seed_and_not_on_the_order_of_items(differences: list[int], seed: int, random) -> None:
-    first = statistics.paired_bootstrap(differences, seed=seed)
-    shuffled = random.sample(differences, len(differences))
-    assert statistics.paired_bootstrap(shuffled, seed=seed) == first
-    assert -1 <= first[0] <= np.mean(differences) <= first[1] <= 1
+    assert statistics.paired_bootstrap(sorted(differences), seed=3) == ours  # the order of the items says nothing
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [1.0, math.nan], [1.0, math.inf]])
 def test_spread_of_too_few_or_non_finite_values_is_refused(values: list[float]) -> None:
-    for compute in (
-        lambda: statistics.paired_bootstrap(values, seed=0),
-        lambda: statistics.t_interval(values),
-        lambda: statistics.tost(values, margin=1.0),
-    ):
-        with pytest.raises(ConfigError, match="at least two finite"):
-            compute()
+    with pytest.raises(ConfigError, match="at least two finite"):
+        statistics.paired_bootstrap(values, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -104,24 +87,3 @@ def test_paired_equivalence_needs_the_interval_inside_the_margin_and_enough_item
 def test_a_margin_that_is_none_is_refused(margin: float) -> None:
     with pytest.raises(ConfigError, match="margin"):
         statistics.paired_equivalence([0, 1], margin=margin, seed=0)
-    with pytest.raises(ConfigError, match="margin"):
-        statistics.tost([0.0, 1.0], margin=margin)
-
-
-def test_t_interval_gives_the_textbook_value() -> None:
-    # 1..5: mean 3, s = sqrt(2.5), t(0.975, 4) = 2.776
-    assert statistics.t_interval([1, 2, 3, 4, 5]) == pytest.approx((3 - 1.963, 3 + 1.963), abs=1e-3)
-    assert statistics.t_interval([0.1, 0.1, 0.1]) == (0.1, 0.1)
-
-
-@settings(derandomize=True, max_examples=40, deadline=None)
-@given(st.lists(st.integers(-400, 400).map(lambda i: i / 8), min_size=3, max_size=12), st.floats(0.1, 60))
-def test_tost_is_the_larger_of_scipys_one_sided_tests(values: list[float], margin: float) -> None:
-    found = statistics.tost(values, margin=margin)
-    if len(set(values)) == 1:
-        assert found.p == (0.0 if abs(values[0]) < margin else 1.0)
-    else:
-        above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
-        below = stats.ttest_1samp(values, margin, alternative="less").pvalue
-        assert found.p == pytest.approx(max(above, below), rel=1e-6, abs=1e-12)
-    assert found.equivalent == (found.p < 0.05)

@@ -3,6 +3,6 @@
 from crma_client import errors, types
 from crma_client.client import AsyncClient, Client
 from crma_client.errors import CrmaClientError
-from crma_client.types import Generation, Question, Token
+from crma_client.types import Generation, Token
 
-__all__ = ["AsyncClient", "Client", "CrmaClientError", "Generation", "Question", "Token", "errors", "types"]
+__all__ = ["AsyncClient", "Client", "CrmaClientError", "Generation", "Token", "errors", "types"]

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import httpx
 
 from crma_client import calls
-from crma_client.calls import AblationOptions, Call, GenerateOptions, TokenReader
+from crma_client.calls import Call, GenerateOptions, TokenReader
 from crma_client.errors import ConnectionFailed, InvalidArgument, TimedOut
-from crma_client.types import AblationReport, AdapterListing, Generation, Token
+from crma_client.types import Generation, Token
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-T = TypeVar("T")
+G = TypeVar("G")  # Generation
+D = TypeVar("D")  # dict, JSON as it came
+B = TypeVar("B")  # bool
+S = TypeVar("S")  # str
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -51,7 +54,47 @@ class AsyncTokenStream(TokenReader):
         _ = self.result  # raises if the stream broke off
 
 
-class Client:
+class _Calls(Generic[G, D, B, S]):
+    """What both clients do alike. The type arguments are what they return: the answers, or awaitables of them.
+
+    Every method raises from the tree in `crma_client.errors`, and nothing else.
+    """
+
+    def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> G:
+        """Generate an answer to `prompt`; see GenerateOptions."""
+        return self._send(calls.generate(prompt, options))
+
+    def ablation(self, **body: Any) -> D:
+        """Compare variants on a question set and wait for the report; mind `timeout`, which it must fit in.
+
+        `body` is that of POST /ablation, which the server judges: question_set (one it knows by name) or questions
+        (each {"id", "task", "question", "answers"}; any of its answers is right), tasks, variants, scorer, max_tokens,
+        seed, margin (the difference in accuracy within which two variants count as equivalent), repeat (run variants
+        that resolve to the same adapters apart), timeout_s (the deadline of each item).
+        """
+        return self._send(calls.ablation(body))
+
+    def adapters(self) -> D:
+        """The base model, the CRMA backbone and the task adapters that the server serves."""
+        return self._send(calls.ADAPTERS)
+
+    def health(self) -> B:
+        """Whether the process lives."""
+        return self._send(calls.HEALTH)
+
+    def ready(self) -> B:
+        """Whether it has verified its store and run a step: False while it starts or drains."""
+        return self._send(calls.READY)
+
+    def metrics(self) -> S:
+        """The metrics in Prometheus' text format."""
+        return self._send(calls.METRICS)
+
+    def _send(self, call: Call[Any]) -> Any:
+        raise NotImplementedError
+
+
+class Client(_Calls[Generation, dict[str, Any], bool, str]):
     """A CRMA Server, blocking. Use it as a context manager, or call `close()`. Safe to share between threads.
 
     Args:
@@ -60,18 +103,12 @@ class Client:
         timeout: seconds to wait for a connection, and for each part of an answer (a stream's next token; all of it
             where nothing streams). None waits for ever.
         http: what else an httpx client takes: verify, proxy, transport, ….
-
-    Every method raises from the tree in `crma_client.errors`, and nothing else.
     """
 
     def __init__(
         self, base_url: str = DEFAULT_URL, *, api_key: str | None = None, timeout: float | None = 60.0, **http: Any
     ) -> None:
         self._http = httpx.Client(**_options(base_url, api_key, timeout), **http)
-
-    def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> Generation:
-        """Generate an answer to `prompt`; see GenerateOptions."""
-        return self._send(calls.generate(prompt, options))
 
     @contextmanager
     def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> Iterator[TokenStream]:
@@ -84,26 +121,6 @@ class Client:
                     response.read()
             yield TokenStream(call.answer(response))
 
-    def ablation(self, **options: Unpack[AblationOptions]) -> AblationReport:
-        """Compare variants on a question set and wait for the report; mind `timeout`, which it must fit in."""
-        return self._send(calls.ablation(options))
-
-    def adapters(self) -> AdapterListing:
-        """The base model, the CRMA backbone and the task adapters that the server serves."""
-        return self._send(calls.ADAPTERS)
-
-    def health(self) -> bool:
-        """Whether the process lives."""
-        return self._send(calls.HEALTH)
-
-    def ready(self) -> bool:
-        """Whether it has verified its store and run a step: False while it starts or drains."""
-        return self._send(calls.READY)
-
-    def metrics(self) -> str:
-        """The metrics in Prometheus' text format."""
-        return self._send(calls.METRICS)
-
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
@@ -114,23 +131,19 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _send(self, call: Call[T]) -> T:
+    def _send(self, call: Call[Any]) -> Any:
         with _transport_errors():
             response = self._http.request(call.method, call.path, content=call.body)
         return call.answer(response)
 
 
-class AsyncClient:
+class AsyncClient(_Calls[Awaitable[Generation], Awaitable[dict[str, Any]], Awaitable[bool], Awaitable[str]]):
     """As Client, awaited. Use it as an async context manager, or call `aclose()`."""
 
     def __init__(
         self, base_url: str = DEFAULT_URL, *, api_key: str | None = None, timeout: float | None = 60.0, **http: Any
     ) -> None:
         self._http = httpx.AsyncClient(**_options(base_url, api_key, timeout), **http)
-
-    async def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> Generation:
-        """Generate an answer to `prompt`; see GenerateOptions."""
-        return await self._send(calls.generate(prompt, options))
 
     @asynccontextmanager
     async def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> AsyncIterator[AsyncTokenStream]:
@@ -143,26 +156,6 @@ class AsyncClient:
                     await response.aread()
             yield AsyncTokenStream(call.answer(response))
 
-    async def ablation(self, **options: Unpack[AblationOptions]) -> AblationReport:
-        """Compare variants on a question set and wait for the report; mind `timeout`, which it must fit in."""
-        return await self._send(calls.ablation(options))
-
-    async def adapters(self) -> AdapterListing:
-        """The base model, the CRMA backbone and the task adapters that the server serves."""
-        return await self._send(calls.ADAPTERS)
-
-    async def health(self) -> bool:
-        """Whether the process lives."""
-        return await self._send(calls.HEALTH)
-
-    async def ready(self) -> bool:
-        """Whether it has verified its store and run a step: False while it starts or drains."""
-        return await self._send(calls.READY)
-
-    async def metrics(self) -> str:
-        """The metrics in Prometheus' text format."""
-        return await self._send(calls.METRICS)
-
     async def aclose(self) -> None:
         """Close the connections."""
         await self._http.aclose()
@@ -173,7 +166,7 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    async def _send(self, call: Call[T]) -> T:
+    async def _send(self, call: Call[Any]) -> Any:
         with _transport_errors():
             response = await self._http.request(call.method, call.path, content=call.body)
         return call.answer(response)
@@ -186,7 +179,7 @@ def _transport_errors() -> Iterator[None]:
         yield
     except httpx.TimeoutException as error:
         raise TimedOut(f"the server did not answer in time ({type(error).__name__})") from error
-    except httpx.UnsupportedProtocol as error:
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
         raise InvalidArgument(f"base_url is not that of a server: {error}", field="base_url") from error
     except (httpx.RequestError, httpx.StreamError) as error:
         raise ConnectionFailed(f"no complete answer from the server: {error or type(error).__name__}") from error
@@ -199,7 +192,6 @@ def _options(base_url: str, api_key: str | None, timeout: float | None) -> dict[
         if not (api_key.isascii() and api_key.isprintable()):
             raise InvalidArgument("api_key must be printable ASCII", field="api_key")
         headers["Authorization"] = f"Bearer {api_key}"
-    try:
-        return {"base_url": httpx.URL(base_url), "headers": headers, "timeout": timeout}
-    except (httpx.InvalidURL, TypeError) as error:
-        raise InvalidArgument(f"base_url is not a URL: {error}", field="base_url", value=base_url) from error
+    with _transport_errors():
+        url = httpx.URL(str(base_url))
+    return {"base_url": url, "headers": headers, "timeout": timeout}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 from collections.abc import Iterator
 
 
@@ -11,25 +13,21 @@ class EventParser:
     Follows the event-stream format of the HTML standard (section 9.2): lines end with LF, CR or CR LF, a blank line
     ends an event, lines that start with a colon are comments, the data lines of an event are joined by newlines, events
     without data are dropped, the name is "message" if the server gives none. `id` and `retry` mean nothing here, since
-    a stream of tokens cannot be resumed. An unfinished event at the end of the stream is dropped.
+    a stream of tokens cannot be resumed. An unfinished event at the end of the stream is dropped. A CR that ends a
+    chunk waits for the next one, which may begin with its LF.
     """
 
     def __init__(self) -> None:
-        self._buffer = b""
-        self._after_cr = False
-        self._name = ""
+        utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+        self._rest = self._name = ""
         self._data: list[str] = []
 
     def feed(self, chunk: bytes) -> Iterator[tuple[str, str]]:
         """The events that `chunk` completes, in order. Invalid UTF-8 becomes U+FFFD, as the standard asks."""
-        if self._after_cr and chunk:
-            # The CR already ended its line: the LF of a CR LF that was cut in two is not a second, blank line.
-            chunk = chunk.removeprefix(b"\n")
-            self._after_cr = False
-        self._after_cr = self._after_cr or chunk.endswith(b"\r")
-        *lines, self._buffer = (self._buffer + chunk).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        *lines, self._rest = (self._rest + self._decoder.decode(chunk)).split("\n")
         for line in lines:
-            field, _, value = line.decode("utf-8", errors="replace").partition(":")
+            field, _, value = line.partition(":")
             if field == "event":
                 self._name = value.removeprefix(" ")
             elif field == "data":

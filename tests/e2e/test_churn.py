@@ -1,0 +1,212 @@
+"""Everything at once for as long as it is asked: no wrong answer, nothing left behind. Real HTTP on a tiny model.
+
+python -m pytest -m e2e tests/e2e/test_churn.py --churn-seconds 1200
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import httpx
+import pytest
+import tiny
+import torch
+import uvicorn
+
+from crma.generate import generate
+from crma.injection import Plan
+from crma.prompts import chat_format
+from crma.pull import BaseModel
+from crma.store import AdapterStore
+from server.__main__ import build
+from server.settings import Settings
+
+pytestmark = pytest.mark.e2e
+
+TASKS = [f"task{i}" for i in range(6)]
+PROMPTS = [f"{'the other answers ' * (i % 4)}question {i}?" for i in range(12)]
+ADMIN = {"Authorization": "Bearer admin"}
+EXPECTED = {200, 404, 409, 429, 504}  # a task that is not there yet, an adapter in use or cancelled, a full queue, late
+
+
+@dataclass
+class Churn:
+    """Clients that ask, leave and administrate. Answers are written down, to be compared when all is over."""
+
+    client: httpx.AsyncClient
+    store: AdapterStore
+    base: BaseModel
+    until: float
+    answers: TextIO
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+    counts: Counter[str] = field(default_factory=Counter)
+    rss: list[float] = field(default_factory=list)  # one a second
+
+    async def run(self) -> None:
+        workers: list[Callable[[], Awaitable[None]]] = [self.ask] * 12 + [self.leave] * 3
+        workers += [self.publish, self.administrate, self.administrate, self.measure]
+        async with asyncio.TaskGroup() as group:
+            for work in workers:
+                group.create_task(self.repeat(work))
+
+    async def repeat(self, work: Callable[[], Awaitable[None]]) -> None:
+        while time.monotonic() < self.until:
+            await work()
+
+    def body(self) -> dict[str, Any]:
+        task = self.rng.choice([None, *TASKS, *TASKS])
+        sampling = self.rng.choice([{}, {}, {"temperature": 1.0, "seed": self.rng.randrange(3), "top_k": 9}])
+        crma = self.rng.choice([None, True, False]) if task else self.rng.choice([True, False])
+        return {
+            "prompt": self.rng.choice(PROMPTS),
+            "task": task,
+            "crma": crma,
+            "max_tokens": self.rng.choice([1, 7, 30]),
+        } | sampling
+
+    async def ask(self) -> None:
+        body = self.body() | {"timeout_s": self.rng.choice([0.05, 30.0, 30.0, 30.0])}
+        response = await self.client.post("/generate", json=body)
+        self.counts[f"answered {response.status_code}"] += 1
+        assert response.status_code in EXPECTED, response.text
+        if response.status_code == 200:
+            answer = response.json()
+            self.counts["cached tokens"] += answer["usage"]["cached_tokens"]
+            self.answers.write(json.dumps([body, answer["provenance"], answer["text"]]) + "\n")
+
+    async def leave(self) -> None:
+        """Reads a little of a stream, or nothing, and goes."""
+        body = self.body() | {"stream": True, "max_tokens": 150}
+        async with self.client.stream("POST", "/generate", json=body) as response:
+            lines = self.rng.choice([0, 1, 9, 200])
+            async for _ in response.aiter_lines():
+                lines -= 1
+                if lines < 0:
+                    break
+        self.counts["left"] += 1
+
+    async def publish(self) -> None:
+        """A new version of a task, or of the backbone with the tasks that were trained on it, or an old one again."""
+        kind = self.rng.random()
+        number = self.rng.randrange(len(TASKS))
+        task, seed = TASKS[number], 10 * number + self.rng.randrange(4)
+        if kind < 0.2 and task in self.store.task_names():
+            version = self.rng.choice(self.store.task_versions(task))
+            await asyncio.to_thread(self.store.set_serving, f"tasks/{task}", version)
+        else:
+            under = self.store.backbone()
+            await asyncio.to_thread(tiny.publish, self.store, self.base, task, seed, under=under and under.digest)
+        self.counts["published"] += 1
+        await asyncio.sleep(1.0)
+
+    async def measure(self) -> None:
+        fields = dict(line.split()[:2] for line in Path("/proc/self/status").read_text().splitlines() if "kB" in line)
+        self.rss.append(int(fields["VmRSS:"]) / 1024)
+        await asyncio.sleep(1.0)
+
+    async def administrate(self) -> None:
+        task = self.rng.choice(TASKS)
+        action = self.rng.choice(
+            ["load", "unload", "unload?when_in_use=wait", "unload?when_in_use=cancel", "pin", "unpin"]
+        )
+        response = await self.client.post(f"/adapters/{task}/{action}", headers=ADMIN)
+        self.counts[f"{action} {response.status_code}"] += 1
+        assert response.status_code in EXPECTED | {503}, response.text
+        if action == "pin":
+            await self.client.post(f"/adapters/{task}/unpin", headers=ADMIN)
+        await asyncio.sleep(0.05)
+
+
+class Oracle:
+    """What the model gives alone with the adapters that answered, found by their digests."""
+
+    def __init__(self, store: AdapterStore) -> None:
+        entries = [store.task(name, version) for name in store.task_names() for version in store.task_versions(name)]
+        self.weights: dict[str | None, Any] = {e.digest: e.load().to("cpu", torch.float32) for e in entries}
+        if backbone := store.backbone():
+            self.weights[backbone.digest] = backbone.load().folded("cpu", torch.float32)
+        self.known: dict[str, str] = {}
+
+    def text(self, body: dict[str, Any], used: dict[str, Any]) -> str:
+        options = {name: body[name] for name in ("temperature", "seed", "top_k", "max_tokens") if name in body}
+        key = json.dumps([body["prompt"], used["task"], used["crma"], options])
+        if key not in self.known:
+            task, crma = used["task"] and self.weights[used["task"]], used["crma"] and self.weights[used["crma"]]
+            plan = Plan([(None, task)] if task else [], [(None, crma)] if crma else [])
+            prompt_format = tiny.FORMAT if task else chat_format(tiny.tokenizer())
+            ids = prompt_format.encode(tiny.tokenizer(), body["prompt"])
+            alone = generate(tiny.injection(), ids, plan, stop_ids=(1,), **options)
+            self.known[key] = tiny.tokenizer().decode(alone.token_ids, skip_special_tokens=True)
+        return self.known[key]
+
+
+async def test_churn(base: BaseModel, tmp_path: Path, request: pytest.FixtureRequest, capsys: Any) -> None:
+    store = AdapterStore(tmp_path / "store")
+    backbone = tiny.publish_backbone(store, base)
+    for i, task in enumerate(TASKS[:3]):
+        tiny.publish(store, base, task, i, under=backbone.digest)
+    options = {
+        "max_loaded_adapters": 6,
+        "kv_cache_tokens": 320,
+        "max_model_len": 300,
+        "max_queue": 10,
+        "max_num_seqs": 8,
+    }
+    settings = Settings(
+        home=base.path.parents[1], model=base.name, store=store.root, dtype="float32", num_threads=1, admin_key="admin",
+        max_num_batched_tokens=24, drain_timeout_s=5, **options,
+    )  # fmt: skip
+    app = build(settings)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    listener = socket.create_server(("127.0.0.1", 0))
+    serving = asyncio.create_task(server.serve([listener]))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    seconds = request.config.getoption("--churn-seconds")
+    written = tmp_path / "answers.jsonl"
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        while (await client.get("/readyz")).status_code != 200:
+            await asyncio.sleep(0.1)
+        with written.open("w") as answers:
+            churn = Churn(client, store, base, time.monotonic() + seconds, answers)
+            await asyncio.wait_for(churn.run(), seconds + 60)
+        engine = app.state.frontend.engine
+        while (stats := engine.stats()).num_requests_running + stats.num_requests_waiting:
+            await asyncio.sleep(0.1)
+    core, pool = engine.engine, engine.pool
+    core.check_integrity()
+    left = {"blocks": core.scheduler.blocks.capacity - core.scheduler.blocks.num_free, "pins": pool.num_pins()}
+    server.should_exit = True
+    await serving
+    oracle = Oracle(store)
+    wrong = [line for line in written.read_text().splitlines() if not right(oracle, *json.loads(line))]
+    half = churn.rss[len(churn.rss) // 2 :]
+    slope = 60 * statistics.linear_regression(range(len(half)), half).slope
+    shown = dict(sorted(churn.counts.items())) | {
+        "wrong outputs": len(wrong),
+        "oracles": len(oracle.known),
+        "left": left,
+    }
+    shown |= {"steps": stats.num_steps, "preempted": stats.num_preemptions, "loads": stats.adapter_loads}
+    shown |= {"evictions": stats.adapter_evictions, "RSS MiB": round(half[-1]), "MiB a minute": round(slope, 2)}
+    with capsys.disabled():
+        sys.stderr.write(json.dumps(shown) + "\n")
+    assert not wrong, wrong[:3]
+    assert left == {"blocks": 0, "pins": 0}
+    assert not stats.has_failed
+    assert min(churn.counts["answered 200"], stats.num_preemptions, stats.adapter_evictions) > 0
+
+
+def right(oracle: Oracle, body: dict[str, Any], used: dict[str, Any], text: str) -> bool:
+    """Whether an answer is the oracle's."""
+    return text == oracle.text(body, used)
