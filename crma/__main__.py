@@ -4,8 +4,6 @@ Data goes to stdout, everything else to stderr. The exit code is 0, 1 where some
 where the command could not be carried out.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -21,25 +19,16 @@ from crma.pull import DEFAULT_MODEL, find_base
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+note = console.print  # a line about what is going on
 
 StoreFolder = Annotated[Path, typer.Argument(help="The adapter store.")]
 Model = Annotated[str, typer.Option(help="A pulled model's name, or its folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")]
 
 
-def note(text: str) -> None:
-    """A line about what is going on, on stderr."""
-    console.print(text)
-
-
-def show(text: str) -> None:
-    """A line of the result, on stdout."""
-    sys.stdout.write(text + "\n")
-
-
 def show_json(value: Any) -> None:
     """The whole result."""
-    show(json.dumps(value, indent=1, allow_nan=False))
+    typer.echo(json.dumps(value, indent=1, allow_nan=False))
 
 
 @app.command()
@@ -141,14 +130,14 @@ def ablate(
     if as_json:
         show_json(result)
         return
-    show(f"{questions}: accuracy [95 %, Wilson]")
+    typer.echo(f"{questions}: accuracy [95 %, Wilson]")
     for variant, row in result["variants"].items():
         counts = f"{row['correct']} of {row['scored']}"
-        show(f"{variant:<12} {row['accuracy']:.2f} {interval(row['wilson'])} {counts}")
+        typer.echo(f"{variant:<12} {row['accuracy']:.2f} {interval(row['wilson'])} {counts}")
     for pair in result["comparisons"]:
         flips = pair["mcnemar"]
         text = f"{pair['a']} - {pair['b']}: {pair['difference']:+.2f} {interval(pair['bootstrap'])}"
-        show(f"{text}, gained {flips['gained']}, lost {flips['lost']}, p = {flips['p']:.2g}")
+        typer.echo(f"{text}, gained {flips['gained']}, lost {flips['lost']}, p = {flips['p']:.2g}")
 
 
 @app.command()
@@ -171,15 +160,7 @@ def evaluate(
     if as_json:
         show_json(result)
     else:
-        show(results_table(result))
-
-
-@app.command()
-def table(result: Annotated[Path, typer.Argument(help="What `crma evaluate --json` printed.")]) -> None:
-    """A result as the Markdown table that the README shows."""
-    from crma.tables import results_table
-
-    show(results_table(json.loads(result.read_text(encoding="utf-8"))))
+        typer.echo(results_table(result))
 
 
 @app.command("import")

@@ -11,8 +11,6 @@ any other comparison is noise. Variants that resolve to one selection share each
 flips by construction; `repeat=True` runs them apart.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,11 +79,8 @@ def plan(
         repeat: run variants of equal selection apart, to see what is not deterministic.
     """
     labels = _labels(variants)
-    selections = {
-        (variant, task): select(variant, task)
-        for task in dict.fromkeys(question.task for question in questions)
-        for variant in dict.fromkeys(variants)
-    }
+    tasks = dict.fromkeys(question.task for question in questions)
+    selections = {(variant, task): select(variant, task) for task in tasks for variant in dict.fromkeys(variants)}
     jobs: list[Job] = []
     rows: dict[str, list[int]] = {label: [] for label in labels}
     for index, question in enumerate(questions):

@@ -1,12 +1,11 @@
 """The arms of the sequential protocol as data: what is fresh, what is shared, what moves (METHOD, section 3)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
 Group = Literal["S", "gamma", "R", "W"]
+ArmName = Literal["MODULAR", "MODULAR-stop", "FROZEN", "FROZEN-matched", "NAIVE"]
 ALL_GROUPS: tuple[Group, ...] = ("S", "gamma", "R", "W")
 
 
@@ -20,7 +19,7 @@ class Arm:
     matched: the LoRA rank is raised until its parameters are at least those of LoRA + CRMA; alpha / rank is kept.
     """
 
-    name: str
+    name: ArmName
     fresh_lora: bool = True
     crma: bool = False
     backbone_learns: bool = False
@@ -33,7 +32,7 @@ class Arm:
         return ceil((rank * lora_parameters_per_rank + crma_parameters) / lora_parameters_per_rank)
 
 
-ARMS: dict[str, Arm] = {
+ARMS: dict[ArmName, Arm] = {
     arm.name: arm
     for arm in (
         Arm("MODULAR", crma=True, backbone_learns=True),

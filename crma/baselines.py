@@ -1,7 +1,5 @@
 """What a trained adapter has to beat on closed labels: the most common answer, and a naive Bayes classifier."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Where pulled base models (`models/`) and built data sets (`data/`) live on this machine."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -5,8 +5,6 @@ The products over the depth are of adapter factors alone: they say nothing of th
 is no bound on drift; drift is measured.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

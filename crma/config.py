@@ -1,14 +1,12 @@
 """The settings of a training run: one TOML file, every key known, every value checked."""
 
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from crma.arms import ALL_GROUPS, ARMS, Group
+from crma.arms import ALL_GROUPS, ArmName, Group
 from crma.errors import ConfigError
 from crma.json_lines import checked
 
@@ -47,7 +45,7 @@ class TrainConfig(_Settings):
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
-    arm: str = "MODULAR"
+    arm: ArmName = "MODULAR"
     seed: int = 0
     model: str = "SmolLM2-135M-Instruct"
     epochs: int = Field(3, ge=1)
@@ -60,13 +58,6 @@ class TrainConfig(_Settings):
     lora: LoraSettings = LoraSettings()
     crma: CrmaSettings = CrmaSettings()
 
-    @field_validator("arm")
-    @classmethod
-    def _known_arm(cls, arm: str) -> str:
-        if arm not in ARMS:
-            raise ValueError(f"unknown arm; allowed: {', '.join(ARMS)}")
-        return arm
-
     @field_validator("tasks")
     @classmethod
     def _each_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
@@ -75,12 +66,12 @@ class TrainConfig(_Settings):
         return tasks
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Raises ConfigError that names the first wrong key."""
         return checked("", values, cls.model_validate, ConfigError)
 
     @classmethod
-    def read(cls, path: Path, **overrides: Any) -> TrainConfig:
+    def read(cls, path: Path, **overrides: Any) -> Self:
         """From a TOML file; `overrides` that are not None replace top-level keys."""
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -8,8 +8,6 @@ digest in `data_digests.json`, so a changed source is noticed: whoever changes o
 A task of the user's own is any folder with the first three files; see `read_jsonl`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

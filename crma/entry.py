@@ -1,7 +1,5 @@
 """One version of a task adapter or backbone in a store: what it says of itself, and its weights, checked before use."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -17,8 +17,6 @@ CrmaError
 To add one: derive it here, add its line above, and (if a request can meet it) its status in `server/errors.py`.
 """
 
-from __future__ import annotations
-
 
 class CrmaError(Exception):
     """Base of the tree.

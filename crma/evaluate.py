@@ -1,24 +1,20 @@
 """Loss and greedy answers of one selection on a list of examples. Dropout off, fixed batches, fp32 log-softmax."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from crma.data import Example
 from crma.injection import Injection, Plan
 from crma.prompts import PromptFormat
 from crma.scorers import exact
 from crma.statistics import wilson
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
 
@@ -128,17 +124,11 @@ class Evaluator:
     def answers(self, plan: Plan, rows: Sequence[Encoded], *, max_tokens: int = 16) -> list[str]:
         """The greedy answer of every row, by transformers' own generate."""
         model, stop_id, answers = self.injection.model, self.stop_id, [""] * len(rows)
+        greedy = {"do_sample": False, "max_new_tokens": max_tokens, "eos_token_id": stop_id, "pad_token_id": stop_id}
         with self.injection.active(plan):
             for indices in self._by_length(rows):
                 batch = collate([Encoded(rows[i].prompt, [stop_id]) for i in indices], stop_id, model.device)
-                ids = model.generate(
-                    input_ids=batch.input_ids,
-                    attention_mask=batch.attention_mask,
-                    do_sample=False,
-                    max_new_tokens=max_tokens,
-                    eos_token_id=stop_id,
-                    pad_token_id=stop_id,
-                )
+                ids = model.generate(batch.input_ids, attention_mask=batch.attention_mask, **greedy)
                 texts = self.tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
                 for i, text in zip(indices, texts, strict=True):
                     answers[i] = text

@@ -1,7 +1,5 @@
 """Bytes on disk: reads that refuse tricks, writes that survive a crash."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import math

@@ -1,7 +1,5 @@
 """JSON Lines, and parsed JSON, as checked records: whatever is wrong is named by its place, never left out."""
 
-from __future__ import annotations
-
 import reprlib
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TypeVar
@@ -40,7 +38,7 @@ def checked(place: str, item: Any, check: Callable[[Any], T], refusal: type[Crma
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-        field = f"{place}{path}".removeprefix(".")
+        field = f"{place}{path}".removeprefix(".") or "fields"
         wrong = first["msg"].removeprefix("Value error, ").replace("at line 1 column", "at column")  # it is one line
         shown = reprlib.repr(first["input"])  # cut short, however long or nested
         raise refusal(f"{field}: {wrong}.", field=field, value=shown, allowed=wrong) from error

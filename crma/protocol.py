@@ -1,12 +1,10 @@
 """The sequential protocol: task after task, a snapshot after each, then the matrices and the drift.
 
-A run folder holds `store/` (every snapshot, in the store's own format), `work/` (checkpoints, the step log) and
-`record.json` (format: API.md, run records). A run that was killed goes on where it stopped, to the same result.
+A run folder holds `store/` (every snapshot, in the store's own format), `work/` (the step logs) and `record.json`
+(format: API.md, run records). A run that was killed goes on after the last task it finished, to the same result.
 
 Shapes: T tasks; loss[i][t] is L_{i,t}: task t after training task i, row 0 the base model.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -35,7 +33,7 @@ from crma.lora import Lora, LoraConfig, match_targets, new_lora
 from crma.manifest import TrainedOn, check_name, file_digest
 from crma.model import load_model, load_tokenizer, resolve_dtype
 from crma.prompts import chat_format
-from crma.provenance import commit, gemm_flops, hardware
+from crma.provenance import commit, hardware
 from crma.pull import BaseModel
 from crma.store import AdapterStore, Origin, backbone_digest
 from crma.train import AdaptedModel, TaskTrainer
@@ -103,7 +101,6 @@ class Run:
         wall_s = trainer.run(partial(self.progress, f"{self.arm.name} seed {self.config.seed}: {task}"))
         self._snapshot(index, task, lora, backbone)
         replace_file(folder / "stats.json", to_json({"wall_s": wall_s}))
-        (folder / "checkpoint.pt").unlink()
         return wall_s
 
     def _start_lora(self, index: int, task: str) -> Lora:
@@ -147,7 +144,11 @@ class Run:
         return {"base": self.base, "trained_on": trained_on, "measured": {}, "licence": LICENCE}
 
     def _snapshot(self, index: int, task: str, lora: Lora, backbone: Backbone | None) -> None:
-        """LoRA_t and CRMA_t as they are served. A snapshot left by a run killed just after it is the same: kept."""
+        """LoRA_t and CRMA_t as they are served. A snapshot left by a run killed just after it is kept.
+
+        Raises:
+            TrainingError: that snapshot is of another backbone: training the task again did not give the same one.
+        """
         version, under = f"v{index + 1}", None
         if backbone is not None:
             if version not in self.store.backbone_versions():
@@ -155,7 +156,10 @@ class Run:
                 ancestors.pop(backbone_digest(backbone), None)  # one that did not move is its own ancestor
                 origin = self._origin(self.config.tasks[: index + 1])
                 self.store.publish_backbone(backbone, lineage=list(ancestors), version=version, **origin)
-            under = self.backbone_after(index + 1).digest
+            under, trained = self.backbone_after(index + 1).digest, backbone_digest(backbone)
+            if under != trained:
+                message = f"{task}: trained again after the run was killed, it gave another backbone; start a new run"
+                raise TrainingError(message, field="out", value=trained, allowed=under)
         if name_of(task) not in self.store.task_names():
             fmt, origin = self.evaluator.fmt, self._origin([task])
             self.store.publish_task(name_of(task), lora, backbone=under, prompt_format=fmt, **origin)
@@ -203,12 +207,7 @@ class Run:
             "drift": [100 * (loss[T][t] - loss[t + 1][t]) / loss[t + 1][t] for t in range(T)],
             "steps": len(log),
             "norm_log": _norm_log([line["crma"] for line in log]) if self.arm.crma else {},
-            "training": {
-                "tokens": tokens,
-                "wall_s": train_s,
-                "tokens_per_s": tokens / train_s,
-                **self._efficiency(tokens / train_s),
-            },
+            "training": {"tokens": tokens, "wall_s": train_s, "tokens_per_s": tokens / train_s},
             "hardware": hardware(),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "commit": commit(),
@@ -224,13 +223,6 @@ class Run:
                 raise TrainingError(message, field="loss", value=again, allowed=first)
             if self.arm.fresh_lora and not self.arm.crma and last != first:
                 raise TrainingError(f"{task} drifted in an arm that cannot", field="drift", value=last, allowed=first)
-
-    def _efficiency(self, tokens_per_s: float) -> dict[str, float]:
-        """The share of this machine's GEMM rate. A token costs two forward and two backward FLOPs a weight of the
-        blocks: the base gets no weight gradients."""
-        weights = sum(out * in_ for out, in_ in self.injection.shapes.values())
-        limit = gemm_flops(self.model.dtype, self.accelerator.device)
-        return {"gemm_gflops": limit / 1e9, "gemm_share": 4 * weights * tokens_per_s / limit}
 
 
 def _norm_log(log: Sequence[dict[str, list[float]]]) -> dict[str, Any]:

@@ -10,8 +10,6 @@ the files in the folder. They differ for the default model, whose one source is 
 it with different library versions still hold the same base model.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Whether an answer is right: one text against the accepted answers of its question."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A base model with the adapters of a store, without a server: what `crma ablate` and `crma evaluate` ask."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -44,12 +42,6 @@ class Served:
         self.tokenizer = load_tokenizer(base)
         self._loras: dict[str, Lora] = {}
         self._backbones: dict[str, list[FoldedPair]] = {}
-
-    def from_store(self, store: AdapterStore) -> Served:
-        """The same model with the adapters of another store."""
-        other = copy(self)
-        other.store = store
-        return other
 
     def selection(self, variant: Variant, task: str) -> AdapterSelection:
         """Digests of a variant for a task; its weights are loaded then.
@@ -147,7 +139,9 @@ def score_tasks(
         raise ConfigError(message, field="store", value=str(served.store.root), allowed=DOMAINS)
     sources: list[tuple[str, Served, Variant]] = [(variant, served, variant) for variant in VARIANTS]
     if control is not None:
-        sources.append(("control", served.from_store(control), "task"))
+        of_control = copy(served)  # the same model
+        of_control.store = control
+        sources.append(("control", of_control, "task"))
     rows: dict[str, dict[str, Any]] = {task: {} for task in tasks}
     for task, row in rows.items():
         examples, train = load_split(task, split), load_split(task, "train")

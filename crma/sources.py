@@ -6,8 +6,6 @@ imported. Changing anything here, in `wording.json` or in the pins of `packages.
 digests in `data_digests.json`.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import json
@@ -31,24 +29,20 @@ Pair = tuple[str, str]
 MAX_PER_LABEL = {"code": 120, "science": 1000}  # so that no single label makes up most of a domain
 MAX_TERM = 80  # characters of a quoted term or docstring sentence: training time is proportional to tokens
 
+# Our labels of ICD-10-CM chapters 1 to 22, the report sections (the 12 most common of the mapping at MIN_CONFIDENCE),
+# the spellings of courts-db, …
 WORDING: Mapping[str, Any] = json.loads(Path(__file__).with_name("wording.json").read_text(encoding="utf-8"))
-ICD_CHAPTERS: list[str] = WORDING["icd_chapters"]  # our labels for chapters 1 to 22
-REPORT_SECTIONS: list[str] = WORDING["report_sections"]  # the 12 most common of the mapping at MIN_CONFIDENCE
 MIN_CONFIDENCE = 0.5
 # The public questions of the code domain: name -> [module, a hint in our own words, where the splits quote the
 # docstring]. These names are kept out of the splits.
 PUBLIC_CODE: Mapping[str, list[str]] = WORDING["public_code"]
 
-DISTRICT_OF_COLUMBIA = ("Washington D.C.", "Washignton D.C.", "D.C.", "DC")  # as courts-db spells it
-NO_STATE = ("", "United States", "England")
 MIN_COURTS = 2  # of a state or territory, to be a label
 
 # Standard library modules whose Python source names the most functions and classes and hardly changes between patch
 # releases (those that security fixes touch, such as email, http, urllib and tarfile, are left out).
 MODULES: list[str] = WORDING["modules"]
 CHANGED_FILES = ("taskgroups.py", "timeouts.py")  # of asyncio, reworded between 3.11.2 and 3.11.7
-
-GO_NAMESPACES = {"BP": "biological process", "CC": "cellular component", "MF": "molecular function"}
 
 
 def obstacle(domain: str, given: Path | None = None) -> str | None:
@@ -90,7 +84,7 @@ def read_medical(path: Path) -> list[Pair]:
     """ICD-10-CM: the title of a three-character category -> its chapter."""
     pairs = []
     for chapter in ET.parse(path).getroot().findall("chapter"):
-        label = ICD_CHAPTERS[int(chapter.findtext("name", "")) - 1]
+        label = WORDING["icd_chapters"][int(chapter.findtext("name", "")) - 1]
         for category in chapter.iter("diag"):
             title = category.findtext("desc", "").strip()
             if len(category.findtext("name", "")) == 3 and len(title) <= MAX_TERM:
@@ -103,8 +97,9 @@ def read_legal(path: Path) -> list[Pair]:
     courts = []
     for court in json.loads(path.read_text(encoding="utf-8")):
         place, name = court["location"].strip(), court["name"].strip()
-        label = "district of columbia" if place in DISTRICT_OF_COLUMBIA else place.lower()
-        given_away = {label.split()[0], place.lower().split()[0]} & set(words(name)) if place not in NO_STATE else True
+        label = "district of columbia" if place in WORDING["district_of_columbia"] else place.lower()
+        no_state = place in WORDING["no_state"]
+        given_away = no_state or {label.split()[0], place.lower().split()[0]} & set(words(name))
         if not given_away and len(name) <= MAX_TERM:
             courts.append((f'Which state or territory has the court "{name}"?', label))
     count = Counter(label for _, label in courts)
@@ -117,7 +112,7 @@ def read_finance(path: Path) -> list[Pair]:
     for tag, mapping in json.loads(path.read_text(encoding="utf-8")).items():
         section = (mapping.get("section") or "").lower()
         us_gaap = tag.isalnum()  # IFRS tags have a prefix
-        if us_gaap and section in REPORT_SECTIONS and mapping["confidence"] >= MIN_CONFIDENCE:
+        if us_gaap and section in WORDING["report_sections"] and mapping["confidence"] >= MIN_CONFIDENCE:
             term = " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", tag)).lower()
             if len(term) <= MAX_TERM:
                 pairs.append((f'Which section of a financial report lists "{term}"?', section))
@@ -153,9 +148,9 @@ def read_science(path: Path) -> list[Pair]:
     with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
         rows = database.execute("SELECT term, ontology FROM go_term").fetchall()
     return [
-        (f'Which Gene Ontology namespace has the term "{term}"?', GO_NAMESPACES[namespace])
+        (f'Which Gene Ontology namespace has the term "{term}"?', WORDING["go_namespaces"][namespace])
         for term, namespace in rows
-        if namespace in GO_NAMESPACES and len(term) <= MAX_TERM
+        if namespace in WORDING["go_namespaces"] and len(term) <= MAX_TERM
     ]
 
 

@@ -4,8 +4,6 @@ Two-sided, 95 % unless said otherwise. Every function is pure; the only random o
 or a number that cannot be used is a ConfigError, impossible counts are a ValueError (scipy's own); never a NaN.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ Layout, schema and rules: `adapters_store/README.md`. Every writer holds one loc
 appears whole (`files.publish_folder`) and `channels.json` is replaced whole.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Results as the Markdown that the README shows; a test holds the README to it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,12 +1,9 @@
-"""The one training loop: LoRA and backbone of one task, resumable, every step logged.
+"""The one training loop: LoRA and backbone of one task, every step logged.
 
 Shapes: L layers, n streams; b rows, s positions (evaluate.Batch).
 """
 
-from __future__ import annotations
-
 import hashlib
-import io
 import json
 import math
 import random
@@ -25,7 +22,6 @@ from crma.arms import ALL_GROUPS, Group
 from crma.config import TrainConfig
 from crma.errors import TrainingError
 from crma.evaluate import IGNORED, Encoded, answer_loss, collate
-from crma.files import replace_file
 from crma.injection import Injection, Plan
 from crma.lora import Lora
 
@@ -141,7 +137,7 @@ def backbone_log(backbone: Backbone, M_0: Tensor, recording: Sequence[RecordingP
 
 @dataclass
 class TaskTrainer:
-    """Trains one task: what it needs, and the folder where its checkpoint and log live."""
+    """Trains one task: what it needs, and the folder for its log."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -156,33 +152,27 @@ class TaskTrainer:
     def run(self, progress: Callable[[int, int], None]) -> float:
         """Train to the end of the last epoch; `progress(step, steps)` after each. Returns the seconds it took.
 
-        Checkpoints after every epoch; a run that was killed goes on there and gives the same weights.
-
         Raises:
             TrainingError: a loss or gradient that is not finite, or a mixing gradient that is dead.
         """
         config = self.config
         groups = parameter_groups(config, self.adapted, first_task=self.first_task)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
-        base_rates = [group["lr"] for group in optimizer.param_groups]
         steps_per_epoch = math.ceil(len(self.rows) / config.batch_size)
         total = steps_per_epoch * config.epochs
-        done = self._restore(optimizer)
-        started = time.perf_counter() - done["wall_s"]
-        with (self.folder / "log.jsonl").open("ab", buffering=0) as log:
-            log.truncate(done["position"])  # a resumed run repeats no line
-            for epoch in range(done["epochs"], config.epochs):
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, total, config.warmup))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        with (self.folder / "log.jsonl").open("wb", buffering=0) as log:
+            for epoch in range(config.epochs):
                 for step, batch in enumerate(self._batches(epoch), start=epoch * steps_per_epoch):
-                    factor = schedule(step, total, config.warmup)
-                    for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-                        group["lr"] = rate * factor
                     line = self._step(optimizer, batch)
+                    rates.step()
+                    factor = schedule(step, total, config.warmup)
                     logged = {"task": self.task, "step": step, "epoch": epoch, "lr": factor} | line
                     log.write(json.dumps(logged, allow_nan=False, separators=(",", ":")).encode() + b"\n")
                     self._check(step, line)
                     progress(step + 1, total)
-                wall_s = time.perf_counter() - started
-                self._save(optimizer, {"epochs": epoch + 1, "position": log.tell(), "wall_s": wall_s})
         return time.perf_counter() - started
 
     def _batches(self, epoch: int) -> Iterator[Any]:
@@ -213,21 +203,3 @@ class TaskTrainer:
         if dead := [layer for layer, norm in enumerate(line["crma"]["grad_S"]) if norm == 0.0]:
             message = f"{self.task}: the gradient of M is 0 at step {step}"
             raise TrainingError(message, field="layers", value=dead, allowed="a gradient in every layer")
-
-    def _save(self, optimizer: torch.optim.Optimizer, done: dict[str, Any]) -> None:
-        """One file, replaced atomically."""
-        checkpoint = io.BytesIO()
-        state = {"done": done, "adapted": self.adapted.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(state, checkpoint)
-        replace_file(self.folder / "checkpoint.pt", checkpoint.getvalue())
-
-    def _restore(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Take up the checkpoint if there is one; else the beginning."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path, done = self.folder / "checkpoint.pt", {"epochs": 0, "position": 0, "wall_s": 0.0}
-        if path.exists():
-            state = torch.load(path, weights_only=True, map_location=self.accelerator.device)
-            self.adapted.load_state_dict(state["adapted"])
-            optimizer.load_state_dict(state["optimizer"])
-            done = state["done"]
-        return done

@@ -1,7 +1,5 @@
 """`python -m server`: settings from the environment, one base model, one store, one process."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -9,12 +7,12 @@ import signal
 import sys
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import torch
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from transformers import PreTrainedTokenizerBase
 
 from crma.errors import ConfigError, CrmaError
 from crma.injection import Injection
@@ -35,9 +33,6 @@ from server.metrics import Metrics
 from server.registry import Registry
 from server.schemas import ServedModel
 from server.settings import Settings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("server")
 
@@ -62,14 +57,10 @@ def build_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
     blocks = BlockPool(1 + -(-settings.kv_cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
     identity = (base.digest, str(injection.model.dtype))
     root_of = (lambda selection: root_key(*identity, *selection)) if settings.prefix_caching else None
-    core = Engine(
-        ModelRunner(injection, pool, blocks),
-        Scheduler(blocks, settings.max_num_seqs, settings.max_num_batched_tokens, root_of),
-        tokenizer,
-        model_stop_ids(tokenizer, injection.model.generation_config.eos_token_id),
-        max_model_len,
-    )
-    engine = AsyncEngine(core, pool, settings.max_queue)
+    runner = ModelRunner(injection, pool, blocks)
+    scheduler = Scheduler(blocks, settings.max_num_seqs, settings.max_num_batched_tokens, root_of)
+    stop_ids = model_stop_ids(tokenizer, injection.model.generation_config.eos_token_id)
+    engine = AsyncEngine(Engine(runner, scheduler, tokenizer, stop_ids, max_model_len), pool, settings.max_queue)
     engine.start()
     return engine
 
@@ -81,15 +72,8 @@ def build(settings: Settings) -> FastAPI:
     injection = engine.pool.injection
     metrics = Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
     tokenizer = load_tokenizer(base)  # not the engine's: two threads must not share one
-    registry = Registry(
-        AdapterStore(settings.store),
-        base,
-        engine.pool,
-        _chat_format(tokenizer),
-        metrics,
-        shapes=injection.shapes,
-        load_backbone=settings.load_backbone,
-    )
+    store, base_format = AdapterStore(settings.store), _chat_format(tokenizer)
+    registry = Registry(store, base, engine.pool, base_format, metrics, injection.shapes, settings.load_backbone)
     dtype, limit = str(injection.model.dtype).removeprefix("torch."), engine.engine.max_model_len
     model = ServedModel(name=base.name, digest=base.digest, dtype=dtype, max_model_len=limit)
     frontend = Frontend(settings, engine, registry, tokenizer, model, metrics)
@@ -127,12 +111,7 @@ def main() -> int:
         return 2
     # A server whose engine is gone ends, so that whoever supervises it starts another.
     app.state.frontend.engine.on_failure = partial(os.kill, os.getpid(), signal.SIGTERM)
-    url = f"http://{settings.host}:{settings.port}"
-    example = '{"prompt": "What is the capital of France?"}'
-    if (settings.store / "tasks" / "medical").is_dir():  # the shipped store
-        example = '{"prompt": "Which ICD-10-CM chapter covers \\"Manic episode\\"?", "task": "medical", "crma": true}'
-    log.info("documentation: %s/docs", url)
-    log.info("try: curl -s %s/generate -H 'Content-Type: application/json' -d '%s'", url, example)
+    log.info("documentation and examples: http://%s:%s/docs", settings.host, settings.port)
     config = uvicorn.Config(app, settings.host, settings.port, log_config=None, access_log=False)
     config.timeout_graceful_shutdown = math.ceil(settings.drain_timeout_s)
     _Server(config).run()

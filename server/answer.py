@@ -1,7 +1,5 @@
 """From a generation to its response: one body, or server-sent events. A route says what these look like."""
 
-from __future__ import annotations
-
 import json
 import logging
 from abc import ABC, abstractmethod

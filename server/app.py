@@ -1,7 +1,5 @@
 """Puts the parts together: routes, middleware, errors, and what happens at the start and the end."""
 
-from __future__ import annotations
-
 import asyncio
 import codecs
 import logging

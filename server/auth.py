@@ -4,18 +4,16 @@ No `api_keys` set: everyone may generate. Admin routes need the admin key whatev
 no key or an unknown one 401; a good API key that is not the admin key 403. The admin key opens everything.
 """
 
-from __future__ import annotations
-
 import hmac
 from collections.abc import Iterable
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import SecretStr
 
 from server.errors import Forbidden, Unauthorized
-from server.settings import Settings
+from server.frontend import TheFrontend
 
 _bearer = HTTPBearer(auto_error=False, description="An API key, or the admin key for admin routes.")
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
@@ -33,16 +31,16 @@ def _unauthorized(needed: str) -> Unauthorized:
     return Unauthorized(f"{needed} is needed", field="Authorization", allowed="Bearer <key>")
 
 
-def require_key(request: Request, credentials: Credentials) -> None:
+def require_key(frontend: TheFrontend, credentials: Credentials) -> None:
     """Raises Unauthorized where API keys are set and the request has none of them."""
-    settings: Settings = request.app.state.frontend.settings
+    settings = frontend.settings
     if settings.api_keys and not _is_one_of(credentials, (*settings.api_keys, settings.admin_key)):
         raise _unauthorized("an API key that this server knows")
 
 
-def require_admin(request: Request, credentials: Credentials) -> None:
+def require_admin(frontend: TheFrontend, credentials: Credentials) -> None:
     """Raises Forbidden where no admin key is set or an ordinary key was given, Unauthorized for any other key."""
-    settings: Settings = request.app.state.frontend.settings
+    settings = frontend.settings
     if settings.admin_key is None:
         raise Forbidden("admin routes are off: this server has no admin key", field="CRMA_ADMIN_KEY")
     if _is_one_of(credentials, (settings.admin_key,)):

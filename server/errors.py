@@ -5,8 +5,6 @@ inside; the log has it under the request id. Routes under /v1 answer in OpenAI's
 ApiError here.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping
@@ -22,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from crma.errors import BaseMismatch, ConfigError, CrmaError, DigestMismatch, InvalidAdapter, LineageMismatch, NotFound
 from server.engine.adapter_pool import AdapterPoolFull
 from server.engine.request import EngineError, EngineStopped, PromptTooLong, QueueFull
-from server.schemas import ErrorBody
+from server.schemas import EXAMPLES, ErrorBody
 
 log = logging.getLogger("server")
 
@@ -128,16 +126,16 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
 GENERATING = (400, 401, 404, 409, 413, 422, 429, 500, 503, 504)
 
 
-def documented(*statuses: int, body: type[BaseModel] = ErrorBody, stream: str = "") -> dict[int | str, dict[str, Any]]:
+def documented(*statuses: int, body: type[BaseModel] = ErrorBody, of: str = "") -> dict[int | str, dict[str, Any]]:
     """The `responses` argument of a route that can answer with these: each with the codes that it can have.
 
-    `stream`: an example of the events that it may answer with instead of one body.
+    `of`: its path in EXAMPLES, to show what it answers.
     """
     kinds: list[type[ApiError]] = [ApiError, *ApiError.__subclasses__()]
     codes = {(kind.status, kind.code) for kind in kinds} | {(status, code) for _, status, code in STATUS_OF}
     named = {status: ", ".join(code for s, code in sorted(codes) if s == status) for status in statuses}
-    whole: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"example": stream}}}}
-    return (whole if stream else {}) | {status: {"model": body, "description": named[status]} for status in statuses}
+    answers: dict[int | str, dict[str, Any]] = {200: {"content": EXAMPLES[of]["answers"]}} if of else {}
+    return answers | {status: {"model": body, "description": named[status]} for status in statuses}
 
 
 def to_api_error(error: Exception) -> ApiError:

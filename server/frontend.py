@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import fastapi
 from fastapi import Depends
+from transformers import PreTrainedTokenizerBase
 
 from crma.errors import StoreError
 from crma.prompts import PromptFormat, raw_format
 from crma.selection import BASE
 from server import __version__, errors
+from server.engine.async_engine import AsyncEngine
 from server.engine.request import EngineError, FinishReason, QueueFull, Request, RequestOutput, SamplingParams, Timings
 from server.metrics import Metrics, RequestMetrics
 from server.registry import Registry, Resolved
@@ -27,9 +29,6 @@ from server.schemas import ServedModel
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from server.engine.async_engine import AsyncEngine
     from server.engine.request import TokenLogprob
 
 T = TypeVar("T")

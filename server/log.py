@@ -1,7 +1,5 @@
 """Logs to standard error: one line per answered request, text or JSON. Never a prompt, an answer or a key."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

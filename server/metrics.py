@@ -5,23 +5,19 @@ from `stats()` when Prometheus asks. The `adapter` label holds names of the stor
 adapters after the first `max_adapter_labels`: a client cannot make new series.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter as Counts
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
+from crma.entry import BackboneEntry
 from server.engine.request import EngineStats, Timings
-
-if TYPE_CHECKING:
-    from crma.store import BackboneEntry
 
 TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
@@ -42,8 +38,9 @@ Names = Mapping[str, str]  # digest -> store name
 ENGINE = (
     (GaugeMetricFamily, "num_requests_running", "num_requests_running", "Requests in the running batch."),
     (GaugeMetricFamily, "num_requests_waiting", "num_requests_waiting", "Requests in the queue."),
-    (GaugeMetricFamily, "kv_cache_usage", "kv_cache_usage_perc", "Share of sequence slots in use, 0 to 1."),
+    (GaugeMetricFamily, "kv_cache_usage", "kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1."),
     (CounterMetricFamily, "num_steps", "engine_steps", "Forward steps."),
+    (CounterMetricFamily, "num_preemptions", "num_preemptions", "Sequences that gave way and are computed again."),
     (CounterMetricFamily, "prompt_tokens", "prompt_tokens", "Prompt tokens, cached ones too."),
     (CounterMetricFamily, "generation_tokens", "generation_tokens", "Sampled tokens."),
     (CounterMetricFamily, "prefix_cache_queries", "prefix_cache_queries", "Prompt tokens sought in the prefix cache."),
@@ -61,26 +58,21 @@ class Metrics:
         self._labelled: set[str] = set()
         by = ("adapter", "crma")
 
-        def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"crma_{name}", help, by, buckets=buckets, registry=registry)
-
-        def counter(name: str, help: str, *labels: str) -> Counter:
-            return Counter(f"crma_{name}", help, labels, registry=registry)
-
-        def gauge(name: str, help: str, *labels: str) -> Gauge:
-            return Gauge(f"crma_{name}", help, labels, registry=registry)
-
-        self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_BUCKETS)
-        self.itl = histogram("inter_token_latency_seconds", "Gap between tokens of a sequence.", ITL_BUCKETS)
-        self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", LATENCY_BUCKETS)
-        self.queue = histogram("request_queue_time_seconds", "From arrival until first scheduled.", LATENCY_BUCKETS)
-        self.success = counter("request_success", "Requests that ended, by reason.", "finished_reason", *by)
-        self.http_responses = counter("http_responses", "HTTP answers.", "route", "status")
+        histogram = partial(Histogram, namespace="crma", labelnames=by, registry=registry)
+        counter = partial(Counter, namespace="crma", registry=registry)
+        gauge = partial(Gauge, namespace="crma", registry=registry)
+        self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", buckets=TTFT_BUCKETS)
+        self.itl = histogram("inter_token_latency_seconds", "Gap between tokens of a sequence.", buckets=ITL_BUCKETS)
+        self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", buckets=LATENCY_BUCKETS)
+        help = "From arrival until first scheduled."
+        self.queue = histogram("request_queue_time_seconds", help, buckets=LATENCY_BUCKETS)
+        self.success = counter("request_success", "Requests that ended, by reason.", ("finished_reason", *by))
+        self.http_responses = counter("http_responses", "HTTP answers.", ("route", "status"))
         self.verification_failures = counter("adapter_verification_failures", "Problems found in the store.")
-        self.backbone_info = gauge("backbone_info", "The CRMA backbone that serves; always 1.", "version", "digest")
+        self.backbone_info = gauge("backbone_info", "The CRMA backbone that serves; always 1.", ("version", "digest"))
         self.spectral_bound = gauge("spectral_bound", "Largest certified norm bound of a layer; 0: no backbone.")
         help = "Accuracy of the last ablation, by variant."
-        self.ablation_accuracy = gauge("last_ablation_accuracy", help, "variant")
+        self.ablation_accuracy = gauge("last_ablation_accuracy", help, ("variant",))
 
     def adapter_label(self, name: str | None) -> str:
         """The bounded label of a store name; None is the base model."""

@@ -5,15 +5,13 @@ A view is replaced whole, so a request sees all of a publication or nothing of i
 in memory where its predecessor was. Running requests keep the digests they began with.
 """
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from crma.entry import Shapes, read_backbone
 from crma.errors import NotFound, StoreError
@@ -21,11 +19,9 @@ from crma.prompts import PromptFormat
 from crma.pull import BaseModel
 from crma.selection import AdapterSelection
 from crma.store import AdapterStore, BackboneEntry, TaskEntry
+from server.engine.adapter_pool import AdapterPool
 from server.errors import NoBackbone
 from server.metrics import Metrics
-
-if TYPE_CHECKING:
-    from server.engine.adapter_pool import AdapterPool
 
 log = logging.getLogger("server")
 
@@ -188,13 +184,10 @@ class Registry:
 
     def _read(self) -> _View:
         channels = self.store.channels()
-        tasks = {
-            name: {
-                version: self._checked(partial(self.store.task, name, version))
-                for version in dict.fromkeys((*self.store.task_versions(name), serving))
-            }
-            for name, serving in channels.tasks.items()
-        }
+        tasks: dict[str, dict[str, TaskEntry | StoreError]] = {}
+        for name, serving in channels.tasks.items():
+            versions = dict.fromkeys((*self.store.task_versions(name), serving))
+            tasks[name] = {version: self._checked(partial(self.store.task, name, version)) for version in versions}
         version = channels.backbone if self.load_backbone else None
         backbone = self._checked(partial(read_backbone, self.store.root, version)) if version else None
         return _View(tasks, dict(channels.tasks), backbone)

@@ -1,22 +1,21 @@
-"""Bodies of requests and answers. Strict: an unknown field, a number as text or a bool as a number is refused.
+"""Bodies of requests, and what /docs shows of answers. Strict: no unknown field, no number as text, no bool as number.
 
 Limits that are settings (max_n, max_stop, request_timeout_s, …) are checked where the settings are (`frontend.py`).
 """
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Annotated, Any, ClassVar, Literal
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic.config import JsonDict
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
 from crma.question_set import MAX_ITEMS, Question
 from crma.scorers import SCORERS
 from crma.selection import Variant
-from server.engine.request import SamplingParams, Timings
+from server.engine.request import SamplingParams
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON client keeps exact
 
@@ -36,10 +35,6 @@ class _Body(BaseModel):
                 raise PydanticCustomError("unknown_field", "unknown field", context)
         known = isinstance(data, dict) and cls.nulls_left_out
         return {key: value for key, value in data.items() if value is not None} if known else data
-
-
-class _Answer(BaseModel):
-    model_config = ConfigDict(extra="forbid")
 
 
 def _no_sliver(temperature: float) -> float:
@@ -66,11 +61,8 @@ StopTexts = Annotated[list[StopText] | SkipJsonSchema[str], BeforeValidator(_as_
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Temperature = Annotated[float, AfterValidator(_no_sliver), Field(ge=0, le=2, description="0, or from 0.01.")]
 
-GENERATE_EXAMPLE: JsonDict = {"prompt": 'Which ICD-10-CM chapter covers "Cholera"?', "task": "medical", "crma": True}
-GENERATE_EXAMPLE |= {"max_tokens": 16, "temperature": 0, "seed": 7}
-COMPLETION_EXAMPLE: JsonDict = {"model": "medical:crma-on", "prompt": "Cholera is", "max_tokens": 16}
-ABLATION_EXAMPLE: JsonDict = {"question_set": "public", "tasks": ["medical"], "variants": ["task+crma", "task"]}
-ABLATION_EXAMPLE |= {"scorer": "exact", "max_tokens": 16, "seed": 7, "margin": 0.02}
+EXAMPLES: dict[str, Any] = json.loads(Path(__file__).with_name("examples.json").read_text(encoding="utf-8"))
+"""Requests and answers as /docs shows them, by path; a test compares their fields with those of real answers."""
 
 
 class _Sampled(_Body):
@@ -99,7 +91,7 @@ class GenerateRequest(_Sampled):
     A stream is `token` events, then `done` or `error`.
     """
 
-    model_config = ConfigDict(json_schema_extra={"examples": [GENERATE_EXAMPLE]})
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLES["/generate"]["request"]]})
 
     prompt: str = Field(min_length=1, description="One user turn; put through the adapter's prompt format.")
     task: str | None = Field(None, description="Task adapter: `name` or `name@version`; null: the base model.")
@@ -127,7 +119,7 @@ class CompletionRequest(_Sampled):
     A stream is a chunk a token, one with the finish_reason, and `[DONE]`; or a chunk with `error`.
     """
 
-    model_config = ConfigDict(json_schema_extra={"examples": [COMPLETION_EXAMPLE]})
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLES["/v1/completions"]["request"]]})
     nulls_left_out = True
 
     model: str = Field(description="`base` or `name[@version]`, with `:crma-on` or `:crma-off` after it, or `crma`.")
@@ -146,7 +138,7 @@ class QuestionBody(_Body, Question):
 class AblationRequest(_Body):
     """Either `question_set` or `questions`. A variant named twice is a null run."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [ABLATION_EXAMPLE]})
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLES["/ablation"]["request"]]})
 
     question_set: str | None = Field(None, description="Name of a question set of the store, such as `public`.")
     questions: list[QuestionBody] | None = Field(None, min_length=1, max_length=MAX_ITEMS)
@@ -161,92 +153,13 @@ class AblationRequest(_Body):
     background: Literal[False] = Field(False, description="Not honoured in this version: true is refused.")
 
     @model_validator(mode="after")
-    def _one_source(self) -> AblationRequest:
+    def _one_source(self) -> Self:
         if (self.question_set is None) == (self.questions is None):
             raise ValueError("give either question_set or questions")
         return self
 
 
-class Usage(_Answer):
-    """Tokens of the request; completion_tokens over all n answers."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = Field(description="Prompt tokens whose KV was already there.")
-
-
-class _Provenance(_Answer):
-    base: str
-    crma: str | None
-    engine: str
-    dtype: str
-    seed: int | None
-
-
-class Provenance(_Provenance):
-    """Exactly what answered: content digests, engine version, dtype and seed."""
-
-    task: str | None
-
-
-class AblationProvenance(_Provenance):
-    """The same of an ablation: the digest of each task's adapter, and the one backbone."""
-
-    tasks: dict[str, str]
-
-
-class _Text(_Answer):
-    text: str | None = None
-    finish_reason: Literal["stop", "length"] | None = None
-    logprobs: list[float] | None = None
-    top_logprobs: list[list[dict[str, Any]]] | None = Field(None, description="Of each token: id, token, logprob.")
-
-
-class Choice(_Text):
-    """One of n answers."""
-
-    index: int
-
-
-class GenerateResponse(_Text):
-    """`text` and `finish_reason` for one answer, `choices` for more; log-probabilities only where asked for."""
-
-    id: str
-    choices: list[Choice] | None = None
-    prompt_logprobs: list[float | None] | None = None
-    task: str | None = Field(description="As resolved: the name, with @version if it was asked for.")
-    crma: bool = Field(description="As resolved.")
-    usage: Usage
-    timings: Timings
-    provenance: Provenance
-
-
-class CompletionResponse(_Answer):
-    """OpenAI's `text_completion`. `provenance` is added to it: what `model` was resolved to, and the seed."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int = Field(description="Unix time.")
-    model: str = Field(description="As it was asked for.")
-    choices: list[Choice]
-    usage: dict[str, Any]
-    provenance: Provenance
-
-
-class AblationResponse(_Answer):
-    """Accuracies are over scored items; failed and timed-out items are counted apart, never as wrong."""
-
-    id: str
-    question_set: dict[str, Any] = Field(description="Name, digest and number of items, after any filter.")
-    scorer: str
-    variants: dict[str, dict[str, Any]]
-    comparisons: list[dict[str, Any]]
-    items: list[dict[str, Any]]
-    provenance: AblationProvenance
-    wall_s: float
-
-
-class ServedModel(_Answer):
+class ServedModel(BaseModel):
     """The base model, and how it is served."""
 
     name: str
@@ -255,43 +168,13 @@ class ServedModel(_Answer):
     max_model_len: int
 
 
-class BackboneInfo(_Answer):
-    """The CRMA backbone that serves, and what is certified of it."""
-
-    version: str
-    digest: str
-    certificate: dict[str, Any]
-
-
-class TaskInfo(_Answer):
-    """A task's serving version. `lineage`: the backbone it was trained on; null: it never saw one."""
-
-    name: str
-    version: str
-    digest: str
-    rank: int
-    scaling: float
-    target_modules: list[str]
-    lineage: str | None
-    measured: dict[str, Any]
-    resident: bool
-
-
-class AdaptersResponse(_Answer):
-    """What this server can answer with."""
-
-    base: ServedModel
-    backbone: BackboneInfo | None
-    tasks: list[TaskInfo]
-
-
-class ErrorBody(_Answer):
+class ErrorBody(BaseModel):
     """Every error of the other routes: code, message, field, value and allowed."""
 
     error: dict[str, Any]
 
 
-class OpenAIErrorBody(_Answer):
+class OpenAIErrorBody(BaseModel):
     """Every error of the routes under /v1: message, type, param (the field) and code."""
 
     error: dict[str, str | None]

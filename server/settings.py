@@ -4,12 +4,10 @@ A setting `x` comes from the environment variable `CRMA_X`. A `CRMA_` variable t
 mistyped limit must not be a limit that is silently off.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -44,11 +42,9 @@ class Settings(BaseSettings):
     max_model_len: int = _setting(2048, "Prompt + answer tokens of one sequence; at most the model's own.", ge=2)
     kv_cache_tokens: int = _setting(8192, "Room for keys and values of all sequences; at least max_model_len.", ge=32)
     prefix_caching: bool = _setting(True, "Share the KV of equal beginnings of prompts under the same adapters.")
-    max_loaded_adapters: int = _setting(
-        32, "Task adapters and backbones in memory; the least recently used goes.", ge=2
-    )
+    max_loaded_adapters: int = _setting(32, "Tasks and backbones in memory; the least recently used goes.", ge=2)
     max_adapter_mib: int | None = _setting(None, "Their weights in MiB, as they serve; unset: no limit.", ge=1)
-    max_queue: int = _setting(256, "Requests that may wait; one more gets 429.", ge=1)
+    max_queue: int = _setting(256, "Sequences that may wait, and prompts to encode; one more gets 429.", ge=1)
 
     request_timeout_s: float = _setting(120.0, "Deadline of a request, and the longest it may ask for; then 504.", gt=0)
     drain_timeout_s: float = _setting(30.0, "How long running requests may finish after SIGTERM.", ge=0)
@@ -70,7 +66,7 @@ class Settings(BaseSettings):
         return tuple(key.strip() for key in value.split(",") if key.strip()) if isinstance(value, str) else value
 
     @classmethod
-    def load(cls) -> Settings:
+    def load(cls) -> Self:
         """Settings from the environment. Raises ConfigError that names the variable and what it may be."""
         known = {PREFIX + name.upper() for name in cls.model_fields}
         for name in os.environ:

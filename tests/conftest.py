@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import pytest
 
 if TYPE_CHECKING:
     from crma.pull import BaseModel
+    from crma.store import AdapterStore
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +20,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     from tiny import pulled_base
 
     return pulled_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def store(base: BaseModel, tmp_path: Path) -> AdapterStore:
+    """medical, trained with CRMA; legal, without; their backbone."""
+    import tiny
+
+    from crma.store import AdapterStore
+
+    store = AdapterStore(tmp_path / "store")
+    tiny.publish(store, base, "medical", 1, under=tiny.publish_backbone(store, base).digest)
+    tiny.publish(store, base, "legal", 2, under=None)
+    return store
 
 
 @pytest.fixture(scope="session")
@@ -33,13 +46,3 @@ def write_task() -> Callable[[Path, tuple[str, str]], None]:
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     return write
-
-
-@pytest.fixture(scope="session")
-def _quick_gemm() -> Iterator[None]:
-    """A run measures the machine's rate with a product that takes a second or two; here with a small one."""
-    from crma import protocol
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocol, "gemm_flops", partial(protocol.gemm_flops, n=64))
-        yield

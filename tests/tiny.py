@@ -10,21 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from crma.adapter import Backbone, CrmaConfig
 from crma.injection import Injection, target_names
@@ -48,15 +37,16 @@ SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 512, "initializer
 SIZES |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
 GQA = {"num_key_value_heads": 2}
 GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
+SOFT_CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0}
 FAMILIES: dict[str, partial[PretrainedConfig]] = {
-    "llama": partial(LlamaConfig, **SIZES, **GQA),
-    "mistral": partial(MistralConfig, **SIZES, **GQA, sliding_window=8),
-    "qwen2": partial(Qwen2Config, **SIZES, **GQA),
-    "qwen3": partial(Qwen3Config, **SIZES, **GQA, head_dim=8),
-    "gemma2": partial(Gemma2Config, **SIZES, **GQA, **GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=30.0),
-    "gemma3": partial(Gemma3TextConfig, **SIZES, **GQA, **GEMMA),
-    "phi3": partial(Phi3Config, **SIZES, **GQA),
-    "gpt_neox": partial(GPTNeoXConfig, **SIZES),
+    "llama": partial(transformers.LlamaConfig, **SIZES, **GQA),
+    "mistral": partial(transformers.MistralConfig, **SIZES, **GQA, sliding_window=8),
+    "qwen2": partial(transformers.Qwen2Config, **SIZES, **GQA),
+    "qwen3": partial(transformers.Qwen3Config, **SIZES, **GQA, head_dim=8),
+    "gemma2": partial(transformers.Gemma2Config, **SIZES, **GQA, **GEMMA, **SOFT_CAPS),
+    "gemma3": partial(transformers.Gemma3TextConfig, **SIZES, **GQA, **GEMMA),
+    "phi3": partial(transformers.Phi3Config, **SIZES, **GQA),
+    "gpt_neox": partial(transformers.GPTNeoXConfig, **SIZES),
 }
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -98,10 +88,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator(["the naïve café costs 3 € in 日本 and the 🙂 is free, the other answers"], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=CHATML,
-        eos_token=special[1],
-        additional_special_tokens=special[:1],
+        tokenizer_object=backend, chat_template=CHATML, eos_token=special[1], additional_special_tokens=special[:1]
     )
 
 
@@ -164,6 +151,13 @@ def pulled_base(folder: Path) -> BaseModel:
     model.save_pretrained(folder / "tiny")
     tokenizer().save_pretrained(folder / "tiny")
     return pull(str(folder / "tiny"), home=folder / "home")
+
+
+def flip_bit(file: Path) -> None:
+    """Damages a file in its last bit; a second time, mends it."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
 
 
 def publish_backbone(store: AdapterStore, base: BaseModel, seed: int = 0) -> BackboneEntry:

@@ -90,17 +90,9 @@ class AsyncEngine:
         """End a request in the next step; its stream ends with finish_reason abort. Unknown ids are ignored."""
         self._command(lambda: self.engine.abort(request_id))
 
-    async def cancel_adapter(self, digest: str) -> None:
-        """End every sequence that runs with an adapter; returns when its pins are given back."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def cancel() -> list[RequestOutput]:
-            outputs = self.engine.abort_adapter(digest)
-            done.get_loop().call_soon_threadsafe(done.set_result, None)
-            return outputs
-
-        self._command(cancel)
-        await asyncio.shield(done)
+    def cancel_adapter(self, digest: str) -> None:
+        """End every sequence that runs with an adapter, in the next step."""
+        self._command(lambda: self.engine.abort_adapter(digest))
 
     def stats(self) -> EngineStats:
         """The state after the last step."""

@@ -69,7 +69,7 @@ def _groups(chunks: list[Chunk], size: int, device: torch.device) -> tuple[Atten
         groups.append(
             AttentionGroup(
                 slice(first, first + len(part) * part[0].count),
-                torch.tensor([table + [NULL_BLOCK] * (width - len(table)) for table in tables], device=device),
+                torch.tensor([b for t in tables for b in t + [NULL_BLOCK] * (width - len(t))], device=device),
                 torch.tensor([range(c.start, c.start + c.count) for c in part], device=device),
             )
         )

@@ -159,13 +159,12 @@ class Engine:
 
     def _update(self, batch: Batch, logits: torch.Tensor) -> list[RequestOutput]:
         """Logits -> the next token of every chunk that ends at its sequence's newest token."""
-        not_numbers = (logits.isnan() | logits.isposinf()).any(-1)
-        logits = logits.masked_fill(not_numbers[:, None], 0.0)  # the sampler may not meet them
+        are_numbers = logits.amax(-1).isfinite().tolist()  # a NaN or +inf is the largest; the sampler may not meet them
         rows, sequences, broken = [], [], []
         first = 0
         for chunk, count in zip(batch.chunks, batch.num_logits, strict=True):
             part = slice(first, first := first + count)
-            if not_numbers[part].any():
+            if not all(are_numbers[part]):
                 broken.append(chunk.sequence)
                 continue
             if chunk.sequence.wants_prompt_logprobs:

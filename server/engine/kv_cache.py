@@ -42,12 +42,12 @@ class KvCache:
 class AttentionGroup:
     """n sequences with s new tokens each.
 
-    rows: where their n · s tokens lie in the batch, sequence by sequence. tables [n, m]: their blocks, padded with the
-    null block. positions [n, s].
+    rows: where their n · s tokens lie in the batch, sequence by sequence. blocks [n · m]: theirs, sequence by sequence,
+    padded with the null block. positions [n, s].
     """
 
     rows: slice
-    tables: Tensor
+    blocks: Tensor
     positions: Tensor
     _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
@@ -94,7 +94,8 @@ def _attend_group(
     """[n · s, H, e] -> [n · s, H, e]. The g query heads of a key-value head are g more queries of it: no copies."""
     (n, s), (H, e), h = group.positions.shape, query.shape[1:], keys.shape[2]
     q = query.view(n, s, h, H // h, e).permute(0, 2, 1, 3, 4).reshape(n, h, s * H // h, e)
-    k, v = (part[group.tables].flatten(1, 2).transpose(1, 2) for part in (keys, values))
+    # index_select copies block by block; indexing with a table takes five times as long.
+    k, v = (part.index_select(0, group.blocks).view(n, -1, h, e).transpose(1, 2) for part in (keys, values))
     mask = group.mask(k.shape[2], window, H // h)
     if cap is None:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

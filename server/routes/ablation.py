@@ -1,7 +1,5 @@
 """POST /ablation: the same questions under several variants, with intervals and tests on the difference."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 import uuid
@@ -18,16 +16,20 @@ from server.engine.request import PromptTooLong, QueueFull, SamplingParams
 from server.errors import AdapterUnloaded, DeadlineExceeded, GenerationFailed, InvalidField, documented
 from server.frontend import Frontend, Generation, TheFrontend, unless_gone
 from server.registry import Resolved
-from server.schemas import AblationProvenance, AblationRequest, AblationResponse
+from server.schemas import AblationRequest
 
 router = APIRouter(dependencies=[Depends(require_key)])
 
 Selected = dict[tuple[str, AdapterSelection], Resolved]  # by task, whose prompt format is its own
 
 
-@router.post("/ablation", responses=documented(400, 401, 404, 409, 413, 422, 500, 503))
-async def ablation(body: AblationRequest, request: Request, frontend: TheFrontend) -> AblationResponse:
-    """Ask every question under every variant and compare, item by item. Greedy; a failed item is no wrong answer."""
+@router.post("/ablation", responses=documented(400, 401, 404, 409, 413, 422, 500, 503, of="/ablation"))
+async def ablation(body: AblationRequest, request: Request, frontend: TheFrontend) -> dict[str, Any]:
+    """Ask every question under every variant and compare, item by item. Greedy; a failed item is no wrong answer.
+
+    Accuracies are over scored items; failed and timed-out items are counted apart, never as wrong. `question_set` has
+    the number of items after any filter.
+    """
     started = time.monotonic()
     check_settings(scorer=body.scorer, margin=body.margin)
     asked = await asyncio.to_thread(_question_set, body, frontend)
@@ -46,14 +48,14 @@ async def ablation(body: AblationRequest, request: Request, frontend: TheFronten
     frontend.metrics.set_ablation({name: each["accuracy"] for name, each in result["variants"].items()})
     tasks = {task: selection.task_digest for task, selection in selected if selection.task_digest is not None}
     crma = next((selection.crma_digest for _, selection in selected if selection.crma_digest is not None), None)
-    return AblationResponse(
-        id=f"abl-{uuid.uuid4().hex}",
-        question_set=asked.describe(),
-        scorer=body.scorer,
+    return {
+        "id": f"abl-{uuid.uuid4().hex}",
+        "question_set": asked.describe(),
+        "scorer": body.scorer,
         **result,
-        provenance=AblationProvenance(**frontend.provenance(body.seed, crma, tasks=tasks)),
-        wall_s=round(time.monotonic() - started, 4),
-    )
+        "provenance": frontend.provenance(body.seed, crma, tasks=tasks),
+        "wall_s": round(time.monotonic() - started, 4),
+    }
 
 
 def _question_set(body: AblationRequest, frontend: Frontend) -> QuestionSet:
@@ -71,10 +73,7 @@ def _question_set(body: AblationRequest, frontend: Frontend) -> QuestionSet:
 
 def _check_size(work: AblationPlan, limit: int) -> None:
     if work.num_item_variants > limit:
-        message = (
-            f'over {limit} item-variants an ablation would need "background": true, which is not honoured in this '
-            "version; ask fewer questions or variants at a time"
-        )
+        message = f'over {limit} item-variants need "background": true, which is not honoured yet; ask fewer at a time'
         allowed = f"<= {limit} item-variants"
         raise InvalidField(message, field="questions", value=work.num_item_variants, allowed=allowed)
 

@@ -1,11 +1,9 @@
 """GET /adapters, and what an administrator may do with one: load, unload, pin, unpin."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,12 +13,10 @@ from server.auth import require_admin, require_key
 from server.engine.adapter_pool import AdapterInUse
 from server.errors import AdapterBusy, documented
 from server.frontend import Frontend, TheFrontend
-from server.schemas import AdaptersResponse, BackboneInfo, TaskInfo
 
 router = APIRouter()
-admin = APIRouter(
-    prefix="/adapters/{task}", dependencies=[Depends(require_admin)], responses=documented(401, 403, 404, 409)
-)
+RESPONSES = documented(401, 403, 404, 409, of="/adapters/{task}")
+admin = APIRouter(prefix="/adapters/{task}", dependencies=[Depends(require_admin)], responses=RESPONSES)
 
 
 class UnloadQuery(BaseModel):
@@ -33,33 +29,37 @@ class UnloadQuery(BaseModel):
     )
 
 
-@router.get("/adapters", responses=documented(401), dependencies=[Depends(require_key)])
-async def adapters(frontend: TheFrontend) -> AdaptersResponse:
-    """The base model, the backbone that serves, and each task's serving version."""
+@router.get("/adapters", responses=documented(401, of="/adapters"), dependencies=[Depends(require_key)])
+async def adapters(frontend: TheFrontend) -> dict[str, Any]:
+    """The base model, the backbone that serves, and each task's serving version.
+
+    `lineage`: the backbone that the task was trained on; null: it never saw one.
+    """
     serving = frontend.registry.backbone
-    backbone = serving and BackboneInfo.model_validate(serving.manifest, from_attributes=True)
+    backbone = serving and serving.manifest.model_dump(include={"version", "digest", "certificate"})
     tasks = [_task_info(entry, frontend) for entry in frontend.registry.serving_tasks()]
-    return AdaptersResponse(base=frontend.model, backbone=backbone, tasks=tasks)
+    return {"base": frontend.model.model_dump(), "backbone": backbone, "tasks": tasks}
 
 
-def _task_info(entry: TaskEntry, frontend: Frontend) -> TaskInfo:
-    fields = entry.manifest.model_dump(include=set(TaskInfo.model_fields))
-    resident = entry.digest in frontend.registry.pool.resident()
-    return TaskInfo(**fields, lineage=entry.manifest.backbone, resident=resident)
+def _task_info(entry: TaskEntry, frontend: Frontend) -> dict[str, Any]:
+    manifest, resident = entry.manifest, entry.digest in frontend.registry.pool.resident()
+    names = ("name", "version", "digest", "rank", "scaling", "target_modules")
+    fields = {name: getattr(manifest, name) for name in names}
+    return {**fields, "lineage": manifest.backbone, "measured": manifest.measured, "resident": resident}
 
 
 @admin.post("/load")
-async def load(task: str, frontend: TheFrontend) -> TaskInfo:
+async def load(task: str, frontend: TheFrontend) -> dict[str, Any]:
     """Brings an adapter (`name` or `name@version`) into memory before a request needs it."""
     return await _apply(frontend, task, frontend.registry.pool.load)
 
 
 @admin.post("/unload", responses=documented(422))
-async def unload(task: str, frontend: TheFrontend, query: Annotated[UnloadQuery, Query()]) -> TaskInfo:
+async def unload(task: str, frontend: TheFrontend, query: Annotated[UnloadQuery, Query()]) -> dict[str, Any]:
     """Frees its memory; it loads again when a request needs it. 409 if requests still use it, or while it is pinned."""
     pool, digest = frontend.registry.pool, frontend.resolve(task, crma=False).selection.task_digest
     if query.when_in_use == "cancel" and digest is not None and digest not in pool.held:
-        await frontend.engine.cancel_adapter(digest)
+        frontend.engine.cancel_adapter(digest)
     wait_s = 0.0 if query.when_in_use == "refuse" else frontend.settings.request_timeout_s
     try:
         return await _apply(frontend, task, partial(pool.unload, wait_s=wait_s))
@@ -68,18 +68,18 @@ async def unload(task: str, frontend: TheFrontend, query: Annotated[UnloadQuery,
 
 
 @admin.post("/pin")
-async def pin(task: str, frontend: TheFrontend) -> TaskInfo:
+async def pin(task: str, frontend: TheFrontend) -> dict[str, Any]:
     """Loads it, and keeps it in memory until it is unpinned. Once is enough. A later version is another adapter."""
     return await _apply(frontend, task, frontend.registry.pool.hold)
 
 
 @admin.post("/unpin")
-async def unpin(task: str, frontend: TheFrontend) -> TaskInfo:
+async def unpin(task: str, frontend: TheFrontend) -> dict[str, Any]:
     """Takes back `pin`, of `name@version` if another version serves by now; requests that use the adapter keep it."""
     return await _apply(frontend, task, frontend.registry.pool.unhold)
 
 
-async def _apply(frontend: Frontend, task: str, action: Callable[[str], None]) -> TaskInfo:
+async def _apply(frontend: Frontend, task: str, action: Callable[[str], None]) -> dict[str, Any]:
     entry = frontend.resolve(task, crma=False).task
     assert entry is not None
     await asyncio.to_thread(action, entry.digest)

@@ -1,7 +1,5 @@
 """POST /generate: one prompt, one task, CRMA on or off; whole or as server-sent events."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 from typing import Any
@@ -14,16 +12,20 @@ from server.auth import require_key
 from server.engine.request import RequestOutput
 from server.errors import GENERATING, InvalidField, documented
 from server.frontend import SequenceResult, TheFrontend
-from server.schemas import GenerateRequest, GenerateResponse
+from server.schemas import GenerateRequest
 
 router = APIRouter(dependencies=[Depends(require_key)])
 
-STREAM = 'event: token\ndata: {"index": 0, "text": "infectious"}\n\nevent: done\ndata: {"id": "gen-4b1c", …}\n\n'
 
-
-@router.post("/generate", response_model=GenerateResponse, responses=documented(*GENERATING, stream=STREAM))
+@router.post("/generate", responses=documented(*GENERATING, of="/generate"))
 async def generate(body: GenerateRequest, request: Request, frontend: TheFrontend, closing: Closing) -> Response:
-    """Generate with a task adapter, the CRMA backbone, both or neither. A client that goes away frees its work."""
+    """Generate with a task adapter, the CRMA backbone, both or neither. A client that goes away frees its work.
+
+    The answer has `text` and `finish_reason`, for n > 1 in `choices`; `logprobs`, `top_logprobs` (of each token: id,
+    token, logprob) and `prompt_logprobs` where asked for; `task` and `crma` as they were resolved. In `usage`,
+    completion_tokens are those of all answers and cached_tokens those of the prompt whose KV was already there.
+    `provenance` is exactly what answered: content digests, engine version, dtype and seed.
+    """
     if body.top_logprobs and not body.logprobs:
         raise InvalidField("top_logprobs: needs logprobs", field="top_logprobs", value=body.top_logprobs, allowed=0)
     resolved = frontend.resolve(body.task, body.crma)
@@ -35,7 +37,7 @@ async def generate(body: GenerateRequest, request: Request, frontend: TheFronten
 
 
 class _Generated(Answer[GenerateRequest]):
-    """A GenerateResponse, or `token` events and then `done`: the same without what the tokens brought."""
+    """One body, or `token` events and then `done`: the same without what the tokens brought."""
 
     error_event = "error"
 

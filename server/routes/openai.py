@@ -1,7 +1,5 @@
 """POST /v1/completions, as OpenAI's clients send and read it. Refusals are OpenAI's in form (`server/errors.py`)."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from functools import cached_property
@@ -17,18 +15,20 @@ from server.engine.request import RequestOutput
 from server.errors import GENERATING, InvalidField, ModelNotFound, documented
 from server.frontend import Frontend, TheFrontend
 from server.registry import Resolved
-from server.schemas import CompletionRequest, CompletionResponse, OpenAIErrorBody
+from server.schemas import CompletionRequest, OpenAIErrorBody
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
 
-STREAM = 'data: {"id": "cmpl-4b1c", "choices": [{"index": 0, "text": "infectious", …}], …}\n\ndata: [DONE]\n\n'
-RESPONSES = documented(*GENERATING, body=OpenAIErrorBody, stream=STREAM)
+RESPONSES = documented(*GENERATING, body=OpenAIErrorBody, of="/v1/completions")
 SUFFIXES = {"crma-on": True, "crma-off": False}
 
 
-@router.post("/completions", response_model=CompletionResponse, responses=RESPONSES)
+@router.post("/completions", responses=RESPONSES)
 async def completions(body: CompletionRequest, request: Request, frontend: TheFrontend, closing: Closing) -> Response:
-    """OpenAI's legacy completion of a raw prompt; `model` chooses the task adapter and whether CRMA is on."""
+    """OpenAI's legacy completion of a raw prompt; `model` chooses the task adapter and whether CRMA is on.
+
+    The answer is OpenAI's `text_completion`, and `provenance`: what `model` was resolved to, and the seed.
+    """
     if body.stream_options.include_usage and not body.stream:
         raise InvalidField("stream_options: needs stream", field="stream_options", value="include_usage", allowed=None)
     resolved = _resolve(body, frontend)
@@ -51,7 +51,7 @@ def _resolve(body: CompletionRequest, frontend: Frontend) -> Resolved:
 
 
 class _Completion(Answer[CompletionRequest]):
-    """A CompletionResponse, or its chunks: one a token, one a finish_reason, one for the usage if asked for."""
+    """One body, or its chunks: one a token, one a finish_reason, one for the usage if asked for."""
 
     def body(self) -> dict[str, Any]:
         sequences = enumerate(self.generation.sequences)

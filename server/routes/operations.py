@@ -1,7 +1,5 @@
 """Health, readiness and metrics. Open whatever keys are set: they say nothing of any request."""
 
-from __future__ import annotations
-
 from fastapi import APIRouter
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest

@@ -3,8 +3,6 @@
 For what a real engine does not do when it is told to: refuse, fail, be late. `test_real_engine.py` has the rest.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack

@@ -1,14 +1,12 @@
 """POST /ablation: which generations run, what counts as an answer, and that it leaves room for others."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 
 import pytest
 
 from server.engine.request import EngineStopped, FinishReason, QueueFull, Request
-from server.schemas import AblationResponse
+from server.schemas import EXAMPLES
 
 from .conftest import BASE, Serve, Served
 
@@ -26,7 +24,7 @@ async def ablate(served: Served, status: int = 200, **body: Any) -> dict[str, An
 async def test_the_answer_is_as_the_contract_says(served: Served) -> None:
     served.engine.answer = lambda request: "one two" if request.selection.crma_digest else "no"
     body = await ablate(served, question_set="public", tasks=["medical"], variants=["task+crma", "task"], seed=7)
-    assert list(body) == list(AblationResponse.model_fields)
+    assert list(body) == list(EXAMPLES["/ablation"]["answers"]["application/json"]["example"])
     assert (body["question_set"]["name"], body["question_set"]["items"]) == ("public", 3)
     counts = [(name, v["correct"], v["scored"], v["failed"], v["timed_out"]) for name, v in body["variants"].items()]
     assert counts == [("task+crma", 3, 3, 0, 0), ("task", 0, 3, 0, 0)]
@@ -37,6 +35,14 @@ async def test_the_answer_is_as_the_contract_says(served: Served) -> None:
     assert {s.crma_digest for s in selections} == {body["provenance"]["crma"], None}
     assert body["provenance"]["base"] == BASE.digest
     assert all(request.sampling.temperature == 0 for request in served.engine.requests)
+
+
+async def test_a_null_run_is_generated_once_and_twice_if_told(served: Served) -> None:
+    for repeat, num_requests in ((False, 2), (True, 4)):
+        served.engine.requests.clear()
+        asked = [question(i) for i in range(2)]
+        body = await ablate(served, questions=asked, variants=["task", "task"], repeat=repeat)
+        assert (list(body["variants"]), len(served.engine.requests)) == (["task", "task#2"], num_requests)
 
 
 async def test_a_late_or_failed_item_is_no_wrong_answer(served: Served) -> None:
@@ -77,38 +83,30 @@ async def test_a_stopping_engine_ends_the_whole_ablation(served: Served) -> None
     assert served.engine.running == 0
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "field"),
-    [
-        ({}, 422, "body"),
-        ({"question_set": "public", "questions": [question()]}, 422, "body"),
-        ({"question_set": "nowhere"}, 404, "question_set"),
-        ({"question_set": "../public"}, 404, "question_set"),
-        ({"question_set": "public", "tasks": ["finance"]}, 422, "tasks"),
-        ({"questions": []}, 422, "questions"),
-        ({"questions": [question(), question()]}, 422, "questions[1].id"),
-        ({"questions": [question(answers=["?"])]}, 422, "questions.0.answers.0"),
-        ({"questions": [question(hint="x")]}, 422, "questions.0.hint"),
-        ({"questions": [question(task="finance")]}, 404, "task"),
-        ({"questions": [question(task="legal")]}, 409, "crma"),
-        ({"questions": [question()], "variants": ["tasks"]}, 422, "variants.0"),
-        ({"questions": [question()], "scorer": "vibes"}, 422, "scorer"),
-        ({"questions": [question()], "margin": 0}, 422, "margin"),
-        ({"questions": [question()], "background": True}, 422, "background"),
-        ({"questions": [question(i) for i in range(5)], "variants": ["task", "base"]}, 422, "questions"),
-    ],
-)
-async def test_what_cannot_be_asked_is_refused_before_anything_runs(
-    serve: Serve, body: dict[str, Any], status: int, field: str
-) -> None:
-    served = await serve(max_ablation_direct=9)
-    error = await ablate(served, status, **body)
-    assert error["field"] == field
+REFUSED = [
+    ({}, 422, "body"),
+    ({"question_set": "public", "questions": [question()]}, 422, "body"),
+    ({"question_set": "nowhere"}, 404, "question_set"),
+    ({"question_set": "../public"}, 404, "question_set"),
+    ({"question_set": "public", "tasks": ["finance"]}, 422, "tasks"),
+    ({"questions": [question(), question()]}, 422, "questions[1].id"),
+    ({"questions": [question(hint="x")]}, 422, "questions.0.hint"),
+    ({"questions": [question(task="finance")]}, 404, "task"),
+    ({"questions": [question(task="legal")]}, 409, "crma"),
+    ({"questions": [question()], "variants": ["tasks"]}, 422, "variants.0"),
+    ({"questions": [question()], "scorer": "vibes"}, 422, "scorer"),
+    ({"questions": [question()], "background": True}, 422, "background"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "field"), REFUSED)
+async def test_what_cannot_be_asked_is_refused_at_once(served: Served, body: Any, status: int, field: str) -> None:
+    assert (await ablate(served, status, **body))["field"] == field
     assert len(served.engine.requests) == 1  # the warm-up
 
 
 async def test_the_limit_is_named_and_what_would_be_beyond_it(serve: Serve) -> None:
     served = await serve(max_ablation_direct=1)
     error = await ablate(served, 422, questions=[question()], variants=["task", "base"])
-    assert (error["value"], error["allowed"]) == (2, "<= 1 item-variants")
+    assert (error["field"], error["value"], error["allowed"]) == ("questions", 2, "<= 1 item-variants")
     assert '"background": true' in error["message"]

@@ -1,7 +1,5 @@
 """Each way to send something wrong: its status, its code, the field it names; and that the next good request works."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncIterator
 from typing import Any

@@ -1,7 +1,5 @@
 """POST /generate: the exact form of an answer, whole and streamed, and of every way it can fail."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from typing import Any
@@ -12,7 +10,7 @@ from starlette.requests import ClientDisconnect
 
 from crma.errors import InvalidAdapter
 from server.engine.request import EngineStopped, FinishReason, QueueFull, SamplingParams
-from server.schemas import GenerateResponse
+from server.schemas import EXAMPLES
 
 from .conftest import BASE, Serve, Served
 
@@ -38,7 +36,7 @@ async def test_the_answer_is_as_the_contract_says(served: Served) -> None:
     task, crma = request.selection
     used = {"base": BASE.digest, "task": task, "crma": crma, "engine": "0.1.0", "dtype": "float32", "seed": 7}
     assert list(response.json().items()) == list((expected | {"provenance": used}).items())
-    GenerateResponse.model_validate(response.json())
+    assert list(expected) == list(EXAMPLES["/generate"]["answers"]["application/json"]["example"])[:-1]
 
 
 async def test_a_stream_is_tokens_then_the_same_without_text(served: Served) -> None:
@@ -56,7 +54,6 @@ async def test_a_stream_is_tokens_then_the_same_without_text(served: Served) -> 
 async def test_the_most_probable_tokens_come_with_each_and_log_probabilities_of_the_prompt(served: Served) -> None:
     asked = {"logprobs": True, "top_logprobs": 2, "prompt_logprobs": True}
     body = (await served.generate(**asked)).json()
-    GenerateResponse.model_validate(body)
     top = [{"id": i, "token": tiny.tokenizer().decode([i]), "logprob": -i} for i in range(2)]
     assert (body["logprobs"], body["top_logprobs"]) == ([-0.5, -0.25], [top, top])
     assert body["prompt_logprobs"] == [None] + [-1.0] * (body["usage"]["prompt_tokens"] - 1)
@@ -74,7 +71,6 @@ async def test_everything_about_sampling_reaches_the_engine(served: Served) -> N
 
 async def test_several_answers_come_as_choices(served: Served) -> None:
     body = (await served.generate(n=2, logprobs=True)).json()
-    GenerateResponse.model_validate(body)
     assert not {"text", "finish_reason"} & set(body)
     choice = {"text": "one two", "finish_reason": "stop", "logprobs": [-0.5, -0.25]}
     assert body["choices"] == [{"index": i, **choice} for i in range(2)]

@@ -1,7 +1,5 @@
 """Health, metrics, documentation, request ids and logs."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -9,7 +7,6 @@ import threading
 from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from crma.errors import StoreError
 from crma.store import AdapterStore
@@ -18,9 +15,7 @@ from server.log import Format
 from .conftest import Serve, Served
 
 
-async def test_ready_only_after_the_store_is_verified_and_a_step_has_run(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_ready_once_the_store_is_verified_and_a_step_ran(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     go, verify = threading.Event(), AdapterStore.verify
 
     def held(self: AdapterStore, **options: Any) -> list[StoreError]:
@@ -44,17 +39,10 @@ async def test_ready_only_after_the_store_is_verified_and_a_step_has_run(
     assert await served.error() == (503, "draining")
 
 
-async def test_the_metrics_of_the_contract(served: Served) -> None:
+async def test_metrics_are_by_adapter_and_crma(served: Served) -> None:
     await served.generate(task="medical", crma=True)
     await served.generate(task="legal")
     text = await served.metrics()
-    request = {"time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"}
-    request |= {"request_queue_time_seconds", "request_success", "num_requests_running", "num_requests_waiting"}
-    engine = {"kv_cache_usage_perc", "prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits"}
-    adapters = {"adapter_resident", "adapter_load_seconds", "adapter_evictions", "adapter_verification_failures"}
-    adapters |= {"backbone_info", "spectral_bound", "last_ablation_accuracy", "http_responses"}
-    expected = {"vllm:lora_requests_info", *(f"crma_{name}" for name in request | engine | adapters)}
-    assert expected <= {family.name for family in text_string_to_metric_families(text)}
     assert 'crma_request_success_total{adapter="medical",crma="on",finished_reason="stop"} 1.0' in text
     assert 'crma_request_success_total{adapter="legal",crma="off",finished_reason="stop"} 1.0' in text
     assert 'crma_time_to_first_token_seconds_count{adapter="medical",crma="on"} 1.0' in text
@@ -94,9 +82,7 @@ async def test_a_request_id_comes_back_if_it_is_plain(served: Served) -> None:
         assert answered == sent if sent == "abc-1.2" else re.fullmatch(r"[0-9a-f]{32}", answered)
 
 
-async def test_the_log_has_the_id_and_the_digest_and_never_the_prompt(
-    served: Served, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_the_log_has_id_and_digest_and_never_the_prompt(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for body in ({}, {"task": "medical", "crma": True}, {"temperature": -1}):
         await served.generate(prompt="my secret", **body)

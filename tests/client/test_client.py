@@ -1,7 +1,5 @@
 """What is sent, and what becomes of what the real server does not answer at will; the rest is in test_real_app."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -37,17 +35,15 @@ def test_a_value_that_json_has_not_is_refused_before_it_is_sent(value: object) -
         assert caught.value.field == "body"
 
 
-@pytest.mark.parametrize(
-    ("ending", "kind"),
-    [
-        (b'event: error\ndata: {"error": {"message": "late", "code": "deadline"}}\n\n', errors.GenerationFailed),
-        (b"event: later\ndata: {}\n\nevent: done\ndata: {", errors.ProtocolError),
-        (b"event: done\ndata: {\n\n", errors.ProtocolError),
-    ],
-)
-async def test_a_stream_that_fails_or_breaks_gives_its_tokens_and_then_an_error(
-    ending: bytes, kind: type[CrmaClientError]
-) -> None:
+ENDINGS = [
+    (b'event: error\ndata: {"error": {"message": "late", "code": "deadline"}}\n\n', errors.GenerationFailed),
+    (b"event: later\ndata: {}\n\nevent: done\ndata: {", errors.ProtocolError),
+    (b"event: done\ndata: {\n\n", errors.ProtocolError),
+]
+
+
+@pytest.mark.parametrize(("ending", "kind"), ENDINGS)
+async def test_a_stream_that_fails_gives_its_tokens_and_then_an_error(ending: bytes, kind: type[Exception]) -> None:
     """Also when the network delivers the tokens and the error in one piece."""
     transport, seen = answering(content=TOKEN + TOKEN + ending), []
     with pytest.raises(kind) as caught, Client(transport=transport) as client, client.stream("hi") as stream:
@@ -58,21 +54,15 @@ async def test_a_stream_that_fails_or_breaks_gives_its_tokens_and_then_an_error(
             seen.extend([token.text async for token in astream])
 
 
-async def test_a_refusal_is_one_error_for_every_way_to_call() -> None:
-    transport, caught = answering(429, json=REFUSAL, headers={"Retry-After": "2"}), []
-    with Client(transport=transport) as client:
-        with pytest.raises(errors.Overloaded) as error:
+def test_a_refusal_is_one_error_streamed_or_not() -> None:
+    """As the asynchronous client's are, which test_real_app has."""
+    with Client(transport=answering(429, json=REFUSAL, headers={"Retry-After": "2"})) as client:
+        with pytest.raises(errors.Overloaded) as whole:
             client.generate("hi")
-        caught.append(error.value)
-        with pytest.raises(errors.Overloaded) as error, client.stream("hi"):
+        with pytest.raises(errors.Overloaded) as streamed, client.stream("hi"):
             pytest.fail("a refused stream was opened")
-        caught.append(error.value)
-    async with AsyncClient(transport=transport) as awaited:
-        with pytest.raises(errors.Overloaded) as error:
-            async with awaited.stream("hi"):
-                pytest.fail("a refused stream was opened")
-        caught.append(error.value)
-    assert [vars(error) for error in caught] == 3 * [{"status": 429, "retry_after": 2, **REFUSAL["error"]}]
+    for error in (whole.value, streamed.value):
+        assert vars(error) == {"status": 429, "retry_after": 2, **REFUSAL["error"]}
 
 
 def test_an_answer_that_is_not_the_contracts_is_an_error_of_the_tree() -> None:
@@ -93,39 +83,36 @@ def test_a_server_that_is_not_ready_is_told_from_one_that_answers_nonsense() -> 
         client.ready()
 
 
-class BrokenBody(httpx.SyncByteStream, httpx.AsyncByteStream):
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    def __iter__(self) -> Iterator[bytes]:
-        yield TOKEN
-        raise self.error
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for chunk in self:
-            yield chunk
+def breaks(error: Exception) -> Iterator[bytes]:
+    yield TOKEN
+    raise error
 
 
-@pytest.mark.parametrize(
-    ("raised", "kind"),
-    [
-        (httpx.ConnectError("refused"), errors.ConnectionFailed),
-        (httpx.ReadTimeout(""), errors.TimedOut),
-        (httpx.RemoteProtocolError("closed"), errors.ConnectionFailed),
-    ],
-)
+async def breaks_async(error: Exception) -> AsyncIterator[bytes]:
+    yield TOKEN
+    raise error
+
+
+BROKEN = [
+    (httpx.ConnectError("refused"), errors.ConnectionFailed),
+    (httpx.ReadTimeout(""), errors.TimedOut),
+    (httpx.RemoteProtocolError("closed"), errors.ConnectionFailed),
+]
+
+
+@pytest.mark.parametrize(("raised", "kind"), BROKEN)
 async def test_a_broken_connection_is_an_error_of_the_tree(raised: Exception, kind: type[CrmaClientError]) -> None:
     def unreachable(_: httpx.Request) -> httpx.Response:
         raise raised
 
     with pytest.raises(kind), Client(transport=httpx.MockTransport(unreachable)) as client:
         client.generate("hi")
-    with Client(transport=answering(stream=BrokenBody(raised))) as client, client.stream("hi") as stream:
+    with Client(transport=answering(content=breaks(raised))) as client, client.stream("hi") as stream:
         assert next(iter(stream)).text == "a"
         with pytest.raises(kind):
             next(iter(stream))
     with pytest.raises(kind):
-        async with AsyncClient(transport=answering(stream=BrokenBody(raised))) as awaited:
+        async with AsyncClient(transport=answering(content=breaks_async(raised))) as awaited:
             await awaited.generate("hi")
 
 

@@ -3,18 +3,14 @@
 `python tests/contract/test_documents.py` writes the tables into README.md.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import Metric
 
 from crma.tables import results_table
 from server.engine.request import EngineStats
@@ -45,23 +41,16 @@ def errors_table() -> str:
 def metrics_table() -> str:
     metrics = Metrics(CollectorRegistry())
     metrics.watch(EngineStats, dict, 1)
-    families: list[Metric] = list(metrics.registry.collect())
-    lines = [
-        f"| `{f.name}{'_total' if f.type == 'counter' else ''}` | {f.type} | {f.documentation} |" for f in families
-    ]
-    return "\n".join(["| name | type | |", "|---|---|---|", *sorted(set(lines))])
+    families = [(f"{f.name}{'_total' * (f.type == 'counter')}", f) for f in metrics.registry.collect()]
+    lines = {f"| `{name}` | {f.type} | {f.documentation} |" for name, f in families}
+    return "\n".join(["| name | type | |", "|---|---|---|", *sorted(lines)])
 
 
 def results() -> str:
     return results_table(json.loads(RESULT.read_text("utf-8")))
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    "results": results,
-    "settings": settings_table,
-    "errors": errors_table,
-    "metrics": metrics_table,
-}
+BLOCKS = {"results": results, "settings": settings_table, "errors": errors_table, "metrics": metrics_table}
 
 
 def block(name: str) -> re.Pattern[str]:

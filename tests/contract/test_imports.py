@@ -1,7 +1,5 @@
 """Who may import whom, read from the source: server.routes -> server.engine -> crma, and the clients stand alone."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

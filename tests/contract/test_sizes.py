@@ -1,7 +1,5 @@
 """The project stays small enough to be read: lines a module, a function and in all, and names that say what."""
 
-from __future__ import annotations
-
 import ast
 import sys
 from pathlib import Path

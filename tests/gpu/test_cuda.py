@@ -3,60 +3,43 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
-from tiny import FAMILIES, adapters
-from transformers import AutoModelForCausalLM
+from schedules import SELECTIONS, Call, Loads, World, drive, mismatches, prompt
 
 from crma.generate import generate
-from crma.injection import Injection, plan_rows
-from crma.lora import Lora
-from crma.selection import AdapterSelection
+from crma.injection import Injection
+from server.engine.request import SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-SELECTIONS = [
-    AdapterSelection(),
-    AdapterSelection("task-0"),
-    AdapterSelection("task-1", "crma-0"),
-    AdapterSelection(None, "crma-1"),
-]
 
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_mixed_batch_on_cuda_is_each_row_alone_on_the_cpu(family: str) -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval().requires_grad_(False)
-    if getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")
-    injection = Injection(model)
-    made = adapters(injection)
-    ids = torch.randint(2, 250, (len(SELECTIONS), 9), generator=torch.Generator().manual_seed(1))
-    logits = {}
-    for device in ("cpu", "cuda"):
-        model.to(device)
-        loras = {d: a.to(device, torch.float32) for d, a in made.items() if isinstance(a, Lora)}
-        backbones = {d: a.folded(device, torch.float32) for d, a in made.items() if not isinstance(a, Lora)}
-        rows = SELECTIONS if device == "cuda" else [[s] for s in SELECTIONS]
-        with torch.inference_mode():
-            if device == "cuda":
-                with injection.active(plan_rows(rows, loras, backbones, device)):
-                    logits[device] = model(ids.to(device)).logits.cpu()
-            else:
-                alone = []
-                for row, one in zip(ids, rows, strict=True):
-                    with injection.active(plan_rows(one, loras, backbones)):
-                        alone.append(model(row[None]).logits[0])
-                logits[device] = torch.stack(alone)
-    torch.testing.assert_close(logits["cuda"], logits["cpu"], atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_schedule_on_cuda_is_each_request_alone_on_the_cpu(family: str) -> None:
+    """fp32; prompts that begin alike, chunks, preemption, more adapters than fit, greedy and sampled."""
+    world = World(tiny.injection(family), tiny.adapters(tiny.injection(family)))
+    greedy = SamplingParams(12, logprobs=2, prompt_logprobs=1)
+    sampled = SamplingParams(12, temperature=0.8, top_p=0.9, top_k=20, seed=3, repetition_penalty=1.2, n=2, logprobs=2)
+    schedule = [
+        Call(selection, prompt(5 + 4 * i, i % 2), sampled if i % 3 == 2 else greedy, arrival=i)
+        for i, selection in enumerate(SELECTIONS)
+    ]
+    loads = Loads()
+    limits = {"max_num_batched_tokens": 24, "num_blocks": 18, "block_size": 4, "max_model_len": 72, "executor": loads}
+    on_cuda = Injection(tiny.fresh(world.injection).to("cuda"))
+    engine, _ = tiny.make_engine(on_cuda, world.adapters, **limits)
+    answers = iter(drive(engine, {world.request(str(i), c): c for i, c in enumerate(schedule)}, loads).values())
+    for call in schedule:
+        for index in range(call.sampling.n):
+            assert not mismatches(world, next(answers), call, index, 1e-4)
+    assert engine.counters.num_preemptions > 0
 
 
 def test_the_oracle_runs_on_cuda_in_bfloat16() -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES["llama"]()).eval().to("cuda", torch.bfloat16)
-    injection = Injection(model)
+    injection = Injection(tiny.fresh(tiny.injection()).to("cuda", torch.bfloat16))
     before = torch.cuda.memory_allocated()
     for _ in range(50):
         assert generate(injection, [5, 6, 7], max_tokens=8).finish_reason in ("stop", "length")

@@ -1,15 +1,10 @@
 """How the tests of the store publish the tiny model's adapters, and damage them."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
 from tiny import FORMAT, backbone, injection, lora
 
 from crma.manifest import TrainedOn, content_digest, file_digest
@@ -17,7 +12,6 @@ from crma.pull import BaseModel
 from crma.store import AdapterStore, BackboneEntry, TaskEntry
 
 WEIGHTS = "adapter_model.safetensors"
-KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BASE = BaseModel("tiny", "sha256:" + "a" * 64, Path("unused"), {})
 OTHER = BaseModel("other", "sha256:" + "b" * 64, Path("unused"), {})
 TRAINED = TrainedOn(data={"train": "sha256:" + "c" * 64}, seed=42, commit="abc", arm="MODULAR", config={"lr": 0.005})
@@ -42,12 +36,3 @@ def rewrite(folder: Path, name: str, data: bytes) -> None:
     manifest["files"][name] = file_digest(folder / name)
     manifest["digest"] = content_digest(manifest["files"])
     (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def retensor(name: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        tensors = safetensors.torch.load((folder / name).read_bytes())
-        change(tensors)
-        rewrite(folder, name, safetensors.torch.save(tensors))
-
-    return damage

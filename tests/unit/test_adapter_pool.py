@@ -1,7 +1,5 @@
 """server.engine.adapter_pool: what is pinned stays, what is not may go, limits hold, and nothing is half there."""
 
-from __future__ import annotations
-
 import copy
 import threading
 import weakref
@@ -185,20 +183,6 @@ def test_the_least_recently_used_goes_and_never_for_what_waits_behind_its_own_us
     pool.prefetch([TASKS[1], TASKS[0], TASKS[2]])
     loads.end_all()
     assert pool.resident() == ("task-0", "task-1"), "of those that are waited for, what is needed last goes"
-
-
-def test_thousands_are_registered_and_few_are_resident_within_bytes() -> None:
-    pool, loads = make_pool(100, 3 * SIZES["task-0"])
-    for i in range(3000):
-        pool.register(f"copy-{i}", lambda: ADAPTERS["task-0"])  # of a size that is not known before
-    for i in range(0, 3000, 100):
-        waiting = [AdapterSelection(f"copy-{i + j}") for j in range(100)]
-        pool.prefetch(waiting)
-        loads.end_all()
-        pool.check_integrity()
-        assert [pool.acquire(selection) for selection in waiting[:4]] == [True, True, True, False]
-        for selection in waiting[:3]:
-            pool.release(selection)
 
 
 def heavy(value: float) -> Lora:

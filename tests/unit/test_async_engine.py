@@ -3,18 +3,14 @@
 Every wait is for an event, or for a later request: commands reach the engine in order.
 """
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
 from typing import Any
 
 import pytest
 import tiny
 
-from crma.errors import DigestMismatch, NotFound
 from crma.generate import generate
 from crma.selection import BASE, AdapterSelection
 from server.engine.async_engine import AsyncEngine
@@ -83,15 +79,8 @@ class Running:
         assert (self.pool.num_pins(), self.core.scheduler.unfinished(), self.engine._streams) == (0, [], {})
 
 
-def ask(
-    name: str,
-    selection: AdapterSelection = BASE,
-    *,
-    prompt: tuple[int, ...] = PROMPT,
-    deadline: float | None = None,
-    **sampling: Any,
-) -> Request:
-    sampled = SamplingParams(**{"max_tokens": 4, **sampling})
+def ask(name: str, selection: AdapterSelection = BASE, *, prompt: tuple[int, ...] = PROMPT, **options: Any) -> Request:
+    deadline, sampled = options.pop("deadline", None), SamplingParams(**{"max_tokens": 4, **options})
     return Request(name, prompt, sampling=sampled, selection=selection, deadline=deadline)
 
 
@@ -119,28 +108,28 @@ async def start() -> AsyncIterator[Callable[..., Running]]:
             await asyncio.wait_for(each.engine.stop(0), 10)
 
 
-async def test_aborted_before_its_first_output(start: Any) -> None:
-    """Before it is read at all; while its adapter loads; while it waits for a slot."""
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_aborted_or_stopped_wherever_it_is(start: Any, stopped: bool) -> None:
+    """While its adapter loads; while it waits for a slot; before it is read at all. Stopping ends what runs as well."""
     served = start(go=False, max_num_seqs=1)
-    unread = served.engine.submit(ask("unread", n=2))
-    served.engine.abort("unread")
-    (loads,) = served.take(ask("loads", SLOW))
+    taken = served.take(ask("loads", SLOW))
     await happens(served.at_load)
-    runs, waits = served.take(ask("runs"), ask("waits", BOTH))
+    taken += served.take(ask("runs", max_tokens=300), ask("waits"))
+    unread = served.engine.submit(ask("unread", BOTH, n=2))
     await happens(served.at_step)
-    for name in ("waits", "loads", "waits", "nobody"):
+    if stopped:
+        ending = asyncio.create_task(served.engine.stop(0))
+    for name in () if stopped else ("waits", "loads", "waits", "unread", "nobody"):
         served.engine.abort(name)
     served.go.set()
+    if stopped:
+        await asyncio.wait_for(ending, 10)
+        served.check_empty()
     assert [(o.index, o.finish_reason) for o in await read(unread)] == [(i, FinishReason.ABORT) for i in range(2)]
-    assert [reason(await each)[0] for each in (waits, loads)] == [FinishReason.ABORT] * 2
-    assert reason(await runs) == (FinishReason.LENGTH, None)
-
-
-async def test_closed_early_frees_its_slot_and_pins(start: Any) -> None:
-    served = start()
-    async with aclosing(served.engine.submit(ask("left", BOTH, max_tokens=300))) as outputs:
-        assert (await anext(outputs)).token_ids
-        assert served.pool.num_pins() == 2
+    runs = FinishReason.ABORT if stopped else FinishReason.LENGTH
+    assert [reason(await each) for each in taken] == [
+        (end, None) for end in (FinishReason.ABORT, runs, FinishReason.ABORT)
+    ]
 
 
 async def test_what_cannot_be_taken_is_refused_at_once_and_takes_nothing(start: Any) -> None:
@@ -181,19 +170,6 @@ async def test_a_failing_step_ends_its_own_sequences_only(start: Any) -> None:
     assert (reason(waited)[0], len(tokens(waited))) == (FinishReason.LENGTH, 4)
 
 
-@pytest.mark.parametrize(("digest", "kind"), [("bad", DigestMismatch), ("unknown", NotFound)])
-async def test_an_adapter_that_cannot_be_loaded_is_an_error_before_any_output(
-    start: Any, digest: str, kind: Any
-) -> None:
-    served = start()
-    if digest == "bad":
-        served.pool.register("bad", lambda: served.wait(served.at_load))
-    for selection in (AdapterSelection(digest, "crma-0"), AdapterSelection("task-0", digest)):
-        served.failures = [DigestMismatch("bad", field="x")] if digest == "bad" else []
-        with pytest.raises(kind):
-            await served.outputs(ask("refused", selection))
-
-
 async def test_an_unforeseen_failure_of_the_engine_leaves_nobody_waiting(start: Any) -> None:
     served = start(go=False)
     taken = served.take(ask("runs", n=2), ask("waits", BOTH))
@@ -218,21 +194,4 @@ async def test_stopping_lets_what_runs_finish_and_takes_nothing_new(start: Any) 
     served.go.set()
     assert reason(await taken[0])[0] is FinishReason.LENGTH
     await asyncio.wait_for(stopping, 10)
-    served.check_empty()
-
-
-async def test_stopping_aborts_what_is_left_when_the_time_is_up(start: Any) -> None:
-    """What runs, what waits, what loads, and what nobody has begun to read."""
-    served = start(go=False, max_num_seqs=1)
-    taken = served.take(ask("loads", SLOW))
-    await happens(served.at_load)
-    taken += served.take(ask("runs", max_tokens=300), ask("waits", max_tokens=300))
-    unread = served.engine.submit(ask("unread", BOTH))
-    await happens(served.at_step)
-    stopping = asyncio.create_task(served.engine.stop(0))
-    served.go.set()
-    await asyncio.wait_for(stopping, 10)
-    taken.append(asyncio.create_task(read(unread)))
-    for outputs in await asyncio.wait_for(asyncio.gather(*taken), 10):
-        assert reason(outputs) == (FinishReason.ABORT, None)
     served.check_empty()

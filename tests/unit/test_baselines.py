@@ -1,7 +1,5 @@
 """crma.baselines: what a trained adapter has to beat."""
 
-from __future__ import annotations
-
 from crma.baselines import majority, naive_bayes
 from crma.data import Example
 

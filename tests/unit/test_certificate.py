@@ -1,7 +1,5 @@
 """crma.certificate: exact norms, against a dense SVD; `holds` can be false."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The `crma` command on a tiny model: results on stdout, one line for an error, exit codes 0, 1, 2."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable
@@ -16,7 +14,6 @@ from crma.__main__ import main
 from crma.manifest import file_digest
 from crma.pull import BaseModel
 from crma.store import AdapterStore
-from crma.tables import results_table
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -35,23 +32,16 @@ def crma(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture
-def store(base: BaseModel, tmp_path: Path) -> AdapterStore:
-    """One task under a backbone, and three questions for it."""
-    store = AdapterStore(tmp_path / "store")
-    tiny.publish(store, base, "medical", 0, under=tiny.publish_backbone(store, base).digest)
+def store(store: AdapterStore) -> AdapterStore:
+    """With three questions for "medical"."""
     lines = [{"id": str(i), "task": "medical", "question": f"{i}?", "answers": ["liver"]} for i in range(3)]
     (store.root / "question_sets").mkdir()
     (store.root / "question_sets" / "public.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return store
 
 
-@pytest.mark.usefixtures("_quick_gemm")
 def test_what_is_trained_ships_verifies_and_is_evaluated(
-    crma: Command,
-    base: BaseModel,
-    write_task: Callable[..., None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    crma: Command, base: BaseModel, write_task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     domains = {"legal": ("lease", "will"), "medical": ("liver", "heart")}
     for domain, answers in domains.items():  # as if built, and their digests as if committed
@@ -82,8 +72,6 @@ def test_what_is_trained_ships_verifies_and_is_evaluated(
     code, out, _ = crma("evaluate", store, *options)
     assert code == 0
     assert "LoRA without CRMA" in out
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    assert crma("table", tmp_path / "result.json")[:2] == (0, results_table(result) + "\n")
 
 
 def test_an_ablation_is_a_table_or_json(crma: Command, base: BaseModel, store: AdapterStore) -> None:
@@ -99,8 +87,7 @@ def test_a_sound_store_verifies_and_a_damaged_one_does_not(crma: Command, base: 
     code, out, _ = crma("verify", store.root, "--model", base.path, "--json")
     assert (code, json.loads(out)["problems"]) == (0, [])
     assert json.loads(out)["certificate"]["holds"]
-    weights = store.task("medical").path / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    tiny.flip_bit(store.task("medical").path / "adapter_model.safetensors")
     (store.root / "tasks" / "[b]odd").mkdir()
     code, out, err = crma("verify", store.root, "--model", base.path, "--json")
     assert (code, len(json.loads(out)["problems"])) == (1, 2)
@@ -108,26 +95,24 @@ def test_a_sound_store_verifies_and_a_damaged_one_does_not(crma: Command, base: 
     assert "tasks/[b]odd: does not belong here" in err  # and is not taken for markup
 
 
-def test_an_adapter_from_elsewhere_is_imported_under_a_name(
-    crma: Command, base: BaseModel, store: AdapterStore, tmp_path: Path
-) -> None:
+def test_an_adapter_from_elsewhere_is_imported_under_a_name(crma: Command, base: Any, store: AdapterStore) -> None:
     folder = store.task("medical").path  # these are PEFT's files
-    code, _, err = crma("import", folder, "other", "--store", tmp_path / "new", "--model", base.path)
-    entry = AdapterStore(tmp_path / "new").task("other")
+    code, _, err = crma("import", folder, "other", "--store", store.root, "--model", base.path)
+    entry = store.task("other")
     assert (code, entry.manifest.backbone) == (0, None)
     assert entry.digest in err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("verify {store} --model absent", "run `crma pull absent` first"),
-        ("ablate {store} --model {base} --questions none.jsonl", "cannot be read"),
-        ("evaluate {store} --model {base} --split train", "allowed: validation, holdout"),
-        ("train {store}/run.toml", "[a-z0-9][a-z0-9._-]{0,63}"),
-        ("data astrology", "not a built-in domain"),
-    ],
-)
+ERRORS = [
+    ("verify {store} --model absent", "run `crma pull absent` first"),
+    ("ablate {store} --model {base} --questions none.jsonl", "cannot be read"),
+    ("evaluate {store} --model {base} --split train", "allowed: validation, holdout"),
+    ("train {store}/run.toml", "[a-z0-9][a-z0-9._-]{0,63}"),
+    ("data astrology", "not a built-in domain"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), ERRORS)
 def test_an_error_is_one_line_that_says_what_to_do(
     arguments: str, said: str, crma: Command, base: BaseModel, store: AdapterStore
 ) -> None:

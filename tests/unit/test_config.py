@@ -1,7 +1,5 @@
 """crma.config and crma.arms: every key known, every value checked, every arm what it says."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +25,16 @@ def test_what_is_shipped_can_be_read() -> None:
     assert {TrainConfig.read(path).arm for path in SHIPPED.glob("*.toml")} <= set(ARMS)
 
 
-@pytest.mark.parametrize(
-    ("values", "field"),
-    [
-        ({}, "tasks"),
-        ({"tasks": ["one/a", "two/a"]}, "tasks"),
-        ({"warmup": 1.0}, "warmup"),
-        ({"arm": "JOINT"}, "arm"),
-        ({"lora": {"dropout": 0.1}}, "lora.dropout"),
-        ({"crma": {"later_moves": ["M"]}}, "crma.later_moves[0]"),
-    ],
-)
+WRONG = [
+    ({}, "tasks"),
+    ({"tasks": ["one/a", "two/a"]}, "tasks"),
+    ({"warmup": 1.0}, "warmup"),
+    ({"lora": {"dropout": 0.1}}, "lora.dropout"),
+    ({"crma": {"later_moves": ["M"]}}, "crma.later_moves[0]"),
+]
+
+
+@pytest.mark.parametrize(("values", "field"), WRONG)
 def test_a_wrong_value_is_refused_by_its_name(values: dict[str, Any], field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         TrainConfig.from_dict(({"tasks": ["a"]} if values and "tasks" not in values else {}) | values)

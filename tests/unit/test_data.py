@@ -1,7 +1,5 @@
 """crma.data: splits that depend on questions alone, leak nowhere and are what their digests say; users' own files."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path
@@ -60,10 +58,9 @@ def courts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_built_domain_is_read_back_and_built_once(tmp_path: Path, courts: Path) -> None:
     notes: list[str] = []
-    sources = {"legal": courts}
-    assert build(["legal"], sources=sources) == data.committed_digests()
+    assert build(["legal"], sources={"legal": courts}) == data.committed_digests()
     courts.unlink()
-    assert build(["legal"], sources=sources, note=notes.append) == data.committed_digests()
+    assert build(["legal"], sources={"legal": courts}, note=notes.append) == data.committed_digests()
     assert notes == [f"legal: already built in {tmp_path / 'data' / 'legal'}"]
     train = load_split("legal", "train")
     assert len(train) == 500
@@ -98,34 +95,27 @@ def test_the_committed_public_set_and_digests_are_those_of_the_domains() -> None
         assert data.bytes_digest(part) == data.committed_digests()[f"{domain}/public"]
 
 
-def test_a_folder_of_the_users_own_is_a_task(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text('{"prompt": "2 + 2?", "completion": "4"}\n')
-    assert load_split(str(tmp_path), "train") == [Example("2 + 2?", "4")]
+USER, ASSISTANT = {"role": "user", "content": "Q\u2028"}, {"role": "assistant", "content": "A"}
+
+
+def test_a_folder_of_the_users_own_is_a_task_in_any_of_trls_conventions(tmp_path: Path) -> None:
+    plain = {"prompt": "Q\u2028", "completion": "A", "id": 7}
+    lines = [plain, {"prompt": [USER], "completion": [ASSISTANT]}, {"messages": [USER, ASSISTANT]}]
+    text = "\n" + "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n"
+    (tmp_path / "train.jsonl").write_text(text)
+    assert load_split(str(tmp_path), "train") == [Example("Q\u2028", "A")] * 3
     with pytest.raises(DataError, match=r"holdout\.jsonl"):
         load_split(str(tmp_path), "holdout")
 
 
-USER, ASSISTANT = {"role": "user", "content": "Q\u2028"}, {"role": "assistant", "content": "A"}
+BAD_LINES = [
+    ('{"prompt": "Q"}', ".completion: Field required"),
+    (json.dumps({"messages": [USER, ASSISTANT, USER, ASSISTANT]}), ": Expected one message of the user and one"),
+    (json.dumps({"prompt": [USER, USER], "completion": [ASSISTANT]}), ": Expected one message of the user and one"),
+]
 
 
-def test_the_conventions_of_trl_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    plain = {"prompt": "Q\u2028", "completion": "A", "id": 7}
-    lines = [plain, {"prompt": [USER], "completion": [ASSISTANT]}, {"messages": [USER, ASSISTANT]}]
-    path.write_text("\n" + "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n")
-    assert read_jsonl(path) == [Example("Q\u2028", "A")] * 3
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", ": Invalid JSON"),
-        ('{"prompt": "Q"}', ".completion: Field required"),
-        ('{"prompt": "Q", "completion": " "}', ".completion: Text is blank"),
-        (json.dumps({"messages": [USER, ASSISTANT, USER, ASSISTANT]}), ": Expected one message of the user and one"),
-        (json.dumps({"prompt": [USER, USER], "completion": [ASSISTANT]}), ": Expected one message of the user and one"),
-    ],
-)
+@pytest.mark.parametrize(("line", "message"), BAD_LINES)
 def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"prompt": "Q", "completion": "A"}\n\n' + line + "\n")

@@ -1,9 +1,8 @@
 """server.engine.detokenizer: the same text token by token as at once, and nothing of a stop string."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import tiny
 from hypothesis import example, given, settings
@@ -31,11 +30,9 @@ any_ids = st.lists(st.integers(0, tiny.VOCAB + 5), max_size=14)  # special token
 ids = st.one_of(any_ids, TEXTS.map(lambda text: tiny.tokenizer().encode(text)))
 
 
-def deltas(
-    tokens: Sequence[int], stop: tuple[str, ...] = (), which: PreTrainedTokenizerFast | None = None
-) -> list[str]:
+def deltas(tokens: Sequence[int], stop: Sequence[str] = (), which: Any = None) -> list[str]:
     """What is given out at each token, until a stop string, and at the end."""
-    detokenizer, given = Detokenizer(which or tiny.tokenizer(), stop), []
+    detokenizer, given = Detokenizer(which or tiny.tokenizer(), tuple(stop)), []
     for token in tokens:
         given.append(detokenizer.add(token))
         if detokenizer.stopped:

@@ -1,7 +1,5 @@
 """server.engine.engine: how a sequence begins, ends and fails. That its tokens are right is in tests/numerics."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import tiny
@@ -121,9 +119,8 @@ def test_cancelling_an_adapter_ends_who_runs_with_it_and_nobody_else() -> None:
     engine.step()
     loads.end_one()
     engine.step()
-    assert [(o.request_id, o.finish_reason, o.error) for o in engine.abort_adapter("task-0")] == [
-        ("with", FinishReason.ABORT, "unloaded")
-    ]
+    ended = [(o.request_id, o.finish_reason, o.error) for o in engine.abort_adapter("task-0")]
+    assert ended == [("with", FinishReason.ABORT, "unloaded")]
     pool.unload("task-0")
     assert {s.request.id for s in engine.scheduler.unfinished()} == {"without", "waits"}
     engine.check_integrity()

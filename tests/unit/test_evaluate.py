@@ -1,7 +1,5 @@
 """crma.evaluate: losses and answers, against values computed by hand and row by row."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny import FAMILIES, injection, lora, tokenizer

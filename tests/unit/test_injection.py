@@ -1,7 +1,5 @@
 """crma.injection: off is absent, each row gets its own, and what does not fit is refused."""
 
-from __future__ import annotations
-
 import re
 from contextlib import suppress
 
@@ -63,14 +61,14 @@ def test_targets_go_by_structure() -> None:
     assert target_names(model, "q_proj, x,") == ("q_proj", "x")
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "reason"),
-    [
-        ("T5ForConditionalGeneration", {"d_model": 32, "d_ff": 32, "num_layers": 2}, "it is an encoder-decoder"),
-        ("MambaForCausalLM", {"hidden_size": 32, "num_hidden_layers": 2}, "no attention to keep a KV cache for"),
-        ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "have no torch.nn.Linear"),
-    ],
-)
+REFUSED = [
+    ("T5ForConditionalGeneration", {"d_model": 32, "d_ff": 32, "num_layers": 2}, "it is an encoder-decoder"),
+    ("MambaForCausalLM", {"hidden_size": 32, "num_hidden_layers": 2}, "no attention to keep a KV cache for"),
+    ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "have no torch.nn.Linear"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "reason"), REFUSED)
 def test_other_architectures_are_refused_with_the_reason(family: str, changes: dict[str, int], reason: str) -> None:
     architecture = getattr(transformers, family)
     config = architecture.config_class(vocab_size=128, pad_token_id=0, **changes)

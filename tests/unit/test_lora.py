@@ -1,14 +1,12 @@
 """crma.lora: the formula, and the same result row by row or grouped."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crma.errors import ConfigError
-from crma.lora import LoraConfig, LoraPair, add_grouped, add_per_row, new_lora
+from crma.lora import LoraConfig, LoraPair, add_grouped, new_lora
 
 SHAPES = {f"layers.{i}.{name}": (6, 8) for i in range(2) for name in ("q_proj", "v_proj", "up_proj")}
 PAIRS = [LoraPair(torch.randn(r, 8), torch.randn(6, r), 2.0 / r) for r in (1, 3, 4)]
@@ -27,16 +25,14 @@ def test_a_pair_adds_the_scaled_low_rank_product() -> None:
 @given(st.lists(st.sampled_from([None, 0, 1, 2]), min_size=1, max_size=7))
 def test_any_mix_of_rows_gets_what_each_row_gets_alone(chosen: list[int | None]) -> None:
     x, y = torch.randn(len(chosen), 3, 8), torch.randn(len(chosen), 3, 6)
-    groups = [
-        (torch.tensor([i for i, c in enumerate(chosen) if c == adapter]), PAIRS[adapter])
-        for adapter in sorted({c for c in chosen if c is not None})
-    ]
+    rows = {c: [i for i, other in enumerate(chosen) if other == c] for c in chosen}
     before = y.clone()
-    result = add_grouped(y, x, groups)
-    expected = add_per_row(y, x, [None if c is None else PAIRS[c] for c in chosen])
-    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
-    untouched = [i for i, c in enumerate(chosen) if c is None]
-    assert torch.equal(result[untouched], y[untouched])
+    result = add_grouped(y, x, [(torch.tensor(rows[c]), PAIRS[c]) for c in rows if c is not None])
+    for i, c in enumerate(chosen):
+        if c is None:
+            assert torch.equal(result[i], y[i])
+        else:
+            torch.testing.assert_close(result[i], y[i] + PAIRS[c].delta(x[i]), atol=1e-5, rtol=1e-5)
     assert torch.equal(y, before)
 
 

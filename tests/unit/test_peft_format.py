@@ -1,7 +1,5 @@
 """PEFT's files: ours load in PEFT, PEFT's load here, with the same meaning; what has another meaning is refused."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -102,86 +100,84 @@ def test_we_compute_from_pefts_files_what_peft_computes(tmp_path: Path, config: 
     check_fits(content, ours, SHAPES)
     again = lora_from_peft(*lora_to_peft(ours, base_name="tiny", dtype=None))  # and through our files
     assert again.pairs.keys() == ours.pairs.keys()
-    for path, pair in ours.pairs.items():
-        assert torch.equal(again.pairs[path].A, pair.A)
-        assert torch.equal(again.pairs[path].B, pair.B)
-        assert again.pairs[path].scaling == pytest.approx(pair.scaling, rel=1e-15)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))
+    scalings = [[pair.scaling for pair in lora.pairs.values()] for lora in (again, ours)]
+    assert scalings[0] == pytest.approx(scalings[1], rel=1e-15)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("peft_type", "LOHA"),
-        ("use_dora", True),
-        ("bias", "lora_only"),
-        ("modules_to_save", ["lm_head"]),
-        ("fan_in_fan_out", True),
-        ("init_lora_weights", "pissa"),
-        ("a_field_of_the_future", 0.5),
-        ("target_modules", ["k_proj"]),
-        ("layers_to_transform", [0]),
-        ("r", 8),
-        ("r", True),
-        ("lora_alpha", float("nan")),
-        ("lora_alpha", 10**400),
-        ("rank_pattern", {"q_proj": 8}),
-        ("alpha_pattern", {"(": 1}),
-        ("alpha_pattern", {"(a+)+b": 1}),
-    ],
-)
+OTHER_MEANINGS = [
+    ("peft_type", "LOHA"),
+    ("use_dora", True),
+    ("init_lora_weights", "pissa"),
+    ("a_field_of_the_future", 0.5),
+    ("target_modules", ["k_proj"]),
+    ("layers_to_transform", [0]),
+    ("r", 8),
+    ("lora_alpha", float("nan")),
+    ("lora_alpha", 10**400),
+    ("rank_pattern", {"q_proj": 8}),
+    ("alpha_pattern", {"(": 1}),
+    ("alpha_pattern", {"(a+)+b": 1}),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), OTHER_MEANINGS)
 def test_a_config_with_another_meaning_is_refused_by_its_field(field: str, value: Any) -> None:
     config, tensors = FILES
     config = {**config, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], field: value}
     with pytest.raises(InvalidAdapter) as caught:
         lora_from_peft(config, tensors)
-    assert caught.value.field
-    assert caught.value.allowed is not None
+    assert None not in (caught.value.field, caught.value.allowed)
 
 
-@pytest.mark.parametrize(
-    ("key", "tensor", "reason"),
-    [
-        (KEY, None, "One of lora_A and lora_B is missing"),
-        (KEY, torch.zeros(5, 32), "shapes of its rank"),
-        (KEY, torch.full((4, 32), float("-inf"), dtype=torch.bfloat16), "NaN or infinity"),
-        (KEY, torch.zeros(4, 32, dtype=torch.int8), "dtype"),
-        (KEY.replace(".weight", ".bias"), torch.zeros(4), "plain LoRA"),
-        (KEY.removeprefix("base_model.model."), torch.zeros(4, 32), "plain LoRA"),
-        (KEY.replace("layers", "../layers"), torch.zeros(4, 32), "plain LoRA"),
-    ],
-)
+UNUSABLE = [
+    (KEY, None, "One of lora_A and lora_B is missing"),
+    (KEY, torch.zeros(5, 32), "shapes of its rank"),
+    (KEY, torch.full((4, 32), float("-inf"), dtype=torch.bfloat16), "NaN or infinity"),
+    (KEY, torch.zeros(4, 32, dtype=torch.int8), "dtype"),
+    (KEY.replace(".weight", ".bias"), torch.zeros(4), "plain LoRA"),
+    (KEY.replace("layers", "../layers"), torch.zeros(4, 32), "plain LoRA"),
+]
+
+
+@pytest.mark.parametrize(("key", "tensor", "reason"), UNUSABLE)
 def test_a_tensor_that_cannot_be_used_is_refused_with_the_reason(key: str, tensor: Tensor | None, reason: str) -> None:
     config, tensors = FILES
     tensors = {name: value for name, value in {**tensors, key: tensor}.items() if value is not None}
     with pytest.raises(InvalidAdapter, match=reason):
         lora_from_peft(config, tensors)
+
+
+def test_tensors_are_there_for_all_that_is_targeted() -> None:
+    config, _ = FILES
     with pytest.raises(InvalidAdapter, match="No LoRA tensor"):
         lora_from_peft(config, {})
+    fewer = Lora(LORA.config, dict(sorted(LORA.pairs.items())[1:]))
+    with pytest.raises(InvalidAdapter, match="targets modules without tensors"):
+        check_fits(config, fewer, SHAPES)
 
 
 def test_a_peft_folder_becomes_a_task_without_lineage(tmp_path: Path) -> None:
     store, folder = AdapterStore(tmp_path / "store"), tmp_path / "peft"
-    _, tensors = saved_by_peft(folder, use_rslora=True)
+    saved_by_peft(folder)
     (folder / "training_args.bin").write_bytes(b"\x80\x04.")  # what a trainer leaves; never opened
     (folder / WEIGHTS).rename(tmp_path / "blob")
     (folder / WEIGHTS).symlink_to(tmp_path / "blob")  # as in the Hub's cache
     entry = store.import_peft(folder, "imported", BASE, shapes=SHAPES)
     assert (entry.manifest.backbone, entry.prompt_format, entry.manifest.trained_on) == (None, None, None)
     assert store.task("imported") == entry
-    pairs = entry.load(SHAPES).pairs
-    assert all(torch.equal(pair.A, tensors[f"base_model.model.{path}.lora_A.weight"]) for path, pair in pairs.items())
-    assert [pair.scaling for pair in pairs.values()] == pytest.approx([6 / 4**0.5] * 4)
+    assert_means_the_same(tmp_path / "peft", entry.load(SHAPES))
     store.check_integrity()
 
 
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "Cannot be opened"),
-        (lambda folder: (folder / WEIGHTS).write_bytes(b"\x80\x04."), "Not a safetensors file"),
-        (lambda _: None, "No such linear layer"),
-    ],
-)
+NOT_IMPORTED = [
+    (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "Cannot be opened"),
+    (lambda folder: (folder / WEIGHTS).write_bytes(b"\x80\x04."), "Not a safetensors file"),
+    (lambda _: None, "No such linear layer"),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), NOT_IMPORTED)
 def test_a_folder_that_does_not_fit_is_not_imported(tmp_path: Path, damage: Callable[[Path], Any], reason: str) -> None:
     store, folder = AdapterStore(tmp_path / "store"), tmp_path / "peft"
     write(folder, *FILES)

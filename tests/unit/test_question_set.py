@@ -1,8 +1,7 @@
 """A question set is read whole, or refused with the line and field that are wrong."""
 
-from __future__ import annotations
-
 import json
+import re
 from typing import Any
 
 import pytest
@@ -38,44 +37,35 @@ def test_what_was_written_is_read_and_has_one_digest(escape: bool) -> None:
 
 def test_the_digest_of_a_known_set_does_not_change_and_every_field_and_the_order_count() -> None:
     changes = ({"id": "q2"}, {"task": "legal"}, {"question": "Cholera ?"}, {"answers": ["infectious diseases", "ID"]})
-    others = [[{**GOOD, **change}] for change in changes]
-    sets = [[GOOD], *others, [GOOD, others[0][0]], [others[0][0], GOOD]]
+    others = [GOOD | change for change in changes]
+    sets = [[GOOD], *([other] for other in others), [GOOD, others[0]], [others[0], GOOD]]
     digests = [inline_question_set(items).digest for items in sets]
-    assert digests[0] == DIGEST_OF_GOOD
-    assert len(set(digests)) == len(sets)
+    assert (digests[0], len(set(digests))) == (DIGEST_OF_GOOD, len(sets))
 
 
-@pytest.mark.parametrize(
-    ("bad", "field"),
-    [
-        ({**GOOD, "hint": 3}, ".hint"),
-        ({key: GOOD[key] for key in ("id", "task", "answers")}, ".question"),
-        ({**GOOD, "question": " \n"}, ".question"),
-        ({**GOOD, "answers": []}, ".answers"),
-        ({**GOOD, "answers": ["a", ""]}, ".answers[1]"),
-        ({**GOOD, "answers": ["?!"]}, ".answers[0]"),
-        ({**GOOD, "question": "half \ud800"}, ""),
-        ({**GOOD, "answers": [{"a": [float("nan")]}]}, ".answers[0]"),
-        ({**GOOD, "id": 10**400}, ".id"),
-        ("text", ""),
-    ],
-)
+WRONG = [
+    ({**GOOD, "hint": 3}, ".hint"),
+    ({**GOOD, "question": " \n"}, ".question"),
+    ({**GOOD, "answers": []}, ".answers"),
+    ({**GOOD, "answers": ["a", "?!"]}, ".answers[1]"),
+    ({**GOOD, "question": "half \ud800"}, ""),
+    ({**GOOD, "answers": [{"a": [float("nan")]}]}, ".answers[0]"),
+    ("text", ""),
+]
+
+
+@pytest.mark.parametrize(("bad", "field"), WRONG)
 def test_a_wrong_item_is_refused_by_line_and_field_and_inline_by_index(bad: object, field: str) -> None:
     error = refusal(lines({**GOOD, "id": "q0"}) + b"\n" + lines(bad))
     assert error.field == f"public line 3{field}"
     assert error.message.startswith(f"{error.field}: ")
     assert error.allowed
     json.dumps([error.message, error.value], ensure_ascii=False, allow_nan=False).encode()
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=re.escape(f"questions[1]{field}")):
         inline_question_set([GOOD, bad])
-    assert caught.value.field is not None
-    assert caught.value.field.startswith(f"questions[1]{field}")
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [b'{"id": ', b"q1, medical", b"[" * 100_000, b"1" * 5000, b'{"id": "\x01"}', b"{} {}", b'{"id": "\xff"}'],
-)
+@pytest.mark.parametrize("broken", [b'{"id": ', b"[" * 100_000, b"1" * 5000, b"{} {}", b'{"id": "\xff"}'])
 def test_what_is_not_utf8_or_not_json_is_refused_by_line(broken: bytes) -> None:
     error = refusal(lines(GOOD) + broken)
     assert error.field == "public line 2"
@@ -90,12 +80,3 @@ def test_an_empty_set_and_one_question_too_many_are_refused(monkeypatch: pytest.
     for content, count in ((lines(*items), 3), (b"", 0), (b"\n \n", 0)):
         error = refusal(content)
         assert (error.field, error.value, error.allowed) == ("questions", count, "1 to 2")
-
-
-def test_questions_of_some_tasks_are_a_set_of_their_own() -> None:
-    legal = {**GOOD, "id": "q2", "task": "legal"}
-    whole = inline_question_set([GOOD, legal], name="public")
-    assert whole.for_tasks(["legal"]) == inline_question_set([legal], name="public")
-    assert whole.for_tasks(["legal", "medical"]) == whole
-    with pytest.raises(ConfigError, match="law"):
-        whole.for_tasks(["medical", "law"])

@@ -1,7 +1,5 @@
 """crma.sinkhorn: doubly stochastic for all logits, alive under differentiation, and a bound that bounds."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -20,9 +18,7 @@ LOGITS = st.builds(
     st.floats(0.01, 30),
 )
 EXTREMES = [
-    torch.zeros(4, 4),
     torch.full((4, 4), 1e30),
-    torch.full((4, 4), -1e30),
     torch.zeros(4, 4).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(1e30)),  # one dominates
     torch.zeros(4, 4).index_fill(0, torch.tensor([3]), 1e4),  # one row dominates
     1e4 * torch.eye(4)[[2, 0, 3, 1]],

@@ -1,7 +1,5 @@
 """crma.sources: how facts become questions with closed answers, on small files in the sources' own formats."""
 
-from __future__ import annotations
-
 import json
 import sqlite3
 from pathlib import Path
@@ -32,21 +30,13 @@ def test_medical_asks_for_the_chapter_of_each_category(tmp_path: Path) -> None:
 
 
 def test_legal_leaves_out_names_that_tell_and_places_that_are_rare(tmp_path: Path) -> None:
-    kept = [
-        ("Stark Circuit Court", "Ohio", "ohio"),
-        ("Knox Circuit Court", "Ohio", "ohio"),
-        ("Newburgh Recorder's Court", "New York", "new york"),
-        ("Yonkers Court", "New York", "new york"),
-    ]
-    dropped = [
-        ("Ohio Supreme Court", "Ohio", ""),
-        ("Supreme Court of the Marshes", "United States", ""),
-        ("Consular Court", "Panama", ""),
-    ]
+    kept = {"Stark Circuit Court": "Ohio", "Knox Circuit Court": "Ohio"}
+    kept |= {"Newburgh Recorder's Court": "New York", "Yonkers Court": "New York"}
+    dropped = {"Ohio Supreme Court": "Ohio", "Court of the Marshes": "United States", "Consular Court": "Panama"}
     path = tmp_path / "courts.json"
-    path.write_text(json.dumps([{"name": name, "location": place} for name, place, _ in [*dropped, *kept]]))
-    expected = [(f'Which state or territory has the court "{name}"?', label) for name, _, label in kept]
-    assert read_domain("legal", path) == expected
+    path.write_text(json.dumps([{"name": name, "location": place} for name, place in (dropped | kept).items()]))
+    asked = [(f'Which state or territory has the court "{name}"?', place.lower()) for name, place in kept.items()]
+    assert read_domain("legal", path) == asked
 
 
 def test_finance_splits_tags_into_words_and_keeps_sure_us_gaap_mappings_only(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
 """Against published values, scipy's own tests, and what the intervals promise."""
 
-from __future__ import annotations
-
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +10,15 @@ from scipy import stats
 from crma import statistics
 from crma.errors import ConfigError
 
+PUBLISHED = [
+    (98, 100, 0.930, 0.994),
+    (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
+    (0, 20, 0.0, 0.1611),  # the same table
+    (1, 29, 0.0061, 0.1718),  # the same table
+]
 
-@pytest.mark.parametrize(
-    ("correct", "scored", "low", "high"),
-    [
-        (98, 100, 0.930, 0.994),
-        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
-        (0, 20, 0.0, 0.1611),  # the same table
-        (1, 29, 0.0061, 0.1718),  # the same table
-    ],
-)
+
+@pytest.mark.parametrize(("correct", "scored", "low", "high"), PUBLISHED)
 def test_wilson_gives_published_values(correct: int, scored: int, low: float, high: float) -> None:
     assert statistics.wilson(correct, scored) == pytest.approx((low, high), abs=6e-4)
 
@@ -31,17 +29,10 @@ def test_impossible_counts_are_refused() -> None:
             compute(*counts)
 
 
-@pytest.mark.parametrize(
-    ("gained", "lost", "p"),
-    [
-        (69, 1, 2 * 71 / 2**70),  # two tails of Binomial(70, 1/2): 1.2e-19
-        (5, 1, 14 / 64),
-        (0, 4, 2 / 16),
-        (0, 0, 1.0),
-    ],
-)
-def test_mcnemar_is_exact(gained: int, lost: int, p: float) -> None:
-    assert statistics.mcnemar(gained, lost) == pytest.approx(p, rel=1e-9)
+def test_mcnemar_is_exact() -> None:
+    two_tails = {(69, 1): 2 * 71 / 2**70, (5, 1): 14 / 64, (0, 4): 2 / 16, (0, 0): 1.0}  # of Binomial(gained + lost, ½)
+    found = {counts: statistics.mcnemar(*counts) for counts in two_tails}
+    assert found == pytest.approx(two_tails, rel=1e-9)
 
 
 def test_bootstrap_of_two_items_is_the_law_known_by_hand_and_of_many_differs_between_seeds() -> None:
@@ -60,30 +51,25 @@ def test_bootstrap_agrees_with_scipys_on_continuous_differences() -> None:
     assert statistics.paired_bootstrap(sorted(differences), seed=3) == ours  # the order of the items says nothing
 
 
-@pytest.mark.parametrize("values", [[], [1.0], [1.0, math.nan], [1.0, math.inf]])
-def test_spread_of_too_few_or_non_finite_values_is_refused(values: list[float]) -> None:
-    with pytest.raises(ConfigError, match="at least two finite"):
-        statistics.paired_bootstrap(values, seed=0)
+def test_what_is_too_few_not_finite_or_no_margin_is_refused() -> None:
+    for values in ([1.0], [1.0, math.nan], [1.0, math.inf]):
+        with pytest.raises(ConfigError, match="at least two finite"):
+            statistics.paired_bootstrap(values, seed=0)
+    for margin in (0.0, math.nan):
+        with pytest.raises(ConfigError, match="margin"):
+            statistics.paired_equivalence([0, 1], margin=margin, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("differences", "margin", "expected"),
-    [
-        ([0] * 149, 0.02, True),
-        ([0] * 148, 0.02, None),  # 0.98^148 > 5 %: too few items for silence to mean anything
-        ([1] * 69 + [-1] + [0] * 30, 0.02, False),
-        ([1] * 5 + [-1] * 5 + [0] * 990, 0.02, True),  # flips that cancel, few enough
-        ([1] * 62 + [-1] * 62 + [0] * 876, 0.02, True),  # the 95 % interval would be ±0.022: it is the 90 % one
-        ([1] * 250 + [-1] * 250 + [0] * 500, 0.02, False),  # the same difference, too noisy to tell
-    ],
-)
-def test_paired_equivalence_needs_the_interval_inside_the_margin_and_enough_items(
-    differences: list[int], margin: float, expected: bool | None
-) -> None:
-    assert statistics.paired_equivalence(differences, margin=margin, seed=0) is expected
+PAIRS = [
+    ([0] * 149, True),
+    ([0] * 148, None),  # 0.98^148 > 5 %: too few items for silence to mean anything
+    ([1] * 69 + [-1] + [0] * 30, False),
+    ([1] * 5 + [-1] * 5 + [0] * 990, True),  # flips that cancel, few enough
+    ([1] * 62 + [-1] * 62 + [0] * 876, True),  # the 95 % interval would be ±0.022: it is the 90 % one
+    ([1] * 250 + [-1] * 250 + [0] * 500, False),  # the same difference, too noisy to tell
+]
 
 
-@pytest.mark.parametrize("margin", [0.0, math.nan, math.inf])
-def test_a_margin_that_is_none_is_refused(margin: float) -> None:
-    with pytest.raises(ConfigError, match="margin"):
-        statistics.paired_equivalence([0, 1], margin=margin, seed=0)
+@pytest.mark.parametrize(("differences", "expected"), PAIRS)
+def test_equivalence_needs_the_interval_inside_the_margin_and_enough_items(differences: Any, expected: Any) -> None:
+    assert statistics.paired_equivalence(differences, margin=0.02, seed=0) is expected

@@ -1,9 +1,6 @@
 """The store: what is published comes back, whatever dies on the way; channels say what serves."""
 
-from __future__ import annotations
-
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,11 +49,9 @@ def test_a_published_task_comes_back_as_it_was_stored(store: AdapterStore) -> No
     assert entry.manifest.trained_on == TRAINED
     assert (entry.manifest.rank, entry.manifest.alpha, entry.manifest.scaling) == (4, 8.0, 2.0)
     assert entry.digest == content_digest({name: file_digest(entry.path / name) for name in entry.manifest.files})
-    loaded = entry.load(SHAPES)
-    for path, pair in make_lora().pairs.items():
-        assert torch.equal(loaded.pairs[path].A, pair.A.bfloat16())
-        assert torch.equal(loaded.pairs[path].B, pair.B.bfloat16())
-        assert loaded.pairs[path].scaling == pair.scaling
+    loaded, stored = entry.load(SHAPES), make_lora().to("cpu", torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), stored.parameters(), strict=True))
+    assert {path: pair.scaling for path, pair in loaded.pairs.items()} == dict.fromkeys(stored.pairs, 2.0)
 
 
 def test_a_published_backbone_comes_back_bit_for_bit_with_its_certificate(store: AdapterStore) -> None:
@@ -84,31 +79,16 @@ def test_a_version_is_published_once_and_the_next_free_one_is_the_default(store:
     assert store.task("medical", "v9") == first
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("name", "../evil"),
-        ("measured", {"loss": float("nan")}),
-        ("backbone", "sha256:" + "d" * 64),
-    ],
-)
-def test_what_cannot_be_published_leaves_the_store_as_it_was(full: AdapterStore, field: str, value: Any) -> None:
-    before = contents(full.root)
-    with pytest.raises(StoreError) as caught:
-        publish(full, **{"name": "new", field: value})
-    assert caught.value.field in (field, "JSON")
-    assert contents(full.root) == before
-
-
-def test_weights_that_are_not_finite_cannot_be_published(store: AdapterStore) -> None:
-    lora, backbone = make_lora(), make_backbone()
-    next(iter(lora.pairs.values())).A[0, 0] = torch.nan
-    backbone.S.data[0, 0, 0] = torch.inf
-    with pytest.raises(InvalidAdapter, match="NaN"):
-        publish(store, lora=lora)
+def test_what_cannot_be_published_leaves_the_store_as_it_was(full: AdapterStore) -> None:
+    before, endless = contents(full.root), make_backbone()
+    endless.S.data[0, 0, 0] = torch.inf
+    for wrong in ({"name": "../evil"}, {"measured": {"loss": float("nan")}}, {"backbone": "sha256:" + "d" * 64}):
+        with pytest.raises(StoreError) as caught:
+            publish(full, **{"name": "new", **wrong})
+        assert caught.value.field in (*wrong, "JSON")
     with pytest.raises(InvalidAdapter):
-        store.publish_backbone(backbone, lineage=(), **PROVENANCE)
-    assert not store.root.exists()
+        full.publish_backbone(endless, lineage=(), **PROVENANCE)
+    assert contents(full.root) == before
 
 
 def test_a_lineage_that_forgets_an_ancestor_or_changes_the_base_is_refused(store: AdapterStore) -> None:
@@ -138,9 +118,8 @@ def test_a_selection_needs_the_same_base_and_a_backbone_of_its_own_lineage(store
         with pytest.raises(LineageMismatch):
             store.check_selection(*refused, BASE.digest)
     for selection in [(task, None), (None, first)]:
-        with pytest.raises(BaseMismatch) as caught:
+        with pytest.raises(BaseMismatch):
             store.check_selection(*selection, OTHER.digest)
-        assert (caught.value.value, caught.value.allowed) == (BASE.digest, OTHER.digest)
 
 
 # Channels -----------------------------------------------------------------------------------------------------------
@@ -150,22 +129,19 @@ CHANNEL = "tasks/medical"
 
 
 def test_a_channel_moves_and_rolls_back_with_its_evidence(store: AdapterStore) -> None:
-    for seed in range(3):
+    for seed in range(2):
         publish(store, seed=seed)
     store.set_serving(CHANNEL, "v1", evidence={"accuracy": 0.5})
     history = store.roll_back(CHANNEL, evidence={"accuracy": 0.4}).history
-    assert [change.after for change in history] == ["v1", "v2", "v3", "v1", "v3"]
-    assert [change.before for change in history] == [None, "v1", "v2", "v3", "v1"]
-    assert [change.evidence for change in history[-2:]] == [{"accuracy": 0.5}, {"accuracy": 0.4}]
+    moves = [(change.before, change.after, change.evidence) for change in history[1:]]
+    assert moves == [("v1", "v2", None), ("v2", "v1", {"accuracy": 0.5}), ("v1", "v2", {"accuracy": 0.4})]
     with pytest.raises(InvalidAdapter):
-        store.set_serving(CHANNEL, "v2", evidence={"accuracy": float("inf")})
+        store.set_serving(CHANNEL, "v1", evidence={"accuracy": float("inf")})
 
 
 @settings(derandomize=True, max_examples=20, deadline=None)
 @given(st.lists(st.sampled_from(["publish", "publish only", "roll back", "stop", 0, 1, 2]), min_size=5, max_size=12))
-def test_any_order_of_changes_gives_what_a_stack_gives(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[str | int]
-) -> None:
+def test_any_order_of_changes_gives_what_a_stack_gives(tmp_path_factory: Any, steps: list[str | int]) -> None:
     store = AdapterStore(tmp_path_factory.mktemp("store"))
     published: list[str] = []
     served: list[str | None] = [None]
@@ -191,7 +167,7 @@ def test_any_order_of_changes_gives_what_a_stack_gives(
 
 def test_a_channel_moves_only_to_what_is_there(full: AdapterStore) -> None:
     before = contents(full.root)
-    for channel, version in [(CHANNEL, "v7"), ("tasks/unknown", "v1"), ("tasks/../backbones", "v1"), ("medical", "v1")]:
+    for channel, version in [(CHANNEL, "v7"), ("tasks/../backbones", "v1"), ("medical", "v1")]:
         with pytest.raises(StoreError):
             full.set_serving(channel, version)
     assert contents(full.root) == before
@@ -261,13 +237,3 @@ def test_a_publish_that_dies_at_any_step_shows_the_whole_version_or_nothing(
     assert outcomes == sorted(outcomes)  # nothing, then the version, then the version serving
     assert {(0, existing), (1, False), (1, True)} == set(outcomes)
     assert len(outcomes) > 15
-
-
-def test_a_forged_certificate_is_found_by_verify(store: AdapterStore) -> None:
-    """The manifest is outside the digest: its bounds are computed anew."""
-    entry = publish_backbone(store)
-    manifest = entry.path / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content["certificate"]["max_bound"] = 1.0
-    manifest.write_text(json.dumps(content))
-    assert [type(problem).__name__ for problem in store.verify()] == ["InvalidAdapter"]

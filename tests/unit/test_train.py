@@ -1,7 +1,5 @@
 """crma.train: which parameters move how fast, and in what order examples come."""
 
-from __future__ import annotations
-
 import pytest
 from tiny import backbone, injection, lora
 
