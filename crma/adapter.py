@@ -10,8 +10,6 @@ The claims are those of "CRMA: A Spectrally-Bounded Backbone for Modular Continu
 (arXiv 2606.00382); the equations are ours, from the literature on doubly stochastic mixing (ARCHITECTURE.md).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping as MappingABC
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, get_args
@@ -41,16 +39,11 @@ class CrmaConfig:
                 raise ConfigError(f"{name} must be positive", field=name, value=getattr(self, name), allowed="> 0")
         if not (self.iterations <= 1000 and self.cap <= 60):
             value = f"{self.iterations}, {self.cap}"
-            raise ConfigError(
-                "out of range", field="iterations, cap", value=value, allowed="iterations <= 1000, cap <= 60"
-            )
+            allowed = "iterations <= 1000, cap <= 60"
+            raise ConfigError("out of range", field="iterations, cap", value=value, allowed=allowed)
         if self.rank > self.hidden_size:
-            raise ConfigError(
-                "streams x stream rank cannot exceed the hidden size",
-                field="num_streams * stream_rank",
-                value=self.rank,
-                allowed=f"<= {self.hidden_size}",
-            )
+            message, field = "streams x stream rank cannot exceed the hidden size", "num_streams * stream_rank"
+            raise ConfigError(message, field=field, value=self.rank, allowed=f"<= {self.hidden_size}")
         if self.mapping not in get_args(Mapping):
             raise ConfigError("unknown mapping", field="mapping", value=self.mapping, allowed=get_args(Mapping))
 
@@ -64,7 +57,7 @@ class CrmaConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: MappingABC[str, Any]) -> CrmaConfig:
+    def from_dict(cls, values: MappingABC[str, Any]) -> "CrmaConfig":
         """Raises ConfigError for an unknown or missing key."""
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
@@ -72,9 +65,8 @@ class CrmaConfig:
         try:
             return cls(**values)
         except TypeError as error:
-            raise ConfigError(
-                f"incomplete CRMA config: {error}", field="config", value=dict(values), allowed=known
-            ) from None
+            message = f"incomplete CRMA config: {error}"
+            raise ConfigError(message, field="config", value=dict(values), allowed=known) from None
 
 
 class Factors(NamedTuple):
@@ -139,29 +131,23 @@ class Backbone(nn.Module):
         return {name: parameter.detach().clone().contiguous() for name, parameter in self.named_parameters()}
 
     @classmethod
-    def from_tensors(cls, config: CrmaConfig, tensors: MappingABC[str, Tensor]) -> Backbone:
+    def from_tensors(cls, config: CrmaConfig, tensors: MappingABC[str, Tensor]) -> "Backbone":
         """The inverse of `tensors`. Raises InvalidAdapter for a missing, unknown, misshapen or non-finite tensor."""
         backbone = cls(config, torch.Generator().manual_seed(0))
         expected = dict(backbone.named_parameters())
         if set(tensors) != set(expected):
             odd = sorted(set(tensors) ^ set(expected))
-            raise InvalidAdapter(
-                "missing or unknown CRMA tensor", field=odd[0], value=sorted(tensors), allowed=sorted(expected)
-            )
+            message = "missing or unknown CRMA tensor"
+            raise InvalidAdapter(message, field=odd[0], value=sorted(tensors), allowed=sorted(expected))
         with torch.no_grad():
             for name, parameter in expected.items():
                 tensor = tensors[name]
                 if tensor.shape != parameter.shape or tensor.dtype != torch.float32:
-                    raise InvalidAdapter(
-                        "CRMA tensor of the wrong shape or dtype",
-                        field=name,
-                        value=f"{tuple(tensor.shape)} {tensor.dtype}",
-                        allowed=f"{tuple(parameter.shape)} torch.float32",
-                    )
+                    found, allowed = f"{tuple(tensor.shape)} {tensor.dtype}", f"{tuple(parameter.shape)} torch.float32"
+                    raise InvalidAdapter("CRMA tensor of another kind", field=name, value=found, allowed=allowed)
                 if not torch.isfinite(tensor).all():
-                    raise InvalidAdapter(
-                        "CRMA tensor holds NaN or infinity", field=name, value="not finite", allowed="finite"
-                    )
+                    message = "CRMA tensor holds NaN or infinity"
+                    raise InvalidAdapter(message, field=name, value="not finite", allowed="finite")
                 parameter.copy_(tensor)
         return backbone
 

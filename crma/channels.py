@@ -3,8 +3,6 @@
 A channel is `backbone` or `tasks/<name>`. The file is replaced whole, under the store's lock: readers need none.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -68,11 +66,11 @@ class Channels(Record):
         """The version that serves, or None. Raises InvalidAdapter if there can be no such channel."""
         return self.backbone if channel == BACKBONE else self.tasks.get(channel_task(channel))
 
-    def serve(self, channel: str, version: str | None, evidence: Mapping[str, Any] | None = None) -> Channels:
+    def serve(self, channel: str, version: str | None, evidence: Mapping[str, Any] | None = None) -> "Channels":
         """`version` serves from now on (None: nothing does). Where it does already, nothing is recorded."""
         return self if version == self.version(channel) else self._change("serve", channel, version, evidence)
 
-    def roll_back(self, channel: str, evidence: Mapping[str, Any] | None = None) -> Channels:
+    def roll_back(self, channel: str, evidence: Mapping[str, Any] | None = None) -> "Channels":
         """What served before the current version serves again; done twice, it goes back two versions.
 
         Raises:
@@ -101,7 +99,7 @@ class Channels(Record):
         if self.serving() != expected:
             raise invalid("What serves is not what the history says.", CHANNELS, self.serving(), expected)
 
-    def _change(self, action: str, channel: str, version: str | None, evidence: Mapping[str, Any] | None) -> Channels:
+    def _change(self, action: str, channel: str, version: str | None, evidence: Mapping[str, Any] | None) -> "Channels":
         values = {"channel": channel, "action": action, "from": self.version(channel), "to": version}
         change = parse_record(Change, to_json({**values, "time": now(), "evidence": evidence}), CHANNELS)
         serving = {**self.serving(), channel: version}

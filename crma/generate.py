@@ -1,7 +1,5 @@
 """Plain one-request decode: the oracle that every engine test compares with. Slow on purpose, and simple."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections import Counter
@@ -14,6 +12,8 @@ from torch import Tensor
 
 from crma.injection import Injection, Plan
 
+Penalties = tuple[float, float, float]  # repetition (1: off), presence and frequency (0: off)
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -24,10 +24,9 @@ class Generation:
     finish_reason: str
 
 
-def penalised(
-    logits: Tensor, prompt: Sequence[int], output: Sequence[int], repetition: float, presence: float, frequency: float
-) -> Tensor:
+def penalised(logits: Tensor, prompt: Sequence[int], output: Sequence[int], penalties: Penalties) -> Tensor:
     """Logits [vocab] fp32 after the repetition penalty of prompt and output, then the other two, of the output only."""
+    repetition, presence, frequency = penalties
     scores = logits.tolist()
     for token in {*prompt, *output}:
         scores[token] = scores[token] / repetition if scores[token] > 0 else scores[token] * repetition
@@ -71,9 +70,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
+    penalties: Penalties = (1.0, 0.0, 0.0),
     seed: int | None = None,
 ) -> Generation:
     """Decode one request alone with transformers' own cache.
@@ -83,6 +80,7 @@ def generate(
         prompt_ids: at least one token.
         plan: what the one row uses; None = base.
         stop_ids: tokens that end it; not part of the result.
+        penalties: repetition, presence, frequency.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     device = next(injection.model.parameters()).device
@@ -95,7 +93,7 @@ def generate(
             output = injection.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
             cache = output.cache
             logits = output.logits[0, -1].float()
-            scores = penalised(logits, prompt_ids, tokens, repetition_penalty, presence_penalty, frequency_penalty)
+            scores = penalised(logits, prompt_ids, tokens, penalties)
             token = next_token(scores, temperature, top_k, top_p, generator, min_p)
             if token in stop_ids:
                 return Generation(tuple(tokens), tuple(logprobs), "stop")

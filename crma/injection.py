@@ -4,23 +4,19 @@ Blocks and linears are found by structure, not by a table of model names. Nothin
 hooks add the deltas, so a model without an active plan computes exactly what it did before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from crma.errors import ConfigError, InvalidAdapter, UnsupportedModel
 from crma.lora import Lora, LoraPair, LoraStack, StackedRows, add_grouped
 from crma.selection import AdapterSelection
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class ResidualPair(Protocol):
@@ -147,24 +143,16 @@ class Injection:
     def check(self, lora: Lora) -> None:
         """Raises InvalidAdapter for a pair on a module that the model lacks, or of the wrong shape."""
         for path, pair in lora.pairs.items():
-            expected = self.shapes.get(path)
-            found = (pair.B.shape[0], pair.A.shape[1])
-            if expected is None:
-                raise InvalidAdapter(
-                    "the base model has no such module", field=path, value=found, allowed="a linear of the decoder"
-                )
-            if expected != found:
-                raise InvalidAdapter(
-                    "LoRA of the wrong shape for its module", field=path, value=found, allowed=expected
-                )
+            found, expected = (pair.B.shape[0], pair.A.shape[1]), self.shapes.get(path, "a linear of the decoder")
+            if found != expected:
+                raise InvalidAdapter("LoRA that fits no module", field=path, value=found, allowed=expected)
 
     def check_backbone(self, num_layers: int, hidden_size: int) -> None:
         """Raises InvalidAdapter for a backbone of another depth or width than the model."""
         found, expected = (num_layers, hidden_size), (len(self.blocks), self.hidden_size)
         if found != expected:
-            raise InvalidAdapter(
-                "backbone of the wrong shape", field="num_layers, hidden_size", value=found, allowed=expected
-            )
+            message = "backbone of the wrong shape"
+            raise InvalidAdapter(message, field="num_layers, hidden_size", value=found, allowed=expected)
 
     def remove(self) -> None:
         """Take the hooks off; the model is what it was before."""

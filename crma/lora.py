@@ -5,8 +5,6 @@ y += scaling · (x Aᵀ) Bᵀ, scaling = alpha / rank (Hu et al. 2021).
 Shapes: x [b, s, in] or [rows, in]; A [r, in]; B [out, r]; y [.., out]. b rows of a batch, s positions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,7 +64,7 @@ class Lora:
         """Every A and B, in the order of the module paths."""
         return [tensor for _, pair in sorted(self.pairs.items()) for tensor in (pair.A, pair.B)]
 
-    def trainable(self) -> Lora:
+    def trainable(self) -> "Lora":
         """A copy whose A and B are fp32 parameters to go on training with."""
         pairs = {
             path: LoraPair(nn.Parameter(pair.A.detach().float()), nn.Parameter(pair.B.detach().float()), pair.scaling)
@@ -74,7 +72,7 @@ class Lora:
         }
         return Lora(self.config, pairs)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Lora:
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "Lora":
         """A copy with detached weights on `device` in `dtype`."""
         pairs = {
             path: LoraPair(pair.A.detach().to(device, dtype), pair.B.detach().to(device, dtype), pair.scaling)
@@ -112,12 +110,8 @@ def match_targets(target_modules: Iterable[str], shapes: Mapping[str, tuple[int,
     names = {path.rsplit(".", 1)[-1] for path in shapes}
     wanted = set(target_modules)
     if missing := sorted(wanted - names):
-        raise ConfigError(
-            f"target module {missing[0]!r} matches no linear of the decoder",
-            field="target_modules",
-            value=missing,
-            allowed=sorted(names),
-        )
+        message = f"target module {missing[0]!r} matches no linear of the decoder"
+        raise ConfigError(message, field="target_modules", value=missing, allowed=sorted(names))
     return [path for path in shapes if path.rsplit(".", 1)[-1] in wanted]
 
 

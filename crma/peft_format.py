@@ -27,7 +27,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # The repetitions are bounded because patterns from the config run over the paths.
 _KEY = re.compile(r"base_model\.model\.(?P<path>\w{1,64}(\.\w{1,64}){0,15})\.lora_(?P<side>[AB])\.weight", re.ASCII)
-_LAYER = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")  # PEFT's: the first numbered part of a module path
 
 # Fields that say how an adapter was trained or where it sits. Any other that is not in `PeftConfig` changes what the
 # adapter computes (use_dora, modules_to_save, fan_in_fan_out, layer_replication, …) or may do so, and must not be set.
@@ -61,19 +60,9 @@ class PeftConfig(BaseModel):
     layers_pattern: str | list[str] | None = None
 
     def targets(self, path: str) -> bool | None:
-        """PEFT's `check_target_module_exists`; None where that takes running a pattern: then the tensors decide."""
-        included, excluded, layers = self.target_modules, self.exclude_modules or [], self.layers_to_transform
-        if isinstance(included, str) or isinstance(excluded, str) or self.layers_pattern:
-            return None
-        if _ends_in(path, excluded):
-            return False
-        if path in included:
-            return True
-        if layers is not None and layers != []:
-            match = _LAYER.match(path)
-            if match is None or int(match["layer"]) not in ([layers] if isinstance(layers, int) else layers):
-                return False
-        return _ends_in(path, included)
+        """PEFT's `check_target_module_exists`; None where more than names decides: then the tensors do."""
+        narrowed = self.exclude_modules or self.layers_to_transform not in (None, []) or self.layers_pattern
+        return None if narrowed or isinstance(self.target_modules, str) else _ends_in(path, self.target_modules)
 
 
 def lora_to_peft(

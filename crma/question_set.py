@@ -6,8 +6,6 @@ UTF-8, one object a line, all four keys and no other, blank lines ignored. Whate
 field names the line (or the index, for questions given inline), never a question left out.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -65,7 +63,7 @@ class QuestionSet:
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return bytes_digest(canonical.encode())
 
-    def for_tasks(self, tasks: Sequence[str]) -> QuestionSet:
+    def for_tasks(self, tasks: Sequence[str]) -> "QuestionSet":
         """The questions of these tasks, in order. ConfigError for a task without any."""
         known = list(dict.fromkeys(item.task for item in self.questions))
         for task in tasks:

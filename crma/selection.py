@@ -1,7 +1,5 @@
 """Which adapters a row uses: the key for batch groups, the KV cache and metrics."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 Variant = Literal["base", "task", "crma", "task+crma"]

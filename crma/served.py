@@ -12,7 +12,7 @@ from crma.baselines import majority, naive_bayes
 from crma.data import load_split
 from crma.errors import ConfigError, NotFound
 from crma.evaluate import Encoded, Evaluator, score
-from crma.injection import Injection, Plan
+from crma.injection import Injection, Plan, plan_rows
 from crma.lora import Lora
 from crma.model import load_model, load_tokenizer, resolve_device, resolve_dtype
 from crma.prompts import chat_format
@@ -59,18 +59,11 @@ class Served:
             self._loras[entry.digest] = entry.load(self.injection.shapes).to(self.device, self.dtype)
         if backbone is not None and backbone.digest not in self._backbones:
             self._backbones[backbone.digest] = backbone.load(self.injection.shapes).folded(self.device, self.dtype)
-        return AdapterSelection(
-            task_digest=None if entry is None else entry.digest,
-            crma_digest=None if backbone is None else backbone.digest,
-        )
+        return AdapterSelection(entry.digest if entry else None, backbone.digest if backbone else None)
 
     def plan(self, selection: AdapterSelection) -> Plan:
         """Every row under one selection, as `selection` gave it."""
-        task, crma = selection.task_digest, selection.crma_digest
-        return Plan(
-            tasks=[] if task is None else [(None, self._loras[task])],
-            backbones=[] if crma is None else [(None, self._backbones[crma])],
-        )
+        return plan_rows([selection], self._loras, self._backbones, self.device)
 
     def evaluator(self, task: str) -> Evaluator:
         """In the format that the task was trained with, else the chat template."""

@@ -4,8 +4,6 @@ Shapes: n streams; any leading batch dimensions (the layers of a backbone are ma
 Everything here is float32 and never autocast: a doubly stochastic matrix is only as good as its sums.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

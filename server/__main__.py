@@ -41,8 +41,8 @@ BLOCK_SIZE = 16  # tokens: the grain in which KV memory is given out and prefixe
 
 def build_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
     """Loads the model and starts the engine's thread. Raises CrmaError for what cannot be served as asked."""
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
+    num_threads = settings.num_threads or torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread; the engine's has them (server/engine/model_runner.py)
     device = resolve_device(settings.device)
     injection = Injection(load_model(base, device, resolve_dtype(settings.dtype, device)))
     mib = settings.max_adapter_mib
@@ -57,7 +57,7 @@ def build_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
     blocks = BlockPool(1 + -(-settings.kv_cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
     identity = (base.digest, str(injection.model.dtype))
     root_of = (lambda selection: root_key(*identity, *selection)) if settings.prefix_caching else None
-    runner = ModelRunner(injection, pool, blocks)
+    runner = ModelRunner(injection, pool, blocks, num_threads)
     scheduler = Scheduler(blocks, settings.max_num_seqs, settings.max_num_batched_tokens, root_of)
     stop_ids = model_stop_ids(tokenizer, injection.model.generation_config.eos_token_id)
     engine = AsyncEngine(Engine(runner, scheduler, tokenizer, stop_ids, max_model_len), pool, settings.max_queue)

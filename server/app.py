@@ -4,9 +4,11 @@ import asyncio
 import codecs
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import torch
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,6 +26,9 @@ def create_app(frontend: Frontend, on_stop: Callable[[], Awaitable[None]]) -> Fa
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # One CPU thread each: only the engine's may have more (server/engine/model_runner.py).
+        workers = ThreadPoolExecutor(8, "worker", torch.set_num_threads, (1,))
+        asyncio.get_running_loop().set_default_executor(workers)
         app.state.starting = asyncio.create_task(_start(frontend))
         yield
         frontend.draining = True
@@ -58,7 +63,8 @@ async def _start(frontend: Frontend) -> None:
         await frontend.registry.start()
         await frontend.warm_up()
     except Exception:
-        log.exception("the server does not become ready")
+        log.exception("the server cannot start, and ends")
+        frontend.engine.on_failure()
     else:
         log.info("ready: %s, tasks: %s", frontend.model.name, sorted(frontend.registry.names().values()))
 

@@ -148,11 +148,8 @@ def to_api_error(error: Exception) -> ApiError:
             made = ApiError(str(error), **{name: getattr(error, name, None) for name in ("field", "value", "allowed")})
             made.status, made.code = status, code
             break
-    if isinstance(error, PromptTooLong):
-        made.field, made.value = "prompt", error.num_prompt_tokens
-        made.allowed = f"prompt tokens + max_tokens <= {error.max_model_len}"
     if isinstance(error, QueueFull):
-        made.allowed, made.headers = error.limit, {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+        made.headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
     return made
 
 

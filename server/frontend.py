@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import fastapi
 from fastapi import Depends
@@ -22,14 +22,20 @@ from crma.prompts import PromptFormat, raw_format
 from crma.selection import BASE
 from server import __version__, errors
 from server.engine.async_engine import AsyncEngine
-from server.engine.request import EngineError, FinishReason, QueueFull, Request, RequestOutput, SamplingParams, Timings
+from server.engine.request import (
+    EngineError,
+    FinishReason,
+    QueueFull,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Timings,
+    TokenLogprob,
+)
 from server.metrics import Metrics, RequestMetrics
 from server.registry import Registry, Resolved
 from server.schemas import ServedModel
 from server.settings import Settings
-
-if TYPE_CHECKING:
-    from server.engine.request import TokenLogprob
 
 T = TypeVar("T")
 Outputs = AsyncGenerator[RequestOutput, None]

@@ -103,7 +103,7 @@ class World:
             options: dict[str, Any] = {
                 n: getattr(s, n) for n in ("max_tokens", "temperature", "top_k", "top_p", "min_p")
             }
-            options |= {n: getattr(s, f"{n}") for n in ("repetition_penalty", "presence_penalty", "frequency_penalty")}
+            options["penalties"] = (s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
             seed = None if s.seed is None else s.seed + index
             plan = self.plan(call.selection)
             self._known[key] = generate(self.injection, call.prompt, plan, stop_ids=stop_ids, seed=seed, **options)

@@ -4,8 +4,6 @@ Thread-safe, and the lock is never held while an adapter loads: that is done one
 own. Requests wait for adapters in the engine's queue: nothing that the engine's thread calls loads or waits.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import threading
@@ -31,11 +29,11 @@ Loader = Callable[[], Lora | Backbone]
 Weights = Lora | list[FoldedPair]
 
 
-class AdapterInUse(EngineError, CrmaError):
+class AdapterInUse(EngineError):
     """An adapter that requests use, or that an administrator holds, cannot be unloaded."""
 
 
-class AdapterPoolFull(EngineError, CrmaError):
+class AdapterPoolFull(EngineError):
     """No room, now or ever: over the limits beside what is in use or held by an administrator."""
 
 
@@ -79,7 +77,7 @@ class AdapterPool:
         self.on_change: Callable[[], None] = lambda: None
         self.loras: Mapping[str, Lora] = {}
         self.backbones: Mapping[str, list[FoldedPair]] = {}
-        self.executor: Executor = ThreadPoolExecutor(1, "adapters")
+        self.executor: Executor = ThreadPoolExecutor(1, "adapters", torch.set_num_threads, (1,))
         self.held: set[str] = set()
         self._changed = threading.Condition()  # the one lock; notified when pins are given back and holds are taken
         self._loaders: dict[str, Loader] = {}

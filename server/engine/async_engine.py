@@ -1,8 +1,6 @@
 """The seam: asyncio on one side, the engine's thread on the other. `submit`, `abort`, `stats`, and an administrator's
 `cancel_adapter`; nothing else crosses."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import logging
@@ -11,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from server.engine.adapter_pool import AdapterPool
 from server.engine.engine import Engine
@@ -22,10 +21,11 @@ from server.engine.request import (
     QueueFull,
     Request,
     RequestOutput,
-    Timings,
 )
 
 logger = logging.getLogger(__name__)
+
+Command = Callable[[], list[RequestOutput] | None]
 
 
 @dataclass(eq=False)
@@ -33,8 +33,7 @@ class _Stream:
     """Where one request's outputs go, and which of its sequences are still open."""
 
     request: Request
-    loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[list[RequestOutput]]
+    queue: asyncio.Queue[RequestOutput]
     open: set[int]
 
 
@@ -50,8 +49,9 @@ class AsyncEngine:
         self.pool = pool
         self.max_queue = max_queue
         self._wake = threading.Condition()
-        self._commands: deque[Callable[[], list[RequestOutput]]] = deque()
+        self._commands: deque[Command] = deque()
         self._streams: dict[str, _Stream] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None  # of whoever submits
         self._draining = False
         self._stopped = False
         self._ended = False  # the thread has carried out its last command
@@ -59,7 +59,7 @@ class AsyncEngine:
         self._stats = EngineStats()
         self.on_failure: Callable[[], None] = lambda: None  # called once, in the engine's thread
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        pool.on_change = lambda: self._command(list)  # wakes the thread: who waits for an adapter may start
+        pool.on_change = lambda: self._command(lambda: None)  # wakes the thread: who waits for an adapter may start
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -75,15 +75,18 @@ class AsyncEngine:
         if self._draining or self._stopped:
             why = "the engine has failed" if self._stats.has_failed else "the server is shutting down"
             raise EngineStopped(f"{why} and takes no new requests")
-        room = self.engine.max_model_len - request.sampling.max_tokens
-        if not 0 < len(request.prompt_ids) <= room:
-            raise PromptTooLong(len(request.prompt_ids), request.sampling.max_tokens, self.engine.max_model_len)
+        length, most, limit = len(request.prompt_ids), request.sampling.max_tokens, self.engine.max_model_len
+        if not 0 < length <= limit - most:
+            message = f"prompt of {length} tokens + max_tokens {most} exceeds max_model_len {limit}"
+            allowed = f"prompt tokens + max_tokens <= {limit}"
+            raise PromptTooLong(message, field="prompt", value=length, allowed=allowed)
         waiting = sum(len(stream.open) for stream in self._streams.values()) - self.engine.scheduler.max_num_seqs
         if waiting + request.sampling.n > self.max_queue:
             raise QueueFull(self.max_queue, max(1.0, waiting * self._step_seconds))
-        stream = _Stream(request, asyncio.get_running_loop(), asyncio.Queue(), set(range(request.sampling.n)))
+        self._loop = asyncio.get_running_loop()
+        stream = _Stream(request, asyncio.Queue(), set(range(request.sampling.n)))
         self._streams[request.id] = stream
-        self._command(lambda: self._add(request))
+        self._command(lambda: self.engine.add(request))
         return self._outputs(stream)
 
     def abort(self, request_id: str) -> None:
@@ -117,26 +120,22 @@ class AsyncEngine:
         left = stream.request.sampling.n
         try:
             while left:
-                for output in await stream.queue.get():
-                    if output.cause is not None:
-                        raise copy.copy(output.cause)  # not one instance in many streams: it would gather tracebacks
-                    left -= output.finish_reason is not None
-                    yield output
+                output = await stream.queue.get()
+                if output.cause is not None:
+                    raise copy.copy(output.cause)  # not one instance in many streams: it would gather tracebacks
+                left -= output.finish_reason is not None
+                yield output
         finally:
             if self._streams.pop(stream.request.id, None) is not None:
                 self.abort(stream.request.id)
 
-    def _add(self, request: Request) -> list[RequestOutput]:
-        self.engine.add(request)
-        return []
-
-    def _command(self, command: Callable[[], list[RequestOutput]]) -> None:
+    def _command(self, command: Command) -> None:
         with self._wake:
             if not self._ended:
                 self._commands.append(command)
                 self._wake.notify()
                 return
-        self._deliver(command())  # no step can be running any more
+        self._deliver(command() or [])  # no step can be running any more
 
     def _run(self) -> None:
         """The engine's thread. If it fails, everybody who waits for it gets an error, and nobody new is taken."""
@@ -149,7 +148,8 @@ class AsyncEngine:
                 self._commands.clear()
             self._stats = replace(self._stats, has_failed=True)
             requests = [stream.request for stream in list(self._streams.values())]
-            self._deliver([o for r in requests for o in _endings(r, FinishReason.ERROR, "the engine failed")])
+            end = partial(RequestOutput, finish_reason=FinishReason.ERROR, error="the engine failed")
+            self._deliver([end(request.id, index) for request in requests for index in range(request.sampling.n)])
             self.on_failure()
 
     def _serve(self) -> None:
@@ -165,7 +165,7 @@ class AsyncEngine:
                     return
                 commands = list(self._commands)
                 self._commands.clear()
-            outputs = [output for command in commands for output in command()]
+            outputs = [output for command in commands for output in command() or ()]
             started, num_steps = time.monotonic(), self.engine.counters.num_steps
             outputs += self.engine.step()
             is_idle = self.engine.counters.num_steps == num_steps
@@ -177,19 +177,19 @@ class AsyncEngine:
             self._deliver(outputs)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        by_request: dict[str, list[RequestOutput]] = {}
-        for output in outputs:
-            by_request.setdefault(output.request_id, []).append(output)
-        for request_id, mine in by_request.items():
-            if (stream := self._streams.get(request_id)) and not stream.loop.is_closed():
-                stream.loop.call_soon_threadsafe(self._put, stream, mine)
+        loop = self._loop
+        if outputs and loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._put, outputs)  # all at once: each call wakes the loop
 
-    def _put(self, stream: _Stream, outputs: list[RequestOutput]) -> None:
+    def _put(self, outputs: list[RequestOutput]) -> None:
         """On the event loop. A request that has ended keeps no place, whether or not its iterator is ever read."""
-        stream.open -= {output.index for output in outputs if output.finish_reason is not None}
-        if not stream.open:
-            self._streams.pop(stream.request.id, None)
-        stream.queue.put_nowait(outputs)
+        for output in outputs:
+            if (stream := self._streams.get(output.request_id)) is not None:
+                if output.finish_reason is not None:
+                    stream.open.discard(output.index)
+                if not stream.open:
+                    del self._streams[output.request_id]
+                stream.queue.put_nowait(output)
 
     def _snapshot(self) -> EngineStats:
         scheduler, pool = self.engine.scheduler, self.pool.stats()
@@ -207,11 +207,3 @@ class AsyncEngine:
             running_adapters=tuple(sorted({d for request in running if (d := request.selection.task_digest)})),
             waiting_adapters=tuple(sorted({d for request in waiting if (d := request.selection.task_digest)})),
         )
-
-
-def _endings(request: Request, reason: FinishReason, error: str | None = None) -> list[RequestOutput]:
-    """The last output of each sequence of a request that the engine does not hold."""
-    waited = time.monotonic() - request.arrival
-    timings = Timings(waited, None, waited)
-    indices = range(request.sampling.n)
-    return [RequestOutput(request.id, i, finish_reason=reason, error=error, timings=timings) for i in indices]

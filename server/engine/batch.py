@@ -1,7 +1,5 @@
 """A scheduled step -> the tensors of one forward pass. Shapes as in kv_cache.py; T tokens, one a row."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -5,8 +5,6 @@ adapters) over the tokens up to its end. Sequences with the same beginning share
 keeps its content until it is needed for another.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from array import array

@@ -1,13 +1,7 @@
 """Token ids -> text, token by token: whole characters only, and nothing of a stop string."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from tokenizers.decoders import DecodeStream
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 
 class Detokenizer:

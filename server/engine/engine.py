@@ -1,51 +1,26 @@
 """The engine: a step is schedule, run, update. One thread; everything else goes round it."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from server.engine.batch import Batch, build_batch
 from server.engine.detokenizer import Detokenizer
 from server.engine.model_runner import ModelRunner
-from server.engine.request import FinishReason, Request, RequestOutput, Timings, TokenLogprob
+from server.engine.request import EngineCounters, FinishReason, Request, RequestOutput, Timings, TokenLogprob
 from server.engine.sampler import SamplingRow, sample, token_logprobs
 from server.engine.scheduler import Admission, Scheduler, Step
 from server.engine.sequence import Sequence
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 MAX_OVERTAKEN = 64  # sequences may start before one whose adapter finds no room; then it is its turn
 PREFETCH = 64  # waiting sequences whose adapters are loaded ahead
-
-
-@dataclass
-class _Decoding:
-    """What turns a sequence's logits into text."""
-
-    detokenizer: Detokenizer
-    generator: torch.Generator
-
-
-@dataclass
-class EngineCounters:
-    """Totals since the start."""
-
-    num_steps: int = 0
-    num_preemptions: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
 
 
 @dataclass
@@ -78,12 +53,12 @@ class Engine:
                 generator.seed()
             else:
                 generator.manual_seed(request.sampling.seed + index)
-            sequence.decoding = _Decoding(Detokenizer(self.tokenizer, request.sampling.stop), generator)
+            sequence.decoding = Detokenizer(self.tokenizer, request.sampling.stop), generator
             self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> list[RequestOutput]:
         """End every sequence of a request; its blocks are free for the next step."""
-        return [self._finish(s, FinishReason.ABORT) for s in self.scheduler.find(request_id)]
+        return [self._finish(s, FinishReason.ABORT) for s in self.scheduler.unfinished() if s.request.id == request_id]
 
     def abort_adapter(self, digest: str) -> list[RequestOutput]:
         """End every sequence that runs with an adapter."""
@@ -183,9 +158,7 @@ class Engine:
         self, logits: torch.Tensor, sequences: list[Sequence]
     ) -> list[tuple[Sequence, int, tuple[TokenLogprob, ...]]]:
         """Each sequence with its next token and, where asked for, its log-probability."""
-        rows = [
-            SamplingRow(s.request.sampling, s.request.prompt_ids, s.output_ids, s.decoding.generator) for s in sequences
-        ]
+        rows = [SamplingRow(s.request.sampling, s.request.prompt_ids, s.output_ids, s.decoding[1]) for s in sequences]
         tokens = sample(logits, rows)
         logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(tokens)
         if asked := [i for i, s in enumerate(sequences) if s.request.sampling.logprobs is not None]:
@@ -211,7 +184,7 @@ class Engine:
             return self._finish(sequence, FinishReason.STOP)
         sequence.token_ids.append(token)
         self.counters.generation_tokens += 1
-        detokenizer = sequence.decoding.detokenizer
+        detokenizer, _ = sequence.decoding
         text = detokenizer.add(token)
         if detokenizer.stopped:
             return self._finish(sequence, FinishReason.STOP, text, (token,), logprob)
@@ -236,11 +209,12 @@ class Engine:
             self.pool.release(request.selection)
         sequence.finish_reason = reason
         now = self.clock()
+        ttft_s = None if sequence.first_token is None else sequence.first_token - request.arrival
         return RequestOutput(
             request_id=request.id,
             index=sequence.index,
             token_ids=token_ids,
-            text=text + sequence.decoding.detokenizer.flush(),
+            text=text + sequence.decoding[0].flush(),
             logprobs=logprobs,
             prompt_logprobs=_taken(sequence.prompt_logprobs),
             finish_reason=reason,
@@ -248,11 +222,7 @@ class Engine:
             cause=cause,
             completion_tokens=len(sequence.token_ids) - len(request.prompt_ids),
             cached_tokens=sequence.num_cached_tokens,
-            timings=Timings(
-                queue_s=(sequence.first_scheduled or now) - request.arrival,
-                ttft_s=None if sequence.first_token is None else sequence.first_token - request.arrival,
-                e2e_s=now - request.arrival,
-            ),
+            timings=Timings((sequence.first_scheduled or now) - request.arrival, ttft_s, now - request.arrival),
         )
 
 

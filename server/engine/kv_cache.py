@@ -7,8 +7,6 @@ Shapes: L layers; N blocks of z tokens; T tokens of a batch; H query heads over 
 size. A group is n sequences with s new tokens each and up to m blocks; p = m z positions.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,18 +67,6 @@ class PagedKv:
     slots: Tensor
     groups: tuple[AttentionGroup, ...]
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, cap: float | None
-    ) -> Tensor:
-        """Write key and value [T, h, e], then attend with query [T, H, e] -> [T, H, e]."""
-        keys, values = self.cache.blocks[layer]
-        keys.flatten(0, 1)[self.slots] = key
-        values.flatten(0, 1)[self.slots] = value
-        output = torch.empty_like(query)
-        for group in self.groups:
-            output[group.rows] = _attend_group(group, query[group.rows], keys, values, scale, window, cap)
-        return output
-
 
 def _attend_group(
     group: AttentionGroup,
@@ -111,7 +97,7 @@ def paged_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    _mask: Tensor | None,
     *,
     scaling: float,
     paged: PagedKv,
@@ -121,10 +107,15 @@ def paged_attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls: query [T, H, 1, e], key and value [T, h, 1, e] -> [T, 1, H, e]. `paged` comes through
     the model's keyword arguments."""
-    assert attention_mask is None
     assert isinstance(module.layer_idx, int)
-    tokens = (query[:, :, 0], key[:, :, 0], value[:, :, 0])
-    return paged.attend(module.layer_idx, *tokens, scaling, sliding_window, softcap)[:, None], None
+    query, key, value = query[:, :, 0], key[:, :, 0], value[:, :, 0]
+    keys, values = paged.cache.blocks[module.layer_idx]
+    keys.flatten(0, 1)[paged.slots] = key
+    values.flatten(0, 1)[paged.slots] = value
+    output = torch.empty_like(query)
+    for group in paged.groups:
+        output[group.rows] = _attend_group(group, query[group.rows], keys, values, scaling, sliding_window, softcap)
+    return output[:, None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, paged_attention)

@@ -1,7 +1,5 @@
 """One forward pass of a mixed batch through the Hugging Face modules, adapters injected row by row."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,7 +23,7 @@ class ModelRunner:
         UnsupportedModel: the model's attention can't be replaced.
     """
 
-    def __init__(self, injection: Injection, pool: AdapterPool, blocks: BlockPool) -> None:
+    def __init__(self, injection: Injection, pool: AdapterPool, blocks: BlockPool, num_threads: int = 1) -> None:
         model = injection.model
         if not getattr(model, "_supports_attention_backend", False):
             name = type(model).__name__
@@ -33,12 +31,16 @@ class ModelRunner:
             raise UnsupportedModel(message, field="model", value=name, allowed="_supports_attention_backend")
         self.injection = injection
         self.pool = pool
+        self.num_threads = num_threads
         self.device = next(model.parameters()).device
         self.kv = KvCache(model.config, blocks.num_blocks, blocks.block_size, model.dtype, self.device)
 
     @torch.inference_mode()
     def run(self, batch: Batch, new_blocks: list[int]) -> Tensor:
         """fp32 logits of the batch's `logit_rows`: [rows, vocab]."""
+        # Every other thread of the server has one, or OpenMP, once its teams outnumber the cores, stops spinning at its
+        # barriers, and a step takes twice as long. Here and each time, because MKL's number is the whole process's.
+        torch.set_num_threads(self.num_threads)
         self.kv.zero(new_blocks)
         plan = plan_rows(
             batch.selections,

@@ -1,11 +1,10 @@
 """What crosses the engine seam: a Request goes in, RequestOutputs come out. No torch, no HTTP."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from crma.errors import CrmaError
 from crma.selection import BASE, AdapterSelection
 
 
@@ -103,7 +102,7 @@ class RequestOutput:
     timings: Timings | None = None
 
 
-class EngineError(Exception):
+class EngineError(CrmaError):
     """Base of what `AsyncEngine.submit` raises before any output exists."""
 
 
@@ -111,8 +110,8 @@ class QueueFull(EngineError):
     """The bounded queue is full; `retry_after` is an estimate in seconds."""
 
     def __init__(self, limit: int, retry_after: float) -> None:
-        super().__init__(f"the queue holds its limit of {limit} sequences; try again in {retry_after:.0f} s")
-        self.limit = limit
+        message = f"the queue holds its limit of {limit} sequences; try again in {retry_after:.0f} s"
+        super().__init__(message, allowed=limit)
         self.retry_after = retry_after
 
 
@@ -123,29 +122,27 @@ class EngineStopped(EngineError):
 class PromptTooLong(EngineError):
     """prompt + max_tokens cannot fit the model's context or the KV cache."""
 
-    def __init__(self, num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
-        super().__init__(
-            f"prompt of {num_prompt_tokens} tokens + max_tokens {max_tokens} exceeds max_model_len {max_model_len}"
-        )
-        self.num_prompt_tokens = num_prompt_tokens
-        self.max_tokens = max_tokens
-        self.max_model_len = max_model_len
+
+@dataclass
+class EngineCounters:
+    """Totals since the start."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStats:
+@dataclass
+class EngineStats(EngineCounters):
     """A snapshot for metrics and /adapters. Counters only grow; kv_cache_usage is the share of blocks in use."""
 
     has_failed: bool = False
     num_requests_running: int = 0
     num_requests_waiting: int = 0
-    num_steps: int = 0
-    num_preemptions: int = 0
     kv_cache_usage: float = 0.0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
     adapter_loads: int = 0
     adapter_load_seconds: float = 0.0
     adapter_evictions: int = 0

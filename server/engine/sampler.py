@@ -9,8 +9,6 @@ To sort a vocabulary costs some twenty times what finding its 128 largest does. 
 they take it from as few candidates as settle them.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain

@@ -5,8 +5,6 @@ first, in chunks. There are no phases. First come, first served; who can't be se
 by others, but not for ever.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -108,10 +106,6 @@ class Scheduler:
         (self.running if is_running else self.waiting).remove(sequence)
         self._free(sequence)
         return is_running
-
-    def find(self, request_id: str) -> list[Sequence]:
-        """Every unfinished sequence of a request."""
-        return [s for s in self.unfinished() if s.request.id == request_id]
 
     def unfinished(self) -> list[Sequence]:
         """Everything that runs or waits."""

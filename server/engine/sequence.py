@@ -1,7 +1,5 @@
 """The state of one sequence inside the engine. No torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +14,7 @@ class Sequence:
     token_ids: prompt and answer. num_computed_tokens: how many of them have their keys and values in `block_table`.
     block_keys: of the full blocks, as far as they were needed; tokens are only ever added, so they stay right.
     num_overtaken: sequences behind it that started while it waited for its adapters.
-    decoding: what turns its logits into text; the engine's.
+    decoding: (detokenizer, generator), which turn its logits into text; the engine's.
     """
 
     request: Request

@@ -46,6 +46,7 @@ class FakeEngine:
     refusal: Exception | None = None
     ending: tuple[FinishReason, str | None] = (FinishReason.STOP, None)
     fail_at_once: bool = False
+    on_failure: Callable[[], None] = lambda: None
     requests: list[Request] = field(default_factory=list)
     running: int = 0
     most_running: int = 0

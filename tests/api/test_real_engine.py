@@ -23,7 +23,6 @@ from crma.store import AdapterStore
 from .conftest import Served
 
 PROMPT = "Which chapter covers Cholera?"
-ADMIN = {"Authorization": "Bearer admin"}
 
 
 @dataclass
@@ -48,9 +47,6 @@ class Real(Served):
         response = await self.generate(**body)
         assert response.status_code == 200, response.text
         return response.json()
-
-    async def admin(self, *actions: str) -> list[int]:
-        return [(await self.client.post(f"/adapters/medical/{a}", headers=ADMIN)).status_code for a in actions]
 
     async def measured(self, *names: str) -> list[float]:
         text = await self.metrics()
@@ -179,19 +175,6 @@ async def test_a_new_version_serves_at_once_and_the_old_one_by_its_number(served
     assert answer["provenance"]["task"] == entry.digest
     assert answer["text"] == served.oracle("medical", True) != old
     assert (await served.ask(task="medical@v1"))["text"] == old
-
-
-async def test_an_adapter_in_use_is_not_unloaded(served: Real, gate: Any) -> None:
-    reached, opened = gate
-    assert await served.admin("load", "pin", "unload") == [200, 200, 409]
-    asked = asyncio.create_task(served.ask(task="medical"))
-    assert await asyncio.to_thread(reached.wait, 10)
-    assert await served.admin("unpin", "unload") == [200, 409]
-    opened.set()
-    assert (await asked)["text"] == served.oracle("medical", True)
-    assert await served.admin("unload") == [200]
-    assert served.store.task("medical").digest not in served.registry.pool.resident()
-    await served.settled()
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -101,7 +101,7 @@ class Churn:
         kind = self.rng.random()
         number = self.rng.randrange(len(TASKS))
         task, seed = TASKS[number], 10 * number + self.rng.randrange(4)
-        if kind < 0.2 and task in self.store.task_names():
+        if kind < 0.8 and task in self.store.task_names():
             version = self.rng.choice(self.store.task_versions(task))
             await asyncio.to_thread(self.store.set_serving, f"tasks/{task}", version)
         else:
@@ -208,5 +208,7 @@ async def test_churn(base: BaseModel, tmp_path: Path, request: pytest.FixtureReq
 
 
 def right(oracle: Oracle, body: dict[str, Any], used: dict[str, Any], text: str) -> bool:
-    """Whether an answer is the oracle's."""
-    return text == oracle.text(body, used)
+    """Whether an answer is the oracle's. In some 10^6 draws a few fall on the border between two tokens, within the
+    rounding of fp32: then the oracle at a temperature of a hair more or less gives the answer."""
+    temperatures = [body.get("temperature", 0.0) * factor for factor in (1, 0.9999, 1.0001)]
+    return any(text == oracle.text(body | {"temperature": each}, used) for each in temperatures)

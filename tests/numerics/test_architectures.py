@@ -7,8 +7,9 @@ from torch import Tensor
 
 from crma.adapter import Backbone, CrmaConfig
 from crma.generate import generate
-from crma.injection import Injection, Plan, target_names
+from crma.injection import Injection, Plan, plan_rows, target_names
 from crma.lora import LoraConfig, new_lora
+from crma.selection import BASE, AdapterSelection
 
 INPUT = torch.arange(3, 48).reshape(5, 9)
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -32,18 +33,14 @@ def test_before_training_the_adapted_model_is_the_base_model(family: str) -> Non
 @every_family
 def test_each_row_of_a_mixed_batch_gets_what_it_gets_alone(family: str) -> None:
     inj = injection(family)
-    tasks = [lora(inj, 4, "all-linear", seed=0), lora(inj, 2, "attention", seed=1)]
-    layers = [backbone(inj, seed).folded("cpu", torch.float32) for seed in range(2)]
-    chosen = [(0, 0), (None, 1), (None, None), (1, None), (0, 1)]
-    mixed = Plan(
-        [(torch.tensor([i for i, (t, _) in enumerate(chosen) if t == which]), tasks[which]) for which in range(2)],
-        [(torch.tensor([i for i, (_, c) in enumerate(chosen) if c == which]), layers[which]) for which in range(2)],
-    )
-    together, base = logits(inj, mixed), logits(inj, Plan())
-    for i, (t, c) in enumerate(chosen):
-        alone = Plan([] if t is None else [(None, tasks[t])], [] if c is None else [(None, layers[c])])
-        torch.testing.assert_close(together[i : i + 1], logits(inj, alone, INPUT[i : i + 1]), atol=1e-5, rtol=1e-5)
-        if (t, c) == (None, None):
+    tasks = {"a": lora(inj, 4, "all-linear", seed=0), "b": lora(inj, 2, "attention", seed=1)}
+    layers = {name: backbone(inj, seed).folded("cpu", torch.float32) for seed, name in enumerate("xy")}
+    chosen = [AdapterSelection(*pair) for pair in (("a", "x"), (None, "y"), (None, None), ("b", None), ("a", "y"))]
+    together, base = logits(inj, plan_rows(chosen, tasks, layers)), logits(inj, Plan())
+    for i, selection in enumerate(chosen):
+        alone = logits(inj, plan_rows([selection], tasks, layers), INPUT[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+        if selection == BASE:
             assert torch.equal(together[i], base[i])
         else:
             assert (together[i] - base[i]).abs().max() > 0.1

@@ -141,7 +141,7 @@ async def test_what_cannot_be_taken_is_refused_at_once_and_takes_nothing(start: 
     await happens(served.at_step)
     with pytest.raises(QueueFull) as caught:
         served.engine.submit(ask("over"))
-    assert (caught.value.limit, caught.value.retry_after >= 1) == (2, True)
+    assert (caught.value.allowed, caught.value.retry_after >= 1) == (2, True)
     served.go.set()
     assert [reason(outputs)[0] for outputs in await asyncio.gather(*taken)] == [FinishReason.LENGTH] * 3
 

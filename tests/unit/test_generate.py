@@ -42,8 +42,8 @@ def test_sampling_has_known_answers(t: float, top_k: int, top_p: float, min_p: f
 
 def test_penalties_have_known_answers() -> None:
     logits = torch.tensor([4.0, -2.0, 1.0, 3.0])
-    assert penalised(logits, [0, 1], [1, 1, 2], 2.0, 0.5, 0.25).tolist() == [2.0, -5.0, -0.25, 3.0]
-    free, varied = (generate(injection(), [3, 4], max_tokens=20, frequency_penalty=f).token_ids for f in (0.0, 1e6))
+    assert penalised(logits, [0, 1], [1, 1, 2], (2.0, 0.5, 0.25)).tolist() == [2.0, -5.0, -0.25, 3.0]
+    free, varied = (generate(injection(), [3, 4], max_tokens=20, penalties=(1.0, 0.0, f)).token_ids for f in (0.0, 1e6))
     assert len(set(free)) < len(set(varied)) == 20
 
 

@@ -71,7 +71,6 @@ DAMAGED_TASKS = [
     (relink(WEIGHTS), "Cannot be opened"),
     (relink(""), "Not a folder of the store"),
     (lambda f: (f / "adapter_model.bin").write_bytes(b"\x80\x04."), "Only the files of its kind"),
-    (remanifest("surprise", 1), "surprise: Extra inputs"),
     (remanifest("name", "other"), "Made for another place"),
     (remanifest("target_modules", ["q_proj"]), "target_modules: The manifest says otherwise"),
     (lambda f: (f / "manifest.json").write_bytes(b" " * (5 * 2**20)), "Too large"),

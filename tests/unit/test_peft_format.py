@@ -111,7 +111,6 @@ OTHER_MEANINGS = [
     ("init_lora_weights", "pissa"),
     ("a_field_of_the_future", 0.5),
     ("target_modules", ["k_proj"]),
-    ("layers_to_transform", [0]),
     ("r", 8),
     ("lora_alpha", float("nan")),
     ("lora_alpha", 10**400),

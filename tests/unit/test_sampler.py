@@ -46,7 +46,7 @@ def row(p: SamplingParams, prompt: tuple[int, ...] = (), output: tuple[int, ...]
 def oracle(logits: torch.Tensor, r: SamplingRow) -> int:
     p = r.params
     of = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
-    scores = penalised(logits, r.prompt_ids, r.output_ids, *of)
+    scores = penalised(logits, r.prompt_ids, r.output_ids, of)
     return next_token(scores, p.temperature, p.top_k, p.top_p, r.generator, p.min_p)
 
 

@@ -1,7 +1,5 @@
 """Every call to the server as plain data: what is sent, and how the answer is read. No input or output happens here."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

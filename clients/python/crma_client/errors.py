@@ -19,8 +19,6 @@ A status without a class of its own is a plain StatusError. To add one: derive i
 status to `_BY_STATUS`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any

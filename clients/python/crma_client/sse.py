@@ -1,7 +1,5 @@
 """Server-sent events from bytes, however the network cuts them."""
 
-from __future__ import annotations
-
 import codecs
 import io
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ What the server only reports is left as the JSON it sent: usage, timings and pro
 report, the listing of adapters. `/docs` of the server names every field of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
