@@ -42,8 +42,8 @@ def test_rows_of_the_base_need_nothing_and_nothing_unknown_becomes_the_base() ->
 def test_adapters_of_another_shape_are_refused() -> None:
     fitting = lora(injection(), 4, "k_proj")
     injection().check(fitting)
-    for path, message in (("model.layers.0.self_attn.q_proj", "wrong shape"), ("model.layers.2.mlp", "no such")):
-        with pytest.raises(InvalidAdapter, match=message):
+    for path in ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp"):
+        with pytest.raises(InvalidAdapter, match="fits no module"):
             injection().check(Lora(fitting.config, {path: next(iter(fitting.pairs.values()))}))
     for shape in ((3, 32), (2, 64)):
         with pytest.raises(InvalidAdapter, match="backbone of the wrong shape"):
