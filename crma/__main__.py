@@ -31,6 +31,12 @@ def show_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1, allow_nan=False))
 
 
+def progress_bars() -> Progress:
+    """Bars on standard error, with the time they took and will take."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
 @app.command()
 def pull(source: Annotated[str, typer.Argument(help="Default model, hub id, or folder.")] = DEFAULT_MODEL) -> None:
     """Fetch and convert a base model into the cache; does nothing if it is there."""
@@ -68,8 +74,7 @@ def train(
 
     settings = TrainConfig.read(config, arm=arm, seed=seed)
     folder = out or Path("runs") / f"{config.stem}-{settings.arm}-{settings.seed}"
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
+    with progress_bars() as bars:
         bar = bars.add_task("loading the model", total=None)
 
         def progress(what: str, done: int, total: int) -> None:
@@ -81,6 +86,33 @@ def train(
             publish(run, AdapterStore(ship))
     note(f"record: {folder / 'record.json'}")
     show_json({key: record[key] for key in ("arm", "seed", "loss", "accuracy", "drift", "norm_log", "training")})
+
+
+@app.command()
+def experiment(
+    config: Annotated[Path, typer.Argument(help="A TOML file; see crma/experiments.")],
+    results: Annotated[Path, typer.Option(help="Where the records go.")] = Path("crma/results"),
+    work: Annotated[Path, typer.Option(help="Run folders.")] = Path("runs"),
+    jobs: Annotated[int, typer.Option(help="Runs at a time; each has its share of the cores.", min=1)] = 1,
+) -> None:
+    """Run every arm and seed of an experiment whose record is not there yet."""
+    from crma.experiment import execute, read_experiment
+
+    planned = read_experiment(config)
+    with progress_bars() as bars:
+        whole = bars.add_task(planned.name, total=len(planned.planned()))
+        rows: dict[str, Any] = {}
+
+        def report(name: str, what: str, done: int, total: int) -> None:
+            if what == "done":
+                bars.remove_task(rows.pop(name))
+                bars.advance(whole)
+                return
+            rows[name] = rows[name] if name in rows else bars.add_task(name)
+            bars.update(rows[name], description=f"{name}: {what}", completed=done, total=total)
+
+        paths = execute(planned, results, work, jobs=jobs, report=report)
+    note(f"{len(paths)} records in {results / planned.name}")
 
 
 @app.command()

@@ -90,7 +90,12 @@ class FoldedPair(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """The raw fp32 parameters of all layers, and what follows from them. Identity at step 0 because W starts at 0."""
+    """The raw fp32 parameters of all layers, and what follows from them. Identity at step 0 because W starts at 0.
+
+    `mapping` "rounded" is the method, "sinkhorn" its plain form. The controls of METHOD, section 3: "identity" (M = I),
+    "free" (M is S itself, from the same start, without Sinkhorn), "unbounded" (M = I, g = 1, R and W as they are: a
+    low-rank adapter on the residual stream).
+    """
 
     def __init__(self, config: CrmaConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -98,17 +103,25 @@ class Backbone(nn.Module):
         L, n, rank, d = config.num_layers, config.num_streams, config.rank, config.hidden_size
         near_identity = torch.full((n, n), -3.0).fill_diagonal_(0.0)
         self.S = nn.Parameter(near_identity + 0.01 * torch.randn(L, n, n, generator=generator))
+        if config.mapping == "free":
+            self.S.data = doubly_stochastic(self.S.data, iterations=config.iterations, cap=config.cap)
         self.R = nn.Parameter(torch.linalg.qr(torch.randn(L, d, rank, generator=generator))[0].mT.contiguous())
         self.W = nn.Parameter(torch.zeros(L, d, rank))
         self.gamma = nn.Parameter(torch.zeros(L))
 
     def mixing(self) -> Tensor:
-        """M = DS(S): [L, n, n] float32."""
+        """M = DS(S), or what the control has in its place: [L, n, n] float32."""
         c = self.config
+        if c.mapping == "free":
+            return self.S
+        if c.mapping in ("identity", "unbounded"):
+            return torch.eye(c.num_streams, device=self.S.device).expand_as(self.S)
         return doubly_stochastic(self.S, iterations=c.iterations, cap=c.cap, mapping=c.mapping)
 
     def factors(self) -> Factors:
         """The bounded factors, differentiable in all four parameters."""
+        if self.config.mapping == "unbounded":
+            return Factors(R=self.R, M=self.mixing(), W=self.W, g=torch.ones_like(self.gamma))
         return Factors(R=bounded(self.R), M=self.mixing(), W=bounded(self.W), g=torch.sigmoid(self.gamma))
 
     def fold(self) -> tuple[Tensor, Tensor]:

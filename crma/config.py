@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -26,7 +26,8 @@ class LoraSettings(_Settings):
 
 class CrmaSettings(_Settings):
     """The backbone. `lr` moves R and W, `mixing_lr` moves S and gamma; after task 1 both are multiplied by
-    `later_scale`, and only the groups in `later_moves` move at all."""
+    `later_scale`, and only the groups in `later_moves` move at all. In task 1 it starts to move after a share
+    `starts_at` of the steps: until then the LoRA learns alone. A share `drop` of all batches is trained without it."""
 
     num_streams: int = Field(4, ge=1)
     stream_rank: int = Field(4, ge=1)
@@ -34,6 +35,8 @@ class CrmaSettings(_Settings):
     mixing_lr: float = Field(1e-2, gt=0)
     later_scale: float = Field(0.02, ge=0)
     later_moves: tuple[Group, ...] = ALL_GROUPS
+    starts_at: float = Field(0.0, ge=0, lt=1)
+    drop: float = Field(0.0, ge=0, lt=1)
 
 
 class TrainConfig(_Settings):
@@ -41,7 +44,8 @@ class TrainConfig(_Settings):
 
     `tasks` are domain names of `crma data`, or folders with train, validation and holdout .jsonl of one's own.
     `train_items` takes the first so many training examples (0 = all). `dtype` is that of the frozen base and the
-    activations ("auto": bfloat16 where the hardware has it); adapters always train in float32.
+    activations ("auto": bfloat16 where the hardware has it); adapters always train in float32. `measure` is the split
+    of the record: "validation" for every choice, "holdout" once it is made.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -54,6 +58,7 @@ class TrainConfig(_Settings):
     warmup: float = Field(0.06, ge=0, lt=1)
     clip: float = Field(1.0, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    measure: Literal["validation", "holdout"] = "holdout"
     dtype: str = Field("auto", pattern="^(auto|bfloat16|float32)$")
     lora: LoraSettings = LoraSettings()
     crma: CrmaSettings = CrmaSettings()

@@ -69,8 +69,8 @@ def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str = "
     return Batch(input_ids.to(device), attention_mask.to(device), targets.to(device))
 
 
-def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Summed negative log-likelihood of the answer tokens, in nats; logits only where an answer is."""
+def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """[answer tokens of all rows, vocabulary], in the model's dtype: logits only where an answer is."""
     wanted = batch.targets != IGNORED
 
     def answers_only(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -87,7 +87,12 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
         )
     finally:
         hook.remove()
-    return nn.functional.cross_entropy(output.logits.float(), batch.targets[wanted], reduction="sum")
+    return output.logits
+
+
+def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Summed negative log-likelihood of the answer tokens, in nats, from their `answer_logits`."""
+    return nn.functional.cross_entropy(logits.float(), batch.targets[batch.targets != IGNORED], reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -110,15 +115,21 @@ class Evaluator:
         return [Encoded(fmt.encode(tokenizer, e.prompt), fmt.encode_answer(tokenizer, e.completion)) for e in examples]
 
     @torch.inference_mode()
-    def loss(self, plan: Plan, rows: Sequence[Encoded]) -> float:
-        """Nats per answer token over all rows, every row under the same plan."""
-        total, count = 0.0, 0
+    def measure(self, plan: Plan, rows: Sequence[Encoded]) -> Measure:
+        """Loss, and accuracy by token: a row is right if each of its answer tokens is the likeliest after those before.
+
+        That is when greedy decoding gives exactly this answer and stops, so one forward pass measures both.
+        """
+        total, count, correct = 0.0, 0, 0
         with self.injection.active(plan):
             for indices in self._by_length(rows):
                 batch = collate([rows[i] for i in indices], self.stop_id, self.injection.model.device)
-                total += answer_loss(self.injection.model, batch).item()
-                count += int((batch.targets != IGNORED).sum())
-        return total / count
+                logits, wrong = answer_logits(self.injection.model, batch), batch.targets != IGNORED
+                total += answer_loss(logits, batch).item()
+                count += len(logits)
+                wrong[wrong.clone()] = logits.argmax(-1) != batch.targets[wrong]
+                correct += int((~wrong.any(dim=1)).sum())
+        return Measure(total / count, correct / len(rows), len(rows), wilson(correct, len(rows)))
 
     @torch.inference_mode()
     def answers(self, plan: Plan, rows: Sequence[Encoded], *, max_tokens: int = 16) -> list[str]:
@@ -133,11 +144,6 @@ class Evaluator:
                 for i, text in zip(indices, texts, strict=True):
                     answers[i] = text
         return answers
-
-    def measure(self, plan: Plan, examples: Sequence[Example]) -> Measure:
-        """Loss and exact-match accuracy of one plan on `examples`."""
-        rows = self.encode(examples)
-        return Measure(self.loss(plan, rows), **score(self.answers(plan, rows), examples))
 
     def _by_length(self, rows: Sequence[Encoded]) -> Iterator[list[int]]:
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt) + len(rows[i].answer), i))

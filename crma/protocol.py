@@ -9,6 +9,7 @@ Shapes: T tasks; loss[i][t] is L_{i,t}: task t after training task i, row 0 the 
 import hashlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,15 +23,18 @@ from accelerate import Accelerator
 
 from crma.adapter import Backbone, CrmaConfig
 from crma.arms import ARMS, Arm
+from crma.certificate import certify
+from crma.channels import BACKBONE, task_channel
 from crma.config import TrainConfig
 from crma.data import SPLITS, load_split, split_path
+from crma.drift import measures
 from crma.entry import BackboneEntry, TaskEntry, read_backbone
 from crma.errors import TrainingError
 from crma.evaluate import Evaluator, Measure
 from crma.files import replace_file, to_json
 from crma.injection import Injection, Plan, target_names
 from crma.lora import Lora, LoraConfig, match_targets, new_lora
-from crma.manifest import TrainedOn, check_name, file_digest
+from crma.manifest import TrainedOn, bytes_digest, check_name, file_digest
 from crma.model import load_model, load_tokenizer, resolve_dtype
 from crma.prompts import chat_format
 from crma.provenance import commit, hardware
@@ -65,18 +69,40 @@ class Run:
         self.evaluator = Evaluator(self.injection, tokenizer, chat_format(tokenizer))
         self.store = AdapterStore(self.folder / "store")
         tasks, items = self.config.tasks, self.config.train_items or None
+        self.stages: list[tuple[str, tuple[str, ...]]] = [(name_of(task), (task,)) for task in tasks]
+        if self.arm.joint:
+            self.stages = [("joint", tasks)]
         self.train_rows = {task: self.evaluator.encode(load_split(task, "train")[:items]) for task in tasks}
-        self.validation = {task: load_split(task, "validation") for task in tasks}
-        self.holdout = {task: load_split(task, "holdout") for task in tasks}
+        self.rows = {task: self.evaluator.encode(load_split(task, self.config.measure)) for task in tasks}
 
     def execute(self) -> dict[str, Any]:
         """Train every task, measure, write the record and return it."""
         self._pin_config()
         started = time.perf_counter()
-        record = self._record(sum(self._train(index, task) for index, task in enumerate(self.config.tasks)))
+        record = self._record(sum(self._train(index) for index in range(len(self.stages))))
         record["wall_s"] = time.perf_counter() - started
         replace_file(self.folder / "record.json", to_json(record))
         return record
+
+    def first_task_key(self) -> str:
+        """Runs of equal keys train their first task to the same bits: what they do differently, they do after it."""
+        arm, config = self.arm, self.config.model_dump(mode="json", exclude={"arm": True, "measure": True})
+        config["tasks"], digests = config["tasks"][: len(self.stages[0][1])], split_digests(config["tasks"][0])
+        config["crma"] = {k: v for k, v in config["crma"].items() if arm.crma and not k.startswith("later_")}
+        key = [config, digests, arm.crma, arm.matched, arm.mapping, arm.groups, hardware(), torch.__version__]
+        return bytes_digest(json.dumps(key, sort_keys=True).encode())
+
+    def fork(self, finished: Path) -> None:
+        """Start from the first task of another run folder, trained under the same `first_task_key`."""
+        first = self.stages[0][0]
+        if (self.folder / "work" / first / "stats.json").exists():
+            return
+        self._pin_config()
+        places = [f"store/tasks/{first}/v1", "store/backbones/v1", f"work/{first}"]
+        for place in places if self.arm.crma else (places[0], places[2]):
+            shutil.copytree(finished / place, self.folder / place, dirs_exist_ok=True)
+        for channel in (task_channel(first), *([BACKBONE] if self.arm.crma else [])):
+            self.store.set_serving(channel, "v1")
 
     def _pin_config(self) -> None:
         """A folder belongs to one config: going on with another would mix two runs."""
@@ -87,26 +113,27 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, to_json(mine))
 
-    def _train(self, index: int, task: str) -> float:
-        """Train task number `index` unless its snapshot is there, and snapshot it. The seconds that training took."""
-        folder = self.folder / "work" / name_of(task)
+    def _train(self, index: int) -> float:
+        """Train stage number `index` unless its snapshot is there, and snapshot it. The seconds that training took."""
+        task, tasks = self.stages[index]
+        folder = self.folder / "work" / task
         if (folder / "stats.json").exists():
             return json.loads((folder / "stats.json").read_text())["wall_s"]
         lora, backbone = self._start_lora(index, task), self._start_backbone(index)
-        moves = backbone is not None and (index == 0 or self.arm.backbone_learns)
+        moves = backbone is not None and (index == 0 or (self.arm.backbone_learns and self.config.crma.later_scale > 0))
         adapted = AdaptedModel(self.injection, lora, backbone, backbone_moves=moves).to(self.accelerator.device)
-        M_0 = self._new_backbone().to(self.accelerator.device).mixing().detach() if backbone is not None else None
-        rows, pad_id = self.train_rows[task], self.evaluator.stop_id
+        M_0 = self._new_backbone().to(self.accelerator.device).mixing().detach() if moves else None
+        rows, pad_id = [row for name in tasks for row in self.train_rows[name]], self.evaluator.stop_id
         trainer = TaskTrainer(self.config, self.accelerator, adapted, rows, task, index == 0, pad_id, folder, M_0)
         wall_s = trainer.run(partial(self.progress, f"{self.arm.name} seed {self.config.seed}: {task}"))
-        self._snapshot(index, task, lora, backbone)
-        replace_file(folder / "stats.json", to_json({"wall_s": wall_s}))
+        self._snapshot(index, lora, backbone)
+        replace_file(folder / "stats.json", to_json({"wall_s": wall_s, "key": "" if index else self.first_task_key()}))
         return wall_s
 
     def _start_lora(self, index: int, task: str) -> Lora:
         """Fresh, seeded by run and task; or (NAIVE) the one from the task before."""
         if index and not self.arm.fresh_lora:
-            return self.task_entry(self.config.tasks[index - 1]).load().trainable()
+            return self.store.task(self.stages[index - 1][0]).load().trainable()
         settings = self.config.lora
         targets = target_names(self.model, settings.target_modules)
         shapes = self.injection.shapes
@@ -119,7 +146,8 @@ class Run:
 
     def _new_backbone(self) -> Backbone:
         depth, size = len(self.injection.blocks), self.injection.hidden_size
-        shape = CrmaConfig(depth, size, self.config.crma.num_streams, self.config.crma.stream_rank)
+        streams, rank = self.config.crma.num_streams, self.config.crma.stream_rank
+        shape = CrmaConfig(depth, size, streams, rank, mapping=self.arm.mapping)
         return Backbone(shape, torch.Generator().manual_seed(seed_of(self.config.seed, "backbone")))
 
     def _start_backbone(self, index: int) -> Backbone | None:
@@ -132,10 +160,6 @@ class Run:
         """The backbone after i tasks."""
         return read_backbone(self.store.root, f"v{i}")
 
-    def task_entry(self, task: str) -> TaskEntry:
-        """The LoRA of a task that was trained."""
-        return self.store.task(name_of(task))
-
     def _origin(self, tasks: Sequence[str]) -> Origin:
         """What a snapshot says of where it comes from."""
         data = {f"{name_of(task)}/{split}": digest for task in tasks for split, digest in split_digests(task).items()}
@@ -143,13 +167,13 @@ class Run:
         trained_on = TrainedOn(data=data, seed=self.config.seed, commit=commit(), arm=self.arm.name, config=config)
         return {"base": self.base, "trained_on": trained_on, "measured": {}, "licence": LICENCE}
 
-    def _snapshot(self, index: int, task: str, lora: Lora, backbone: Backbone | None) -> None:
+    def _snapshot(self, index: int, lora: Lora, backbone: Backbone | None) -> None:
         """LoRA_t and CRMA_t as they are served. A snapshot left by a run killed just after it is kept.
 
         Raises:
             TrainingError: that snapshot is of another backbone: training the task again did not give the same one.
         """
-        version, under = f"v{index + 1}", None
+        version, under, (task, tasks) = f"v{index + 1}", None, self.stages[index]
         if backbone is not None:
             if version not in self.store.backbone_versions():
                 ancestors = dict.fromkeys(self.backbone_after(i).digest for i in range(index, 0, -1))
@@ -160,37 +184,46 @@ class Run:
             if under != trained:
                 message = f"{task}: trained again after the run was killed, it gave another backbone; start a new run"
                 raise TrainingError(message, field="out", value=trained, allowed=under)
-        if name_of(task) not in self.store.task_names():
-            fmt, origin = self.evaluator.fmt, self._origin([task])
-            self.store.publish_task(name_of(task), lora, backbone=under, prompt_format=fmt, **origin)
+        if task not in self.store.task_names():
+            fmt, origin = self.evaluator.fmt, self._origin(tasks)
+            self.store.publish_task(task, lora, backbone=under, prompt_format=fmt, **origin)
 
     # -- after training: everything below reads the snapshots back ------------------------------------------------
 
     def plan_after(self, i: int, t: int) -> Plan:
-        """What serves task t (0-based) after i tasks were trained (METHOD, section 4)."""
+        """What serves task t (0-based) after i stages were trained (METHOD, section 4)."""
         device, dtype = self.accelerator.device, self.model.dtype
         lora, backbone = [], []
-        learned = t if self.arm.fresh_lora else i - 1  # NAIVE has one LoRA: as the last task left it
-        if i > (t if self.arm.fresh_lora else 0):
-            lora = [(None, self.task_entry(self.config.tasks[learned]).load().to(device, dtype))]
+        learned = t if self.arm.fresh_lora and not self.arm.joint else i - 1  # NAIVE: its one LoRA, as it was then
+        if i >= self.learned_after(t) or (i > 0 and not self.arm.fresh_lora):
+            lora = [(None, self.store.task(self.stages[learned][0]).load().to(device, dtype))]
         if self.arm.crma and i > 0:
             backbone = [(None, self.backbone_after(i).load().folded(device, dtype))]
         return Plan(lora, backbone)
 
+    def learned_after(self, t: int) -> int:
+        """The number of stages after which task t is learned."""
+        return 1 if self.arm.joint else t + 1
+
     def _record(self, train_s: float) -> dict[str, Any]:
         tasks = self.config.tasks
-        T = len(tasks)
+        T = len(self.stages)
         measured: list[list[Measure]] = []
         for i in range(T + 1):
             self.progress("measuring", i, T + 1)
+            plans = [self.plan_after(i, t) for t in range(len(tasks))]
             measured.append(
-                [self.evaluator.measure(self.plan_after(i, t), self.holdout[task]) for t, task in enumerate(tasks)]
+                [
+                    measured[0][t] if i and plan == Plan([], []) else self.evaluator.measure(plan, self.rows[tasks[t]])
+                    for t, plan in enumerate(plans)  # base again, where nothing serves the task yet
+                ]
             )
-        loss = [[m.loss for m in row] for row in measured]
+        loss, accuracy = ([[getattr(m, name) for m in row] for row in measured] for name in ("loss", "accuracy"))
         self._check(loss)
-        files = [self.folder / "work" / name_of(task) / "log.jsonl" for task in tasks]
+        files = [self.folder / "work" / name / "log.jsonl" for name, _ in self.stages]
         log = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         tokens = sum(line["tokens"] for line in log)
+        learned = [self.learned_after(t) for t in range(len(tasks))]
         return {
             "arm": self.arm.name,
             "seed": self.config.seed,
@@ -199,30 +232,38 @@ class Run:
             "digests": {
                 "base": self.base.digest,
                 "data": {task: split_digests(task) for task in tasks},
-                "tasks": {task: self.task_entry(task).digest for task in tasks},
+                "tasks": {name: self.store.task(name).digest for name, _ in self.stages},
                 "backbones": [self.backbone_after(i + 1).digest for i in range(T if self.arm.crma else 0)],
             },
             "loss": loss,
-            "accuracy": [[m.accuracy for m in row] for row in measured],
-            "drift": [100 * (loss[T][t] - loss[t + 1][t]) / loss[t + 1][t] for t in range(T)],
+            "accuracy": accuracy,
+            **measures(loss, accuracy, learned),
             "steps": len(log),
-            "norm_log": _norm_log([line["crma"] for line in log]) if self.arm.crma else {},
+            "norm_log": _norm_log([line["crma"] for line in log if "crma" in line]) if self.arm.crma else {},
+            "certificate": self._certificate() if self.arm.crma else {},
             "training": {"tokens": tokens, "wall_s": train_s, "tokens_per_s": tokens / train_s},
             "hardware": hardware(),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "commit": commit(),
         }
 
+    def _certificate(self) -> dict[str, Any]:
+        """Of the last backbone, on the factors in the dtype that serves; its movement is since the first task."""
+        first, last = self.backbone_after(1).load(), self.backbone_after(len(self.stages)).load()
+        found = certify(last, first, self.model.dtype)
+        return {key: value for key, value in found.items() if key != "layers"}
+
     def _check(self, loss: Sequence[Sequence[float]]) -> None:
         """Re-read snapshots reproduce L_{t,t}, and an arm that cannot drift did not."""
         for t, task in enumerate(self.config.tasks):
-            first, last = loss[t + 1][t], loss[-1][t]
-            again = self.evaluator.loss(self.plan_after(t + 1, t), self.evaluator.encode(self.holdout[task]))
-            if abs(again - first) > 1e-6:
+            i = self.learned_after(t)
+            again = self.evaluator.measure(self.plan_after(i, t), self.rows[task]).loss
+            if abs(again - loss[i][t]) > 1e-6:
                 message = f"{task}: its snapshot does not reproduce its loss"
-                raise TrainingError(message, field="loss", value=again, allowed=first)
-            if self.arm.fresh_lora and not self.arm.crma and last != first:
-                raise TrainingError(f"{task} drifted in an arm that cannot", field="drift", value=last, allowed=first)
+                raise TrainingError(message, field="loss", value=again, allowed=loss[i][t])
+            if self.arm.fresh_lora and not self.arm.crma and loss[-1][t] != loss[i][t]:
+                message = f"{task} drifted in an arm that cannot"
+                raise TrainingError(message, field="drift", value=loss[-1][t], allowed=loss[i][t])
 
 
 def _norm_log(log: Sequence[dict[str, list[float]]]) -> dict[str, Any]:
@@ -263,8 +304,8 @@ def ship(run: Run, target: AdapterStore) -> None:
         target.publish_backbone(last.load(), lineage=last.manifest.lineage, **origin(last, {}))
     for t, task in enumerate(run.config.tasks):
         run.progress("measuring what ships", t, T)
-        entry, plan = run.task_entry(task), run.plan_after(T, t)
-        splits = {"validation": run.validation[task], "holdout": run.holdout[task]}
-        measured = {name: asdict(run.evaluator.measure(plan, examples)) for name, examples in splits.items()}
+        entry, plan, ask = run.store.task(name_of(task)), run.plan_after(T, t), run.evaluator
+        splits = {name: ask.encode(load_split(task, name)) for name in ("validation", "holdout")}
+        measured = {name: asdict(ask.measure(plan, rows)) for name, rows in splits.items()}
         backbone, fmt = entry.manifest.backbone, entry.prompt_format
         target.publish_task(entry.name, entry.load(), backbone=backbone, prompt_format=fmt, **origin(entry, measured))

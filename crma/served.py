@@ -141,7 +141,8 @@ def score_tasks(
         for label, adapters, variant in sources:
             note(f"{task}: {label}")
             plan_of_task = adapters.plan(adapters.selection(variant, task))
-            row[label] = asdict(adapters.evaluator(task).measure(plan_of_task, examples))
+            evaluator = adapters.evaluator(task)
+            row[label] = asdict(evaluator.measure(plan_of_task, evaluator.encode(examples)))
         row["majority"] = score([majority(train)] * len(examples), examples)
         row["naive_bayes"] = score(naive_bayes(train, examples), examples)
     trained_on = served.store.task(tasks[0]).manifest.trained_on

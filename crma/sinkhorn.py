@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Mapping = Literal["rounded", "sinkhorn"]
+Mapping = Literal["rounded", "sinkhorn", "identity", "free", "unbounded"]  # the last three: controls, adapter.Backbone
 
 
 def soft_cap(S: Tensor, cap: float) -> Tensor:

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from crma.adapter import Backbone, FoldedPair
-from crma.arms import ALL_GROUPS, Group
+from crma.arms import ARMS
 from crma.config import TrainConfig
 from crma.errors import TrainingError
-from crma.evaluate import IGNORED, Encoded, answer_loss, collate
+from crma.evaluate import IGNORED, Encoded, answer_logits, answer_loss, collate
 from crma.injection import Injection, Plan
 from crma.lora import Lora
 
@@ -55,16 +56,16 @@ class AdaptedModel(nn.Module):
         self.backbone_moves = backbone_moves
         self.recording: list[RecordingPair] = []
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: Any, *, crma: bool = True) -> Tensor:
         plan = Plan(tasks=[(None, self.lora)])
-        if self.backbone is not None:
-            with torch.set_grad_enabled(self.backbone_moves):
-                A, B = self.backbone.fold()
-            dtype = self.injection.model.dtype
-            self.recording = [RecordingPair(FoldedPair(a.to(dtype), b.to(dtype))) for a, b in zip(A, B, strict=True)]
+        if self.backbone is not None and crma:
+            if self.backbone_moves or not self.recording:  # one that stands still is folded once
+                with torch.set_grad_enabled(self.backbone_moves):
+                    A, B = (factor.to(self.injection.model.dtype) for factor in self.backbone.fold())
+                self.recording = [RecordingPair(FoldedPair(a, b)) for a, b in zip(A, B, strict=True)]
             plan = Plan(tasks=[(None, self.lora)], backbones=[(None, self.recording)])
         with self.injection.active(plan):
-            return answer_loss(self.injection.model, batch)
+            return answer_loss(answer_logits(self.injection.model, batch), batch)
 
 
 def epoch_batches(rows: Sequence[Encoded], batch_size: int, key: str) -> list[list[int]]:
@@ -99,11 +100,11 @@ def parameter_groups(config: TrainConfig, adapted: AdaptedModel, *, first_task: 
     if adapted.backbone is None or not adapted.backbone_moves:
         return groups
     settings = config.crma
-    moves: Sequence[Group] = ALL_GROUPS if first_task else settings.later_moves
     scale = 1.0 if first_task else settings.later_scale
     for name, parameter in adapted.backbone.named_parameters():
-        parameter.requires_grad_(name in moves)
-        if name not in moves or scale == 0:
+        moves = name in ARMS[config.arm].groups and (first_task or name in settings.later_moves)
+        parameter.requires_grad_(moves)
+        if not moves:
             continue
         mixing = name in ("S", "gamma")
         lr = (settings.mixing_lr if mixing else settings.lr) * scale
@@ -148,6 +149,7 @@ class TaskTrainer:
     pad_id: int
     folder: Path
     M_0: Tensor | None = None
+    starts: int = 0  # the step at which the backbone starts to move
 
     def run(self, progress: Callable[[int, int], None]) -> float:
         """Train to the end of the last epoch; `progress(step, steps)` after each. Returns the seconds it took.
@@ -160,13 +162,18 @@ class TaskTrainer:
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
         steps_per_epoch = math.ceil(len(self.rows) / config.batch_size)
         total = steps_per_epoch * config.epochs
-        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, total, config.warmup))
+        self.starts = round(config.crma.starts_at * total) if self.first_task else 0
+
+        def rate(name: str, step: int) -> float:
+            return schedule(step, total, config.warmup) * (name == "lora" or step >= self.starts)
+
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, [partial(rate, group["name"]) for group in groups])
         self.folder.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
+        started, drawn = time.perf_counter(), random.Random(f"{config.seed}/{self.task}/drop")
         with (self.folder / "log.jsonl").open("wb", buffering=0) as log:
             for epoch in range(config.epochs):
                 for step, batch in enumerate(self._batches(epoch), start=epoch * steps_per_epoch):
-                    line = self._step(optimizer, batch)
+                    line = self._step(optimizer, batch, crma=drawn.random() >= config.crma.drop)
                     rates.step()
                     factor = schedule(step, total, config.warmup)
                     logged = {"task": self.task, "step": step, "epoch": epoch, "lr": factor} | line
@@ -180,15 +187,15 @@ class TaskTrainer:
         for indices in epoch_batches(self.rows, self.config.batch_size, key):
             yield collate([self.rows[i] for i in indices], self.pad_id, self.accelerator.device)
 
-    def _step(self, optimizer: torch.optim.Optimizer, batch: Any) -> dict[str, Any]:
+    def _step(self, optimizer: torch.optim.Optimizer, batch: Any, *, crma: bool) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
-        loss = self.adapted(batch) / (batch.targets != IGNORED).sum()
+        loss = self.adapted(batch, crma=crma) / (batch.targets != IGNORED).sum()
         self.accelerator.backward(loss)
         norms = {}
         for group in optimizer.param_groups:
             norms[group["name"]] = float(nn.utils.clip_grad_norm_(group["params"], self.config.clip))
         line: dict[str, Any] = {"loss": loss.item(), "tokens": batch.num_tokens, "grad_norm": norms}
-        if self.adapted.backbone is not None and self.M_0 is not None:
+        if self.adapted.backbone is not None and self.M_0 is not None and crma:
             line["crma"] = backbone_log(self.adapted.backbone, self.M_0, self.adapted.recording)
         if not all(map(math.isfinite, (line["loss"], *norms.values()))):
             message = f"{self.task}: loss or gradient is not finite; lower lr"
@@ -197,8 +204,9 @@ class TaskTrainer:
         return line
 
     def _check(self, step: int, line: dict[str, Any]) -> None:
-        """M's gradient is 0 at step 0 (W = 0) and must be alive in every layer from the tenth step of task 1."""
-        if not (self.first_task and step >= ALIVE_FROM_STEP and self.adapted.backbone_moves and "crma" in line):
+        """M's gradient is 0 until W moves and must be alive in every layer ten steps later, in task 1."""
+        learns_M = "S" in ARMS[self.config.arm].groups and "crma" in line
+        if not (self.first_task and learns_M and step >= self.starts + ALIVE_FROM_STEP):
             return
         if dead := [layer for layer, norm in enumerate(line["crma"]["grad_S"]) if norm == 0.0]:
             message = f"{self.task}: the gradient of M is 0 at step {step}"
