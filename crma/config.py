@@ -78,9 +78,13 @@ class TrainConfig(_Settings):
     @classmethod
     def read(cls, path: Path, **overrides: Any) -> Self:
         """From a TOML file; `overrides` that are not None replace top-level keys."""
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            message = f"cannot read {path.name}: {error}"
-            raise ConfigError(message, field="config", value=str(path), allowed="a TOML file") from None
-        return cls.from_dict(values | {key: value for key, value in overrides.items() if value is not None})
+        return cls.from_dict(read_toml(path) | {key: value for key, value in overrides.items() if value is not None})
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a file. Raises ConfigError if it is none."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        message = f"cannot read {path.name}: {error}"
+        raise ConfigError(message, field="config", value=str(path), allowed="a TOML file") from None

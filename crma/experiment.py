@@ -13,7 +13,6 @@ A record that is there is not made again, so a killed experiment goes on where i
 import json
 import multiprocessing
 import os
-import tomllib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from crma.arms import ArmName
-from crma.config import TrainConfig
+from crma.config import TrainConfig, read_toml
 from crma.errors import ConfigError, TrainingError
 from crma.files import replace_file, to_json
 from crma.json_lines import checked
@@ -73,12 +72,7 @@ class Experiment(BaseModel):
 
 def read_experiment(path: Path) -> Experiment:
     """From a TOML file. Raises ConfigError that names the first wrong key."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        message = f"cannot read {path.name}: {error}"
-        raise ConfigError(message, field="config", value=str(path), allowed="a TOML file") from None
-    return checked("", values, Experiment.model_validate, ConfigError)
+    return checked("", read_toml(path), Experiment.model_validate, ConfigError)
 
 
 def execute(experiment: Experiment, results: Path, work: Path, *, jobs: int, report: Report) -> list[Path]:

@@ -5,7 +5,7 @@ import torch
 from tiny import FAMILIES, injection, lora, tokenizer
 
 from crma.data import Example
-from crma.evaluate import Encoded, Evaluator, answer_loss, collate
+from crma.evaluate import Encoded, Evaluator, answer_logits, answer_loss, collate
 from crma.generate import generate
 from crma.injection import Injection, Plan
 from crma.prompts import chat_format
@@ -29,12 +29,12 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_rows(family: str) -> None:
     inj = injection(family)
     expected = [by_hand(inj, row) for row in ROWS]
     batch = collate(ROWS, STOP)
-    assert answer_loss(inj.model, batch).item() == pytest.approx(sum(expected), rel=1e-5)
+    assert answer_loss(answer_logits(inj.model, batch), batch).item() == pytest.approx(sum(expected), rel=1e-5)
     assert batch.num_tokens == sum(len(row.prompt) + len(row.answer) - 1 for row in ROWS)
     tokens = sum(len(row.answer) for row in ROWS)
     for batch_size in (1, 3, 50):
         evaluator = Evaluator(inj, tokenizer(), FORMAT, batch_size)
-        assert evaluator.loss(Plan(), ROWS) == pytest.approx(sum(expected) / tokens, rel=1e-5)
+        assert evaluator.measure(Plan(), ROWS).loss == pytest.approx(sum(expected) / tokens, rel=1e-5)
 
 
 def test_answers_of_a_batch_are_those_of_each_row_alone_and_follow_the_plan() -> None:
@@ -47,11 +47,11 @@ def test_answers_of_a_batch_are_those_of_each_row_alone_and_follow_the_plan() ->
     assert texts[0] != texts[1]
 
 
-def test_a_measure_is_the_mean_loss_and_the_share_of_answers_that_match() -> None:
-    evaluator = Evaluator(injection(), tokenizer(), FORMAT)
-    own = evaluator.answers(Plan(), ROWS[:4])
-    examples = [Example(e.prompt, answer) for e, answer in zip(EXAMPLES, [*own[:3], "yes"], strict=False)]
-    found = evaluator.measure(Plan(), examples)
-    assert found.loss == evaluator.loss(Plan(), evaluator.encode(examples))
+def test_an_answer_counts_as_right_exactly_if_greedy_decoding_gives_it() -> None:
+    inj = injection()
+    own = [generate(inj, row.prompt, Plan(), max_tokens=9, stop_ids=[STOP]).token_ids for row in ROWS[:4]]
+    rows = [Encoded(row.prompt, list(ids)) for row, ids in zip(ROWS, own, strict=False)]
+    rows[1] = Encoded(rows[1].prompt, [*rows[1].answer[:-1], rows[1].answer[-1] ^ 1])  # its last token is another
+    found = Evaluator(inj, tokenizer(), FORMAT, 3).measure(Plan(), rows)
     assert (found.items, found.accuracy) == (4, 0.75)
     assert found.wilson[0] < 0.75 < found.wilson[1]

@@ -59,7 +59,7 @@ def log_of(out: Path) -> list[dict[str, Any]]:
 
 def loss_of(run: Run, t: int, plan: Plan) -> float:
     examples = read_jsonl(Path(run.config.tasks[t]) / "holdout.jsonl")
-    return run.evaluator.loss(plan, run.evaluator.encode(examples))
+    return run.evaluator.measure(plan, run.evaluator.encode(examples)).loss
 
 
 def test_the_record_holds_what_was_measured_from_the_snapshots(modular: tuple[Run, Any]) -> None:
@@ -173,6 +173,47 @@ def test_a_stopped_backbone_keeps_every_bit_and_so_nothing_drifts(make: Make, tm
     record = make(tmp_path, "MODULAR-stop", tasks=(*TASKS, "third"), epochs=1).execute()
     assert record["digests"]["backbones"] == 3 * [record["digests"]["backbones"][0]]
     assert record["drift"] == [0, 0, 0]
+    assert record["norm_log"]["steps"] == 6  # one that stands still has nothing to log
+
+
+@pytest.mark.parametrize("arm", ["M=I", "free-M", "frozen-M", "shared-LoRA"])
+def test_a_control_moves_what_it_may_and_nothing_else(arm: Any, make: Make, tmp_path: Path) -> None:
+    run = make(tmp_path, arm)
+    record = run.execute()
+    start, first, last = run._new_backbone(), run.backbone_after(1).load(), run.backbone_after(2).load()
+    assert {name for name, p in first.named_parameters() if not p.equal(getattr(start, name))} == set(run.arm.groups)
+    assert {name for name, p in last.named_parameters() if not p.equal(getattr(first, name))} == set(run.arm.groups)
+    assert record["drift"][0] != 0
+    if arm in ("M=I", "shared-LoRA"):
+        assert last.mixing().equal(torch.eye(2).expand(2, 2, 2))
+    assert (last.mixing().sum(-1) - 1).abs().max() > 1e-5 or arm != "free-M"  # it left the doubly stochastic ones
+
+
+def test_all_at_once_is_one_lora_in_as_many_steps(make: Make, tmp_path: Path) -> None:
+    record = make(tmp_path, "JOINT").execute()
+    assert (len(record["loss"]), record["steps"], record["drift"]) == (2, 2 * STEPS, [0, 0])
+    assert list(record["digests"]["tasks"]) == ["joint"]
+    assert (record["mean_drift"], record["BWT"], record["FWT"]) == (None, None, None)
+
+
+def test_runs_that_differ_after_the_first_task_share_it(modular: Any, make: Make, tmp_path: Path) -> None:
+    run, record = modular
+    stopped = make(tmp_path / "stop", "MODULAR-stop")
+    assert stopped.first_task_key() == run.first_task_key()
+    stopped.fork(run.folder)
+    found = stopped.execute()
+    assert found["digests"]["backbones"] == 2 * record["digests"]["backbones"][:1]
+    assert found["loss"][:2] == record["loss"][:2]
+    for arm, changes in (("M=I", {}), ("MODULAR", {"seed": 1}), ("MODULAR", {"crma": {"drop": 0.5}})):
+        assert make(tmp_path / "other", arm, **changes).first_task_key() != run.first_task_key()
+
+
+def test_a_backbone_that_starts_late_or_sits_out_batches_is_not_called_dead(make: Make, tmp_path: Path) -> None:
+    make(tmp_path, crma={"starts_at": 0.25, "drop": 0.5, "later_scale": 0}).execute()
+    crma = [line.get("crma") for line in log_of(tmp_path)]
+    assert 0 < crma.count(None) < 2 * STEPS
+    assert [max(line["W_norm"]) == 0 for line in crma[:STEPS] if line][:2] == [True, True]
+    assert all(line is None for line in crma[STEPS:])  # later_scale 0: it stands still
 
 
 def test_without_a_backbone_fresh_loras_cannot_drift_and_one_lora_does(make: Make, tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""crma.experiment: what a file plans, and records that are made once, in processes of their own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crma.errors import ConfigError, TrainingError
+from crma.experiment import Experiment, execute, read_experiment
+from crma.pull import BaseModel
+
+EXPERIMENTS = Path(__file__).parents[2] / "crma" / "experiments"
+
+
+def planned(**changes: Any) -> Experiment:
+    runs = [
+        {"arm": "FROZEN", "seeds": [0, 1]},
+        {"arm": "NAIVE", "seeds": [0], "label": "one", "changes": {"epochs": 2}},
+    ]
+    values = {"name": "try", "config": {"tasks": ["a"], "epochs": 1}, "runs": runs}
+    return Experiment.model_validate(values | {"arms": {"NAIVE": {"lora": {"lr": 1.0, "rank": 3}}}} | changes)
+
+
+def test_a_run_is_the_shared_table_then_its_arm_then_its_own_changes() -> None:
+    found = planned(config={"tasks": ["a"], "lora": {"rank": 5, "alpha": 7.0}}).planned()
+    assert list(found) == ["FROZEN-seed0", "FROZEN-seed1", "one-seed0"]
+    one = found["one-seed0"]
+    assert (one.arm, one.seed, one.epochs, one.lora.lr, one.lora.rank, one.lora.alpha) == ("NAIVE", 0, 2, 1.0, 3, 7.0)
+
+
+def test_a_name_that_comes_twice_or_a_key_that_is_unknown_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="two runs have one name"):
+        planned(runs=2 * [{"arm": "FROZEN", "seeds": [0]}]).planned()
+    (tmp_path / "odd.toml").write_text('name = "x"\nseed = 3\n')
+    with pytest.raises(ConfigError) as caught:
+        read_experiment(tmp_path / "odd.toml")
+    assert caught.value.field == "config"
+
+
+def test_the_experiments_that_ship_can_be_read() -> None:
+    files = [path for path in EXPERIMENTS.glob("*.toml") if "[[runs]]" in path.read_text()]
+    assert files
+    for path in files:
+        assert read_experiment(path).planned()
+
+
+def test_a_record_is_made_once_and_only_by_its_own_configuration(
+    base: BaseModel, write_task: Any, tmp_path: Path
+) -> None:
+    for task, answers in {"first": ("yes", "no"), "second": ("up", "down")}.items():
+        write_task(tmp_path / task, answers)
+    config = {"tasks": [str(tmp_path / t) for t in ("first", "second")], "model": str(base.path), "dtype": "float32"}
+    config |= {"epochs": 1, "batch_size": 5, "crma": {"num_streams": 2, "stream_rank": 2}}
+    runs = [{"arm": "MODULAR", "seeds": [0]}, {"arm": "MODULAR-stop", "seeds": [0]}]
+    told: list[Any] = []
+
+    def run(**changes: Any) -> list[Path]:
+        trial = planned(config=config | changes, runs=runs)
+        return execute(trial, tmp_path / "results", tmp_path / "work", jobs=1, report=lambda *item: told.append(item))
+
+    first, stopped = (json.loads(path.read_text()) for path in run())
+    assert stopped["digests"]["backbones"] == 2 * first["digests"]["backbones"][:1]
+    trained = {(name, what) for name, what, *_ in told if "first" in what}
+    assert trained == {("MODULAR-seed0", "MODULAR seed 0: first")}  # the other one was forked
+    told.clear()
+    assert len(run()) == 2
+    assert not told
+    with pytest.raises(TrainingError, match="made with another configuration"):
+        run(epochs=2)
