@@ -11,41 +11,36 @@ The claims are those of "CRMA: A Spectrally-Bounded Backbone for Modular Continu
 """
 
 from collections.abc import Mapping as MappingABC
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple, get_args
+from dataclasses import asdict
+from typing import Any, NamedTuple, Self
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from crma.errors import ConfigError, InvalidAdapter
+from crma.json_lines import checked
 from crma.sinkhorn import Mapping, doubly_stochastic
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class CrmaConfig:
     """The shape of a backbone and of its map; frozen with the weights (it is part of the digest)."""
 
-    num_layers: int
-    hidden_size: int
-    num_streams: int = 4
-    stream_rank: int = 4
-    iterations: int = 20
-    cap: float = 6.0
+    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    num_streams: int = Field(default=4, gt=0)
+    stream_rank: int = Field(default=4, gt=0)
+    iterations: int = Field(default=20, gt=0, le=1000)
+    cap: float = Field(default=6.0, gt=0, le=60)
     mapping: Mapping = "rounded"
 
-    def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_streams", "stream_rank", "iterations", "cap"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive", field=name, value=getattr(self, name), allowed="> 0")
-        if not (self.iterations <= 1000 and self.cap <= 60):
-            value = f"{self.iterations}, {self.cap}"
-            allowed = "iterations <= 1000, cap <= 60"
-            raise ConfigError("out of range", field="iterations, cap", value=value, allowed=allowed)
+    @model_validator(mode="after")
+    def _check_rank(self) -> Self:
         if self.rank > self.hidden_size:
-            message, field = "streams x stream rank cannot exceed the hidden size", "num_streams * stream_rank"
-            raise ConfigError(message, field=field, value=self.rank, allowed=f"<= {self.hidden_size}")
-        if self.mapping not in get_args(Mapping):
-            raise ConfigError("unknown mapping", field="mapping", value=self.mapping, allowed=get_args(Mapping))
+            raise ValueError(f"streams x stream rank cannot exceed the hidden size, {self.hidden_size}")
+        return self
 
     @property
     def rank(self) -> int:
@@ -58,15 +53,8 @@ class CrmaConfig:
 
     @classmethod
     def from_dict(cls, values: MappingABC[str, Any]) -> "CrmaConfig":
-        """Raises ConfigError for an unknown or missing key."""
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ConfigError("unknown key in a CRMA config", field=unknown[0], value=values[unknown[0]], allowed=known)
-        try:
-            return cls(**values)
-        except TypeError as error:
-            message = f"incomplete CRMA config: {error}"
-            raise ConfigError(message, field="config", value=dict(values), allowed=known) from None
+        """Raises ConfigError that names a wrong, unknown or missing key."""
+        return checked("", dict(values), TypeAdapter(cls).validate_python, ConfigError)
 
 
 class Factors(NamedTuple):

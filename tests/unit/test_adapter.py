@@ -91,8 +91,8 @@ def test_tensors_that_are_no_such_backbone_are_refused(change: Any, field: str) 
 
 WRONG_CONFIGS = [
     ({"num_layers": 0}, "num_layers"),
-    ({"cap": math.nan}, "iterations, cap"),
-    ({"num_streams": 5, "stream_rank": 5}, "num_streams * stream_rank"),
+    ({"cap": math.nan}, "cap"),
+    ({"num_streams": 5, "stream_rank": 5}, "fields"),
     ({"mapping": "softmax"}, "mapping"),
 ]
 
