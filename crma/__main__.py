@@ -95,8 +95,9 @@ def experiment(
     work: Annotated[Path, typer.Option(help="Run folders.")] = Path("runs"),
     jobs: Annotated[int, typer.Option(help="Runs at a time; each has its share of the cores.", min=1)] = 1,
 ) -> None:
-    """Run every arm and seed of an experiment whose record is not there yet."""
+    """Run every arm and seed of an experiment whose record is not there yet, and print the table of all."""
     from crma.experiment import execute, read_experiment
+    from crma.tables import arms_table
 
     planned = read_experiment(config)
     with progress_bars() as bars:
@@ -113,6 +114,7 @@ def experiment(
 
         paths = execute(planned, results, work, jobs=jobs, report=report)
     note(f"{len(paths)} records in {results / planned.name}")
+    typer.echo(arms_table({path.stem: json.loads(path.read_text()) for path in paths}))
 
 
 @app.command()

@@ -41,7 +41,7 @@ class Runs(BaseModel):
 
     arm: ArmName
     seeds: tuple[int, ...] = Field(min_length=1)
-    label: str = Field("", pattern=r"^[\w.=, -]*$")
+    label: str = Field("", pattern=r"^[\w.=-]*$")
     changes: dict[str, Any] = {}
 
 
@@ -96,6 +96,8 @@ def execute(experiment: Experiment, results: Path, work: Path, *, jobs: int, rep
             message = f"{path} was made with another configuration; delete it, or give the run another label"
             raise TrainingError(message, field=name, value=str(path), allowed="the same configuration")
     missing = {name: config for name, config in planned.items() if not paths[name].exists()}
+    if not missing:
+        return list(paths.values())
     folder, threads = work / experiment.name, max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(jobs, mp_context=context) as pool:

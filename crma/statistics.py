@@ -1,4 +1,4 @@
-"""Intervals and tests: of a proportion, of paired binary items.
+"""Intervals and tests: of a proportion, of paired binary items, of a mean over seeds.
 
 Two-sided, 95 % unless said otherwise. Every function is pure; the only random one takes its seed. Too few values
 or a number that cannot be used is a ConfigError, impossible counts are a ValueError (scipy's own); never a NaN.
@@ -77,6 +77,26 @@ def paired_equivalence(differences: Sequence[int], *, margin: float, seed: int) 
     if not -margin < low <= high < margin:
         return False
     return True if (1 - margin) ** len(differences) <= ALPHA else None
+
+
+def t_interval(values: Sequence[float]) -> Interval:
+    """Interval of the mean of `values` [n >= 2], taken as normal ("Student" 1908). Equal values have no width."""
+    mean, error = float(np.mean(values)), float(stats.sem(values))
+    if error == 0:
+        return mean, mean
+    low, high = stats.t.interval(CONFIDENCE, len(values) - 1, mean, error)
+    return float(low), float(high)
+
+
+def tost(values: Sequence[float], *, margin: float) -> float:
+    """p of two one-sided t-tests: small where the mean of `values` [n >= 2] lies within ±margin (Schuirmann 1987).
+
+    Equal values have no error: p is 0 inside the margin and 1 elsewhere.
+    """
+    if np.ptp(values) == 0:
+        return 0.0 if abs(values[0]) < margin else 1.0
+    above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
+    return float(max(above, stats.ttest_1samp(values, margin, alternative="less").pvalue))
 
 
 def check_share(margin: float) -> None:

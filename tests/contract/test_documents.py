@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from crma.tables import results_table
+from crma.experiment import read_experiment
+from crma.tables import arms_table, results_table
 from server.engine.request import EngineStats
 from server.errors import STATUS_OF, ApiError
 from server.metrics import Metrics
@@ -50,7 +51,19 @@ def results() -> str:
     return results_table(json.loads(RESULT.read_text("utf-8")))
 
 
-BLOCKS = {"results": results, "settings": settings_table, "errors": errors_table, "metrics": metrics_table}
+def arms() -> str:
+    planned = read_experiment(ROOT / "crma" / "experiments" / "quick.toml").planned()
+    files = {name: RESULT.parent / "quick" / f"{name}.json" for name in planned}
+    return arms_table({name: json.loads(file.read_text("utf-8")) for name, file in files.items()})
+
+
+BLOCKS = {
+    "results": results,
+    "arms": arms,
+    "settings": settings_table,
+    "errors": errors_table,
+    "metrics": metrics_table,
+}
 
 
 def block(name: str) -> re.Pattern[str]:
@@ -119,7 +132,6 @@ def test_bodies_of_the_readmes_curls_are_accepted_by_the_schemas() -> None:
 if __name__ == "__main__":
     text = README.read_text("utf-8")
     for name, render in BLOCKS.items():
-        if name != "results" or RESULT.exists():
-            text = block(name).sub(lambda m, r=render: f"{m[1]}{r()}\n{m[3]}", text)
+        text = block(name).sub(lambda m, r=render: f"{m[1]}{r()}\n{m[3]}", text)
     README.write_text(text, "utf-8")
     sys.exit(0)

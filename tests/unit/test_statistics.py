@@ -60,6 +60,17 @@ def test_what_is_too_few_not_finite_or_no_margin_is_refused() -> None:
             statistics.paired_equivalence([0, 1], margin=margin, seed=0)
 
 
+def test_the_interval_of_a_mean_and_its_equivalence_are_the_published_ones() -> None:
+    values = [float(x) for x in range(1, 6)]  # mean 3, standard error sqrt(0.5); t(4) at 97.5 % is 2.776445
+    half = 2.776445 * math.sqrt(0.5)
+    assert statistics.t_interval(values) == pytest.approx((3 - half, 3 + half), rel=1e-6)
+    centred = [value - 3 for value in values]  # t = margin / error; P(t(4) > 2.131847) is 5 %
+    assert statistics.tost(centred, margin=2.131847 * math.sqrt(0.5)) == pytest.approx(0.05, rel=1e-5)
+    assert statistics.tost([value + 1 for value in centred], margin=1.0) == pytest.approx(0.5)
+    assert statistics.t_interval([2, 2]) == (2, 2)
+    assert (statistics.tost([0, 0], margin=1), statistics.tost([2, 2], margin=1)) == (0, 1)
+
+
 PAIRS = [
     ([0] * 149, True),
     ([0] * 148, None),  # 0.98^148 > 5 %: too few items for silence to mean anything
