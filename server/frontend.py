@@ -1,7 +1,5 @@
 """From a validated body to the engine and back: resolve, encode, submit, collect. All generating routes go this way."""
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 import time
@@ -22,16 +20,8 @@ from crma.prompts import PromptFormat, raw_format
 from crma.selection import BASE
 from server import __version__, errors
 from server.engine.async_engine import AsyncEngine
-from server.engine.request import (
-    EngineError,
-    FinishReason,
-    QueueFull,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    Timings,
-    TokenLogprob,
-)
+from server.engine.errors import EngineError, QueueFull
+from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams, Timings, TokenLogprob
 from server.metrics import Metrics, RequestMetrics
 from server.registry import Registry, Resolved
 from server.schemas import ServedModel
@@ -145,7 +135,7 @@ class Frontend:
         self._raw = raw_format(self.tokenizer)
         # One thread: a fast tokenizer is not to be used by two at once, and encoding must not hold the event loop up.
         self._encoder = ThreadPoolExecutor(1, "encode")
-        self._num_encoding = 0  # in that thread and waiting for it
+        self._encoding = asyncio.Semaphore(self.settings.max_queue + 1)  # one there, and those that wait for it
         self._num_tokens = len(self.tokenizer)
 
     def resolve(self, task: str | None, crma: bool | None) -> Resolved:
@@ -177,7 +167,13 @@ class Frontend:
             QueueFull: `max_queue` prompts wait to be encoded.
         """
         arrival = time.monotonic()
-        self._check_limits(sampling, timeout_s)
+        for name, value, limit in (
+            ("n", sampling.n, self.settings.max_n),
+            ("stop", len(sampling.stop), self.settings.max_stop),
+            ("timeout_s", timeout_s or 0, self.settings.request_timeout_s),
+        ):
+            if value > limit:
+                raise errors.InvalidField(f"{name}: over the limit", field=name, value=value, allowed=f"<= {limit}")
         if isinstance(prompt, str) and not raw and resolved.prompt_format is None:
             message = "this model has no chat template: send raw prompts"
             raise errors.InvalidField(message, field="raw", value=raw, allowed=True)
@@ -197,33 +193,21 @@ class Frontend:
         crma = "off" if resolved.selection.crma_digest is None else "on"
         return Generation(self.engine, request, RequestMetrics(self.metrics, label, crma))
 
-    def _check_limits(self, sampling: SamplingParams, timeout_s: float | None) -> None:
-        for name, value, limit in (
-            ("n", sampling.n, self.settings.max_n),
-            ("stop", len(sampling.stop), self.settings.max_stop),
-            ("timeout_s", timeout_s or 0, self.settings.request_timeout_s),
-        ):
-            if value > limit:
-                raise errors.InvalidField(f"{name}: over the limit", field=name, value=value, allowed=f"<= {limit}")
-
     async def _encode(self, prompt: str | Sequence[int], own: PromptFormat, raw: bool) -> tuple[tuple[int, ...], int]:
         """The prompt's ids, and the token that ends its answer: one formatted by hand ends like one formatted here."""
         for at, each in enumerate(() if isinstance(prompt, str) else prompt):
             if not 0 <= each < self._num_tokens:
                 name, allowed = f"prompt.{at}", f"0 to {self._num_tokens - 1}"
                 raise errors.InvalidField(f"{name}: no such token", field=name, value=each, allowed=allowed)
-        if self._num_encoding > self.settings.max_queue:
+        if self._encoding.locked():
             raise QueueFull(self.settings.max_queue, retry_after=1.0)
 
         def encode() -> tuple[tuple[int, ...], int]:
             ids = (self._raw if raw else own).encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
             return tuple(ids), own.stop_id(self.tokenizer)
 
-        self._num_encoding += 1
-        try:
+        async with self._encoding:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
-        finally:
-            self._num_encoding -= 1
 
     def top_tokens(self, logprob: TokenLogprob) -> list[dict[str, Any]]:
         """The most probable tokens as they are answered, each with its own text; part of a character is shown as �."""

@@ -49,7 +49,7 @@ ENGINE = (
 )
 
 
-class Metrics:
+class Metrics(Collector):
     """Everything on one registry of its own, so that two apps in one process do not meet."""
 
     def __init__(self, registry: CollectorRegistry, *, max_adapter_labels: int = 64) -> None:
@@ -101,7 +101,38 @@ class Metrics:
 
     def watch(self, stats: Callable[[], EngineStats], names: Callable[[], Names], max_adapters: int) -> None:
         """Adds the engine's counters: `names` gives digest -> store name of task adapters."""
-        self.registry.register(_EngineCollector(self, stats, names, max_adapters))
+        self._stats, self._names, self._max_adapters = stats, names, max_adapters
+        self.registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """What the engine says at this moment: no loop keeps copies that can go stale."""
+        stats, names = self._stats(), self._names()
+        for family, attribute, name, help in ENGINE:
+            yield family(f"crma_{name}", help, value=getattr(stats, attribute))
+        loads, seconds = stats.adapter_loads, stats.adapter_load_seconds
+        help = "Loads of adapters and the time they took."
+        yield SummaryMetricFamily("crma_adapter_load_seconds", help, count_value=loads, sum_value=seconds)
+        yield self._residency(stats, names)
+        yield self._lora_info(stats, names)
+
+    def _residency(self, stats: EngineStats, names: Names) -> Metric:
+        family = GaugeMetricFamily("crma_adapter_resident", "Versions of the adapter in memory.", labels=("adapter",))
+        counts = Counts({self.adapter_label(name): 0 for name in names.values()})
+        counts.update(self.adapter_label(name) for digest, name in names.items() if digest in stats.resident)
+        for label, count in counts.items():
+            family.add_metric((label,), count)
+        return family
+
+    def _lora_info(self, stats: EngineStats, names: Names) -> Metric:
+        """vLLM's gauge, which the Kubernetes Gateway API Inference Extension routes by; its value is the time."""
+        labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in use, as routers read them.", labels=labels)
+        running, waiting = (
+            ",".join(sorted({names[digest] for digest in digests if digest in names}))
+            for digests in (stats.running_adapters, stats.waiting_adapters)
+        )
+        family.add_metric((str(self._max_adapters), running, waiting), time.time())
+        return family
 
 
 @dataclass
@@ -129,42 +160,3 @@ class RequestMetrics:
             self.metrics.e2e.labels(*labels).observe(times.e2e_s)
             if times.ttft_s is not None:
                 self.metrics.ttft.labels(*labels).observe(times.ttft_s)
-
-
-@dataclass(eq=False)
-class _EngineCollector(Collector):
-    """Reads the engine at scrape time: no loop keeps copies that can go stale."""
-
-    metrics: Metrics
-    stats: Callable[[], EngineStats]
-    names: Callable[[], Names]
-    max_adapters: int
-
-    def collect(self) -> Iterator[Metric]:
-        stats, names = self.stats(), self.names()
-        for family, attribute, name, help in ENGINE:
-            yield family(f"crma_{name}", help, value=getattr(stats, attribute))
-        loads, seconds = stats.adapter_loads, stats.adapter_load_seconds
-        help = "Loads of adapters and the time they took."
-        yield SummaryMetricFamily("crma_adapter_load_seconds", help, count_value=loads, sum_value=seconds)
-        yield self._residency(stats, names)
-        yield self._lora_info(stats, names)
-
-    def _residency(self, stats: EngineStats, names: Names) -> Metric:
-        family = GaugeMetricFamily("crma_adapter_resident", "Versions of the adapter in memory.", labels=("adapter",))
-        counts = Counts({self.metrics.adapter_label(name): 0 for name in names.values()})
-        counts.update(self.metrics.adapter_label(name) for digest, name in names.items() if digest in stats.resident)
-        for label, count in counts.items():
-            family.add_metric((label,), count)
-        return family
-
-    def _lora_info(self, stats: EngineStats, names: Names) -> Metric:
-        """vLLM's gauge, which the Kubernetes Gateway API Inference Extension routes by; its value is the time."""
-        labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
-        family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in use, as routers read them.", labels=labels)
-        running, waiting = (
-            ",".join(sorted({names[digest] for digest in digests if digest in names}))
-            for digests in (stats.running_adapters, stats.waiting_adapters)
-        )
-        family.add_metric((str(self.max_adapters), running, waiting), time.time())
-        return family

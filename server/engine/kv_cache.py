@@ -68,30 +68,6 @@ class PagedKv:
     groups: tuple[AttentionGroup, ...]
 
 
-def _attend_group(
-    group: AttentionGroup,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    window: int | None,
-    cap: float | None,
-) -> Tensor:
-    """[n · s, H, e] -> [n · s, H, e]. The g query heads of a key-value head are g more queries of it: no copies."""
-    (n, s), (H, e), h = group.positions.shape, query.shape[1:], keys.shape[2]
-    q = query.view(n, s, h, H // h, e).permute(0, 2, 1, 3, 4).reshape(n, h, s * H // h, e)
-    # index_select copies block by block; indexing with a table takes five times as long.
-    k, v = (part.index_select(0, group.blocks).view(n, -1, h, e).transpose(1, 2) for part in (keys, values))
-    mask = group.mask(k.shape[2], window, H // h)
-    if cap is None:
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    else:  # a soft cap (Gemma 2) on the scores; the fused attention has none
-        scores = torch.tanh(q @ k.mT * scale / cap) * cap
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
-        out = weights.to(q.dtype) @ v
-    return out.view(n, h, s, H // h, e).transpose(1, 2).reshape(n * s, H, e)
-
-
 def paged_attention(
     module: nn.Module,
     query: Tensor,
@@ -112,9 +88,22 @@ def paged_attention(
     keys, values = paged.cache.blocks[module.layer_idx]
     keys.flatten(0, 1)[paged.slots] = key
     values.flatten(0, 1)[paged.slots] = value
+    (H, e), h = query.shape[1:], keys.shape[2]
     output = torch.empty_like(query)
     for group in paged.groups:
-        output[group.rows] = _attend_group(group, query[group.rows], keys, values, scaling, sliding_window, softcap)
+        n, s = group.positions.shape
+        # The g query heads of a key-value head are g more queries of it: no copies.
+        q = query[group.rows].view(n, s, h, H // h, e).permute(0, 2, 1, 3, 4).reshape(n, h, s * H // h, e)
+        # index_select copies block by block; indexing with a table takes five times as long.
+        k, v = (part.index_select(0, group.blocks).view(n, -1, h, e).transpose(1, 2) for part in (keys, values))
+        mask = group.mask(k.shape[2], sliding_window, H // h)
+        if softcap is None:
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        else:  # a soft cap (Gemma 2) on the scores; the fused attention has none
+            scores = torch.tanh(q @ k.mT * scaling / softcap) * softcap
+            weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+            out = weights.to(q.dtype) @ v
+        output[group.rows] = out.view(n, h, s, H // h, e).transpose(1, 2).reshape(n * s, H, e)
     return output[:, None], None
 
 

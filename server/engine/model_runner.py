@@ -1,8 +1,5 @@
 """One forward pass of a mixed batch through the Hugging Face modules, adapters injected row by row."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -42,26 +39,17 @@ class ModelRunner:
         # barriers, and a step takes twice as long. Here and each time, because MKL's number is the whole process's.
         torch.set_num_threads(self.num_threads)
         self.kv.zero(new_blocks)
-        plan = plan_rows(
-            batch.selections,
-            self.pool.loras,
-            self.pool.backbones,
-            self.device,
-            stack=self.pool.stack if len(batch.selections) <= STACK_TOKENS else None,
-            head_rows=torch.tensor(batch.logit_rows, dtype=torch.long, device=self.device),
-        )
-        with self.injection.active(plan), self._paged_attention():
-            output = self.injection.model(
-                input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False, paged=batch.paged
-            )
-        return output.logits[:, -1].float()
-
-    @contextmanager
-    def _paged_attention(self) -> Iterator[None]:
-        """Outside a step the model is what transformers made it."""
-        config = self.injection.model.config
-        before, config._attn_implementation = config._attn_implementation, ATTENTION
+        model, pool = self.injection.model, self.pool
+        stack = pool.stack if len(batch.selections) <= STACK_TOKENS else None
+        head_rows = torch.tensor(batch.logit_rows, dtype=torch.long, device=self.device)
+        plan = plan_rows(batch.selections, pool.loras, pool.backbones, self.device, stack=stack, head_rows=head_rows)
+        # Only for the time of a step: outside it the model is what transformers made it.
+        before, model.config._attn_implementation = model.config._attn_implementation, ATTENTION
         try:
-            yield
+            with self.injection.active(plan):
+                output = model(
+                    input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False, paged=batch.paged
+                )
         finally:
-            config._attn_implementation = before
+            model.config._attn_implementation = before
+        return output.logits[:, -1].float()

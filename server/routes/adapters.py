@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from crma.store import TaskEntry
 from server.auth import require_admin, require_key
-from server.engine.adapter_pool import AdapterInUse
+from server.engine.errors import AdapterInUse
 from server.errors import AdapterBusy, documented
 from server.frontend import Frontend, TheFrontend
 
@@ -43,8 +43,7 @@ async def adapters(frontend: TheFrontend) -> dict[str, Any]:
 
 def _task_info(entry: TaskEntry, frontend: Frontend) -> dict[str, Any]:
     manifest, resident = entry.manifest, entry.digest in frontend.registry.pool.resident()
-    names = ("name", "version", "digest", "rank", "scaling", "target_modules")
-    fields = {name: getattr(manifest, name) for name in names}
+    fields = manifest.model_dump(include={"name", "version", "digest", "rank", "scaling", "target_modules"})
     return {**fields, "lineage": manifest.backbone, "measured": manifest.measured, "resident": resident}
 
 
