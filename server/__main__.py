@@ -59,9 +59,7 @@ def build_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
     runner = ModelRunner(injection, pool, blocks, num_threads)
     scheduler = Scheduler(blocks, settings.max_num_seqs, settings.max_num_batched_tokens, root_of)
     stop_ids = model_stop_ids(tokenizer, injection.model.generation_config.eos_token_id)
-    engine = AsyncEngine(Engine(runner, scheduler, tokenizer, stop_ids, max_model_len), pool, settings.max_queue)
-    engine.start()
-    return engine
+    return AsyncEngine(Engine(runner, scheduler, tokenizer, stop_ids, max_model_len), pool, settings.max_queue)
 
 
 def build(settings: Settings) -> FastAPI:

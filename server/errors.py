@@ -137,12 +137,11 @@ def to_api_error(error: Exception) -> ApiError:
     """Any exception as the ApiError a client sees."""
     if isinstance(error, ApiError):
         return error
-    made = ApiError("the server failed on this request; its log has the reason under this X-Request-Id")
-    for kind, status, code in STATUS_OF:
-        if isinstance(error, kind):
-            made = ApiError(str(error), **{name: getattr(error, name, None) for name in ("field", "value", "allowed")})
-            made.status, made.code = status, code
-            break
+    found = next(((status, code) for kind, status, code in STATUS_OF if isinstance(error, kind)), None)
+    if found is None or not isinstance(error, CrmaError):
+        return ApiError("the server failed on this request; its log has the reason under this X-Request-Id")
+    made = ApiError(error.message, field=error.field, value=error.value, allowed=error.allowed)
+    made.status, made.code = found
     if isinstance(error, QueueFull):
         made.headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
     return made

@@ -22,7 +22,7 @@ from server import __version__, errors
 from server.engine.async_engine import AsyncEngine
 from server.engine.errors import EngineError, QueueFull
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams, Timings, TokenLogprob
-from server.metrics import Metrics, RequestMetrics
+from server.metrics import Labels, Metrics
 from server.registry import Registry, Resolved
 from server.schemas import ServedModel
 from server.settings import Settings
@@ -33,23 +33,25 @@ Outputs = AsyncGenerator[RequestOutput, None]
 
 @dataclass
 class SequenceResult:
-    """One of n answers, as far as it has come; `last` is its last output, with the totals, once it has ended."""
+    """One of n answers, as far as it has come; `last` is its last output, with reason and totals, once it has ended.
+    `newest`: when its newest token came, in seconds of time.monotonic().
+    """
 
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    last: RequestOutput | None = None
+    last: RequestOutput = field(default_factory=partial(RequestOutput, ""))
+    newest: float | None = None
 
 
 class Generation:
     """One request in the engine."""
 
-    def __init__(self, engine: AsyncEngine, request: Request, metrics: RequestMetrics) -> None:
+    def __init__(self, engine: AsyncEngine, request: Request, metrics: Metrics, labels: Labels) -> None:
         self.request = request
         self.sequences = [SequenceResult() for _ in range(request.sampling.n)]
         self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._engine = engine
-        self._metrics = metrics
+        self._metrics, self._labels = metrics, labels
 
     async def outputs(self) -> Outputs:
         """Submits, and gives outputs as they come, already added to `sequences`. Who does not read them to their end
@@ -65,10 +67,11 @@ class Generation:
                 async for output in stream:
                     self._take(output)
                     yield output
-                self._metrics.record(str(self.sequences[0].finish_reason), self.timings())
+                self._metrics.ended(self._labels, str(self.sequences[0].last.finish_reason), self.timings())
             except BaseException as error:
                 if not isinstance(error, EngineError | StoreError):
-                    self._metrics.record("error" if isinstance(error, errors.GenerationFailed) else "abort", None)
+                    reason = "error" if isinstance(error, errors.GenerationFailed) else "abort"
+                    self._metrics.ended(self._labels, reason, None)
                 raise
 
     async def finished(self) -> None:
@@ -78,18 +81,15 @@ class Generation:
 
     def usage(self) -> dict[str, int]:
         """Tokens over all sequences; the prompt is counted once."""
-        ended = self._ended()
+        ended = [sequence.last for sequence in self.sequences]
         new, cached = sum(each.completion_tokens for each in ended), min(each.cached_tokens for each in ended)
         return {"prompt_tokens": len(self.request.prompt_ids), "completion_tokens": new, "cached_tokens": cached}
 
     def timings(self) -> Timings:
         """Of the whole request: the first sequence to start, the first token of any, the last to end."""
-        times = [output.timings for output in self._ended() if output.timings is not None]
+        times = [sequence.last.timings for sequence in self.sequences if sequence.last.timings is not None]
         first_token = min((each.ttft_s for each in times if each.ttft_s is not None), default=None)
         return Timings(min(each.queue_s for each in times), first_token, max(each.e2e_s for each in times))
-
-    def _ended(self) -> list[RequestOutput]:
-        return [sequence.last for sequence in self.sequences if sequence.last is not None]
 
     def _take(self, output: RequestOutput) -> None:
         if output.finish_reason is FinishReason.ERROR:
@@ -105,9 +105,11 @@ class Generation:
         sequence.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
         if output.token_ids:
-            self._metrics.tokens(output.index)
+            before, sequence.newest = sequence.newest, time.monotonic()
+            if before is not None:
+                self._metrics.itl.labels(*self._labels).observe(sequence.newest - before)
         if output.finish_reason is not None:
-            sequence.finish_reason, sequence.last = output.finish_reason, output
+            sequence.last = output
 
 
 @dataclass(eq=False)
@@ -191,7 +193,7 @@ class Frontend:
         )
         label = self.metrics.adapter_label(resolved.task.name if resolved.task else None)
         crma = "off" if resolved.selection.crma_digest is None else "on"
-        return Generation(self.engine, request, RequestMetrics(self.metrics, label, crma))
+        return Generation(self.engine, request, self.metrics, (label, crma))
 
     async def _encode(self, prompt: str | Sequence[int], own: PromptFormat, raw: bool) -> tuple[tuple[int, ...], int]:
         """The prompt's ids, and the token that ends its answer: one formatted by hand ends like one formatted here."""

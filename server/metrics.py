@@ -9,7 +9,6 @@ import math
 import time
 from collections import Counter as Counts
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -33,6 +32,7 @@ LATENCY_BUCKETS = (
 
 
 Names = Mapping[str, str]  # digest -> store name
+Labels = tuple[str, str]  # of a request: adapter (see `adapter_label`), crma (on or off)
 
 # What is read from EngineStats: its field, the metric, the help text.
 ENGINE = (
@@ -82,6 +82,15 @@ class Metrics(Collector):
             return "_other"
         self._labelled.add(name)
         return name
+
+    def ended(self, labels: Labels, reason: str, times: Timings | None) -> None:
+        """A request is over: why (stop, length, abort, error), and its times if all of it ended well."""
+        self.success.labels(reason, *labels).inc()
+        if times is not None:
+            self.queue.labels(*labels).observe(times.queue_s)
+            self.e2e.labels(*labels).observe(times.e2e_s)
+            if times.ttft_s is not None:
+                self.ttft.labels(*labels).observe(times.ttft_s)
 
     def set_backbone(self, backbone: BackboneEntry | None) -> None:
         """What serves from now on; the last one's series goes."""
@@ -133,30 +142,3 @@ class Metrics(Collector):
         )
         family.add_metric((str(self._max_adapters), running, waiting), time.time())
         return family
-
-
-@dataclass
-class RequestMetrics:
-    """Observes one request; `record` once, when it is over."""
-
-    metrics: Metrics
-    adapter: str
-    crma: str
-    _last: dict[int, float] = field(default_factory=dict)
-
-    def tokens(self, index: int) -> None:
-        """New tokens of sequence `index` arrived: every gap counts, pooled over sequences."""
-        now = time.monotonic()
-        if (last := self._last.get(index)) is not None:
-            self.metrics.itl.labels(self.adapter, self.crma).observe(now - last)
-        self._last[index] = now
-
-    def record(self, reason: str, times: Timings | None) -> None:
-        """Why it ended (stop, length, abort, error), and its times if all of it ended well."""
-        labels = (self.adapter, self.crma)
-        self.metrics.success.labels(reason, *labels).inc()
-        if times is not None:
-            self.metrics.queue.labels(*labels).observe(times.queue_s)
-            self.metrics.e2e.labels(*labels).observe(times.e2e_s)
-            if times.ttft_s is not None:
-                self.metrics.ttft.labels(*labels).observe(times.ttft_s)

@@ -30,7 +30,7 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Runs an `Engine` in a thread and gives every request its stream of outputs.
+    """Runs an `Engine` in a thread, which starts at once, and gives every request its stream of outputs.
 
     Args:
         max_queue: sequences that may wait beside those that can run at once; with one more a request is refused.
@@ -51,9 +51,6 @@ class AsyncEngine:
         self.on_failure: Callable[[], None] = lambda: None  # called once, in the engine's thread
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         pool.on_change = lambda: self._command(lambda: None)  # wakes the thread: who waits for an adapter may start
-
-    def start(self) -> None:
-        """Start the engine's thread."""
         self._thread.start()
 
     def submit(self, request: Request) -> AsyncIterator[RequestOutput]:
@@ -99,8 +96,7 @@ class AsyncEngine:
         with self._wake:
             self._stopped = True
             self._wake.notify()
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self.pool.close)
 
     async def _outputs(self, stream: _Stream) -> AsyncIterator[RequestOutput]:

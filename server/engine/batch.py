@@ -8,7 +8,7 @@ from torch import Tensor
 
 from crma.selection import AdapterSelection
 from server.engine.block_pool import NULL_BLOCK
-from server.engine.kv_cache import AttentionGroup, KvCache, PagedKv
+from server.engine.kv_cache import AttentionGroup, PagedKv
 from server.engine.scheduler import Chunk, Step
 
 
@@ -26,10 +26,10 @@ class Batch:
     num_logits: list[int]
 
 
-def build_batch(step: Step, cache: KvCache) -> Batch:
+def build_batch(step: Step, cache: Tensor) -> Batch:
     """Single tokens first, chunks after them; both by adapter, so that an adapter's rows lie together."""
     chunks = sorted(step.chunks, key=lambda c: (c.count > 1, c.sequence.request.selection.task_digest or ""))
-    device, size = cache.blocks.device, cache.blocks.shape[3]
+    device, size = cache.device, cache.shape[3]
     tokens = [(chunk.sequence, position) for chunk in chunks for position in range(chunk.start, chunk.stop)]
     input_ids = torch.tensor([s.token_ids[p] for s, p in tokens], device=device)
     positions = torch.tensor([p for _, p in tokens], device=device)

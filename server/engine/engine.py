@@ -144,17 +144,15 @@ class Engine:
             if chunk.samples:
                 rows.append(first - 1)
                 sequences.append(chunk.sequence)
-        now = self.clock()
-        outputs = [self._append(*each, now) for each in self._sample(logits[rows], sequences)] if rows else []
+        outputs = self._sample(logits[rows], sequences) if rows else []
         if broken:
             logger.error("%d sequences end with an error: their logits are not numbers", len(broken))
         error = "the model and adapters overflow on this prompt"
         return outputs + [self._finish(s, FinishReason.ERROR, error=error) for s in broken]
 
-    def _sample(
-        self, logits: torch.Tensor, sequences: list[Sequence]
-    ) -> list[tuple[Sequence, int, tuple[TokenLogprob, ...]]]:
-        """Each sequence with its next token and, where asked for, its log-probability."""
+    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[RequestOutput]:
+        """Each sequence gets its next token and, where asked for, its log-probability."""
+        now = self.clock()
         rows = [SamplingRow(s.request.sampling, s.request.prompt_ids, s.output_ids, s.decoding[1]) for s in sequences]
         tokens = sample(logits, rows)
         logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(tokens)
@@ -162,7 +160,7 @@ class Engine:
             tops = [sequences[i].request.sampling.logprobs or 0 for i in asked]
             for i, logprob in zip(asked, token_logprobs(logits[asked], [tokens[i] for i in asked], tops), strict=True):
                 logprobs[i] = (logprob,)
-        return list(zip(sequences, tokens, logprobs, strict=True))
+        return [self._append(*each, now) for each in zip(sequences, tokens, logprobs, strict=True)]
 
     def _add_prompt_logprobs(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
         """The logits at a position are of the token after it; those of the prompt's last are not of the prompt."""

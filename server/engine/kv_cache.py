@@ -13,27 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from server.engine.block_pool import NULL_BLOCK
 
 ATTENTION = "crma_paged"
 
 
-class KvCache:
-    """One tensor [L, 2, N, z, h, e] of uninitialised memory; what a sequence gets of it is made zero first."""
-
-    def __init__(
-        self, config: PretrainedConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, 2, num_blocks, block_size, heads, size)
-        self.blocks = torch.empty(shape, dtype=dtype, device=device)
-        self.zero([0])
-
-    def zero(self, blocks: list[int]) -> None:
-        """Before their first use: a masked position still enters a product, and another's NaN · 0 is NaN."""
-        self.blocks[:, :, blocks] = 0
+def make_cache(model: PreTrainedModel, num_blocks: int, block_size: int) -> Tensor:
+    """[L, 2, N, z, h, e] of uninitialised memory but for the null block. What a sequence gets of it is made zero before
+    its first use: a masked position still enters a product, and another's NaN · 0 is NaN."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (config.num_hidden_layers, 2, num_blocks, block_size, heads, size)
+    cache = torch.empty(shape, dtype=model.dtype, device=model.device)
+    cache[:, :, NULL_BLOCK] = 0
+    return cache
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,9 @@ class AttentionGroup:
 
 @dataclass(frozen=True)
 class PagedKv:
-    """The cache as one forward pass sees it: slots [T] say where each token's keys and values go."""
+    """The cache [L, 2, N, z, h, e] as one forward pass sees it: slots [T] say where each token's keys and values go."""
 
-    cache: KvCache
+    cache: Tensor
     slots: Tensor
     groups: tuple[AttentionGroup, ...]
 
@@ -85,7 +82,7 @@ def paged_attention(
     the model's keyword arguments."""
     assert isinstance(module.layer_idx, int)
     query, key, value = query[:, :, 0], key[:, :, 0], value[:, :, 0]
-    keys, values = paged.cache.blocks[module.layer_idx]
+    keys, values = paged.cache[module.layer_idx]
     keys.flatten(0, 1)[paged.slots] = key
     values.flatten(0, 1)[paged.slots] = value
     (H, e), h = query.shape[1:], keys.shape[2]

@@ -8,7 +8,7 @@ from crma.injection import Injection, plan_rows
 from server.engine.adapter_pool import AdapterPool
 from server.engine.batch import Batch
 from server.engine.block_pool import BlockPool
-from server.engine.kv_cache import ATTENTION, KvCache
+from server.engine.kv_cache import ATTENTION, make_cache
 
 STACK_TOKENS = 64  # up to so many tokens, adapters side by side in one product cost less than one product for each
 
@@ -29,8 +29,7 @@ class ModelRunner:
         self.injection = injection
         self.pool = pool
         self.num_threads = num_threads
-        self.device = next(model.parameters()).device
-        self.kv = KvCache(model.config, blocks.num_blocks, blocks.block_size, model.dtype, self.device)
+        self.kv = make_cache(model, blocks.num_blocks, blocks.block_size)
 
     @torch.inference_mode()
     def run(self, batch: Batch, new_blocks: list[int]) -> Tensor:
@@ -38,11 +37,11 @@ class ModelRunner:
         # Every other thread of the server has one, or OpenMP, once its teams outnumber the cores, stops spinning at its
         # barriers, and a step takes twice as long. Here and each time, because MKL's number is the whole process's.
         torch.set_num_threads(self.num_threads)
-        self.kv.zero(new_blocks)
+        self.kv[:, :, new_blocks] = 0
         model, pool = self.injection.model, self.pool
         stack = pool.stack if len(batch.selections) <= STACK_TOKENS else None
-        head_rows = torch.tensor(batch.logit_rows, dtype=torch.long, device=self.device)
-        plan = plan_rows(batch.selections, pool.loras, pool.backbones, self.device, stack=stack, head_rows=head_rows)
+        head_rows = torch.tensor(batch.logit_rows, dtype=torch.long, device=model.device)
+        plan = plan_rows(batch.selections, pool.loras, pool.backbones, model.device, stack=stack, head_rows=head_rows)
         # Only for the time of a step: outside it the model is what transformers made it.
         before, model.config._attn_implementation = model.config._attn_implementation, ATTENTION
         try:

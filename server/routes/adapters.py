@@ -43,7 +43,8 @@ async def adapters(frontend: TheFrontend) -> dict[str, Any]:
 
 def _task_info(entry: TaskEntry, frontend: Frontend) -> dict[str, Any]:
     manifest, resident = entry.manifest, entry.digest in frontend.registry.pool.resident()
-    fields = manifest.model_dump(include={"name", "version", "digest", "rank", "scaling", "target_modules"})
+    names = ("name", "version", "digest", "rank", "scaling", "target_modules")
+    fields = {name: getattr(manifest, name) for name in names}
     return {**fields, "lineage": manifest.backbone, "measured": manifest.measured, "resident": resident}
 
 

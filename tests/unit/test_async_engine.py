@@ -43,7 +43,6 @@ class Running:
         self.core.runner.run = lambda *step: self.wait(self.at_step) or run(*step)
         self.pool.register("slow", lambda: self.wait(self.at_load) or ADAPTERS["task-1"])
         self.engine = AsyncEngine(self.core, self.pool, max_queue)
-        self.engine.start()
         if go:
             self.go.set()
 
@@ -180,8 +179,9 @@ async def test_an_unforeseen_failure_of_the_engine_leaves_nobody_waiting(start: 
 async def test_stopping_takes_nothing_new_and_ends_what_runs(start: Any) -> None:
     served = start(go=False)
     taken = served.take(ask("taken", BOTH, max_tokens=40))
-    stopping = asyncio.create_task(served.engine.stop())
     await happens(served.at_step)
+    stopping = asyncio.create_task(served.engine.stop())
+    await happens(served.at_step)  # again: the stopping begins meanwhile
     with pytest.raises(EngineStopped):
         served.engine.submit(ask("late"))
     served.go.set()

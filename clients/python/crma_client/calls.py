@@ -70,8 +70,7 @@ def generate(prompt: str, options: Mapping[str, Any]) -> Call[Generation]:
 
 def stream(prompt: str, options: Mapping[str, Any]) -> Call[httpx.Response]:
     """POST /generate with "stream": true; the answer's bytes are for a TokenReader."""
-    body = _body({**options, "prompt": prompt, "stream": True})
-    return Call("POST", "/generate", lambda response: response, body)
+    return Call("POST", "/generate", lambda response: response, _body({**options, "prompt": prompt, "stream": True}))
 
 
 def ablation(body: Mapping[str, Any]) -> Call[dict[str, Any]]:
