@@ -12,7 +12,6 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
-from transformers import PreTrainedTokenizerBase
 
 from crma.errors import ConfigError, CrmaError
 from crma.injection import Injection
@@ -60,9 +59,7 @@ def build_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
     runner = ModelRunner(injection, pool, blocks, num_threads)
     scheduler = Scheduler(blocks, settings.max_num_seqs, settings.max_num_batched_tokens, root_of)
     stop_ids = model_stop_ids(tokenizer, injection.model.generation_config.eos_token_id)
-    engine = AsyncEngine(Engine(runner, scheduler, tokenizer, stop_ids, max_model_len), pool, settings.max_queue)
-    engine.start()
-    return engine
+    return AsyncEngine(Engine(runner, scheduler, tokenizer, stop_ids, max_model_len), pool, settings.max_queue)
 
 
 def build(settings: Settings) -> FastAPI:
@@ -72,20 +69,17 @@ def build(settings: Settings) -> FastAPI:
     injection = engine.pool.injection
     metrics = Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
     tokenizer = load_tokenizer(base)  # not the engine's: two threads must not share one
-    store, base_format = AdapterStore(settings.store), _chat_format(tokenizer)
+    base_format: PromptFormat | None = None
+    try:
+        base_format = chat_format(tokenizer)
+    except ConfigError as error:
+        log.warning("only raw prompts for the base model: %s", error.message)
+    store = AdapterStore(settings.store)
     registry = Registry(store, base, engine.pool, base_format, metrics, injection.shapes, settings.load_backbone)
     dtype, limit = str(injection.model.dtype).removeprefix("torch."), engine.engine.max_model_len
     model = ServedModel(name=base.name, digest=base.digest, dtype=dtype, max_model_len=limit)
     frontend = Frontend(settings, engine, registry, tokenizer, model, metrics)
-    return create_app(frontend, on_stop=partial(engine.stop, 0.0))  # uvicorn has given requests their time by then
-
-
-def _chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat | None:
-    try:
-        return chat_format(tokenizer)
-    except ConfigError as error:
-        log.warning("only raw prompts for the base model: %s", error.message)
-        return None
+    return create_app(frontend, on_stop=engine.stop)  # uvicorn has given requests their time by then
 
 
 class _Server(uvicorn.Server):

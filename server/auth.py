@@ -27,15 +27,11 @@ def _is_one_of(given: HTTPAuthorizationCredentials | None, keys: Iterable[Secret
     return sum(hmac.compare_digest(sent, key.get_secret_value().encode()) for key in keys if key) > 0
 
 
-def _unauthorized(needed: str) -> Unauthorized:
-    return Unauthorized(f"{needed} is needed", field="Authorization", allowed="Bearer <key>")
-
-
 def require_key(frontend: TheFrontend, credentials: Credentials) -> None:
     """Raises Unauthorized where API keys are set and the request has none of them."""
     settings = frontend.settings
     if settings.api_keys and not _is_one_of(credentials, (*settings.api_keys, settings.admin_key)):
-        raise _unauthorized("an API key that this server knows")
+        raise Unauthorized("an API key that this server knows is needed", field="Authorization", allowed="Bearer <key>")
 
 
 def require_admin(frontend: TheFrontend, credentials: Credentials) -> None:
@@ -47,4 +43,4 @@ def require_admin(frontend: TheFrontend, credentials: Credentials) -> None:
         return
     if _is_one_of(credentials, settings.api_keys):
         raise Forbidden("this route needs the admin key, and this is an ordinary API key", field="Authorization")
-    raise _unauthorized("the admin key")
+    raise Unauthorized("the admin key is needed", field="Authorization", allowed="Bearer <key>")

@@ -18,8 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from crma.errors import BaseMismatch, ConfigError, CrmaError, DigestMismatch, InvalidAdapter, LineageMismatch, NotFound
-from server.engine.adapter_pool import AdapterPoolFull
-from server.engine.request import EngineError, EngineStopped, PromptTooLong, QueueFull
+from server.engine.errors import AdapterPoolFull, EngineStopped, PromptTooLong, QueueFull
 from server.schemas import EXAMPLES, ErrorBody
 
 log = logging.getLogger("server")
@@ -32,18 +31,16 @@ class ApiError(CrmaError):
     code = "internal_error"
     headers: Mapping[str, str] = {}
 
-    def __init_subclass__(cls, status: int, code: str) -> None:
-        cls.status, cls.code = status, code
+    def __init_subclass__(cls, status: int, code: str, headers: Mapping[str, str] = {}) -> None:
+        cls.status, cls.code, cls.headers = status, code, headers
 
 
 class MalformedBody(ApiError, status=400, code="malformed_body"):
     """Not UTF-8, or not JSON."""
 
 
-class Unauthorized(ApiError, status=401, code="unauthorized"):
+class Unauthorized(ApiError, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"}):
     """No key, or not one of ours."""
-
-    headers: Mapping[str, str] = {"WWW-Authenticate": "Bearer"}
 
 
 class Forbidden(ApiError, status=403, code="forbidden"):
@@ -94,10 +91,8 @@ class GenerationFailed(ApiError, status=500, code="generation_failed"):
     """The engine failed on this request."""
 
 
-class NotReady(ApiError, status=503, code="not_ready"):
+class NotReady(ApiError, status=503, code="not_ready", headers={"Retry-After": "1"}):
     """The store is not verified yet."""
-
-    headers: Mapping[str, str] = {"Retry-After": "1"}
 
 
 class Draining(ApiError, status=503, code="draining"):
@@ -142,12 +137,11 @@ def to_api_error(error: Exception) -> ApiError:
     """Any exception as the ApiError a client sees."""
     if isinstance(error, ApiError):
         return error
-    made = ApiError("the server failed on this request; its log has the reason under this X-Request-Id")
-    for kind, status, code in STATUS_OF:
-        if isinstance(error, kind):
-            made = ApiError(str(error), **{name: getattr(error, name, None) for name in ("field", "value", "allowed")})
-            made.status, made.code = status, code
-            break
+    found = next(((status, code) for kind, status, code in STATUS_OF if isinstance(error, kind)), None)
+    if found is None or not isinstance(error, CrmaError):
+        return ApiError("the server failed on this request; its log has the reason under this X-Request-Id")
+    made = ApiError(error.message, field=error.field, value=error.value, allowed=error.allowed)
+    made.status, made.code = found
     if isinstance(error, QueueFull):
         made.headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
     return made
@@ -232,5 +226,5 @@ def install(app: FastAPI) -> None:
                 log.error("%s: %s", type(error).__name__, error, exc_info=error)
         return error_response(refusal, request.scope["path"])
 
-    for kind in (CrmaError, EngineError, RequestValidationError, HTTPException):
+    for kind in (CrmaError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)

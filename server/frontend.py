@@ -1,7 +1,5 @@
 """From a validated body to the engine and back: resolve, encode, submit, collect. All generating routes go this way."""
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 import time
@@ -22,17 +20,9 @@ from crma.prompts import PromptFormat, raw_format
 from crma.selection import BASE
 from server import __version__, errors
 from server.engine.async_engine import AsyncEngine
-from server.engine.request import (
-    EngineError,
-    FinishReason,
-    QueueFull,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    Timings,
-    TokenLogprob,
-)
-from server.metrics import Metrics, RequestMetrics
+from server.engine.errors import EngineError, QueueFull
+from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams, Timings, TokenLogprob
+from server.metrics import Labels, Metrics
 from server.registry import Registry, Resolved
 from server.schemas import ServedModel
 from server.settings import Settings
@@ -43,23 +33,25 @@ Outputs = AsyncGenerator[RequestOutput, None]
 
 @dataclass
 class SequenceResult:
-    """One of n answers, as far as it has come; `last` is its last output, with the totals, once it has ended."""
+    """One of n answers, as far as it has come; `last` is its last output, with reason and totals, once it has ended.
+    `newest`: when its newest token came, in seconds of time.monotonic().
+    """
 
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    last: RequestOutput | None = None
+    last: RequestOutput = field(default_factory=partial(RequestOutput, ""))
+    newest: float | None = None
 
 
 class Generation:
     """One request in the engine."""
 
-    def __init__(self, engine: AsyncEngine, request: Request, metrics: RequestMetrics) -> None:
+    def __init__(self, engine: AsyncEngine, request: Request, metrics: Metrics, labels: Labels) -> None:
         self.request = request
         self.sequences = [SequenceResult() for _ in range(request.sampling.n)]
         self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._engine = engine
-        self._metrics = metrics
+        self._metrics, self._labels = metrics, labels
 
     async def outputs(self) -> Outputs:
         """Submits, and gives outputs as they come, already added to `sequences`. Who does not read them to their end
@@ -75,10 +67,11 @@ class Generation:
                 async for output in stream:
                     self._take(output)
                     yield output
-                self._metrics.record(str(self.sequences[0].finish_reason), self.timings())
+                self._metrics.ended(self._labels, str(self.sequences[0].last.finish_reason), self.timings())
             except BaseException as error:
                 if not isinstance(error, EngineError | StoreError):
-                    self._metrics.record("error" if isinstance(error, errors.GenerationFailed) else "abort", None)
+                    reason = "error" if isinstance(error, errors.GenerationFailed) else "abort"
+                    self._metrics.ended(self._labels, reason, None)
                 raise
 
     async def finished(self) -> None:
@@ -88,18 +81,15 @@ class Generation:
 
     def usage(self) -> dict[str, int]:
         """Tokens over all sequences; the prompt is counted once."""
-        ended = self._ended()
+        ended = [sequence.last for sequence in self.sequences]
         new, cached = sum(each.completion_tokens for each in ended), min(each.cached_tokens for each in ended)
         return {"prompt_tokens": len(self.request.prompt_ids), "completion_tokens": new, "cached_tokens": cached}
 
     def timings(self) -> Timings:
         """Of the whole request: the first sequence to start, the first token of any, the last to end."""
-        times = [output.timings for output in self._ended() if output.timings is not None]
+        times = [sequence.last.timings for sequence in self.sequences if sequence.last.timings is not None]
         first_token = min((each.ttft_s for each in times if each.ttft_s is not None), default=None)
         return Timings(min(each.queue_s for each in times), first_token, max(each.e2e_s for each in times))
-
-    def _ended(self) -> list[RequestOutput]:
-        return [sequence.last for sequence in self.sequences if sequence.last is not None]
 
     def _take(self, output: RequestOutput) -> None:
         if output.finish_reason is FinishReason.ERROR:
@@ -115,9 +105,11 @@ class Generation:
         sequence.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
         if output.token_ids:
-            self._metrics.tokens(output.index)
+            before, sequence.newest = sequence.newest, time.monotonic()
+            if before is not None:
+                self._metrics.itl.labels(*self._labels).observe(sequence.newest - before)
         if output.finish_reason is not None:
-            sequence.finish_reason, sequence.last = output.finish_reason, output
+            sequence.last = output
 
 
 @dataclass(eq=False)
@@ -145,7 +137,7 @@ class Frontend:
         self._raw = raw_format(self.tokenizer)
         # One thread: a fast tokenizer is not to be used by two at once, and encoding must not hold the event loop up.
         self._encoder = ThreadPoolExecutor(1, "encode")
-        self._num_encoding = 0  # in that thread and waiting for it
+        self._encoding = asyncio.Semaphore(self.settings.max_queue + 1)  # one there, and those that wait for it
         self._num_tokens = len(self.tokenizer)
 
     def resolve(self, task: str | None, crma: bool | None) -> Resolved:
@@ -177,7 +169,13 @@ class Frontend:
             QueueFull: `max_queue` prompts wait to be encoded.
         """
         arrival = time.monotonic()
-        self._check_limits(sampling, timeout_s)
+        for name, value, limit in (
+            ("n", sampling.n, self.settings.max_n),
+            ("stop", len(sampling.stop), self.settings.max_stop),
+            ("timeout_s", timeout_s or 0, self.settings.request_timeout_s),
+        ):
+            if value > limit:
+                raise errors.InvalidField(f"{name}: over the limit", field=name, value=value, allowed=f"<= {limit}")
         if isinstance(prompt, str) and not raw and resolved.prompt_format is None:
             message = "this model has no chat template: send raw prompts"
             raise errors.InvalidField(message, field="raw", value=raw, allowed=True)
@@ -195,16 +193,7 @@ class Frontend:
         )
         label = self.metrics.adapter_label(resolved.task.name if resolved.task else None)
         crma = "off" if resolved.selection.crma_digest is None else "on"
-        return Generation(self.engine, request, RequestMetrics(self.metrics, label, crma))
-
-    def _check_limits(self, sampling: SamplingParams, timeout_s: float | None) -> None:
-        for name, value, limit in (
-            ("n", sampling.n, self.settings.max_n),
-            ("stop", len(sampling.stop), self.settings.max_stop),
-            ("timeout_s", timeout_s or 0, self.settings.request_timeout_s),
-        ):
-            if value > limit:
-                raise errors.InvalidField(f"{name}: over the limit", field=name, value=value, allowed=f"<= {limit}")
+        return Generation(self.engine, request, self.metrics, (label, crma))
 
     async def _encode(self, prompt: str | Sequence[int], own: PromptFormat, raw: bool) -> tuple[tuple[int, ...], int]:
         """The prompt's ids, and the token that ends its answer: one formatted by hand ends like one formatted here."""
@@ -212,18 +201,15 @@ class Frontend:
             if not 0 <= each < self._num_tokens:
                 name, allowed = f"prompt.{at}", f"0 to {self._num_tokens - 1}"
                 raise errors.InvalidField(f"{name}: no such token", field=name, value=each, allowed=allowed)
-        if self._num_encoding > self.settings.max_queue:
+        if self._encoding.locked():
             raise QueueFull(self.settings.max_queue, retry_after=1.0)
 
         def encode() -> tuple[tuple[int, ...], int]:
             ids = (self._raw if raw else own).encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
             return tuple(ids), own.stop_id(self.tokenizer)
 
-        self._num_encoding += 1
-        try:
+        async with self._encoding:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
-        finally:
-            self._num_encoding -= 1
 
     def top_tokens(self, logprob: TokenLogprob) -> list[dict[str, Any]]:
         """The most probable tokens as they are answered, each with its own text; part of a character is shown as �."""

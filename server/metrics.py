@@ -9,7 +9,6 @@ import math
 import time
 from collections import Counter as Counts
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -33,6 +32,7 @@ LATENCY_BUCKETS = (
 
 
 Names = Mapping[str, str]  # digest -> store name
+Labels = tuple[str, str]  # of a request: adapter (see `adapter_label`), crma (on or off)
 
 # What is read from EngineStats: its field, the metric, the help text.
 ENGINE = (
@@ -49,7 +49,7 @@ ENGINE = (
 )
 
 
-class Metrics:
+class Metrics(Collector):
     """Everything on one registry of its own, so that two apps in one process do not meet."""
 
     def __init__(self, registry: CollectorRegistry, *, max_adapter_labels: int = 64) -> None:
@@ -83,6 +83,15 @@ class Metrics:
         self._labelled.add(name)
         return name
 
+    def ended(self, labels: Labels, reason: str, times: Timings | None) -> None:
+        """A request is over: why (stop, length, abort, error), and its times if all of it ended well."""
+        self.success.labels(reason, *labels).inc()
+        if times is not None:
+            self.queue.labels(*labels).observe(times.queue_s)
+            self.e2e.labels(*labels).observe(times.e2e_s)
+            if times.ttft_s is not None:
+                self.ttft.labels(*labels).observe(times.ttft_s)
+
     def set_backbone(self, backbone: BackboneEntry | None) -> None:
         """What serves from now on; the last one's series goes."""
         self.backbone_info.clear()
@@ -101,47 +110,12 @@ class Metrics:
 
     def watch(self, stats: Callable[[], EngineStats], names: Callable[[], Names], max_adapters: int) -> None:
         """Adds the engine's counters: `names` gives digest -> store name of task adapters."""
-        self.registry.register(_EngineCollector(self, stats, names, max_adapters))
-
-
-@dataclass
-class RequestMetrics:
-    """Observes one request; `record` once, when it is over."""
-
-    metrics: Metrics
-    adapter: str
-    crma: str
-    _last: dict[int, float] = field(default_factory=dict)
-
-    def tokens(self, index: int) -> None:
-        """New tokens of sequence `index` arrived: every gap counts, pooled over sequences."""
-        now = time.monotonic()
-        if (last := self._last.get(index)) is not None:
-            self.metrics.itl.labels(self.adapter, self.crma).observe(now - last)
-        self._last[index] = now
-
-    def record(self, reason: str, times: Timings | None) -> None:
-        """Why it ended (stop, length, abort, error), and its times if all of it ended well."""
-        labels = (self.adapter, self.crma)
-        self.metrics.success.labels(reason, *labels).inc()
-        if times is not None:
-            self.metrics.queue.labels(*labels).observe(times.queue_s)
-            self.metrics.e2e.labels(*labels).observe(times.e2e_s)
-            if times.ttft_s is not None:
-                self.metrics.ttft.labels(*labels).observe(times.ttft_s)
-
-
-@dataclass(eq=False)
-class _EngineCollector(Collector):
-    """Reads the engine at scrape time: no loop keeps copies that can go stale."""
-
-    metrics: Metrics
-    stats: Callable[[], EngineStats]
-    names: Callable[[], Names]
-    max_adapters: int
+        self._stats, self._names, self._max_adapters = stats, names, max_adapters
+        self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        stats, names = self.stats(), self.names()
+        """What the engine says at this moment: no loop keeps copies that can go stale."""
+        stats, names = self._stats(), self._names()
         for family, attribute, name, help in ENGINE:
             yield family(f"crma_{name}", help, value=getattr(stats, attribute))
         loads, seconds = stats.adapter_loads, stats.adapter_load_seconds
@@ -152,8 +126,8 @@ class _EngineCollector(Collector):
 
     def _residency(self, stats: EngineStats, names: Names) -> Metric:
         family = GaugeMetricFamily("crma_adapter_resident", "Versions of the adapter in memory.", labels=("adapter",))
-        counts = Counts({self.metrics.adapter_label(name): 0 for name in names.values()})
-        counts.update(self.metrics.adapter_label(name) for digest, name in names.items() if digest in stats.resident)
+        counts = Counts({self.adapter_label(name): 0 for name in names.values()})
+        counts.update(self.adapter_label(name) for digest, name in names.items() if digest in stats.resident)
         for label, count in counts.items():
             family.add_metric((label,), count)
         return family
@@ -166,5 +140,5 @@ class _EngineCollector(Collector):
             ",".join(sorted({names[digest] for digest in digests if digest in names}))
             for digests in (stats.running_adapters, stats.waiting_adapters)
         )
-        family.add_metric((str(self.max_adapters), running, waiting), time.time())
+        family.add_metric((str(self._max_adapters), running, waiting), time.time())
         return family

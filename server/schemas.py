@@ -43,10 +43,6 @@ def _no_sliver(temperature: float) -> float:
     return temperature
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 def _one_prompt(value: Any) -> Any:
     """Refuses here what the union's branches would, where each would name itself as a field."""
     if not value or not (isinstance(value, str) or (isinstance(value, list) and all(type(v) is int for v in value))):
@@ -57,7 +53,7 @@ def _one_prompt(value: Any) -> Any:
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
-StopTexts = Annotated[list[StopText] | SkipJsonSchema[str], BeforeValidator(_as_list)]
+StopTexts = Annotated[list[StopText] | SkipJsonSchema[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Temperature = Annotated[float, AfterValidator(_no_sliver), Field(ge=0, le=2, description="0, or from 0.01.")]
 

@@ -5,7 +5,6 @@ mistyped limit must not be a limit that is silently off.
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -80,11 +79,3 @@ class Settings(BaseSettings):
             value = None if field in ("api_keys", "admin_key") else first.get("input")  # a secret is not repeated
             name, allowed = PREFIX + field.upper(), cls.model_fields[field].description
             raise ConfigError(f"{name}: {first['msg']}", field=name, value=value, allowed=allowed) from None
-
-    @classmethod
-    def table(cls) -> Iterator[tuple[str, str, str]]:
-        """(environment variable, default, help) of every setting, in order: the README's table."""
-        for name, field in cls.model_fields.items():
-            default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-            shown = str(default).lower() if isinstance(default, bool) else "" if default is None else str(default)
-            yield PREFIX + name.upper(), shown, field.description or ""

@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -21,28 +20,13 @@ from crma.errors import CrmaError, InvalidAdapter, NotFound
 from crma.injection import Injection
 from crma.lora import Lora, LoraStack
 from crma.selection import AdapterSelection
-from server.engine.request import EngineError
+from server.engine.errors import AdapterInUse, AdapterPoolFull
+from server.engine.request import PoolCounters
 
 logger = logging.getLogger(__name__)
 
 Loader = Callable[[], Lora | Backbone]
 Weights = Lora | list[FoldedPair]
-
-
-class AdapterInUse(EngineError):
-    """An adapter that requests use, or that an administrator holds, cannot be unloaded."""
-
-
-class AdapterPoolFull(EngineError):
-    """No room, now or ever: over the limits beside what is in use or held by an administrator."""
-
-
-class PoolStats(NamedTuple):
-    """Counters since the start."""
-
-    loads: int = 0
-    load_seconds: float = 0.0
-    evictions: int = 0
 
 
 @dataclass(eq=False)
@@ -68,6 +52,7 @@ class AdapterPool:
         loras, backbones: the residents. Read by the engine's thread without the lock; replaced, never changed.
         executor: runs the loads, one at a time and in order, never inside `submit`. `close` ends it.
         held: what administrators pinned.
+        counters: since the start.
     """
 
     def __init__(self, injection: Injection, max_resident: int, max_bytes: int | None = None) -> None:
@@ -87,7 +72,7 @@ class AdapterPool:
         self._wanted: dict[str, int] = {}  # digest -> its place in the queue
         self._failures: dict[str, Exception] = {}
         self._stack: LoraStack | None = None
-        self._stats = PoolStats()
+        self.counters = PoolCounters()
 
     def register(self, digest: str, loader: Loader, num_bytes: int = 0) -> None:
         """Make a digest loadable. Its content never changes, but where it lies may: the last loader counts.
@@ -227,10 +212,6 @@ class AdapterPool:
         with self._changed:
             return tuple(self._resident)
 
-    def stats(self) -> PoolStats:
-        """Counters since the start."""
-        return self._stats
-
     def num_pins(self) -> int:
         """Pins of running sequences, which take one on each adapter that they use."""
         with self._changed:
@@ -273,7 +254,7 @@ class AdapterPool:
             return False
         for victim in victims:
             del self._resident[victim]
-        self._stats = self._stats._replace(evictions=self._stats.evictions + len(victims))
+        self.counters.adapter_evictions += len(victims)
         self._publish()
         return True
 
@@ -320,8 +301,8 @@ class AdapterPool:
                 self._sizes[digest] = _num_bytes(weights)
                 if self._make_room(digest, keep):
                     self._resident[digest] = _Resident(weights)
-                    loads, seconds, evictions = self._stats
-                    self._stats = PoolStats(loads + 1, seconds + time.perf_counter() - started, evictions)
+                    self.counters.adapter_loads += 1
+                    self.counters.adapter_load_seconds += time.perf_counter() - started
                     self._failures.pop(digest, None)
                     self._publish()
                 else:

@@ -6,22 +6,14 @@ import copy
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from server.engine.adapter_pool import AdapterPool
 from server.engine.engine import Engine
-from server.engine.request import (
-    EngineStats,
-    EngineStopped,
-    FinishReason,
-    PromptTooLong,
-    QueueFull,
-    Request,
-    RequestOutput,
-)
+from server.engine.errors import EngineStopped, PromptTooLong, QueueFull
+from server.engine.request import EngineStats, FinishReason, Request, RequestOutput
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +30,7 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Runs an `Engine` in a thread and gives every request its stream of outputs.
+    """Runs an `Engine` in a thread, which starts at once, and gives every request its stream of outputs.
 
     Args:
         max_queue: sequences that may wait beside those that can run at once; with one more a request is refused.
@@ -49,10 +41,9 @@ class AsyncEngine:
         self.pool = pool
         self.max_queue = max_queue
         self._wake = threading.Condition()
-        self._commands: deque[Command] = deque()
+        self._commands: list[Command] = []
         self._streams: dict[str, _Stream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None  # of whoever submits
-        self._draining = False
         self._stopped = False
         self._ended = False  # the thread has carried out its last command
         self._step_seconds = 0.1
@@ -60,9 +51,6 @@ class AsyncEngine:
         self.on_failure: Callable[[], None] = lambda: None  # called once, in the engine's thread
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         pool.on_change = lambda: self._command(lambda: None)  # wakes the thread: who waits for an adapter may start
-
-    def start(self) -> None:
-        """Start the engine's thread."""
         self._thread.start()
 
     def submit(self, request: Request) -> AsyncIterator[RequestOutput]:
@@ -72,7 +60,7 @@ class AsyncEngine:
             EngineStopped, QueueFull, PromptTooLong: at once, nothing taken.
             crma.errors.StoreError, EngineError: instead of an output, where an adapter cannot be loaded.
         """
-        if self._draining or self._stopped:
+        if self._stopped:
             why = "the engine has failed" if self._stats.has_failed else "the server is shutting down"
             raise EngineStopped(f"{why} and takes no new requests")
         length, most, limit = len(request.prompt_ids), request.sampling.max_tokens, self.engine.max_model_len
@@ -101,19 +89,14 @@ class AsyncEngine:
         """The state after the last step."""
         return self._stats
 
-    async def stop(self, grace_s: float) -> None:
-        """Take nothing new, let what runs finish for `grace_s` seconds, then end the rest and the thread."""
-        self._draining = True
-        deadline = time.monotonic() + grace_s
-        while self._streams and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+    async def stop(self) -> None:
+        """Take nothing new, end what is not finished, and the thread. Whoever calls it has let requests finish."""
         for request_id in list(self._streams):
             self.abort(request_id)
         with self._wake:
             self._stopped = True
             self._wake.notify()
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self.pool.close)
 
     async def _outputs(self, stream: _Stream) -> AsyncIterator[RequestOutput]:
@@ -163,8 +146,7 @@ class AsyncEngine:
                 if self._stopped and not self._commands:
                     self._ended = True
                     return
-                commands = list(self._commands)
-                self._commands.clear()
+                commands, self._commands = self._commands, []
             outputs = [output for command in commands for output in command() or ()]
             started, num_steps = time.monotonic(), self.engine.counters.num_steps
             outputs += self.engine.step()
@@ -192,17 +174,15 @@ class AsyncEngine:
                 stream.queue.put_nowait(output)
 
     def _snapshot(self) -> EngineStats:
-        scheduler, pool = self.engine.scheduler, self.pool.stats()
+        scheduler = self.engine.scheduler
         running = [s.request for s in scheduler.running]
         waiting = [s.request for s in scheduler.waiting]
         return EngineStats(
             **asdict(self.engine.counters),
+            **asdict(self.pool.counters),
             num_requests_running=len({request.id for request in running}),
             num_requests_waiting=len({request.id for request in waiting}),
             kv_cache_usage=1 - scheduler.blocks.num_free / scheduler.blocks.capacity,
-            adapter_loads=pool.loads,
-            adapter_load_seconds=pool.load_seconds,
-            adapter_evictions=pool.evictions,
             resident=self.pool.resident(),
             running_adapters=tuple(sorted({d for request in running if (d := request.selection.task_digest)})),
             waiting_adapters=tuple(sorted({d for request in waiting if (d := request.selection.task_digest)})),

@@ -30,20 +30,19 @@ class BlockPool:
 
     Args:
         block_size: tokens a block.
+
+    Attributes:
+        capacity: blocks that one sequence could have.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
+        self.capacity = num_blocks - 1
         self.block_size = block_size
         self._uses = [0] * num_blocks
         self._free = OrderedDict.fromkeys(range(1, num_blocks))  # in the order in which they are given out
         self._block_of: dict[Key, int] = {}
         self._key_of: dict[int, Key] = {}
-
-    @property
-    def capacity(self) -> int:
-        """Blocks that one sequence could have."""
-        return self.num_blocks - 1
 
     @property
     def num_free(self) -> int:

@@ -12,7 +12,6 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
-        self._backend = tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._tokenizer = tokenizer
         self._stop = stop
@@ -39,7 +38,7 @@ class Detokenizer:
 
     def _new_text(self, token_id: int) -> str:
         try:
-            return self._stream.step(self._backend, token_id) or ""
+            return self._stream.step(self._tokenizer.backend_tokenizer, token_id) or ""
         except Exception:  # it raises nothing more exact
             # Where characters are spelled in byte tokens, one that completes none unmakes those spelled just before it.
             # What was given out stays; the new text is what the whole has beyond it.
@@ -58,15 +57,8 @@ class Detokenizer:
     def _held_back(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
         open_text = self._text[self._given :]
-        return max(
-            (
-                n
-                for stop in self._stop
-                for n in range(1, min(len(stop), len(open_text) + 1))
-                if open_text.endswith(stop[:n])
-            ),
-            default=0,
-        )
+        lengths = (n for stop in self._stop for n in range(1, len(stop)) if open_text.endswith(stop[:n]))
+        return max(lengths, default=0)
 
     def _give(self, end: int) -> str:
         text, self._given = self._text[self._given : end], max(self._given, end)

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
@@ -46,13 +46,10 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue the n sequences of a request of at most max_model_len tokens."""
+        seed = request.sampling.seed
         for index in range(request.sampling.n):
-            sequence = Sequence(request, index)
-            generator = torch.Generator()
-            if request.sampling.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(request.sampling.seed + index)
+            sequence, generator = Sequence(request, index), torch.Generator()
+            generator.manual_seed(generator.seed() if seed is None else seed + index)
             sequence.decoding = Detokenizer(self.tokenizer, request.sampling.stop), generator
             self.scheduler.add(sequence)
 
@@ -110,7 +107,7 @@ class Engine:
     def _end_unloadable(self) -> list[RequestOutput]:
         """Whoever waits for an adapter that can't be loaded gets the reason."""
         return [
-            self._finish(s, FinishReason.ERROR, error=str(cause), cause=cause)
+            self._finish(s, FinishReason.ERROR, error=cause)
             for digest, cause in self.pool.take_failures().items()
             for s in list(self.scheduler.waiting)
             if digest in s.request.selection
@@ -147,17 +144,15 @@ class Engine:
             if chunk.samples:
                 rows.append(first - 1)
                 sequences.append(chunk.sequence)
-        now = self.clock()
-        outputs = [self._append(*each, now) for each in self._sample(logits[rows], sequences)] if rows else []
+        outputs = self._sample(logits[rows], sequences) if rows else []
         if broken:
             logger.error("%d sequences end with an error: their logits are not numbers", len(broken))
         error = "the model and adapters overflow on this prompt"
         return outputs + [self._finish(s, FinishReason.ERROR, error=error) for s in broken]
 
-    def _sample(
-        self, logits: torch.Tensor, sequences: list[Sequence]
-    ) -> list[tuple[Sequence, int, tuple[TokenLogprob, ...]]]:
-        """Each sequence with its next token and, where asked for, its log-probability."""
+    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[RequestOutput]:
+        """Each sequence gets its next token and, where asked for, its log-probability."""
+        now = self.clock()
         rows = [SamplingRow(s.request.sampling, s.request.prompt_ids, s.output_ids, s.decoding[1]) for s in sequences]
         tokens = sample(logits, rows)
         logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(tokens)
@@ -165,7 +160,7 @@ class Engine:
             tops = [sequences[i].request.sampling.logprobs or 0 for i in asked]
             for i, logprob in zip(asked, token_logprobs(logits[asked], [tokens[i] for i in asked], tops), strict=True):
                 logprobs[i] = (logprob,)
-        return list(zip(sequences, tokens, logprobs, strict=True))
+        return [self._append(*each, now) for each in zip(sequences, tokens, logprobs, strict=True)]
 
     def _add_prompt_logprobs(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
         """The logits at a position are of the token after it; those of the prompt's last are not of the prompt."""
@@ -185,52 +180,40 @@ class Engine:
         sequence.token_ids.append(token)
         self.counters.generation_tokens += 1
         detokenizer, _ = sequence.decoding
-        text = detokenizer.add(token)
+        new = _output(sequence, (token,), detokenizer.add(token), logprob)
         if detokenizer.stopped:
-            return self._finish(sequence, FinishReason.STOP, text, (token,), logprob)
+            return self._finish(sequence, FinishReason.STOP, new)
         if len(sequence.token_ids) - len(request.prompt_ids) >= request.sampling.max_tokens:
-            return self._finish(sequence, FinishReason.LENGTH, text, (token,), logprob)
-        prompt_logprobs = _taken(sequence.prompt_logprobs)
-        return RequestOutput(request.id, sequence.index, (token,), text, logprob, prompt_logprobs)
+            return self._finish(sequence, FinishReason.LENGTH, new)
+        return new
 
     def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        text: str = "",
-        token_ids: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprob, ...] = (),
-        *,
-        error: str | None = None,
-        cause: Exception | None = None,
+        self, sequence: Sequence, reason: FinishReason, new: RequestOutput | None = None, error: str | Exception = ""
     ) -> RequestOutput:
-        request = sequence.request
+        """Take a sequence out. Its last output is what is `new`, with what was held back, the totals and the error."""
+        request, new = sequence.request, new or _output(sequence)
         if self.scheduler.remove(sequence):
             self.pool.release(request.selection)
-        sequence.finish_reason = reason
         now = self.clock()
         ttft_s = None if sequence.first_token is None else sequence.first_token - request.arrival
-        return RequestOutput(
-            request_id=request.id,
-            index=sequence.index,
-            token_ids=token_ids,
-            text=text + sequence.decoding[0].flush(),
-            logprobs=logprobs,
-            prompt_logprobs=_taken(sequence.prompt_logprobs),
+        return replace(
+            new,
+            text=new.text + sequence.decoding[0].flush(),
             finish_reason=reason,
-            error=error,
-            cause=cause,
+            error=str(error) if error else None,
+            cause=error if isinstance(error, Exception) else None,
             completion_tokens=len(sequence.token_ids) - len(request.prompt_ids),
             cached_tokens=sequence.num_cached_tokens,
             timings=Timings((sequence.first_scheduled or now) - request.arrival, ttft_s, now - request.arrival),
         )
 
 
-def _taken(items: list[TokenLogprob]) -> tuple[TokenLogprob, ...]:
-    """All of them; the list is empty then."""
-    taken = tuple(items)
-    items.clear()
-    return taken
+def _output(
+    sequence: Sequence, token_ids: tuple[int, ...] = (), text: str = "", logprobs: tuple[TokenLogprob, ...] = ()
+) -> RequestOutput:
+    """What is new, and the prompt's log-probabilities if they were not given out yet."""
+    prompt_logprobs, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
+    return RequestOutput(sequence.request.id, sequence.index, token_ids, text, logprobs, prompt_logprobs)
 
 
 def model_stop_ids(tokenizer: PreTrainedTokenizerBase, eos: int | Iterable[int] | None) -> frozenset[int]:

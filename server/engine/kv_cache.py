@@ -13,27 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from server.engine.block_pool import NULL_BLOCK
 
 ATTENTION = "crma_paged"
 
 
-class KvCache:
-    """One tensor [L, 2, N, z, h, e] of uninitialised memory; what a sequence gets of it is made zero first."""
-
-    def __init__(
-        self, config: PretrainedConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, 2, num_blocks, block_size, heads, size)
-        self.blocks = torch.empty(shape, dtype=dtype, device=device)
-        self.zero([0])
-
-    def zero(self, blocks: list[int]) -> None:
-        """Before their first use: a masked position still enters a product, and another's NaN · 0 is NaN."""
-        self.blocks[:, :, blocks] = 0
+def make_cache(model: PreTrainedModel, num_blocks: int, block_size: int) -> Tensor:
+    """[L, 2, N, z, h, e] of uninitialised memory but for the null block. What a sequence gets of it is made zero before
+    its first use: a masked position still enters a product, and another's NaN · 0 is NaN."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (config.num_hidden_layers, 2, num_blocks, block_size, heads, size)
+    cache = torch.empty(shape, dtype=model.dtype, device=model.device)
+    cache[:, :, NULL_BLOCK] = 0
+    return cache
 
 
 @dataclass(frozen=True)
@@ -61,35 +58,11 @@ class AttentionGroup:
 
 @dataclass(frozen=True)
 class PagedKv:
-    """The cache as one forward pass sees it: slots [T] say where each token's keys and values go."""
+    """The cache [L, 2, N, z, h, e] as one forward pass sees it: slots [T] say where each token's keys and values go."""
 
-    cache: KvCache
+    cache: Tensor
     slots: Tensor
     groups: tuple[AttentionGroup, ...]
-
-
-def _attend_group(
-    group: AttentionGroup,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    window: int | None,
-    cap: float | None,
-) -> Tensor:
-    """[n · s, H, e] -> [n · s, H, e]. The g query heads of a key-value head are g more queries of it: no copies."""
-    (n, s), (H, e), h = group.positions.shape, query.shape[1:], keys.shape[2]
-    q = query.view(n, s, h, H // h, e).permute(0, 2, 1, 3, 4).reshape(n, h, s * H // h, e)
-    # index_select copies block by block; indexing with a table takes five times as long.
-    k, v = (part.index_select(0, group.blocks).view(n, -1, h, e).transpose(1, 2) for part in (keys, values))
-    mask = group.mask(k.shape[2], window, H // h)
-    if cap is None:
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    else:  # a soft cap (Gemma 2) on the scores; the fused attention has none
-        scores = torch.tanh(q @ k.mT * scale / cap) * cap
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
-        out = weights.to(q.dtype) @ v
-    return out.view(n, h, s, H // h, e).transpose(1, 2).reshape(n * s, H, e)
 
 
 def paged_attention(
@@ -109,12 +82,25 @@ def paged_attention(
     the model's keyword arguments."""
     assert isinstance(module.layer_idx, int)
     query, key, value = query[:, :, 0], key[:, :, 0], value[:, :, 0]
-    keys, values = paged.cache.blocks[module.layer_idx]
+    keys, values = paged.cache[module.layer_idx]
     keys.flatten(0, 1)[paged.slots] = key
     values.flatten(0, 1)[paged.slots] = value
+    (H, e), h = query.shape[1:], keys.shape[2]
     output = torch.empty_like(query)
     for group in paged.groups:
-        output[group.rows] = _attend_group(group, query[group.rows], keys, values, scaling, sliding_window, softcap)
+        n, s = group.positions.shape
+        # The g query heads of a key-value head are g more queries of it: no copies.
+        q = query[group.rows].view(n, s, h, H // h, e).permute(0, 2, 1, 3, 4).reshape(n, h, s * H // h, e)
+        # index_select copies block by block; indexing with a table takes five times as long.
+        k, v = (part.index_select(0, group.blocks).view(n, -1, h, e).transpose(1, 2) for part in (keys, values))
+        mask = group.mask(k.shape[2], sliding_window, H // h)
+        if softcap is None:
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        else:  # a soft cap (Gemma 2) on the scores; the fused attention has none
+            scores = torch.tanh(q @ k.mT * scaling / softcap) * softcap
+            weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+            out = weights.to(q.dtype) @ v
+        output[group.rows] = out.view(n, h, s, H // h, e).transpose(1, 2).reshape(n * s, H, e)
     return output[:, None], None
 
 

@@ -1,8 +1,5 @@
 """One forward pass of a mixed batch through the Hugging Face modules, adapters injected row by row."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -11,7 +8,7 @@ from crma.injection import Injection, plan_rows
 from server.engine.adapter_pool import AdapterPool
 from server.engine.batch import Batch
 from server.engine.block_pool import BlockPool
-from server.engine.kv_cache import ATTENTION, KvCache
+from server.engine.kv_cache import ATTENTION, make_cache
 
 STACK_TOKENS = 64  # up to so many tokens, adapters side by side in one product cost less than one product for each
 
@@ -32,8 +29,7 @@ class ModelRunner:
         self.injection = injection
         self.pool = pool
         self.num_threads = num_threads
-        self.device = next(model.parameters()).device
-        self.kv = KvCache(model.config, blocks.num_blocks, blocks.block_size, model.dtype, self.device)
+        self.kv = make_cache(model, blocks.num_blocks, blocks.block_size)
 
     @torch.inference_mode()
     def run(self, batch: Batch, new_blocks: list[int]) -> Tensor:
@@ -41,27 +37,18 @@ class ModelRunner:
         # Every other thread of the server has one, or OpenMP, once its teams outnumber the cores, stops spinning at its
         # barriers, and a step takes twice as long. Here and each time, because MKL's number is the whole process's.
         torch.set_num_threads(self.num_threads)
-        self.kv.zero(new_blocks)
-        plan = plan_rows(
-            batch.selections,
-            self.pool.loras,
-            self.pool.backbones,
-            self.device,
-            stack=self.pool.stack if len(batch.selections) <= STACK_TOKENS else None,
-            head_rows=torch.tensor(batch.logit_rows, dtype=torch.long, device=self.device),
-        )
-        with self.injection.active(plan), self._paged_attention():
-            output = self.injection.model(
-                input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False, paged=batch.paged
-            )
-        return output.logits[:, -1].float()
-
-    @contextmanager
-    def _paged_attention(self) -> Iterator[None]:
-        """Outside a step the model is what transformers made it."""
-        config = self.injection.model.config
-        before, config._attn_implementation = config._attn_implementation, ATTENTION
+        self.kv[:, :, new_blocks] = 0
+        model, pool = self.injection.model, self.pool
+        stack = pool.stack if len(batch.selections) <= STACK_TOKENS else None
+        head_rows = torch.tensor(batch.logit_rows, dtype=torch.long, device=model.device)
+        plan = plan_rows(batch.selections, pool.loras, pool.backbones, model.device, stack=stack, head_rows=head_rows)
+        # Only for the time of a step: outside it the model is what transformers made it.
+        before, model.config._attn_implementation = model.config._attn_implementation, ATTENTION
         try:
-            yield
+            with self.injection.active(plan):
+                output = model(
+                    input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False, paged=batch.paged
+                )
         finally:
-            config._attn_implementation = before
+            model.config._attn_implementation = before
+        return output.logits[:, -1].float()

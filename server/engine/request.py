@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from crma.errors import CrmaError
 from crma.selection import BASE, AdapterSelection
 
 
@@ -102,27 +101,6 @@ class RequestOutput:
     timings: Timings | None = None
 
 
-class EngineError(CrmaError):
-    """Base of what `AsyncEngine.submit` raises before any output exists."""
-
-
-class QueueFull(EngineError):
-    """The bounded queue is full; `retry_after` is an estimate in seconds."""
-
-    def __init__(self, limit: int, retry_after: float) -> None:
-        message = f"the queue holds its limit of {limit} sequences; try again in {retry_after:.0f} s"
-        super().__init__(message, allowed=limit)
-        self.retry_after = retry_after
-
-
-class EngineStopped(EngineError):
-    """The engine is draining or has failed and takes no new requests."""
-
-
-class PromptTooLong(EngineError):
-    """prompt + max_tokens cannot fit the model's context or the KV cache."""
-
-
 @dataclass
 class EngineCounters:
     """Totals since the start."""
@@ -136,16 +114,22 @@ class EngineCounters:
 
 
 @dataclass
-class EngineStats(EngineCounters):
+class PoolCounters:
+    """Totals of the adapter pool since the start."""
+
+    adapter_loads: int = 0
+    adapter_load_seconds: float = 0.0
+    adapter_evictions: int = 0
+
+
+@dataclass
+class EngineStats(EngineCounters, PoolCounters):
     """A snapshot for metrics and /adapters. Counters only grow; kv_cache_usage is the share of blocks in use."""
 
     has_failed: bool = False
     num_requests_running: int = 0
     num_requests_waiting: int = 0
     kv_cache_usage: float = 0.0
-    adapter_loads: int = 0
-    adapter_load_seconds: float = 0.0
-    adapter_evictions: int = 0
     resident: tuple[str, ...] = ()
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()

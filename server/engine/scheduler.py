@@ -32,9 +32,14 @@ class Chunk:
     count: int
 
     @property
+    def stop(self) -> int:
+        """The position after its last token."""
+        return self.start + self.count
+
+    @property
     def samples(self) -> bool:
         """Whether the chunk ends at the newest token."""
-        return self.start + self.count == len(self.sequence.token_ids)
+        return self.stop == len(self.sequence.token_ids)
 
 
 @dataclass
@@ -46,28 +51,24 @@ class Step:
     preempted: list[Sequence] = field(default_factory=list)
 
 
+@dataclass(eq=False)
 class Scheduler:
-    """Two queues and the blocks.
+    """Two queues and the blocks; `running` has the oldest first.
 
     max_num_seqs: sequences that run at once.
     max_num_batched_tokens: tokens of one step; at least max_num_seqs, so that everything that decodes can.
     root_of: the key that a selection's chains of blocks start from; None: no prefix is shared.
     """
 
-    def __init__(
-        self,
-        blocks: BlockPool,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        root_of: Callable[[AdapterSelection], Key] | None = None,
-    ) -> None:
-        assert max_num_seqs <= max_num_batched_tokens
-        self.blocks = blocks
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.root_of = root_of
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
+    blocks: BlockPool
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    root_of: Callable[[AdapterSelection], Key] | None = None
+    waiting: deque[Sequence] = field(default_factory=deque, init=False)
+    running: list[Sequence] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        assert self.max_num_seqs <= self.max_num_batched_tokens
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence at the end of the queue."""
@@ -94,10 +95,10 @@ class Scheduler:
         """The step has run: its tokens are in the cache, and full blocks can be shared."""
         size = self.blocks.block_size
         for chunk in step.chunks:
-            sequence, stop = chunk.sequence, chunk.start + chunk.count
-            sequence.num_computed_tokens = stop
+            sequence = chunk.sequence
+            sequence.num_computed_tokens = chunk.stop
             if self.root_of is not None:
-                for i in range(chunk.start // size, stop // size):
+                for i in range(chunk.start // size, chunk.stop // size):
                     self.blocks.remember(sequence.block_table[i], self._keys(sequence, i + 1)[i])
 
     def remove(self, sequence: Sequence) -> bool:
@@ -117,7 +118,6 @@ class Scheduler:
         assert len(self.running) <= self.max_num_seqs
         assert not set(self.running) & set(self.waiting)
         assert not any(s.block_table or s.num_computed_tokens for s in self.waiting)
-        assert not any(s.finish_reason for s in self.unfinished())
         for s in self.running:
             assert 0 <= s.num_computed_tokens < len(s.token_ids)
             assert len(s.block_table) >= self.blocks.blocks_for(s.num_computed_tokens)
@@ -131,11 +131,9 @@ class Scheduler:
                 continue  # its prompt will be in the cache
             cached = self._cached_blocks(sequence)
             new = self.blocks.blocks_for(len(sequence.token_ids)) - len(cached)
-            spare = len(
-                self.running
-            )  # each that runs needs a block soon: who starts should not have to give way at once
             free = self.blocks.num_free - sum(self.blocks.is_free(block) for block in cached)
-            if new + spare > free:
+            # Each that runs needs a block soon: who starts should not have to give way at once.
+            if new + len(self.running) > free:
                 return
             admission = admit(sequence)
             if admission is Admission.HOLD:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from server.engine.block_pool import Key
-from server.engine.request import FinishReason, Request, TokenLogprob
+from server.engine.request import Request, TokenLogprob
 
 
 @dataclass(eq=False, slots=True)
@@ -26,7 +26,6 @@ class Sequence:
     block_keys: list[Key] = field(default_factory=list)
     num_overtaken: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
     first_scheduled: float | None = None
     first_token: float | None = None
     decoding: Any = None

@@ -12,7 +12,8 @@ from crma.errors import NotFound
 from crma.question_set import Question, QuestionSet, inline_question_set, read_question_set
 from crma.selection import AdapterSelection, Variant
 from server.auth import require_key
-from server.engine.request import PromptTooLong, QueueFull, SamplingParams
+from server.engine.errors import PromptTooLong, QueueFull
+from server.engine.request import SamplingParams
 from server.errors import AdapterUnloaded, DeadlineExceeded, GenerationFailed, InvalidField, documented
 from server.frontend import Frontend, Generation, TheFrontend, unless_gone
 from server.registry import Resolved
@@ -41,7 +42,10 @@ async def ablation(body: AblationRequest, request: Request, frontend: TheFronten
         return resolved.selection
 
     work = plan(asked.questions, body.variants, select, repeat=body.repeat)
-    _check_size(work, frontend.settings.max_ablation_direct)
+    if work.num_item_variants > (limit := frontend.settings.max_ablation_direct):
+        message = f'over {limit} item-variants need "background": true, which is not honoured yet; ask fewer at a time'
+        allowed = f"<= {limit} item-variants"
+        raise InvalidField(message, field="questions", value=work.num_item_variants, allowed=allowed)
     outcomes = await unless_gone(request, _run(work, asked, selected, body, frontend))
     settings: dict[str, Any] = {"scorer": body.scorer, "margin": body.margin, "seed": body.seed}
     result = await asyncio.to_thread(report, asked.questions, work.by_variant(outcomes), **settings)
@@ -69,13 +73,6 @@ def _question_set(body: AblationRequest, frontend: Frontend) -> QuestionSet:
             raise NotFound(f"no question set {name!r}", field="question_set", value=name, allowed=list(there))
         questions = read_question_set(there[name])
     return questions.for_tasks(body.tasks) if body.tasks else questions
-
-
-def _check_size(work: AblationPlan, limit: int) -> None:
-    if work.num_item_variants > limit:
-        message = f'over {limit} item-variants need "background": true, which is not honoured yet; ask fewer at a time'
-        allowed = f"<= {limit} item-variants"
-        raise InvalidField(message, field="questions", value=work.num_item_variants, allowed=allowed)
 
 
 async def _run(

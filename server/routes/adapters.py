@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from crma.store import TaskEntry
 from server.auth import require_admin, require_key
-from server.engine.adapter_pool import AdapterInUse
+from server.engine.errors import AdapterInUse
 from server.errors import AdapterBusy, documented
 from server.frontend import Frontend, TheFrontend
 

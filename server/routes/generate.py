@@ -57,7 +57,7 @@ class _Generated(Answer[GenerateRequest]):
         }
 
     def _choice(self, sequence: SequenceResult) -> dict[str, Any]:
-        choice: dict[str, Any] = {"text": sequence.text, "finish_reason": sequence.finish_reason}
+        choice: dict[str, Any] = {"text": sequence.text, "finish_reason": sequence.last.finish_reason}
         if self.asked.stream:
             del choice["text"]
         elif self.asked.logprobs:

@@ -55,7 +55,7 @@ class _Completion(Answer[CompletionRequest]):
 
     def body(self) -> dict[str, Any]:
         sequences = enumerate(self.generation.sequences)
-        choices = [_choice(index, sequence.text, sequence.finish_reason) for index, sequence in sequences]
+        choices = [_choice(index, sequence.text, sequence.last.finish_reason) for index, sequence in sequences]
         return {**self._head, "choices": choices, "usage": self._usage(), "provenance": self.provenance()}
 
     def events(self, output: RequestOutput) -> Iterable[str]:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from server.engine.request import EngineStopped, FinishReason, QueueFull, Request
+from server.engine.errors import EngineStopped, QueueFull
+from server.engine.request import FinishReason, Request
 from server.schemas import EXAMPLES
 
 from .conftest import BASE, Serve, Served

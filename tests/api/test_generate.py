@@ -9,7 +9,8 @@ import tiny
 from starlette.requests import ClientDisconnect
 
 from crma.errors import InvalidAdapter
-from server.engine.request import EngineStopped, FinishReason, QueueFull, SamplingParams
+from server.engine.errors import EngineStopped, QueueFull
+from server.engine.request import FinishReason, SamplingParams
 from server.schemas import EXAMPLES
 
 from .conftest import BASE, Serve, Served

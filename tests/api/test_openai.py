@@ -8,7 +8,8 @@ import openai
 import pytest
 import tiny
 
-from server.engine.request import FinishReason, QueueFull
+from server.engine.errors import QueueFull
+from server.engine.request import FinishReason
 
 from .conftest import Serve, Served
 from .test_errors import refused

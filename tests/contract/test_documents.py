@@ -26,7 +26,11 @@ RESULT = ROOT / "crma" / "results" / "holdout.json"
 
 def settings_table() -> str:
     lines = ["| variable | default | |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| `{name}` | `{default}` | {text} |" for name, default, text in Settings.table())])
+    for name, field in Settings.model_fields.items():
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        shown = str(default).lower() if isinstance(default, bool) else "" if default is None else str(default)
+        lines.append(f"| `CRMA_{name.upper()}` | `{shown}` | {field.description} |")
+    return "\n".join(lines)
 
 
 def errors_table() -> str:

@@ -21,7 +21,8 @@ from crma.adapter import Backbone
 from crma.errors import DigestMismatch, InvalidAdapter, NotFound
 from crma.lora import Lora, LoraConfig, LoraPair
 from crma.selection import AdapterSelection
-from server.engine.adapter_pool import AdapterInUse, AdapterPool, AdapterPoolFull
+from server.engine.adapter_pool import AdapterPool
+from server.engine.errors import AdapterInUse, AdapterPoolFull
 
 ADAPTERS = tiny.adapters(tiny.injection())
 PATH = next(iter(tiny.injection().shapes))
@@ -179,7 +180,7 @@ def test_the_least_recently_used_goes_and_never_for_what_waits_behind_its_own_us
     pool.prefetch([TASKS[0], TASKS[2], TASKS[1]])
     loads.end_all()
     pool.prefetch([TASKS[0], TASKS[2], TASKS[1]])
-    assert (pool.resident(), loads.waiting, pool.stats()[2]) == (("task-0", "task-2"), [], 1)
+    assert (pool.resident(), loads.waiting, pool.counters.adapter_evictions) == (("task-0", "task-2"), [], 1)
     pool.prefetch([TASKS[1], TASKS[0], TASKS[2]])
     loads.end_all()
     assert pool.resident() == ("task-0", "task-1"), "of those that are waited for, what is needed last goes"

@@ -14,15 +14,8 @@ import tiny
 from crma.generate import generate
 from crma.selection import BASE, AdapterSelection
 from server.engine.async_engine import AsyncEngine
-from server.engine.request import (
-    EngineStopped,
-    FinishReason,
-    PromptTooLong,
-    QueueFull,
-    Request,
-    RequestOutput,
-    SamplingParams,
-)
+from server.engine.errors import EngineStopped, PromptTooLong, QueueFull
+from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 
 ADAPTERS = tiny.adapters(tiny.injection())
 BOTH = AdapterSelection("task-0", "crma-0")
@@ -50,7 +43,6 @@ class Running:
         self.core.runner.run = lambda *step: self.wait(self.at_step) or run(*step)
         self.pool.register("slow", lambda: self.wait(self.at_load) or ADAPTERS["task-1"])
         self.engine = AsyncEngine(self.core, self.pool, max_queue)
-        self.engine.start()
         if go:
             self.go.set()
 
@@ -105,7 +97,7 @@ async def start() -> AsyncIterator[Callable[..., Running]]:
     for each in started:
         if not each.engine._stopped:
             await each.settled()
-            await asyncio.wait_for(each.engine.stop(0), 10)
+            await asyncio.wait_for(each.engine.stop(), 10)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -118,7 +110,7 @@ async def test_aborted_or_stopped_wherever_it_is(start: Any, stopped: bool) -> N
     unread = served.engine.submit(ask("unread", BOTH, n=2))
     await happens(served.at_step)
     if stopped:
-        ending = asyncio.create_task(served.engine.stop(0))
+        ending = asyncio.create_task(served.engine.stop())
     for name in () if stopped else ("waits", "loads", "waits", "unread", "nobody"):
         served.engine.abort(name)
     served.go.set()
@@ -181,17 +173,18 @@ async def test_an_unforeseen_failure_of_the_engine_leaves_nobody_waiting(start: 
     with pytest.raises(EngineStopped):
         served.engine.submit(ask("later"))
     assert served.engine.stats().has_failed
-    await asyncio.wait_for(served.engine.stop(0), 10)
+    await asyncio.wait_for(served.engine.stop(), 10)
 
 
-async def test_stopping_lets_what_runs_finish_and_takes_nothing_new(start: Any) -> None:
+async def test_stopping_takes_nothing_new_and_ends_what_runs(start: Any) -> None:
     served = start(go=False)
     taken = served.take(ask("taken", BOTH, max_tokens=40))
-    stopping = asyncio.create_task(served.engine.stop(10))
     await happens(served.at_step)
+    stopping = asyncio.create_task(served.engine.stop())
+    await happens(served.at_step)  # again: the stopping begins meanwhile
     with pytest.raises(EngineStopped):
         served.engine.submit(ask("late"))
     served.go.set()
-    assert reason(await taken[0])[0] is FinishReason.LENGTH
+    assert reason(await taken[0])[0] is FinishReason.ABORT
     await asyncio.wait_for(stopping, 10)
     served.check_empty()

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from crma.selection import AdapterSelection
 from server.engine.block_pool import BlockPool, root_key
-from server.engine.request import FinishReason, Request, SamplingParams
+from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import Admission, Scheduler, Step
 from server.engine.sequence import Sequence
 
@@ -85,7 +85,6 @@ class Schedules(RuleBasedStateMachine):
     def remove(self, ended: Sequence) -> None:
         was_running = ended in self.scheduler.running
         assert self.scheduler.remove(ended) is was_running
-        ended.finish_reason = FinishReason.STOP
 
     @invariant()
     def books_balance(self) -> None:

@@ -1,4 +1,4 @@
-"""Every call to the server as plain data: what is sent, and how the answer is read. No input or output happens here."""
+"""Calls to the server as plain data: what is sent, and how the answer is read. No input or output happens here."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,23 +70,22 @@ def generate(prompt: str, options: Mapping[str, Any]) -> Call[Generation]:
 
 def stream(prompt: str, options: Mapping[str, Any]) -> Call[httpx.Response]:
     """POST /generate with "stream": true; the answer's bytes are for a TokenReader."""
-    body = _body({**options, "prompt": prompt, "stream": True})
-    return Call("POST", "/generate", lambda response: response, body)
+    return Call("POST", "/generate", lambda response: response, _body({**options, "prompt": prompt, "stream": True}))
 
 
 def ablation(body: Mapping[str, Any]) -> Call[dict[str, Any]]:
     """POST /ablation, answered when it is done."""
-    return Call("POST", "/ablation", _object, _body(body))
+    return Call("POST", "/ablation", read_object, _body(body))
 
 
-def _object(response: httpx.Response) -> dict[str, Any]:
+def read_object(response: httpx.Response) -> dict[str, Any]:
+    """The parser of an answer that is a JSON object."""
     return read(dict, _json(response.content))
 
 
-ADAPTERS = Call("GET", "/adapters", _object)
-HEALTH = Call("GET", "/healthz", lambda response: response.status_code == 200, accepts=(200, 503))
-READY = Call("GET", "/readyz", lambda response: response.status_code == 200, accepts=(200, 503))
-METRICS = Call("GET", "/metrics", lambda response: response.text)
+def probe(path: str) -> Call[bool]:
+    """GET /healthz or /readyz: whether the answer is yes; 503 is no."""
+    return Call("GET", path, lambda response: response.status_code == 200, accepts=(200, 503))
 
 
 class TokenReader:

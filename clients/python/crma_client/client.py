@@ -17,6 +17,7 @@ from crma_client.types import Generation, Token
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+H = TypeVar("H", httpx.Client, httpx.AsyncClient)
 G = TypeVar("G")  # Generation
 D = TypeVar("D")  # dict, JSON as it came
 B = TypeVar("B")  # bool
@@ -54,11 +55,35 @@ class AsyncTokenStream(TokenReader):
         _ = self.result  # raises if the stream broke off
 
 
-class _Calls(Generic[G, D, B, S]):
-    """What both clients do alike. The type arguments are what they return: the answers, or awaitables of them.
-
-    Every method raises from the tree in `crma_client.errors`, and nothing else.
+class _Calls(Generic[H, G, D, B, S]):
+    """What both clients do alike. The type arguments are their httpx client, and what they return: the answers, or
+    awaitables of them. Every method raises from the tree in `crma_client.errors`, and nothing else.
     """
+
+    _http_client: type[H]
+
+    def __init__(
+        self, base_url: str = DEFAULT_URL, *, api_key: str | None = None, timeout: float | None = 60.0, **http: Any
+    ) -> None:
+        """
+        Args:
+            base_url: where the server listens.
+            api_key: sent as a bearer token.
+            timeout: seconds to wait for a connection, and for each part of an answer (a stream's next token; all of it
+                where nothing streams). None waits for ever.
+            http: what else an httpx client takes: verify, proxy, transport, ….
+
+        Raises:
+            InvalidArgument: which never shows the key.
+        """
+        headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            if not (api_key.isascii() and api_key.isprintable()):
+                raise InvalidArgument("api_key must be printable ASCII", field="api_key")
+            headers["Authorization"] = f"Bearer {api_key}"
+        with _transport_errors():
+            url = httpx.URL(str(base_url))
+        self._http: H = self._http_client(base_url=url, headers=headers, timeout=timeout, **http)
 
     def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> G:
         """Generate an answer to `prompt`; see GenerateOptions."""
@@ -76,39 +101,28 @@ class _Calls(Generic[G, D, B, S]):
 
     def adapters(self) -> D:
         """The base model, the CRMA backbone and the task adapters that the server serves."""
-        return self._send(calls.ADAPTERS)
+        return self._send(Call("GET", "/adapters", calls.read_object))
 
     def health(self) -> B:
         """Whether the process lives."""
-        return self._send(calls.HEALTH)
+        return self._send(calls.probe("/healthz"))
 
     def ready(self) -> B:
         """Whether it has verified its store and run a step: False while it starts or drains."""
-        return self._send(calls.READY)
+        return self._send(calls.probe("/readyz"))
 
     def metrics(self) -> S:
         """The metrics in Prometheus' text format."""
-        return self._send(calls.METRICS)
+        return self._send(Call("GET", "/metrics", lambda response: response.text))
 
     def _send(self, call: Call[Any]) -> Any:
         raise NotImplementedError
 
 
-class Client(_Calls[Generation, dict[str, Any], bool, str]):
-    """A CRMA Server, blocking. Use it as a context manager, or call `close()`. Safe to share between threads.
+class Client(_Calls[httpx.Client, Generation, dict[str, Any], bool, str]):
+    """A CRMA Server, blocking. Use it as a context manager, or call `close()`. Safe to share between threads."""
 
-    Args:
-        base_url: where the server listens.
-        api_key: sent as a bearer token.
-        timeout: seconds to wait for a connection, and for each part of an answer (a stream's next token; all of it
-            where nothing streams). None waits for ever.
-        http: what else an httpx client takes: verify, proxy, transport, ….
-    """
-
-    def __init__(
-        self, base_url: str = DEFAULT_URL, *, api_key: str | None = None, timeout: float | None = 60.0, **http: Any
-    ) -> None:
-        self._http = httpx.Client(**_options(base_url, api_key, timeout), **http)
+    _http_client = httpx.Client
 
     @contextmanager
     def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> Iterator[TokenStream]:
@@ -137,13 +151,12 @@ class Client(_Calls[Generation, dict[str, Any], bool, str]):
         return call.answer(response)
 
 
-class AsyncClient(_Calls[Awaitable[Generation], Awaitable[dict[str, Any]], Awaitable[bool], Awaitable[str]]):
+class AsyncClient(
+    _Calls[httpx.AsyncClient, Awaitable[Generation], Awaitable[dict[str, Any]], Awaitable[bool], Awaitable[str]]
+):
     """As Client, awaited. Use it as an async context manager, or call `aclose()`."""
 
-    def __init__(
-        self, base_url: str = DEFAULT_URL, *, api_key: str | None = None, timeout: float | None = 60.0, **http: Any
-    ) -> None:
-        self._http = httpx.AsyncClient(**_options(base_url, api_key, timeout), **http)
+    _http_client = httpx.AsyncClient
 
     @asynccontextmanager
     async def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> AsyncIterator[AsyncTokenStream]:
@@ -183,15 +196,3 @@ def _transport_errors() -> Iterator[None]:
         raise InvalidArgument(f"base_url is not that of a server: {error}", field="base_url") from error
     except (httpx.RequestError, httpx.StreamError) as error:
         raise ConnectionFailed(f"no complete answer from the server: {error or type(error).__name__}") from error
-
-
-def _options(base_url: str, api_key: str | None, timeout: float | None) -> dict[str, Any]:
-    """What both httpx clients are made with. Raises InvalidArgument, which never shows the key."""
-    headers = {"Content-Type": "application/json"}
-    if api_key is not None:
-        if not (api_key.isascii() and api_key.isprintable()):
-            raise InvalidArgument("api_key must be printable ASCII", field="api_key")
-        headers["Authorization"] = f"Bearer {api_key}"
-    with _transport_errors():
-        url = httpx.URL(str(base_url))
-    return {"base_url": url, "headers": headers, "timeout": timeout}

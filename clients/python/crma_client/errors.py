@@ -127,5 +127,5 @@ def _details(body: object, otherwise: str) -> dict[str, Any]:
     """What {"error": {…}} says, None for each thing it does not; `otherwise` is the message where it has none."""
     error = body.get("error") if isinstance(body, Mapping) else None
     found = error if isinstance(error, Mapping) else {}
-    details = {key: found.get(key) for key in ("code", "field", "value", "allowed")}
-    return {**details, "message": found.get("message") or otherwise}
+    message = found.get("message") or otherwise
+    return {"message": message, **{key: found.get(key) for key in ("code", "field", "value", "allowed")}}
