@@ -93,7 +93,7 @@ def experiment(
     config: Annotated[Path, typer.Argument(help="A TOML file; see crma/experiments.")],
     results: Annotated[Path, typer.Option(help="Where the records go.")] = Path("crma/results"),
     work: Annotated[Path, typer.Option(help="Run folders.")] = Path("runs"),
-    jobs: Annotated[int, typer.Option(help="Runs at a time; each has its share of the cores.", min=1)] = 1,
+    only: Annotated[str, typer.Option(help="Runs whose name is like this, such as '*-seed0'.")] = "*",
 ) -> None:
     """Run every arm and seed of an experiment whose record is not there yet, and print the table of all."""
     from crma.experiment import execute, read_experiment
@@ -101,18 +101,12 @@ def experiment(
 
     planned = read_experiment(config)
     with progress_bars() as bars:
-        whole = bars.add_task(planned.name, total=len(planned.planned()))
-        rows: dict[str, Any] = {}
+        whole, row = bars.add_task(planned.name), bars.add_task("")
 
-        def report(name: str, what: str, done: int, total: int) -> None:
-            if what == "done":
-                bars.remove_task(rows.pop(name))
-                bars.advance(whole)
-                return
-            rows[name] = rows[name] if name in rows else bars.add_task(name)
-            bars.update(rows[name], description=f"{name}: {what}", completed=done, total=total)
+        def report(what: str, done: int, total: int) -> None:
+            bars.update(whole if what == planned.name else row, description=what, completed=done, total=total)
 
-        paths = execute(planned, results, work, jobs=jobs, report=report)
+        paths = execute(planned, results, work, only=only, report=report)
     note(f"{len(paths)} records in {results / planned.name}")
     typer.echo(arms_table({path.stem: json.loads(path.read_text()) for path in paths}))
 
@@ -180,21 +174,15 @@ def evaluate(
     model: Model = DEFAULT_MODEL,
     split: str = "holdout",
     control: Annotated[Path | None, typer.Option(help="A store of LoRAs trained without CRMA.")] = None,
-    as_json: Json = False,
 ) -> None:
-    """Loss and accuracy of every built-in task under every variant, beside majority and naive Bayes."""
+    """Loss and accuracy of every built-in task under every variant, beside majority and naive Bayes; as JSON."""
     from crma.served import Served, score_tasks
     from crma.sources import DOMAINS
     from crma.store import AdapterStore
-    from crma.tables import results_table
 
     served = Served(find_base(model), AdapterStore(store))
     tasks = [task for task in served.store.task_names() if task in DOMAINS]
-    result = score_tasks(served, tasks, split, AdapterStore(control) if control else None, note=note)
-    if as_json:
-        show_json(result)
-    else:
-        typer.echo(results_table(result))
+    show_json(score_tasks(served, tasks, split, AdapterStore(control) if control else None, note=note))
 
 
 @app.command("import")

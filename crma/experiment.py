@@ -11,13 +11,10 @@ A record that is there is not made again, so a killed experiment goes on where i
 """
 
 import json
-import multiprocessing
-import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,12 +23,8 @@ from crma.config import TrainConfig, read_toml
 from crma.errors import ConfigError, TrainingError
 from crma.files import replace_file, to_json
 from crma.json_lines import checked
-
-if TYPE_CHECKING:
-    from crma.protocol import Run
-
-Report = Callable[[str, str, int, int], None]
-"""Called with the name of a run, what it does, and how much of that is done and to do; from other threads."""
+from crma.protocol import Progress, Run
+from crma.pull import find_base
 
 
 class Runs(BaseModel):
@@ -75,19 +68,19 @@ def read_experiment(path: Path) -> Experiment:
     return checked("", read_toml(path), Experiment.model_validate, ConfigError)
 
 
-def execute(experiment: Experiment, results: Path, work: Path, *, jobs: int, report: Report) -> list[Path]:
-    """Make every record that is missing, `jobs` runs at a time with an equal share of the cores each.
+def execute(experiment: Experiment, results: Path, work: Path, *, only: str, report: Progress) -> list[Path]:
+    """Make every record that is missing, one run after the other.
 
     Args:
         results: records go to `<results>/<experiment>/<run>.json`.
         work: run folders, `<work>/<experiment>/<run>`; needed only until their record is there.
+        only: a pattern of run names, such as "*-seed0": so several machines, or processes, share an experiment.
 
     Returns:
-        The paths of all records.
+        The paths of all records that are there.
 
     Raises:
-        TrainingError: a record is there that another configuration made, or a run failed one of its checks; the runs
-            that were going on are finished first.
+        TrainingError: a record is there that another configuration made, or a run failed one of its checks.
     """
     planned = experiment.planned()
     paths = {name: results / experiment.name / f"{name}.json" for name in planned}
@@ -95,57 +88,13 @@ def execute(experiment: Experiment, results: Path, work: Path, *, jobs: int, rep
         if path.exists() and json.loads(path.read_text())["config"] != planned[name].model_dump(mode="json"):
             message = f"{path} was made with another configuration; delete it, or give the run another label"
             raise TrainingError(message, field=name, value=str(path), allowed="the same configuration")
-    missing = {name: config for name, config in planned.items() if not paths[name].exists()}
-    if not missing:
-        return list(paths.values())
-    folder, threads = work / experiment.name, max(1, (os.cpu_count() or 1) // jobs)
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        told = manager.Queue()
-        listener = Thread(target=_listen, args=(told, report))
-        listener.start()
-        futures = [pool.submit(_run, n, config, folder, paths[n], threads, told) for n, config in missing.items()]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            told.put(None)
-            listener.join()
-    return list(paths.values())
-
-
-def _listen(told: Any, report: Report) -> None:
-    while (item := told.get()) is not None:
-        report(*item)
-
-
-def _run(name: str, config: TrainConfig, folder: Path, record: Path, threads: int, told: Any) -> None:
-    """One run in a process of its own; its record is copied when all of it is there."""
-    import torch  # in the worker: the parent of these processes needs none of it
-
-    from crma.protocol import Run
-    from crma.pull import find_base
-
-    torch.set_num_threads(threads)
-
-    def progress(what: str, done: int, total: int) -> None:
-        told.put((name, what, done, total))
-
-    run = Run(config, find_base(config.model), folder / name, progress)
-    if source := _same_first_task(run, folder):
-        run.fork(source)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(record, to_json(run.execute()))
-    told.put((name, "done", 1, 1))
-
-
-def _same_first_task(run: "Run", folder: Path) -> Path | None:
-    """A run folder whose first task is trained and is what this run would train first."""
-    for stats in sorted(folder.glob(f"*/work/{run.stages[0][0]}/stats.json")):
-        if json.loads(stats.read_text())["key"] == run.first_task_key():
-            return stats.parents[2]
-    return None
+    missing = [name for name in planned if fnmatch(name, only) and not paths[name].exists()]
+    for done, name in enumerate(missing):
+        report(experiment.name, done, len(missing))
+        run = Run(planned[name], find_base(planned[name].model), work / experiment.name / name, report)
+        paths[name].parent.mkdir(parents=True, exist_ok=True)
+        replace_file(paths[name], to_json(run.execute()))
+    return [path for path in paths.values() if path.exists()]
 
 
 def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -174,9 +174,3 @@ class StackedRows:
             columns = torch.tensor(owners, device=self.adapters.device)
             self._foreign[owners] = (columns != self.adapters[:, None])[:, None]
         return self._foreign[owners]
-
-
-def add_per_row(y: Tensor, x: Tensor, pairs: Sequence[LoraPair | None]) -> Tensor:
-    """The slow reference of `add_grouped`: row by row, each with its own pair or none."""
-    rows = [y[i] if pair is None else y[i] + pair.delta(x[i]) for i, pair in enumerate(pairs)]
-    return torch.stack(rows)

@@ -9,7 +9,6 @@ Shapes: T tasks; loss[i][t] is L_{i,t}: task t after training task i, row 0 the 
 import hashlib
 import json
 import platform
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,6 @@ from accelerate import Accelerator
 from crma.adapter import Backbone, CrmaConfig
 from crma.arms import ARMS, Arm
 from crma.certificate import certify
-from crma.channels import BACKBONE, task_channel
 from crma.config import TrainConfig
 from crma.data import SPLITS, load_split, split_path
 from crma.drift import measures
@@ -34,7 +32,7 @@ from crma.evaluate import Evaluator, Measure
 from crma.files import replace_file, to_json
 from crma.injection import Injection, Plan, target_names
 from crma.lora import Lora, LoraConfig, match_targets, new_lora
-from crma.manifest import TrainedOn, bytes_digest, check_name, file_digest
+from crma.manifest import TrainedOn, check_name, file_digest
 from crma.model import load_model, load_tokenizer, resolve_dtype
 from crma.prompts import chat_format
 from crma.provenance import commit, hardware
@@ -84,26 +82,6 @@ class Run:
         replace_file(self.folder / "record.json", to_json(record))
         return record
 
-    def first_task_key(self) -> str:
-        """Runs of equal keys train their first task to the same bits: what they do differently, they do after it."""
-        arm, config = self.arm, self.config.model_dump(mode="json", exclude={"arm": True, "measure": True})
-        config["tasks"], digests = config["tasks"][: len(self.stages[0][1])], split_digests(config["tasks"][0])
-        config["crma"] = {k: v for k, v in config["crma"].items() if arm.crma and not k.startswith("later_")}
-        key = [config, digests, arm.crma, arm.matched, arm.mapping, arm.groups, hardware(), torch.__version__]
-        return bytes_digest(json.dumps(key, sort_keys=True).encode())
-
-    def fork(self, finished: Path) -> None:
-        """Start from the first task of another run folder, trained under the same `first_task_key`."""
-        first = self.stages[0][0]
-        if (self.folder / "work" / first / "stats.json").exists():
-            return
-        self._pin_config()
-        places = [f"store/tasks/{first}/v1", "store/backbones/v1", f"work/{first}"]
-        for place in places if self.arm.crma else (places[0], places[2]):
-            shutil.copytree(finished / place, self.folder / place, dirs_exist_ok=True)
-        for channel in (task_channel(first), *([BACKBONE] if self.arm.crma else [])):
-            self.store.set_serving(channel, "v1")
-
     def _pin_config(self) -> None:
         """A folder belongs to one config: going on with another would mix two runs."""
         path, mine = self.folder / "config.json", self.config.model_dump(mode="json")
@@ -127,7 +105,7 @@ class Run:
         trainer = TaskTrainer(self.config, self.accelerator, adapted, rows, task, index == 0, pad_id, folder, M_0)
         wall_s = trainer.run(partial(self.progress, f"{self.arm.name} seed {self.config.seed}: {task}"))
         self._snapshot(index, lora, backbone)
-        replace_file(folder / "stats.json", to_json({"wall_s": wall_s, "key": "" if index else self.first_task_key()}))
+        replace_file(folder / "stats.json", to_json({"wall_s": wall_s}))
         return wall_s
 
     def _start_lora(self, index: int, task: str) -> Lora:

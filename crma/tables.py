@@ -1,4 +1,4 @@
-"""Results as the Markdown that the README shows; a test holds the README to it."""
+"""The records of an experiment as the table that `crma experiment` prints and the README shows."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,41 +9,6 @@ from crma.statistics import t_interval, tost
 CONTROL = "FROZEN-matched"
 FIGURES = ("ACC", "BWT", "FWT")
 DRIFT_MARGIN = 0.5  # percent, set before any run (METHOD, section 4)
-
-COLUMNS = {
-    "task+crma": "LoRA + CRMA",
-    "task": "same LoRA, CRMA off",
-    "crma": "CRMA alone",
-    "base": "base",
-    "control": "LoRA without CRMA",
-    "naive_bayes": "naive Bayes",
-    "majority": "majority",
-}
-
-
-def results_table(result: Mapping[str, Any]) -> str:
-    """What `crma evaluate --json` gave: accuracy with its 95 % interval, and loss where there is one."""
-    tasks: Mapping[str, Mapping[str, Any]] = result["tasks"]
-    columns = [column for column in COLUMNS if column in next(iter(tasks.values()))]
-    lines = [
-        "| " + " | ".join([f"{result['split']}", *(COLUMNS[column] for column in columns)]) + " |",
-        "|---" * (len(columns) + 1) + "|",
-        *("| " + " | ".join([task, *(_cell(row[column]) for column in columns)]) + " |" for task, row in tasks.items()),
-    ]
-    items = next(iter(tasks.values()))[columns[0]]["items"]
-    machine = result["hardware"]
-    origin = (
-        f"Exact-match accuracy on {items} questions a task [95 %, Wilson], with the loss in nats per answer token. "
-        f"{result['model']}, {result['dtype']}, greedy; seed {result['seed']}, one run; {machine['cores']} cores of "
-        f"{machine['cpu']}; commit `{result['commit']}`."
-    )
-    return "\n".join([*lines, "", origin])
-
-
-def _cell(cell: Mapping[str, Any]) -> str:
-    low, high = cell["wilson"]
-    loss = f"<br>{cell['loss']:.2f}" if "loss" in cell else ""
-    return f"{cell['accuracy']:.2f} [{low:.2f}, {high:.2f}]{loss}"
 
 
 def arms_table(records: Mapping[str, Mapping[str, Any]]) -> str:

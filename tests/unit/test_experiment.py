@@ -68,20 +68,20 @@ def test_a_record_is_made_once_and_only_by_its_own_configuration(
     for task, answers in {"first": ("yes", "no"), "second": ("up", "down")}.items():
         write_task(tmp_path / task, answers)
     config = {"tasks": [str(tmp_path / t) for t in ("first", "second")], "model": str(base.path), "dtype": "float32"}
-    config |= {"epochs": 1, "batch_size": 5, "crma": {"num_streams": 2, "stream_rank": 2}}
-    runs = [{"arm": "MODULAR", "seeds": [0]}, {"arm": "MODULAR-stop", "seeds": [0]}]
+    config |= {"epochs": 1, "batch_size": 5}
     told: list[Any] = []
 
-    def run(**changes: Any) -> list[Path]:
-        trial = planned(config=config | changes, runs=runs)
-        return execute(trial, tmp_path / "results", tmp_path / "work", jobs=1, report=lambda *item: told.append(item))
+    def run(only: str = "*", **changes: Any) -> list[str]:
+        trial = planned(config=config | changes)
+        report: Any = lambda *item: told.append(item)  # noqa: E731
+        return [p.stem for p in execute(trial, tmp_path / "results", tmp_path / "work", only=only, report=report)]
 
-    first, stopped = (json.loads(path.read_text()) for path in run())
-    assert stopped["digests"]["backbones"] == 2 * first["digests"]["backbones"][:1]
-    trained = {(name, what) for name, what, *_ in told if "first" in what}
-    assert trained == {("MODULAR-seed0", "MODULAR seed 0: first")}  # the other one was forked
+    assert run(only="*-seed1") == ["FROZEN-seed1"]
+    assert run() == ["FROZEN-seed0", "FROZEN-seed1", "one-seed0"]
+    assert json.loads((tmp_path / "results" / "try" / "one-seed0.json").read_text())["config"]["lora"]["rank"] == 3
+    assert ("try", 1, 2) in told
     told.clear()
-    assert len(run()) == 2
+    assert len(run()) == 3
     assert not told
     with pytest.raises(TrainingError, match="made with another configuration"):
         run(epochs=2)
