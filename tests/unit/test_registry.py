@@ -1,4 +1,4 @@
-"""Which adapters a request means: every row of the rule for `crma`, and a store that changes while it serves."""
+"""Which adapters a request means, and a store that changes while it serves."""
 
 import asyncio
 from pathlib import Path
@@ -36,25 +36,11 @@ async def started(store: AdapterStore, **options: Any) -> Registry:
     return made
 
 
-MEANINGS = [
-    (None, None, "base"),
-    (None, True, "crma"),
-    ("with", None, "task+crma"),
-    ("with", False, "task"),
-    ("without", None, "task"),
-]
-
-
-@pytest.mark.parametrize(("task", "crma", "variant"), MEANINGS)
-async def test_what_crma_means(store: AdapterStore, task: str | None, crma: bool | None, variant: str) -> None:
-    """CRMA is the backbone that serves: a descendant of the one that a task records."""
+async def test_crma_is_the_backbone_that_serves_a_descendant_of_the_one_a_task_records(store: AdapterStore) -> None:
     recorded = publish_backbone(store).digest
-    digests = {"with": publish(store, "with", 0, backbone=recorded).digest, None: None}
-    digests["without"] = publish(store, "without", 1).digest
-    backbone = publish_backbone(store, 1, lineage=(recorded,)).digest
-    made = await started(store)
-    assert made.resolve(task, crma).selection == (digests[task], backbone if "crma" in variant else None)
-    assert made.resolve(task, crma).selection.variant == variant
+    task = publish(store, "with", backbone=recorded).digest
+    serving = publish_backbone(store, 1, lineage=(recorded,)).digest
+    assert (await started(store)).resolve("with", None).selection == (task, serving)
 
 
 async def test_names_versions_and_formats(store: AdapterStore) -> None:
