@@ -1,7 +1,5 @@
 """Any mix of requests through the engine, and what each gets alone: shared by the numerics, e2e and GPU tests."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace

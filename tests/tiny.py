@@ -20,11 +20,13 @@ from crma.injection import Injection, target_names
 from crma.lora import Lora, LoraConfig, LoraPair, match_targets
 from crma.prompts import PromptFormat
 from crma.pull import BaseModel, pull
+from crma.selection import BASE, AdapterSelection
 from crma.store import AdapterStore, BackboneEntry, TaskEntry
 from server.engine.adapter_pool import AdapterPool
 from server.engine.block_pool import BlockPool, root_key
 from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner
+from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+PROMPT = (5, 9, 40)
 FORMAT = PromptFormat("<|im_start|>", "[answer]", "<|im_end|>")
 
 
@@ -79,13 +82,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = ["<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=special,
-        show_progress=False,
-    )
+    special, alphabet = ["<|im_start|>", "<|im_end|>"], sorted(pre_tokenizers.ByteLevel.alphabet())
+    options = {"initial_alphabet": alphabet, "special_tokens": special, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, **options)
     backend.train_from_iterator(["the naïve café costs 3 € in 日本 and the 🙂 is free, the other answers"], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, chat_template=CHATML, eos_token=special[1], additional_special_tokens=special[:1]
@@ -143,6 +142,14 @@ def make_engine(
     root_of = (lambda selection: root_key(*selection)) if prefix_caching else None
     scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, root_of)
     return Engine(ModelRunner(inj, pool, blocks), scheduler, tokenizer(), frozenset(), max_model_len), pool
+
+
+def ask(
+    name: str = "r", selection: AdapterSelection = BASE, *, prompt: tuple[int, ...] = PROMPT, **options: Any
+) -> Request:
+    """A request for six tokens; options of sampling, or a deadline."""
+    deadline, sampling = options.pop("deadline", None), SamplingParams(**{"max_tokens": 6, **options})
+    return Request(name, prompt, sampling=sampling, selection=selection, deadline=deadline)
 
 
 def pulled_base(folder: Path) -> BaseModel:

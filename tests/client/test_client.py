@@ -30,9 +30,8 @@ def test_only_what_was_given_is_sent() -> None:
 @pytest.mark.parametrize("value", [b"x", {1}])
 def test_a_value_that_json_has_not_is_refused_before_it_is_sent(value: object) -> None:
     for call in (calls.generate, calls.stream):
-        with pytest.raises(errors.InvalidArgument) as caught:
+        with pytest.raises(errors.InvalidArgument, check=lambda error: error.field == "body"):
             call("hi", {"task": value})
-        assert caught.value.field == "body"
 
 
 ENDINGS = [
@@ -124,9 +123,8 @@ def test_an_exception_of_the_callers_own_leaves_the_stream_unchanged() -> None:
 
 @pytest.mark.parametrize("base_url", ["", "localhost:8000", "ftp://host", "http://host:port", None])
 def test_a_base_url_that_is_none_is_refused(base_url: Any) -> None:
-    with pytest.raises(errors.InvalidArgument) as caught, Client(base_url) as client:
+    with pytest.raises(errors.InvalidArgument, check=lambda e: e.field == "base_url"), Client(base_url) as client:
         client.health()
-    assert caught.value.field == "base_url"
 
 
 def test_a_key_that_no_header_can_carry_is_refused_and_not_shown() -> None:

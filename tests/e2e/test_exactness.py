@@ -1,7 +1,5 @@
 """Solo = batched on the real base model and the shipped adapters: fp32 to the token, bf16 up to near ties."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -75,9 +73,8 @@ def test_random_schedules(world: World, capsys: pytest.CaptureFixture[str]) -> N
     """Prints what it counted. In bf16 a greedy token may be another than the oracle's only where the oracle all but
     sees a tie."""
     dtype = world.injection.model.dtype
-    sums = dict.fromkeys(
-        ("schedules", "sequences", "tokens", "preemptions", "cached tokens", "greedy", "divergences"), 0
-    )
+    counted = ("schedules", "sequences", "tokens", "preemptions", "cached tokens", "greedy", "divergences")
+    sums = dict.fromkeys(counted, 0)
     most = {"log-probability difference": 0.0, "gap at a divergence": 0.0}
 
     @settings(derandomize=True, max_examples=20, deadline=None, phases=[Phase.generate])

@@ -1,7 +1,5 @@
 """The shipped adapters on the real base model, through the real server. Needs `crma pull` and `crma data` before."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """On a CUDA device: the same equalities as on the CPU."""
 
-from __future__ import annotations
-
 import pytest
 import tiny
 import torch
@@ -10,10 +8,7 @@ from schedules import SELECTIONS, Call, Loads, World, drive, mismatches, prompt
 from crma.injection import Injection
 from server.engine.request import SamplingParams
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -1,8 +1,6 @@
 """Solo = batched: any mix of selections, lengths, arrivals, chunks, preemptions and cancellations gives each request
 what it gets alone."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 

@@ -71,19 +71,12 @@ def test_the_papers_shape_of_result_is_reported_as_the_interface_says() -> None:
     counts = {"correct": 71, "scored": 100, "failed": 0, "timed_out": 0, "accuracy": 0.71}
     counts["wilson"] = pytest.approx([0.61, 0.79], abs=0.005)
     assert found["variants"]["task+crma"] == counts | {"by_task": {"medical": counts}}
-    assert found["comparisons"] == [
-        {
-            "a": "task+crma",
-            "b": "task",
-            "n": 100,
-            "difference": 0.68,
-            "bootstrap": pytest.approx([0.58, 0.77], abs=0.02),
-            "mcnemar": {"gained": 69, "lost": 1, "p": pytest.approx(1.2e-19, rel=0.01)},
-            "table": {"both": 2, "a_only": 69, "b_only": 1, "neither": 28},
-            "equivalent_within_margin": False,
-            "flips": {"gained": [f"q{i}" for i in range(69)], "lost": ["q70"]},
-        }
-    ]
+    expected = {"a": "task+crma", "b": "task", "n": 100, "difference": 0.68, "equivalent_within_margin": False}
+    expected["bootstrap"] = pytest.approx([0.58, 0.77], abs=0.02)
+    expected["mcnemar"] = {"gained": 69, "lost": 1, "p": pytest.approx(1.2e-19, rel=0.01)}
+    expected["table"] = {"both": 2, "a_only": 69, "b_only": 1, "neither": 28}
+    expected["flips"] = {"gained": [f"q{i}" for i in range(69)], "lost": ["q70"]}
+    assert found["comparisons"] == [expected]
     outputs = {"task+crma": {"text": "yes", "correct": True}, "task": {"text": "no", "correct": False}}
     assert found["items"][0] == {"id": "q0", "task": "medical", "answers": ["yes"], "outputs": outputs}
 

@@ -100,7 +100,6 @@ DAMAGED_BACKBONES = [
 def test_a_damaged_backbone_is_refused_and_reported(hostile: AdapterStore, damage: Damage, reason: str) -> None:
     damage(hostile.root / "backbones" / "v1")
     entry = hostile.backbone()
-    assert entry is not None
     with pytest.raises(InvalidAdapter, match=reason) as caught:
         entry.load(SHAPES)
     assert caught.value.message in [problem.message for problem in hostile.verify(shapes=SHAPES)]
