@@ -29,6 +29,7 @@ from server.registry import Registry
 from server.schemas import ServedModel
 from server.settings import Settings
 
+SCOPE = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": []}
 BASE = BaseModel("tiny", "sha256:" + "b" * 64, Path("nowhere"), {})
 
 

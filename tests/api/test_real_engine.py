@@ -20,7 +20,7 @@ from crma.served import Served as Alone
 from crma.served import ablate
 from crma.store import AdapterStore
 
-from .conftest import Served
+from .conftest import SCOPE, Served
 
 PROMPT = "Which chapter covers Cholera?"
 
@@ -193,9 +193,7 @@ async def test_a_client_that_goes_away_leaves_nothing_behind(served: Real, gate:
     async def send(_: Any) -> None:
         pass
 
-    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST"}
-    scope |= {"path": "/generate", "raw_path": b"/generate", "query_string": b"", "root_path": "", "scheme": "http"}
-    scope |= {"headers": [(b"content-type", b"application/json")], "server": ("test", 80), "client": ("test", 1)}
+    scope = SCOPE | {"asgi": {"spec_version": "2.3"}, "headers": [(b"content-type", b"application/json")]}
     await asyncio.wait_for(served.app(scope, receive, send), 10)
     opened.set()
     await served.settled()

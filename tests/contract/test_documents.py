@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Metric
 
 from crma.tables import results_table
 from server.engine.request import EngineStats
@@ -38,10 +38,14 @@ def errors_table() -> str:
     return "\n".join(["| status | code |", "|---|---|", *(f"| {s} | {', '.join(c)} |" for s, c in by_status.items())])
 
 
-def metrics_table() -> str:
+def metric_families() -> list[Metric]:
     metrics = Metrics(CollectorRegistry())
     metrics.watch(EngineStats, dict, 1)
-    families = [(f"{f.name}{'_total' * (f.type == 'counter')}", f) for f in metrics.registry.collect()]
+    return list(metrics.registry.collect())
+
+
+def metrics_table() -> str:
+    families = [(f"{f.name}{'_total' * (f.type == 'counter')}", f) for f in metric_families()]
     lines = {f"| `{name}` | {f.type} | {f.documentation} |" for name, f in families}
     return "\n".join(["| name | type | |", "|---|---|---|", *sorted(lines)])
 
