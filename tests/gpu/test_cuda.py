@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from schedules import SELECTIONS, Call, Loads, World, drive, mismatches, prompt
+from schedules import SELECTIONS, Call, World, mismatches, prompt, run
 
 from crma.injection import Injection
 from server.engine.request import SamplingParams
@@ -21,12 +21,8 @@ def test_a_schedule_on_cuda_is_each_request_alone_on_the_cpu(family: str) -> Non
         Call(selection, prompt(5 + 4 * i, i % 2), sampled if i % 3 == 2 else greedy, arrival=i)
         for i, selection in enumerate(SELECTIONS)
     ]
-    loads = Loads()
-    limits = {"max_num_batched_tokens": 24, "num_blocks": 18, "block_size": 4, "max_model_len": 72, "executor": loads}
     on_cuda = Injection(tiny.fresh(world.injection).to("cuda"))
-    engine, _ = tiny.make_engine(on_cuda, world.adapters, **limits)
-    answers = iter(drive(engine, {world.request(str(i), c): c for i, c in enumerate(schedule)}, loads).values())
-    for call in schedule:
-        for index in range(call.sampling.n):
-            assert not mismatches(world, next(answers), call, index, 1e-4)
+    answered, engine = run(world, schedule, on=on_cuda, room=72, block_size=4, max_num_batched_tokens=24)
+    for call, index, answer in answered:
+        assert not mismatches(world, answer, call, index, 1e-4)
     assert engine.counters.num_preemptions > 0
