@@ -159,12 +159,22 @@ def calls(prompts: st.SearchStrategy[tuple[int, ...]], most_tokens: int) -> st.S
     )
 
 
-def drive(engine: Engine, schedule: Mapping[Request, Call], loads: Loads) -> dict[tuple[str, int], Answer]:
-    """(request id, index) -> answer. Steps until nothing is left; loads of adapters end between steps, one a step."""
-    answers = {(r.id, i): Answer() for r in schedule for i in range(r.sampling.n)}
+def run(
+    world: World, schedule: Sequence[Call], *, room: int = 160, block_size: int = 8, **limits: int
+) -> tuple[list[tuple[Call, int, Answer]], Engine]:
+    """(call, index, answer) of every sequence, and the engine, whose KV cache holds `room` tokens.
+
+    Steps until nothing is left; loads of adapters end between steps, one a step.
+    """
+    options = {"num_blocks": room // block_size, "block_size": block_size, "max_model_len": min(room, 400), **limits}
+    loads = Loads()
+    engine, _ = tiny.make_engine(world.injection, world.adapters, executor=loads, **options)
+    engine.tokenizer = world.tokenizer
+    requests = [world.request(str(i), call) for i, call in enumerate(schedule)]
+    answers = {(r.id, i): Answer() for r in requests for i in range(r.sampling.n)}
     for step in range(2000):
         outputs: list[RequestOutput] = []
-        for request, call in schedule.items():
+        for request, call in zip(requests, schedule, strict=True):
             if call.arrival == step:
                 engine.add(request)
             if call.patience is not None and call.arrival + call.patience == step:
@@ -178,26 +188,8 @@ def drive(engine: Engine, schedule: Mapping[Request, Call], loads: Loads) -> dic
             assert not engine.scheduler.unfinished()
             assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.capacity
             assert engine.pool.num_pins() == 0
-            return answers
+            return [(schedule[int(name)], index, answer) for (name, index), answer in answers.items()], engine
     raise AssertionError("a request starves")
-
-
-def run(
-    world: World,
-    schedule: Sequence[Call],
-    *,
-    on: Injection | None = None,
-    room: int = 160,
-    block_size: int = 8,
-    **limits: int,
-) -> tuple[list[tuple[Call, int, Answer]], Engine]:
-    """(call, index, answer) of every sequence, and the engine, whose KV cache holds `room` tokens."""
-    options = {"num_blocks": room // block_size, "block_size": block_size, "max_model_len": min(room, 400), **limits}
-    loads = Loads()
-    engine, _ = tiny.make_engine(on or world.injection, world.adapters, executor=loads, **options)
-    engine.tokenizer = world.tokenizer
-    answers = drive(engine, {world.request(str(i), call): call for i, call in enumerate(schedule)}, loads)
-    return [(schedule[int(name)], index, answer) for (name, index), answer in answers.items()], engine
 
 
 def mismatches(world: World, answer: Answer, call: Call, index: int, tolerance: float) -> list[str]:

@@ -1,16 +1,15 @@
 """Tiny real models of every family, adapters for them, an engine on one, and a whole app: shared by several tests."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
+from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
@@ -28,9 +27,6 @@ from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner
 from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import Scheduler
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 VOCAB = 300
 # A wide initializer: logits as far apart as a trained model's, so that rounding does not decide an argmax.
@@ -55,6 +51,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PROMPT = (5, 9, 40)
+PROVENANCE = {"trained_on": None, "measured": {"accuracy": 0.5}, "licence": "Apache-2.0"}
 FORMAT = PromptFormat("<|im_start|>", "[answer]", "<|im_end|>")
 
 
@@ -102,6 +99,14 @@ def lora(inj: Injection, rank: int, which: str, seed: int = 0) -> Lora:
         B = torch.randn(out, rank, generator=generator) / rank**0.5
         pairs[path] = LoraPair(A, B, 2.0)
     return Lora(LoraConfig(rank, 2.0 * rank, targets), pairs)
+
+
+def overflowing() -> Lora:
+    """For the tiny Llama; its weights are finite and give NaN."""
+    made = lora(injection(), 2, "all-linear")
+    for pair in made.pairs.values():
+        pair.B.fill_(1e30)
+    return made
 
 
 def backbone(inj: Injection, seed: int = 0) -> Backbone:
@@ -167,28 +172,19 @@ def flip_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
-def publish_backbone(store: AdapterStore, base: BaseModel, seed: int = 0) -> BackboneEntry:
+def publish_backbone(store: AdapterStore, base: BaseModel, seed: int = 0, /, **changes: Any) -> BackboneEntry:
     """A random backbone in the store, serving."""
-    record: dict[str, Any] = {"trained_on": None, "measured": {}, "licence": "Apache-2.0"}
-    return store.publish_backbone(backbone(injection(), seed), base=base, lineage=(), **record)
+    fields = {"base": base, "lineage": (), **PROVENANCE, **changes}
+    return store.publish_backbone(backbone(injection(), seed), **fields)
 
 
 def publish(
-    store: AdapterStore,
-    base: BaseModel,
-    name: str,
-    seed: int,
-    *,
-    under: str | None,
-    scale: float = 1.0,
-    family: str = "llama",
+    store: AdapterStore, base: BaseModel, name: str, seed: int, /, *, family: str = "llama", **changes: Any
 ) -> TaskEntry:
-    """A random task adapter in the store, serving; `under`: the digest of the backbone it records."""
-    record: dict[str, Any] = {"trained_on": None, "measured": {"accuracy": 0.5}, "licence": "Apache-2.0"}
+    """A random task adapter in the store, serving, made without a backbone."""
     made = lora(injection(family), 4, "all-linear", seed)
-    for pair in made.pairs.values():
-        pair.B.mul_(scale)
-    return store.publish_task(name, made, base=base, backbone=under, prompt_format=FORMAT, **record)
+    fields = {"lora": made, "base": base, "backbone": None, "prompt_format": FORMAT, **PROVENANCE, **changes}
+    return store.publish_task(name, **fields)
 
 
 @asynccontextmanager

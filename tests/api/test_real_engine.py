@@ -156,9 +156,9 @@ async def test_a_corrupt_adapter_is_refused_and_the_others_serve(base: BaseModel
 
 async def test_what_does_not_belong_is_refused(served: Real, base: BaseModel) -> None:
     elsewhere = replace(base, digest="sha256:" + "b" * 64)
-    tiny.publish(served.store, elsewhere, "foreign", 3, under=None)
-    tiny.publish(served.store, elsewhere, "foreign-shape", 3, under=None, family="gpt_neox")
-    tiny.publish(served.store, base, "huge", 4, under=None, scale=1e30)
+    tiny.publish(served.store, elsewhere, "foreign", 3)
+    tiny.publish(served.store, elsewhere, "foreign-shape", 3, family="gpt_neox")
+    tiny.publish(served.store, base, "huge", 4, lora=tiny.overflowing())
     await served.registry.refresh()
     assert await served.error(task="foreign") == (409, "base_mismatch")
     assert await served.error(task="foreign-shape") == (409, "base_mismatch")
@@ -168,7 +168,7 @@ async def test_what_does_not_belong_is_refused(served: Real, base: BaseModel) ->
 
 async def test_a_new_version_serves_at_once_and_the_old_one_by_its_number(served: Real, base: BaseModel) -> None:
     old = (await served.ask(task="medical"))["text"]
-    entry = tiny.publish(served.store, base, "medical", 7, under=served.store.backbone().digest)
+    entry = tiny.publish(served.store, base, "medical", 7, backbone=served.store.backbone().digest)
     assert (await served.ask(task="medical"))["text"] == old, "not before the store is looked at"
     await served.registry.refresh()
     answer = await served.ask(task="medical")

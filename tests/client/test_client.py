@@ -93,11 +93,8 @@ async def breaks_async(error: Exception) -> AsyncIterator[bytes]:
     raise error
 
 
-BROKEN = [
-    (httpx.ConnectError("refused"), errors.ConnectionFailed),
-    (httpx.ReadTimeout(""), errors.TimedOut),
-    (httpx.RemoteProtocolError("closed"), errors.ConnectionFailed),
-]
+BROKEN = [(httpx.ReadTimeout(""), errors.TimedOut), (httpx.ConnectError("refused"), errors.ConnectionFailed)]
+BROKEN += [(httpx.RemoteProtocolError("closed"), errors.ConnectionFailed)]
 
 
 @pytest.mark.parametrize(("raised", "kind"), BROKEN)

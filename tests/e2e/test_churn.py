@@ -101,7 +101,7 @@ class Churn:
             await asyncio.to_thread(self.store.set_serving, f"tasks/{task}", version)
         else:
             under = self.store.backbone()
-            await asyncio.to_thread(tiny.publish, self.store, self.base, task, seed, under=under and under.digest)
+            await asyncio.to_thread(tiny.publish, self.store, self.base, task, seed, backbone=under and under.digest)
         self.counts["published"] += 1
         await asyncio.sleep(1.0)
 
@@ -148,7 +148,7 @@ async def test_churn(base: BaseModel, tmp_path: Path, request: pytest.FixtureReq
     store = AdapterStore(tmp_path / "store")
     backbone = tiny.publish_backbone(store, base)
     for i, task in enumerate(TASKS[:3]):
-        tiny.publish(store, base, task, i, under=backbone.digest)
+        tiny.publish(store, base, task, i, backbone=backbone.digest)
     where = {"home": base.path.parents[1], "model": base.name, "store": store.root, "admin_key": "admin"}
     limits = {"max_loaded_adapters": 6, "kv_cache_tokens": 320, "max_model_len": 300, "max_queue": 10}
     limits |= {"max_num_seqs": 8, "max_num_batched_tokens": 24, "drain_timeout_s": 5, "num_threads": 1}

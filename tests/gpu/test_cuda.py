@@ -22,7 +22,8 @@ def test_a_schedule_on_cuda_is_each_request_alone_on_the_cpu(family: str) -> Non
         for i, selection in enumerate(SELECTIONS)
     ]
     on_cuda = Injection(tiny.fresh(world.injection).to("cuda"))
-    answered, engine = run(world, schedule, on=on_cuda, room=72, block_size=4, max_num_batched_tokens=24)
+    limits = {"room": 72, "block_size": 4, "max_num_batched_tokens": 24}
+    answered, engine = run(World(on_cuda, world.adapters), schedule, **limits)
     for call, index, answer in answered:
         assert not mismatches(world, answer, call, index, 1e-4)
     assert engine.counters.num_preemptions > 0

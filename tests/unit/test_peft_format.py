@@ -83,21 +83,20 @@ def test_peft_computes_from_our_files_what_we_compute(tmp_path: Path) -> None:
     assert_means_the_same(tmp_path / "ours", irregular)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"use_rslora": True},
-        {"rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 3}},
-        {"alpha_pattern": {"v_proj": 11, "layers.0.self_attn.v_proj": 1}},  # the first that matches counts
-        {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_pro.": 5}, "use_rslora": True},
-        {"rank_pattern": {"proj": 2, "layers.1": 2, "_proj": 2}},  # matches no whole name: no effect in PEFT
-        {"target_modules": r".*layers\.1.*(q_proj|down_proj)"},
-        {"layers_to_transform": 0, "layers_pattern": "layers"},
-        {"exclude_modules": ["layers.0.self_attn.q_proj"]},
-        {"target_modules": ["model.layers.0.mlp.up_proj", "o_proj"]},
-    ],
-    ids=str,
-)
+CONFIGS = [
+    {"use_rslora": True},
+    {"rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 3}},
+    {"alpha_pattern": {"v_proj": 11, "layers.0.self_attn.v_proj": 1}},  # the first that matches counts
+    {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_pro.": 5}, "use_rslora": True},
+    {"rank_pattern": {"proj": 2, "layers.1": 2, "_proj": 2}},  # matches no whole name: no effect in PEFT
+    {"target_modules": r".*layers\.1.*(q_proj|down_proj)"},
+    {"layers_to_transform": 0, "layers_pattern": "layers"},
+    {"exclude_modules": ["layers.0.self_attn.q_proj"]},
+    {"target_modules": ["model.layers.0.mlp.up_proj", "o_proj"]},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_we_compute_from_pefts_files_what_peft_computes(tmp_path: Path, config: dict[str, Any]) -> None:
     content, tensors = saved_by_peft(tmp_path, **config)
     content["alpha_pattern"] = dict(reversed(content["alpha_pattern"].items()))  # PEFT sorts them; a file need not

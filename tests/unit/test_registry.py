@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
-from published import BASE, FORMAT, SHAPES, publish, publish_backbone
-from tiny import flip_bit, injection
+from published import BASE, SHAPES, publish, publish_backbone
+from tiny import FORMAT, flip_bit, injection
 
 from crma.errors import NotFound, StoreError
 from crma.prompts import PromptFormat

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published import BASE, OTHER, PROVENANCE, SHAPES, TRAINED, make_backbone, make_lora, publish, publish_backbone
-from tiny import FORMAT
+from published import BASE, OTHER, SHAPES, TRAINED, make_backbone, make_lora, publish, publish_backbone
+from tiny import FORMAT, PROVENANCE
 
 from crma.errors import AlreadyExists, BaseMismatch, InvalidAdapter, LineageMismatch, NotFound, StoreError
 from crma.manifest import Blend, content_digest, file_digest
@@ -86,7 +86,7 @@ def test_what_cannot_be_published_leaves_the_store_as_it_was(full: AdapterStore)
             publish(full, **{"name": "new", **wrong})
         assert caught.value.field in (*wrong, "JSON")
     with pytest.raises(InvalidAdapter):
-        full.publish_backbone(endless, lineage=(), **PROVENANCE)
+        full.publish_backbone(endless, base=BASE, lineage=(), **PROVENANCE)
     assert contents(full.root) == before
 
 
