@@ -27,10 +27,8 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["CRMA_MAX_NUM_SEQ", "crma_prot", "CRMA_"])
 def test_an_unknown_variable_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, check=lambda e: e.field == name and "CRMA_MAX_NUM_SEQS" in e.allowed):
         Settings.load()
-    assert caught.value.field == name
-    assert "CRMA_MAX_NUM_SEQS" in caught.value.allowed
 
 
 @pytest.mark.parametrize("given", ["PORT=65536", "PORT=http", "DTYPE=float16", "REQUEST_TIMEOUT_S=nan"])
