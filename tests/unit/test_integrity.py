@@ -79,9 +79,8 @@ DAMAGED_BACKBONES = [
     (remanifest("config", {"num_layers": 3}), "The manifest says otherwise than config.json"),
     (claim_depth, "shape of the weights"),  # and nothing was allocated
 ]
-DAMAGED = [("tasks/medical/v1", *each) for each in DAMAGED_TASKS] + [
-    ("backbones/v1", *each) for each in DAMAGED_BACKBONES
-]
+DAMAGED = [("tasks/medical/v1", *each) for each in DAMAGED_TASKS]
+DAMAGED += [("backbones/v1", *each) for each in DAMAGED_BACKBONES]
 
 
 @pytest.mark.parametrize(("where", "damage", "reason"), DAMAGED)
