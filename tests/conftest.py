@@ -30,8 +30,8 @@ def store(base: BaseModel, tmp_path: Path) -> AdapterStore:
     from crma.store import AdapterStore
 
     store = AdapterStore(tmp_path / "store")
-    tiny.publish(store, base, "medical", 1, under=tiny.publish_backbone(store, base).digest)
-    tiny.publish(store, base, "legal", 2, under=None)
+    tiny.publish(store, base, "medical", 1, backbone=tiny.publish_backbone(store, base).digest)
+    tiny.publish(store, base, "legal", 2)
     return store
 
 

@@ -1,7 +1,5 @@
 """Any mix of requests through the engine, and what each gets alone: shared by the numerics, e2e and GPU tests."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
@@ -100,9 +98,8 @@ class World:
         key = call.selection, call.prompt, call.sampling, index, stop_ids
         if key not in self._known:
             s = call.sampling
-            options: dict[str, Any] = {
-                n: getattr(s, n) for n in ("max_tokens", "temperature", "top_k", "top_p", "min_p")
-            }
+            names = ("max_tokens", "temperature", "top_k", "top_p", "min_p")
+            options: dict[str, Any] = {name: getattr(s, name) for name in names}
             options["penalties"] = (s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
             seed = None if s.seed is None else s.seed + index
             plan = self.plan(call.selection)
@@ -162,12 +159,22 @@ def calls(prompts: st.SearchStrategy[tuple[int, ...]], most_tokens: int) -> st.S
     )
 
 
-def drive(engine: Engine, schedule: Mapping[Request, Call], loads: Loads) -> dict[tuple[str, int], Answer]:
-    """(request id, index) -> answer. Steps until nothing is left; loads of adapters end between steps, one a step."""
-    answers = {(r.id, i): Answer() for r in schedule for i in range(r.sampling.n)}
+def run(
+    world: World, schedule: Sequence[Call], *, room: int = 160, block_size: int = 8, **limits: int
+) -> tuple[list[tuple[Call, int, Answer]], Engine]:
+    """(call, index, answer) of every sequence, and the engine, whose KV cache holds `room` tokens.
+
+    Steps until nothing is left; loads of adapters end between steps, one a step.
+    """
+    options = {"num_blocks": room // block_size, "block_size": block_size, "max_model_len": min(room, 400), **limits}
+    loads = Loads()
+    engine, _ = tiny.make_engine(world.injection, world.adapters, executor=loads, **options)
+    engine.tokenizer = world.tokenizer
+    requests = [world.request(str(i), call) for i, call in enumerate(schedule)]
+    answers = {(r.id, i): Answer() for r in requests for i in range(r.sampling.n)}
     for step in range(2000):
         outputs: list[RequestOutput] = []
-        for request, call in schedule.items():
+        for request, call in zip(requests, schedule, strict=True):
             if call.arrival == step:
                 engine.add(request)
             if call.patience is not None and call.arrival + call.patience == step:
@@ -181,7 +188,7 @@ def drive(engine: Engine, schedule: Mapping[Request, Call], loads: Loads) -> dic
             assert not engine.scheduler.unfinished()
             assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.capacity
             assert engine.pool.num_pins() == 0
-            return answers
+            return [(schedule[int(name)], index, answer) for (name, index), answer in answers.items()], engine
     raise AssertionError("a request starves")
 
 
@@ -202,13 +209,9 @@ def mismatches(world: World, answer: Answer, call: Call, index: int, tolerance: 
         rows = world.distribution(call, [])[: len(answer.prompt_logprobs)]  # it may have been cancelled in the prompt
         asked = torch.tensor([one.logprob for one in answer.prompt_logprobs])
         best = torch.tensor([one.top[0][1] for one in answer.prompt_logprobs])
-        checks["prompt"] = torch.allclose(
-            torch.stack([asked, best]),
-            torch.stack([rows.gather(-1, torch.tensor(call.prompt[1 : len(rows) + 1])[:, None])[:, 0], rows.amax(-1)]),
-            rtol=0,
-            atol=tolerance,
-        )
+        own = rows.gather(-1, torch.tensor(call.prompt[1 : len(rows) + 1])[:, None])[:, 0]
+        found, expected = torch.stack([asked, best]), torch.stack([own, rows.amax(-1)])
+        checks["prompt"] = torch.allclose(found, expected, rtol=0, atol=tolerance)
     asks = call.sampling.prompt_logprobs is not None and index == 0
-    expected = len(call.prompt) - 1 if asks else 0
-    checks["prompt asked for"] = cancelled or len(answer.prompt_logprobs) == expected
+    checks["prompt asked for"] = cancelled or len(answer.prompt_logprobs) == (len(call.prompt) - 1 if asks else 0)
     return [name for name, right in checks.items() if not right]

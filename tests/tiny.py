@@ -1,16 +1,15 @@
 """Tiny real models of every family, adapters for them, an engine on one, and a whole app: shared by several tests."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
+from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
@@ -20,15 +19,14 @@ from crma.injection import Injection, target_names
 from crma.lora import Lora, LoraConfig, LoraPair, match_targets
 from crma.prompts import PromptFormat
 from crma.pull import BaseModel, pull
+from crma.selection import BASE, AdapterSelection
 from crma.store import AdapterStore, BackboneEntry, TaskEntry
 from server.engine.adapter_pool import AdapterPool
 from server.engine.block_pool import BlockPool, root_key
 from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner
+from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import Scheduler
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 VOCAB = 300
 # A wide initializer: logits as far apart as a trained model's, so that rounding does not decide an argmax.
@@ -52,6 +50,8 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+PROMPT = (5, 9, 40)
+PROVENANCE = {"trained_on": None, "measured": {"accuracy": 0.5}, "licence": "Apache-2.0"}
 FORMAT = PromptFormat("<|im_start|>", "[answer]", "<|im_end|>")
 
 
@@ -79,13 +79,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = ["<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=special,
-        show_progress=False,
-    )
+    special, alphabet = ["<|im_start|>", "<|im_end|>"], sorted(pre_tokenizers.ByteLevel.alphabet())
+    options = {"initial_alphabet": alphabet, "special_tokens": special, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, **options)
     backend.train_from_iterator(["the naïve café costs 3 € in 日本 and the 🙂 is free, the other answers"], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, chat_template=CHATML, eos_token=special[1], additional_special_tokens=special[:1]
@@ -103,6 +99,14 @@ def lora(inj: Injection, rank: int, which: str, seed: int = 0) -> Lora:
         B = torch.randn(out, rank, generator=generator) / rank**0.5
         pairs[path] = LoraPair(A, B, 2.0)
     return Lora(LoraConfig(rank, 2.0 * rank, targets), pairs)
+
+
+def overflowing() -> Lora:
+    """For the tiny Llama; its weights are finite and give NaN."""
+    made = lora(injection(), 2, "all-linear")
+    for pair in made.pairs.values():
+        pair.B.fill_(1e30)
+    return made
 
 
 def backbone(inj: Injection, seed: int = 0) -> Backbone:
@@ -145,6 +149,14 @@ def make_engine(
     return Engine(ModelRunner(inj, pool, blocks), scheduler, tokenizer(), frozenset(), max_model_len), pool
 
 
+def ask(
+    name: str = "r", selection: AdapterSelection = BASE, *, prompt: tuple[int, ...] = PROMPT, **options: Any
+) -> Request:
+    """A request for six tokens; options of sampling, or a deadline."""
+    deadline, sampling = options.pop("deadline", None), SamplingParams(**{"max_tokens": 6, **options})
+    return Request(name, prompt, sampling=sampling, selection=selection, deadline=deadline)
+
+
 def pulled_base(folder: Path) -> BaseModel:
     """The tiny Llama and the tokenizer, saved and pulled into `folder/home` under the name "tiny"."""
     model = injection().model
@@ -160,28 +172,19 @@ def flip_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
-def publish_backbone(store: AdapterStore, base: BaseModel, seed: int = 0) -> BackboneEntry:
+def publish_backbone(store: AdapterStore, base: BaseModel, seed: int = 0, /, **changes: Any) -> BackboneEntry:
     """A random backbone in the store, serving."""
-    record: dict[str, Any] = {"trained_on": None, "measured": {}, "licence": "Apache-2.0"}
-    return store.publish_backbone(backbone(injection(), seed), base=base, lineage=(), **record)
+    fields = {"base": base, "lineage": (), **PROVENANCE, **changes}
+    return store.publish_backbone(backbone(injection(), seed), **fields)
 
 
 def publish(
-    store: AdapterStore,
-    base: BaseModel,
-    name: str,
-    seed: int,
-    *,
-    under: str | None,
-    scale: float = 1.0,
-    family: str = "llama",
+    store: AdapterStore, base: BaseModel, name: str, seed: int, /, *, family: str = "llama", **changes: Any
 ) -> TaskEntry:
-    """A random task adapter in the store, serving; `under`: the digest of the backbone it records."""
-    record: dict[str, Any] = {"trained_on": None, "measured": {"accuracy": 0.5}, "licence": "Apache-2.0"}
+    """A random task adapter in the store, serving, made without a backbone."""
     made = lora(injection(family), 4, "all-linear", seed)
-    for pair in made.pairs.values():
-        pair.B.mul_(scale)
-    return store.publish_task(name, made, base=base, backbone=under, prompt_format=FORMAT, **record)
+    fields = {"lora": made, "base": base, "backbone": None, "prompt_format": FORMAT, **PROVENANCE, **changes}
+    return store.publish_task(name, **fields)
 
 
 @asynccontextmanager

@@ -29,6 +29,7 @@ from server.registry import Registry
 from server.schemas import ServedModel
 from server.settings import Settings
 
+SCOPE = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": []}
 BASE = BaseModel("tiny", "sha256:" + "b" * 64, Path("nowhere"), {})
 
 
@@ -90,8 +91,8 @@ class FakeEngine:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """medical, trained with CRMA; legal, an import without; a question set. Read only."""
     store = AdapterStore(tmp_path_factory.mktemp("store"))
-    tiny.publish(store, BASE, "medical", 1, under=tiny.publish_backbone(store, BASE).digest)
-    tiny.publish(store, BASE, "legal", 2, under=None)
+    tiny.publish(store, BASE, "medical", 1, backbone=tiny.publish_backbone(store, BASE).digest)
+    tiny.publish(store, BASE, "legal", 2)
     (store.root / "question_sets").mkdir()
     lines = (
         f'{{"id": "{task}{i}", "task": "{task}", "question": "Question {i}?", "answers": ["one two"]}}\n'

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from server.errors import ClientGone
 
-from .conftest import Serve, Served
+from .conftest import SCOPE, Serve, Served
 
 JSON = {"content-type": "application/json"}
 NO_JSON = [b'{"prompt": "\xff"}', '{"prompt": "Hi"}'.encode("utf-16"), b'{"prompt": "Hi"} \xc3']
@@ -73,8 +73,7 @@ async def test_a_client_that_goes_while_it_sends_is_no_malformed_body(served: Se
     async def send(message: dict[str, Any]) -> None:
         assert message.get("status") in (None, ClientGone.status)
 
-    scope = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": []}
-    await served.app(scope, receive, send)
+    await served.app(SCOPE, receive, send)
 
 
 @pytest.mark.parametrize("field", INVALID)

@@ -13,7 +13,7 @@ from server.engine.errors import EngineStopped, QueueFull
 from server.engine.request import FinishReason, SamplingParams
 from server.schemas import EXAMPLES
 
-from .conftest import BASE, Serve, Served
+from .conftest import BASE, SCOPE, Serve, Served
 
 REFUSALS = [(QueueFull(4, 2.2), 429, "queue_full"), (InvalidAdapter("bad", field="x"), 409, "invalid_adapter")]
 REFUSALS += [(EngineStopped("end"), 503, "draining"), (ValueError("a secret of the inside"), 500, "internal_error")]
@@ -136,9 +136,8 @@ async def test_a_stream_that_nobody_reads_keeps_no_place_in_the_engine(served: S
         assert served.engine.running == 1
         raise OSError("gone")
 
-    scope = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": []}
     with pytest.raises(ClientDisconnect):
-        await served.app(scope | {"asgi": {"spec_version": "2.4"}}, receive, send)
+        await served.app(SCOPE | {"asgi": {"spec_version": "2.4"}}, receive, send)
     assert served.engine.running == 0
 
 

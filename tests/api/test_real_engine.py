@@ -20,7 +20,7 @@ from crma.served import Served as Alone
 from crma.served import ablate
 from crma.store import AdapterStore
 
-from .conftest import Served
+from .conftest import SCOPE, Served
 
 PROMPT = "Which chapter covers Cholera?"
 
@@ -156,9 +156,9 @@ async def test_a_corrupt_adapter_is_refused_and_the_others_serve(base: BaseModel
 
 async def test_what_does_not_belong_is_refused(served: Real, base: BaseModel) -> None:
     elsewhere = replace(base, digest="sha256:" + "b" * 64)
-    tiny.publish(served.store, elsewhere, "foreign", 3, under=None)
-    tiny.publish(served.store, elsewhere, "foreign-shape", 3, under=None, family="gpt_neox")
-    tiny.publish(served.store, base, "huge", 4, under=None, scale=1e30)
+    tiny.publish(served.store, elsewhere, "foreign", 3)
+    tiny.publish(served.store, elsewhere, "foreign-shape", 3, family="gpt_neox")
+    tiny.publish(served.store, base, "huge", 4, lora=tiny.overflowing())
     await served.registry.refresh()
     assert await served.error(task="foreign") == (409, "base_mismatch")
     assert await served.error(task="foreign-shape") == (409, "base_mismatch")
@@ -168,7 +168,7 @@ async def test_what_does_not_belong_is_refused(served: Real, base: BaseModel) ->
 
 async def test_a_new_version_serves_at_once_and_the_old_one_by_its_number(served: Real, base: BaseModel) -> None:
     old = (await served.ask(task="medical"))["text"]
-    entry = tiny.publish(served.store, base, "medical", 7, under=served.store.backbone().digest)
+    entry = tiny.publish(served.store, base, "medical", 7, backbone=served.store.backbone().digest)
     assert (await served.ask(task="medical"))["text"] == old, "not before the store is looked at"
     await served.registry.refresh()
     answer = await served.ask(task="medical")
@@ -193,9 +193,7 @@ async def test_a_client_that_goes_away_leaves_nothing_behind(served: Real, gate:
     async def send(_: Any) -> None:
         pass
 
-    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST"}
-    scope |= {"path": "/generate", "raw_path": b"/generate", "query_string": b"", "root_path": "", "scheme": "http"}
-    scope |= {"headers": [(b"content-type", b"application/json")], "server": ("test", 80), "client": ("test", 1)}
+    scope = SCOPE | {"asgi": {"spec_version": "2.3"}, "headers": [(b"content-type", b"application/json")]}
     await asyncio.wait_for(served.app(scope, receive, send), 10)
     opened.set()
     await served.settled()

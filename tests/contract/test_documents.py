@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Metric
 
 from crma.experiment import read_experiment
 from crma.tables import arms_table
@@ -81,16 +81,16 @@ def errors_table() -> str:
     return "\n".join(["| status | code |", "|---|---|", *(f"| {s} | {', '.join(c)} |" for s, c in by_status.items())])
 
 
-def metrics_table() -> str:
+def metric_families() -> list[Metric]:
     metrics = Metrics(CollectorRegistry())
     metrics.watch(EngineStats, dict, 1)
-    families = [(f"{f.name}{'_total' * (f.type == 'counter')}", f) for f in metrics.registry.collect()]
+    return list(metrics.registry.collect())
+
+
+def metrics_table() -> str:
+    families = [(f"{f.name}{'_total' * (f.type == 'counter')}", f) for f in metric_families()]
     lines = {f"| `{name}` | {f.type} | {f.documentation} |" for name, f in families}
     return "\n".join(["| name | type | |", "|---|---|---|", *sorted(lines)])
-
-
-def results() -> str:
-    return results_table(json.loads(RESULT.read_text("utf-8")))
 
 
 def arms() -> str:
@@ -99,13 +99,8 @@ def arms() -> str:
     return arms_table({name: json.loads(file.read_text("utf-8")) for name, file in files.items()})
 
 
-BLOCKS = {
-    "results": results,
-    "arms": arms,
-    "settings": settings_table,
-    "errors": errors_table,
-    "metrics": metrics_table,
-}
+BLOCKS = {"arms": arms, "settings": settings_table, "errors": errors_table, "metrics": metrics_table}
+BLOCKS["results"] = lambda: results_table(json.loads(RESULT.read_text("utf-8")))
 
 
 def block(name: str) -> re.Pattern[str]:

@@ -1,7 +1,5 @@
 """How long the churn runs."""
 
-from __future__ import annotations
-
 import pytest
 
 

@@ -3,8 +3,6 @@
 python -m pytest -m e2e tests/e2e/test_churn.py --churn-seconds 1200
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random
@@ -36,6 +34,7 @@ pytestmark = pytest.mark.e2e
 
 TASKS = [f"task{i}" for i in range(6)]
 PROMPTS = [f"{'the other answers ' * (i % 4)}question {i}?" for i in range(12)]
+ACTIONS = ["load", "unload", "unload?when_in_use=wait", "unload?when_in_use=cancel", "pin", "unpin"]
 ADMIN = {"Authorization": "Bearer admin"}
 EXPECTED = {200, 404, 409, 429, 504}  # a task that is not there yet, an adapter in use or cancelled, a full queue, late
 
@@ -68,12 +67,8 @@ class Churn:
         task = self.rng.choice([None, *TASKS, *TASKS])
         sampling = self.rng.choice([{}, {}, {"temperature": 1.0, "seed": self.rng.randrange(3), "top_k": 9}])
         crma = self.rng.choice([None, True, False]) if task else self.rng.choice([True, False])
-        return {
-            "prompt": self.rng.choice(PROMPTS),
-            "task": task,
-            "crma": crma,
-            "max_tokens": self.rng.choice([1, 7, 30]),
-        } | sampling
+        prompt, max_tokens = self.rng.choice(PROMPTS), self.rng.choice([1, 7, 30])
+        return {"prompt": prompt, "task": task, "crma": crma, "max_tokens": max_tokens} | sampling
 
     async def ask(self) -> None:
         body = self.body() | {"timeout_s": self.rng.choice([0.05, 30.0, 30.0, 30.0])}
@@ -106,7 +101,7 @@ class Churn:
             await asyncio.to_thread(self.store.set_serving, f"tasks/{task}", version)
         else:
             under = self.store.backbone()
-            await asyncio.to_thread(tiny.publish, self.store, self.base, task, seed, under=under and under.digest)
+            await asyncio.to_thread(tiny.publish, self.store, self.base, task, seed, backbone=under and under.digest)
         self.counts["published"] += 1
         await asyncio.sleep(1.0)
 
@@ -117,9 +112,7 @@ class Churn:
 
     async def administrate(self) -> None:
         task = self.rng.choice(TASKS)
-        action = self.rng.choice(
-            ["load", "unload", "unload?when_in_use=wait", "unload?when_in_use=cancel", "pin", "unpin"]
-        )
+        action = self.rng.choice(ACTIONS)
         response = await self.client.post(f"/adapters/{task}/{action}", headers=ADMIN)
         self.counts[f"{action} {response.status_code}"] += 1
         assert response.status_code in EXPECTED | {503}, response.text
@@ -155,19 +148,11 @@ async def test_churn(base: BaseModel, tmp_path: Path, request: pytest.FixtureReq
     store = AdapterStore(tmp_path / "store")
     backbone = tiny.publish_backbone(store, base)
     for i, task in enumerate(TASKS[:3]):
-        tiny.publish(store, base, task, i, under=backbone.digest)
-    options = {
-        "max_loaded_adapters": 6,
-        "kv_cache_tokens": 320,
-        "max_model_len": 300,
-        "max_queue": 10,
-        "max_num_seqs": 8,
-    }
-    settings = Settings(
-        home=base.path.parents[1], model=base.name, store=store.root, dtype="float32", num_threads=1, admin_key="admin",
-        max_num_batched_tokens=24, drain_timeout_s=5, **options,
-    )  # fmt: skip
-    app = build(settings)
+        tiny.publish(store, base, task, i, backbone=backbone.digest)
+    where = {"home": base.path.parents[1], "model": base.name, "store": store.root, "admin_key": "admin"}
+    limits = {"max_loaded_adapters": 6, "kv_cache_tokens": 320, "max_model_len": 300, "max_queue": 10}
+    limits |= {"max_num_seqs": 8, "max_num_batched_tokens": 24, "drain_timeout_s": 5, "num_threads": 1}
+    app = build(Settings(**where, **limits, dtype="float32"))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
     listener = socket.create_server(("127.0.0.1", 0))
     serving = asyncio.create_task(server.serve([listener]))

@@ -1,7 +1,5 @@
 """Solo = batched on the real base model and the shipped adapters: fp32 to the token, bf16 up to near ties."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +9,7 @@ import tiny
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from schedules import Answer, Call, Loads, World, calls, drive, mismatches
+from schedules import Answer, Call, World, calls, mismatches, run
 
 from crma.injection import Injection
 from crma.model import load_model, load_tokenizer
@@ -75,22 +73,15 @@ def test_random_schedules(world: World, capsys: pytest.CaptureFixture[str]) -> N
     """Prints what it counted. In bf16 a greedy token may be another than the oracle's only where the oracle all but
     sees a tie."""
     dtype = world.injection.model.dtype
-    sums = dict.fromkeys(
-        ("schedules", "sequences", "tokens", "preemptions", "cached tokens", "greedy", "divergences"), 0
-    )
+    counted = ("schedules", "sequences", "tokens", "preemptions", "cached tokens", "greedy", "divergences")
+    sums = dict.fromkeys(counted, 0)
     most = {"log-probability difference": 0.0, "gap at a divergence": 0.0}
 
     @settings(derandomize=True, max_examples=20, deadline=None, phases=[Phase.generate])
     @given(st.lists(calls(prompts(world), 24), min_size=4, max_size=9), st.fixed_dictionaries(LIMITS))
-    def run(schedule: list[Call], limits: dict[str, int]) -> None:
-        loads = Loads()
-        room = limits.pop("room")
-        limits |= {"num_blocks": room // limits["block_size"], "max_model_len": min(room, 256)}
-        engine, _ = tiny.make_engine(world.injection, world.adapters, executor=loads, **limits)
-        engine.tokenizer = world.tokenizer
-        answers = list(drive(engine, {world.request(str(i), c): c for i, c in enumerate(schedule)}, loads).values())
-        sequences = [(call, i) for call in schedule for i in range(call.sampling.n)]
-        for (call, index), answer in zip(sequences, answers, strict=True):
+    def compare_all(schedule: list[Call], limits: dict[str, int]) -> None:
+        answered, engine = run(world, schedule, max_model_len=min(limits["room"], 256), **limits)
+        for call, index, answer in answered:
             wrong = mismatches(world, answer, call, index, TOLERANCE[dtype])
             assert not wrong or dtype == torch.bfloat16, (wrong, call, index, answer)
             if is_greedy(call) and answer.tokens:
@@ -99,14 +90,14 @@ def test_random_schedules(world: World, capsys: pytest.CaptureFixture[str]) -> N
                 most["gap at a divergence"] = max(most["gap at a divergence"], gap)
                 sums["greedy"] += 1
                 sums["divergences"] += "tokens" in wrong
-        sums["sequences"] += len(answers)
+        sums["sequences"] += len(answered)
         sums["schedules"] += 1
-        sums["tokens"] += sum(len(answer.tokens) for answer in answers)
+        sums["tokens"] += sum(len(answer.tokens) for _, _, answer in answered)
         sums["preemptions"] += engine.counters.num_preemptions
         sums["cached tokens"] += engine.counters.prefix_cache_hits
-        assert not [a for a in answers if a.reason is FinishReason.ERROR]
+        assert not [answer for _, _, answer in answered if answer.reason is FinishReason.ERROR]
 
-    run()
+    compare_all()
     with capsys.disabled():
         sys.stderr.write(f"\n{dtype}: {sums}, largest: {most}\n")
     assert min(sums["preemptions"], sums["cached tokens"]), "the schedules do not reach what they are to test"

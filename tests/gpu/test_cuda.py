@@ -1,19 +1,14 @@
 """On a CUDA device: the same equalities as on the CPU."""
 
-from __future__ import annotations
-
 import pytest
 import tiny
 import torch
-from schedules import SELECTIONS, Call, Loads, World, drive, mismatches, prompt
+from schedules import SELECTIONS, Call, World, mismatches, prompt, run
 
 from crma.injection import Injection
 from server.engine.request import SamplingParams
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -26,12 +21,9 @@ def test_a_schedule_on_cuda_is_each_request_alone_on_the_cpu(family: str) -> Non
         Call(selection, prompt(5 + 4 * i, i % 2), sampled if i % 3 == 2 else greedy, arrival=i)
         for i, selection in enumerate(SELECTIONS)
     ]
-    loads = Loads()
-    limits = {"max_num_batched_tokens": 24, "num_blocks": 18, "block_size": 4, "max_model_len": 72, "executor": loads}
     on_cuda = Injection(tiny.fresh(world.injection).to("cuda"))
-    engine, _ = tiny.make_engine(on_cuda, world.adapters, **limits)
-    answers = iter(drive(engine, {world.request(str(i), c): c for i, c in enumerate(schedule)}, loads).values())
-    for call in schedule:
-        for index in range(call.sampling.n):
-            assert not mismatches(world, next(answers), call, index, 1e-4)
+    limits = {"room": 72, "block_size": 4, "max_num_batched_tokens": 24}
+    answered, engine = run(World(on_cuda, world.adapters), schedule, **limits)
+    for call, index, answer in answered:
+        assert not mismatches(world, answer, call, index, 1e-4)
     assert engine.counters.num_preemptions > 0

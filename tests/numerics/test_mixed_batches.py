@@ -1,8 +1,6 @@
 """Solo = batched: any mix of selections, lengths, arrivals, chunks, preemptions and cancellations gives each request
 what it gets alone."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 
@@ -10,7 +8,7 @@ import pytest
 import tiny
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from schedules import SELECTIONS, Answer, Call, Loads, World, calls, drive, mismatches, prompt
+from schedules import SELECTIONS, Answer, Call, World, calls, mismatches, prompt, run
 
 from crma.selection import BASE, AdapterSelection
 from server.engine.request import FinishReason, SamplingParams
@@ -33,18 +31,8 @@ def world(family: str) -> World:
     return World(tiny.injection(family), tiny.adapters(tiny.injection(family)))
 
 
-def run(world: World, schedule: list[Call], *, room: int = 160, block_size: int = 8, **limits: int) -> list[Answer]:
-    """The answers, call after call and sequence after sequence."""
-    options = {"num_blocks": room // block_size, "block_size": block_size, "max_model_len": min(room, 400), **limits}
-    loads = Loads()
-    engine, _ = tiny.make_engine(world.injection, world.adapters, executor=loads, **options)
-    requests = {world.request(str(i), call): call for i, call in enumerate(schedule)}
-    return list(drive(engine, requests, loads).values())
-
-
-def check(world: World, schedule: list[Call], answers: list[Answer]) -> None:
-    sequences = [(call, i) for call in schedule for i in range(call.sampling.n)]
-    for (call, index), answer in zip(sequences, answers, strict=True):
+def check(world: World, answered: list[tuple[Call, int, Answer]]) -> None:
+    for call, index, answer in answered:
         wrong = mismatches(world, answer, call, index, TOLERANCE)
         assert not wrong, (wrong, call, index, answer)
 
@@ -55,7 +43,7 @@ def check(world: World, schedule: list[Call], answers: list[Answer]) -> None:
 def test_every_request_gets_what_it_gets_alone(family: str, schedule: list[Call], limits: dict[str, int]) -> None:
     """Greedy ties are not excused: rounding is about 1e-6 and the best two logits of these models are half a unit apart
     on average, so that rounding decides one token in some 300,000. These fixed examples have 3,000."""
-    check(world(family), schedule, run(world(family), schedule, **limits))
+    check(world(family), run(world(family), schedule, **limits)[0])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -65,7 +53,7 @@ def test_a_long_sequence_beside_short_ones(family: str) -> None:
         Call(SELECTIONS[i + 1], prompt(n), replace(PLAIN, max_tokens=7), arrival=at)
         for i, (n, at) in enumerate(lengths)
     ]
-    check(world(family), schedule, run(world(family), schedule, room=720, max_num_seqs=3, max_resident=5))
+    check(world(family), run(world(family), schedule, room=720, max_num_seqs=3, max_resident=5)[0])
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
@@ -74,21 +62,18 @@ def test_nothing_stays_behind_when_only_the_adapter_changes(prefix_caching: bool
     the first ones once more, which find their own KV."""
     selections = [*SELECTIONS, AdapterSelection("task-0", "crma-1"), SELECTIONS[0], SELECTIONS[2]]
     schedule = [Call(s, prompt(30), PLAIN, arrival=20 * i) for i, s in enumerate(selections)]
-    answers = run(world("llama"), schedule, room=800, max_num_seqs=1, prefix_caching=prefix_caching)
-    check(world("llama"), schedule, answers)
-    seen = dict(zip(selections, (tuple(one.logprob for one in answer.logprobs) for answer in answers), strict=True))
+    answered, _ = run(world("llama"), schedule, room=800, max_num_seqs=1, prefix_caching=prefix_caching)
+    check(world("llama"), answered)
+    seen = {call.selection: tuple(one.logprob for one in answer.logprobs) for call, _, answer in answered}
     assert len({tuple(round(p, 3) for p in each) for each in seen.values()}) == len(set(selections))
 
 
 def test_an_adapter_that_overflows_harms_nobody_beside_it_or_after_it() -> None:
     """Finite weights can give NaN. That is an error and no answer; and a masked NaN in a block must not stay there for
     the next sequence: 0 · NaN is NaN."""
-    broken = tiny.lora(tiny.injection(), 2, "all-linear", seed=0)
-    for pair in broken.pairs.values():
-        pair.B.fill_(1e30)
-    there = World(tiny.injection(), {"broken": broken})
+    there = World(tiny.injection(), {"broken": tiny.overflowing()})
     bad = [Call(AdapterSelection("broken"), prompt(n), PLAIN, arrival=at) for n, at in ((20, 0), (9, 1))]
     good = [Call(BASE, prompt(n), PLAIN, arrival=at) for n, at in ((7, 0), (1, 2), (4, 9))]
-    answers = run(there, bad + good, room=40, block_size=4, max_num_seqs=2)
-    assert [(answer.reason, answer.tokens) for answer in answers[:2]] == [(FinishReason.ERROR, [])] * 2
-    check(there, good, answers[2:])
+    answered, _ = run(there, bad + good, room=40, block_size=4, max_num_seqs=2)
+    assert [(answer.reason, answer.tokens) for _, _, answer in answered[:2]] == [(FinishReason.ERROR, [])] * 2
+    check(there, answered[2:])

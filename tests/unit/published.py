@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tiny import FORMAT, backbone, injection, lora
+import tiny
+from tiny import backbone, injection, lora
 
 from crma.manifest import TrainedOn, content_digest, file_digest
 from crma.pull import BaseModel
@@ -16,17 +17,15 @@ BASE = BaseModel("tiny", "sha256:" + "a" * 64, Path("unused"), {})
 OTHER = BaseModel("other", "sha256:" + "b" * 64, Path("unused"), {})
 TRAINED = TrainedOn(data={"train": "sha256:" + "c" * 64}, seed=42, commit="abc", arm="MODULAR", config={"lr": 0.005})
 SHAPES = injection().shapes
-make_lora, make_backbone = partial(lora, injection(), 4, "attention"), partial(backbone, injection())
-PROVENANCE = {"base": BASE, "trained_on": TRAINED, "measured": {"loss": 0.5}, "licence": "Apache-2.0"}
+make_lora, make_backbone = partial(lora, injection(), 4, "all-linear"), partial(backbone, injection())
 
 
 def publish(store: AdapterStore, name: str = "medical", seed: int = 0, **changes: Any) -> TaskEntry:
-    fields = {"lora": make_lora(seed), "backbone": None, "prompt_format": FORMAT, **PROVENANCE, **changes}
-    return store.publish_task(name, **fields)
+    return tiny.publish(store, BASE, name, seed, **{"trained_on": TRAINED, **changes})
 
 
 def publish_backbone(store: AdapterStore, seed: int = 0, **changes: Any) -> BackboneEntry:
-    return store.publish_backbone(make_backbone(seed), **{"lineage": (), **PROVENANCE, **changes})
+    return tiny.publish_backbone(store, BASE, seed, **{"trained_on": TRAINED, **changes})
 
 
 def rewrite(folder: Path, name: str, data: bytes) -> None:

@@ -34,18 +34,10 @@ def reported(results: dict[str, list[ItemResult]], tasks: tuple[str, ...] = ("me
 # The plan
 
 
-def test_outcomes_fan_out_to_the_variants_and_questions_they_answer() -> None:
-    questions = asked(4, BOTH_TASKS)
-    work = plan(questions, ["task", "base", "task"], select)
-    outcomes = [ItemResult("scored", f"{job.question} {job.selection}") for job in work.jobs]
-    rows = work.by_variant(outcomes)
-    assert list(rows) == ["task", "base", "task#2"]
-    for label, row in rows.items():
-        variant = label.removesuffix("#2")
-        assert [result.text for result in row] == [f"{i} {select(variant, q.task)}" for i, q in enumerate(questions)]
-    for variants in ([], ["task", "lora"]):
-        with pytest.raises(ConfigError, match="those there are"):
-            plan(questions, variants, select)
+@pytest.mark.parametrize("variants", [[], ["task", "lora"]])
+def test_variants_that_there_are_not_are_refused(variants: list[Variant]) -> None:
+    with pytest.raises(ConfigError, match="those there are"):
+        plan(asked(4), variants, select)
 
 
 def test_a_null_run_shares_results_and_has_no_flips_unless_it_is_repeated() -> None:
@@ -71,19 +63,12 @@ def test_the_papers_shape_of_result_is_reported_as_the_interface_says() -> None:
     counts = {"correct": 71, "scored": 100, "failed": 0, "timed_out": 0, "accuracy": 0.71}
     counts["wilson"] = pytest.approx([0.61, 0.79], abs=0.005)
     assert found["variants"]["task+crma"] == counts | {"by_task": {"medical": counts}}
-    assert found["comparisons"] == [
-        {
-            "a": "task+crma",
-            "b": "task",
-            "n": 100,
-            "difference": 0.68,
-            "bootstrap": pytest.approx([0.58, 0.77], abs=0.02),
-            "mcnemar": {"gained": 69, "lost": 1, "p": pytest.approx(1.2e-19, rel=0.01)},
-            "table": {"both": 2, "a_only": 69, "b_only": 1, "neither": 28},
-            "equivalent_within_margin": False,
-            "flips": {"gained": [f"q{i}" for i in range(69)], "lost": ["q70"]},
-        }
-    ]
+    expected = {"a": "task+crma", "b": "task", "n": 100, "difference": 0.68, "equivalent_within_margin": False}
+    expected["bootstrap"] = pytest.approx([0.58, 0.77], abs=0.02)
+    expected["mcnemar"] = {"gained": 69, "lost": 1, "p": pytest.approx(1.2e-19, rel=0.01)}
+    expected["table"] = {"both": 2, "a_only": 69, "b_only": 1, "neither": 28}
+    expected["flips"] = {"gained": [f"q{i}" for i in range(69)], "lost": ["q70"]}
+    assert found["comparisons"] == [expected]
     outputs = {"task+crma": {"text": "yes", "correct": True}, "task": {"text": "no", "correct": False}}
     assert found["items"][0] == {"id": "q0", "task": "medical", "answers": ["yes"], "outputs": outputs}
 

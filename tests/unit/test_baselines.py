@@ -10,11 +10,7 @@ def test_majority_is_the_most_common_completion_and_breaks_ties_by_alphabet() ->
 
 
 def test_naive_bayes_learns_from_words_and_from_parts_of_words() -> None:
-    train = [
-        Example("kinase activity", "function"),
-        Example("ligase activity", "function"),
-        Example("cell death", "process"),
-        Example("cell growth", "process"),
-    ]
-    test = [Example("synthase", ""), Example("death of a cell", ""), Example("activity", "")]
+    train = [Example(f"{word} activity", "function") for word in ("kinase", "ligase")]
+    train += [Example(f"cell {word}", "process") for word in ("death", "growth")]
+    test = [Example(words, "") for words in ("synthase", "death of a cell", "activity")]
     assert naive_bayes(train, test) == ["function", "process", "function"]

@@ -1,7 +1,5 @@
 """server.engine.block_pool: no block has two owners that do not share it, and what is found is what was remembered."""
 
-from __future__ import annotations
-
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule

@@ -39,9 +39,8 @@ def test_a_question_with_two_answers_is_left_out_and_too_few_are_refused() -> No
     kept = {question.lower() for question in questions(split("legal", [*PAIRS, *contradictions]))}
     assert len(kept) == 720
     assert not kept & {question for question, _ in contradictions}
-    with pytest.raises(DataError, match="too few") as caught:
+    with pytest.raises(DataError, match="too few", check=lambda error: error.value == 719):
         split("legal", [*PAIRS[:-1], *contradictions])
-    assert caught.value.value == 719
 
 
 @pytest.fixture
@@ -119,9 +118,8 @@ BAD_LINES = [
 def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"prompt": "Q", "completion": "A"}\n\n' + line + "\n")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, check=lambda error: error.message.startswith(f"train.jsonl line 3{message}")):
         read_jsonl(path)
-    assert caught.value.message.startswith(f"train.jsonl line 3{message}")
     path.write_text("\n")
     with pytest.raises(DataError, match="no examples"):
         read_jsonl(path)

@@ -1,24 +1,17 @@
 """server.engine.engine: how a sequence begins, ends and fails. That its tokens are right is in tests/numerics."""
 
-from typing import Any
-
 import tiny
 from schedules import Loads
+from tiny import PROMPT, ask
 
 from crma.generate import generate
 from crma.selection import AdapterSelection
 from server.engine.engine import MAX_OVERTAKEN, Engine, model_stop_ids
-from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams, Timings
-
-PROMPT = (5, 9, 40)
+from server.engine.request import FinishReason, Request, RequestOutput, Timings
 
 
 def make(**limits: int) -> Engine:
     return tiny.make_engine(tiny.injection(), {}, **limits)[0]
-
-
-def ask(name: str = "r", **sampling: Any) -> Request:
-    return Request(name, PROMPT, (), SamplingParams(**{"max_tokens": 6, **sampling}), arrival=1.0)
 
 
 def run(engine: Engine, *requests: Request) -> list[RequestOutput]:
@@ -59,7 +52,7 @@ def test_a_stop_string_ends_it_and_is_no_part_of_the_text() -> None:
 
 def test_times_are_seconds_from_arrival_and_counters_count() -> None:
     engine = make(max_num_seqs=1)
-    now = [1.0]
+    now = [0.0]
     engine.clock = lambda: now[0]
     for name in ("first", "second"):
         engine.add(ask(name, max_tokens=2))
@@ -92,7 +85,7 @@ def test_who_finds_no_room_for_its_adapter_is_passed_a_while_and_then_comes_next
     engine, _ = tiny.make_engine(tiny.injection(), known, max_resident=2, executor=loads)
 
     def add(name: str, task: int, max_tokens: int) -> None:
-        engine.add(Request(name, PROMPT, (), SamplingParams(max_tokens), AdapterSelection(f"task-{task}")))
+        engine.add(ask(name, AdapterSelection(f"task-{task}"), max_tokens=max_tokens))
 
     for task in range(2):
         add(f"long {task}", task, 120)
@@ -115,7 +108,7 @@ def test_who_finds_no_room_for_its_adapter_is_passed_a_while_and_then_comes_next
 def test_cancelling_an_adapter_ends_who_runs_with_it_and_nobody_else() -> None:
     engine, pool = tiny.make_engine(tiny.injection(), tiny.adapters(tiny.injection()), executor=(loads := Loads()))
     for name, task in (("with", "task-0"), ("without", None), ("waits", "task-1")):
-        engine.add(Request(name, PROMPT, (), SamplingParams(50), AdapterSelection(task)))
+        engine.add(ask(name, AdapterSelection(task), max_tokens=50))
     engine.step()
     loads.end_one()
     engine.step()

@@ -1,6 +1,5 @@
 """crma.injection: off is absent, each row gets its own, and what does not fit is refused."""
 
-import re
 from contextlib import suppress
 
 import pytest
@@ -71,6 +70,5 @@ def test_other_architectures_are_refused_with_the_reason(family: str, changes: d
     config = architecture.config_class(vocab_size=128, pad_token_id=0, **changes)
     with torch.device("meta"):
         model = architecture(config)
-    with pytest.raises(UnsupportedModel, match=re.escape(f"{family} cannot be served")) as caught:
+    with pytest.raises(UnsupportedModel, match=f"{family} cannot be served.*{reason}"):
         Injection(model)
-    assert reason in caught.value.message

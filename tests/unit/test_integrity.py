@@ -75,35 +75,27 @@ DAMAGED_TASKS = [
     (remanifest("target_modules", ["q_proj"]), "target_modules: The manifest says otherwise"),
     (lambda f: (f / "manifest.json").write_bytes(b" " * (5 * 2**20)), "Too large"),
 ]
-
-
-@pytest.mark.parametrize(("damage", "reason"), DAMAGED_TASKS)
-def test_a_damaged_task_is_refused_and_reported_by_verify(hostile: AdapterStore, damage: Damage, reason: str) -> None:
-    damage(hostile.root / "tasks" / "medical" / "v1")
-    with pytest.raises(StoreError, match=reason) as caught:
-        hostile.task("medical").load(SHAPES)
-    error = caught.value
-    assert isinstance(error, DigestMismatch if "published" in reason or "digest" in reason else InvalidAdapter)
-    assert error.message.startswith("tasks/medical/v1: ")
-    assert None not in (error.field, error.allowed)
-    problems = [problem.message for problem in hostile.verify(base=BASE, shapes=SHAPES)]
-    assert [message for message in problems if message.startswith("tasks/medical/v1: ") and re.search(reason, message)]
-
-
 DAMAGED_BACKBONES = [
     (remanifest("config", {"num_layers": 3}), "The manifest says otherwise than config.json"),
     (claim_depth, "shape of the weights"),  # and nothing was allocated
 ]
+DAMAGED = [("tasks/medical/v1", *each) for each in DAMAGED_TASKS]
+DAMAGED += [("backbones/v1", *each) for each in DAMAGED_BACKBONES]
 
 
-@pytest.mark.parametrize(("damage", "reason"), DAMAGED_BACKBONES)
-def test_a_damaged_backbone_is_refused_and_reported(hostile: AdapterStore, damage: Damage, reason: str) -> None:
-    damage(hostile.root / "backbones" / "v1")
-    entry = hostile.backbone()
-    assert entry is not None
-    with pytest.raises(InvalidAdapter, match=reason) as caught:
-        entry.load(SHAPES)
-    assert caught.value.message in [problem.message for problem in hostile.verify(shapes=SHAPES)]
+@pytest.mark.parametrize(("where", "damage", "reason"), DAMAGED)
+def test_what_is_damaged_is_refused_and_reported_by_verify(
+    hostile: AdapterStore, where: str, damage: Damage, reason: str
+) -> None:
+    damage(hostile.root / where)
+    with pytest.raises(StoreError, match=reason) as caught:
+        (hostile.task("medical") if "medical" in where else hostile.backbone()).load(SHAPES)
+    error = caught.value
+    assert isinstance(error, DigestMismatch if "published" in reason or "digest" in reason else InvalidAdapter)
+    assert error.message.startswith(f"{where}: ")
+    assert None not in (error.field, error.allowed)
+    problems = [problem.message for problem in hostile.verify(base=BASE, shapes=SHAPES)]
+    assert [message for message in problems if message.startswith(f"{where}: ") and re.search(reason, message)]
 
 
 def test_verify_finds_what_does_not_fit_the_base_model_or_has_a_forged_certificate(hostile: AdapterStore) -> None:

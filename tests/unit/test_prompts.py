@@ -28,11 +28,8 @@ LLAMA_3_1 = (
 )
 CHATML_TOKENS = {"special": ["<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"}
 GEMMA_TOKENS = {"special": ["<start_of_turn>", "<end_of_turn>"], "bos_token": "<bos>", "eos_token": "<eos>"}
-LLAMA_3_TOKENS = {
-    "special": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-    "bos_token": "<|begin_of_text|>",
-    "eos_token": "<|end_of_text|>",
-}
+LLAMA_3_TOKENS = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+LLAMA_3_TOKENS |= {"special": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]}
 USER, ASSISTANT = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
 LLAMA_3_FORMAT = (f"<|begin_of_text|>{USER}", f"<|eot_id|>{ASSISTANT}", "<|eot_id|>")
 CHATML_FORMAT = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")

@@ -57,9 +57,8 @@ def test_a_damaged_file_is_found_on_the_next_pull(folder: Path, tmp_path: Path) 
     base = pull(str(folder), home=tmp_path)
     tiny.flip_bit(base.path / "model.safetensors")
     assert read_base(base.path) == base
-    with pytest.raises(PullError, match=r"Delete .* and pull the model again") as caught:
+    with pytest.raises(PullError, match=r"model\.safetensors.*Delete .* and pull the model again"):
         pull(str(folder), home=tmp_path)
-    assert caught.value.field == "model.safetensors"
 
 
 def test_a_base_json_that_is_unreadable_or_contradicts_itself_is_damaged(tmp_path: Path) -> None:
@@ -88,7 +87,6 @@ def test_a_folder_without_config_or_safe_weights_is_refused(folder: Path, tmp_pa
 def test_a_source_that_is_nothing_known_is_refused_before_any_work(tmp_path: Path, source: str) -> None:
     home = tmp_path / "home"
     for look in (pull, find_base):
-        with pytest.raises(PullError) as caught:
+        with pytest.raises(PullError, check=lambda error: error.value == source):
             look(source, home=home)
-        assert caught.value.value == source
     assert not home.exists()

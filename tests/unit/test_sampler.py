@@ -1,7 +1,5 @@
 """server.engine.sampler: a row gets what it would get alone, what the oracle says, and what transformers leaves."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from unittest.mock import Mock
 

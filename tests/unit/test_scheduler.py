@@ -1,7 +1,5 @@
 """server.engine.scheduler: within the budget, in order, blocks for all that is computed, and nobody waits for ever."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from hypothesis import settings

@@ -4,29 +4,17 @@ import pytest
 
 from crma.scorers import contains, exact, normalise
 
-SAME = [
-    ("Infectious diseases.", "infectious diseases"),
-    ("  **the**\n\tLAW ", "the law"),
+SAME = [("Infectious diseases.", "infectious diseases"), ("  **the**\n\tLAW ", "the law"), ("1,000", "1000")]
+SAME += [
     ("U.S. Tax court's", "US tax courts"),
     ("check-up", "check up"),
-    ("1,000", "1000"),
     ("e\u0301te\u0301 in Straße", "été in STRASSE"),  # composed or not
     ("\uff2c\uff21\uff37", "law"),  # full-width letters
 ]
 IN_IT = [("I think it is: law.", "law"), ("The answer:\n\nneoplasms, chapter 1\n", "Neoplasms"), ("tort/law", "law")]
-DIFFERENT = [
-    ("the lawn", "law"),
-    ("outlaw", "law"),
-    ("infectious and other diseases", "infectious diseases"),
-    ("été", "ete"),  # accents tell words apart
-    ("C++", "C"),
-    ("-5", "5"),
-    ("12.5", "12"),
-    ("1,000", "000"),
-    ("os.path", "os"),
-    ("", "law"),
-    ("...", "?!"),  # punctuation alone is no answer
-]
+DIFFERENT = [("the lawn", "law"), ("outlaw", "law"), ("infectious and other diseases", "infectious diseases")]
+DIFFERENT += [("C++", "C"), ("-5", "5"), ("12.5", "12"), ("1,000", "000"), ("os.path", "os"), ("", "law")]
+DIFFERENT += [("été", "ete"), ("...", "?!")]  # accents tell words apart; punctuation alone is no answer
 
 
 @pytest.mark.parametrize(("text", "answer"), SAME)

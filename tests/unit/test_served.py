@@ -21,7 +21,7 @@ def served(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Served:
     store = AdapterStore(tmp_path_factory.mktemp("store"))
     backbone = tiny.publish_backbone(store, base).digest
     for seed, (name, under) in enumerate((("one", backbone), ("two", backbone), ("alone", None))):
-        tiny.publish(store, base, name, seed, under=under)
+        tiny.publish(store, base, name, seed, backbone=under)
     return Served(base, store, device="cpu", dtype="float32")
 
 

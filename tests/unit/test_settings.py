@@ -27,19 +27,16 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["CRMA_MAX_NUM_SEQ", "crma_prot", "CRMA_"])
 def test_an_unknown_variable_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, check=lambda e: e.field == name and "CRMA_MAX_NUM_SEQS" in e.allowed):
         Settings.load()
-    assert caught.value.field == name
-    assert "CRMA_MAX_NUM_SEQS" in caught.value.allowed
 
 
 @pytest.mark.parametrize("given", ["PORT=65536", "PORT=http", "DTYPE=float16", "REQUEST_TIMEOUT_S=nan"])
 def test_a_value_that_cannot_be_used_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     name, _, value = f"CRMA_{given}".partition("=")
     monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, check=lambda error: (error.field, error.value) == (name, value)):
         Settings.load()
-    assert (caught.value.field, caught.value.value) == (name, value)
 
 
 def test_settings_do_not_show_keys() -> None:
