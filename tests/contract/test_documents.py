@@ -96,7 +96,7 @@ def metrics_table() -> str:
 def arms() -> str:
     planned = read_experiment(ROOT / "crma" / "experiments" / "quick.toml").planned()
     files = {name: RESULT.parent / "quick" / f"{name}.json" for name in planned}
-    return arms_table({name: json.loads(file.read_text("utf-8")) for name, file in files.items()})
+    return arms_table({name: json.loads(file.read_text("utf-8")) for name, file in files.items() if file.exists()})
 
 
 BLOCKS = {"arms": arms, "settings": settings_table, "errors": errors_table, "metrics": metrics_table}

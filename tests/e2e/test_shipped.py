@@ -9,6 +9,7 @@ import pytest
 
 from crma.data import load_split
 from crma.pull import find_base
+from crma.question_set import read_question_set
 from crma.served import Served
 from crma.sources import DOMAINS
 from crma.store import AdapterStore
@@ -18,6 +19,7 @@ from server.settings import Settings
 pytestmark = pytest.mark.e2e
 
 STORE = Path(__file__).parents[2] / "adapters_store"
+QUESTIONS = read_question_set(STORE / "question_sets" / "public.jsonl").questions
 
 
 @asynccontextmanager
@@ -54,6 +56,20 @@ async def test_a_null_run_has_no_flips_even_when_each_side_runs_apart() -> None:
         body = {"question_set": "public", "tasks": ["legal"], "variants": ["task", "task"], "repeat": True}
         comparison = (await client.post("/ablation", json=body)).json()["comparisons"][0]
     assert comparison["mcnemar"] == {"gained": 0, "lost": 0, "p": 1.0}
+
+
+async def test_crma_off_is_a_server_that_never_loaded_crma_token_for_token() -> None:
+    """fp32; the questions share batches with rows that have CRMA on."""
+    requests = [{"prompt": q.question, "task": q.task, "crma": False, "logprobs": True} for q in QUESTIONS[::5]]
+    answers = []
+    for load_backbone in (True, False):
+        async with server(dtype="float32", load_backbone=load_backbone) as client:
+            answers.append([(await client.post("/generate", json=request)).json() for request in requests])
+    for on, off in zip(*answers, strict=True):
+        assert on["text"] == off["text"]
+        assert on["usage"] == off["usage"]
+        assert on["logprobs"] == pytest.approx(off["logprobs"], abs=1e-4)
+        assert on["provenance"]["crma"] is None
 
 
 @pytest.mark.parametrize("task", DOMAINS)
