@@ -37,8 +37,7 @@ class Real(Served):
     def oracle(self, task: str | None = None, crma: bool = False) -> str:
         """The model's answer alone, greedy, with what the store serves."""
         variant = AdapterSelection(task, "on" if crma else None).variant
-        selection = self.alone.selection(variant, task or "none")
-        return self.alone.answers(task or "none", selection, [PROMPT], max_tokens=8)[0]
+        return self.alone.answers(task or "none", self.alone.plan(variant, task or "none"), [PROMPT], max_tokens=8)[0]
 
     async def generate(self, **body: Any) -> httpx.Response:
         return await super().generate(**{"prompt": PROMPT, "max_tokens": 8, **body})
