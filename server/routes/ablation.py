@@ -42,10 +42,11 @@ async def ablation(body: AblationRequest, request: Request, frontend: TheFronten
         return resolved.selection
 
     work = plan(asked.questions, body.variants, select, repeat=body.repeat)
-    if work.num_item_variants > (limit := frontend.settings.max_ablation_direct):
+    num_item_variants = len(asked.questions) * len(body.variants)  # whether or not their answers are shared
+    if num_item_variants > (limit := frontend.settings.max_ablation_direct):
         message = f'over {limit} item-variants need "background": true, which is not honoured yet; ask fewer at a time'
         allowed = f"<= {limit} item-variants"
-        raise InvalidField(message, field="questions", value=work.num_item_variants, allowed=allowed)
+        raise InvalidField(message, field="questions", value=num_item_variants, allowed=allowed)
     outcomes = await unless_gone(request, _run(work, asked, selected, body, frontend))
     settings: dict[str, Any] = {"scorer": body.scorer, "margin": body.margin, "seed": body.seed}
     result = await asyncio.to_thread(report, asked.questions, work.by_variant(outcomes), **settings)
