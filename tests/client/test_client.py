@@ -6,7 +6,8 @@ from typing import Any
 
 import httpx
 import pytest
-from crma_client import AsyncClient, Client, CrmaClientError, calls, errors
+from crma_client import AsyncClient, Client, CrmaClientError, errors
+from crma_client.calls import write_body
 
 TOKEN = b'event: token\ndata: {"index": 0, "text": "a"}\n\n'
 REFUSAL = {"error": {"code": "queue_full", "message": "full", "field": "task", "value": "x", "allowed": ["medical"]}}
@@ -17,21 +18,13 @@ def answering(status: int = 200, **answer: Any) -> httpx.MockTransport:
     return httpx.MockTransport(lambda _: httpx.Response(status, **answer))
 
 
-def test_only_what_was_given_is_sent() -> None:
+def test_only_what_was_given_is_sent_and_only_what_json_has() -> None:
     """None means "the server decides", also for crma, whose default is not False."""
-    call = calls.generate("hi", {"task": "medical", "crma": None, "temperature": 0, "stop": ("a", "b")})
-    assert json.loads(call.body or b"") == {"prompt": "hi", "task": "medical", "temperature": 0, "stop": ["a", "b"]}
-    streamed = calls.stream("hi", {"crma": False})
-    assert json.loads(streamed.body or b"") == {"prompt": "hi", "crma": False, "stream": True}
-    asked = calls.ablation({"questions": [{"id": "q1"}], "margin": None})
-    assert json.loads(asked.body or b"") == {"questions": [{"id": "q1"}]}
-
-
-@pytest.mark.parametrize("value", [b"x", {1}])
-def test_a_value_that_json_has_not_is_refused_before_it_is_sent(value: object) -> None:
-    for call in (calls.generate, calls.stream):
+    fields = {"task": "medical", "crma": None, "raw": False, "temperature": 0, "stop": ("a", "b")}
+    assert json.loads(write_body(fields)) == {"task": "medical", "raw": False, "temperature": 0, "stop": ["a", "b"]}
+    for value in (b"x", {1}):
         with pytest.raises(errors.InvalidArgument, check=lambda error: error.field == "body"):
-            call("hi", {"task": value})
+            write_body({"task": value})
 
 
 ENDINGS = [
