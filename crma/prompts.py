@@ -41,7 +41,8 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def raw_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
     """The format that adds nothing but the tokenizer's own start token, if it has one."""
-    return PromptFormat(head=_start_token(tokenizer), tail="", stop=str(tokenizer.eos_token))
+    adds = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    return PromptFormat(head=str(tokenizer.bos_token) if adds else "", tail="", stop=str(tokenizer.eos_token))
 
 
 def chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
@@ -75,18 +76,11 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
         before_system, rest = head, ""
     middle = rest.split(user)[0]
     if rest and before_system != head and head.startswith(before_system) and head.endswith(middle):
-        head = _start_token(tokenizer, head) + middle.removeprefix(ended)
+        bos = tokenizer.bos_token or ""
+        # ChatML's bos is also its turn marker: there it belongs to the head and must not be doubled.
+        starts = head.startswith(bos) and not head.startswith(bos + "system")
+        head = (bos if starts else "") + middle.removeprefix(ended)
     return PromptFormat(head=head, tail=tail, stop=_stop_token(tokenizer, ended))
-
-
-def _start_token(tokenizer: PreTrainedTokenizerBase, text: str | None = None) -> str:
-    """The start token if the tokenizer puts one before a text (or, with `text`, if that starts with it)."""
-    bos = tokenizer.bos_token
-    if bos is None:
-        return ""
-    adds = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id] if text is None else text.startswith(bos)
-    # ChatML's bos is also its turn marker: there it belongs to the head and must not be doubled.
-    return bos if adds and (text is None or not text.startswith(bos + "system")) else ""
 
 
 def _stop_token(tokenizer: PreTrainedTokenizerBase, ended: str) -> str:

@@ -118,6 +118,9 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
 )
 
 
+# Every (status, code) that there is.
+_KINDS: list[type[ApiError]] = [ApiError, *ApiError.__subclasses__()]
+CODES = sorted({(kind.status, kind.code) for kind in _KINDS} | {(status, code) for _, status, code in STATUS_OF})
 GENERATING = (400, 401, 404, 409, 413, 422, 429, 500, 503, 504)
 
 
@@ -126,9 +129,7 @@ def documented(*statuses: int, body: type[BaseModel] = ErrorBody, of: str = "") 
 
     `of`: its path in EXAMPLES, to show what it answers.
     """
-    kinds: list[type[ApiError]] = [ApiError, *ApiError.__subclasses__()]
-    codes = {(kind.status, kind.code) for kind in kinds} | {(status, code) for _, status, code in STATUS_OF}
-    named = {status: ", ".join(code for s, code in sorted(codes) if s == status) for status in statuses}
+    named = {status: ", ".join(code for s, code in CODES if s == status) for status in statuses}
     answers: dict[int | str, dict[str, Any]] = {200: {"content": EXAMPLES[of]["answers"]}} if of else {}
     return answers | {status: {"model": body, "description": named[status]} for status in statuses}
 
