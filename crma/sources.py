@@ -1,4 +1,4 @@
-"""The five domains: where their facts come from, and how a fact becomes a question with a closed answer.
+"""Six domains: where their facts come from, and how a fact becomes a question with a closed answer.
 
 Each reader turns one file into (question, answer) pairs: a full question that quotes one term, and a label of one to
 four words, lower case, our own wording where the source's is long. Packages are pinned and read as files, never
@@ -26,7 +26,7 @@ from crma.packages import PACKAGES, fetch
 
 Pair = tuple[str, str]
 
-MAX_PER_LABEL = {"code": 120, "science": 1000}  # so that no single label makes up most of a domain
+MAX_PER_LABEL = {"code": 120, "science": 1000, "language": 100}  # so that no single label makes up most of a domain
 MAX_TERM = 80  # characters of a quoted term or docstring sentence: training time is proportional to tokens
 
 # Our labels of ICD-10-CM chapters 1 to 22, the report sections (the 12 most common of the mapping at MIN_CONFIDENCE),
@@ -50,8 +50,10 @@ def obstacle(domain: str) -> str | None:
     running = f"{platform.python_implementation()} {platform.python_version()}"
     if domain == "code" and not running.startswith("CPython 3.11."):
         return f"code reads the library of CPython 3.11 and this is {running}; give the folder of one as source."
-    if domain == "science" and not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        return f"science needs apt-get and dpkg-deb for {PACKAGES[domain]}; give its GO.sqlite, taken out, as source."
+    from_deb = domain in PACKAGES and PACKAGES[domain].kind == "deb"
+    if from_deb and not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        wanted = PACKAGES[domain]
+        return f"{domain} needs apt-get and dpkg-deb for {wanted}; give its {wanted.member}, taken out, as source."
     return None
 
 
@@ -151,12 +153,28 @@ def read_science(path: Path) -> list[Pair]:
     ]
 
 
+def read_language(path: Path) -> list[Pair]:
+    """WordNet: a noun of one word -> the lexicographer's file that holds it, what kind of thing it is."""
+    pairs = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        _, file, kind, count, *fields = line.split(" ")[:64]
+        if kind == "n" and file in WORDING["noun_files"]:
+            nouns = fields[: 2 * int(count, 16) : 2]
+            pairs += [
+                (f'What kind of thing is "{n}"?', WORDING["noun_files"][file])
+                for n in nouns
+                if n.islower() and n.isalpha()
+            ]
+    return pairs
+
+
 READERS: Mapping[str, Callable[[Path], list[Pair]]] = {
     "medical": read_medical,
     "legal": read_legal,
     "finance": read_finance,
     "code": read_code,
     "science": read_science,
+    "language": read_language,
 }
 DOMAINS = tuple(READERS)
 

@@ -15,7 +15,7 @@ from server.auth import require_key
 from server.engine.errors import PromptTooLong, QueueFull
 from server.engine.request import SamplingParams
 from server.errors import AdapterUnloaded, DeadlineExceeded, GenerationFailed, InvalidField, documented
-from server.frontend import Frontend, Generation, TheFrontend, unless_gone
+from server.frontend import Frontend, Generation, TheFrontend, all_of, unless_gone
 from server.registry import Resolved
 from server.schemas import AblationRequest
 
@@ -89,12 +89,7 @@ async def _run(
         async with frontend.ablation_slots:
             return await _answer(question, selected[question.task, job.selection], body, frontend)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(job)) for job in work.jobs]
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    return [task.result() for task in tasks]
+    return await all_of(one(job) for job in work.jobs)
 
 
 async def _answer(question: Question, resolved: Resolved, body: AblationRequest, frontend: Frontend) -> ItemResult:

@@ -33,7 +33,7 @@ async def generate(body: GenerateRequest, request: Request, frontend: TheFronten
     top = body.top_logprobs if body.logprobs else None
     sampling = body.sampling(logprobs=top, prompt_logprobs=0 if body.prompt_logprobs else None)
     generation = await frontend.generation(body.prompt, resolved, sampling, raw=body.raw, timeout_s=body.timeout_s)
-    return await _Generated(body, generation, frontend).respond(request, closing, stream=body.stream)
+    return await _Generated(body, [generation], frontend).respond(request, closing, stream=body.stream)
 
 
 class _Generated(Answer[GenerateRequest]):

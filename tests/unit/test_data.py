@@ -82,7 +82,7 @@ def test_the_committed_public_set_and_digests_are_those_of_the_domains() -> None
     assert set(data.committed_digests()) == names
     lines = PUBLIC_SET.read_bytes().splitlines(keepends=True)
     assert len(lines) == 100
-    for i, domain in enumerate(DOMAINS):
+    for i, domain in enumerate(DOMAINS[:5]):  # language came later; it has no shipped adapter
         part = b"".join(lines[20 * i : 20 * (i + 1)])
         assert data.bytes_digest(part) == data.committed_digests()[f"{domain}/public"]
 
