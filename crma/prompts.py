@@ -68,13 +68,11 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> li
         message = "the chat template does not show each message once"
         raise ConfigError(message, field="messages", value=[turn.role for turn in turns])
     ids: list[int] = []
-    for at, part in enumerate(parts):
-        is_text = at % 2
-        ids += (
-            encode_text(tokenizer, turns[int(part)].content)
-            if is_text
-            else tokenizer.encode(part, add_special_tokens=False)
-        )
+    for at, part in enumerate(parts):  # markup, text, markup, …
+        if at % 2:
+            ids += encode_text(tokenizer, turns[int(part)].content)
+        else:
+            ids += tokenizer.encode(part, add_special_tokens=False)
     return ids
 
 
