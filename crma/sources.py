@@ -159,12 +159,8 @@ def read_language(path: Path) -> list[Pair]:
     for line in path.read_text(encoding="utf-8").splitlines():
         _, file, kind, count, *fields = line.split(" ")[:64]
         if kind == "n" and file in WORDING["noun_files"]:
-            nouns = fields[: 2 * int(count, 16) : 2]
-            pairs += [
-                (f'What kind of thing is "{n}"?', WORDING["noun_files"][file])
-                for n in nouns
-                if n.islower() and n.isalpha()
-            ]
+            nouns, label = fields[: 2 * int(count, 16) : 2], WORDING["noun_files"][file]
+            pairs += [(f'What kind of thing is "{n}"?', label) for n in nouns if n.islower() and n.isalpha()]
     return pairs
 
 
