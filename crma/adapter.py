@@ -140,9 +140,8 @@ class Backbone(nn.Module):
             message = "missing or unknown CRMA tensor, or one of another kind"
             raise InvalidAdapter(message, field=odd[0], value=found, allowed=expected)
         if odd := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-            raise InvalidAdapter(
-                "CRMA tensor holds NaN or infinity", field=odd[0], value="not finite", allowed="finite"
-            )
+            message = "CRMA tensor holds NaN or infinity"
+            raise InvalidAdapter(message, field=odd[0], value="not finite", allowed="finite")
         backbone.load_state_dict(dict(tensors))
         return backbone
 

