@@ -48,14 +48,13 @@ async def completions(body: CompletionRequest, request: Request, frontend: TheFr
     The answer is OpenAI's `text_completion`, and `provenance`: what `model` was resolved to, and the seed. With `echo`
     and `logprobs` it has the log-probabilities of the prompt's tokens, as lm-eval asks for them.
     """
-    prompts = body.prompts()
-    if body.stream and (len(prompts) > 1 or body.echo):
+    if body.stream and (len(body.prompt) > 1 or body.echo):
         message = "stream: takes one prompt, without echo"
         raise InvalidField(message, field="stream", value=True, allowed=False)
     resolved = _resolved(body, request, frontend)
     of_prompt = body.logprobs if body.echo else None
     sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=of_prompt)
-    work = [await frontend.generation(each, resolved, sampling, raw=True, prefix="cmpl") for each in prompts]
+    work = [await frontend.generation(each, resolved, sampling, raw=True, prefix="cmpl") for each in body.prompt]
     return await _Completion(body, work, frontend).respond(request, closing, stream=body.stream)
 
 
