@@ -91,9 +91,8 @@ def new_lora(config: LoraConfig, shapes: Mapping[str, tuple[int, int]], generato
     Raises:
         ConfigError: a target module that matches nothing.
     """
-    paths = match_targets(config.target_modules, shapes)
     pairs = {}
-    for path in paths:
+    for path in match_targets(config.target_modules, shapes):
         out_features, in_features = shapes[path]
         bound = 1 / math.sqrt(in_features)
         A = nn.Parameter(torch.empty(config.rank, in_features).uniform_(-bound, bound, generator=generator))

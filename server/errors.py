@@ -184,8 +184,7 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     kind, where, context, given = first["type"], first["loc"], first.get("ctx", {}), first.get("input")
     if kind == "json_invalid" or (where == ("body",) and (kind == "missing" or isinstance(given, bytes))):
         return _not_json()
-    # The branches of a union ("list[constrained-str]") are not fields of the caller's.
-    names = [str(part) for part in where[1:] if "[" not in str(part)]
+    names = [str(part) for part in where[1:]]
     if kind == "unknown_field":
         field = ".".join([*names, context["key"]])
         value = given.get(context["key"]) if isinstance(given, dict) else None
