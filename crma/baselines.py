@@ -1,9 +1,8 @@
 """What a trained adapter has to beat on closed labels: a naive Bayes classifier."""
 
-import math
-from collections import Counter, defaultdict
 from collections.abc import Sequence
-from functools import partial
+
+import numpy as np
 
 from crma.data import Example
 from crma.sources import words
@@ -17,19 +16,19 @@ def naive_bayes(train: Sequence[Example], prompts: Sequence[str], *, smoothing: 
     Features are the words of a prompt and their character n-grams; `smoothing` is added to every count. Textbook form:
     argmax over labels c of log P(c) + sum over features f of n_f log P(f | c).
     """
-    prior = Counter(example.completion for example in train)
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    labels = sorted({example.completion for example in train})
+    vocabulary = {feature: i for i, feature in enumerate(sorted({f for e in train for f in _features(e.prompt)}))}
+    counts = np.full((len(labels), len(vocabulary)), smoothing)
+    prior = np.zeros(len(labels))
     for example in train:
-        counts[example.completion].update(_features(example.prompt))
-    vocabulary = set().union(*counts.values())
-    totals = {label: count.total() + smoothing * len(vocabulary) for label, count in counts.items()}
-
-    def log_odds(label: str, features: Sequence[str]) -> float:
-        likelihoods = ((counts[label][feature] + smoothing) / totals[label] for feature in features)
-        return math.log(prior[label]) + math.fsum(map(math.log, likelihoods))
-
-    known = ([feature for feature in _features(prompt) if feature in vocabulary] for prompt in prompts)
-    return [max(sorted(prior), key=partial(log_odds, features=features)) for features in known]
+        label = labels.index(example.completion)
+        prior[label] += 1
+        for feature in _features(example.prompt):
+            counts[label, vocabulary[feature]] += 1
+    log_likelihood = np.log(counts / counts.sum(axis=1, keepdims=True))
+    log_prior = np.log(prior / prior.sum())
+    known = ([vocabulary[f] for f in _features(prompt) if f in vocabulary] for prompt in prompts)
+    return [labels[int(np.argmax(log_prior + log_likelihood[:, features].sum(axis=1)))] for features in known]
 
 
 def _features(prompt: str) -> list[str]:

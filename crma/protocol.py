@@ -130,25 +130,12 @@ class Run:
         """Fresh, seeded by run and task; or (NAIVE) the one from the task before."""
         if index and not self.arm.fresh_lora:
             return self.store.task(self.stages[index - 1][0]).load().trainable()
-        settings = self.config.lora
-        targets = target_names(self.model, settings.target_modules)
-        shapes = self.injection.shapes
-        per_rank = sum(sum(shapes[path]) for path in match_targets(targets, shapes))
-        crma = sum(p.numel() for p in self._new_backbone().parameters())
-        rank = self.arm.rank(settings.rank, per_rank, crma)
-        alpha = settings.alpha * rank / settings.rank
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, task))
-        return new_lora(LoraConfig(rank, alpha, targets), shapes, generator)
-
-    def _new_backbone(self) -> Backbone:
-        depth, size = len(self.injection.blocks), self.injection.hidden_size
-        streams, rank = self.config.crma.num_streams, self.config.crma.stream_rank
-        shape = CrmaConfig(depth, size, streams, rank, mapping=self.arm.mapping)
-        return Backbone(shape, torch.Generator().manual_seed(seed_of(self.config.seed, "backbone")))
+        return new_lora(lora_config(self.config, self.injection), self.injection.shapes, generator)
 
     def _first_backbone(self) -> Backbone:
         """The identity, or where another store's backbone stands."""
-        return self.start.load(self.injection.shapes) if self.start else self._new_backbone()
+        return self.start.load(self.injection.shapes) if self.start else new_backbone(self.config, self.injection)
 
     def _start_backbone(self, index: int) -> Backbone | None:
         """The snapshot before this task."""
@@ -266,6 +253,23 @@ class Run:
             if self.arm.fresh_lora and not self.arm.crma and loss[-1][t] != loss[i][t]:
                 message = f"{task} drifted in an arm that cannot"
                 raise TrainingError(message, field="drift", value=loss[-1][t], allowed=loss[i][t])
+
+
+def lora_config(config: TrainConfig, injection: Injection) -> LoraConfig:
+    """The LoRA of a task: its rank as the arm says, alpha / rank as the settings say."""
+    settings, shapes = config.lora, injection.shapes
+    targets = target_names(injection.model, settings.target_modules)
+    per_rank = sum(sum(shapes[path]) for path in match_targets(targets, shapes))
+    crma = sum(p.numel() for p in new_backbone(config, injection).parameters())
+    rank = ARMS[config.arm].rank(settings.rank, per_rank, crma)
+    return LoraConfig(rank, settings.alpha * rank / settings.rank, targets)
+
+
+def new_backbone(config: TrainConfig, injection: Injection) -> Backbone:
+    """The backbone before task 1, seeded by the run."""
+    size, settings = (len(injection.blocks), injection.hidden_size), config.crma
+    shape = CrmaConfig(*size, settings.num_streams, settings.stream_rank, mapping=ARMS[config.arm].mapping)
+    return Backbone(shape, torch.Generator().manual_seed(seed_of(config.seed, "backbone")))
 
 
 def _norm_log(log: Sequence[dict[str, list[float]]]) -> dict[str, Any]:
