@@ -1,9 +1,9 @@
 """OpenAI's routes, as its clients send and read them. Refusals are OpenAI's in form (`server/errors.py`)."""
 
-import calendar
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, ClassVar, TypeVar
@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from crma.errors import NotFound
+from crma.store import TaskEntry
 from server.answer import Answer, Closing, event, tokens
 from server.auth import require_key
 from server.engine.request import RequestOutput, TokenLogprob
@@ -30,15 +31,14 @@ Asked = TypeVar("Asked", bound=OpenAIRequest)
 @router.get("/models", responses=REFUSALS)
 async def models(frontend: TheFrontend) -> dict[str, Any]:
     """What `model` may name: the base model and every task that serves; `:crma-on` or `:crma-off` may follow."""
-    tasks = [(each.name, _seconds(each.manifest.created)) for each in frontend.registry.serving_tasks()]
-    return {"object": "list", "data": [_model(*each, frontend) for each in [("base", 0), *tasks]]}
+    tasks = [_model(each.name, each, frontend) for each in frontend.registry.serving_tasks()]
+    return {"object": "list", "data": [_model("base", None, frontend), *tasks]}
 
 
 @router.get("/models/{model}", responses=REFUSALS)
 async def model(model: str, frontend: TheFrontend) -> dict[str, Any]:
     """One of them, or a version of it."""
-    entry = _resolve(model, None, frontend).task
-    return _model(model, _seconds(entry.manifest.created) if entry else 0, frontend)
+    return _model(model, _resolve(model, None, frontend).task, frontend)
 
 
 @router.post("/completions", responses=documented(*GENERATING, body=OpenAIErrorBody, of="/v1/completions"))
@@ -48,14 +48,13 @@ async def completions(body: CompletionRequest, request: Request, frontend: TheFr
     The answer is OpenAI's `text_completion`, and `provenance`: what `model` was resolved to, and the seed. With `echo`
     and `logprobs` it has the log-probabilities of the prompt's tokens, as lm-eval asks for them.
     """
-    prompts = body.prompts()
-    if body.stream and (len(prompts) > 1 or body.echo):
+    if body.stream and (len(body.prompt) > 1 or body.echo):
         message = "stream: takes one prompt, without echo"
         raise InvalidField(message, field="stream", value=True, allowed=False)
     resolved = _resolved(body, request, frontend)
     of_prompt = body.logprobs if body.echo else None
     sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=of_prompt)
-    work = [await frontend.generation(each, resolved, sampling, raw=True, prefix="cmpl") for each in prompts]
+    work = [await frontend.generation(each, resolved, sampling, raw=True, prefix="cmpl") for each in body.prompt]
     return await _Completion(body, work, frontend).respond(request, closing, stream=body.stream)
 
 
@@ -98,13 +97,9 @@ def _resolve(model: str, asked: bool | None, frontend: Frontend) -> Resolved:
         raise ModelNotFound(f"no model {name!r}", field="model", value=name, allowed=error.allowed) from error
 
 
-def _model(name: str, created: int, frontend: Frontend) -> dict[str, Any]:
+def _model(name: str, entry: TaskEntry | None, frontend: Frontend) -> dict[str, Any]:
+    created = int(datetime.fromisoformat(entry.manifest.created).timestamp()) if entry else 0
     return {"id": name, "object": "model", "created": created, "owned_by": frontend.model.name}
-
-
-def _seconds(timestamp: str) -> int:
-    """Unix time of a manifest's."""
-    return calendar.timegm(time.strptime(timestamp, "%Y-%m-%dT%H:%M:%SZ"))
 
 
 class _OpenAIAnswer(Answer[Asked]):
@@ -118,25 +113,22 @@ class _OpenAIAnswer(Answer[Asked]):
         """A finished choice, but for its index and finish_reason."""
 
     @abstractmethod
-    def delta(self, text: str | None, token: list[int], logprob: TokenLogprob | None) -> dict[str, Any]:
+    def delta(self, token: int | None, text: str | None, logprob: TokenLogprob | None) -> dict[str, Any]:
         """The same of one token; `text` None: there is no more."""
 
     def body(self) -> dict[str, Any]:
+        answers = [(generation, sequence) for generation in self.generations for sequence in generation.sequences]
         choices = [
-            {**self.choice(generation, sequence), "finish_reason": sequence.last.finish_reason}
-            for generation in self.generations
-            for sequence in generation.sequences
+            {"index": index, **self.choice(*each), "finish_reason": each[1].last.finish_reason}
+            for index, each in enumerate(answers)
         ]
-        indexed = [{"index": index, **choice} for index, choice in enumerate(choices)]
-        return {**self._head(self.kind), "choices": indexed, "usage": self._usage(), "provenance": self.provenance()}
+        return {**self._head(self.kind), "choices": choices, "usage": self._usage(), "provenance": self.provenance()}
 
     def events(self, output: RequestOutput) -> Iterable[str]:
-        ids = iter(output.token_ids)
-        for text, logprob in tokens(output):
-            token = [each for each in (next(ids, None),) if each is not None]
-            yield self._chunk([{"index": output.index, **self.delta(text, token, logprob), "finish_reason": None}])
+        for each in tokens(output):
+            yield self._chunk([{"index": output.index, **self.delta(*each), "finish_reason": None}])
         if output.finish_reason is not None:
-            end = {"index": output.index, **self.delta(None, [], None), "finish_reason": output.finish_reason}
+            end = {"index": output.index, **self.delta(None, None, None), "finish_reason": output.finish_reason}
             yield self._chunk([end], provenance=self.provenance())
 
     def done(self) -> Iterable[str]:
@@ -169,28 +161,23 @@ class _Completion(_OpenAIAnswer[CompletionRequest]):
     def choice(self, generation: Generation, sequence: SequenceResult) -> dict[str, Any]:
         prompt = generation.request.prompt_ids if self.asked.echo else ()
         of_prompt = [None, *generation.prompt_logprobs] if prompt else []
-        text = self.frontend.text(prompt) + sequence.text
-        return {
-            "text": text,
-            "logprobs": self._logprobs((*prompt, *sequence.token_ids), [*of_prompt, *sequence.logprobs]),
-        }
+        logprobs = self._logprobs((*prompt, *sequence.token_ids), [*of_prompt, *sequence.logprobs])
+        return {"text": self.frontend.text(prompt) + sequence.text, "logprobs": logprobs}
 
-    def delta(self, text: str | None, token: list[int], logprob: TokenLogprob | None) -> dict[str, Any]:
-        return {"text": text or "", "logprobs": self._logprobs(token, [logprob]) if logprob else None}
+    def delta(self, token: int | None, text: str | None, logprob: TokenLogprob | None) -> dict[str, Any]:
+        logprobs = self._logprobs([token], [logprob]) if token is not None and logprob is not None else None
+        return {"text": text or "", "logprobs": logprobs}
 
     def _logprobs(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]) -> dict[str, Any] | None:
         """OpenAI's legacy form: four lists, one entry a token; of the first of a prompt there is none."""
         if self.asked.logprobs is None:
             return None
         texts = [self.frontend.text([each]) for each in ids]
-        tops = [
-            each and {top["token"]: top["logprob"] for top in reversed(self.frontend.top_tokens(each))}
-            for each in logprobs
-        ]
+        tops = [each and self.frontend.top_tokens(each)[::-1] for each in logprobs]
         return {
             "tokens": texts,
             "token_logprobs": [each and each.logprob for each in logprobs],
-            "top_logprobs": tops,
+            "top_logprobs": [each and {top["token"]: top["logprob"] for top in each} for each in tops],
             "text_offset": [0, *accumulate(map(len, texts))][: len(texts)],
         }
 
@@ -203,8 +190,8 @@ class _Chat(_OpenAIAnswer[ChatRequest]):
         message = {"role": "assistant", "content": sequence.text, "refusal": None}
         return {"message": message, "logprobs": {"content": logprobs} if self.asked.logprobs else None}
 
-    def delta(self, text: str | None, token: list[int], logprob: TokenLogprob | None) -> dict[str, Any]:
-        logprobs = {"content": [self._logprob(token[0], logprob)]} if logprob else None
+    def delta(self, token: int | None, text: str | None, logprob: TokenLogprob | None) -> dict[str, Any]:
+        logprobs = {"content": [self._logprob(token, logprob)]} if token is not None and logprob is not None else None
         return {"delta": {} if text is None else {"role": "assistant", "content": text}, "logprobs": logprobs}
 
     def _logprob(self, token: int, logprob: TokenLogprob) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Metric
 from crma.experiment import read_experiment
 from crma.tables import arms_table
 from server.engine.request import EngineStats
-from server.errors import STATUS_OF, ApiError
+from server.errors import CODES
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -69,11 +69,8 @@ def settings_table() -> str:
 
 
 def errors_table() -> str:
-    codes = {(kind.status, kind.code) for kind in (ApiError, *ApiError.__subclasses__())}
-    codes |= {(status, code) for _, status, code in STATUS_OF}
-    codes |= {(404, "no_route"), (405, "method_not_allowed"), (409, "adapter_in_use"), (422, "unknown_field")}
     by_status: dict[int, list[str]] = {}
-    for status, code in sorted(codes):
+    for status, code in CODES:
         by_status.setdefault(status, []).append(f"`{code}`")
     return "\n".join(["| status | code |", "|---|---|", *(f"| {s} | {', '.join(c)} |" for s, c in by_status.items())])
 
