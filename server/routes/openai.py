@@ -53,7 +53,9 @@ async def completions(body: CompletionRequest, request: Request, frontend: TheFr
         raise InvalidField(message, field="stream", value=True, allowed=False)
     resolved = _resolved(body, request, frontend)
     of_prompt = body.logprobs if body.echo else None
-    sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=of_prompt)
+    # lm-eval asks for one token after the prompt and cuts it off: it has to be there even if it ends the answer.
+    on = body.ignore_eos or (body.echo and body.max_tokens == 1)
+    sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=of_prompt, ignore_eos=on)
     work = [await frontend.generation(each, resolved, sampling, raw=True, prefix="cmpl") for each in body.prompt]
     return await _Completion(body, work, frontend).respond(request, closing, stream=body.stream)
 
