@@ -29,16 +29,14 @@ from crma.lora import Lora
 ALIVE_FROM_STEP = 10
 
 
-@dataclass
-class RecordingPair:
+class RecordingPair(FoldedPair):
     """A layer's folded pair in training: keeps ||dh|| / ||h|| of the last forward pass."""
 
-    pair: FoldedPair
     ratio: Tensor | None = None
 
     def delta(self, h: Tensor) -> Tensor:
         """[b, s, d] -> [b, s, d], differentiable in the pair."""
-        out = self.pair.delta(h)
+        out = super().delta(h)
         with torch.no_grad():
             self.ratio = out.float().norm() / h.float().norm()
         return out
@@ -57,14 +55,14 @@ class AdaptedModel(nn.Module):
         self.recording: list[RecordingPair] = []
 
     def forward(self, batch: Any, *, crma: bool = True) -> Tensor:
-        plan = Plan(tasks=[(None, self.lora)])
+        backbones = []
         if self.backbone is not None and crma:
             if self.backbone_moves or not self.recording:  # one that stands still is folded once
                 with torch.set_grad_enabled(self.backbone_moves):
                     A, B = (factor.to(self.injection.model.dtype) for factor in self.backbone.fold())
-                self.recording = [RecordingPair(FoldedPair(a, b)) for a, b in zip(A, B, strict=True)]
-            plan = Plan(tasks=[(None, self.lora)], backbones=[(None, self.recording)])
-        with self.injection.active(plan):
+                self.recording = [RecordingPair(a, b) for a, b in zip(A, B, strict=True)]
+            backbones = [(None, self.recording)]
+        with self.injection.active(Plan([(None, self.lora)], backbones)):
             return answer_loss(answer_logits(self.injection.model, batch), batch)
 
 
