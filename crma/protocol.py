@@ -181,7 +181,7 @@ class Run:
                     ancestors |= dict.fromkeys((self.start.digest, *self.start.manifest.lineage))
                 ancestors.pop(backbone_digest(backbone), None)  # one that did not move is its own ancestor
                 origin = self._origin(self.config.tasks[: index + 1])
-                self.store.publish_backbone(backbone, lineage=list(ancestors), version=version, **origin)
+                self.store.publish_backbone(backbone, lineage=list(ancestors), **origin)
             under, trained = self.backbone_after(index + 1).digest, backbone_digest(backbone)
             if under != trained:
                 message = f"{task}: trained again after the run was killed, it gave another backbone; start a new run"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from published import BASE, OTHER, SHAPES, TRAINED, make_backbone, make_lora, publish, publish_backbone
 from tiny import FORMAT, PROVENANCE
 
-from crma.errors import AlreadyExists, BaseMismatch, InvalidAdapter, LineageMismatch, NotFound, StoreError
+from crma.errors import BaseMismatch, InvalidAdapter, LineageMismatch, NotFound, StoreError
 from crma.manifest import Blend, content_digest, file_digest
 from crma.store import AdapterStore
 
@@ -65,17 +65,6 @@ def test_a_published_backbone_comes_back_bit_for_bit_with_its_certificate(store:
     assert "max_movement" not in first.manifest.certificate
     assert second.manifest.certificate["max_movement"] > 0
     assert second.manifest.blend == blend
-
-
-def test_a_version_is_published_once_and_the_next_free_one_is_the_default(store: AdapterStore) -> None:
-    first = publish(store, version="v9")
-    before = contents(store.root)
-    with pytest.raises(AlreadyExists, check=lambda error: error.value == "v9"):
-        publish(store, seed=1, version="v9")
-    assert contents(store.root) == before
-    assert publish(store, seed=1).version == "v10"
-    assert store.task_versions("medical") == ("v9", "v10")
-    assert store.task("medical", "v9") == first
 
 
 def test_what_cannot_be_published_leaves_the_store_as_it_was(full: AdapterStore) -> None:
