@@ -118,25 +118,22 @@ class _OpenAIAnswer(Answer[Asked]):
         """A finished choice, but for its index and finish_reason."""
 
     @abstractmethod
-    def delta(self, text: str | None, token: list[int], logprob: TokenLogprob | None) -> dict[str, Any]:
+    def delta(self, text: str | None, token: int | None, logprob: TokenLogprob | None) -> dict[str, Any]:
         """The same of one token; `text` None: there is no more."""
 
     def body(self) -> dict[str, Any]:
+        answers = ((generation, sequence) for generation in self.generations for sequence in generation.sequences)
         choices = [
-            {**self.choice(generation, sequence), "finish_reason": sequence.last.finish_reason}
-            for generation in self.generations
-            for sequence in generation.sequences
+            {"index": index, **self.choice(*answer), "finish_reason": answer[1].last.finish_reason}
+            for index, answer in enumerate(answers)
         ]
-        indexed = [{"index": index, **choice} for index, choice in enumerate(choices)]
-        return {**self._head(self.kind), "choices": indexed, "usage": self._usage(), "provenance": self.provenance()}
+        return {**self._head(self.kind), "choices": choices, "usage": self._usage(), "provenance": self.provenance()}
 
     def events(self, output: RequestOutput) -> Iterable[str]:
-        ids = iter(output.token_ids)
-        for text, logprob in tokens(output):
-            token = [each for each in (next(ids, None),) if each is not None]
-            yield self._chunk([{"index": output.index, **self.delta(text, token, logprob), "finish_reason": None}])
+        for each in tokens(output):
+            yield self._chunk([{"index": output.index, **self.delta(*each), "finish_reason": None}])
         if output.finish_reason is not None:
-            end = {"index": output.index, **self.delta(None, [], None), "finish_reason": output.finish_reason}
+            end = {"index": output.index, **self.delta(None, None, None), "finish_reason": output.finish_reason}
             yield self._chunk([end], provenance=self.provenance())
 
     def done(self) -> Iterable[str]:
@@ -149,8 +146,7 @@ class _OpenAIAnswer(Answer[Asked]):
         return int(time.time())
 
     def _head(self, kind: str) -> dict[str, Any]:
-        named = {"id": self.generation.request.id, "object": kind, "created": self._created}
-        return named | {"model": self.asked.model}
+        return {"id": self.generation.request.id, "object": kind, "created": self._created, "model": self.asked.model}
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
         usage = {"usage": None} if self.asked.stream_options.include_usage else {}  # OpenAI has it in every chunk then
@@ -169,14 +165,11 @@ class _Completion(_OpenAIAnswer[CompletionRequest]):
     def choice(self, generation: Generation, sequence: SequenceResult) -> dict[str, Any]:
         prompt = generation.request.prompt_ids if self.asked.echo else ()
         of_prompt = [None, *generation.prompt_logprobs] if prompt else []
-        text = self.frontend.text(prompt) + sequence.text
-        return {
-            "text": text,
-            "logprobs": self._logprobs((*prompt, *sequence.token_ids), [*of_prompt, *sequence.logprobs]),
-        }
+        logprobs = self._logprobs((*prompt, *sequence.token_ids), [*of_prompt, *sequence.logprobs])
+        return {"text": self.frontend.text(prompt) + sequence.text, "logprobs": logprobs}
 
-    def delta(self, text: str | None, token: list[int], logprob: TokenLogprob | None) -> dict[str, Any]:
-        return {"text": text or "", "logprobs": self._logprobs(token, [logprob]) if logprob else None}
+    def delta(self, text: str | None, token: int | None, logprob: TokenLogprob | None) -> dict[str, Any]:
+        return {"text": text or "", "logprobs": None if token is None else self._logprobs([token], [logprob])}
 
     def _logprobs(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]) -> dict[str, Any] | None:
         """OpenAI's legacy form: four lists, one entry a token; of the first of a prompt there is none."""
@@ -203,8 +196,8 @@ class _Chat(_OpenAIAnswer[ChatRequest]):
         message = {"role": "assistant", "content": sequence.text, "refusal": None}
         return {"message": message, "logprobs": {"content": logprobs} if self.asked.logprobs else None}
 
-    def delta(self, text: str | None, token: list[int], logprob: TokenLogprob | None) -> dict[str, Any]:
-        logprobs = {"content": [self._logprob(token[0], logprob)]} if logprob else None
+    def delta(self, text: str | None, token: int | None, logprob: TokenLogprob | None) -> dict[str, Any]:
+        logprobs = None if token is None or logprob is None else {"content": [self._logprob(token, logprob)]}
         return {"delta": {} if text is None else {"role": "assistant", "content": text}, "logprobs": logprobs}
 
     def _logprob(self, token: int, logprob: TokenLogprob) -> dict[str, Any]:
