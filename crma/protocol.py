@@ -57,6 +57,7 @@ class Run:
         self.arm: Arm = ARMS[self.config.arm]
         for task in self.config.tasks:
             check_name(name_of(task))  # now, and not when the first task is trained and cannot be published
+        self.shape = self.config.crma.model_dump(include={"num_streams", "stream_rank"}) | {"mapping": self.arm.mapping}
         self.start = AdapterStore(Path(self.config.start)).backbone() if self.config.start else None
         self._check_start()
         self.accelerator = Accelerator()
@@ -93,11 +94,9 @@ class Run:
             message = "no backbone serves in that store, or the arm trains none"
             raise ConfigError(message, field="start", value=self.config.start, allowed="a store with a backbone")
         self.start.check_base(self.base.digest)
-        streams, rank = self.config.crma.num_streams, self.config.crma.stream_rank
-        asked = {"num_streams": streams, "stream_rank": rank, "mapping": self.arm.mapping}
-        if any(self.start.manifest.config[key] != value for key, value in asked.items()):
+        if any(self.start.manifest.config[key] != value for key, value in self.shape.items()):
             message = "the backbone of that store has another shape"
-            raise ConfigError(message, field="crma", value=asked, allowed=self.start.manifest.config)
+            raise ConfigError(message, field="crma", value=self.shape, allowed=self.start.manifest.config)
 
     def _pin_config(self) -> None:
         """A folder belongs to one config: going on with another would mix two runs."""
@@ -137,14 +136,11 @@ class Run:
         crma = sum(p.numel() for p in self._new_backbone().parameters())
         rank = self.arm.rank(settings.rank, per_rank, crma)
         alpha = settings.alpha * rank / settings.rank
-        generator = torch.Generator().manual_seed(seed_of(self.config.seed, task))
-        return new_lora(LoraConfig(rank, alpha, targets), shapes, generator)
+        return new_lora(LoraConfig(rank, alpha, targets), shapes, generator(self.config.seed, task))
 
     def _new_backbone(self) -> Backbone:
         depth, size = len(self.injection.blocks), self.injection.hidden_size
-        streams, rank = self.config.crma.num_streams, self.config.crma.stream_rank
-        shape = CrmaConfig(depth, size, streams, rank, mapping=self.arm.mapping)
-        return Backbone(shape, torch.Generator().manual_seed(seed_of(self.config.seed, "backbone")))
+        return Backbone(CrmaConfig(depth, size, **self.shape), generator(self.config.seed, "backbone"))
 
     def _first_backbone(self) -> Backbone:
         """The identity, or where another store's backbone stands."""
@@ -213,13 +209,11 @@ class Run:
         measured: list[list[Measure]] = []
         for i in range(T + 1):
             self.progress("measuring", i, T + 1)
-            plans = [self.plan_after(i, t) for t in range(len(tasks))]
-            measured.append(
-                [
-                    measured[0][t] if i and plan == Plan([], []) else self.evaluator.measure(plan, self.rows[tasks[t]])
-                    for t, plan in enumerate(plans)  # base again, where nothing serves the task yet
-                ]
-            )
+            measured.append([])
+            for t, task in enumerate(tasks):
+                plan = self.plan_after(i, t)
+                known = i and plan == Plan([], [])  # base again, where nothing serves the task yet
+                measured[i].append(measured[0][t] if known else self.evaluator.measure(plan, self.rows[task]))
         loss, accuracy = ([[getattr(m, name) for m in row] for row in measured] for name in ("loss", "accuracy"))
         self._check(loss)
         files = [self.folder / "work" / name / "log.jsonl" for name, _ in self.stages]
@@ -288,9 +282,10 @@ def split_digests(task: str) -> dict[str, str]:
     return {split: file_digest(split_path(task, split)) for split in SPLITS}
 
 
-def seed_of(seed: int, what: str) -> int:
-    """A 63-bit seed from a run's seed and a word, so that no two draws of a run share a stream."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{what}".encode()).digest()[:8], "big") >> 1
+def generator(seed: int, what: str) -> torch.Generator:
+    """Seeded with 63 bits from a run's seed and a word, so that no two draws of a run share a stream."""
+    bits = int.from_bytes(hashlib.sha256(f"{seed}/{what}".encode()).digest()[:8], "big") >> 1
+    return torch.Generator().manual_seed(bits)
 
 
 def ship(run: Run, target: AdapterStore) -> BackboneEntry | None:
@@ -317,10 +312,6 @@ def ship(run: Run, target: AdapterStore) -> BackboneEntry | None:
         entry, plan, ask = run.store.task(name_of(task)), run.plan_after(T, t), run.evaluator
         splits = {name: ask.encode(load_split(task, name)) for name in ("validation", "holdout")}
         measured = {name: asdict(ask.measure(plan, rows)) for name, rows in splits.items()}
-        options = {
-            "backbone": entry.manifest.backbone,
-            "prompt_format": entry.prompt_format,
-            "serve": candidate is None,
-        }
-        target.publish_task(entry.name, entry.load(), **options, **origin(entry, measured))
+        options = {"backbone": entry.manifest.backbone, "prompt_format": entry.prompt_format}
+        target.publish_task(entry.name, entry.load(), serve=candidate is None, **options, **origin(entry, measured))
     return candidate

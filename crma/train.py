@@ -8,7 +8,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -170,7 +170,9 @@ class TaskTrainer:
         started, drawn = time.perf_counter(), random.Random(f"{config.seed}/{self.task}/drop")
         with (self.folder / "log.jsonl").open("wb", buffering=0) as log:
             for epoch in range(config.epochs):
-                for step, batch in enumerate(self._batches(epoch), start=epoch * steps_per_epoch):
+                batches = epoch_batches(self.rows, config.batch_size, f"{config.seed}/{self.task}/{epoch}")
+                for step, indices in enumerate(batches, start=epoch * steps_per_epoch):
+                    batch = collate([self.rows[i] for i in indices], self.pad_id, self.accelerator.device)
                     line = self._step(optimizer, batch, crma=drawn.random() >= config.crma.drop)
                     rates.step()
                     factor = schedule(step, total, config.warmup)
@@ -179,11 +181,6 @@ class TaskTrainer:
                     self._check(step, line)
                     progress(step + 1, total)
         return time.perf_counter() - started
-
-    def _batches(self, epoch: int) -> Iterator[Any]:
-        key = f"{self.config.seed}/{self.task}/{epoch}"
-        for indices in epoch_batches(self.rows, self.config.batch_size, key):
-            yield collate([self.rows[i] for i in indices], self.pad_id, self.accelerator.device)
 
     def _step(self, optimizer: torch.optim.Optimizer, batch: Any, *, crma: bool) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)

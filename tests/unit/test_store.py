@@ -1,10 +1,7 @@
 """The store: what is published comes back, whatever dies on the way; channels say what serves."""
 
-import itertools
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published import BASE, OTHER, SHAPES, TRAINED, make_backbone, make_lora, publish, publish_backbone
+from published import BASE, OTHER, SHAPES, TRAINED, dying, make_backbone, make_lora, publish, publish_backbone
 from tiny import FORMAT, PROVENANCE
 
 from crma.errors import BaseMismatch, InvalidAdapter, LineageMismatch, NotFound, StoreError
@@ -179,39 +176,13 @@ def test_writers_at_once_lose_no_change_and_share_no_version(store: AdapterStore
     assert store.verify(base=BASE, shapes=SHAPES) == []
 
 
-# A death at every step ----------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """The process died: no handler of an exception runs on."""
-
-
-def die_at(patch: pytest.MonkeyPatch, step: int) -> None:
-    """From the `step`-th change to the file system on, every such call fails."""
-    calls = itertools.count(1)
-
-    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if next(calls) >= step:
-                raise Killed
-            return real(*args, **kwargs)
-
-        return call
-
-    for name in ("open", "mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "chmod"):
-        patch.setattr(os, name, counted(getattr(os, name)))
-
-
 @pytest.mark.parametrize("existing", [False, True], ids=["first", "next"])
-def test_a_publish_that_dies_at_any_step_shows_the_whole_version_or_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
-) -> None:
+def test_a_publish_that_dies_at_any_step_shows_the_whole_version_or_nothing(tmp_path: Path, existing: bool) -> None:
     outcomes, finished = [], False
     while not finished:
         store = AdapterStore(tmp_path / str(len(outcomes)))
         before = (publish(store).version,) if existing else ()
-        with monkeypatch.context() as patch, suppress(Killed):
-            die_at(patch, len(outcomes) + 1)
+        with dying(len(outcomes) + 1):
             publish(store, seed=1)
             finished = True
         assert store.verify(base=BASE, shapes=SHAPES) == []
