@@ -272,11 +272,6 @@ class AdapterStore:
                 problems.append(LineageMismatch(message, field="backbone", value=value, allowed=allowed))
         return problems
 
-    def check_integrity(self) -> None:
-        """Raises the first thing wrong with the store's structure: folders, listings, channels. Reads no weights."""
-        for problem in self._structure()[-1]:
-            raise problem
-
     def _structure(self) -> tuple[list[TaskEntry | BackboneEntry], Channels, list[StoreError]]:
         """The entries with a sound folder and manifest, what serves, and what is wrong with the rest."""
         entries: list[TaskEntry | BackboneEntry] = []

@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_to_the_same_result(death: str, modular: Any, make:
         assert again[key] == record[key]
     assert again["training"]["tokens"] == record["training"]["tokens"]
     assert log_of(tmp_path) == log_of(run.folder)
-    AdapterStore(tmp_path / "store").check_integrity()
+    assert AdapterStore(tmp_path / "store").verify() == []
 
 
 def test_a_folder_belongs_to_one_config(modular: tuple[Run, Any], make: Make) -> None:
