@@ -74,6 +74,7 @@ def test_what_goes_on_training_descends_from_what_serves_and_does_not_serve(serv
 
 def test_a_harmless_candidate_serves_with_its_task_and_rolls_back_with_it(served: Served, decide: Decide) -> None:
     store, before = served.store, served.store.channels().serving()
+    publish(store, served.base, "first", 1, serve=False)  # no newcomer: it never saw a backbone
     evidence = decide(margin=10.0)
     assert (evidence["lambda"], len(evidence["tried"])) == (1, 1)
     assert store.channels().serving() == {**before, "backbone": "v2", "tasks/third": "v1"}
