@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from crma.adapter import FoldedPair
 from crma.errors import ConfigError, InvalidAdapter, UnsupportedModel
-from crma.lora import Lora, LoraPair, LoraStack, StackedRows, add_grouped
+from crma.lora import Lora, LoraStack, StackedRows, add_grouped
 from crma.selection import AdapterSelection
 
 
@@ -44,9 +44,8 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     name = type(model).__name__
 
     def refuse(reason: str) -> UnsupportedModel:
-        return UnsupportedModel(
-            f"{name} cannot be served: {reason}", field="model", value=name, allowed="a decoder of linear layers"
-        )
+        message = f"{name} cannot be served: {reason}"
+        return UnsupportedModel(message, field="model", value=name, allowed="a decoder of linear layers")
 
     if getattr(config, "is_encoder_decoder", False):
         raise refuse("it is an encoder-decoder")
@@ -150,9 +149,7 @@ class Injection:
             if self._plan.stacked is not None:
                 self._plan.stacked.add_(path, output, inputs[0])
                 return None
-            groups: list[tuple[Tensor | None, LoraPair]] = [
-                (rows, lora.pairs[path]) for rows, lora in self._plan.tasks if path in lora.pairs
-            ]
+            groups = [(rows, lora.pairs[path]) for rows, lora in self._plan.tasks if path in lora.pairs]
             return add_grouped(output, inputs[0], groups) if groups else None
 
         return hook

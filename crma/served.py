@@ -103,14 +103,12 @@ class Served:
 
 def split_questions(tasks: Sequence[str], split: str) -> QuestionSet:
     """A split of built-in tasks as a question set. Raises DataError."""
-    return inline_question_set(
-        [
-            {"id": f"{task}-{i:03}", "task": task, "question": example.prompt, "answers": [example.completion]}
-            for task in tasks
-            for i, example in enumerate(load_split(task, split), start=1)
-        ],
-        name=split,
-    )
+    questions = [
+        {"id": f"{task}-{i:03}", "task": task, "question": example.prompt, "answers": [example.completion]}
+        for task in tasks
+        for i, example in enumerate(load_split(task, split), start=1)
+    ]
+    return inline_question_set(questions, name=split)
 
 
 def ablate(
