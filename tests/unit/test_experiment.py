@@ -74,8 +74,8 @@ def test_a_record_is_made_once_and_only_by_its_own_configuration(
 
     def run(only: str = "*", **changes: Any) -> list[str]:
         trial = planned(config=config | changes)
-        report: Any = lambda *item: told.append(item)  # noqa: E731
-        return [p.stem for p in execute(trial, tmp_path / "results", tmp_path / "work", only=only, report=report)]
+        results, work = tmp_path / "results", tmp_path / "work"
+        return [path.stem for path in execute(trial, results, work, only=only, report=lambda *item: told.append(item))]
 
     assert run(only="*-seed1") == ["FROZEN-seed1"]
     assert run() == ["FROZEN-seed0", "FROZEN-seed1", "one-seed0"]
