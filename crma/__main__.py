@@ -1,4 +1,4 @@
-"""The `crma` command: pull, data, train, experiment, verify, ablate, promote, rollback, import. It never speaks HTTP.
+"""The `crma` command: from pulling a base model to the plots. It never speaks HTTP.
 
 Data goes to stdout, everything else to stderr. The exit code is 0, 1 where something that was checked is wrong, 2
 where the command could not be carried out.
@@ -111,6 +111,29 @@ def experiment(
         paths = execute(planned, results, work, only=only, report=report)
     note(f"{len(paths)} records in {results / planned.name}")
     typer.echo(arms_table({path.stem: json.loads(path.read_text()) for path in paths}))
+
+
+@app.command()
+def estimate(
+    config: Annotated[Path, typer.Argument(help="A TOML file; see crma/experiments.")],
+    flops: Annotated[float | None, typer.Option(help="FLOP/s the device reaches; that of one CPU thread.")] = None,
+) -> None:
+    """Memory and time that a training run needs, from its data and the config of its model, as JSON."""
+    from crma.config import TrainConfig
+    from crma.cost import FLOPS
+    from crma.cost import estimate as run
+
+    show_json(run(TrainConfig.read(config), flops or FLOPS))
+
+
+@app.command()
+def plots(
+    results: Annotated[Path, typer.Argument(help="Records, as the other commands write them.")] = Path("crma/results"),
+) -> None:
+    """Draw the records as SVG into RESULTS/plots."""
+    from crma.plots import draw
+
+    draw(results, results / "plots")
 
 
 @app.command()

@@ -61,8 +61,10 @@ class Gated(NamedTuple):
         if trained_on is None or not isinstance(recorded, float):
             raise DataError("it recorded no validation loss", field="task", value=entry.name)
         sources = {Path(task).name: task for task in TrainConfig.from_dict(trained_on.config).tasks}
-        examples, path = load_split(sources[entry.name], "validation"), split_path(sources[entry.name], "validation")
-        if (found := file_digest(path)) != (published := trained_on.data[f"{entry.name}/validation"]):
+        if (source := sources.get(entry.name)) is None:
+            raise DataError("it does not say where its validation data is", field="task", value=entry.name)
+        examples, path = load_split(source, "validation"), split_path(source, "validation")
+        if (found := file_digest(path)) != (published := trained_on.data.get(f"{entry.name}/validation")):
             raise DataError(f"{path} is not what it was published with", value=found, allowed=published)
         return cls(entry, served.evaluator(entry).encode(examples), recorded)
 
@@ -176,7 +178,7 @@ def _gated(
             continue  # it never serves with CRMA on: no backbone can harm it
         try:
             tasks.append(Gated.of(served, entry))
-        except (CrmaError, KeyError) as error:
+        except CrmaError as error:
             ungated[name] = str(error)
     if refused := sorted(set(ungated) - set(allow_ungated)):
         message = f"{refused[0]} cannot be scored: {ungated[refused[0]]}; promote all the same: --allow-ungated NAME"

@@ -57,7 +57,6 @@ class Run:
         self.arm: Arm = ARMS[self.config.arm]
         for task in self.config.tasks:
             check_name(name_of(task))  # now, and not when the first task is trained and cannot be published
-        self.shape = self.config.crma.model_dump(include={"num_streams", "stream_rank"}) | {"mapping": self.arm.mapping}
         self.start = AdapterStore(Path(self.config.start)).backbone() if self.config.start else None
         self._check_start()
         self.accelerator = Accelerator()
@@ -94,9 +93,10 @@ class Run:
             message = "no backbone serves in that store, or the arm trains none"
             raise ConfigError(message, field="start", value=self.config.start, allowed="a store with a backbone")
         self.start.check_base(self.base.digest)
-        if any(self.start.manifest.config[key] != value for key, value in self.shape.items()):
+        asked = shape_of(self.config)
+        if any(self.start.manifest.config[key] != value for key, value in asked.items()):
             message = "the backbone of that store has another shape"
-            raise ConfigError(message, field="crma", value=self.shape, allowed=self.start.manifest.config)
+            raise ConfigError(message, field="crma", value=asked, allowed=self.start.manifest.config)
 
     def _pin_config(self) -> None:
         """A folder belongs to one config: going on with another would mix two runs."""
@@ -129,22 +129,12 @@ class Run:
         """Fresh, seeded by run and task; or (NAIVE) the one from the task before."""
         if index and not self.arm.fresh_lora:
             return self.store.task(self.stages[index - 1][0]).load().trainable()
-        settings = self.config.lora
-        targets = target_names(self.model, settings.target_modules)
-        shapes = self.injection.shapes
-        per_rank = sum(sum(shapes[path]) for path in match_targets(targets, shapes))
-        crma = sum(p.numel() for p in self._new_backbone().parameters())
-        rank = self.arm.rank(settings.rank, per_rank, crma)
-        alpha = settings.alpha * rank / settings.rank
-        return new_lora(LoraConfig(rank, alpha, targets), shapes, generator(self.config.seed, task))
-
-    def _new_backbone(self) -> Backbone:
-        depth, size = len(self.injection.blocks), self.injection.hidden_size
-        return Backbone(CrmaConfig(depth, size, **self.shape), generator(self.config.seed, "backbone"))
+        config = lora_config(self.config, self.injection)
+        return new_lora(config, self.injection.shapes, generator(self.config.seed, task))
 
     def _first_backbone(self) -> Backbone:
         """The identity, or where another store's backbone stands."""
-        return self.start.load(self.injection.shapes) if self.start else self._new_backbone()
+        return self.start.load(self.injection.shapes) if self.start else new_backbone(self.config, self.injection)
 
     def _start_backbone(self, index: int) -> Backbone | None:
         """The snapshot before this task."""
@@ -260,6 +250,27 @@ class Run:
             if self.arm.fresh_lora and not self.arm.crma and loss[-1][t] != loss[i][t]:
                 message = f"{task} drifted in an arm that cannot"
                 raise TrainingError(message, field="drift", value=loss[-1][t], allowed=loss[i][t])
+
+
+def lora_config(config: TrainConfig, injection: Injection) -> LoraConfig:
+    """The LoRA of a task: its rank as the arm says, alpha / rank as the settings say."""
+    settings, shapes = config.lora, injection.shapes
+    targets = target_names(injection.model, settings.target_modules)
+    per_rank = sum(sum(shapes[path]) for path in match_targets(targets, shapes))
+    crma = sum(p.numel() for p in new_backbone(config, injection).parameters())
+    rank = ARMS[config.arm].rank(settings.rank, per_rank, crma)
+    return LoraConfig(rank, settings.alpha * rank / settings.rank, targets)
+
+
+def new_backbone(config: TrainConfig, injection: Injection) -> Backbone:
+    """The backbone before task 1, seeded by the run."""
+    shape = CrmaConfig(len(injection.blocks), injection.hidden_size, **shape_of(config))
+    return Backbone(shape, generator(config.seed, "backbone"))
+
+
+def shape_of(config: TrainConfig) -> dict[str, Any]:
+    """What a configuration says of its backbone's shape; the rest is the model's."""
+    return config.crma.model_dump(include={"num_streams", "stream_rank"}) | {"mapping": ARMS[config.arm].mapping}
 
 
 def _norm_log(log: Sequence[dict[str, list[float]]]) -> dict[str, Any]:

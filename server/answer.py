@@ -89,13 +89,13 @@ class Answer(ABC, Generic[Asked]):
         return self.frontend.provenance(seed, selection.crma_digest, task=selection.task_digest)
 
 
-def tokens(output: RequestOutput) -> Iterable[tuple[str, int | None, TokenLogprob | None]]:
-    """(text, id, log-probability where asked for) of every new token, also where its text is held back.
+def tokens(output: RequestOutput) -> Iterable[tuple[int | None, str, TokenLogprob | None]]:
+    """(id, text, log-probability where asked for) of every new token, also where its text is held back.
 
     An output of several tokens has its text on the last of them; one without tokens may have text that was held back.
     """
     texts = [""] * (len(output.token_ids) - 1) + [output.text] if output.token_ids or output.text else []
-    return zip_longest(texts, output.token_ids, output.logprobs)
+    return zip_longest(output.token_ids, texts, output.logprobs)
 
 
 def event(data: dict[str, Any], name: str | None = None) -> str:

@@ -6,10 +6,9 @@ Limits that are settings (max_n, max_stop, request_timeout_s, …) are checked w
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
 from crma.prompts import Turn
@@ -45,18 +44,21 @@ def _no_sliver(temperature: float) -> float:
 
 
 def _prompts(value: Any) -> Any:
-    """Refuses here what the union's branches would, where each would name itself as a field."""
+    """The list of them. Refuses here what the union's branches would, where each would name itself as a field."""
     listed = value if isinstance(value, list) and value and not all(type(v) is int for v in value) else [value]
     for each in listed:
         if not each or not (isinstance(each, str) or (isinstance(each, list) and all(type(v) is int for v in each))):
             raise ValueError("Input should be a text or a list of token ids, not empty, or a list of such prompts")
         if isinstance(each, str):
             each.encode()  # half a surrogate pair is a ValueError
-    return value
+    return listed
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
-StopTexts = Annotated[list[StopText] | SkipJsonSchema[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+_listed = BeforeValidator(lambda v: [v] if isinstance(v, str) else v, json_schema_input_type=StopText | list[StopText])
+StopTexts = Annotated[list[StopText], _listed]
+Prompt = str | list[int]
+Prompts = Annotated[list[Prompt], BeforeValidator(_prompts, json_schema_input_type=Prompt | list[Prompt])]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Temperature = Annotated[float, AfterValidator(_no_sliver), Field(ge=0, le=2, description="0, or from 0.01.")]
 
@@ -130,14 +132,9 @@ class CompletionRequest(OpenAIRequest):
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLES["/v1/completions"]["request"]]})
 
-    prompt: Annotated[str | list[int] | list[str | list[int]], BeforeValidator(_prompts)]
+    prompt: Prompts
     echo: bool = Field(False, description="Answer with the prompt before the text.")
     logprobs: int | None = Field(None, ge=0, le=20, description="As many most probable tokens with each token.")
-
-    def prompts(self) -> list[str | list[int]]:
-        """Each of them."""
-        listed = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        return cast("list[str | list[int]]", self.prompt if listed else [self.prompt])
 
 
 def _joined(content: Any) -> Any:

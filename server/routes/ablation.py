@@ -40,14 +40,15 @@ async def ablation(body: AblationRequest, request: Request, frontend: TheFronten
         return resolved.selection
 
     work = plan(asked.questions, body.variants, select, repeat=body.repeat)
-    if work.num_item_variants > (limit := frontend.settings.max_ablation_direct):
+    num_item_variants = len(asked.questions) * len(body.variants)  # whether or not their answers are shared
+    if num_item_variants > (limit := frontend.settings.max_ablation_direct):
         message = f'over {limit} item-variants need "background": true, which is not honoured yet; ask fewer at a time'
         allowed = f"<= {limit} item-variants"
-        raise InvalidField(message, field="questions", value=work.num_item_variants, allowed=allowed)
+        raise InvalidField(message, field="questions", value=num_item_variants, allowed=allowed)
 
     async def outcome(job: Job) -> ItemResult:
         question = asked.questions[job.question]
-        async with frontend.ablation_slots:  # few are in the engine at once: others' requests are not to be starved
+        async with frontend.ablation_slots:  # few are in the engine at once, so that others' requests are not starved
             return await _answer(question, selected[question.task, job.selection], body, frontend)
 
     # Whatever ends this early (the client goes away, the server stops) cancels and so aborts all that are running.

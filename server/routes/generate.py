@@ -67,7 +67,7 @@ class _Generated(Answer[GenerateRequest]):
         return choice
 
     def events(self, output: RequestOutput) -> Iterable[str]:
-        for text, _, logprob in tokens(output):
+        for _, text, logprob in tokens(output):
             data: dict[str, Any] = {"index": output.index, "text": text}
             if logprob is not None:
                 data["logprob"] = logprob.logprob

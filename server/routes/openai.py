@@ -1,9 +1,9 @@
 """OpenAI's routes, as its clients send and read them. Refusals are OpenAI's in form (`server/errors.py`)."""
 
-import calendar
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, ClassVar, TypeVar
@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from crma.errors import NotFound
+from crma.store import TaskEntry
 from server.answer import Answer, Closing, event, tokens
 from server.auth import require_key
 from server.engine.request import RequestOutput, TokenLogprob
@@ -30,15 +31,14 @@ Asked = TypeVar("Asked", bound=OpenAIRequest)
 @router.get("/models", responses=REFUSALS)
 async def models(frontend: TheFrontend) -> dict[str, Any]:
     """What `model` may name: the base model and every task that serves; `:crma-on` or `:crma-off` may follow."""
-    tasks = [(each.name, _seconds(each.manifest.created)) for each in frontend.registry.serving_tasks()]
-    return {"object": "list", "data": [_model(*each, frontend) for each in [("base", 0), *tasks]]}
+    tasks = [_model(each.name, each, frontend) for each in frontend.registry.serving_tasks()]
+    return {"object": "list", "data": [_model("base", None, frontend), *tasks]}
 
 
 @router.get("/models/{model}", responses=REFUSALS)
 async def model(model: str, frontend: TheFrontend) -> dict[str, Any]:
     """One of them, or a version of it."""
-    entry = _resolve(model, None, frontend).task
-    return _model(model, _seconds(entry.manifest.created) if entry else 0, frontend)
+    return _model(model, _resolve(model, None, frontend).task, frontend)
 
 
 @router.post("/completions", responses=documented(*GENERATING, body=OpenAIErrorBody, of="/v1/completions"))
@@ -48,14 +48,15 @@ async def completions(body: CompletionRequest, request: Request, frontend: TheFr
     The answer is OpenAI's `text_completion`, and `provenance`: what `model` was resolved to, and the seed. With `echo`
     and `logprobs` it has the log-probabilities of the prompt's tokens, as lm-eval asks for them.
     """
-    prompts = body.prompts()
-    if body.stream and (len(prompts) > 1 or body.echo):
+    if body.stream and (len(body.prompt) > 1 or body.echo):
         message = "stream: takes one prompt, without echo"
         raise InvalidField(message, field="stream", value=True, allowed=False)
     resolved = _resolved(body, request, frontend)
     of_prompt = body.logprobs if body.echo else None
-    sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=of_prompt)
-    work = [await frontend.generation(each, resolved, sampling, raw=True, prefix="cmpl") for each in prompts]
+    # lm-eval asks for one token after the prompt and cuts it off: it has to be there even if it ends the answer.
+    on = body.ignore_eos or (body.echo and body.max_tokens == 1)
+    sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=of_prompt, ignore_eos=on)
+    work = [await frontend.generation(each, resolved, sampling, raw=True, prefix="cmpl") for each in body.prompt]
     return await _Completion(body, work, frontend).respond(request, closing, stream=body.stream)
 
 
@@ -98,13 +99,9 @@ def _resolve(model: str, asked: bool | None, frontend: Frontend) -> Resolved:
         raise ModelNotFound(f"no model {name!r}", field="model", value=name, allowed=error.allowed) from error
 
 
-def _model(name: str, created: int, frontend: Frontend) -> dict[str, Any]:
+def _model(name: str, entry: TaskEntry | None, frontend: Frontend) -> dict[str, Any]:
+    created = int(datetime.fromisoformat(entry.manifest.created).timestamp()) if entry else 0
     return {"id": name, "object": "model", "created": created, "owned_by": frontend.model.name}
-
-
-def _seconds(timestamp: str) -> int:
-    """Unix time of a manifest's."""
-    return calendar.timegm(time.strptime(timestamp, "%Y-%m-%dT%H:%M:%SZ"))
 
 
 class _OpenAIAnswer(Answer[Asked]):
@@ -118,14 +115,14 @@ class _OpenAIAnswer(Answer[Asked]):
         """A finished choice, but for its index and finish_reason."""
 
     @abstractmethod
-    def delta(self, text: str | None, token: int | None, logprob: TokenLogprob | None) -> dict[str, Any]:
+    def delta(self, token: int | None, text: str | None, logprob: TokenLogprob | None) -> dict[str, Any]:
         """The same of one token; `text` None: there is no more."""
 
     def body(self) -> dict[str, Any]:
-        answers = ((generation, sequence) for generation in self.generations for sequence in generation.sequences)
+        answers = [(generation, sequence) for generation in self.generations for sequence in generation.sequences]
         choices = [
-            {"index": index, **self.choice(*answer), "finish_reason": answer[1].last.finish_reason}
-            for index, answer in enumerate(answers)
+            {"index": index, **self.choice(*each), "finish_reason": each[1].last.finish_reason}
+            for index, each in enumerate(answers)
         ]
         return {**self._head(self.kind), "choices": choices, "usage": self._usage(), "provenance": self.provenance()}
 
@@ -146,7 +143,8 @@ class _OpenAIAnswer(Answer[Asked]):
         return int(time.time())
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.generation.request.id, "object": kind, "created": self._created, "model": self.asked.model}
+        named = {"id": self.generation.request.id, "object": kind, "created": self._created}
+        return named | {"model": self.asked.model}
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
         usage = {"usage": None} if self.asked.stream_options.include_usage else {}  # OpenAI has it in every chunk then
@@ -168,22 +166,20 @@ class _Completion(_OpenAIAnswer[CompletionRequest]):
         logprobs = self._logprobs((*prompt, *sequence.token_ids), [*of_prompt, *sequence.logprobs])
         return {"text": self.frontend.text(prompt) + sequence.text, "logprobs": logprobs}
 
-    def delta(self, text: str | None, token: int | None, logprob: TokenLogprob | None) -> dict[str, Any]:
-        return {"text": text or "", "logprobs": None if token is None else self._logprobs([token], [logprob])}
+    def delta(self, token: int | None, text: str | None, logprob: TokenLogprob | None) -> dict[str, Any]:
+        logprobs = self._logprobs([token], [logprob]) if token is not None and logprob is not None else None
+        return {"text": text or "", "logprobs": logprobs}
 
     def _logprobs(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]) -> dict[str, Any] | None:
         """OpenAI's legacy form: four lists, one entry a token; of the first of a prompt there is none."""
         if self.asked.logprobs is None:
             return None
         texts = [self.frontend.text([each]) for each in ids]
-        tops = [
-            each and {top["token"]: top["logprob"] for top in reversed(self.frontend.top_tokens(each))}
-            for each in logprobs
-        ]
+        tops = [each and self.frontend.top_tokens(each)[::-1] for each in logprobs]
         return {
             "tokens": texts,
             "token_logprobs": [each and each.logprob for each in logprobs],
-            "top_logprobs": tops,
+            "top_logprobs": [each and {top["token"]: top["logprob"] for top in each} for each in tops],
             "text_offset": [0, *accumulate(map(len, texts))][: len(texts)],
         }
 
@@ -196,8 +192,8 @@ class _Chat(_OpenAIAnswer[ChatRequest]):
         message = {"role": "assistant", "content": sequence.text, "refusal": None}
         return {"message": message, "logprobs": {"content": logprobs} if self.asked.logprobs else None}
 
-    def delta(self, text: str | None, token: int | None, logprob: TokenLogprob | None) -> dict[str, Any]:
-        logprobs = None if token is None or logprob is None else {"content": [self._logprob(token, logprob)]}
+    def delta(self, token: int | None, text: str | None, logprob: TokenLogprob | None) -> dict[str, Any]:
+        logprobs = {"content": [self._logprob(token, logprob)]} if token is not None and logprob is not None else None
         return {"delta": {} if text is None else {"role": "assistant", "content": text}, "logprobs": logprobs}
 
     def _logprob(self, token: int, logprob: TokenLogprob) -> dict[str, Any]:

@@ -93,8 +93,10 @@ async def test_prompts_are_echoed_with_the_log_probabilities_of_their_tokens(ser
         assert choice.logprobs.top_logprobs[1:] == [{tiny.tokenizer().decode([0]): 0.0}] * (len(ids) - 1)
         assert choice.logprobs.text_offset[-1] == len("".join(texts[:-1]))
     chunks = [chunk async for chunk in await create(served, logprobs=0, stream=True)]
-    streamed = [c.logprobs and c.logprobs.token_logprobs for chunk in chunks for c in chunk.choices]
-    assert streamed == [[-0.5], [-0.25], None]
+    logprobs = [c.logprobs and c.logprobs.token_logprobs for chunk in chunks for c in chunk.choices]
+    assert logprobs == [[-0.5], [-0.25], None]
+    await create(served, prompt=[5, 9], echo=True, max_tokens=1)  # lm-eval cuts the token after the prompt off
+    assert served.engine.requests[-1].sampling.ignore_eos
     for wrong in ({"echo": True}, {"prompt": ["a", "b"]}):
         error = await complete(served, 422, "invalid_field", json=GOOD | {"stream": True} | wrong)
         assert error["param"] == "stream"
@@ -118,8 +120,8 @@ async def test_a_conversation_goes_through_the_chat_template_and_stays_text(serv
         expected += encode(f"<|im_start|>{role}\n") + encode(text, split_special_tokens=True) + encode("<|im_end|>\n")
     assert request.prompt_ids == (*expected, *encode("<|im_start|>assistant\n"))
     assert (request.sampling.max_tokens, request.sampling.temperature) == (7, 1)
-    said = [(choice.index, choice.message.role, choice.message.content) for choice in answer.choices]
-    assert said == [(i, "assistant", "one two") for i in range(2)]
+    choices = [(c.index, c.message.role, c.message.content) for c in answer.choices]
+    assert choices == [(i, "assistant", "one two") for i in range(2)]
     first = answer.choices[0].logprobs.content[0]
     assert (first.token, first.logprob, len(first.top_logprobs)) == (tiny.tokenizer().decode([5]), -0.5, 2)
     assert bytes(first.bytes).decode() == first.token
@@ -147,8 +149,8 @@ async def test_a_chat_streams_its_deltas(served: Served) -> None:
 
 async def test_the_models_are_the_base_and_the_tasks_that_serve(served: Served) -> None:
     listed = [each async for each in openais(served).models.list()]
-    shown = [(each.id, each.owned_by, each.created > 0) for each in listed]
-    assert shown == [("base", "tiny", False), ("legal", "tiny", True), ("medical", "tiny", True)]
+    found = [(each.id, each.owned_by, each.created > 0) for each in listed]
+    assert found == [("base", "tiny", False), ("legal", "tiny", True), ("medical", "tiny", True)]
     assert (await openais(served).models.retrieve("medical@v1")).created == listed[2].created
     with pytest.raises(openai.NotFoundError, match="medcal"):
         await openais(served).models.retrieve("medcal")

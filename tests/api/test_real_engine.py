@@ -165,17 +165,6 @@ async def test_what_does_not_belong_is_refused(served: Real, base: BaseModel) ->
     await served.settled()
 
 
-async def test_a_new_version_serves_at_once_and_the_old_one_by_its_number(served: Real, base: BaseModel) -> None:
-    old = (await served.ask(task="medical"))["text"]
-    entry = tiny.publish(served.store, base, "medical", 7, backbone=served.store.backbone().digest)
-    assert (await served.ask(task="medical"))["text"] == old, "not before the store is looked at"
-    await served.registry.refresh()
-    answer = await served.ask(task="medical")
-    assert answer["provenance"]["task"] == entry.digest
-    assert answer["text"] == served.oracle("medical", True) != old
-    assert (await served.ask(task="medical@v1"))["text"] == old
-
-
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_goes_away_leaves_nothing_behind(served: Real, gate: Any, stream: bool) -> None:
     reached, opened = gate
