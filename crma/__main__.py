@@ -66,15 +66,11 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run folder; a killed run goes on there.")] = None,
     arm: Annotated[str | None, typer.Option(help="Instead of the file's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Instead of the file's.")] = None,
-    ship: Annotated[
-        Path | None,
-        typer.Option(help="Publish the result into this store; as a candidate, if a backbone serves there."),
-    ] = None,
+    ship: Annotated[Path | None, typer.Option(help="Store to publish into; a candidate if a backbone serves.")] = None,
 ) -> None:
     """Train task after task, measure, and write the run's record."""
+    from crma import protocol
     from crma.config import TrainConfig
-    from crma.protocol import Run
-    from crma.protocol import ship as publish
     from crma.store import AdapterStore
 
     settings = TrainConfig.read(config, arm=arm, seed=seed)
@@ -85,10 +81,10 @@ def train(
         def progress(what: str, done: int, total: int) -> None:
             bars.update(bar, description=what, completed=done, total=total)
 
-        run = Run(settings, find_base(settings.model), folder, progress)
+        run = protocol.Run(settings, find_base(settings.model), folder, progress)
         record = run.execute()
         if ship is not None:
-            candidate = publish(run, AdapterStore(ship))
+            candidate = protocol.ship(run, AdapterStore(ship))
             note(f"next: crma promote {candidate.version} --store {ship}" if candidate else f"{ship} serves it")
     note(f"record: {folder / 'record.json'}")
     show_json({key: record[key] for key in ("arm", "seed", "loss", "accuracy", "drift", "norm_log", "training")})
@@ -178,7 +174,7 @@ def ablate(
 ) -> None:
     """The same questions with and without CRMA: accuracies, intervals, flips; of a split, also naive Bayes."""
     from crma.question_set import read_question_set
-    from crma.served import Controls, Served, split_questions
+    from crma.served import Served, split_questions
     from crma.served import ablate as run
     from crma.sources import DOMAINS
     from crma.store import AdapterStore
@@ -187,11 +183,10 @@ def ablate(
     built_in = [task for task in served.store.task_names() if task in DOMAINS]
     file = questions or store / "question_sets" / "public.jsonl"
     asked = split_questions(built_in, split) if split else read_question_set(file)
-    shares = tuple(float(share) for share in strengths.split(",") if share)
-    controls = Controls(AdapterStore(control) if control else None, shares, naive_bayes=split is not None)
     names: Any = [name.strip() for name in variants.split(",")]
     options: Any = {"scorer": scorer, "max_tokens": max_tokens, "margin": margin, "seed": seed}
-    result = run(served, asked, names, controls, **options, note=note)
+    options |= {"strengths": [float(share) for share in strengths.split(",") if share], "with_naive_bayes": bool(split)}
+    result = run(served, asked, names, control=AdapterStore(control) if control else None, **options, note=note)
     if as_json:
         show_json(result)
         return
@@ -229,9 +224,7 @@ def promote(
 @app.command()
 def rollback(
     store: StoreOption = DEFAULT_STORE,
-    channel: Annotated[
-        str, typer.Option(help="backbone, and the tasks that need the newer; or tasks/NAME.")
-    ] = "backbone",
+    channel: Annotated[str, typer.Option(help="backbone, and tasks that need the newer; or tasks/NAME.")] = "backbone",
 ) -> None:
     """What served before serves again. A running server sees it at once."""
     from crma.store import AdapterStore

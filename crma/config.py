@@ -11,11 +11,13 @@ from crma.errors import ConfigError
 from crma.json_lines import checked
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """A table of a TOML file."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class LoraSettings(_Settings):
+class LoraSettings(Settings):
     """The LoRA of every task. `target_modules`: "attention", "all-linear" or a comma-separated list of names."""
 
     rank: int = Field(8, ge=1)
@@ -24,7 +26,7 @@ class LoraSettings(_Settings):
     lr: float = Field(5e-3, gt=0)
 
 
-class CrmaSettings(_Settings):
+class CrmaSettings(Settings):
     """The backbone. `lr` moves R and W, `mixing_lr` moves S and gamma; after task 1 both are multiplied by
     `later_scale`, and only the groups in `later_moves` move at all. In task 1 it starts to move after a share
     `starts_at` of the steps: until then the LoRA learns alone. A share `drop` of all batches is trained without it."""
@@ -39,7 +41,7 @@ class CrmaSettings(_Settings):
     drop: float = Field(0.0, ge=0, lt=1)
 
 
-class TrainConfig(_Settings):
+class TrainConfig(Settings):
     """One run of the sequential protocol: an arm, a seed, an order of tasks.
 
     `tasks` are domain names of `crma data`, or folders with train, validation and holdout .jsonl of one's own.

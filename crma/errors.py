@@ -8,7 +8,6 @@ CrmaError
 ├── TrainingError        a run failed one of its own checks
 └── StoreError           anything wrong with a store or an adapter in it
     ├── NotFound         no such task, backbone or version
-    ├── AlreadyExists    a version is published once
     ├── DigestMismatch   a file is not what its manifest says
     ├── BaseMismatch     an adapter made for another base model
     ├── LineageMismatch  a LoRA under a backbone that is neither its own nor a descendant
@@ -62,10 +61,6 @@ class StoreError(CrmaError):
 
 class NotFound(StoreError, LookupError):
     """No such task, backbone or version."""
-
-
-class AlreadyExists(StoreError):
-    """A version is published once."""
 
 
 class DigestMismatch(StoreError):

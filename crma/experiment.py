@@ -16,10 +16,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from crma.arms import ArmName
-from crma.config import TrainConfig, read_toml
+from crma.config import Settings, TrainConfig, read_toml
 from crma.errors import ConfigError, TrainingError
 from crma.files import replace_file, to_json
 from crma.json_lines import checked
@@ -27,25 +27,21 @@ from crma.protocol import Progress, Run
 from crma.pull import find_base
 
 
-class Runs(BaseModel):
+class Runs(Settings):
     """Runs of one arm: `changes` to the configuration come last, `label` names them (the arm's name, if not given)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     arm: ArmName
     seeds: tuple[int, ...] = Field(min_length=1)
     label: str = Field("", pattern=r"^[\w.=-]*$")
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = Field({})
 
 
-class Experiment(BaseModel):
+class Experiment(Settings):
     """The file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[\w-]+$")
     config: dict[str, Any]
-    arms: dict[ArmName, dict[str, Any]] = {}
+    arms: dict[ArmName, dict[str, Any]] = Field({})
     runs: tuple[Runs, ...] = Field(min_length=1)
 
     def planned(self) -> dict[str, TrainConfig]:
@@ -56,10 +52,10 @@ class Experiment(BaseModel):
                 name = f"{runs.label or runs.arm}-seed{seed}"
                 if name in found:
                     raise ConfigError("two runs have one name", field="label", value=name, allowed="a label each")
-                own: dict[str, Any] = {"arm": runs.arm, "seed": seed}
+                values = {**self.config, "arm": runs.arm, "seed": seed}
                 for changes in (self.arms.get(runs.arm, {}), runs.changes):
-                    own = _merged(own, changes)
-                found[name] = TrainConfig.from_dict(_merged(self.config, own))
+                    values = _merged(values, changes)
+                found[name] = TrainConfig.from_dict(values)
         return found
 
 

@@ -155,20 +155,15 @@ def promote(
     tasks, ungated = _gated(served, after, allow_ungated)
     gate = Gate(served, serving.load() if serving else None, candidate.load(), tasks, margin, note)
     weight, tried = gate.search()
-    evidence: dict[str, Any] = {
-        "candidate": candidate.digest,
-        "serving": serving.digest if serving else None,
-        **{"margin": margin, "slack": SLACK, "lambda": weight, "tried": tried, "ungated": ungated},
-        "dtype": str(served.dtype).removeprefix("torch."),
-        **{"hardware": hardware(), "commit": commit()},
-    }
+    evidence: dict[str, Any] = {"candidate": candidate.digest, "serving": serving.digest if serving else None}
+    evidence |= {"margin": margin, "slack": SLACK, "lambda": weight, "tried": tried, "ungated": ungated}
+    evidence |= {"dtype": str(served.dtype).removeprefix("torch."), "hardware": hardware(), "commit": commit()}
     if dry_run:
         return evidence
-    moves: dict[str, str | None] = {task_channel(entry.name): entry.version for entry in newcomers if weight}
-    if serving is not None and 0 < weight < 1:
-        version = _publish_blend(gate, serving, candidate, weight)
+    moves: dict[str, str | None] = {}
     if weight:
-        moves = {BACKBONE: version, **moves}
+        moves[BACKBONE] = _publish_blend(gate, serving, candidate, weight) if serving and weight < 1 else version
+        moves |= {task_channel(entry.name): entry.version for entry in newcomers}
     store.set_serving(moves, evidence=evidence, since=channels)
     return evidence
 

@@ -8,23 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from crma.adapter import FoldedPair
 from crma.errors import ConfigError, InvalidAdapter, UnsupportedModel
-from crma.lora import Lora, LoraPair, LoraStack, StackedRows, add_grouped
+from crma.lora import Lora, LoraStack, StackedRows, add_grouped
 from crma.selection import AdapterSelection
-
-
-class ResidualPair(Protocol):
-    """What CRMA adds after one block: a `FoldedPair`, or anything with its `delta`."""
-
-    def delta(self, h: Tensor) -> Tensor:
-        """[.., d] -> [.., d]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,7 @@ class Plan:
     """
 
     tasks: Sequence[tuple[Tensor | None, Lora]] = ()
-    backbones: Sequence[tuple[Tensor | None, Sequence[ResidualPair]]] = ()
+    backbones: Sequence[tuple[Tensor | None, Sequence[FoldedPair]]] = ()
     stacked: StackedRows | None = None
     head_rows: Tensor | None = None
 
@@ -51,9 +44,8 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     name = type(model).__name__
 
     def refuse(reason: str) -> UnsupportedModel:
-        return UnsupportedModel(
-            f"{name} cannot be served: {reason}", field="model", value=name, allowed="a decoder of linear layers"
-        )
+        message = f"{name} cannot be served: {reason}"
+        return UnsupportedModel(message, field="model", value=name, allowed="a decoder of linear layers")
 
     if getattr(config, "is_encoder_decoder", False):
         raise refuse("it is an encoder-decoder")
@@ -77,11 +69,8 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def attention_module(block: nn.Module) -> str | None:
     """The name of the block's attention: the child whose name says attention and that holds linears."""
-    for name, child in block.named_children():
-        named = "attn" in name or "attention" in name
-        if named and any(isinstance(m, nn.Linear) for m in child.modules()):
-            return name
-    return None
+    named = [(name, child) for name, child in block.named_children() if "attn" in name or "attention" in name]
+    return next((name for name, child in named if any(isinstance(m, nn.Linear) for m in child.modules())), None)
 
 
 def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
@@ -98,10 +87,9 @@ def shapes_of_folder(folder: Path) -> dict[str, tuple[int, int]]:
     """`linear_shapes` of a model folder from its config alone: no weight is read."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
-        return linear_shapes(
-            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-        )
+        return linear_shapes(AutoModelForCausalLM.from_config(config))
 
 
 def target_names(model: PreTrainedModel, which: str) -> tuple[str, ...]:
@@ -127,9 +115,11 @@ class Injection:
         self.shapes = linear_shapes(model)
         self.hidden_size: int = model.config.hidden_size
         self._plan = Plan()
-        self._hooks = [model.get_submodule(path).register_forward_hook(self._lora_hook(path)) for path in self.shapes]
-        self._hooks.append(model.get_output_embeddings().register_forward_pre_hook(self._head_hook))
-        self._hooks += [block.register_forward_hook(self._crma_hook(layer)) for layer, block in enumerate(self.blocks)]
+        for path in self.shapes:
+            model.get_submodule(path).register_forward_hook(self._lora_hook(path))
+        for layer, block in enumerate(self.blocks):
+            block.register_forward_hook(self._crma_hook(layer))
+        model.get_output_embeddings().register_forward_pre_hook(self._head_hook)
 
     @contextmanager
     def active(self, plan: Plan) -> Iterator[None]:
@@ -154,20 +144,12 @@ class Injection:
             message = "backbone of the wrong shape"
             raise InvalidAdapter(message, field="num_layers, hidden_size", value=found, allowed=expected)
 
-    def remove(self) -> None:
-        """Take the hooks off; the model is what it was before."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
     def _lora_hook(self, path: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if self._plan.stacked is not None:
                 self._plan.stacked.add_(path, output, inputs[0])
                 return None
-            groups: list[tuple[Tensor | None, LoraPair]] = [
-                (rows, lora.pairs[path]) for rows, lora in self._plan.tasks if path in lora.pairs
-            ]
+            groups = [(rows, lora.pairs[path]) for rows, lora in self._plan.tasks if path in lora.pairs]
             return add_grouped(output, inputs[0], groups) if groups else None
 
         return hook
@@ -192,7 +174,7 @@ class Injection:
 def plan_rows(
     selections: Sequence[AdapterSelection],
     loras: Mapping[str, Lora],
-    backbones: Mapping[str, Sequence[ResidualPair]],
+    backbones: Mapping[str, Sequence[FoldedPair]],
     device: torch.device | str = "cpu",
     *,
     stack: Callable[[frozenset[str]], LoraStack] | None = None,

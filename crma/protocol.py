@@ -93,8 +93,7 @@ class Run:
             message = "no backbone serves in that store, or the arm trains none"
             raise ConfigError(message, field="start", value=self.config.start, allowed="a store with a backbone")
         self.start.check_base(self.base.digest)
-        streams, rank = self.config.crma.num_streams, self.config.crma.stream_rank
-        asked = {"num_streams": streams, "stream_rank": rank, "mapping": self.arm.mapping}
+        asked = shape_of(self.config)
         if any(self.start.manifest.config[key] != value for key, value in asked.items()):
             message = "the backbone of that store has another shape"
             raise ConfigError(message, field="crma", value=asked, allowed=self.start.manifest.config)
@@ -130,8 +129,8 @@ class Run:
         """Fresh, seeded by run and task; or (NAIVE) the one from the task before."""
         if index and not self.arm.fresh_lora:
             return self.store.task(self.stages[index - 1][0]).load().trainable()
-        generator = torch.Generator().manual_seed(seed_of(self.config.seed, task))
-        return new_lora(lora_config(self.config, self.injection), self.injection.shapes, generator)
+        config = lora_config(self.config, self.injection)
+        return new_lora(config, self.injection.shapes, generator(self.config.seed, task))
 
     def _first_backbone(self) -> Backbone:
         """The identity, or where another store's backbone stands."""
@@ -168,7 +167,7 @@ class Run:
                     ancestors |= dict.fromkeys((self.start.digest, *self.start.manifest.lineage))
                 ancestors.pop(backbone_digest(backbone), None)  # one that did not move is its own ancestor
                 origin = self._origin(self.config.tasks[: index + 1])
-                self.store.publish_backbone(backbone, lineage=list(ancestors), version=version, **origin)
+                self.store.publish_backbone(backbone, lineage=list(ancestors), **origin)
             under, trained = self.backbone_after(index + 1).digest, backbone_digest(backbone)
             if under != trained:
                 message = f"{task}: trained again after the run was killed, it gave another backbone; start a new run"
@@ -200,13 +199,11 @@ class Run:
         measured: list[list[Measure]] = []
         for i in range(T + 1):
             self.progress("measuring", i, T + 1)
-            plans = [self.plan_after(i, t) for t in range(len(tasks))]
-            measured.append(
-                [
-                    measured[0][t] if i and plan == Plan([], []) else self.evaluator.measure(plan, self.rows[tasks[t]])
-                    for t, plan in enumerate(plans)  # base again, where nothing serves the task yet
-                ]
-            )
+            measured.append([])
+            for t, task in enumerate(tasks):
+                plan = self.plan_after(i, t)
+                known = i and plan == Plan([], [])  # base again, where nothing serves the task yet
+                measured[i].append(measured[0][t] if known else self.evaluator.measure(plan, self.rows[task]))
         loss, accuracy = ([[getattr(m, name) for m in row] for row in measured] for name in ("loss", "accuracy"))
         self._check(loss)
         files = [self.folder / "work" / name / "log.jsonl" for name, _ in self.stages]
@@ -267,9 +264,13 @@ def lora_config(config: TrainConfig, injection: Injection) -> LoraConfig:
 
 def new_backbone(config: TrainConfig, injection: Injection) -> Backbone:
     """The backbone before task 1, seeded by the run."""
-    size, settings = (len(injection.blocks), injection.hidden_size), config.crma
-    shape = CrmaConfig(*size, settings.num_streams, settings.stream_rank, mapping=ARMS[config.arm].mapping)
-    return Backbone(shape, torch.Generator().manual_seed(seed_of(config.seed, "backbone")))
+    shape = CrmaConfig(len(injection.blocks), injection.hidden_size, **shape_of(config))
+    return Backbone(shape, generator(config.seed, "backbone"))
+
+
+def shape_of(config: TrainConfig) -> dict[str, Any]:
+    """What a configuration says of its backbone's shape; the rest is the model's."""
+    return config.crma.model_dump(include={"num_streams", "stream_rank"}) | {"mapping": ARMS[config.arm].mapping}
 
 
 def _norm_log(log: Sequence[dict[str, list[float]]]) -> dict[str, Any]:
@@ -292,9 +293,10 @@ def split_digests(task: str) -> dict[str, str]:
     return {split: file_digest(split_path(task, split)) for split in SPLITS}
 
 
-def seed_of(seed: int, what: str) -> int:
-    """A 63-bit seed from a run's seed and a word, so that no two draws of a run share a stream."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{what}".encode()).digest()[:8], "big") >> 1
+def generator(seed: int, what: str) -> torch.Generator:
+    """Seeded with 63 bits from a run's seed and a word, so that no two draws of a run share a stream."""
+    bits = int.from_bytes(hashlib.sha256(f"{seed}/{what}".encode()).digest()[:8], "big") >> 1
+    return torch.Generator().manual_seed(bits)
 
 
 def ship(run: Run, target: AdapterStore) -> BackboneEntry | None:
@@ -321,10 +323,6 @@ def ship(run: Run, target: AdapterStore) -> BackboneEntry | None:
         entry, plan, ask = run.store.task(name_of(task)), run.plan_after(T, t), run.evaluator
         splits = {name: ask.encode(load_split(task, name)) for name in ("validation", "holdout")}
         measured = {name: asdict(ask.measure(plan, rows)) for name, rows in splits.items()}
-        options = {
-            "backbone": entry.manifest.backbone,
-            "prompt_format": entry.prompt_format,
-            "serve": candidate is None,
-        }
-        target.publish_task(entry.name, entry.load(), **options, **origin(entry, measured))
+        options = {"backbone": entry.manifest.backbone, "prompt_format": entry.prompt_format}
+        target.publish_task(entry.name, entry.load(), serve=candidate is None, **options, **origin(entry, measured))
     return candidate

@@ -1,9 +1,7 @@
 """A base model with the adapters of a store, without a server: what `crma ablate` and the gate ask."""
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
 from crma.ablation import ItemResult, check_settings, plan, report
@@ -19,11 +17,12 @@ from crma.model import load_model, load_tokenizer, resolve_device, resolve_dtype
 from crma.prompts import chat_format
 from crma.provenance import commit, hardware
 from crma.pull import BaseModel
-from crma.question_set import Question, QuestionSet, inline_question_set
+from crma.question_set import QuestionSet, inline_question_set
 from crma.selection import VARIANTS, AdapterSelection, Variant
 from crma.store import AdapterStore
 
 Note = Callable[[str], None]
+Answerer = Callable[[str, list[str]], list[str]]  # (task, prompts) -> answers
 
 
 class Served:
@@ -104,89 +103,66 @@ class Served:
 
 def split_questions(tasks: Sequence[str], split: str) -> QuestionSet:
     """A split of built-in tasks as a question set. Raises DataError."""
-    return inline_question_set(
-        [
-            {"id": f"{task}-{i:03}", "task": task, "question": example.prompt, "answers": [example.completion]}
-            for task in tasks
-            for i, example in enumerate(load_split(task, split), start=1)
-        ],
-        name=split,
-    )
-
-
-@dataclass(frozen=True)
-class Controls:
-    """What else answers the same questions, beside the variants.
-
-    store: of LoRAs that never saw CRMA, "control": the counterfactual, since a LoRA trained with CRMA misses it.
-    strengths: of the injection, "task+crma x0.25"; 0 is off and 1 is on.
-    naive_bayes: a classifier trained on the task's training split, without any language model. Built-in tasks only.
-    """
-
-    store: AdapterStore | None = None
-    strengths: tuple[float, ...] = ()
-    naive_bayes: bool = False
-
-    def answerers(self, served: Served, max_tokens: int) -> dict[str, Callable[[str, list[str]], list[str]]]:
-        """Label -> what answers a task's prompts."""
-
-        def of(asked: Served, variant: Variant, strength: float = 1.0) -> Callable[[str, list[str]], list[str]]:
-            return lambda task, prompts: asked.answers(task, asked.plan(variant, task, strength), prompts, max_tokens)
-
-        found = {f"task+crma x{strength:g}": of(served, "task+crma", strength) for strength in self.strengths}
-        if self.store is not None:
-            found["control"] = of(served.with_store(self.store), "task")
-        if self.naive_bayes:
-            found["naive_bayes"] = lambda task, prompts: naive_bayes(load_split(task, "train"), prompts)
-        return found
+    questions = [
+        {"id": f"{task}-{i:03}", "task": task, "question": example.prompt, "answers": [example.completion]}
+        for task in tasks
+        for i, example in enumerate(load_split(task, split), start=1)
+    ]
+    return inline_question_set(questions, name=split)
 
 
 def ablate(
     served: Served,
     questions: QuestionSet,
     variants: Sequence[Variant],
-    controls: Controls | None = None,
     *,
+    control: AdapterStore | None = None,
+    strengths: Sequence[float] = (),
+    with_naive_bayes: bool = False,
     scorer: str = "exact",
     max_tokens: int = 16,
     margin: float = 0.02,
     seed: int = 0,
     note: Note,
 ) -> dict[str, Any]:
-    """The body of POST /ablation, computed here, greedily; with `controls` as further variants."""
+    """The body of POST /ablation, computed here, greedily; and what else answers the same questions, as further rows.
+
+    Args:
+        control: a store of LoRAs that never saw CRMA, the counterfactual: a LoRA trained with CRMA misses it.
+        strengths: of the injection, "task+crma x0.25"; 0 is off and 1 is on.
+        with_naive_bayes: a classifier of the task's training split, no language model. Built-in tasks only.
+    """
     check_settings(scorer=scorer, margin=margin)
-    work = plan(questions.questions, variants, served.selection)
-    groups: dict[tuple[str, AdapterSelection], list[int]] = defaultdict(list)
-    for number, job in enumerate(work.jobs):
-        groups[questions.questions[job.question].task, job.selection].append(number)
-    outcomes: dict[int, ItemResult] = {}
-    for (task, selection), numbers in groups.items():
-        note(f"{task}, {selection.variant}: {len(numbers)} questions")
-        prompts = [questions.questions[work.jobs[number].question].question for number in numbers]
-        texts = served.answers(task, served.plan(selection.variant, task), prompts, max_tokens)
-        outcomes |= {number: ItemResult("scored", text=text) for number, text in zip(numbers, texts, strict=True)}
-    rows = work.by_variant([outcomes[number] for number in range(len(work.jobs))])
-    by_task: dict[str, list[Question]] = defaultdict(list)
-    for question in questions.questions:
-        by_task[question.task].append(question)
-    for label, answer in (controls or Controls()).answerers(served, max_tokens).items():
-        found: dict[str, ItemResult] = {}
-        for task, asked in by_task.items():
+    labels = plan(questions.questions, variants, served.selection).job_of  # raises for what is not there
+
+    def of(asked: Served, variant: Variant, strength: float = 1.0) -> Answerer:
+        return lambda task, prompts: asked.answers(task, asked.plan(variant, task, strength), prompts, max_tokens)
+
+    answerers: dict[str, Answerer] = {variant: of(served, variant) for variant in variants}
+    answerers |= {f"task+crma x{strength:g}": of(served, "task+crma", strength) for strength in strengths}
+    if control is not None:
+        answerers["control"] = of(served.with_store(control), "task")
+    if with_naive_bayes:
+        answerers["naive_bayes"] = lambda task, prompts: naive_bayes(load_split(task, "train"), prompts)
+    tasks = dict.fromkeys(question.task for question in questions.questions)
+    rows: dict[str, tuple[ItemResult, ...]] = {}
+    for label, answer in answerers.items():
+        texts: dict[str, str] = {}
+        for task in tasks:
+            asked = [question for question in questions.questions if question.task == task]
             note(f"{task}, {label}: {len(asked)} questions")
-            texts = answer(task, [question.question for question in asked])
-            found |= {q.id: ItemResult("scored", text=text) for q, text in zip(asked, texts, strict=True)}
-        rows[label] = tuple(found[question.id] for question in questions.questions)
+            answers = answer(task, [question.question for question in asked])
+            texts |= {question.id: text for question, text in zip(asked, answers, strict=True)}
+        rows[label] = tuple(ItemResult("scored", text=texts[question.id]) for question in questions.questions)
+    rows = {label: rows[label.partition("#")[0]] for label in (*labels, *answerers)}  # a null run shares its answers
+    backbone, known = served.store.backbone(), served.store.task_names()
+    provenance: dict[str, Any] = {"base": served.base.digest, "backbone": backbone.digest if backbone else None}
+    provenance["tasks"] = {task: served.store.task(task).digest for task in tasks if task in known}
+    provenance |= {"dtype": str(served.dtype).removeprefix("torch."), "seed": seed}
+    provenance |= {"hardware": hardware(), "commit": commit()}
     return {
         "question_set": questions.describe(),
         "scorer": scorer,
         **report(questions.questions, rows, scorer=scorer, margin=margin, seed=seed),
-        "provenance": {
-            "base": served.base.digest,
-            "backbone": backbone.digest if (backbone := served.store.backbone()) else None,
-            "tasks": {task: served.store.task(task).digest for task in by_task if task in served.store.task_names()},
-            "dtype": str(served.dtype).removeprefix("torch."),
-            "seed": seed,
-            "hardware": hardware(),
-            "commit": commit(),
-        },
+        "provenance": provenance,
     }

@@ -7,6 +7,7 @@ appears whole (`files.publish_folder`) and `channels.json` is replaced whole.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -18,7 +19,7 @@ from crma.adapter import Backbone
 from crma.certificate import certify
 from crma.channels import BACKBONE, Channels, channel_folder, now, read_channels, task_channel, write_channels
 from crma.entry import BackboneEntry, Shapes, TaskEntry, read_backbone, read_entry, read_task, read_weights, versions_in
-from crma.errors import AlreadyExists, InvalidAdapter, LineageMismatch, NotFound, StoreError
+from crma.errors import InvalidAdapter, LineageMismatch, NotFound, StoreError
 from crma.files import about, invalid, locked, names_in, publish_folder, to_json
 from crma.lora import Lora
 from crma.manifest import BackboneManifest, Blend, TaskManifest, TrainedOn, add_manifest, check_version, files_digest
@@ -103,14 +104,12 @@ class AdapterStore:
 
     def newcomers(self, candidate: BackboneEntry) -> list[TaskEntry]:
         """Of each task, the newest version that was trained on the way from the serving backbone to `candidate`."""
-        serving = self.backbone()
+        serving = [backbone] if (backbone := self.backbone()) else []
         found = []
         for name in sorted(names_in(self.root, "tasks")):
-            for entry in (self.task(name, version) for version in reversed(self.task_versions(name))):
-                new = entry.manifest.backbone is not None and _fits(entry, candidate)
-                if new and not (serving is not None and _fits(entry, serving)):
-                    found.append(entry)
-                    break
+            entries = (self.task(name, version) for version in reversed(self.task_versions(name)))
+            new = (entry for entry in entries if _fits(entry, candidate) and not _fits(entry, *serving))
+            found += list(islice(new, 1))
         return found
 
     # Publishing --------------------------------------------------------------------------------------------------
@@ -122,18 +121,16 @@ class AdapterStore:
         *,
         backbone: str | None,
         prompt_format: PromptFormat | None,
-        version: str | None = None,
         serve: bool = True,
         dtype: torch.dtype | None = torch.bfloat16,
         **origin: Unpack[Origin],
     ) -> TaskEntry:
-        """Publishes a LoRA as the next version of a task, or as `version`, and serves it.
+        """Publishes a LoRA as the next version of a task, and serves it.
 
         `backbone` is the digest of the CRMA backbone it was trained on, None if it never saw one. `prompt_format` is
         None if unknown. `dtype` is that of the stored tensors; None keeps each as it is.
 
         Raises:
-            AlreadyExists: the version is published.
             LineageMismatch: `backbone` is of another base, or neither in the store nor an ancestor.
             InvalidAdapter: the name, the weights or a field of the manifest; nothing is published then.
         """
@@ -146,9 +143,9 @@ class AdapterStore:
                 message = "The store holds neither this backbone nor a descendant for this base: publish it first."
                 raise LineageMismatch(message, field="backbone", value=backbone, allowed=[e.digest for e in known])
         fields = {"name": name, "prompt_format": prompt_format, "backbone": backbone, "scaling": stored.scaling}
-        fields |= asdict(stored) | _provenance(origin)
         files = _files(TaskManifest.FILES, config, tensors)
-        return read_task(self.root, name, self._publish(task_channel(name), files, fields, version, serve))
+        version = self._publish(task_channel(name), files, fields | asdict(stored), origin, serve=serve)
+        return read_task(self.root, name, version)
 
     def publish_backbone(
         self,
@@ -156,7 +153,6 @@ class AdapterStore:
         *,
         lineage: Sequence[str],
         blend: Blend | None = None,
-        version: str | None = None,
         serve: bool = True,
         **origin: Unpack[Origin],
     ) -> BackboneEntry:
@@ -169,7 +165,6 @@ class AdapterStore:
             BaseMismatch: an ancestor was made for another base model.
             LineageMismatch: an ancestor's own ancestors are not in `lineage`: their LoRAs would stop serving.
         """
-        files = _backbone_files(backbone)
         Backbone.from_tensors(backbone.config, backbone.tensors())  # what is published can be loaded
         known = self._backbones()
         for ancestor in (known[digest] for digest in lineage if digest in known):
@@ -178,9 +173,10 @@ class AdapterStore:
                 message = f"The lineage leaves out ancestors of {ancestor.version}: their LoRAs would stop serving."
                 raise LineageMismatch(message, field="lineage", value=list(lineage), allowed=f"with {forgotten}")
         parent = known[lineage[0]].load() if lineage and lineage[0] in known else None
-        fields = {"config": backbone.config, "lineage": lineage, "blend": blend}
-        fields |= {"certificate": certify(backbone, parent), **_provenance(origin)}
-        return read_backbone(self.root, self._publish(BACKBONE, files, fields, version, serve))
+        certificate = certify(backbone, parent)
+        fields = {"config": backbone.config, "lineage": lineage, "blend": blend, "certificate": certificate}
+        version = self._publish(BACKBONE, _backbone_files(backbone), fields, origin, serve=serve)
+        return read_backbone(self.root, version)
 
     def import_peft(
         self, path: Path, name: str, base: BaseModel, *, licence: str = "unknown", shapes: Shapes | None = None
@@ -276,11 +272,6 @@ class AdapterStore:
                 problems.append(LineageMismatch(message, field="backbone", value=value, allowed=allowed))
         return problems
 
-    def check_integrity(self) -> None:
-        """Raises the first thing wrong with the store's structure: folders, listings, channels. Reads no weights."""
-        for problem in self._structure()[-1]:
-            raise problem
-
     def _structure(self) -> tuple[list[TaskEntry | BackboneEntry], Channels, list[StoreError]]:
         """The entries with a sound folder and manifest, what serves, and what is wrong with the rest."""
         entries: list[TaskEntry | BackboneEntry] = []
@@ -309,17 +300,16 @@ class AdapterStore:
         return {entry.digest: entry for entry in entries}
 
     def _publish(
-        self, channel: str, files: Mapping[str, bytes], fields: Mapping[str, Any], version: str | None, serve: bool
+        self, channel: str, files: Mapping[str, bytes], fields: Mapping[str, Any], origin: Origin, *, serve: bool
     ) -> str:
-        """Writes one version, and moves its channel to it; returns the version."""
+        """Writes the next version, and moves its channel to it; returns the version."""
         kind = BackboneManifest if channel == BACKBONE else TaskManifest
+        base = {"name": origin["base"].name, "digest": origin["base"].digest}
         with locked(self.root):
             taken = versions_in(self.root, channel)
-            version = f"v{int(taken[-1][1:]) + 1 if taken else 1}" if version is None else version
-            if version in taken:
-                message = f"{channel}: {version} is published."
-                raise AlreadyExists(message, field="version", value=version, allowed="a new version")
-            files = add_manifest(kind, files, version=version, created=now(), **fields)  # checks the version too
+            version = f"v{int(taken[-1][1:]) + 1 if taken else 1}"
+            made = {**origin, **fields, "base": base, "version": version, "created": now()}
+            files = add_manifest(kind, files, **made)
             publish_folder(self.root, self.root / channel_folder(channel) / version, files)
             if serve:
                 write_channels(self.root, read_channels(self.root).serve(channel, version))
@@ -343,11 +333,6 @@ def _fits(task: TaskEntry, *backbones: BackboneEntry) -> bool:
 def backbone_digest(backbone: Backbone) -> str:
     """The digest that a backbone is published under."""
     return files_digest(_backbone_files(backbone))
-
-
-def _provenance(origin: Origin) -> dict[str, Any]:
-    base = origin["base"]
-    return {**origin, "base": {"name": base.name, "digest": base.digest}}
 
 
 def _files(names: tuple[str, str], config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,16 +29,14 @@ from crma.lora import Lora
 ALIVE_FROM_STEP = 10
 
 
-@dataclass
-class RecordingPair:
+class RecordingPair(FoldedPair):
     """A layer's folded pair in training: keeps ||dh|| / ||h|| of the last forward pass."""
 
-    pair: FoldedPair
     ratio: Tensor | None = None
 
     def delta(self, h: Tensor) -> Tensor:
         """[b, s, d] -> [b, s, d], differentiable in the pair."""
-        out = self.pair.delta(h)
+        out = super().delta(h)
         with torch.no_grad():
             self.ratio = out.float().norm() / h.float().norm()
         return out
@@ -57,14 +55,14 @@ class AdaptedModel(nn.Module):
         self.recording: list[RecordingPair] = []
 
     def forward(self, batch: Any, *, crma: bool = True) -> Tensor:
-        plan = Plan(tasks=[(None, self.lora)])
+        backbones = []
         if self.backbone is not None and crma:
             if self.backbone_moves or not self.recording:  # one that stands still is folded once
                 with torch.set_grad_enabled(self.backbone_moves):
                     A, B = (factor.to(self.injection.model.dtype) for factor in self.backbone.fold())
-                self.recording = [RecordingPair(FoldedPair(a, b)) for a, b in zip(A, B, strict=True)]
-            plan = Plan(tasks=[(None, self.lora)], backbones=[(None, self.recording)])
-        with self.injection.active(plan):
+                self.recording = [RecordingPair(a, b) for a, b in zip(A, B, strict=True)]
+            backbones = [(None, self.recording)]
+        with self.injection.active(Plan([(None, self.lora)], backbones)):
             return answer_loss(answer_logits(self.injection.model, batch), batch)
 
 
@@ -172,7 +170,9 @@ class TaskTrainer:
         started, drawn = time.perf_counter(), random.Random(f"{config.seed}/{self.task}/drop")
         with (self.folder / "log.jsonl").open("wb", buffering=0) as log:
             for epoch in range(config.epochs):
-                for step, batch in enumerate(self._batches(epoch), start=epoch * steps_per_epoch):
+                batches = epoch_batches(self.rows, config.batch_size, f"{config.seed}/{self.task}/{epoch}")
+                for step, indices in enumerate(batches, start=epoch * steps_per_epoch):
+                    batch = collate([self.rows[i] for i in indices], self.pad_id, self.accelerator.device)
                     line = self._step(optimizer, batch, crma=drawn.random() >= config.crma.drop)
                     rates.step()
                     factor = schedule(step, total, config.warmup)
@@ -181,11 +181,6 @@ class TaskTrainer:
                     self._check(step, line)
                     progress(step + 1, total)
         return time.perf_counter() - started
-
-    def _batches(self, epoch: int) -> Iterator[Any]:
-        key = f"{self.config.seed}/{self.task}/{epoch}"
-        for indices in epoch_batches(self.rows, self.config.batch_size, key):
-            yield collate([self.rows[i] for i in indices], self.pad_id, self.accelerator.device)
 
     def _step(self, optimizer: torch.optim.Optimizer, batch: Any, *, crma: bool) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)

@@ -16,15 +16,26 @@ from .conftest import Serve, Served
 from .test_errors import refused
 
 GOOD: dict[str, Any] = {"model": "base", "prompt": "Hi"}
+CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "Hi <|im_end|>"}]}
+
+
+def says(content: Any, role: str = "user", **more: Any) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content, **more}]
+
+
 # Field, value, and how it is named where that is more exact.
 REFUSED = [*(("prompt", value, "") for value in (["a", ""], [[1], []], [[[1]]], [True], [], "", "\ud800", 5, None))]
 REFUSED += [("prompt", [1, tiny.VOCAB], "prompt.1"), ("prompt", [-1], "prompt.0"), ("temperature", 2.1, "")]
 REFUSED += [(name, 1, "") for name in ("best_of", "suffix", "logit_bias", "top_k", "response_format")]
 REFUSED += [("logprobs", 21, ""), ("echo", "yes", "")]
 REFUSED += [("stream_options", {"include_usage": True}, ""), ("stream_options", {"more": True}, "stream_options.more")]
-
-
-CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "Hi <|im_end|>"}]}
+REFUSED_CHATS = [("tools", [], ""), ("response_format", {}, ""), ("top_logprobs", 1, ""), ("messages", [], "")]
+REFUSED_CHATS += [("messages", says("x", role="tool"), "messages.0.role")]
+REFUSED_CHATS += [("messages", says([{"type": "image_url", "image_url": "x"}]), "messages.0.content")]
+REFUSED_CHATS += [("messages", says([{"type": "text", "text": 5}]), "messages.0.content")]
+REFUSED_CHATS += [("messages", says("Hi", tool_calls=[]), "messages.0.tool_calls")]
+UNKNOWN = {"best_of", "suffix", "logit_bias", "top_k", "response_format", "stream_options.more"}
+UNKNOWN |= {"tools", "messages.0.tool_calls"}
 
 
 def openais(served: Served) -> openai.AsyncOpenAI:
@@ -136,27 +147,6 @@ async def test_a_chat_streams_its_deltas(served: Served) -> None:
     assert (chunks[0].object, chunks[-1].usage.completion_tokens) == ("chat.completion.chunk", 2)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "named"),
-    [
-        ("tools", [], ""),
-        ("response_format", {"type": "json_object"}, ""),
-        ("top_logprobs", 1, ""),
-        ("messages", [], ""),
-        ("messages", [{"role": "tool", "content": "x"}], "messages.0.role"),
-        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "messages.0.content"),
-        ("messages", [{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages.0.content"),
-        ("messages", [{"role": "user", "content": "Hi", "tool_calls": []}], "messages.0.tool_calls"),
-    ],
-)
-async def test_a_chat_refuses_by_name_what_it_does_not_honour(
-    served: Served, field: str, value: Any, named: str
-) -> None:
-    body, path = CHAT | {field: value}, "/v1/chat/completions"
-    code = "unknown_field" if field in ("tools", "response_format") or "calls" in named else "invalid_field"
-    assert (await refused(served, 422, code, path=path, json=body))["param"] == (named or field)
-
-
 async def test_the_models_are_the_base_and_the_tasks_that_serve(served: Served) -> None:
     listed = [each async for each in openais(served).models.list()]
     found = [(each.id, each.owned_by, each.created > 0) for each in listed]
@@ -191,10 +181,15 @@ async def test_an_unknown_model_is_404_with_what_there_is(served: Served, model:
     assert (error["param"], "medical" in error["message"]) == ("model", True)
 
 
-@pytest.mark.parametrize(("field", "value", "named"), REFUSED)
-async def test_what_is_not_honoured_is_refused_by_name(served: Served, field: str, value: Any, named: str) -> None:
-    code = "unknown_field" if value == 1 or "more" in named else "invalid_field"
-    error = await complete(served, 422, code, content=json.dumps(GOOD | {field: value}), json=None)
+@pytest.mark.parametrize(
+    ("body", "field", "value", "named"), [(GOOD, *each) for each in REFUSED] + [(CHAT, *each) for each in REFUSED_CHATS]
+)
+async def test_what_is_not_honoured_is_refused_by_name(
+    served: Served, body: Any, field: str, value: Any, named: str
+) -> None:
+    code = "unknown_field" if (named or field) in UNKNOWN else "invalid_field"
+    path = "/v1/completions" if body is GOOD else "/v1/chat/completions"
+    error = await complete(served, 422, code, path=path, content=json.dumps(body | {field: value}), json=None)
     assert error["param"] == (named or field)
 
 

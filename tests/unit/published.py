@@ -1,10 +1,14 @@
 """How the tests of the store publish the tiny model's adapters, and damage them."""
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 from tiny import backbone, injection, lora
 
@@ -35,3 +39,31 @@ def rewrite(folder: Path, name: str, data: bytes) -> None:
     manifest["files"][name] = file_digest(folder / name)
     manifest["digest"] = content_digest(manifest["files"])
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+class Killed(BaseException):
+    """The process died: no handler of an exception runs on."""
+
+
+CHANGES = ("open", "mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "chmod")
+
+
+@contextmanager
+def dying(step: int, at: tuple[str, ...] = CHANGES) -> Iterator[None]:
+    """The block ends at the `step`-th change of these kinds to the file system; after it none of any kind is made."""
+    done = 0
+
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            done += name in at
+            if done >= step:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+        for name in CHANGES:
+            patch.setattr(os, name, counted(name, getattr(os, name)))
+        yield

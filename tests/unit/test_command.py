@@ -74,13 +74,10 @@ def test_what_is_trained_ships_verifies_and_is_evaluated(
     assert "backbone" not in crma("rollback", "--store", store)[2].split("serving:")[1]
 
 
-def test_an_ablation_is_a_table_or_json(crma: Command, base: BaseModel, store: AdapterStore) -> None:
+def test_an_ablation_is_a_table(crma: Command, base: BaseModel, store: AdapterStore) -> None:
     options = ("--model", base.path, "--max-tokens", 3, "--variants", "task+crma,base")
     code, out, _ = crma("ablate", store.root, *options)
-    assert code == 0
-    assert "task+crma - base" in out
-    code, out, _ = crma("ablate", store.root, *options, "--json")
-    assert (code, list(json.loads(out)["variants"])) == (0, ["task+crma", "base"])
+    assert (code, "task+crma - base" in out) == (0, True)
 
 
 def test_a_sound_store_verifies_and_a_damaged_one_does_not(crma: Command, base: BaseModel, store: AdapterStore) -> None:

@@ -9,8 +9,6 @@ from crma.arms import ARMS
 from crma.config import TrainConfig
 from crma.errors import ConfigError
 
-SHIPPED = Path(__file__).parents[2] / "crma" / "experiments" / "shipped.toml"
-
 
 def test_a_file_is_read_and_given_values_come_before_it(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
@@ -19,10 +17,6 @@ def test_a_file_is_read_and_given_values_come_before_it(tmp_path: Path) -> None:
     assert (config.tasks, config.arm, config.seed) == (("medical", "legal"), "FROZEN", 42)
     assert config.crma.later_moves == ("S", "gamma")
     assert TrainConfig.from_dict(config.model_dump(mode="json")) == config
-
-
-def test_what_is_shipped_can_be_read() -> None:
-    assert TrainConfig.read(SHIPPED).arm == "MODULAR"
 
 
 WRONG = [

@@ -1,18 +1,16 @@
 """crma.gate: no task suffers from a promotion, and none is half done; on a backbone that a real run trained further."""
 
-import os
 import shutil
-import signal
-import warnings
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import publish
+from published import dying
+from tiny import publish, publish_backbone
 
-from crma import files
 from crma.config import TrainConfig
 from crma.errors import ConfigError, LineageMismatch, StoreError
 from crma.gate import Gate, Gated, blend, promote
@@ -76,6 +74,7 @@ def test_what_goes_on_training_descends_from_what_serves_and_does_not_serve(serv
 
 def test_a_harmless_candidate_serves_with_its_task_and_rolls_back_with_it(served: Served, decide: Decide) -> None:
     store, before = served.store, served.store.channels().serving()
+    publish(store, served.base, "first", 1, serve=False)  # no newcomer: it never saw a backbone
     evidence = decide(margin=10.0)
     assert (evidence["lambda"], len(evidence["tried"])) == (1, 1)
     assert store.channels().serving() == {**before, "backbone": "v2", "tasks/third": "v1"}
@@ -102,12 +101,9 @@ def test_a_harmful_candidate_is_cut_back_to_the_largest_share_that_harms_nobody(
     assert new.manifest.lineage[:2] == (v1.digest, v2.digest)
     for name, tensor in new.load().tensors().items():
         torch.testing.assert_close(tensor, v1.load().tensors()[name].lerp(v2.load().tensors()[name], share))
-    loss = served.evaluator("first").measure(
-        served.plan("task+crma", "first"), Gated.of(served, store.task("first"))[1]
-    )
-    assert loss.loss == pytest.approx(
-        next(t for t in evidence["tried"] if t["lambda"] == share)["tasks"]["first"]["loss"]
-    )
+    _, rows, _ = Gated.of(served, store.task("first"))
+    loss = served.evaluator("first").measure(served.plan("task+crma", "first"), rows).loss
+    assert loss == pytest.approx(next(t for t in evidence["tried"] if t["lambda"] == share)["tasks"]["first"]["loss"])
     assert store.verify() == []
 
 
@@ -143,46 +139,30 @@ def test_a_task_that_cannot_be_scored_stops_a_promotion_unless_it_is_named(serve
         decide()
 
 
-def test_only_what_descends_from_what_serves_now_is_a_candidate(
-    served: Served, decide: Decide, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_what_descends_from_what_serves_now_is_a_candidate(served: Served, decide: Decide) -> None:
     store = served.store
-    search = Gate.search
-
-    def meanwhile(gate: Gate) -> Any:
-        publish(store, served.base, "imported", 2)
-        return search(gate)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Gate, "search", meanwhile)
-        with pytest.raises(StoreError, match="Something else serves"):
-            decide(margin=10.0)
-    stranger = store.publish_backbone(
-        store.backbone("v2").load(),
-        lineage=(),
-        base=served.base,
-        trained_on=None,
-        measured={},
-        licence="MIT",
-        serve=False,
-    )
+    with pytest.raises(StoreError, match="Something else serves"):
+        promote(served, "v2", margin=10.0, note=lambda _: publish(store, served.base, "imported", 2))
+    stranger = publish_backbone(store, served.base, serve=False)
     with pytest.raises(LineageMismatch):
         decide(stranger.version)
     assert store.channels().backbone == "v1"
 
 
-@pytest.mark.parametrize("margin", [10.0, None], ids=["whole", "cut back"])
 def test_a_promotion_killed_at_any_step_leaves_the_old_or_the_new_and_can_be_done_again(
-    margin: float | None, trained: Served, tmp_path: Path
+    trained: Served, tmp_path: Path
 ) -> None:
-    margin = max(drifts(trained, 0.5).values()) / 100 + 1e-6 if margin is None else margin
+    """Of a share of the candidate, which is published before it serves."""
+    margin = max(drifts(trained, 0.5).values()) / 100 + 1e-6
     old = trained.store.channels().serving()
-    seen = set()
-    for step in range(99):
+    seen, died = set(), True
+    for step in count(1):
         root = tmp_path / str(step)
         shutil.copytree(trained.store.root, root)
         served = trained.with_store(AdapterStore(root))
-        died = killed_at(step, lambda: promote(served, "v2", margin=margin, note=lambda _: None))  # noqa: B023
+        with dying(step, ("fsync", "rename", "replace", "mkdir")):
+            promote(served, "v2", margin=margin, note=lambda _: None)
+            died = False
         serving = served.store.channels().serving()
         seen.add(serving == old)
         assert served.store.verify() == []
@@ -193,32 +173,5 @@ def test_a_promotion_killed_at_any_step_leaves_the_old_or_the_new_and_can_be_don
         assert served.store.channels().serving()["tasks/third"] == "v1"
         assert served.store.backbone_versions()[3:] == ()  # a blend that was published is used again
         assert served.store.verify() == []
-    assert step > 3
+    assert step > 4
     assert seen == {True, False}
-
-
-def killed_at(step: int, work: Callable[[], object]) -> bool:
-    """Does `work` in a process of its own that gets SIGKILL at its so many-th write, sync or rename; whether it did."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none of them
-        child = os.fork()
-    if child == 0:
-        left = step
-
-        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **options: Any) -> Any:
-                nonlocal left
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left -= 1
-                return function(*arguments, **options)
-
-            return call
-
-        for name in ("fsync", "rename", "replace", "mkdir"):
-            setattr(files.os, name, counted(getattr(os, name)))
-        work()
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
-    return os.WIFSIGNALED(status)

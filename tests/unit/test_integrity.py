@@ -127,8 +127,7 @@ def test_damaged_channels_are_refused_and_reported(hostile: AdapterStore, data: 
     with pytest.raises(InvalidAdapter, match=reason):
         hostile.task("medical")
     (problem,) = hostile.verify()
-    with pytest.raises(InvalidAdapter, match=re.escape(problem.message)):
-        hostile.check_integrity()
+    assert re.search(reason, problem.message)
 
 
 def test_verify_reports_every_problem_at_once(hostile: AdapterStore) -> None:

@@ -71,7 +71,7 @@ def test_an_adapter_from_peft_means_the_same_in_the_store_and_back_in_peft(famil
     assert store.task("task") == entry
     for each in (folder, entry.path):
         assert_means_the_same(each, entry.load(inj.shapes), inj)
-    store.check_integrity()
+    assert store.verify() == []
 
 
 def test_peft_computes_from_our_files_what_we_compute(tmp_path: Path) -> None:
