@@ -103,7 +103,7 @@ class DeadlineExceeded(ApiError, status=504, code="deadline_exceeded"):
     """The request's deadline passed."""
 
 
-# The first line whose type matches counts. Errors that no request can cause (PullError, AlreadyExists, …) have no line.
+# The first line whose type matches counts. Errors that no request can cause (PullError, …) have no line.
 STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
     (NotFound, 404, "not_found"),
     (BaseMismatch, 409, "base_mismatch"),
