@@ -26,7 +26,8 @@ check: setup  ## lint, format, types
 test: setup  ## everything that needs neither minutes nor a GPU
 	$(PYTEST) -n 2 -m "not e2e and not gpu"
 
-e2e: setup  ## the long tests, on the real model
+e2e: setup  ## the long tests, on the real model, with lm-eval and schemathesis as clients
+	$(BIN)/pip install -qq --prefer-binary $(PIP_ARGS) -c constraints.txt --group e2e
 	$(BIN)/python -m pytest -m e2e
 
 test-gpu: setup  ## the tests that need a CUDA device
