@@ -7,7 +7,8 @@ Shapes: x [b, s, in] or [rows, in]; A [r, in]; B [out, r]; y [.., out]. b rows o
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor, nn
@@ -131,46 +132,96 @@ def add_grouped(y: Tensor, x: Tensor, groups: Groups) -> Tensor:
     return y
 
 
-class LoraStack:
-    """Several task adapters side by side, so that any mix of rows takes two products a module.
-
-    A [R, in] and B [out, R] of a module hold the pairs of all adapters, scaling multiplied into B; R is the sum of
-    ranks. It costs every row the products of all adapters: for few rows, where launching one pair of products for each
-    adapter costs more. The weights are copies.
-    """
-
-    def __init__(self, loras: Mapping[str, Lora]) -> None:
-        self.index = {digest: i for i, digest in enumerate(loras)}
-        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        self.owners: dict[str, tuple[int, ...]] = {}  # of each of the R columns, the adapter
-        for path in dict.fromkeys(path for lora in loras.values() for path in lora.pairs):
-            on = [(i, lora.pairs[path]) for i, lora in enumerate(loras.values()) if path in lora.pairs]
-            A, B = torch.cat([pair.A for _, pair in on]), torch.cat([pair.B * pair.scaling for _, pair in on], dim=1)
-            self.pairs[path] = A, B
-            self.owners[path] = tuple(i for i, pair in on for _ in range(len(pair.A)))
+Site = tuple[str, ...]  # paths of linears that read the same input, whose outputs lie side by side
 
 
 @dataclass(frozen=True)
+class _Stacked:
+    """A [R, in] and B [R, out] of a site; adapter i has the rows from first[i] to first[i + 1]."""
+
+    A: Tensor
+    B: Tensor
+    first: tuple[int, ...]
+
+
+class LoraStack:
+    """Several task adapters side by side, so that any mix of rows takes two products a site.
+
+    R is the sum of ranks over adapters and over the modules of the site; B has a block for each module's part of the
+    output, scaling multiplied into it, and is zero elsewhere. The weights are copies.
+
+    Args:
+        loras: by digest, in the order in which they lie.
+        sites: all of them; those without a pair are left out.
+        shapes: module path -> (out, in).
+    """
+
+    def __init__(self, loras: Mapping[str, Lora], sites: Iterable[Site], shapes: Mapping[str, tuple[int, int]]) -> None:
+        self.index = {digest: i for i, digest in enumerate(loras)}
+        self.sites: dict[Site, _Stacked] = {}
+        for site in sites:
+            *starts, width = accumulate((shapes[path][0] for path in site), initial=0)
+            placed = [  # (adapter, where its module's output starts, pair)
+                (i, start, lora.pairs[path])
+                for i, lora in enumerate(loras.values())
+                for start, path in zip(starts, site, strict=True)
+                if path in lora.pairs
+            ]
+            if placed:
+                A = torch.cat([pair.A for _, _, pair in placed])
+                B, ranks, row = A.new_zeros(len(A), width), [0] * len(loras), 0
+                for i, start, pair in placed:
+                    rows = slice(row, row := row + len(pair.A))
+                    B[rows, start : start + len(pair.B)] = (pair.B * pair.scaling).mT
+                    ranks[i] += len(pair.A)
+                self.sites[site] = _Stacked(A, B, (0, *accumulate(ranks)))
+
+
 class StackedRows:
-    """Which adapter of a stack each row of a batch uses: adapters [b], -1 for none."""
+    """Which adapter of a stack each row of a batch uses.
 
-    stack: LoraStack
-    adapters: Tensor
-    _foreign: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    The first `num_single` rows, any mix of few, take their adapters' products together: it costs each row those of all
+    adapters, and that is less than one pair of products for each. After them an adapter's rows lie together, and each
+    stretch has its own pair of products.
 
-    def add_(self, path: str, y: Tensor, x: Tensor) -> None:
-        """Adds to y [b, s, out] in place, each row its own adapter's delta for x [b, s, in]; to a row without one, 0.
+    Args:
+        digests: one a row; None: no adapter.
+    """
+
+    def __init__(self, stack: LoraStack, digests: Sequence[str | None], num_single: int) -> None:
+        self.stack, self.num_single = stack, num_single
+        adapters = [-1 if digest is None else stack.index[digest] for digest in digests]
+        self._single = torch.tensor(adapters[:num_single])
+        used = [adapter for adapter in adapters[:num_single] if adapter >= 0]
+        self._between = (min(used), max(used) + 1) if used else None
+        self._stretches, row = [], num_single
+        for adapter, rows in groupby(adapters[num_single:]):
+            stretch = slice(row, row := row + len(list(rows)))
+            if adapter >= 0:
+                self._stretches.append((stretch, adapter))
+        self._foreign: dict[tuple[int, ...], Tensor] = {}
+
+    def add_(self, site: Site, y: Tensor, x: Tensor) -> None:
+        """Adds to y [b, out] in place, each row its own adapter's delta for x [b, in]; to a row without one, nothing.
 
         Other adapters' columns are cut out between the two products, not multiplied by 0: 0 · infinity is NaN.
         """
-        if path in self.stack.pairs:
-            A, B = self.stack.pairs[path]
-            z = nn.functional.linear(x, A).masked_fill_(self._columns_of_others(self.stack.owners[path]), 0.0)
-            y.view(-1, len(B)).addmm_(z.view(-1, len(A)), B.mT)
+        if (stacked := self.stack.sites.get(site)) is None:
+            return
+        first = stacked.first
+        if self._between is not None:
+            columns = slice(first[self._between[0]], first[self._between[1]])
+            z = nn.functional.linear(x[: self.num_single], stacked.A[columns])
+            z.masked_fill_(self._columns_of_others(stacked, columns), 0.0)
+            y[: self.num_single].addmm_(z, stacked.B[columns])
+        for rows, adapter in self._stretches:
+            columns = slice(first[adapter], first[adapter + 1])
+            y[rows].addmm_(nn.functional.linear(x[rows], stacked.A[columns]), stacked.B[columns])
 
-    def _columns_of_others(self, owners: tuple[int, ...]) -> Tensor:
-        """Bool [b, 1, R]; modules on which the same adapters lie share it."""
-        if owners not in self._foreign:
-            columns = torch.tensor(owners, device=self.adapters.device)
-            self._foreign[owners] = (columns != self.adapters[:, None])[:, None]
-        return self._foreign[owners]
+    def _columns_of_others(self, stacked: _Stacked, columns: slice) -> Tensor:
+        """Bool [num_single, columns]; sites on which the same adapters lie with the same ranks share it."""
+        if (known := self._foreign.get(stacked.first)) is None:
+            counts = torch.tensor(stacked.first).diff()
+            owners = torch.arange(len(counts)).repeat_interleave(counts)[columns]
+            known = self._foreign[stacked.first] = (owners != self._single[:, None]).to(stacked.A.device)
+        return known
