@@ -132,6 +132,8 @@ def add_grouped(y: Tensor, x: Tensor, groups: Groups) -> Tensor:
     return y
 
 
+MAX_MIXED = 256  # rows of prompts that adapters share a product for
+
 Site = tuple[str, ...]  # paths of linears that read the same input, whose outputs lie side by side
 
 
@@ -180,48 +182,58 @@ class LoraStack:
 class StackedRows:
     """Which adapter of a stack each row of a batch uses.
 
-    The first `num_single` rows, any mix of few, take their adapters' products together: it costs each row those of all
-    adapters, and that is less than one pair of products for each. After them an adapter's rows lie together, and each
-    stretch has its own pair of products.
+    Rows are taken in stretches, with a pair of products each. A stretch of several adapters costs its rows the products
+    of all of them: for few rows less than a pair of products for each adapter.
 
     Args:
-        digests: one a row; None: no adapter.
+        digests: one a row, None: no adapter. The first `num_single` are one stretch; those after them are in the
+            stack's order, and adapters share a stretch up to MAX_MIXED rows.
     """
 
     def __init__(self, stack: LoraStack, digests: Sequence[str | None], num_single: int) -> None:
-        self.stack, self.num_single = stack, num_single
+        self.stack = stack
         adapters = [-1 if digest is None else stack.index[digest] for digest in digests]
-        self._single = torch.tensor(adapters[:num_single])
-        used = [adapter for adapter in adapters[:num_single] if adapter >= 0]
-        self._between = (min(used), max(used) + 1) if used else None
-        self._stretches, row = [], num_single
-        for adapter, rows in groupby(adapters[num_single:]):
-            stretch = slice(row, row := row + len(list(rows)))
-            if adapter >= 0:
-                self._stretches.append((stretch, adapter))
-        self._foreign: dict[tuple[int, ...], Tensor] = {}
+        parts = [adapters[:num_single]]
+        for _, group in groupby(adapters[num_single:]):
+            own = list(group)
+            if len(parts) > 1 and len(parts[-1]) + len(own) <= MAX_MIXED:
+                parts[-1] += own
+            else:
+                parts.append(own)
+        starts = accumulate(map(len, parts), initial=0)
+        self._stretches = [
+            _Stretch(start, part) for start, part in zip(starts, parts, strict=False) if max(part, default=-1) >= 0
+        ]
 
     def add_(self, site: Site, y: Tensor, x: Tensor) -> None:
         """Adds to y [b, out] in place, each row its own adapter's delta for x [b, in]; to a row without one, nothing.
 
         Other adapters' columns are cut out between the two products, not multiplied by 0: 0 · infinity is NaN.
         """
-        if (stacked := self.stack.sites.get(site)) is None:
-            return
-        first = stacked.first
-        if self._between is not None:
-            columns = slice(first[self._between[0]], first[self._between[1]])
-            z = nn.functional.linear(x[: self.num_single], stacked.A[columns])
-            z.masked_fill_(self._columns_of_others(stacked, columns), 0.0)
-            y[: self.num_single].addmm_(z, stacked.B[columns])
-        for rows, adapter in self._stretches:
-            columns = slice(first[adapter], first[adapter + 1])
-            y[rows].addmm_(nn.functional.linear(x[rows], stacked.A[columns]), stacked.B[columns])
+        if (stacked := self.stack.sites.get(site)) is not None:
+            for stretch in self._stretches:
+                rows, columns = stretch.rows, slice(stacked.first[stretch.low], stacked.first[stretch.high])
+                z = nn.functional.linear(x[rows], stacked.A[columns])
+                if stretch.is_mixed:
+                    z.masked_fill_(stretch.foreign(stacked, columns), 0.0)
+                y[rows].addmm_(z, stacked.B[columns])
 
-    def _columns_of_others(self, stacked: _Stacked, columns: slice) -> Tensor:
-        """Bool [num_single, columns]; sites on which the same adapters lie with the same ranks share it."""
+
+class _Stretch:
+    """Rows from `start`, each with its place in a stack or -1; low to high: the adapters among them."""
+
+    def __init__(self, start: int, adapters: Sequence[int]) -> None:
+        used = set(adapters)
+        self.rows = slice(start, start + len(adapters))
+        self.low, self.high = min(used - {-1}), max(used) + 1
+        self.is_mixed = len(used) > 1
+        self._adapters = torch.tensor(adapters)
+        self._foreign: dict[tuple[int, ...], Tensor] = {}
+
+    def foreign(self, stacked: _Stacked, columns: slice) -> Tensor:
+        """Bool [rows, columns]: others' columns. Sites on which the same adapters lie with the same ranks share it."""
         if (known := self._foreign.get(stacked.first)) is None:
             counts = torch.tensor(stacked.first).diff()
             owners = torch.arange(len(counts)).repeat_interleave(counts)[columns]
-            known = self._foreign[stacked.first] = (owners != self._single[:, None]).to(stacked.A.device)
+            known = self._foreign[stacked.first] = (owners != self._adapters[:, None]).to(stacked.A.device)
         return known
