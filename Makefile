@@ -43,7 +43,7 @@ clean:  ## remove .venv and what tools left behind; pulled models and results st
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c '$(PYTHON_IS_NEW_ENOUGH)'
-	@echo 'making .venv: PyTorch and 70 smaller packages, a minute or more'
+	@echo 'making .venv: PyTorch and 80 smaller packages, a minute or more'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install -qq --upgrade 'pip>=25.1'
 	@$(BIN)/pip install -qq --only-binary=:all: $(PIP_ARGS) -c constraints.txt -e '.[train]' --group dev

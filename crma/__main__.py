@@ -1,4 +1,4 @@
-"""The `crma` command: pull, data, train, verify, evaluate, ablate, import. It never speaks HTTP.
+"""The `crma` command: from pulling a base model to the plots. It never speaks HTTP.
 
 Data goes to stdout, everything else to stderr. The exit code is 0, 1 where something that was checked is wrong, 2
 where the command could not be carried out.
@@ -22,6 +22,8 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 note = console.print  # a line about what is going on
 
 StoreFolder = Annotated[Path, typer.Argument(help="The adapter store.")]
+StoreOption = Annotated[Path, typer.Option(help="The adapter store.")]
+DEFAULT_STORE = Path("adapters_store")
 Model = Annotated[str, typer.Option(help="A pulled model's name, or its folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")]
 
@@ -64,7 +66,10 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run folder; a killed run goes on there.")] = None,
     arm: Annotated[str | None, typer.Option(help="Instead of the file's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Instead of the file's.")] = None,
-    ship: Annotated[Path | None, typer.Option(help="Publish the result, with its measures, into this store.")] = None,
+    ship: Annotated[
+        Path | None,
+        typer.Option(help="Publish the result into this store; as a candidate, if a backbone serves there."),
+    ] = None,
 ) -> None:
     """Train task after task, measure, and write the run's record."""
     from crma.config import TrainConfig
@@ -83,7 +88,8 @@ def train(
         run = Run(settings, find_base(settings.model), folder, progress)
         record = run.execute()
         if ship is not None:
-            publish(run, AdapterStore(ship))
+            candidate = publish(run, AdapterStore(ship))
+            note(f"next: crma promote {candidate.version} --store {ship}" if candidate else f"{ship} serves it")
     note(f"record: {folder / 'record.json'}")
     show_json({key: record[key] for key in ("arm", "seed", "loss", "accuracy", "drift", "norm_log", "training")})
 
@@ -112,6 +118,29 @@ def experiment(
 
 
 @app.command()
+def estimate(
+    config: Annotated[Path, typer.Argument(help="A TOML file; see crma/experiments.")],
+    flops: Annotated[float | None, typer.Option(help="FLOP/s the device reaches; that of one CPU thread.")] = None,
+) -> None:
+    """Memory and time that a training run needs, from its data and the config of its model, as JSON."""
+    from crma.config import TrainConfig
+    from crma.cost import FLOPS
+    from crma.cost import estimate as run
+
+    show_json(run(TrainConfig.read(config), flops or FLOPS))
+
+
+@app.command()
+def plots(
+    results: Annotated[Path, typer.Argument(help="Records, as the other commands write them.")] = Path("crma/results"),
+) -> None:
+    """Draw the records as SVG into RESULTS/plots."""
+    from crma.plots import draw
+
+    draw(results, results / "plots")
+
+
+@app.command()
 def verify(store: StoreFolder, model: Model = DEFAULT_MODEL, as_json: Json = False) -> None:
     """Check every file, digest, shape and lineage of a store, and print the backbone's certificate."""
     from crma.injection import shapes_of_folder
@@ -137,31 +166,39 @@ def ablate(
     store: StoreFolder,
     model: Model = DEFAULT_MODEL,
     questions: Annotated[Path | None, typer.Option(help="JSON Lines; the store's public set if not given.")] = None,
+    split: Annotated[str | None, typer.Option(help="Instead: validation or holdout, of every built-in task.")] = None,
     variants: Annotated[str, typer.Option(help="Comma-separated.")] = "task+crma,task,crma,base",
+    control: Annotated[Path | None, typer.Option(help="A store of LoRAs trained without CRMA.")] = None,
+    strengths: Annotated[str, typer.Option(help="Of the injection, such as 0,.25,.5,.75,1.")] = "",
     scorer: str = "exact",
     max_tokens: int = 16,
     margin: float = 0.02,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
-    """The same questions with and without CRMA: accuracies, intervals, flips."""
+    """The same questions with and without CRMA: accuracies, intervals, flips; of a split, also naive Bayes."""
     from crma.question_set import read_question_set
-    from crma.served import Served
+    from crma.served import Controls, Served, split_questions
     from crma.served import ablate as run
+    from crma.sources import DOMAINS
     from crma.store import AdapterStore
 
-    questions = questions or store / "question_sets" / "public.jsonl"
     served = Served(find_base(model), AdapterStore(store))
+    built_in = [task for task in served.store.task_names() if task in DOMAINS]
+    file = questions or store / "question_sets" / "public.jsonl"
+    asked = split_questions(built_in, split) if split else read_question_set(file)
+    shares = tuple(float(share) for share in strengths.split(",") if share)
+    controls = Controls(AdapterStore(control) if control else None, shares, naive_bayes=split is not None)
     names: Any = [name.strip() for name in variants.split(",")]
     options: Any = {"scorer": scorer, "max_tokens": max_tokens, "margin": margin, "seed": seed}
-    result = run(served, read_question_set(questions), names, **options, note=note)
+    result = run(served, asked, names, controls, **options, note=note)
     if as_json:
         show_json(result)
         return
-    typer.echo(f"{questions}: accuracy [95 %, Wilson]")
+    typer.echo(f"{split or file}: accuracy [95 %, Wilson]")
     for variant, row in result["variants"].items():
         counts = f"{row['correct']} of {row['scored']}"
-        typer.echo(f"{variant:<12} {row['accuracy']:.2f} {interval(row['wilson'])} {counts}")
+        typer.echo(f"{variant:<15} {row['accuracy']:.2f} {interval(row['wilson'])} {counts}")
     for pair in result["comparisons"]:
         flips = pair["mcnemar"]
         text = f"{pair['a']} - {pair['b']}: {pair['difference']:+.2f} {interval(pair['bootstrap'])}"
@@ -169,27 +206,44 @@ def ablate(
 
 
 @app.command()
-def evaluate(
-    store: StoreFolder,
+def promote(
+    candidate: Annotated[str, typer.Argument(help="A published version of the backbone that does not serve.")],
+    store: StoreOption = DEFAULT_STORE,
     model: Model = DEFAULT_MODEL,
-    split: str = "holdout",
-    control: Annotated[Path | None, typer.Option(help="A store of LoRAs trained without CRMA.")] = None,
+    margin: Annotated[float, typer.Option(help="By how much of its recorded loss a task may get worse.")] = 0.01,
+    allow_ungated: Annotated[list[str] | None, typer.Option(help="A task without validation data.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and change nothing.")] = False,
 ) -> None:
-    """Loss and accuracy of every built-in task under every variant, beside majority and naive Bayes; as JSON."""
-    from crma.served import Served, score_tasks
-    from crma.sources import DOMAINS
+    """Let a backbone serve, whole or cut back, if no task suffers; exit code 1 where the old one stays. JSON."""
+    from crma.gate import promote as decide
+    from crma.served import Served
     from crma.store import AdapterStore
 
     served = Served(find_base(model), AdapterStore(store))
-    tasks = [task for task in served.store.task_names() if task in DOMAINS]
-    show_json(score_tasks(served, tasks, split, AdapterStore(control) if control else None, note=note))
+    options: Any = {"margin": margin, "allow_ungated": allow_ungated or (), "dry_run": dry_run}
+    evidence = decide(served, candidate, **options, note=note)
+    show_json(evidence)
+    raise typer.Exit(0 if evidence["lambda"] else 1)
+
+
+@app.command()
+def rollback(
+    store: StoreOption = DEFAULT_STORE,
+    channel: Annotated[
+        str, typer.Option(help="backbone, and the tasks that need the newer; or tasks/NAME.")
+    ] = "backbone",
+) -> None:
+    """What served before serves again. A running server sees it at once."""
+    from crma.store import AdapterStore
+
+    note(f"serving: {AdapterStore(store).roll_back(channel).serving()}")
 
 
 @app.command("import")
 def import_adapter(
     folder: Annotated[Path, typer.Argument(help="A PEFT LoRA: adapter_config.json and adapter_model.safetensors.")],
     name: Annotated[str, typer.Argument(help="The task's name here.")],
-    store: Annotated[Path, typer.Option(help="Where to publish it.")] = Path("adapters_store"),
+    store: StoreOption = DEFAULT_STORE,
     model: Model = DEFAULT_MODEL,
     licence: str = "unknown",
 ) -> None:

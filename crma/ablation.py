@@ -53,11 +53,6 @@ class AblationPlan:
     jobs: tuple[Job, ...]
     job_of: Mapping[str, tuple[int, ...]]  # label -> [questions] index into jobs
 
-    @property
-    def num_item_variants(self) -> int:
-        """Items times variants: what limits on the size of an ablation count, shared or not."""
-        return sum(len(row) for row in self.job_of.values())
-
     def by_variant(self, outcomes: Sequence[ItemResult]) -> dict[str, tuple[ItemResult, ...]]:
         """Outcomes [jobs], in the order of `jobs`, fanned out to label -> [questions]."""
         return {label: tuple(outcomes[job] for job in row) for label, row in self.job_of.items()}

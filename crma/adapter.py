@@ -135,22 +135,19 @@ class Backbone(nn.Module):
     def from_tensors(cls, config: CrmaConfig, tensors: MappingABC[str, Tensor]) -> "Backbone":
         """The inverse of `tensors`. Raises InvalidAdapter for a missing, unknown, misshapen or non-finite tensor."""
         backbone = cls(config, torch.Generator().manual_seed(0))
-        expected = dict(backbone.named_parameters())
-        if set(tensors) != set(expected):
-            odd = sorted(set(tensors) ^ set(expected))
-            message = "missing or unknown CRMA tensor"
-            raise InvalidAdapter(message, field=odd[0], value=sorted(tensors), allowed=sorted(expected))
-        with torch.no_grad():
-            for name, parameter in expected.items():
-                tensor = tensors[name]
-                if tensor.shape != parameter.shape or tensor.dtype != torch.float32:
-                    found, allowed = f"{tuple(tensor.shape)} {tensor.dtype}", f"{tuple(parameter.shape)} torch.float32"
-                    raise InvalidAdapter("CRMA tensor of another kind", field=name, value=found, allowed=allowed)
-                if not torch.isfinite(tensor).all():
-                    message = "CRMA tensor holds NaN or infinity"
-                    raise InvalidAdapter(message, field=name, value="not finite", allowed="finite")
-                parameter.copy_(tensor)
+        expected, found = _kinds(backbone.state_dict()), _kinds(tensors)
+        if odd := sorted(name for name in {*expected, *found} if found.get(name) != expected.get(name)):
+            message = "missing or unknown CRMA tensor, or one of another kind"
+            raise InvalidAdapter(message, field=odd[0], value=found, allowed=expected)
+        if odd := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            message = "CRMA tensor holds NaN or infinity"
+            raise InvalidAdapter(message, field=odd[0], value="not finite", allowed="finite")
+        backbone.load_state_dict(dict(tensors))
         return backbone
+
+
+def _kinds(tensors: MappingABC[str, Tensor]) -> dict[str, str]:
+    return {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}
 
 
 def bounded(P: Tensor) -> Tensor:

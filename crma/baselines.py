@@ -1,6 +1,5 @@
-"""What a trained adapter has to beat on closed labels: the most common answer, and a naive Bayes classifier."""
+"""What a trained adapter has to beat on closed labels: a naive Bayes classifier."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,14 +10,8 @@ from crma.sources import words
 NGRAMS = (3, 4)  # characters, within words
 
 
-def majority(examples: Sequence[Example]) -> str:
-    """The most common completion; the first in the alphabet of several."""
-    count = Counter(example.completion for example in examples)
-    return min(count, key=lambda completion: (-count[completion], completion))
-
-
-def naive_bayes(train: Sequence[Example], test: Sequence[Example], *, smoothing: float = 0.1) -> list[str]:
-    """The completions a multinomial naive Bayes classifier gives the test prompts.
+def naive_bayes(train: Sequence[Example], prompts: Sequence[str], *, smoothing: float = 0.1) -> list[str]:
+    """The completions a multinomial naive Bayes classifier gives to prompts.
 
     Features are the words of a prompt and their character n-grams; `smoothing` is added to every count. Textbook form:
     argmax over labels c of log P(c) + sum over features f of n_f log P(f | c).
@@ -34,7 +27,7 @@ def naive_bayes(train: Sequence[Example], test: Sequence[Example], *, smoothing:
             counts[label, vocabulary[feature]] += 1
     log_likelihood = np.log(counts / counts.sum(axis=1, keepdims=True))
     log_prior = np.log(prior / prior.sum())
-    known = ([vocabulary[f] for f in _features(example.prompt) if f in vocabulary] for example in test)
+    known = ([vocabulary[f] for f in _features(prompt) if f in vocabulary] for prompt in prompts)
     return [labels[int(np.argmax(log_prior + log_likelihood[:, features].sum(axis=1)))] for features in known]
 
 

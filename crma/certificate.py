@@ -53,28 +53,19 @@ def certify(backbone: Backbone, parent: Backbone | None = None, dtype: torch.dty
         factors = backbone.factors()
     c_M, gates = norm_bound(factors.M), factors.g.double()
     pairs = backbone.folded("cpu", dtype)
-    old = parent.folded("cpu", dtype) if parent is not None else None
-    layers: list[dict[str, float]] = []
-    for i, pair in enumerate(pairs):
-        layer = {
-            "c_M": c_M[i].item(),
-            "gate": gates[i].item(),
-            "bound": 1.0 + (c_M[i] * gates[i]).item(),
-            "norm": transfer_norm(pair.A, pair.B),
-        }
-        if old is not None:
-            layer["movement"] = movement(old[i], pair)
-        layers.append(layer)
+    layers = [
+        {"c_M": c.item(), "gate": g.item(), "bound": 1.0 + (c * g).item(), "norm": transfer_norm(*pair)}
+        for c, g, pair in zip(c_M, gates, pairs, strict=True)
+    ]
+    if parent is not None:
+        for layer, old, new in zip(layers, parent.folded("cpu", dtype), pairs, strict=True):
+            layer["movement"] = movement(old, new)
     slack = 4 * torch.finfo(dtype).eps
-    certificate: dict[str, Any] = {
+    return {
         "dtype": str(dtype).removeprefix("torch."),
         "max_norm_deviation": (c_M - 1.0).abs().max().item(),
-        "max_bound": max(layer["bound"] for layer in layers),
-        "max_norm": max(layer["norm"] for layer in layers),
+        **{f"max_{name}": max(layer[name] for layer in layers) for name in layers[0] if name not in ("c_M", "gate")},
         "log_bound_product": math.fsum(math.log(layer["bound"]) for layer in layers),
         "holds": all(layer["norm"] <= layer["bound"] + slack for layer in layers),
         "layers": layers,
     }
-    if old is not None:
-        certificate["max_movement"] = max(layer["movement"] for layer in layers)
-    return certificate

@@ -43,7 +43,7 @@ class Change(Record):
 
     time: str
     channel: str
-    action: Literal["serve", "roll_back"]
+    action: Literal["serve", "roll_back", "keep"]
     before: Version | None = Field(alias="from")
     after: Version | None = Field(alias="to")
     evidence: Json | None = None
@@ -70,6 +70,10 @@ class Channels(Record):
         """`version` serves from now on (None: nothing does). Where it does already, nothing is recorded."""
         return self if version == self.version(channel) else self._change("serve", channel, version, evidence)
 
+    def keep(self, channel: str, evidence: Mapping[str, Any]) -> "Channels":
+        """What serves goes on serving, and why it was not replaced is recorded."""
+        return self._change("keep", channel, self.version(channel), evidence)
+
     def roll_back(self, channel: str, evidence: Mapping[str, Any] | None = None) -> "Channels":
         """What served before the current version serves again; done twice, it goes back two versions.
 
@@ -81,7 +85,7 @@ class Channels(Record):
             if change.channel == channel:
                 if change.action == "serve":
                     past.append(change.before)
-                elif past:
+                elif change.action == "roll_back" and past:
                     past.pop()
         if not past:
             message = f"{channel}: nothing to roll back to."

@@ -45,7 +45,8 @@ class TrainConfig(_Settings):
     `tasks` are domain names of `crma data`, or folders with train, validation and holdout .jsonl of one's own.
     `train_items` takes the first so many training examples (0 = all). `dtype` is that of the frozen base and the
     activations ("auto": bfloat16 where the hardware has it); adapters always train in float32. `measure` is the split
-    of the record: "validation" for every choice, "holdout" once it is made.
+    of the record: "validation" for every choice, "holdout" once it is made. `start` is a store: its serving backbone
+    goes on learning, each task as a later one, and what is trained is a candidate for `crma promote`.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -58,6 +59,7 @@ class TrainConfig(_Settings):
     warmup: float = Field(0.06, ge=0, lt=1)
     clip: float = Field(1.0, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    start: str = ""
     measure: Literal["validation", "holdout"] = "holdout"
     dtype: str = Field("auto", pattern="^(auto|bfloat16|float32)$")
     lora: LoraSettings = LoraSettings()

@@ -11,7 +11,7 @@ A task of the user's own is any folder with the first three files; see `read_jso
 import hashlib
 import json
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -103,7 +103,7 @@ def build(
         wanted = {name: digest for name, digest in committed_digests().items() if name.startswith(f"{domain}/")}
         if digests(domain, {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}) == wanted:
             note(f"{domain}: already built in {folder}")
-        elif not domains and (reason := obstacle(domain, sources.get(domain))):
+        elif not domains and domain not in sources and (reason := obstacle(domain)):
             note(f"{domain}: skipped, because {reason}")
             continue
         else:
@@ -125,11 +125,10 @@ def split(domain: str, pairs: Sequence[Pair]) -> dict[str, bytes]:
     rest is thinned to `MAX_PER_LABEL` and dealt out in the order of a hash of the question. Domains
     cannot share a question: each asks for something else.
     """
-    answers = defaultdict(set)
+    spellings: dict[str, set[Pair]] = defaultdict(set)
     for question, answer in pairs:
-        answers[_normal(question)].add(answer)
-    distinct = {_normal(question): (question, answer) for question, answer in sorted(pairs, reverse=True)}
-    unambiguous = [pair for normal, pair in distinct.items() if len(answers[normal]) == 1]
+        spellings[" ".join(words(question))].add((question, answer))
+    unambiguous = [min(found) for found in spellings.values() if len({answer for _, answer in found}) == 1]
     pool = sorted(_thin(unambiguous, MAX_PER_LABEL.get(domain, len(pairs))), key=partial(_order, "split"))
     needed = sum(SPLITS.values()) + (0 if domain == "code" else NUM_PUBLIC)
     if len(pool) < needed:
@@ -187,23 +186,16 @@ def _check_digests(domain: str, files: Mapping[str, bytes], *, advice: str) -> N
             raise DataError(message, field=name, value=found, allowed=committed.get(name))
 
 
-def _normal(question: str) -> str:
-    return " ".join(words(question))
-
-
 def _order(purpose: str, pair: Pair) -> bytes:
     return hashlib.sha256(f"{SALT}{purpose}:{pair[0]}".encode()).digest()
 
 
 def _thin(pairs: Sequence[Pair], limit: int) -> list[Pair]:
     """At most `limit` questions of each answer, chosen by a hash that is independent of the order of the splits."""
-    count: Counter[str] = Counter()
-    kept = []
-    for question, answer in sorted(pairs, key=partial(_order, "thin")):
-        count[answer] += 1
-        if count[answer] <= limit:
-            kept.append((question, answer))
-    return kept
+    by_answer: dict[str, list[Pair]] = defaultdict(list)
+    for pair in sorted(pairs, key=partial(_order, "thin")):
+        by_answer[pair[1]].append(pair)
+    return [pair for same in by_answer.values() for pair in same[:limit]]
 
 
 def _json_lines(lines: Sequence[Mapping[str, Any]]) -> bytes:

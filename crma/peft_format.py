@@ -62,7 +62,9 @@ class PeftConfig(BaseModel):
     def targets(self, path: str) -> bool | None:
         """PEFT's `check_target_module_exists`; None where more than names decides: then the tensors do."""
         narrowed = self.exclude_modules or self.layers_to_transform not in (None, []) or self.layers_pattern
-        return None if narrowed or isinstance(self.target_modules, str) else _ends_in(path, self.target_modules)
+        if narrowed or isinstance(self.target_modules, str):
+            return None
+        return f".{path}".endswith(tuple(f".{name}" for name in self.target_modules))
 
 
 def lora_to_peft(
@@ -188,10 +190,6 @@ def _pattern(key: str) -> re.Pattern[str]:
 def _match(patterns: Iterable[tuple[re.Pattern[str], Any]], path: str, default: Any) -> Any:
     """PEFT's `get_pattern_key`: the first pattern that matches the end of the path, from its start or after a dot."""
     return next((value for pattern, value in patterns if pattern.match(path)), default)
-
-
-def _ends_in(path: str, names: Iterable[str]) -> bool:
-    return f".{path}".endswith(tuple(f".{name}" for name in names))
 
 
 def _last(path: str) -> str:

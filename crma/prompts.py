@@ -1,6 +1,9 @@
 """ONE prompt format for training and serving: a user turn, and the token that ends the answer."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -39,9 +42,44 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
+class Turn(NamedTuple):
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[int]:
+    """Token ids of a conversation by the model's own chat template, up to where the assistant's answer begins.
+
+    The template sees a mark in place of each text, so that special tokens inside a text stay text.
+
+    Raises:
+        ConfigError: there is no template, or it refuses these turns, or does not show each text once.
+    """
+    marked = [{"role": turn.role, "content": f"⟦{i}⟧"} for i, turn in enumerate(turns)]
+    try:
+        rendered = str(tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # templates refuse turns with errors of their own
+        message = f"the chat template refuses these messages: {error}"
+        raise ConfigError(message, field="messages", value=[turn.role for turn in turns]) from error
+    parts = re.split(r"⟦(\d+)⟧", rendered)
+    if sorted(map(int, parts[1::2])) != list(range(len(turns))):
+        message = "the chat template does not show each message once"
+        raise ConfigError(message, field="messages", value=[turn.role for turn in turns])
+    ids: list[int] = []
+    for at, part in enumerate(parts):  # markup, text, markup, …
+        if at % 2:
+            ids += encode_text(tokenizer, turns[int(part)].content)
+        else:
+            ids += tokenizer.encode(part, add_special_tokens=False)
+    return ids
+
+
 def raw_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
     """The format that adds nothing but the tokenizer's own start token, if it has one."""
-    return PromptFormat(head=_start_token(tokenizer), tail="", stop=str(tokenizer.eos_token))
+    adds = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    return PromptFormat(head=str(tokenizer.bos_token) if adds else "", tail="", stop=str(tokenizer.eos_token))
 
 
 def chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
@@ -75,18 +113,11 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
         before_system, rest = head, ""
     middle = rest.split(user)[0]
     if rest and before_system != head and head.startswith(before_system) and head.endswith(middle):
-        head = _start_token(tokenizer, head) + middle.removeprefix(ended)
+        bos = tokenizer.bos_token or ""
+        # ChatML's bos is also its turn marker: there it belongs to the head and must not be doubled.
+        starts = head.startswith(bos) and not head.startswith(bos + "system")
+        head = (bos if starts else "") + middle.removeprefix(ended)
     return PromptFormat(head=head, tail=tail, stop=_stop_token(tokenizer, ended))
-
-
-def _start_token(tokenizer: PreTrainedTokenizerBase, text: str | None = None) -> str:
-    """The start token if the tokenizer puts one before a text (or, with `text`, if that starts with it)."""
-    bos = tokenizer.bos_token
-    if bos is None:
-        return ""
-    adds = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id] if text is None else text.startswith(bos)
-    # ChatML's bos is also its turn marker: there it belongs to the head and must not be doubled.
-    return bos if adds and (text is None or not text.startswith(bos + "system")) else ""
 
 
 def _stop_token(tokenizer: PreTrainedTokenizerBase, ended: str) -> str:

@@ -27,7 +27,7 @@ from crma.config import TrainConfig
 from crma.data import SPLITS, load_split, split_path
 from crma.drift import measures
 from crma.entry import BackboneEntry, TaskEntry, read_backbone
-from crma.errors import TrainingError
+from crma.errors import ConfigError, TrainingError
 from crma.evaluate import Evaluator, Measure
 from crma.files import replace_file, to_json
 from crma.injection import Injection, Plan, target_names
@@ -57,9 +57,12 @@ class Run:
         self.arm: Arm = ARMS[self.config.arm]
         for task in self.config.tasks:
             check_name(name_of(task))  # now, and not when the first task is trained and cannot be published
+        self.start = AdapterStore(Path(self.config.start)).backbone() if self.config.start else None
+        self._check_start()
         self.accelerator = Accelerator()
         device = self.accelerator.device
         self.model = load_model(self.base, device, resolve_dtype(self.config.dtype, device))
+        self.serving_attention = self.model.config._attn_implementation
         if device.type == "cpu":  # the backward pass of torch's fused attention takes a third of a step there
             self.model.set_attn_implementation("eager")
         self.injection = Injection(self.model)
@@ -82,14 +85,28 @@ class Run:
         replace_file(self.folder / "record.json", to_json(record))
         return record
 
+    def _check_start(self) -> None:
+        """Raises BaseMismatch or ConfigError where `start` cannot go on learning in this run."""
+        if not self.config.start:
+            return
+        if self.start is None or not self.arm.crma:
+            message = "no backbone serves in that store, or the arm trains none"
+            raise ConfigError(message, field="start", value=self.config.start, allowed="a store with a backbone")
+        self.start.check_base(self.base.digest)
+        streams, rank = self.config.crma.num_streams, self.config.crma.stream_rank
+        asked = {"num_streams": streams, "stream_rank": rank, "mapping": self.arm.mapping}
+        if any(self.start.manifest.config[key] != value for key, value in asked.items()):
+            message = "the backbone of that store has another shape"
+            raise ConfigError(message, field="crma", value=asked, allowed=self.start.manifest.config)
+
     def _pin_config(self) -> None:
         """A folder belongs to one config: going on with another would mix two runs."""
-        path, mine = self.folder / "config.json", self.config.model_dump(mode="json")
-        if path.exists() and json.loads(path.read_text()) != mine:
+        path = self.folder / "config.json"
+        if path.exists() and TrainConfig.from_dict(json.loads(path.read_text())) != self.config:
             message = "the run folder holds a run with another config; name a new one"
             raise TrainingError(message, field="out", value=str(self.folder), allowed="the same config")
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, to_json(mine))
+        replace_file(path, to_json(self.config))
 
     def _train(self, index: int) -> float:
         """Train stage number `index` unless its snapshot is there, and snapshot it. The seconds that training took."""
@@ -98,11 +115,12 @@ class Run:
         if (folder / "stats.json").exists():
             return json.loads((folder / "stats.json").read_text())["wall_s"]
         lora, backbone = self._start_lora(index, task), self._start_backbone(index)
-        moves = backbone is not None and (index == 0 or (self.arm.backbone_learns and self.config.crma.later_scale > 0))
+        first = index == 0 and self.start is None
+        moves = backbone is not None and (first or (self.arm.backbone_learns and self.config.crma.later_scale > 0))
         adapted = AdaptedModel(self.injection, lora, backbone, backbone_moves=moves).to(self.accelerator.device)
-        M_0 = self._new_backbone().to(self.accelerator.device).mixing().detach() if moves else None
+        M_0 = self._first_backbone().to(self.accelerator.device).mixing().detach() if moves else None
         rows, pad_id = [row for name in tasks for row in self.train_rows[name]], self.evaluator.stop_id
-        trainer = TaskTrainer(self.config, self.accelerator, adapted, rows, task, index == 0, pad_id, folder, M_0)
+        trainer = TaskTrainer(self.config, self.accelerator, adapted, rows, task, first, pad_id, folder, M_0)
         wall_s = trainer.run(partial(self.progress, f"{self.arm.name} seed {self.config.seed}: {task}"))
         self._snapshot(index, lora, backbone)
         replace_file(folder / "stats.json", to_json({"wall_s": wall_s}))
@@ -112,27 +130,18 @@ class Run:
         """Fresh, seeded by run and task; or (NAIVE) the one from the task before."""
         if index and not self.arm.fresh_lora:
             return self.store.task(self.stages[index - 1][0]).load().trainable()
-        settings = self.config.lora
-        targets = target_names(self.model, settings.target_modules)
-        shapes = self.injection.shapes
-        per_rank = sum(sum(shapes[path]) for path in match_targets(targets, shapes))
-        crma = sum(p.numel() for p in self._new_backbone().parameters())
-        rank = self.arm.rank(settings.rank, per_rank, crma)
-        alpha = settings.alpha * rank / settings.rank
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, task))
-        return new_lora(LoraConfig(rank, alpha, targets), shapes, generator)
+        return new_lora(lora_config(self.config, self.injection), self.injection.shapes, generator)
 
-    def _new_backbone(self) -> Backbone:
-        depth, size = len(self.injection.blocks), self.injection.hidden_size
-        streams, rank = self.config.crma.num_streams, self.config.crma.stream_rank
-        shape = CrmaConfig(depth, size, streams, rank, mapping=self.arm.mapping)
-        return Backbone(shape, torch.Generator().manual_seed(seed_of(self.config.seed, "backbone")))
+    def _first_backbone(self) -> Backbone:
+        """The identity, or where another store's backbone stands."""
+        return self.start.load(self.injection.shapes) if self.start else new_backbone(self.config, self.injection)
 
     def _start_backbone(self, index: int) -> Backbone | None:
-        """Identity before task 1, else the snapshot before this task."""
+        """The snapshot before this task."""
         if not self.arm.crma:
             return None
-        return self.backbone_after(index).load() if index else self._new_backbone()
+        return self.backbone_after(index).load() if index else self._first_backbone()
 
     def backbone_after(self, i: int) -> BackboneEntry:
         """The backbone after i tasks."""
@@ -155,6 +164,8 @@ class Run:
         if backbone is not None:
             if version not in self.store.backbone_versions():
                 ancestors = dict.fromkeys(self.backbone_after(i).digest for i in range(index, 0, -1))
+                if self.start is not None:
+                    ancestors |= dict.fromkeys((self.start.digest, *self.start.manifest.lineage))
                 ancestors.pop(backbone_digest(backbone), None)  # one that did not move is its own ancestor
                 origin = self._origin(self.config.tasks[: index + 1])
                 self.store.publish_backbone(backbone, lineage=list(ancestors), version=version, **origin)
@@ -244,6 +255,23 @@ class Run:
                 raise TrainingError(message, field="drift", value=loss[-1][t], allowed=loss[i][t])
 
 
+def lora_config(config: TrainConfig, injection: Injection) -> LoraConfig:
+    """The LoRA of a task: its rank as the arm says, alpha / rank as the settings say."""
+    settings, shapes = config.lora, injection.shapes
+    targets = target_names(injection.model, settings.target_modules)
+    per_rank = sum(sum(shapes[path]) for path in match_targets(targets, shapes))
+    crma = sum(p.numel() for p in new_backbone(config, injection).parameters())
+    rank = ARMS[config.arm].rank(settings.rank, per_rank, crma)
+    return LoraConfig(rank, settings.alpha * rank / settings.rank, targets)
+
+
+def new_backbone(config: TrainConfig, injection: Injection) -> Backbone:
+    """The backbone before task 1, seeded by the run."""
+    size, settings = (len(injection.blocks), injection.hidden_size), config.crma
+    shape = CrmaConfig(*size, settings.num_streams, settings.stream_rank, mapping=ARMS[config.arm].mapping)
+    return Backbone(shape, torch.Generator().manual_seed(seed_of(config.seed, "backbone")))
+
+
 def _norm_log(log: Sequence[dict[str, list[float]]]) -> dict[str, Any]:
     """Over every logged step and layer: the figure the paper quotes, and beside it what that cannot show."""
     return {
@@ -269,21 +297,34 @@ def seed_of(seed: int, what: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{what}".encode()).digest()[:8], "big") >> 1
 
 
-def ship(run: Run, target: AdapterStore) -> None:
-    """Publish a finished run as it should serve: the last backbone, and every LoRA with its measures under it."""
+def ship(run: Run, target: AdapterStore) -> BackboneEntry | None:
+    """Publish a finished run: the last backbone, and every LoRA with its measures under it.
+
+    All of it serves at once, unless another backbone does: then nothing moves, and the new one is returned, a candidate
+    for `crma promote`.
+    """
     T = len(run.config.tasks)
+    candidate, serving = None, target.backbone()
+    run.model.set_attn_implementation(run.serving_attention)  # the gate compares with these figures, as it serves
 
     def origin(entry: TaskEntry | BackboneEntry, measured: dict[str, Any]) -> Origin:
         trained_on = entry.manifest.trained_on
         return {"base": run.base, "trained_on": trained_on, "measured": measured, "licence": LICENCE}
 
-    if run.arm.crma:
+    if run.arm.crma and (serving is None or serving.digest != run.backbone_after(T).digest):
         last = run.backbone_after(T)
-        target.publish_backbone(last.load(), lineage=last.manifest.lineage, **origin(last, {}))
+        options: Any = {"lineage": last.manifest.lineage, "serve": serving is None, **origin(last, {})}
+        published = target.publish_backbone(last.load(), **options)
+        candidate = published if serving is not None else None
     for t, task in enumerate(run.config.tasks):
         run.progress("measuring what ships", t, T)
         entry, plan, ask = run.store.task(name_of(task)), run.plan_after(T, t), run.evaluator
         splits = {name: ask.encode(load_split(task, name)) for name in ("validation", "holdout")}
         measured = {name: asdict(ask.measure(plan, rows)) for name, rows in splits.items()}
-        backbone, fmt = entry.manifest.backbone, entry.prompt_format
-        target.publish_task(entry.name, entry.load(), backbone=backbone, prompt_format=fmt, **origin(entry, measured))
+        options = {
+            "backbone": entry.manifest.backbone,
+            "prompt_format": entry.prompt_format,
+            "serve": candidate is None,
+        }
+        target.publish_task(entry.name, entry.load(), **options, **origin(entry, measured))
+    return candidate

@@ -1,26 +1,26 @@
-"""A base model with the adapters of a store, without a server: what `crma ablate` and `crma evaluate` ask."""
+"""A base model with the adapters of a store, without a server: what `crma ablate` and the gate ask."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Any
 
 from crma.ablation import ItemResult, check_settings, plan, report
 from crma.adapter import FoldedPair
-from crma.baselines import majority, naive_bayes
+from crma.baselines import naive_bayes
 from crma.data import load_split
+from crma.entry import BackboneEntry, TaskEntry
 from crma.errors import ConfigError, NotFound
-from crma.evaluate import Encoded, Evaluator, score
-from crma.injection import Injection, Plan, plan_rows
+from crma.evaluate import Encoded, Evaluator
+from crma.injection import Injection, Plan
 from crma.lora import Lora
 from crma.model import load_model, load_tokenizer, resolve_device, resolve_dtype
 from crma.prompts import chat_format
 from crma.provenance import commit, hardware
 from crma.pull import BaseModel
-from crma.question_set import QuestionSet
+from crma.question_set import Question, QuestionSet, inline_question_set
 from crma.selection import VARIANTS, AdapterSelection, Variant
-from crma.sources import DOMAINS
 from crma.store import AdapterStore
 
 Note = Callable[[str], None]
@@ -40,14 +40,28 @@ class Served:
         self.dtype = resolve_dtype(dtype, self.device)
         self.injection = Injection(load_model(base, self.device, self.dtype))
         self.tokenizer = load_tokenizer(base)
-        self._loras: dict[str, Lora] = {}
-        self._backbones: dict[str, list[FoldedPair]] = {}
+        self._loaded: dict[str, Any] = {}
 
-    def selection(self, variant: Variant, task: str) -> AdapterSelection:
-        """Digests of a variant for a task; its weights are loaded then.
+    def with_store(self, store: AdapterStore) -> "Served":
+        """The same model with other adapters."""
+        other = copy(self)
+        other.store = store
+        return other
 
-        Raises StoreError, or ConfigError where the variant needs a backbone and none serves.
-        """
+    def lora(self, entry: TaskEntry) -> Lora:
+        """As it serves; read once."""
+        if entry.digest not in self._loaded:
+            self._loaded[entry.digest] = entry.load(self.injection.shapes).to(self.device, self.dtype)
+        return self._loaded[entry.digest]
+
+    def backbone(self, entry: BackboneEntry) -> list[FoldedPair]:
+        """As it serves; read once."""
+        if entry.digest not in self._loaded:
+            self._loaded[entry.digest] = entry.load(self.injection.shapes).folded(self.device, self.dtype)
+        return self._loaded[entry.digest]
+
+    def entries(self, variant: Variant, task: str) -> tuple[TaskEntry | None, BackboneEntry | None]:
+        """What serves a variant. Raises StoreError, or ConfigError where it needs a backbone and none serves."""
         entry = self.store.task(task) if "task" in variant else None
         backbone = self.store.backbone() if "crma" in variant else None
         if "crma" in variant and backbone is None:
@@ -55,35 +69,83 @@ class Served:
             message = f"Variant {variant!r} needs a backbone, and none serves."
             raise ConfigError(message, field="variants", value=variant, allowed=without)
         self.store.check_selection(entry, backbone, self.base.digest)
-        if entry is not None and entry.digest not in self._loras:
-            self._loras[entry.digest] = entry.load(self.injection.shapes).to(self.device, self.dtype)
-        if backbone is not None and backbone.digest not in self._backbones:
-            self._backbones[backbone.digest] = backbone.load(self.injection.shapes).folded(self.device, self.dtype)
+        return entry, backbone
+
+    def selection(self, variant: Variant, task: str) -> AdapterSelection:
+        """Digests of a variant for a task. Raises as `entries`."""
+        entry, backbone = self.entries(variant, task)
         return AdapterSelection(entry.digest if entry else None, backbone.digest if backbone else None)
 
-    def plan(self, selection: AdapterSelection) -> Plan:
-        """Every row under one selection, as `selection` gave it."""
-        return plan_rows([selection], self._loras, self._backbones, self.device)
+    def plan(self, variant: Variant, task: str, strength: float = 1.0) -> Plan:
+        """Every row under one variant, what the backbone adds multiplied by `strength`. Raises as `entries`."""
+        entry, backbone = self.entries(variant, task)
+        loras = [(None, self.lora(entry))] if entry else []
+        if backbone is None:
+            return Plan(loras)
+        pairs = self.backbone(backbone)
+        if strength != 1:
+            pairs = [FoldedPair(pair.A, pair.B * strength) for pair in pairs]
+        return Plan(loras, [(None, pairs)])
 
-    def evaluator(self, task: str) -> Evaluator:
+    def evaluator(self, task: str | TaskEntry) -> Evaluator:
         """In the format that the task was trained with, else the chat template."""
         try:
-            recorded = self.store.task(task).prompt_format
+            recorded = (self.store.task(task) if isinstance(task, str) else task).prompt_format
         except NotFound:
             recorded = None
         return Evaluator(self.injection, self.tokenizer, recorded or chat_format(self.tokenizer))
 
-    def answers(self, task: str, selection: AdapterSelection, prompts: Sequence[str], max_tokens: int) -> list[str]:
-        """Greedy answers of one selection."""
+    def answers(self, task: str, plan: Plan, prompts: Sequence[str], max_tokens: int) -> list[str]:
+        """Greedy answers under one plan."""
         evaluator = self.evaluator(task)
         rows = [Encoded(evaluator.fmt.encode(self.tokenizer, prompt), []) for prompt in prompts]
-        return evaluator.answers(self.plan(selection), rows, max_tokens=max_tokens)
+        return evaluator.answers(plan, rows, max_tokens=max_tokens)
+
+
+def split_questions(tasks: Sequence[str], split: str) -> QuestionSet:
+    """A split of built-in tasks as a question set. Raises DataError."""
+    return inline_question_set(
+        [
+            {"id": f"{task}-{i:03}", "task": task, "question": example.prompt, "answers": [example.completion]}
+            for task in tasks
+            for i, example in enumerate(load_split(task, split), start=1)
+        ],
+        name=split,
+    )
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What else answers the same questions, beside the variants.
+
+    store: of LoRAs that never saw CRMA, "control": the counterfactual, since a LoRA trained with CRMA misses it.
+    strengths: of the injection, "task+crma x0.25"; 0 is off and 1 is on.
+    naive_bayes: a classifier trained on the task's training split, without any language model. Built-in tasks only.
+    """
+
+    store: AdapterStore | None = None
+    strengths: tuple[float, ...] = ()
+    naive_bayes: bool = False
+
+    def answerers(self, served: Served, max_tokens: int) -> dict[str, Callable[[str, list[str]], list[str]]]:
+        """Label -> what answers a task's prompts."""
+
+        def of(asked: Served, variant: Variant, strength: float = 1.0) -> Callable[[str, list[str]], list[str]]:
+            return lambda task, prompts: asked.answers(task, asked.plan(variant, task, strength), prompts, max_tokens)
+
+        found = {f"task+crma x{strength:g}": of(served, "task+crma", strength) for strength in self.strengths}
+        if self.store is not None:
+            found["control"] = of(served.with_store(self.store), "task")
+        if self.naive_bayes:
+            found["naive_bayes"] = lambda task, prompts: naive_bayes(load_split(task, "train"), prompts)
+        return found
 
 
 def ablate(
     served: Served,
     questions: QuestionSet,
     variants: Sequence[Variant],
+    controls: Controls | None = None,
     *,
     scorer: str = "exact",
     max_tokens: int = 16,
@@ -91,7 +153,7 @@ def ablate(
     seed: int = 0,
     note: Note,
 ) -> dict[str, Any]:
-    """The body of POST /ablation, computed here, greedily."""
+    """The body of POST /ablation, computed here, greedily; with `controls` as further variants."""
     check_settings(scorer=scorer, margin=margin)
     work = plan(questions.questions, variants, served.selection)
     groups: dict[tuple[str, AdapterSelection], list[int]] = defaultdict(list)
@@ -101,59 +163,30 @@ def ablate(
     for (task, selection), numbers in groups.items():
         note(f"{task}, {selection.variant}: {len(numbers)} questions")
         prompts = [questions.questions[work.jobs[number].question].question for number in numbers]
-        for number, text in zip(numbers, served.answers(task, selection, prompts, max_tokens), strict=True):
-            outcomes[number] = ItemResult("scored", text=text)
+        texts = served.answers(task, served.plan(selection.variant, task), prompts, max_tokens)
+        outcomes |= {number: ItemResult("scored", text=text) for number, text in zip(numbers, texts, strict=True)}
     rows = work.by_variant([outcomes[number] for number in range(len(work.jobs))])
+    by_task: dict[str, list[Question]] = defaultdict(list)
+    for question in questions.questions:
+        by_task[question.task].append(question)
+    for label, answer in (controls or Controls()).answerers(served, max_tokens).items():
+        found: dict[str, ItemResult] = {}
+        for task, asked in by_task.items():
+            note(f"{task}, {label}: {len(asked)} questions")
+            texts = answer(task, [question.question for question in asked])
+            found |= {q.id: ItemResult("scored", text=text) for q, text in zip(asked, texts, strict=True)}
+        rows[label] = tuple(found[question.id] for question in questions.questions)
     return {
         "question_set": questions.describe(),
         "scorer": scorer,
         **report(questions.questions, rows, scorer=scorer, margin=margin, seed=seed),
-        "provenance": {"base": served.base.digest, "dtype": str(served.dtype).removeprefix("torch."), "seed": seed},
-    }
-
-
-def score_tasks(
-    served: Served, tasks: Sequence[str], split: str, control: AdapterStore | None, *, note: Note
-) -> dict[str, Any]:
-    """Loss and accuracy of every task under every variant, beside what needs no language model.
-
-    Args:
-        tasks: built-in domains that the store serves.
-        split: "validation" or "holdout".
-        control: a store whose LoRAs never saw CRMA (the counterfactual): adds the variant "control".
-
-    Returns:
-        {"split", "tasks": {task: {variant: Measure, "majority": {...}, "naive_bayes": {...}}}, provenance}
-    """
-    if split not in ("validation", "holdout"):
-        raise ConfigError("not a split to score on", field="split", value=split, allowed="validation, holdout")
-    if not tasks:
-        message = "the store serves no built-in task"
-        raise ConfigError(message, field="store", value=str(served.store.root), allowed=DOMAINS)
-    sources: list[tuple[str, Served, Variant]] = [(variant, served, variant) for variant in VARIANTS]
-    if control is not None:
-        of_control = copy(served)  # the same model
-        of_control.store = control
-        sources.append(("control", of_control, "task"))
-    rows: dict[str, dict[str, Any]] = {task: {} for task in tasks}
-    for task, row in rows.items():
-        examples, train = load_split(task, split), load_split(task, "train")
-        for label, adapters, variant in sources:
-            note(f"{task}: {label}")
-            plan_of_task = adapters.plan(adapters.selection(variant, task))
-            evaluator = adapters.evaluator(task)
-            row[label] = asdict(evaluator.measure(plan_of_task, evaluator.encode(examples)))
-        row["majority"] = score([majority(train)] * len(examples), examples)
-        row["naive_bayes"] = score(naive_bayes(train, examples), examples)
-    trained_on = served.store.task(tasks[0]).manifest.trained_on
-    return {
-        "split": split,
-        "tasks": rows,
-        "model": served.base.name,
-        "base": served.base.digest,
-        "seed": None if trained_on is None else trained_on.seed,
-        "adapters": {task: served.store.task(task).digest for task in tasks},
-        "dtype": str(served.dtype).removeprefix("torch."),
-        "hardware": hardware(),
-        "commit": commit(),
+        "provenance": {
+            "base": served.base.digest,
+            "backbone": backbone.digest if (backbone := served.store.backbone()) else None,
+            "tasks": {task: served.store.task(task).digest for task in by_task if task in served.store.task_names()},
+            "dtype": str(served.dtype).removeprefix("torch."),
+            "seed": seed,
+            "hardware": hardware(),
+            "commit": commit(),
+        },
     }

@@ -12,11 +12,6 @@ from torch import Tensor
 Mapping = Literal["rounded", "sinkhorn", "identity", "free", "unbounded"]  # the last three: controls, adapter.Backbone
 
 
-def soft_cap(S: Tensor, cap: float) -> Tensor:
-    """c·tanh(S/c): keeps logits in (-c, c), so that no entry underflows and gradients stay alive."""
-    return cap * torch.tanh(S / cap)
-
-
 def sinkhorn(S: Tensor, iterations: int) -> Tensor:
     """exp(S) after `iterations` log-domain row and column normalisations (Sinkhorn & Knopp 1967).
 
@@ -57,7 +52,7 @@ def doubly_stochastic(S: Tensor, *, iterations: int = 20, cap: float = 6.0, mapp
     Args:
         S: [.., n, n] raw logits of any size.
         iterations: alternations before the rounding.
-        cap: the soft cap c on logits.
+        cap: c of the soft cap c·tanh(S/c), which keeps logits in (-c, c): no entry underflows, gradients stay alive.
         mapping: "rounded", or "sinkhorn" for the plain alternation (a fidelity option: its row sums are only
             as good as its convergence).
 
@@ -65,7 +60,7 @@ def doubly_stochastic(S: Tensor, *, iterations: int = 20, cap: float = 6.0, mapp
         [.., n, n] float32.
     """
     with torch.autocast(S.device.type, enabled=False):
-        P = sinkhorn(soft_cap(S.float(), cap), iterations)
+        P = sinkhorn(cap * torch.tanh(S.float() / cap), iterations)
         return round_to_doubly_stochastic(P) if mapping == "rounded" else P
 
 

@@ -1,4 +1,4 @@
-"""The five domains: where their facts come from, and how a fact becomes a question with a closed answer.
+"""Six domains: where their facts come from, and how a fact becomes a question with a closed answer.
 
 Each reader turns one file into (question, answer) pairs: a full question that quotes one term, and a label of one to
 four words, lower case, our own wording where the source's is long. Packages are pinned and read as files, never
@@ -26,7 +26,7 @@ from crma.packages import PACKAGES, fetch
 
 Pair = tuple[str, str]
 
-MAX_PER_LABEL = {"code": 120, "science": 1000}  # so that no single label makes up most of a domain
+MAX_PER_LABEL = {"code": 120, "science": 1000, "language": 100}  # so that no single label makes up most of a domain
 MAX_TERM = 80  # characters of a quoted term or docstring sentence: training time is proportional to tokens
 
 # Our labels of ICD-10-CM chapters 1 to 22, the report sections (the 12 most common of the mapping at MIN_CONFIDENCE),
@@ -45,13 +45,15 @@ MODULES: list[str] = WORDING["modules"]
 CHANGED_FILES = ("taskgroups.py", "timeouts.py")  # of asyncio, reworded between 3.11.2 and 3.11.7
 
 
-def obstacle(domain: str, given: Path | None = None) -> str | None:
+def obstacle(domain: str) -> str | None:
     """Why this machine cannot have a domain's source, in a sentence that says what to do; None if it can."""
     running = f"{platform.python_implementation()} {platform.python_version()}"
-    if domain == "code" and given is None and not running.startswith("CPython 3.11."):
+    if domain == "code" and not running.startswith("CPython 3.11."):
         return f"code reads the library of CPython 3.11 and this is {running}; give the folder of one as source."
-    if domain == "science" and given is None and not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        return f"science needs apt-get and dpkg-deb for {PACKAGES[domain]}; give its GO.sqlite, taken out, as source."
+    from_deb = domain in PACKAGES and PACKAGES[domain].kind == "deb"
+    if from_deb and not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        wanted = PACKAGES[domain]
+        return f"{domain} needs apt-get and dpkg-deb for {wanted}; give its {wanted.member}, taken out, as source."
     return None
 
 
@@ -60,24 +62,21 @@ def read_domain(domain: str, given: Path | None = None) -> list[Pair]:
 
     Args:
         domain: one of `DOMAINS`.
-        given: the source, if the user has it: the pinned package file, the file inside it, or for `code` the folder of
-            the standard library of a CPython 3.11.
+        given: the source, if the user has it: the file inside the pinned package, or for `code` the folder of the
+            standard library of a CPython 3.11. What is made from it has a digest.
 
     Raises DataError when the source cannot be had or read.
     """
-    reason = obstacle(domain, given)
-    if reason is not None:
+    if given is None and (reason := obstacle(domain)):
         raise DataError(reason, field="source", value=domain)
     with tempfile.TemporaryDirectory(prefix="crma-") as work:
-        if domain == "code":
-            path = given or Path(sysconfig.get_path("stdlib"))
-        else:
-            path = fetch(PACKAGES[domain], Path(work), given=given)
+        if given is None:
+            given = Path(sysconfig.get_path("stdlib")) if domain == "code" else fetch(PACKAGES[domain], Path(work))
         try:
-            return READERS[domain](path)
+            return READERS[domain](given)
         except (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, sqlite3.Error) as error:
-            message = f"{path.name} is not a source of the {domain} domain: {error!r}."
-            raise DataError(message, field="source", value=str(given or path)) from error
+            message = f"{given.name} is not a source of the {domain} domain: {error!r}."
+            raise DataError(message, field="source", value=str(given)) from error
 
 
 def read_medical(path: Path) -> list[Pair]:
@@ -154,12 +153,24 @@ def read_science(path: Path) -> list[Pair]:
     ]
 
 
+def read_language(path: Path) -> list[Pair]:
+    """WordNet: a noun of one word -> the lexicographer's file that holds it, what kind of thing it is."""
+    pairs = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        _, file, kind, count, *fields = line.split(" ")[:64]
+        if kind == "n" and file in WORDING["noun_files"]:
+            nouns, label = fields[: 2 * int(count, 16) : 2], WORDING["noun_files"][file]
+            pairs += [(f'What kind of thing is "{n}"?', label) for n in nouns if n.islower() and n.isalpha()]
+    return pairs
+
+
 READERS: Mapping[str, Callable[[Path], list[Pair]]] = {
     "medical": read_medical,
     "legal": read_legal,
     "finance": read_finance,
     "code": read_code,
     "science": read_science,
+    "language": read_language,
 }
 DOMAINS = tuple(READERS)
 

@@ -4,7 +4,7 @@ Layout, schema and rules: `adapters_store/README.md`. Every writer holds one loc
 appears whole (`files.publish_folder`) and `channels.json` is replaced whole.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -101,6 +101,18 @@ class AdapterStore:
                 message = f"{task.name}@{task.version} was not trained under this backbone: use it with CRMA off."
                 raise LineageMismatch(message, field="crma", value=trained_on, allowed=descent)
 
+    def newcomers(self, candidate: BackboneEntry) -> list[TaskEntry]:
+        """Of each task, the newest version that was trained on the way from the serving backbone to `candidate`."""
+        serving = self.backbone()
+        found = []
+        for name in sorted(names_in(self.root, "tasks")):
+            for entry in (self.task(name, version) for version in reversed(self.task_versions(name))):
+                new = entry.manifest.backbone is not None and _fits(entry, candidate)
+                if new and not (serving is not None and _fits(entry, serving)):
+                    found.append(entry)
+                    break
+        return found
+
     # Publishing --------------------------------------------------------------------------------------------------
 
     def publish_task(
@@ -191,20 +203,49 @@ class AdapterStore:
 
     # Serving -----------------------------------------------------------------------------------------------------
 
-    def set_serving(self, channel: str, version: str | None, *, evidence: Mapping[str, Any] | None = None) -> Channels:
-        """Moves a channel, `backbone` or `tasks/<name>`, to a published version (None: nothing serves).
+    def set_serving(
+        self,
+        moves: Mapping[str, str | None],
+        *,
+        evidence: Mapping[str, Any] | None = None,
+        since: Channels | None = None,
+    ) -> Channels:
+        """Moves channels, `backbone` or `tasks/<name>`, to published versions (None: nothing serves): all, or none.
+
+        Args:
+            evidence: recorded with the first change. If `moves` is empty, it is recorded that the backbone was kept.
+            since: what the decision was based on; if something else serves by now, nothing moves.
 
         Raises:
             NotFound: no such version.
             InvalidAdapter: no such channel, a damaged manifest, or evidence that is not finite JSON.
+            StoreError: something else serves than `since`.
         """
         with locked(self.root):
-            return self._write(channel, read_channels(self.root).serve(channel, version, evidence))
+            channels = read_channels(self.root)
+            if since is not None and channels.serving() != since.serving():
+                message = "Something else serves since this was decided: decide again."
+                raise StoreError(message, field="channels", value=channels.serving(), allowed=since.serving())
+            if not moves and evidence is not None:
+                channels = channels.keep(BACKBONE, evidence)
+            for channel, version in moves.items():
+                channels, evidence = channels.serve(channel, version, evidence), None
+            return self._write(moves, channels)
 
     def roll_back(self, channel: str, *, evidence: Mapping[str, Any] | None = None) -> Channels:
-        """Moves a channel to what served before. Raises NotFound if nothing did, else as `set_serving`."""
+        """Moves a channel to what served before; with the backbone, tasks go back until their lineage fits it again.
+
+        Raises NotFound if nothing served before, else as `set_serving`.
+        """
         with locked(self.root):
-            return self._write(channel, read_channels(self.root).roll_back(channel, evidence))
+            channels = read_channels(self.root).roll_back(channel, evidence)
+            moved = [channel]
+            backbones = [read_backbone(self.root, channels.backbone)] if channels.backbone else []
+            for name in channels.tasks if channel == BACKBONE and backbones else ():
+                while (version := channels.tasks.get(name)) and not _fits(self.task(name, version), *backbones):
+                    channels = channels.roll_back(task_channel(name), evidence)
+                    moved.append(task_channel(name))
+            return self._write(moved, channels)
 
     # Checking ----------------------------------------------------------------------------------------------------
 
@@ -229,11 +270,10 @@ class AdapterStore:
             # A task trained on a backbone needs the serving one if both serve, any in the store otherwise.
             serves = channels.tasks.get(task.name) == task.version
             candidates = serving if serves and serving else backbones
-            trained_on = task.manifest.backbone
-            if trained_on is not None and not any(backbone.descends_from(trained_on) for backbone in candidates):
+            if not _fits(task, *candidates):
                 message = f"{task.manifest.place}: no backbone to serve under is its own or descends from it."
-                allowed = [backbone.digest for backbone in candidates]
-                problems.append(LineageMismatch(message, field="backbone", value=trained_on, allowed=allowed))
+                value, allowed = task.manifest.backbone, [backbone.digest for backbone in candidates]
+                problems.append(LineageMismatch(message, field="backbone", value=value, allowed=allowed))
         return problems
 
     def check_integrity(self) -> None:
@@ -285,13 +325,19 @@ class AdapterStore:
                 write_channels(self.root, read_channels(self.root).serve(channel, version))
         return version
 
-    def _write(self, channel: str, channels: Channels) -> Channels:
-        """Makes a change count, once what it names is known to be there. Call with the lock held."""
-        version = channels.version(channel)
-        if version is not None:
-            read_entry(self.root, channel, version)
+    def _write(self, moved: Iterable[str], channels: Channels) -> Channels:
+        """Makes changes count, once what they name is known to be there. Call with the lock held."""
+        for channel in moved:
+            if (version := channels.version(channel)) is not None:
+                read_entry(self.root, channel, version)
         write_channels(self.root, channels)
         return channels
+
+
+def _fits(task: TaskEntry, *backbones: BackboneEntry) -> bool:
+    """Whether it has no lineage to keep (then it serves without CRMA), or may serve under one of these."""
+    trained_on = task.manifest.backbone
+    return trained_on is None or any(backbone.descends_from(trained_on) for backbone in backbones)
 
 
 def backbone_digest(backbone: Backbone) -> str:

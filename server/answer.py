@@ -3,7 +3,7 @@
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from server.engine.request import RequestOutput, TokenLogprob
 from server.errors import ApiError, error_body, to_api_error
-from server.frontend import Frontend, Generation, Outputs, unless_gone
+from server.frontend import Frontend, Generation, Outputs, all_of, unless_gone
 
 log = logging.getLogger("server")
 
@@ -33,16 +33,21 @@ Closing = Annotated[AsyncExitStack, Depends(_closing)]
 
 @dataclass
 class Answer(ABC, Generic[Asked]):
-    """One generation on its way out. `asked`: the body of its request. An error in a stream is an `error_event`."""
+    """Generations on their way out: one, or of several prompts one each. An error in a stream is an `error_event`."""
 
     asked: Asked
-    generation: Generation
+    generations: Sequence[Generation]
     frontend: Frontend
     error_event: ClassVar[str | None] = None
 
+    @property
+    def generation(self) -> Generation:
+        """The first; a stream has no other."""
+        return self.generations[0]
+
     @abstractmethod
     def body(self) -> dict[str, Any]:
-        """The whole answer, once the generation has ended."""
+        """The whole answer, once all have ended."""
 
     @abstractmethod
     def events(self, output: RequestOutput) -> Iterable[str]:
@@ -56,7 +61,7 @@ class Answer(ABC, Generic[Asked]):
         """The response. A stream waits for its first output, so that a refused request is answered with its status and
         not within a stream. However this ends, and also if nobody reads it, `closing` gives its place back."""
         if not stream:
-            await unless_gone(request, self.generation.finished())
+            await unless_gone(request, all_of(each.finished() for each in self.generations))
             return JSONResponse(self.body())
         outputs = self.generation.outputs()
         closing.push_async_callback(outputs.aclose)
@@ -84,13 +89,13 @@ class Answer(ABC, Generic[Asked]):
         return self.frontend.provenance(seed, selection.crma_digest, task=selection.task_digest)
 
 
-def tokens(output: RequestOutput) -> Iterable[tuple[str, TokenLogprob | None]]:
-    """(text, log-probability where asked for) of every new token, also where its text is held back.
+def tokens(output: RequestOutput) -> Iterable[tuple[int | None, str, TokenLogprob | None]]:
+    """(id, text, log-probability where asked for) of every new token, also where its text is held back.
 
     An output of several tokens has its text on the last of them; one without tokens may have text that was held back.
     """
     texts = [""] * (len(output.token_ids) - 1) + [output.text] if output.token_ids or output.text else []
-    return zip_longest(texts, output.logprobs)
+    return zip_longest(output.token_ids, texts, output.logprobs)
 
 
 def event(data: dict[str, Any], name: str | None = None) -> str:

@@ -118,6 +118,9 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
 )
 
 
+# Every (status, code) that there is.
+_KINDS: list[type[ApiError]] = [ApiError, *ApiError.__subclasses__()]
+CODES = sorted({(kind.status, kind.code) for kind in _KINDS} | {(status, code) for _, status, code in STATUS_OF})
 GENERATING = (400, 401, 404, 409, 413, 422, 429, 500, 503, 504)
 
 
@@ -126,9 +129,7 @@ def documented(*statuses: int, body: type[BaseModel] = ErrorBody, of: str = "") 
 
     `of`: its path in EXAMPLES, to show what it answers.
     """
-    kinds: list[type[ApiError]] = [ApiError, *ApiError.__subclasses__()]
-    codes = {(kind.status, kind.code) for kind in kinds} | {(status, code) for _, status, code in STATUS_OF}
-    named = {status: ", ".join(code for s, code in sorted(codes) if s == status) for status in statuses}
+    named = {status: ", ".join(code for s, code in CODES if s == status) for status in statuses}
     answers: dict[int | str, dict[str, Any]] = {200: {"content": EXAMPLES[of]["answers"]}} if of else {}
     return answers | {status: {"model": body, "description": named[status]} for status in statuses}
 
@@ -183,8 +184,7 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     kind, where, context, given = first["type"], first["loc"], first.get("ctx", {}), first.get("input")
     if kind == "json_invalid" or (where == ("body",) and (kind == "missing" or isinstance(given, bytes))):
         return _not_json()
-    # The branches of a union ("list[constrained-str]") are not fields of the caller's.
-    names = [str(part) for part in where[1:] if "[" not in str(part)]
+    names = [str(part) for part in where[1:]]
     if kind == "unknown_field":
         field = ".".join([*names, context["key"]])
         value = given.get(context["key"]) if isinstance(given, dict) else None

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from fastapi import Depends
 from transformers import PreTrainedTokenizerBase
 
 from crma.errors import StoreError
-from crma.prompts import PromptFormat, raw_format
+from crma.prompts import PromptFormat, Turn, encode_chat, raw_format
 from crma.selection import BASE
 from server import __version__, errors
 from server.engine.async_engine import AsyncEngine
@@ -29,6 +29,7 @@ from server.settings import Settings
 
 T = TypeVar("T")
 Outputs = AsyncGenerator[RequestOutput, None]
+Prompt = str | Sequence[int] | Sequence[Turn]
 
 
 @dataclass
@@ -38,6 +39,7 @@ class SequenceResult:
     """
 
     text: str = ""
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     last: RequestOutput = field(default_factory=partial(RequestOutput, ""))
     newest: float | None = None
@@ -102,6 +104,7 @@ class Generation:
             raise errors.Draining("the request was aborted: the server is stopping")
         sequence = self.sequences[output.index]
         sequence.text += output.text
+        sequence.token_ids += output.token_ids
         sequence.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
         if output.token_ids:
@@ -150,7 +153,7 @@ class Frontend:
 
     async def generation(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         resolved: Resolved,
         sampling: SamplingParams,
         *,
@@ -161,11 +164,12 @@ class Frontend:
         """A request, not yet submitted. A sampled one without a seed gets one, so that it can be repeated.
 
         Args:
-            prompt: text, or token ids, which are what the model reads: they are raw whatever `raw` says.
+            prompt: text; or what needs no format: token ids, or the turns of a conversation (the chat template).
 
         Raises:
             InvalidField: n, stop or timeout_s over the server's limits; a token id that there is not; or not raw, where
                 the base has no chat format.
+            ConfigError: the chat template refuses these turns.
             QueueFull: `max_queue` prompts wait to be encoded.
         """
         arrival = time.monotonic()
@@ -195,27 +199,34 @@ class Frontend:
         crma = "off" if resolved.selection.crma_digest is None else "on"
         return Generation(self.engine, request, self.metrics, (label, crma))
 
-    async def _encode(self, prompt: str | Sequence[int], own: PromptFormat, raw: bool) -> tuple[tuple[int, ...], int]:
+    async def _encode(self, prompt: Prompt, own: PromptFormat, raw: bool) -> tuple[tuple[int, ...], int]:
         """The prompt's ids, and the token that ends its answer: one formatted by hand ends like one formatted here."""
         for at, each in enumerate(() if isinstance(prompt, str) else prompt):
-            if not 0 <= each < self._num_tokens:
+            if isinstance(each, int) and not 0 <= each < self._num_tokens:
                 name, allowed = f"prompt.{at}", f"0 to {self._num_tokens - 1}"
                 raise errors.InvalidField(f"{name}: no such token", field=name, value=each, allowed=allowed)
         if self._encoding.locked():
             raise QueueFull(self.settings.max_queue, retry_after=1.0)
 
         def encode() -> tuple[tuple[int, ...], int]:
-            ids = (self._raw if raw else own).encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
+            if isinstance(prompt, str):
+                ids: Sequence[Any] = (self._raw if raw else own).encode(self.tokenizer, prompt)
+            else:
+                turns = [each for each in prompt if isinstance(each, Turn)]
+                ids = encode_chat(self.tokenizer, turns) if turns else prompt
             return tuple(ids), own.stop_id(self.tokenizer)
 
         async with self._encoding:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
 
-    def top_tokens(self, logprob: TokenLogprob) -> list[dict[str, Any]]:
-        """The most probable tokens as they are answered, each with its own text; part of a character is shown as �."""
+    def text(self, ids: Sequence[int]) -> str:
+        """Of tokens, special ones too; part of a character is shown as �."""
         # Decoding only reads the tokenizer; it need not wait for the thread that encodes.
-        text = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
-        return [{"id": each, "token": text([each]), "logprob": value} for each, value in logprob.top]
+        return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
+    def top_tokens(self, logprob: TokenLogprob) -> list[dict[str, Any]]:
+        """The most probable tokens as they are answered, each with its own text."""
+        return [{"id": each, "token": self.text([each]), "logprob": value} for each, value in logprob.top]
 
     def provenance(self, seed: int | None, crma: str | None, **tasks: Any) -> dict[str, Any]:
         """Exactly what answered: `tasks` is the digest, or the digests by name, of the task adapters."""
@@ -242,6 +253,16 @@ class Frontend:
     def close(self) -> None:
         """Ends the encoding thread."""
         self._encoder.shutdown(wait=False, cancel_futures=True)
+
+
+async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Their results; the first to fail cancels, and so aborts, the others, and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in work]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 async def unless_gone(request: fastapi.Request, work: Awaitable[T]) -> T:

@@ -8,7 +8,7 @@ adapters after the first `max_adapter_labels`: a client cannot make new series.
 import math
 import time
 from collections import Counter as Counts
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -18,14 +18,15 @@ from prometheus_client.registry import Collector
 from crma.entry import BackboneEntry
 from server.engine.request import EngineStats, Timings
 
-TTFT_BUCKETS = (
+# Buckets, in seconds.
+TTFT = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
     640.0, 2560.0,
 )  # fmt: skip
-ITL_BUCKETS = (
+ITL = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 )  # fmt: skip
-LATENCY_BUCKETS = (
+LATENCY = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 )  # fmt: skip
@@ -61,18 +62,16 @@ class Metrics(Collector):
         histogram = partial(Histogram, namespace="crma", labelnames=by, registry=registry)
         counter = partial(Counter, namespace="crma", registry=registry)
         gauge = partial(Gauge, namespace="crma", registry=registry)
-        self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", buckets=TTFT_BUCKETS)
-        self.itl = histogram("inter_token_latency_seconds", "Gap between tokens of a sequence.", buckets=ITL_BUCKETS)
-        self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", buckets=LATENCY_BUCKETS)
-        help = "From arrival until first scheduled."
-        self.queue = histogram("request_queue_time_seconds", help, buckets=LATENCY_BUCKETS)
+        self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", buckets=TTFT)
+        self.itl = histogram("inter_token_latency_seconds", "Gap between tokens of a sequence.", buckets=ITL)
+        self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", buckets=LATENCY)
+        self.queue = histogram("request_queue_time_seconds", "From arrival until first scheduled.", buckets=LATENCY)
         self.success = counter("request_success", "Requests that ended, by reason.", ("finished_reason", *by))
         self.http_responses = counter("http_responses", "HTTP answers.", ("route", "status"))
         self.verification_failures = counter("adapter_verification_failures", "Problems found in the store.")
         self.backbone_info = gauge("backbone_info", "The CRMA backbone that serves; always 1.", ("version", "digest"))
         self.spectral_bound = gauge("spectral_bound", "Largest certified norm bound of a layer; 0: no backbone.")
-        help = "Accuracy of the last ablation, by variant."
-        self.ablation_accuracy = gauge("last_ablation_accuracy", help, ("variant",))
+        self.last_ablation = gauge("last_ablation_accuracy", "Accuracy of the last ablation, by variant.", ("variant",))
 
     def adapter_label(self, name: str | None) -> str:
         """The bounded label of a store name; None is the base model."""
@@ -103,10 +102,10 @@ class Metrics(Collector):
 
     def set_ablation(self, accuracies: Mapping[str, float | None]) -> None:
         """Accuracy per variant; what could not be scored is no number."""
-        self.ablation_accuracy.clear()
+        self.last_ablation.clear()
         for variant, accuracy in accuracies.items():
             if accuracy is not None:
-                self.ablation_accuracy.labels(variant=variant).set(accuracy)
+                self.last_ablation.labels(variant=variant).set(accuracy)
 
     def watch(self, stats: Callable[[], EngineStats], names: Callable[[], Names], max_adapters: int) -> None:
         """Adds the engine's counters: `names` gives digest -> store name of task adapters."""
@@ -136,9 +135,10 @@ class Metrics(Collector):
         """vLLM's gauge, which the Kubernetes Gateway API Inference Extension routes by; its value is the time."""
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in use, as routers read them.", labels=labels)
-        running, waiting = (
-            ",".join(sorted({names[digest] for digest in digests if digest in names}))
-            for digests in (stats.running_adapters, stats.waiting_adapters)
-        )
-        family.add_metric((str(self._max_adapters), running, waiting), time.time())
+
+        def named(digests: Iterable[str]) -> str:
+            return ",".join(sorted({names[digest] for digest in digests if digest in names}))
+
+        in_use = named(stats.running_adapters), named(stats.waiting_adapters)
+        family.add_metric((str(self._max_adapters), *in_use), time.time())
         return family

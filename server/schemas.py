@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
+from crma.prompts import Turn
 from crma.question_set import MAX_ITEMS, Question
 from crma.scorers import SCORERS
 from crma.selection import Variant
@@ -43,17 +43,22 @@ def _no_sliver(temperature: float) -> float:
     return temperature
 
 
-def _one_prompt(value: Any) -> Any:
-    """Refuses here what the union's branches would, where each would name itself as a field."""
-    if not value or not (isinstance(value, str) or (isinstance(value, list) and all(type(v) is int for v in value))):
-        raise ValueError("Input should be one text or one list of token ids, not empty; no list of prompts")
-    if isinstance(value, str):
-        value.encode()  # half a surrogate pair is a ValueError
-    return value
+def _prompts(value: Any) -> Any:
+    """The list of them. Refuses here what the union's branches would, where each would name itself as a field."""
+    listed = value if isinstance(value, list) and value and not all(type(v) is int for v in value) else [value]
+    for each in listed:
+        if not each or not (isinstance(each, str) or (isinstance(each, list) and all(type(v) is int for v in each))):
+            raise ValueError("Input should be a text or a list of token ids, not empty, or a list of such prompts")
+        if isinstance(each, str):
+            each.encode()  # half a surrogate pair is a ValueError
+    return listed
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
-StopTexts = Annotated[list[StopText] | SkipJsonSchema[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+_listed = BeforeValidator(lambda v: [v] if isinstance(v, str) else v, json_schema_input_type=StopText | list[StopText])
+StopTexts = Annotated[list[StopText], _listed]
+Prompt = str | list[int]
+Prompts = Annotated[list[Prompt], BeforeValidator(_prompts, json_schema_input_type=Prompt | list[Prompt])]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Temperature = Annotated[float, AfterValidator(_no_sliver), Field(ge=0, le=2, description="0, or from 0.01.")]
 
@@ -108,21 +113,64 @@ class StreamOptions(_Body):
     include_usage: bool = Field(False, description="The last chunk, without choices, has the usage; needs stream.")
 
 
-class CompletionRequest(_Sampled):
-    """OpenAI's legacy completion; null is as good as left out. A field that is not here is refused, not ignored.
+class OpenAIRequest(_Sampled):
+    """What OpenAI's generating routes have in common. What is not there is refused; null is as good as left out.
 
-    `prompt` is one text or one list of token ids, and never formatted.
     A stream is a chunk a token, one with the finish_reason, and `[DONE]`; or a chunk with `error`.
     """
 
-    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLES["/v1/completions"]["request"]]})
     nulls_left_out = True
 
     model: str = Field(description="`base` or `name[@version]`, with `:crma-on` or `:crma-off` after it, or `crma`.")
-    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
     temperature: Temperature = 1
     stream_options: StreamOptions = StreamOptions()
     user: str | None = Field(None, description="Ignored, as its definition allows: it names the caller's user.")
+
+
+class CompletionRequest(OpenAIRequest):
+    """OpenAI's legacy completion. `prompt` is a text or a list of token ids, or a list of such; never formatted."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLES["/v1/completions"]["request"]]})
+
+    prompt: Prompts
+    echo: bool = Field(False, description="Answer with the prompt before the text.")
+    logprobs: int | None = Field(None, ge=0, le=20, description="As many most probable tokens with each token.")
+
+
+def _joined(content: Any) -> Any:
+    """The text of a message given in parts, as OpenAI's clients may; a part of another kind is refused."""
+    if not isinstance(content, list):
+        return content
+    if not all(isinstance(p, dict) and p.keys() == {"type", "text"} and p["type"] == "text" for p in content):
+        raise ValueError('Input should be a text, or a list of {"type": "text", "text": …}')
+    return "".join(part["text"] for part in content) if all(isinstance(p["text"], str) for p in content) else None
+
+
+class Message(_Body):
+    """One turn."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_joined)]
+    type: Literal["text"] = Field("text", description="Ignored; lm-eval sends it.")
+
+
+class ChatRequest(OpenAIRequest):
+    """OpenAI's chat completion."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLES["/v1/chat/completions"]["request"]]})
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
+    logprobs: bool = Field(False, description="Log-probability of every token.")
+    top_logprobs: int = Field(0, ge=0, le=20, description="As many most probable tokens with each; needs logprobs.")
+
+    def turns(self) -> tuple[Turn, ...]:
+        """The messages."""
+        return tuple(Turn(each.role, each.content) for each in self.messages)
+
+    def sampling(self, **more: int | None) -> SamplingParams:
+        limit = self.max_completion_tokens
+        return super().sampling(**more | ({} if limit is None else {"max_tokens": limit}))
 
 
 class QuestionBody(_Body, Question):

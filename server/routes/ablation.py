@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
-from crma.ablation import AblationPlan, ItemResult, Job, check_settings, plan, report
+from crma.ablation import ItemResult, Job, check_settings, plan, report
 from crma.errors import NotFound
 from crma.question_set import Question, QuestionSet, inline_question_set, read_question_set
 from crma.selection import AdapterSelection, Variant
@@ -15,13 +15,11 @@ from server.auth import require_key
 from server.engine.errors import PromptTooLong, QueueFull
 from server.engine.request import SamplingParams
 from server.errors import AdapterUnloaded, DeadlineExceeded, GenerationFailed, InvalidField, documented
-from server.frontend import Frontend, Generation, TheFrontend, unless_gone
+from server.frontend import Frontend, Generation, TheFrontend, all_of, unless_gone
 from server.registry import Resolved
 from server.schemas import AblationRequest
 
 router = APIRouter(dependencies=[Depends(require_key)])
-
-Selected = dict[tuple[str, AdapterSelection], Resolved]  # by task, whose prompt format is its own
 
 
 @router.post("/ablation", responses=documented(400, 401, 404, 409, 413, 422, 500, 503, of="/ablation"))
@@ -34,7 +32,7 @@ async def ablation(body: AblationRequest, request: Request, frontend: TheFronten
     started = time.monotonic()
     check_settings(scorer=body.scorer, margin=body.margin)
     asked = await asyncio.to_thread(_question_set, body, frontend)
-    selected: Selected = {}
+    selected: dict[tuple[str, AdapterSelection], Resolved] = {}  # by task, whose prompt format is its own
 
     def select(variant: Variant, task: str) -> AdapterSelection:
         resolved = frontend.resolve(task if "task" in variant else None, "crma" in variant)
@@ -42,11 +40,19 @@ async def ablation(body: AblationRequest, request: Request, frontend: TheFronten
         return resolved.selection
 
     work = plan(asked.questions, body.variants, select, repeat=body.repeat)
-    if work.num_item_variants > (limit := frontend.settings.max_ablation_direct):
+    num_item_variants = len(asked.questions) * len(body.variants)  # whether or not their answers are shared
+    if num_item_variants > (limit := frontend.settings.max_ablation_direct):
         message = f'over {limit} item-variants need "background": true, which is not honoured yet; ask fewer at a time'
         allowed = f"<= {limit} item-variants"
-        raise InvalidField(message, field="questions", value=work.num_item_variants, allowed=allowed)
-    outcomes = await unless_gone(request, _run(work, asked, selected, body, frontend))
+        raise InvalidField(message, field="questions", value=num_item_variants, allowed=allowed)
+
+    async def outcome(job: Job) -> ItemResult:
+        question = asked.questions[job.question]
+        async with frontend.ablation_slots:  # few are in the engine at once, so that others' requests are not starved
+            return await _answer(question, selected[question.task, job.selection], body, frontend)
+
+    # Whatever ends this early (the client goes away, the server stops) cancels and so aborts all that are running.
+    outcomes = await unless_gone(request, all_of(outcome(job) for job in work.jobs))
     settings: dict[str, Any] = {"scorer": body.scorer, "margin": body.margin, "seed": body.seed}
     result = await asyncio.to_thread(report, asked.questions, work.by_variant(outcomes), **settings)
     frontend.metrics.set_ablation({name: each["accuracy"] for name, each in result["variants"].items()})
@@ -73,27 +79,6 @@ def _question_set(body: AblationRequest, frontend: Frontend) -> QuestionSet:
             raise NotFound(f"no question set {name!r}", field="question_set", value=name, allowed=list(there))
         questions = read_question_set(there[name])
     return questions.for_tasks(body.tasks) if body.tasks else questions
-
-
-async def _run(
-    work: AblationPlan, asked: QuestionSet, selected: Selected, body: AblationRequest, frontend: Frontend
-) -> list[ItemResult]:
-    """Outcomes in the order of the jobs. Few are in the engine at once, so that others' requests are not starved.
-
-    Whatever ends this early (the client goes away, the server stops) cancels and so aborts all that are running.
-    """
-
-    async def one(job: Job) -> ItemResult:
-        question = asked.questions[job.question]
-        async with frontend.ablation_slots:
-            return await _answer(question, selected[question.task, job.selection], body, frontend)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(job)) for job in work.jobs]
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    return [task.result() for task in tasks]
 
 
 async def _answer(question: Question, resolved: Resolved, body: AblationRequest, frontend: Frontend) -> ItemResult:

@@ -33,7 +33,7 @@ async def generate(body: GenerateRequest, request: Request, frontend: TheFronten
     top = body.top_logprobs if body.logprobs else None
     sampling = body.sampling(logprobs=top, prompt_logprobs=0 if body.prompt_logprobs else None)
     generation = await frontend.generation(body.prompt, resolved, sampling, raw=body.raw, timeout_s=body.timeout_s)
-    return await _Generated(body, generation, frontend).respond(request, closing, stream=body.stream)
+    return await _Generated(body, [generation], frontend).respond(request, closing, stream=body.stream)
 
 
 class _Generated(Answer[GenerateRequest]):
@@ -67,7 +67,7 @@ class _Generated(Answer[GenerateRequest]):
         return choice
 
     def events(self, output: RequestOutput) -> Iterable[str]:
-        for text, logprob in tokens(output):
+        for _, text, logprob in tokens(output):
             data: dict[str, Any] = {"index": output.index, "text": text}
             if logprob is not None:
                 data["logprob"] = logprob.logprob

@@ -76,9 +76,6 @@ class FakeEngine:
         finally:
             self.running -= 1
 
-    def abort(self, request_id: str) -> None:
-        pass
-
     async def stop(self) -> None:
         assert self.running == 0
 
@@ -94,11 +91,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.publish(store, BASE, "medical", 1, backbone=tiny.publish_backbone(store, BASE).digest)
     tiny.publish(store, BASE, "legal", 2)
     (store.root / "question_sets").mkdir()
-    lines = (
-        f'{{"id": "{task}{i}", "task": "{task}", "question": "Question {i}?", "answers": ["one two"]}}\n'
-        for task in ("medical", "legal")
-        for i in range(3)
-    )
+    line = '{{"id": "{0}{1}", "task": "{0}", "question": "Question {1}?", "answers": ["one two"]}}\n'
+    lines = (line.format(task, i) for task in ("medical", "legal") for i in range(3))
     (store.root / "question_sets" / "public.jsonl").write_text("".join(lines))
     return store.root
 

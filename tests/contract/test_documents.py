@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from prometheus_client import CollectorRegistry, Metric
 from crma.experiment import read_experiment
 from crma.tables import arms_table
 from server.engine.request import EngineStats
-from server.errors import STATUS_OF, ApiError
+from server.errors import CODES
 from server.metrics import Metrics
 from server.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-RESULT = ROOT / "crma" / "results" / "holdout.json"
+RESULTS = ROOT / "crma" / "results"
 
 
 COLUMNS = {
@@ -33,33 +34,29 @@ COLUMNS = {
     "base": "base",
     "control": "LoRA without CRMA",
     "naive_bayes": "naive Bayes",
-    "majority": "majority",
 }
 
 
-def results_table(result: Mapping[str, Any]) -> str:
-    """What `crma evaluate` gave: accuracy with its 95 % interval, and loss where there is one."""
-    tasks: Mapping[str, Mapping[str, Any]] = result["tasks"]
-    columns = [column for column in COLUMNS if column in next(iter(tasks.values()))]
-    lines = [
-        "| " + " | ".join([f"{result['split']}", *(COLUMNS[column] for column in columns)]) + " |",
-        "|---" * (len(columns) + 1) + "|",
-        *("| " + " | ".join([task, *(_cell(row[column]) for column in columns)]) + " |" for task, row in tasks.items()),
-    ]
-    items = next(iter(tasks.values()))[columns[0]]["items"]
-    machine = result["hardware"]
+def results_table() -> str:
+    """What `crma ablate` gave on the holdout questions: accuracy with its 95 % interval."""
+    result = json.loads((RESULTS / "holdout-ablation.json").read_text("utf-8"))
+    variants: Mapping[str, Any] = result["variants"]
+    rows = {task: [variants[column]["by_task"][task] for column in COLUMNS] for task in variants["task"]["by_task"]}
+    rows["**all**"] = [variants[column] for column in COLUMNS]
+    made, machine = result["provenance"], result["provenance"]["hardware"]
+    lines = [f"| {' | '.join(['holdout', *COLUMNS.values()])} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines += [f"| {task} | {' | '.join(map(_cell, cells))} |" for task, cells in rows.items()]
     origin = (
-        f"Exact-match accuracy on {items} questions a task [95 %, Wilson], with the loss in nats per answer token. "
-        f"{result['model']}, {result['dtype']}, greedy; seed {result['seed']}, one run; {machine['cores']} cores of "
-        f"{machine['cpu']}; commit `{result['commit']}`."
+        f"Exact-match accuracy on {result['question_set']['items']} questions [95 %, Wilson]: SmolLM2-135M-Instruct, "
+        f"{made['dtype']}, greedy; one run of training; {machine['cores']} cores of {machine['cpu']}; commit "
+        f"`{made['commit']}`."
     )
     return "\n".join([*lines, "", origin])
 
 
 def _cell(cell: Mapping[str, Any]) -> str:
     low, high = cell["wilson"]
-    loss = f"<br>{cell['loss']:.2f}" if "loss" in cell else ""
-    return f"{cell['accuracy']:.2f} [{low:.2f}, {high:.2f}]{loss}"
+    return f"{cell['accuracy']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def settings_table() -> str:
@@ -72,11 +69,8 @@ def settings_table() -> str:
 
 
 def errors_table() -> str:
-    codes = {(kind.status, kind.code) for kind in (ApiError, *ApiError.__subclasses__())}
-    codes |= {(status, code) for _, status, code in STATUS_OF}
-    codes |= {(404, "no_route"), (405, "method_not_allowed"), (409, "adapter_in_use"), (422, "unknown_field")}
     by_status: dict[int, list[str]] = {}
-    for status, code in sorted(codes):
+    for status, code in CODES:
         by_status.setdefault(status, []).append(f"`{code}`")
     return "\n".join(["| status | code |", "|---|---|", *(f"| {s} | {', '.join(c)} |" for s, c in by_status.items())])
 
@@ -93,14 +87,14 @@ def metrics_table() -> str:
     return "\n".join(["| name | type | |", "|---|---|---|", *sorted(lines)])
 
 
-def arms() -> str:
-    planned = read_experiment(ROOT / "crma" / "experiments" / "quick.toml").planned()
-    files = {name: RESULT.parent / "quick" / f"{name}.json" for name in planned}
-    return arms_table({name: json.loads(file.read_text("utf-8")) for name, file in files.items() if file.exists()})
+def arms(name: str) -> str:
+    planned = read_experiment(ROOT / "crma" / "experiments" / f"{name}.toml").planned()
+    files = {run: RESULTS / name / f"{run}.json" for run in planned}
+    return arms_table({run: json.loads(file.read_text("utf-8")) for run, file in files.items() if file.exists()})
 
 
-BLOCKS = {"arms": arms, "settings": settings_table, "errors": errors_table, "metrics": metrics_table}
-BLOCKS["results"] = lambda: results_table(json.loads(RESULT.read_text("utf-8")))
+BLOCKS = {"settings": settings_table, "errors": errors_table, "metrics": metrics_table, "results": results_table}
+BLOCKS |= {name: partial(arms, name) for name in ("quick", "full")}
 
 
 def block(name: str) -> re.Pattern[str]:
@@ -142,7 +136,7 @@ def test_routes_of_the_readme_are_the_routes_of_the_app() -> None:
     routers = (generate.router, openai.router, ablation.router, adapters.router, adapters.admin, operations.router)
     served = {route.path for router in routers for route in router.routes}  # type: ignore[attr-defined]
     served = {re.sub(r"\{task\}/\w+$", "{task}/{action}", path) for path in served}
-    named = set(re.findall(r"\| `(?:GET|POST) (/[\w/{}]+)`", README.read_text("utf-8")))
+    named = set(re.findall(r"`(?:GET|POST) (/[\w/{}]+)`", README.read_text("utf-8")))
     assert named == served | {"/docs"}
 
 

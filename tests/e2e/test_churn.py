@@ -98,7 +98,7 @@ class Churn:
         task, seed = TASKS[number], 10 * number + self.rng.randrange(4)
         if kind < 0.8 and task in self.store.task_names():
             version = self.rng.choice(self.store.task_versions(task))
-            await asyncio.to_thread(self.store.set_serving, f"tasks/{task}", version)
+            await asyncio.to_thread(self.store.set_serving, {f"tasks/{task}": version})
         else:
             under = self.store.backbone()
             await asyncio.to_thread(tiny.publish, self.store, self.base, task, seed, backbone=under and under.digest)

@@ -77,8 +77,7 @@ def test_the_measures_in_a_manifest_are_what_the_adapter_scores(task: str) -> No
     served = Served(find_base(), AdapterStore(STORE))
     recorded = served.store.task(task).manifest.measured["holdout"]
     examples = load_split(task, "holdout")
-    selection = served.selection("task+crma", task)
-    answers = served.answers(task, selection, [e.prompt for e in examples], max_tokens=16)
+    answers = served.answers(task, served.plan("task+crma", task), [e.prompt for e in examples], max_tokens=16)
     from crma.scorers import exact
 
     correct = sum(exact(answer, [e.completion]) for answer, e in zip(answers, examples, strict=True))

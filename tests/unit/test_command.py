@@ -60,15 +60,18 @@ def test_what_is_trained_ships_verifies_and_is_evaluated(
     code, out, err = crma("verify", store, "--model", base.path)
     assert (code, out) == (0, "")
     assert "legal, medical" in err
-    options = ("--model", base.path, "--split", "validation", "--control", tmp_path / "control")
-    code, out, _ = crma("evaluate", store, *options)
-    result = json.loads(out)
-    rows: dict[str, Any] = result["tasks"]
-    variants = ["base", "task", "crma", "task+crma", "control", "majority", "naive_bayes"]
-    assert {task: list(row) for task, row in rows.items()} == dict.fromkeys(domains, variants)
-    assert rows["legal"]["majority"]["accuracy"] == 0.5
-    shipped = AdapterStore(store).task("legal").manifest.measured["validation"]
-    assert rows["legal"]["task+crma"]["loss"] == pytest.approx(shipped["loss"], rel=0.05)  # served in bfloat16, maybe
+    options = ("--model", base.path, "--split", "validation", "--control", tmp_path / "control", "--json")
+    code, out, _ = crma("ablate", store, *options, "--strengths", "0,.5,1")
+    rows: dict[str, Any] = json.loads(out)["variants"]
+    further = ["task+crma x0", "task+crma x0.5", "task+crma x1", "control", "naive_bayes"]
+    assert list(rows) == ["task+crma", "task", "crma", "base", *further]
+    assert [row["by_task"]["legal"]["scored"] for row in rows.values()] == [12] * 9
+    texts = [{label: item["outputs"][label]["text"] for label in rows} for item in json.loads(out)["items"]]
+    assert all(of["task+crma x0"] == of["task"] and of["task+crma x1"] == of["task+crma"] for of in texts)
+    assert {of["naive_bayes"] for of in texts} == {"lease", "will", "liver", "heart"}
+    code, _, err = crma("promote", "v1", "--store", store, "--model", base.path)
+    assert (code, "this backbone serves" in err) == (2, True)
+    assert "backbone" not in crma("rollback", "--store", store)[2].split("serving:")[1]
 
 
 def test_an_ablation_is_a_table_or_json(crma: Command, base: BaseModel, store: AdapterStore) -> None:
@@ -103,7 +106,7 @@ def test_an_adapter_from_elsewhere_is_imported_under_a_name(crma: Command, base:
 ERRORS = [
     ("verify {store} --model absent", "run `crma pull absent` first"),
     ("ablate {store} --model {base} --questions none.jsonl", "cannot be read"),
-    ("evaluate {store} --model {base} --split train", "allowed: validation, holdout"),
+    ("ablate {store} --model {base} --split test", "'test' is not a split"),
     ("train {store}/run.toml", "[a-z0-9][a-z0-9._-]{0,63}"),
     ("data astrology", "not a built-in domain"),
 ]

@@ -44,7 +44,7 @@ def test_a_package_file_with_another_digest_is_refused(tmp_path: Path, wheel: Pa
     pinned = package(wheel)
     wheel.write_bytes(wheel.read_bytes() + b"\0")
     with pytest.raises(DataError, match="not the pinned some-facts") as caught:
-        fetch(pinned, tmp_path, given=wheel)
+        fetch(pinned, tmp_path)
     assert (caught.value.value, caught.value.allowed) == (file_digest(wheel), pinned.digest)
 
 

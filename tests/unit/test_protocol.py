@@ -13,7 +13,7 @@ from crma.config import TrainConfig
 from crma.data import read_jsonl
 from crma.errors import TrainingError
 from crma.injection import Plan
-from crma.protocol import Run
+from crma.protocol import Run, new_backbone
 from crma.pull import BaseModel
 from crma.store import AdapterStore
 from crma.train import TaskTrainer
@@ -180,7 +180,8 @@ def test_a_stopped_backbone_keeps_every_bit_and_so_nothing_drifts(make: Make, tm
 def test_a_control_moves_what_it_may_and_nothing_else(arm: Any, make: Make, tmp_path: Path) -> None:
     run = make(tmp_path, arm)
     record = run.execute()
-    start, first, last = run._new_backbone(), run.backbone_after(1).load(), run.backbone_after(2).load()
+    start = new_backbone(run.config, run.injection)
+    first, last = run.backbone_after(1).load(), run.backbone_after(2).load()
     assert {name for name, p in first.named_parameters() if not p.equal(getattr(start, name))} == set(run.arm.groups)
     assert {name for name, p in last.named_parameters() if not p.equal(getattr(first, name))} == set(run.arm.groups)
     assert record["drift"][0] != 0

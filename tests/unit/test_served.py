@@ -46,7 +46,9 @@ def test_an_ablation_answers_each_question_as_it_is_answered_alone(served: Serve
         for variant, uses in (("task+crma", (task, crma)), ("task", (task, None)), ("base", (None, None))):
             selection, text = served.selection(variant, question.task), item["outputs"][variant]["text"]
             assert selection == uses
-            assert served.answers(question.task, selection, [question.question], max_tokens=5) == [text]
+            assert served.answers(
+                question.task, served.plan(variant, question.task), [question.question], max_tokens=5
+            ) == [text]
             texts.add(text)
     assert len(texts) > 6
     assert body["provenance"]["base"] == served.base.digest

@@ -88,6 +88,18 @@ def test_science_reads_the_three_namespaces(tmp_path: Path) -> None:
     assert [answer for _, answer in read_domain("science", path)] == namespaces
 
 
+def test_language_asks_for_the_kind_of_each_noun_of_one_lower_case_word(tmp_path: Path) -> None:
+    path = tmp_path / "data.noun"
+    path.write_text(
+        "  1 A licence of many words, whose lines begin with spaces and hold no synset.\n"
+        "00001 05 n 03 dog 0 domestic_dog 0 Fido 0 001 @ 00002 n 0000 | a pet  \n"
+        "00002 03 n 01 entity 0 000 | a file that is left out  \n"
+        "00003 17 n 01 stone 0 000 | a rock  \n"
+    )
+    asked = [('What kind of thing is "dog"?', "animal"), ('What kind of thing is "stone"?', "natural object")]
+    assert read_domain("language", path) == asked
+
+
 @pytest.mark.parametrize("domain", sources.DOMAINS)
 def test_a_file_of_another_format_is_reported_by_name(tmp_path: Path, domain: str) -> None:
     path = tmp_path / "wrong"

@@ -23,12 +23,6 @@ def test_wilson_gives_published_values(correct: int, scored: int, low: float, hi
     assert statistics.wilson(correct, scored) == pytest.approx((low, high), abs=6e-4)
 
 
-def test_impossible_counts_are_refused() -> None:
-    for compute, counts in ((statistics.wilson, (0, 0)), (statistics.wilson, (2, 1)), (statistics.mcnemar, (-1, 3))):
-        with pytest.raises(ValueError, match="must"):
-            compute(*counts)
-
-
 def test_mcnemar_is_exact() -> None:
     two_tails = {(69, 1): 2 * 71 / 2**70, (5, 1): 14 / 64, (0, 4): 2 / 16, (0, 0): 1.0}  # of Binomial(gained + lost, ½)
     found = {counts: statistics.mcnemar(*counts) for counts in two_tails}

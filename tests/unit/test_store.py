@@ -130,12 +130,12 @@ CHANNEL = "tasks/medical"
 def test_a_channel_moves_and_rolls_back_with_its_evidence(store: AdapterStore) -> None:
     for seed in range(2):
         publish(store, seed=seed)
-    store.set_serving(CHANNEL, "v1", evidence={"accuracy": 0.5})
+    store.set_serving({CHANNEL: "v1"}, evidence={"accuracy": 0.5})
     history = store.roll_back(CHANNEL, evidence={"accuracy": 0.4}).history
     moves = [(change.before, change.after, change.evidence) for change in history[1:]]
     assert moves == [("v1", "v2", None), ("v2", "v1", {"accuracy": 0.5}), ("v1", "v2", {"accuracy": 0.4})]
     with pytest.raises(InvalidAdapter):
-        store.set_serving(CHANNEL, "v1", evidence={"accuracy": float("inf")})
+        store.set_serving({CHANNEL: "v1"}, evidence={"accuracy": float("inf")})
 
 
 @settings(derandomize=True, max_examples=20, deadline=None)
@@ -150,7 +150,7 @@ def test_any_order_of_changes_gives_what_a_stack_gives(tmp_path_factory: Any, st
             served += published[-1:] if step == "publish" else []
         elif step != "roll back":
             version = published[step % len(published)] if isinstance(step, int) and published else None
-            store.set_serving(CHANNEL, version)
+            store.set_serving({CHANNEL: version})
             served += [version] if version != served[-1] else []
         elif len(served) > 1:
             store.roll_back(CHANNEL)
@@ -168,7 +168,7 @@ def test_a_channel_moves_only_to_what_is_there(full: AdapterStore) -> None:
     before = contents(full.root)
     for channel, version in [(CHANNEL, "v7"), ("tasks/../backbones", "v1"), ("medical", "v1")]:
         with pytest.raises(StoreError):
-            full.set_serving(channel, version)
+            full.set_serving({channel: version})
     assert contents(full.root) == before
 
 
@@ -177,7 +177,7 @@ def test_writers_at_once_lose_no_change_and_share_no_version(store: AdapterStore
         own = AdapterStore(store.root)
         for _ in range(3):
             entry = publish(own, "shared", seed=worker)
-            own.set_serving("tasks/shared", entry.version)
+            own.set_serving({"tasks/shared": entry.version})
             publish(own, f"own-{worker}")
 
     with ThreadPoolExecutor(4) as pool:

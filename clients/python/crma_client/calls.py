@@ -1,17 +1,15 @@
-"""Calls to the server as plain data: what is sent, and how the answer is read. No input or output happens here."""
+"""What is sent to the server, and how the answer is read. No input or output happens here."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Generic, TypedDict, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypedDict
 
 import httpx
 
 from crma_client.errors import InvalidArgument, ProtocolError, status_error, stream_error
 from crma_client.sse import EventParser
 from crma_client.types import Choice, Generation, Token, read, read_generation
-
-T = TypeVar("T")
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -40,52 +38,35 @@ class GenerateOptions(TypedDict, total=False):
     timeout_s: float | None
 
 
-@dataclass(frozen=True)
-class Call(Generic[T]):
-    """One request and the reading of its answer. `body`: JSON; `accepts`: the statuses that `parse` understands."""
-
-    method: str
-    path: str
-    parse: Callable[[httpx.Response], T]
-    body: bytes | None = None
-    accepts: tuple[int, ...] = (200,)
-
-    def answer(self, response: httpx.Response) -> T:
-        """The parsed answer; raises StatusError for any other status (whose content must have been read),
-        ProtocolError for an answer that is no answer."""
-        if response.status_code in self.accepts:
-            return self.parse(response)
-        try:
-            body = response.json()
-        except ValueError:
-            body = None
-        raise status_error(response.status_code, body, response.headers.get("retry-after"))
+def checked(response: httpx.Response, *accepts: int) -> httpx.Response:
+    """The response, if its status is 200 or one of `accepts`; raises StatusError else (its content must be there)."""
+    if response.status_code in (200, *accepts):
+        return response
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    raise status_error(response.status_code, body, response.headers.get("retry-after"))
 
 
-def generate(prompt: str, options: Mapping[str, Any]) -> Call[Generation]:
-    """POST /generate."""
-    body = _body({**options, "prompt": prompt})
-    return Call("POST", "/generate", lambda response: read_generation(_json(response.content)), body)
-
-
-def stream(prompt: str, options: Mapping[str, Any]) -> Call[httpx.Response]:
-    """POST /generate with "stream": true; the answer's bytes are for a TokenReader."""
-    return Call("POST", "/generate", lambda response: response, _body({**options, "prompt": prompt, "stream": True}))
-
-
-def ablation(body: Mapping[str, Any]) -> Call[dict[str, Any]]:
-    """POST /ablation, answered when it is done."""
-    return Call("POST", "/ablation", read_object, _body(body))
+def read_answer(response: httpx.Response) -> Generation:
+    """The answer of POST /generate."""
+    return read_generation(_json(checked(response).content))
 
 
 def read_object(response: httpx.Response) -> dict[str, Any]:
-    """The parser of an answer that is a JSON object."""
-    return read(dict, _json(response.content))
+    """An answer that is a JSON object."""
+    return read(dict, _json(checked(response).content))
 
 
-def probe(path: str) -> Call[bool]:
-    """GET /healthz or /readyz: whether the answer is yes; 503 is no."""
-    return Call("GET", path, lambda response: response.status_code == 200, accepts=(200, 503))
+def read_text(response: httpx.Response) -> str:
+    """An answer that is text."""
+    return checked(response).text
+
+
+def read_probe(response: httpx.Response) -> bool:
+    """Whether GET /healthz or /readyz says yes; 503 is no."""
+    return checked(response, 503).status_code == 200
 
 
 class TokenReader:
@@ -131,7 +112,7 @@ def _json(text: str | bytes) -> object:
         raise ProtocolError(f"the answer is not JSON: {error}", value=text[:200]) from error
 
 
-def _body(fields: Mapping[str, Any]) -> bytes:
+def write_body(fields: Mapping[str, Any]) -> bytes:
     """The JSON to send: what is not None. Raises InvalidArgument for a value that JSON does not have; all else, names
     included, is the server's to judge."""
     body = {name: value for name, value in fields.items() if value is not None}

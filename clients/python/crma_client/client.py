@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, closing, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import httpx
 
 from crma_client import calls
-from crma_client.calls import Call, GenerateOptions, TokenReader
+from crma_client.calls import GenerateOptions, TokenReader
 from crma_client.errors import ConnectionFailed, InvalidArgument, TimedOut
 from crma_client.types import Generation, Token
 
@@ -22,6 +22,8 @@ G = TypeVar("G")  # Generation
 D = TypeVar("D")  # dict, JSON as it came
 B = TypeVar("B")  # bool
 S = TypeVar("S")  # str
+
+Read = Callable[[httpx.Response], Any]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -87,7 +89,7 @@ class _Calls(Generic[H, G, D, B, S]):
 
     def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> G:
         """Generate an answer to `prompt`; see GenerateOptions."""
-        return self._send(calls.generate(prompt, options))
+        return self._send("/generate", calls.read_answer, {**options, "prompt": prompt})
 
     def ablation(self, **body: Any) -> D:
         """Compare variants on a question set and wait for the report; mind `timeout`, which it must fit in.
@@ -97,26 +99,33 @@ class _Calls(Generic[H, G, D, B, S]):
         seed, margin (the difference in accuracy within which two variants count as equivalent), repeat (run variants
         that resolve to the same adapters apart), timeout_s (the deadline of each item).
         """
-        return self._send(calls.ablation(body))
+        return self._send("/ablation", calls.read_object, body)
 
     def adapters(self) -> D:
         """The base model, the CRMA backbone and the task adapters that the server serves."""
-        return self._send(Call("GET", "/adapters", calls.read_object))
+        return self._send("/adapters", calls.read_object)
 
     def health(self) -> B:
         """Whether the process lives."""
-        return self._send(calls.probe("/healthz"))
+        return self._send("/healthz", calls.read_probe)
 
     def ready(self) -> B:
         """Whether it has verified its store and run a step: False while it starts or drains."""
-        return self._send(calls.probe("/readyz"))
+        return self._send("/readyz", calls.read_probe)
 
     def metrics(self) -> S:
         """The metrics in Prometheus' text format."""
-        return self._send(Call("GET", "/metrics", lambda response: response.text))
+        return self._send("/metrics", calls.read_text)
 
-    def _send(self, call: Call[Any]) -> Any:
+    def _send(self, path: str, read: Read, fields: Mapping[str, Any] | None = None) -> Any:
+        """What `read` makes of the answer to `_request`."""
         raise NotImplementedError
+
+    def _request(self, path: str, fields: Mapping[str, Any] | None) -> httpx.Request:
+        """POST with `fields` as its JSON, GET without."""
+        if fields is None:
+            return self._http.build_request("GET", path)
+        return self._http.build_request("POST", path, content=calls.write_body(fields))
 
 
 class Client(_Calls[httpx.Client, Generation, dict[str, Any], bool, str]):
@@ -127,13 +136,13 @@ class Client(_Calls[httpx.Client, Generation, dict[str, Any], bool, str]):
     @contextmanager
     def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> Iterator[TokenStream]:
         """As `generate`, token by token. Leaving the block before the end cancels the request on the server."""
-        call = calls.stream(prompt, options)
+        request = self._request("/generate", {**options, "prompt": prompt, "stream": True})
         with ExitStack() as stack:
             with _transport_errors():
-                response = stack.enter_context(self._http.stream(call.method, call.path, content=call.body))
-                if response.status_code not in call.accepts:
+                response = stack.enter_context(closing(self._http.send(request, stream=True)))
+                if response.status_code != 200:
                     response.read()
-            yield TokenStream(call.answer(response))
+            yield TokenStream(calls.checked(response))
 
     def close(self) -> None:
         """Close the connections."""
@@ -145,10 +154,10 @@ class Client(_Calls[httpx.Client, Generation, dict[str, Any], bool, str]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _send(self, call: Call[Any]) -> Any:
+    def _send(self, path: str, read: Read, fields: Mapping[str, Any] | None = None) -> Any:
         with _transport_errors():
-            response = self._http.request(call.method, call.path, content=call.body)
-        return call.answer(response)
+            response = self._http.send(self._request(path, fields))
+        return read(response)
 
 
 class AsyncClient(
@@ -161,13 +170,13 @@ class AsyncClient(
     @asynccontextmanager
     async def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> AsyncIterator[AsyncTokenStream]:
         """As `generate`, token by token. Leaving the block before the end cancels the request on the server."""
-        call = calls.stream(prompt, options)
+        request = self._request("/generate", {**options, "prompt": prompt, "stream": True})
         async with AsyncExitStack() as stack:
             with _transport_errors():
-                response = await stack.enter_async_context(self._http.stream(call.method, call.path, content=call.body))
-                if response.status_code not in call.accepts:
+                response = await stack.enter_async_context(aclosing(await self._http.send(request, stream=True)))
+                if response.status_code != 200:
                     await response.aread()
-            yield AsyncTokenStream(call.answer(response))
+            yield AsyncTokenStream(calls.checked(response))
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -179,10 +188,10 @@ class AsyncClient(
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    async def _send(self, call: Call[Any]) -> Any:
+    async def _send(self, path: str, read: Read, fields: Mapping[str, Any] | None = None) -> Any:
         with _transport_errors():
-            response = await self._http.request(call.method, call.path, content=call.body)
-        return call.answer(response)
+            response = await self._http.send(self._request(path, fields))
+        return read(response)
 
 
 @contextmanager
