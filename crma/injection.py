@@ -4,7 +4,7 @@ Blocks and linears are found by structure, not by a table of model names. Nothin
 hooks add the deltas, so a model without an active plan computes exactly what it did before.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from crma.adapter import FoldedPair
 from crma.errors import ConfigError, InvalidAdapter, UnsupportedModel
-from crma.lora import Lora, LoraStack, StackedRows, add_grouped
+from crma.lora import Lora, StackedRows, add_grouped
 from crma.selection import AdapterSelection
 
 
@@ -147,7 +147,7 @@ class Injection:
     def _lora_hook(self, path: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if self._plan.stacked is not None:
-                self._plan.stacked.add_(path, output, inputs[0])
+                self._plan.stacked.add_((path,), output.view(-1, output.shape[-1]), inputs[0].flatten(0, -2))
                 return None
             groups = [(rows, lora.pairs[path]) for rows, lora in self._plan.tasks if path in lora.pairs]
             return add_grouped(output, inputs[0], groups) if groups else None
@@ -176,40 +176,28 @@ def plan_rows(
     loras: Mapping[str, Lora],
     backbones: Mapping[str, Sequence[FoldedPair]],
     device: torch.device | str = "cpu",
-    *,
-    stack: Callable[[frozenset[str]], LoraStack] | None = None,
-    head_rows: Tensor | None = None,
 ) -> Plan:
     """Group the rows of a batch by what they selected.
 
     Args:
         selections: one a row.
         loras, backbones: what is loaded, by digest.
-        stack: gives a stack that holds the adapters of these digests; None: one group of rows an adapter.
 
     Raises:
         ConfigError: a selection that is not loaded (never the base model instead).
     """
 
-    def rows_of(digests: Sequence[str | None], loaded: Mapping[str, Any], field: str) -> dict[str, list[int]]:
+    def group(digests: Sequence[str | None], loaded: Mapping[str, Any], field: str) -> list[tuple[Tensor | None, Any]]:
         by_digest: dict[str, list[int]] = {}
         for row, digest in enumerate(digests):
             if digest is not None:
                 by_digest.setdefault(digest, []).append(row)
         if missing := set(by_digest) - set(loaded):
             raise ConfigError(f"{field} is not loaded", field=field, value=min(missing), allowed=sorted(loaded))
-        return by_digest
-
-    def group(by_digest: Mapping[str, list[int]], loaded: Mapping[str, Any]) -> list[tuple[Tensor | None, Any]]:
         return [
             (None if len(rows) == len(selections) else torch.tensor(rows, device=device), loaded[digest])
             for digest, rows in by_digest.items()
         ]
 
-    tasks = rows_of([s.task_digest for s in selections], loras, "task_digest")
-    crma = group(rows_of([s.crma_digest for s in selections], backbones, "crma_digest"), backbones)
-    if stack is None or not tasks:
-        return Plan(group(tasks, loras), crma, head_rows=head_rows)
-    stacked = stack(frozenset(tasks))
-    adapters = [-1 if s.task_digest is None else stacked.index[s.task_digest] for s in selections]
-    return Plan((), crma, StackedRows(stacked, torch.tensor(adapters, device=device)), head_rows)
+    tasks = group([s.task_digest for s in selections], loras, "task_digest")
+    return Plan(tasks, group([s.crma_digest for s in selections], backbones, "crma_digest"))

@@ -56,7 +56,7 @@ def build_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
     blocks = BlockPool(1 + -(-settings.kv_cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
     identity = (base.digest, str(injection.model.dtype))
     root_of = (lambda selection: root_key(*identity, *selection)) if settings.prefix_caching else None
-    runner = ModelRunner(injection, pool, blocks, num_threads)
+    runner = ModelRunner(injection, pool, blocks, num_threads, take_weights=True)
     scheduler = Scheduler(blocks, settings.max_num_seqs, settings.max_num_batched_tokens, root_of)
     stop_ids = model_stop_ids(tokenizer, injection.model.generation_config.eos_token_id)
     return AsyncEngine(Engine(runner, scheduler, tokenizer, stop_ids, max_model_len), pool, settings.max_queue)

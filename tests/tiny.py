@@ -60,6 +60,9 @@ def injection(family: str = "llama") -> Injection:
     """One random fp32 model of a family a process, with its hooks; as `crma.model.load_model` sets it up."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # else norms are all 1, and biases 0
+            parameter.uniform_(0.5, 1.5)
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
     return Injection(model)
@@ -137,6 +140,7 @@ def make_engine(
     block_size: int = 8,
     prefix_caching: bool = True,
     executor: Executor | None = None,
+    take_weights: bool = False,
 ) -> tuple[Engine, AdapterPool]:
     """An engine without end tokens of its own, and its pool, in which `known` is registered and nothing resident."""
     pool = AdapterPool(inj, max_resident)
@@ -146,7 +150,8 @@ def make_engine(
     blocks = BlockPool(num_blocks + 1, block_size)
     root_of = (lambda selection: root_key(*selection)) if prefix_caching else None
     scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, root_of)
-    return Engine(ModelRunner(inj, pool, blocks), scheduler, tokenizer(), frozenset(), max_model_len), pool
+    runner = ModelRunner(inj, pool, blocks, take_weights=take_weights)
+    return Engine(runner, scheduler, tokenizer(), frozenset(), max_model_len), pool
 
 
 def ask(

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ import torch
 from crma.adapter import Backbone, FoldedPair
 from crma.errors import CrmaError, InvalidAdapter, NotFound
 from crma.injection import Injection
-from crma.lora import Lora, LoraStack
+from crma.lora import Lora, LoraStack, Site
 from crma.selection import AdapterSelection
 from server.engine.errors import AdapterInUse, AdapterPoolFull
 from server.engine.request import PoolCounters
@@ -126,10 +126,11 @@ class AdapterPool:
         if self._failures:
             self.on_change()
 
-    def stack(self, digests: frozenset[str]) -> LoraStack:
+    def stack(self, digests: Set[str], sites: Iterable[Site]) -> LoraStack:
         """Copies, beyond `max_bytes`, of these pinned task adapters side by side; the last made, if it has them all."""
         if (stack := self._stack) is None or not digests <= stack.index.keys():
-            stack = self._stack = LoraStack({digest: self.loras[digest] for digest in sorted(digests)})
+            loras = {digest: self.loras[digest] for digest in sorted(digests)}
+            stack = self._stack = LoraStack(loras, sites, self.injection.shapes)
         return stack
 
     def is_loading(self, selection: AdapterSelection) -> bool:

@@ -1,7 +1,8 @@
-"""Keys and values in blocks, and attention over them, called by transformers' models through their attention interface.
+"""Keys and values in blocks, and attention over them: for the decoder, and for transformers' models through their
+attention interface.
 
-A batch is T tokens, each a row of its own for the model ([T, 1]): all but attention looks at one token at a time, so
-sequences of any lengths, chunks of prompts and single new tokens lie side by side without padding.
+A batch is T tokens, each a row of its own: all but attention looks at one token at a time, so sequences of any lengths,
+chunks of prompts and single new tokens lie side by side without padding.
 
 Shapes: L layers; N blocks of z tokens; T tokens of a batch; H query heads over h key-value heads, g = H / h; e head
 size. A group is n sequences with s new tokens each and up to m blocks; p = m z positions.
@@ -22,14 +23,14 @@ ATTENTION = "crma_paged"
 
 
 def make_cache(model: PreTrainedModel, num_blocks: int, block_size: int) -> Tensor:
-    """[L, 2, N, z, h, e] of uninitialised memory but for the null block. What a sequence gets of it is made zero before
-    its first use: a masked position still enters a product, and another's NaN · 0 is NaN."""
+    """[L, N, z, 2h, e], keys before values, of uninitialised memory but for the null block. What a sequence gets of it
+    is made zero before its first use: a masked position still enters a product, and another's NaN · 0 is NaN."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (config.num_hidden_layers, 2, num_blocks, block_size, heads, size)
+    shape = (config.num_hidden_layers, num_blocks, block_size, 2 * heads, size)
     cache = torch.empty(shape, dtype=model.dtype, device=model.device)
-    cache[:, :, NULL_BLOCK] = 0
+    cache[:, NULL_BLOCK] = 0
     return cache
 
 
@@ -46,23 +47,55 @@ class AttentionGroup:
     positions: Tensor
     _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
-    def mask(self, num_positions: int, window: int | None, repeats: int) -> Tensor:
-        """Bool [n, 1, s · repeats, p]: a token sees positions up to its own; with a window only the last of them."""
+    def mask(self, keys: Tensor, window: int | None, repeats: int) -> Tensor:
+        """[n, 1, s · repeats, p], added to scores: a token sees positions up to its own; with a window only the last
+        of them. keys [.., p, e]."""
         if (known := self._masks.get((window, repeats))) is None:
             own = self.positions.repeat_interleave(repeats, dim=1)[:, None, :, None]
-            other = torch.arange(num_positions, device=own.device)
-            known = other <= own if window is None else (other <= own) & (other > own - window)
+            other = torch.arange(keys.shape[-2], device=own.device)
+            unseen = other > own if window is None else (other > own) | (other <= own - window)
+            known = torch.zeros(unseen.shape, dtype=keys.dtype, device=own.device).masked_fill_(unseen, -torch.inf)
             self._masks[window, repeats] = known
         return known
 
 
 @dataclass(frozen=True)
 class PagedKv:
-    """The cache [L, 2, N, z, h, e] as one forward pass sees it: slots [T] say where each token's keys and values go."""
+    """The cache [L, N, z, 2h, e] as one forward pass sees it: slots [T] say where each token's keys and values go."""
 
     cache: Tensor
     slots: Tensor
     groups: tuple[AttentionGroup, ...]
+
+
+def attend(
+    paged: PagedKv,
+    layer: int,
+    query: Tensor,
+    new: Tensor,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Puts the new keys and values [T, 2h, e] into the cache; then query [T, H, e] -> [T, H, e]."""
+    cache = paged.cache[layer]
+    cache.flatten(0, 1).index_copy_(0, paged.slots, new)
+    (_, H, e), h = query.shape, new.shape[1] // 2
+    output = query.new_empty(query.shape)
+    for group in paged.groups:
+        n, s = group.positions.shape
+        # The g query heads of a key-value head are g more queries of it: no copies.
+        q = query[group.rows].view(n, s, h, H // h, e).permute(0, 2, 1, 3, 4).reshape(n, h, s * H // h, e)
+        # index_select copies block by block; indexing with a table takes five times as long.
+        k, v = cache.index_select(0, group.blocks).view(n, -1, 2 * h, e).transpose(1, 2).chunk(2, dim=1)
+        mask = group.mask(k, window, H // h)
+        if softcap is None:
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        else:  # a soft cap (Gemma 2) on the scores; the fused attention has none
+            scores = torch.tanh(q @ k.mT * scaling / softcap) * softcap + mask
+            out = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+        output[group.rows] = out.view(n, h, s, H // h, e).transpose(1, 2).reshape(n * s, H, e)
+    return output
 
 
 def paged_attention(
@@ -81,27 +114,8 @@ def paged_attention(
     """What transformers calls: query [T, H, 1, e], key and value [T, h, 1, e] -> [T, 1, H, e]. `paged` comes through
     the model's keyword arguments."""
     assert isinstance(module.layer_idx, int)
-    query, key, value = query[:, :, 0], key[:, :, 0], value[:, :, 0]
-    keys, values = paged.cache[module.layer_idx]
-    keys.flatten(0, 1)[paged.slots] = key
-    values.flatten(0, 1)[paged.slots] = value
-    (H, e), h = query.shape[1:], keys.shape[2]
-    output = torch.empty_like(query)
-    for group in paged.groups:
-        n, s = group.positions.shape
-        # The g query heads of a key-value head are g more queries of it: no copies.
-        q = query[group.rows].view(n, s, h, H // h, e).permute(0, 2, 1, 3, 4).reshape(n, h, s * H // h, e)
-        # index_select copies block by block; indexing with a table takes five times as long.
-        k, v = (part.index_select(0, group.blocks).view(n, -1, h, e).transpose(1, 2) for part in (keys, values))
-        mask = group.mask(k.shape[2], sliding_window, H // h)
-        if softcap is None:
-            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-        else:  # a soft cap (Gemma 2) on the scores; the fused attention has none
-            scores = torch.tanh(q @ k.mT * scaling / softcap) * softcap
-            weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
-            out = weights.to(q.dtype) @ v
-        output[group.rows] = out.view(n, h, s, H // h, e).transpose(1, 2).reshape(n * s, H, e)
-    return output[:, None], None
+    new = torch.cat((key, value), dim=1)[:, :, 0]
+    return attend(paged, module.layer_idx, query[:, :, 0], new, scaling, sliding_window, softcap)[:, None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, paged_attention)

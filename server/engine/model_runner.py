@@ -1,26 +1,41 @@
-"""One forward pass of a mixed batch through the Hugging Face modules, adapters injected row by row."""
+"""One forward pass of a mixed batch: through the lean decoder, or the Hugging Face modules where it does not cover
+them."""
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from crma.errors import UnsupportedModel
-from crma.injection import Injection, plan_rows
+from crma.injection import Injection, Plan, plan_rows
+from crma.lora import StackedRows
+from crma.selection import AdapterSelection
 from server.engine.adapter_pool import AdapterPool
 from server.engine.batch import Batch
 from server.engine.block_pool import BlockPool
+from server.engine.decoder import Decoder, covers
 from server.engine.kv_cache import ATTENTION, make_cache
-
-STACK_TOKENS = 64  # up to so many tokens, adapters side by side in one product cost less than one product for each
 
 
 class ModelRunner:
     """Holds the injected model and the KV cache; `run` is the only thing that touches either.
 
+    Args:
+        take_weights: as in `Decoder`.
+
     Raises:
         UnsupportedModel: the model's attention can't be replaced.
     """
 
-    def __init__(self, injection: Injection, pool: AdapterPool, blocks: BlockPool, num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        injection: Injection,
+        pool: AdapterPool,
+        blocks: BlockPool,
+        num_threads: int = 1,
+        *,
+        take_weights: bool = False,
+    ) -> None:
         model = injection.model
         if not getattr(model, "_supports_attention_backend", False):
             name = type(model).__name__
@@ -29,6 +44,8 @@ class ModelRunner:
         self.injection = injection
         self.pool = pool
         self.num_threads = num_threads
+        self.decoder = Decoder(model, take_weights=take_weights) if covers(model) else None
+        self.sites = self.decoder.sites if self.decoder else [(path,) for path in injection.shapes]
         self.kv = make_cache(model, blocks.num_blocks, blocks.block_size)
 
     @torch.inference_mode()
@@ -37,18 +54,25 @@ class ModelRunner:
         # Every other thread of the server has one, or OpenMP, once its teams outnumber the cores, stops spinning at its
         # barriers, and a step takes twice as long. Here and each time, because MKL's number is the whole process's.
         torch.set_num_threads(self.num_threads)
-        self.kv[:, :, new_blocks] = 0
-        model, pool = self.injection.model, self.pool
-        stack = pool.stack if len(batch.selections) <= STACK_TOKENS else None
-        head_rows = torch.tensor(batch.logit_rows, dtype=torch.long, device=model.device)
-        plan = plan_rows(batch.selections, pool.loras, pool.backbones, model.device, stack=stack, head_rows=head_rows)
+        self.kv[:, new_blocks] = 0
+        plan = self._plan(batch)
+        if self.decoder is not None:
+            return self.decoder.forward(batch.input_ids, batch.positions, batch.paged, plan).float()
+        ids, positions, model = batch.input_ids[:, None], batch.positions[:, None], self.injection.model
         # Only for the time of a step: outside it the model is what transformers made it.
         before, model.config._attn_implementation = model.config._attn_implementation, ATTENTION
         try:
             with self.injection.active(plan):
-                output = model(
-                    input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False, paged=batch.paged
-                )
+                output = model(input_ids=ids, position_ids=positions, use_cache=False, paged=batch.paged)
         finally:
             model.config._attn_implementation = before
         return output.logits[:, -1].float()
+
+    def _plan(self, batch: Batch) -> Plan:
+        crma = [AdapterSelection(None, selection.crma_digest) for selection in batch.selections]
+        plan = plan_rows(crma, {}, self.pool.backbones, self.kv.device)
+        tasks = [selection.task_digest for selection in batch.selections]
+        stacked = None
+        if digests := {digest for digest in tasks if digest is not None}:
+            stacked = StackedRows(self.pool.stack(digests, self.sites), tasks, batch.num_single)
+        return replace(plan, stacked=stacked, head_rows=batch.logit_rows)

@@ -212,7 +212,7 @@ def test_what_is_unloaded_or_evicted_is_really_freed(way: str) -> None:
     pool.register("copy", lambda: heavy(1.0))
     pool.load("copy")
     gone = weakref.ref(pool.loras["copy"].pairs[PATH].B)
-    pool.stack(frozenset({"copy"}))
+    pool.stack({"copy"}, [])
     assert gone() is not None
     pool.unload("copy") if way == "unload" else pool.load("task-0")
     assert gone() is None
