@@ -206,6 +206,7 @@ def promote(
     store: StoreOption = DEFAULT_STORE,
     model: Model = DEFAULT_MODEL,
     margin: Annotated[float, typer.Option(help="By how much of its recorded loss a task may get worse.")] = 0.01,
+    newcomer_margin: Annotated[float, typer.Option(help="The same of a task that nobody uses yet.")] = 0.1,
     allow_ungated: Annotated[list[str] | None, typer.Option(help="A task without validation data.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and change nothing.")] = False,
 ) -> None:
@@ -215,7 +216,8 @@ def promote(
     from crma.store import AdapterStore
 
     served = Served(find_base(model), AdapterStore(store))
-    options: Any = {"margin": margin, "allow_ungated": allow_ungated or (), "dry_run": dry_run}
+    options: Any = {"margin": margin, "newcomer_margin": newcomer_margin, "dry_run": dry_run}
+    options["allow_ungated"] = allow_ungated or ()
     evidence = decide(served, candidate, **options, note=note)
     show_json(evidence)
     raise typer.Exit(0 if evidence["lambda"] else 1)

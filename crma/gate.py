@@ -73,14 +73,14 @@ class Gated(NamedTuple):
 class Gate:
     """A candidate before the tasks that would serve under it; `old` is what serves, None if nothing does.
 
-    margin: the share of its recorded loss by which a task may get worse (SLACK comes on top).
+    margins: by task, the share of its recorded loss by which it may get worse (SLACK comes on top).
     """
 
     served: Served
     old: Backbone | None
     new: Backbone
     tasks: list[Gated]
-    margin: float
+    margins: Mapping[str, float]
     note: Note
 
     def score(self, backbone: Backbone) -> dict[str, dict[str, float]]:
@@ -103,7 +103,7 @@ class Gate:
 
         def passes(weight: float) -> bool:
             tasks = self.score(blend(old, self.new, weight))
-            harmed = [n for n, t in tasks.items() if t["loss"] > t["recorded"] * (1 + self.margin) + SLACK]
+            harmed = [n for n, t in tasks.items() if t["loss"] > t["recorded"] * (1 + self.margins[n]) + SLACK]
             tried.append({"lambda": weight, "harmed": harmed, "tasks": tasks})
             worst = max((task["drift"] for task in tasks.values()), default=0.0)
             self.note(f"lambda {weight:.4g}: worst drift {worst:+.2f} %; harmed: {', '.join(harmed) or 'none'}")
@@ -125,16 +125,18 @@ def promote(
     version: str,
     *,
     margin: float = 0.01,
+    newcomer_margin: float = 0.1,
     allow_ungated: Collection[str] = (),
     dry_run: bool = False,
     note: Note,
 ) -> dict[str, Any]:
     """Let a candidate serve, whole or cut back, with the tasks that were trained on the way to it; or keep what serves.
 
-    Either way `channels.json` records the evidence, unless it is a dry run.
+    Either way `channels.json` records the evidence, unless it is a dry run. A newcomer, a task that nobody uses yet,
+    has a margin of its own: what suits the others rarely leaves it all that it had under the whole candidate.
 
     Returns:
-        {"candidate", "serving", "margin", "slack", "lambda" (0: kept), "tried", "ungated": {task: reason}, "dtype",
+        {"candidate", "serving", "margins", "slack", "lambda" (0: kept), "tried", "ungated": {task: reason}, "dtype",
         "hardware", "commit"}
 
     Raises:
@@ -153,10 +155,11 @@ def promote(
     newcomers = store.newcomers(candidate)
     after = {name: store.task(name) for name in channels.tasks} | {entry.name: entry for entry in newcomers}
     tasks, ungated = _gated(served, after, allow_ungated)
-    gate = Gate(served, serving.load() if serving else None, candidate.load(), tasks, margin, note)
+    margins = {name: margin if name in channels.tasks else newcomer_margin for name in after}
+    gate = Gate(served, serving.load() if serving else None, candidate.load(), tasks, margins, note)
     weight, tried = gate.search()
     evidence: dict[str, Any] = {"candidate": candidate.digest, "serving": serving.digest if serving else None}
-    evidence |= {"margin": margin, "slack": SLACK, "lambda": weight, "tried": tried, "ungated": ungated}
+    evidence |= {"margins": margins, "slack": SLACK, "lambda": weight, "tried": tried, "ungated": ungated}
     evidence |= {"dtype": str(served.dtype).removeprefix("torch."), "hardware": hardware(), "commit": commit()}
     if dry_run:
         return evidence

@@ -59,7 +59,7 @@ def drifts(served: Served, weight: float) -> dict[str, float]:
     store = served.store
     v1, v2 = (store.backbone(version).load() for version in ("v1", "v2"))
     tasks = [Gated.of(served, store.task(name, "v1")) for name in ("first", "second", "third")]
-    scores = Gate(served, v1, v2, tasks, 0.0, print).score(blend(v1, v2, weight))
+    scores = Gate(served, v1, v2, tasks, {}, print).score(blend(v1, v2, weight))
     return {name: score["drift"] for name, score in scores.items()}
 
 
@@ -90,7 +90,7 @@ def test_a_harmful_candidate_is_cut_back_to_the_largest_share_that_harms_nobody(
     store = served.store
     margin = max(drifts(served, 0.5).values()) / 100 + 1e-6
     assert max(drifts(served, 1.0).values()) > 100 * margin + 1
-    evidence = decide(margin=margin)
+    evidence = decide(margin=margin, newcomer_margin=margin)
     share, tried = evidence["lambda"], {each["lambda"]: each["harmed"] for each in evidence["tried"]}
     assert 0.5 <= share < 1
     assert share == max(weight for weight, harmed in tried.items() if not harmed)
@@ -109,7 +109,8 @@ def test_a_harmful_candidate_is_cut_back_to_the_largest_share_that_harms_nobody(
 
 def test_where_every_share_harms_the_old_one_stays_and_the_evidence_is_kept(served: Served, decide: Decide) -> None:
     before = served.store.channels()
-    evidence = decide(margin=-0.99)
+    evidence = decide(margin=10.0, newcomer_margin=-0.99)
+    assert {name for each in evidence["tried"] for name in each["harmed"]} == {"third"}
     after = served.store.channels()
     assert (evidence["lambda"], after.serving()) == (0, before.serving())
     assert (after.history[-1].action, after.history[-1].evidence) == ("keep", evidence)
@@ -161,7 +162,7 @@ def test_a_promotion_killed_at_any_step_leaves_the_old_or_the_new_and_can_be_don
         shutil.copytree(trained.store.root, root)
         served = trained.with_store(AdapterStore(root))
         with dying(step, ("fsync", "rename", "replace", "mkdir")):
-            promote(served, "v2", margin=margin, note=lambda _: None)
+            promote(served, "v2", margin=margin, newcomer_margin=margin, note=lambda _: None)
             died = False
         serving = served.store.channels().serving()
         seen.add(serving == old)
@@ -169,7 +170,7 @@ def test_a_promotion_killed_at_any_step_leaves_the_old_or_the_new_and_can_be_don
         if not died:
             break
         if serving == old:
-            promote(served, "v2", margin=margin, note=lambda _: None)
+            promote(served, "v2", margin=margin, newcomer_margin=margin, note=lambda _: None)
         assert served.store.channels().serving()["tasks/third"] == "v1"
         assert served.store.backbone_versions()[3:] == ()  # a blend that was published is used again
         assert served.store.verify() == []
