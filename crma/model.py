@@ -8,6 +8,16 @@ from crma.errors import ConfigError
 from crma.pull import BaseModel
 
 
+def compute_alone() -> None:
+    """This thread computes without others' help. To be called by it, whatever it does later.
+
+    torch gives a thread its number of threads when it first asks, which may be long after one was set for it, and then
+    it is the number that any thread has set last. So it has to ask first.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
 def resolve_device(device: str) -> torch.device:
     """ "auto" is CUDA where there is one. Raises ConfigError for a device that is not here."""
     if device == "auto":

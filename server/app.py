@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import torch
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from crma.model import compute_alone
 from server import __version__, errors
 from server.frontend import Frontend
 from server.log import RequestLog
@@ -27,7 +27,7 @@ def create_app(frontend: Frontend, on_stop: Callable[[], Awaitable[None]]) -> Fa
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # One CPU thread each: only the engine's may have more (server/engine/model_runner.py).
-        workers = ThreadPoolExecutor(8, "worker", torch.set_num_threads, (1,))
+        workers = ThreadPoolExecutor(8, "worker", compute_alone)
         asyncio.get_running_loop().set_default_executor(workers)
         app.state.starting = asyncio.create_task(_start(frontend))
         yield

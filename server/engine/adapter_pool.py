@@ -19,6 +19,7 @@ from crma.adapter import Backbone, FoldedPair
 from crma.errors import CrmaError, InvalidAdapter, NotFound
 from crma.injection import Injection
 from crma.lora import Lora, LoraStack, Site
+from crma.model import compute_alone
 from crma.selection import AdapterSelection
 from server.engine.errors import AdapterInUse, AdapterPoolFull
 from server.engine.request import PoolCounters
@@ -62,7 +63,7 @@ class AdapterPool:
         self.on_change: Callable[[], None] = lambda: None
         self.loras: Mapping[str, Lora] = {}
         self.backbones: Mapping[str, list[FoldedPair]] = {}
-        self.executor: Executor = ThreadPoolExecutor(1, "adapters", torch.set_num_threads, (1,))
+        self.executor: Executor = ThreadPoolExecutor(1, "adapters", compute_alone)
         self.held: set[str] = set()
         self._changed = threading.Condition()  # the one lock; notified when pins are given back and holds are taken
         self._loaders: dict[str, Loader] = {}

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.e2e
 
 STORE = AdapterStore(Path(__file__).parents[2] / "adapters_store")
 QUESTIONS = read_question_set(STORE.root / "question_sets" / "public.jsonl").questions
-# Of a log-probability. bf16 logits near 20 are 1/8 apart, and transformers itself in bf16 is up to 0.67 from its own fp32.
+# Of a log-probability. bf16 logits near 20 are 1/8 apart; transformers in bf16 is up to 0.67 from itself in fp32.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.4}
 LIMITS = {
     "max_num_seqs": st.integers(2, 8),

@@ -263,3 +263,14 @@ def test_many_who_want_one_adapter_wait_for_one_load_and_nobody_else_does() -> N
         for each in wanted:
             each.result(10)
         assert (len(loads), pool.acquire(AdapterSelection("slow")), pool.num_pins()) == (1, True, 2)
+
+
+def test_loads_compute_alone_whatever_number_of_threads_the_engine_sets() -> None:
+    pool, before = AdapterPool(injection(), 1), torch.get_num_threads()
+    pool.executor.submit(int).result()  # it has started, and has not computed yet
+    try:
+        torch.set_num_threads(before + 1)
+        assert pool.executor.submit(torch.get_num_threads).result() == 1
+    finally:
+        torch.set_num_threads(before)
+        pool.close()
