@@ -266,7 +266,7 @@ def test_many_who_want_one_adapter_wait_for_one_load_and_nobody_else_does() -> N
 
 
 def test_loads_compute_alone_whatever_number_of_threads_the_engine_sets() -> None:
-    pool, before = AdapterPool(injection(), 1), torch.get_num_threads()
+    pool, before = AdapterPool(tiny.injection(), 1), torch.get_num_threads()
     pool.executor.submit(int).result()  # it has started, and has not computed yet
     try:
         torch.set_num_threads(before + 1)
