@@ -103,13 +103,16 @@ class Decoder:
         cos, sin = (table[0, :, None] for table in self._rotary(h, positions[None]))
         half = self.head_size // 2
         rotation = cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        # All rows are read and some add nothing: cheaper than to take the others out and put them back in every layer.
+        offs = [
+            None if rows is None else h.new_ones(len(h), 1).index_fill_(0, rows, 0).bool() for rows, _ in plan.backbones
+        ]
         for index, layer in enumerate(self._layers):
             self._run(index, layer, h, rotation, paged, plan)
-            for rows, pairs in plan.backbones:
-                if rows is None:
-                    h += pairs[index].delta(h)
-                else:
-                    h.index_add_(0, rows, pairs[index].delta(h[rows]))
+            for off, (_, pairs) in zip(offs, plan.backbones, strict=True):
+                A, B = pairs[index]
+                read = linear(h, A)
+                h += linear(read if off is None else read.masked_fill_(off, 0), B)
         h = h if plan.head_rows is None else h[plan.head_rows]
         return self._head(self._normed(h, self._norm))
 
