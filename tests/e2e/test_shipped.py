@@ -11,7 +11,6 @@ from crma.data import load_split
 from crma.pull import find_base
 from crma.question_set import read_question_set
 from crma.served import Served
-from crma.sources import DOMAINS
 from crma.store import AdapterStore
 from server.__main__ import build
 from server.settings import Settings
@@ -19,6 +18,7 @@ from server.settings import Settings
 pytestmark = pytest.mark.e2e
 
 STORE = Path(__file__).parents[2] / "adapters_store"
+TASKS = AdapterStore(STORE).task_names()
 QUESTIONS = read_question_set(STORE / "question_sets" / "public.jsonl").questions
 
 
@@ -45,8 +45,8 @@ async def test_every_task_answers_its_public_questions_better_with_crma_than_the
         body = {"question_set": "public", "variants": ["task+crma", "task", "base"], "seed": 7}
         answer = (await client.post("/ablation", json=body)).json()
     by_task = {variant: row["by_task"] for variant, row in answer["variants"].items()}
-    assert set(by_task["base"]) == set(DOMAINS)
-    for task in DOMAINS:
+    assert set(by_task["base"]) == set(TASKS)
+    for task in TASKS:
         assert by_task["task+crma"][task]["correct"] > by_task["base"][task]["correct"]
     assert all(row["failed"] == row["timed_out"] == 0 for row in answer["variants"].values())
 
@@ -72,7 +72,7 @@ async def test_crma_off_is_a_server_that_never_loaded_crma_token_for_token() -> 
         assert on["provenance"]["crma"] is None
 
 
-@pytest.mark.parametrize("task", DOMAINS)
+@pytest.mark.parametrize("task", TASKS)
 def test_the_measures_in_a_manifest_are_what_the_adapter_scores(task: str) -> None:
     served = Served(find_base(), AdapterStore(STORE))
     recorded = served.store.task(task).manifest.measured["holdout"]
