@@ -51,6 +51,9 @@ async def completions(body: CompletionRequest, request: Request, frontend: TheFr
     if body.stream and (len(body.prompt) > 1 or body.echo):
         message = "stream: takes one prompt, without echo"
         raise InvalidField(message, field="stream", value=True, allowed=False)
+    if len(body.prompt) > (limit := frontend.settings.max_queue):
+        message = "prompt: more of them than may wait"
+        raise InvalidField(message, field="prompt", value=len(body.prompt), allowed=f"<= {limit} prompts")
     resolved = _resolved(body, request, frontend)
     of_prompt = body.logprobs if body.echo else None
     # lm-eval asks for one token after the prompt and cuts it off: it has to be there even if it ends the answer.

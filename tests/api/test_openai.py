@@ -97,6 +97,7 @@ async def test_prompts_are_echoed_with_the_log_probabilities_of_their_tokens(ser
     assert logprobs == [[-0.5], [-0.25], None]
     await create(served, prompt=[5, 9], echo=True, max_tokens=1)  # lm-eval cuts the token after the prompt off
     assert served.engine.requests[-1].sampling.ignore_eos
+    assert (await complete(served, 422, "invalid_field", json=GOOD | {"prompt": ["a"] * 257}))["param"] == "prompt"
     for wrong in ({"echo": True}, {"prompt": ["a", "b"]}):
         error = await complete(served, 422, "invalid_field", json=GOOD | {"stream": True} | wrong)
         assert error["param"] == "stream"
