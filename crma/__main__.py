@@ -53,7 +53,7 @@ def data(
     domains: Annotated[list[str] | None, typer.Argument(help="Domains to build; all that can be if none.")] = None,
     source: Annotated[list[str] | None, typer.Option(help="DOMAIN=FILE: a source that you already have.")] = None,
 ) -> None:
-    """Build the five domains into the cache, and check their digests."""
+    """Build the six domains into the cache, and check their digests."""
     from crma.data import build
 
     pairs = [text.partition("=") for text in source or ()]

@@ -1,4 +1,4 @@
-"""Task data: the five domains built into the cache, and users' own JSON Lines.
+"""Task data: the domains built into the cache, and users' own JSON Lines.
 
 A built domain is a folder `<home>/data/<domain>` with `train.jsonl`, `validation.jsonl`, `holdout.jsonl` (lines of
 {"prompt", "completion"}) and `public.jsonl` (lines of a question set; those of all domains, one after the other, are
