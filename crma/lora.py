@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from crma.errors import ConfigError
+from crma.kernel import Kernel
 
 Groups = Sequence[tuple[Tensor | None, "LoraPair"]]
 
@@ -135,11 +136,14 @@ Site = tuple[str, ...]  # paths of linears that read the same input, whose outpu
 
 @dataclass(frozen=True)
 class _Stacked:
-    """A [R, in] and B [R, out] of a site; adapter i has the rows from first[i] to first[i + 1]."""
+    """A [R, in] and B [R, out] of a site; adapter i has the rows from first[i] to first[i + 1], of which each adds to
+    the outputs of its span [R, 2]. first_at: first as a tensor."""
 
     A: Tensor
     B: Tensor
     first: tuple[int, ...]
+    first_at: Tensor
+    spans: Tensor
 
 
 class LoraStack:
@@ -168,11 +172,14 @@ class LoraStack:
             if placed:
                 A = torch.cat([pair.A for _, _, pair in placed])
                 B, ranks, row = A.new_zeros(len(A), width), [0] * len(loras), 0
+                spans = []
                 for i, start, pair in placed:
                     rows = slice(row, row := row + len(pair.A))
                     B[rows, start : start + len(pair.B)] = (pair.B * pair.scaling).mT
                     ranks[i] += len(pair.A)
-                self.sites[site] = _Stacked(A, B, (0, *accumulate(ranks)))
+                    spans += [(start, start + len(pair.B))] * len(pair.A)
+                first = (0, *accumulate(ranks))
+                self.sites[site] = _Stacked(A, B, first, torch.tensor(first), torch.tensor(spans))
 
 
 class StackedRows:
@@ -184,10 +191,15 @@ class StackedRows:
     Args:
         digests: one a row, None: no adapter. The first `num_single` are one stretch; those after them are in the
             stack's order, and adapters share a stretch up to MAX_MIXED rows.
+        kernel: computes the first stretch, if there is one.
     """
 
-    def __init__(self, stack: LoraStack, digests: Sequence[str | None], num_single: int) -> None:
+    def __init__(
+        self, stack: LoraStack, digests: Sequence[str | None], num_single: int, kernel: Kernel | None = None
+    ) -> None:
         self.stack = stack
+        self.kernel = kernel
+        self.num_kernel = num_single if kernel is not None else 0
         adapters = [-1 if digest is None else stack.index[digest] for digest in digests]
         parts = [adapters[:num_single]]
         for _, group in groupby(adapters[num_single:]):
@@ -208,6 +220,10 @@ class StackedRows:
         """
         if (stacked := self.stack.sites.get(site)) is not None:
             for stretch in self._stretches:
+                if self.kernel is not None and stretch.rows.stop <= self.num_kernel:
+                    tensors = stacked.A, stacked.B, stacked.first_at, stacked.spans, stretch.adapters
+                    self.kernel.add_lora(y[stretch.rows], x[stretch.rows], *tensors)
+                    continue
                 rows, columns = stretch.rows, slice(stacked.first[stretch.low], stacked.first[stretch.high])
                 z = nn.functional.linear(x[rows], stacked.A[columns])
                 if stretch.is_mixed:
@@ -223,7 +239,7 @@ class _Stretch:
         self.rows = slice(start, start + len(adapters))
         self.low, self.high = min(used - {-1}), max(used) + 1
         self.is_mixed = len(used) > 1
-        self._adapters = torch.tensor(adapters)
+        self.adapters = torch.tensor(adapters)
         self._foreign: dict[tuple[int, ...], Tensor] = {}
 
     def foreign(self, stacked: _Stacked, columns: slice) -> Tensor:
@@ -231,5 +247,5 @@ class _Stretch:
         if (known := self._foreign.get(stacked.first)) is None:
             counts = torch.tensor(stacked.first).diff()
             owners = torch.arange(len(counts)).repeat_interleave(counts)[columns]
-            known = self._foreign[stacked.first] = (owners != self._adapters[:, None]).to(stacked.A.device)
+            known = self._foreign[stacked.first] = (owners != self.adapters[:, None]).to(stacked.A.device)
         return known

@@ -12,9 +12,12 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from transformers import PreTrainedModel
 
+from crma.cache import cache_home
 from crma.errors import ConfigError, CrmaError
 from crma.injection import Injection
+from crma.kernel import Kernel
 from crma.model import load_model, load_tokenizer, resolve_device, resolve_dtype
 from crma.prompts import PromptFormat, chat_format
 from crma.pull import BaseModel, find_base
@@ -56,10 +59,26 @@ def build_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
     blocks = BlockPool(1 + -(-settings.kv_cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
     identity = (base.digest, str(injection.model.dtype))
     root_of = (lambda selection: root_key(*identity, *selection)) if settings.prefix_caching else None
-    runner = ModelRunner(injection, pool, blocks, num_threads, take_weights=True)
+    runner = ModelRunner(
+        injection, pool, blocks, num_threads, take_weights=True, kernel=_kernel(settings, injection.model)
+    )
     scheduler = Scheduler(blocks, settings.max_num_seqs, settings.max_num_batched_tokens, root_of)
     stop_ids = model_stop_ids(tokenizer, injection.model.generation_config.eos_token_id)
     return AsyncEngine(Engine(runner, scheduler, tokenizer, stop_ids, max_model_len), pool, settings.max_queue)
+
+
+def _kernel(settings: Settings, model: PreTrainedModel) -> Kernel | None:
+    if settings.kernel == "off":
+        return None
+    try:
+        if model.device.type != "cpu":
+            raise ConfigError("the kernel is for CPUs", field="CRMA_KERNEL", value="on", allowed="CRMA_DEVICE=cpu")
+        return Kernel(model.dtype, (settings.home or cache_home()) / "kernels")
+    except ConfigError as error:
+        if settings.kernel == "on":
+            raise
+        log.info("no native kernel: %s", error.message)
+        return None
 
 
 def build(settings: Settings) -> FastAPI:

@@ -1,5 +1,7 @@
 """Tiny real models of every family, adapters for them, an engine on one, and a whole app: shared by several tests."""
 
+import atexit
+import tempfile
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
@@ -15,7 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from crma.adapter import Backbone, CrmaConfig
+from crma.errors import ConfigError
 from crma.injection import Injection, target_names
+from crma.kernel import Kernel, build
 from crma.lora import Lora, LoraConfig, LoraPair, match_targets
 from crma.prompts import PromptFormat
 from crma.pull import BaseModel, pull
@@ -128,6 +132,23 @@ def adapters(inj: Injection) -> dict[str, Lora | Backbone]:
     return made | {f"crma-{i}": backbone(inj, seed=i) for i in range(2)}
 
 
+@cache
+def library() -> Path | None:
+    """Built once a process; None: no compiler."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    try:
+        return build(Path(folder.name))
+    except ConfigError:
+        return None
+
+
+def kernel(inj: Injection) -> Kernel | None:
+    """The native kernel for the model's dtype, if it can be had."""
+    found = library() if inj.model.device.type == "cpu" else None
+    return Kernel(inj.model.dtype, found.parent) if found else None
+
+
 def make_engine(
     inj: Injection,
     known: Mapping[str, Lora | Backbone],
@@ -141,8 +162,10 @@ def make_engine(
     prefix_caching: bool = True,
     executor: Executor | None = None,
     take_weights: bool = False,
+    native: bool = True,
 ) -> tuple[Engine, AdapterPool]:
-    """An engine without end tokens of its own, and its pool, in which `known` is registered and nothing resident."""
+    """An engine without end tokens of its own, with the native kernel where there is one, and its pool, in which
+    `known` is registered and nothing resident."""
     pool = AdapterPool(inj, max_resident)
     pool.executor = executor or pool.executor
     for digest, adapter in known.items():
@@ -150,7 +173,7 @@ def make_engine(
     blocks = BlockPool(num_blocks + 1, block_size)
     root_of = (lambda selection: root_key(*selection)) if prefix_caching else None
     scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, root_of)
-    runner = ModelRunner(inj, pool, blocks, take_weights=take_weights)
+    runner = ModelRunner(inj, pool, blocks, take_weights=take_weights, kernel=kernel(inj) if native else None)
     return Engine(runner, scheduler, tokenizer(), frozenset(), max_model_len), pool
 
 

@@ -18,6 +18,7 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 from transformers import PreTrainedModel
 
 from crma.injection import Plan, decoder_blocks
+from crma.kernel import Kernel
 from crma.lora import Site
 from server.engine.kv_cache import PagedKv, attend
 
@@ -55,11 +56,13 @@ class Decoder:
     Args:
         take_weights: leave the model none, so that nothing is in memory twice: only the decoder can run it then. Else
             both compute with the same weights.
+        kernel: computes what is not a product, if there is one.
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, *, take_weights: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, *, take_weights: bool = False, kernel: Kernel | None = None) -> None:
         self.config = model.config
+        self.kernel = kernel
         self.head_size: int = getattr(model.config, "head_dim", None) or (
             model.config.hidden_size // model.config.num_attention_heads
         )
@@ -130,17 +133,29 @@ class Decoder:
 
         T, queries, e = len(h), self.config.num_attention_heads, self.head_size
         heads = product(0, self._normed(h, layer.attention_norm)).view(T, -1, e)  # queries, keys, values
-        turned = heads[:, : queries + self.config.num_key_value_heads]
-        if layer.head_norms is not None:
-            turned.copy_(self._normed(turned, layer.head_norms))
-        cos, sin = rotation
-        torch.add(turned * cos, turned.roll(e // 2, -1) * sin, out=turned)
-        mixed = attend(paged, index, heads[:, :queries], heads[:, queries:], e**-0.5, layer.window)
+        if self.kernel is not None:
+            eps = self.config.rms_norm_eps
+            self.kernel.rotate(heads, layer.head_norms, eps, rotation, paged.cache[index], paged.slots)
+        else:
+            turned = heads[:, : queries + self.config.num_key_value_heads]
+            if layer.head_norms is not None:
+                turned.copy_(self._normed(turned, layer.head_norms))
+            cos, sin = rotation
+            torch.add(turned * cos, turned.roll(e // 2, -1) * sin, out=turned)
+            paged.store(index, heads[:, queries:])
+        mixed = attend(paged, index, heads[:, :queries], e**-0.5, layer.window)
         product(1, mixed.view(T, -1), h)
-        gate, up = product(2, self._normed(h, layer.mlp_norm)).chunk(2, dim=-1)
-        product(3, silu(gate).mul_(up), h)
+        gate_up = product(2, self._normed(h, layer.mlp_norm))
+        if self.kernel is not None:
+            y = self.kernel.gate(gate_up)
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            y = silu(gate).mul_(up)
+        product(3, y, h)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.kernel is not None and x.dim() == 2:
+            return self.kernel.norm(x, weight, self.config.rms_norm_eps)
         return rms_norm(x, x.shape[-1:], None, self.config.rms_norm_eps).mul_(
             weight
         )  # rounded twice, as the modules do

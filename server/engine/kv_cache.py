@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from crma.kernel import Kernel
 from server.engine.block_pool import NULL_BLOCK
 
 ATTENTION = "crma_paged"
@@ -61,29 +62,37 @@ class AttentionGroup:
 
 @dataclass(frozen=True)
 class PagedKv:
-    """The cache [L, N, z, 2h, e] as one forward pass sees it: slots [T] say where each token's keys and values go."""
+    """The cache [L, N, z, 2h, e] as one forward pass sees it: slots [T] say where each token's keys and values go.
+    kernel: computes the attention of single tokens, if there is one."""
 
     cache: Tensor
     slots: Tensor
     groups: tuple[AttentionGroup, ...]
+    kernel: Kernel | None = None
+
+    def store(self, layer: int, new: Tensor) -> None:
+        """Puts the keys and values [T, 2h, e] of the batch into the cache."""
+        self.cache[layer].flatten(0, 1).index_copy_(0, self.slots, new)
 
 
 def attend(
     paged: PagedKv,
     layer: int,
     query: Tensor,
-    new: Tensor,
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Puts the new keys and values [T, 2h, e] into the cache; then query [T, H, e] -> [T, H, e]."""
+    """query [T, H, e] -> [T, H, e], over what the cache has."""
     cache = paged.cache[layer]
-    cache.flatten(0, 1).index_copy_(0, paged.slots, new)
-    (_, H, e), h = query.shape, new.shape[1] // 2
+    (_, H, e), h = query.shape, cache.shape[-2] // 2
     output = query.new_empty(query.shape)
     for group in paged.groups:
         n, s = group.positions.shape
+        if paged.kernel is not None and s == 1 and softcap is None:
+            table = group.blocks.view(n, -1)
+            paged.kernel.attend(query[group.rows], cache, table, group.positions, output[group.rows], scaling, window)
+            continue
         # The g query heads of a key-value head are g more queries of it: no copies.
         q = query[group.rows].view(n, s, h, H // h, e).permute(0, 2, 1, 3, 4).reshape(n, h, s * H // h, e)
         # index_select copies block by block; indexing with a table takes five times as long.
@@ -114,8 +123,8 @@ def paged_attention(
     """What transformers calls: query [T, H, 1, e], key and value [T, h, 1, e] -> [T, 1, H, e]. `paged` comes through
     the model's keyword arguments."""
     assert isinstance(module.layer_idx, int)
-    new = torch.cat((key, value), dim=1)[:, :, 0]
-    return attend(paged, module.layer_idx, query[:, :, 0], new, scaling, sliding_window, softcap)[:, None], None
+    paged.store(module.layer_idx, torch.cat((key, value), dim=1)[:, :, 0])
+    return attend(paged, module.layer_idx, query[:, :, 0], scaling, sliding_window, softcap)[:, None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, paged_attention)

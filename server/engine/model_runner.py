@@ -8,6 +8,7 @@ from torch import Tensor
 
 from crma.errors import UnsupportedModel
 from crma.injection import Injection, Plan, plan_rows
+from crma.kernel import Kernel
 from crma.lora import StackedRows
 from crma.selection import AdapterSelection
 from server.engine.adapter_pool import AdapterPool
@@ -21,7 +22,7 @@ class ModelRunner:
     """Holds the injected model and the KV cache; `run` is the only thing that touches either.
 
     Args:
-        take_weights: as in `Decoder`.
+        take_weights, kernel: as in `Decoder`.
 
     Raises:
         UnsupportedModel: the model's attention can't be replaced.
@@ -35,6 +36,7 @@ class ModelRunner:
         num_threads: int = 1,
         *,
         take_weights: bool = False,
+        kernel: Kernel | None = None,
     ) -> None:
         model = injection.model
         if not getattr(model, "_supports_attention_backend", False):
@@ -44,7 +46,8 @@ class ModelRunner:
         self.injection = injection
         self.pool = pool
         self.num_threads = num_threads
-        self.decoder = Decoder(model, take_weights=take_weights) if covers(model) else None
+        self.kernel = kernel
+        self.decoder = Decoder(model, take_weights=take_weights, kernel=kernel) if covers(model) else None
         self.sites = self.decoder.sites if self.decoder else [(path,) for path in injection.shapes]
         self.kv = make_cache(model, blocks.num_blocks, blocks.block_size)
 
@@ -55,15 +58,15 @@ class ModelRunner:
         # barriers, and a step takes twice as long. Here and each time, because MKL's number is the whole process's.
         torch.set_num_threads(self.num_threads)
         self.kv[:, new_blocks] = 0
-        plan = self._plan(batch)
+        plan, paged = self._plan(batch), replace(batch.paged, kernel=self.kernel)
         if self.decoder is not None:
-            return self.decoder.forward(batch.input_ids, batch.positions, batch.paged, plan).float()
+            return self.decoder.forward(batch.input_ids, batch.positions, paged, plan).float()
         ids, positions, model = batch.input_ids[:, None], batch.positions[:, None], self.injection.model
         # Only for the time of a step: outside it the model is what transformers made it.
         before, model.config._attn_implementation = model.config._attn_implementation, ATTENTION
         try:
             with self.injection.active(plan):
-                output = model(input_ids=ids, position_ids=positions, use_cache=False, paged=batch.paged)
+                output = model(input_ids=ids, position_ids=positions, use_cache=False, paged=paged)
         finally:
             model.config._attn_implementation = before
         return output.logits[:, -1].float()
@@ -74,5 +77,5 @@ class ModelRunner:
         tasks = [selection.task_digest for selection in batch.selections]
         stacked = None
         if digests := {digest for digest in tasks if digest is not None}:
-            stacked = StackedRows(self.pool.stack(digests, self.sites), tasks, batch.num_single)
+            stacked = StackedRows(self.pool.stack(digests, self.sites), tasks, batch.num_single, self.kernel)
         return replace(plan, stacked=stacked, head_rows=batch.logit_rows)

@@ -18,13 +18,18 @@ def test_it_covers_four_families(family: str) -> None:
     assert (engine.runner.decoder is not None) == (family in COVERED)
 
 
+@pytest.mark.parametrize("native", [False, True], ids=["torch", "kernel"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("family", COVERED)
-def test_it_gives_what_the_modules_give(family: str, dtype: torch.dtype) -> None:
+def test_it_gives_what_the_modules_give(family: str, dtype: torch.dtype, native: bool) -> None:
     """Every token of prompts in chunks and of answers, all selections in one batch."""
     world = World(Injection(tiny.fresh(tiny.injection(family)).to(dtype)), tiny.adapters(tiny.injection(family)))
     taken = Injection(tiny.fresh(tiny.injection(family)).to(dtype))
-    engine, pool = tiny.make_engine(taken, world.adapters, max_num_seqs=16, max_resident=5, take_weights=True)
+    engine, pool = tiny.make_engine(
+        taken, world.adapters, max_num_seqs=16, max_resident=5, take_weights=True, native=native
+    )
+    if native and engine.runner.kernel is None:
+        pytest.skip("no C++ compiler")
     assert not sum(parameter.numel() for parameter in taken.model.parameters())
     for digest in world.adapters:
         pool.load(digest)
