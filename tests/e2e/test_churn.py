@@ -21,6 +21,7 @@ import pytest
 import tiny
 import torch
 import uvicorn
+from sampling import chooser
 
 from crma.generate import generate
 from crma.injection import Plan
@@ -28,6 +29,7 @@ from crma.prompts import chat_format
 from crma.pull import BaseModel
 from crma.store import AdapterStore
 from server.__main__ import build
+from server.engine.request import SamplingParams
 from server.settings import Settings
 
 pytestmark = pytest.mark.e2e
@@ -139,7 +141,8 @@ class Oracle:
             plan = Plan([(None, task)] if task else [], [(None, crma)] if crma else [])
             prompt_format = tiny.FORMAT if task else chat_format(tiny.tokenizer())
             ids = prompt_format.encode(tiny.tokenizer(), body["prompt"])
-            alone = generate(tiny.injection(), ids, plan, stop_ids=(1,), **options)
+            how = {"max_tokens": body["max_tokens"], "choose": chooser(SamplingParams(**options), ids)}
+            alone = generate(tiny.injection(), ids, plan, stop_ids=(1,), **how)
             self.known[key] = tiny.tokenizer().decode(alone.token_ids, skip_special_tokens=True)
         return self.known[key]
 
