@@ -114,19 +114,6 @@ def experiment(
 
 
 @app.command()
-def estimate(
-    config: Annotated[Path, typer.Argument(help="A TOML file; see crma/experiments.")],
-    flops: Annotated[float | None, typer.Option(help="FLOP/s the device reaches; that of one CPU thread.")] = None,
-) -> None:
-    """Memory and time that a training run needs, from its data and the config of its model, as JSON."""
-    from crma.config import TrainConfig
-    from crma.cost import FLOPS
-    from crma.cost import estimate as run
-
-    show_json(run(TrainConfig.read(config), flops or FLOPS))
-
-
-@app.command()
 def plots(
     results: Annotated[Path, typer.Argument(help="Records, as the other commands write them.")] = Path("crma/results"),
 ) -> None:

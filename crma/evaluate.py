@@ -125,13 +125,14 @@ class Evaluator:
         return Measure(total / count, correct / len(rows), len(rows), wilson(correct, len(rows)))
 
     @torch.inference_mode()
-    def answers(self, plan: Plan, rows: Sequence[Encoded], *, max_tokens: int = 16) -> list[str]:
-        """The greedy answer of every row, by transformers' own generate."""
-        model, stop_id, answers = self.injection.model, self.stop_id, [""] * len(rows)
+    def answers(self, plan: Plan, prompts: Sequence[str], *, max_tokens: int = 16) -> list[str]:
+        """The greedy answer to every prompt, by transformers' own generate."""
+        model, stop_id, answers = self.injection.model, self.stop_id, [""] * len(prompts)
+        rows = [Encoded(self.fmt.encode(self.tokenizer, prompt), [stop_id]) for prompt in prompts]
         greedy = {"do_sample": False, "max_new_tokens": max_tokens, "eos_token_id": stop_id, "pad_token_id": stop_id}
         with self.injection.active(plan):
             for indices in self._by_length(rows):
-                batch = collate([Encoded(rows[i].prompt, [stop_id]) for i in indices], stop_id, model.device)
+                batch = collate([rows[i] for i in indices], stop_id, model.device)
                 ids = model.generate(batch.input_ids, attention_mask=batch.attention_mask, **greedy)
                 texts = self.tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
                 for i, text in zip(indices, texts, strict=True):

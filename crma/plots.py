@@ -34,16 +34,16 @@ def draw(results: Path, out: Path) -> None:
     quick = runs["quick"]
     if not quick:
         raise ConfigError("no records in its folder quick", field="results", value=str(results), allowed="crma/results")
-    plots: dict[str, Any] = {"tradeoff": (_tradeoff, 4.2, 1, runs), "loss": (_loss, 3.3, 2, quick)}
+    plots: dict[str, Any] = {"tradeoff": (_tradeoff, 4.2, runs)}
     for path in results.glob("*-ablation.json"):
         found = json.loads(path.read_text("utf-8"))
-        plots[path.stem] = (_bars, 0.9 + 0.35 * len(found["variants"]), 1, found)
-    plots["drift"] = (_drift, 1.0 + 0.18 * len(quick), 1, quick)
+        plots[path.stem] = (_bars, 0.9 + 0.35 * len(found["variants"]), found)
+    plots["drift"] = (_drift, 1.0 + 0.18 * len(quick), quick)
     out.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
-        for name, (plot, height, columns, records) in plots.items():
+        for name, (plot, height, records) in plots.items():
             figure = Figure((7.3, height), layout="constrained")
-            plot(figure.subplots(1, columns), records)
+            plot(figure.subplots(), records)
             figure.savefig(out / f"{name}.svg", metadata={"Date": None, "Creator": None})
 
 
@@ -67,19 +67,6 @@ def _drift(axes: Any, runs: Runs) -> None:
     axes.set_yticks(range(len(runs)), [name.replace("-seed", "  seed ") for name in runs])
     axes.set(ylim=(len(runs) - 0.5, -0.5), xlabel="drift of prior tasks, % (logarithmic beyond ±1; grey: ±0.5)")
     axes.legend(handles=list({line.get_label(): line for line in axes.lines}.values()))
-
-
-def _loss(columns: Any, runs: Runs) -> None:
-    """L_{i,t} (METHOD, section 4) of MODULAR beside NAIVE: what is kept, what is lost."""
-    for axes, name in zip(columns, ("MODULAR-seed0", "NAIVE-seed0"), strict=True):
-        loss, order = runs[name]["loss"], runs[name]["order"]
-        axes.pcolormesh(loss, cmap="cividis_r", norm="log", vmin=0.1, vmax=12, edgecolor="white")
-        for i, t in ((i, t) for i in range(len(loss)) for t in range(len(order))):
-            style = {"weight": "bold" if i == t + 1 else "normal", "color": "white" if loss[i][t] > 1.5 else "black"}
-            axes.text(t + 0.5, i + 0.5, f"{loss[i][t]:.2f}", ha="center", va="center", **style)
-        axes.set_xticks([t + 0.5 for t in range(len(order))], order)
-        axes.set_yticks([i + 0.5 for i in range(len(loss))], ["base", *(f"after {task}" for task in order)])
-        axes.set(title=f"{name}: nats per answer token", xlabel="bold: just learned", ylim=(len(loss), 0))
 
 
 def _tradeoff(axes: Any, experiments: dict[str, Runs]) -> None:

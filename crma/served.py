@@ -10,7 +10,7 @@ from crma.baselines import naive_bayes
 from crma.data import load_split
 from crma.entry import BackboneEntry, TaskEntry
 from crma.errors import ConfigError, NotFound
-from crma.evaluate import Encoded, Evaluator
+from crma.evaluate import Evaluator
 from crma.injection import Injection, Plan
 from crma.lora import Lora
 from crma.model import load_model, load_tokenizer, resolve_device, resolve_dtype
@@ -96,9 +96,7 @@ class Served:
 
     def answers(self, task: str, plan: Plan, prompts: Sequence[str], max_tokens: int) -> list[str]:
         """Greedy answers under one plan."""
-        evaluator = self.evaluator(task)
-        rows = [Encoded(evaluator.fmt.encode(self.tokenizer, prompt), []) for prompt in prompts]
-        return evaluator.answers(plan, rows, max_tokens=max_tokens)
+        return self.evaluator(task).answers(plan, prompts, max_tokens=max_tokens)
 
 
 def split_questions(tasks: Sequence[str], split: str) -> QuestionSet:

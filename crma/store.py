@@ -27,8 +27,6 @@ from crma.peft_format import check_fits, lora_from_peft, lora_to_peft
 from crma.prompts import PromptFormat
 from crma.pull import BaseModel
 
-__all__ = ["AdapterStore", "BackboneEntry", "TaskEntry", "backbone_digest"]
-
 
 class Origin(TypedDict):
     """Where a version comes from. `trained_on` is None if unknown; `measured` is any JSON of finite numbers; `licence`

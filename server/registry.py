@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from crma.entry import Shapes, read_backbone
+from crma.entry import BackboneEntry, Shapes, TaskEntry, read_backbone
 from crma.errors import NotFound, StoreError
 from crma.prompts import PromptFormat
 from crma.pull import BaseModel
 from crma.selection import AdapterSelection
-from crma.store import AdapterStore, BackboneEntry, TaskEntry
+from crma.store import AdapterStore
 from server.engine.adapter_pool import AdapterPool
 from server.errors import NoBackbone
 from server.metrics import Metrics

@@ -24,15 +24,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 @pytest.fixture
 def store(base: BaseModel, tmp_path: Path) -> AdapterStore:
-    """medical, trained with CRMA; legal, without; their backbone."""
-    import tiny
+    """As `tiny.filled_store`."""
+    from tiny import filled_store
 
-    from crma.store import AdapterStore
-
-    store = AdapterStore(tmp_path / "store")
-    tiny.publish(store, base, "medical", 1, backbone=tiny.publish_backbone(store, base).digest)
-    tiny.publish(store, base, "legal", 2)
-    return store
+    return filled_store(tmp_path / "store", base)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from typing import Any
 import tiny
 import torch
 from hypothesis import strategies as st
+from sampling import chooser
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -97,13 +98,9 @@ class World:
         """The model by itself, transformers' own cache and masks, one row."""
         key = call.selection, call.prompt, call.sampling, index, stop_ids
         if key not in self._known:
-            s = call.sampling
-            names = ("max_tokens", "temperature", "top_k", "top_p", "min_p")
-            options: dict[str, Any] = {name: getattr(s, name) for name in names}
-            options["penalties"] = (s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
-            seed = None if s.seed is None else s.seed + index
-            plan = self.plan(call.selection)
-            self._known[key] = generate(self.injection, call.prompt, plan, stop_ids=stop_ids, seed=seed, **options)
+            options: Any = {"max_tokens": call.sampling.max_tokens, "stop_ids": stop_ids}
+            options["choose"] = chooser(call.sampling, call.prompt, index)
+            self._known[key] = generate(self.injection, call.prompt, self.plan(call.selection), **options)
         return self._known[key]
 
     def distribution(self, call: Call, tokens: Sequence[int]) -> Tensor:

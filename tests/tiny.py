@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from crma.adapter import Backbone, CrmaConfig
+from crma.entry import BackboneEntry, TaskEntry
 from crma.errors import ConfigError
 from crma.injection import Injection, target_names
 from crma.kernel import Kernel, build
@@ -24,7 +25,7 @@ from crma.lora import Lora, LoraConfig, LoraPair, match_targets
 from crma.prompts import PromptFormat
 from crma.pull import BaseModel, pull
 from crma.selection import BASE, AdapterSelection
-from crma.store import AdapterStore, BackboneEntry, TaskEntry
+from crma.store import AdapterStore
 from server.engine.adapter_pool import AdapterPool
 from server.engine.block_pool import BlockPool, root_key
 from server.engine.engine import Engine
@@ -213,6 +214,18 @@ def publish(
     made = lora(injection(family), 4, "all-linear", seed)
     fields = {"lora": made, "base": base, "backbone": None, "prompt_format": FORMAT, **PROVENANCE, **changes}
     return store.publish_task(name, **fields)
+
+
+def filled_store(root: Path, base: BaseModel) -> AdapterStore:
+    """medical, trained with CRMA; legal, an import without; their backbone; and six questions, the set "public"."""
+    store = AdapterStore(root)
+    publish(store, base, "medical", 1, backbone=publish_backbone(store, base).digest)
+    publish(store, base, "legal", 2)
+    (root / "question_sets").mkdir()
+    line = '{{"id": "{0}{1}", "task": "{0}", "question": "Question {1}?", "answers": ["one two"]}}\n'
+    lines = (line.format(task, i) for task in ("medical", "legal") for i in range(3))
+    (root / "question_sets" / "public.jsonl").write_text("".join(lines))
+    return store
 
 
 @asynccontextmanager

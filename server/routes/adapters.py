@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from crma.store import TaskEntry
+from crma.entry import TaskEntry
 from server.auth import require_admin, require_key
 from server.engine.errors import AdapterInUse
 from server.errors import AdapterBusy, documented

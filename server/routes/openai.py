@@ -11,8 +11,8 @@ from typing import Any, ClassVar, TypeVar
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from crma.entry import TaskEntry
 from crma.errors import NotFound
-from crma.store import TaskEntry
 from server.answer import Answer, Closing, event, tokens
 from server.auth import require_key
 from server.engine.request import RequestOutput, TokenLogprob

@@ -86,15 +86,8 @@ class FakeEngine:
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """medical, trained with CRMA; legal, an import without; a question set. Read only."""
-    store = AdapterStore(tmp_path_factory.mktemp("store"))
-    tiny.publish(store, BASE, "medical", 1, backbone=tiny.publish_backbone(store, BASE).digest)
-    tiny.publish(store, BASE, "legal", 2)
-    (store.root / "question_sets").mkdir()
-    line = '{{"id": "{0}{1}", "task": "{0}", "question": "Question {1}?", "answers": ["one two"]}}\n'
-    lines = (line.format(task, i) for task in ("medical", "legal") for i in range(3))
-    (store.root / "question_sets" / "public.jsonl").write_text("".join(lines))
-    return store.root
+    """As `tiny.filled_store`; read only."""
+    return tiny.filled_store(tmp_path_factory.mktemp("store"), BASE).root
 
 
 @dataclass

@@ -96,22 +96,12 @@ async def test_a_damaged_answer_is_an_error_of_the_tree_and_one_that_says_more_i
     assert num_refused > 50
 
 
-REFUSALS = [
-    ({"task": "nowhere"}, errors.NotFound, "not_found", "task"),
-    ({"task": "legal", "crma": True}, errors.Conflict, "lineage_mismatch", "crma"),
-    ({"max_tokens": 600}, errors.InvalidRequest, "prompt_too_long", "prompt"),
-    ({"max_token": 6}, errors.InvalidRequest, "unknown_field", "max_token"),
-]
-
-
-@pytest.mark.parametrize(("options", "kind", "code", "field"), REFUSALS)
-async def test_a_refusal_is_the_right_error_and_says_where(
-    client: AsyncClient, options: Any, kind: type[errors.StatusError], code: str, field: str
-) -> None:
-    with pytest.raises(kind) as whole:
-        await client.generate("Hi", **options)
-    with pytest.raises(kind) as streamed:
-        async with client.stream("Hi", **options):
+async def test_a_refusal_is_the_right_error_and_says_where(client: AsyncClient) -> None:
+    refused = {"task": "legal", "crma": True}
+    with pytest.raises(errors.Conflict) as whole:
+        await client.generate("Hi", **refused)
+    with pytest.raises(errors.Conflict) as streamed:
+        async with client.stream("Hi", **refused):
             pytest.fail("a refused stream was opened")
     for caught in (whole.value, streamed.value):
-        assert (caught.code, caught.field, caught.allowed is not None) == (code, field, True)
+        assert (caught.code, caught.field, caught.allowed is not None) == ("lineage_mismatch", "crma", True)

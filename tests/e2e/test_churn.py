@@ -19,15 +19,15 @@ from typing import Any, TextIO
 import httpx
 import pytest
 import tiny
-import torch
 import uvicorn
+from schedules import Call, World
 
-from crma.generate import generate
-from crma.injection import Plan
 from crma.prompts import chat_format
 from crma.pull import BaseModel
+from crma.selection import AdapterSelection
 from crma.store import AdapterStore
 from server.__main__ import build
+from server.engine.request import SamplingParams
 from server.settings import Settings
 
 pytestmark = pytest.mark.e2e
@@ -121,27 +121,13 @@ class Churn:
         await asyncio.sleep(0.05)
 
 
-class Oracle:
+def alone(world: World, body: dict[str, Any], used: dict[str, Any]) -> str:
     """What the model gives alone with the adapters that answered, found by their digests."""
-
-    def __init__(self, store: AdapterStore) -> None:
-        entries = [store.task(name, version) for name in store.task_names() for version in store.task_versions(name)]
-        self.weights: dict[str | None, Any] = {e.digest: e.load().to("cpu", torch.float32) for e in entries}
-        if backbone := store.backbone():
-            self.weights[backbone.digest] = backbone.load().folded("cpu", torch.float32)
-        self.known: dict[str, str] = {}
-
-    def text(self, body: dict[str, Any], used: dict[str, Any]) -> str:
-        options = {name: body[name] for name in ("temperature", "seed", "top_k", "max_tokens") if name in body}
-        key = json.dumps([body["prompt"], used["task"], used["crma"], options])
-        if key not in self.known:
-            task, crma = used["task"] and self.weights[used["task"]], used["crma"] and self.weights[used["crma"]]
-            plan = Plan([(None, task)] if task else [], [(None, crma)] if crma else [])
-            prompt_format = tiny.FORMAT if task else chat_format(tiny.tokenizer())
-            ids = prompt_format.encode(tiny.tokenizer(), body["prompt"])
-            alone = generate(tiny.injection(), ids, plan, stop_ids=(1,), **options)
-            self.known[key] = tiny.tokenizer().decode(alone.token_ids, skip_special_tokens=True)
-        return self.known[key]
+    options = {name: body[name] for name in ("temperature", "seed", "top_k", "max_tokens") if name in body}
+    prompt_format = tiny.FORMAT if used["task"] else chat_format(tiny.tokenizer())
+    ids = tuple(prompt_format.encode(tiny.tokenizer(), body["prompt"]))
+    call = Call(AdapterSelection(used["task"], used["crma"]), ids, SamplingParams(**options))
+    return tiny.tokenizer().decode(world.alone(call, 0, (1,)).token_ids, skip_special_tokens=True)
 
 
 async def test_churn(base: BaseModel, tmp_path: Path, request: pytest.FixtureRequest, capsys: Any) -> None:
@@ -173,8 +159,9 @@ async def test_churn(base: BaseModel, tmp_path: Path, request: pytest.FixtureReq
     left = {"blocks": core.scheduler.blocks.capacity - core.scheduler.blocks.num_free, "pins": pool.num_pins()}
     server.should_exit = True
     await serving
-    oracle = Oracle(store)
-    verdicts = [(verdict(oracle, *json.loads(line)), line) for line in written.read_text().splitlines()]
+    entries = [store.task(name, version) for name in store.task_names() for version in store.task_versions(name)]
+    world = World(tiny.injection(), {entry.digest: entry.load() for entry in (*entries, backbone)})
+    verdicts = [(verdict(world, *json.loads(line)), line) for line in written.read_text().splitlines()]
     wrong = [line for said, line in verdicts if said == "wrong"]
     half = churn.rss[len(churn.rss) // 2 :]
     slope = 60 * statistics.linear_regression(range(len(half)), half).slope
@@ -189,10 +176,10 @@ async def test_churn(base: BaseModel, tmp_path: Path, request: pytest.FixtureReq
     assert min(churn.counts["answered 200"], stats.num_preemptions, stats.adapter_evictions) > 0
 
 
-def verdict(oracle: Oracle, body: dict[str, Any], used: dict[str, Any], text: str) -> str:
+def verdict(world: World, body: dict[str, Any], used: dict[str, Any], text: str) -> str:
     """Whether an answer is the oracle's. In some 10^6 draws a few fall on the border between two tokens, within the
     rounding of fp32: then the oracle at a temperature of a hair more or less gives the answer."""
     near = [body | {"temperature": body.get("temperature", 0.0) * factor} for factor in (0.9999, 1.0001)]
-    if text == oracle.text(body, used):
+    if text == alone(world, body, used):
         return "right"
-    return "at a border" if text in [oracle.text(each, used) for each in near] else "wrong"
+    return "at a border" if text in [alone(world, each, used) for each in near] else "wrong"

@@ -12,9 +12,10 @@ import pytest
 import tiny
 from tiny import backbone, injection, lora
 
+from crma.entry import BackboneEntry, TaskEntry
 from crma.manifest import TrainedOn, content_digest, file_digest
 from crma.pull import BaseModel
-from crma.store import AdapterStore, BackboneEntry, TaskEntry
+from crma.store import AdapterStore
 
 WEIGHTS = "adapter_model.safetensors"
 BASE = BaseModel("tiny", "sha256:" + "a" * 64, Path("unused"), {})

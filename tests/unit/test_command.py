@@ -31,15 +31,6 @@ def crma(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
-@pytest.fixture
-def store(store: AdapterStore) -> AdapterStore:
-    """With three questions for "medical"."""
-    lines = [{"id": str(i), "task": "medical", "question": f"{i}?", "answers": ["liver"]} for i in range(3)]
-    (store.root / "question_sets").mkdir()
-    (store.root / "question_sets" / "public.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return store
-
-
 def test_what_is_trained_ships_verifies_and_is_evaluated(
     crma: Command, base: BaseModel, write_task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,9 +66,9 @@ def test_what_is_trained_ships_verifies_and_is_evaluated(
 
 
 def test_an_ablation_is_a_table(crma: Command, base: BaseModel, store: AdapterStore) -> None:
-    options = ("--model", base.path, "--max-tokens", 3, "--variants", "task+crma,base")
+    options = ("--model", base.path, "--max-tokens", 3, "--variants", "task,base")
     code, out, _ = crma("ablate", store.root, *options)
-    assert (code, "task+crma - base" in out) == (0, True)
+    assert (code, "task - base" in out) == (0, True)
 
 
 def test_a_sound_store_verifies_and_a_damaged_one_does_not(crma: Command, base: BaseModel, store: AdapterStore) -> None:

@@ -41,7 +41,8 @@ def test_answers_of_a_batch_are_those_of_each_row_alone_and_follow_the_plan() ->
     inj = injection()
     texts = []
     for plan in (Plan(), Plan(tasks=[(None, lora(inj, 4, "all-linear", seed=0))])):
-        texts.append(Evaluator(inj, tokenizer(), FORMAT, 3).answers(plan, ROWS, max_tokens=6))
+        evaluator = Evaluator(inj, tokenizer(), FORMAT, 3)
+        texts.append(evaluator.answers(plan, [example.prompt for example in EXAMPLES], max_tokens=6))
         alone = [generate(inj, row.prompt, plan, max_tokens=6, stop_ids=[STOP]).token_ids for row in ROWS]
         assert texts[-1] == [tokenizer().decode(ids, skip_special_tokens=True) for ids in alone]
     assert texts[0] != texts[1]

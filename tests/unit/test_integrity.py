@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,15 @@ def test_verify_finds_what_does_not_fit_the_base_model_or_has_a_forged_certifica
     assert [problem.field for problem in hostile.verify()] == ["max_bound"]
 
 
-@pytest.mark.parametrize("name", ["../hostile/tasks/medical", "/etc", "..", "base", "a\0b"])
-def test_a_name_that_is_a_path_is_refused_before_the_file_system(hostile: AdapterStore, name: str) -> None:
-    for look in (hostile.task, hostile.task_versions, lambda name: hostile.task("medical", name)):
-        with pytest.raises(InvalidAdapter):
-            look(name)
+NAMES = ["", "base", "Medical", "-a", ".a", "a\\b", "..", "a" * 65, "a\n", "é", "a\0", "/etc", "../hostile/x"]
+VERSIONS = ["", "1", "v", "v0", "v01", "v1/..", "v1\n", "v" + "9" * 10, "V1", "v١", ".."]
+
+
+def test_what_is_no_name_or_version_never_reaches_the_file_system(hostile: AdapterStore) -> None:
+    looks = [(partial(look, name), name) for name in NAMES for look in (hostile.task, hostile.task_versions)]
+    for look, value in looks + [(partial(hostile.task, "medical", version), version) for version in VERSIONS]:
+        with pytest.raises(InvalidAdapter, check=lambda error, value=value: error.value == value):
+            look()
 
 
 DAMAGED_CHANNELS = [

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +67,6 @@ TWICE = b'{"format": 1, "format": 1}'
 def test_what_is_not_one_json_object_of_finite_numbers_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidAdapter, check=lambda error: error.field == MANIFEST):
         parse_json(data, MANIFEST)
-
-
-NAMES = ["", "base", "Medical", "-a", ".a", "a/b", "a\\b", "..", "a" * 65, "a\n", "é", "a\0"]
-VERSIONS = ["", "1", "v", "v0", "v01", "v1/..", "v1\n", "v" + "9" * 10, "V1", "v١"]
-
-
-@pytest.mark.parametrize(
-    ("check", "value"),
-    [*((manifest.check_name, name) for name in NAMES), *((manifest.check_version, version) for version in VERSIONS)],
-)
-def test_what_is_no_name_or_version_never_reaches_the_file_system(check: Callable[[str], str], value: str) -> None:
-    with pytest.raises(InvalidAdapter, check=lambda error: error.value == value):
-        check(value)
 
 
 def test_the_examples_of_the_format_page_are_valid() -> None:

@@ -18,7 +18,7 @@ def test_plots_are_small_reproducible_and_show_every_arm(tmp_path: Path) -> None
         draw(RESULTS, tmp_path / out)
     files = {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()}
     assert files == {file.name: file.read_bytes() for file in (tmp_path / "two").iterdir()}
-    assert {"drift.svg", "loss.svg", "tradeoff.svg", "public-ablation.svg"} <= set(files)
+    assert {"drift.svg", "tradeoff.svg", "public-ablation.svg"} <= set(files)
     assert max(map(len, files.values())) < 60_000
     drawn = {name: " ".join(ElementTree.fromstring(data).itertext()) for name, data in files.items()}
     for record in (RESULTS / "quick").glob("*-seed0.json"):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import chosen
 from transformers import MinPLogitsWarper as MinP
 from transformers import RepetitionPenaltyLogitsProcessor as Repetition
 from transformers import TopKLogitsWarper as TopK
 from transformers import TopPLogitsWarper as TopP
 
-from crma.generate import next_token, penalised
 from server.engine.request import SamplingParams, TokenLogprob
 from server.engine.sampler import SamplingRow, sample, token_logprobs
 
@@ -41,13 +41,6 @@ def row(p: SamplingParams, prompt: tuple[int, ...] = (), output: tuple[int, ...]
     return SamplingRow(p, prompt, output, torch.Generator().manual_seed(p.seed or 0))
 
 
-def oracle(logits: torch.Tensor, r: SamplingRow) -> int:
-    p = r.params
-    of = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
-    scores = penalised(logits, r.prompt_ids, r.output_ids, of)
-    return next_token(scores, p.temperature, p.top_k, p.top_p, r.generator, p.min_p)
-
-
 @settings(derandomize=True, max_examples=80, deadline=None)
 @given(st.lists(st.tuples(params, st.sampled_from([*shapes])), min_size=1), st.sampled_from([40, 300, 3000]))
 def test_a_seed_gives_one_token_in_any_company(wanted: list[tuple[SamplingParams, str]], vocab: int) -> None:
@@ -57,7 +50,7 @@ def test_a_seed_gives_one_token_in_any_company(wanted: list[tuple[SamplingParams
         noise = torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(step))
         logits = torch.stack([shapes[shape](x) for x, (_, shape) in zip(noise, wanted, strict=True)])
         before = logits.clone()
-        assert sample(logits, rows) == [oracle(x, r) for x, r in zip(before, alone, strict=True)]
+        assert sample(logits, rows) == [chosen(x, r) for x, r in zip(before, alone, strict=True)]
         assert torch.equal(logits, before)
 
 
