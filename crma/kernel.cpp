@@ -45,6 +45,14 @@ template <typename T> inline void add_scaled(float* y, float scale, const T* x, 
     for (int64_t i = 0; i < n; i++) y[i] += scale * load(x[i]);
 }
 
+// One row is no parallel region: libgomp ends the threads that a smaller team leaves over, and makes them anew for the
+// next one. (`if` clauses make teams of one.)
+template <typename F> void each_row(int64_t rows, F visit) {
+    if (rows == 1) return visit(0);
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t r = 0; r < rows; r++) visit(r);
+}
+
 template <typename T> void norm_row(const T* x, const T* weight, float eps, T* y, int64_t d) {
     float squares = 0;
 #pragma omp simd reduction(+ : squares)
@@ -55,27 +63,24 @@ template <typename T> void norm_row(const T* x, const T* weight, float eps, T* y
 }
 
 template <typename T> void norm(const T* x, const T* weight, float eps, T* y, int64_t rows, int64_t d) {
-#pragma omp parallel for if (rows > 1)
-    for (int64_t r = 0; r < rows; r++) norm_row(x + r * d, weight, eps, y + r * d, d);
+    each_row(rows, [&](int64_t r) { norm_row(x + r * d, weight, eps, y + r * d, d); });
 }
 
 template <typename T> void gate(const T* x, T* y, int64_t rows, int64_t d) {
-#pragma omp parallel for if (rows > 1)
-    for (int64_t r = 0; r < rows; r++) {
+    each_row(rows, [&](int64_t r) {
         const T *a = x + r * 2 * d, *b = a + d;
 #pragma omp simd
         for (int64_t i = 0; i < d; i++) {
             float v = load(a[i]);
             y[r * d + i] = store<T>(rounded<T>(v / (1.0f + exponential(-v))) * load(b[i]));
         }
-    }
+    });
 }
 
 template <typename T>
 void rotate(T* heads, const T* head_norms, float eps, const T* cos, const T* sin, T* cache, const int64_t* slots,
             int64_t rows, int64_t H, int64_t h, int64_t e) {
-#pragma omp parallel for if (rows > 1)
-    for (int64_t r = 0; r < rows; r++) {
+    each_row(rows, [&](int64_t r) {
         T* row = heads + r * (H + 2 * h) * e;
         for (int64_t i = 0; i < H + h; i++) {
             T* x = row + i * e;
@@ -90,14 +95,14 @@ void rotate(T* heads, const T* head_norms, float eps, const T* cos, const T* sin
             }
         }
         std::copy_n(row + H * e, 2 * h * e, cache + slots[r] * 2 * h * e);
-    }
+    });
 }
 
 // One row over the blocks of its sequence, each read once: the softmax so far is scaled when a larger score comes.
 template <typename T>
 void attend_row(const T* query, const T* cache, const int64_t* blocks, T* out, int64_t first, int64_t length,
-                float scaling, int64_t H, int64_t h, int64_t e, int64_t z, std::vector<float>& memory) {
-    memory.assign(2 * H * e + 2 * H + z, 0.0f);
+                float scaling, int64_t H, int64_t h, int64_t e, int64_t z) {
+    std::vector<float> memory(2 * H * e + 2 * H + z);
     float *q = memory.data(), *sums = q + H * e, *tops = sums + H * e, *totals = tops + H, *scores = totals + H;
     for (int64_t i = 0; i < H * e; i++) q[i] = load(query[i]) * scaling;
     std::fill_n(tops, H, -INFINITY);
@@ -128,37 +133,27 @@ template <typename T>
 void attend(const T* query, int64_t stride, const T* cache, const int64_t* blocks, int64_t width,
             const int64_t* positions, T* out, int64_t window, float scaling, int64_t rows, int64_t H, int64_t h,
             int64_t e, int64_t z) {
-#pragma omp parallel if (rows > 1)
-    {
-        std::vector<float> memory;
-#pragma omp for schedule(dynamic)
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t length = positions[r] + 1, first = window > 0 ? std::max<int64_t>(0, length - window) : 0;
-            attend_row(query + r * stride, cache, blocks + r * width, out + r * H * e, first, length, scaling, H, h, e,
-                       z, memory);
-        }
-    }
+    each_row(rows, [&](int64_t r) {
+        int64_t length = positions[r] + 1, first = window > 0 ? std::max<int64_t>(0, length - window) : 0;
+        attend_row(query + r * stride, cache, blocks + r * width, out + r * H * e, first, length, scaling, H, h, e, z);
+    });
 }
 
 template <typename T>
 void add_lora(T* y, const T* x, const T* A, const T* B, const int64_t* first, const int64_t* spans,
               const int64_t* adapters, int64_t rows, int64_t in, int64_t out) {
-#pragma omp parallel if (rows > 1)
-    {
+    each_row(rows, [&](int64_t r) {
+        if (adapters[r] < 0) return;
         std::vector<float> wide(in), sums(out);
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++) {
-            if (adapters[r] < 0) continue;
-            for (int64_t i = 0; i < in; i++) wide[i] = load(x[r * in + i]);
-            for (int64_t i = 0; i < out; i++) sums[i] = load(y[r * out + i]);
-            for (int64_t j = first[adapters[r]]; j < first[adapters[r] + 1]; j++) {
-                float read = dot(wide.data(), A + j * in, in);
-                int64_t start = spans[2 * j], stop = spans[2 * j + 1];
-                add_scaled(sums.data() + start, read, B + j * out + start, stop - start);
-            }
-            for (int64_t i = 0; i < out; i++) y[r * out + i] = store<T>(sums[i]);
+        for (int64_t i = 0; i < in; i++) wide[i] = load(x[r * in + i]);
+        for (int64_t i = 0; i < out; i++) sums[i] = load(y[r * out + i]);
+        for (int64_t j = first[adapters[r]]; j < first[adapters[r] + 1]; j++) {
+            float read = dot(wide.data(), A + j * in, in);
+            int64_t start = spans[2 * j], stop = spans[2 * j + 1];
+            add_scaled(sums.data() + start, read, B + j * out + start, stop - start);
         }
-    }
+        for (int64_t i = 0; i < out; i++) y[r * out + i] = store<T>(sums[i]);
+    });
 }
 
 // A pointer to each, under its name and type.
