@@ -109,7 +109,7 @@ def paired_bootstrap(differences: Sequence[float], *, seed: int, confidence: flo
     return float(low), float(high)
 
 
-def paired_equivalence(differences: Sequence[int], *, margin: float, seed: int) -> bool | None:
+def paired_equivalence(differences: Sequence[float], *, margin: float, seed: int) -> bool | None:
     """Whether two variants are as good as each other, within `margin`, on paired right-or-wrong items.
 
     `differences` [n] holds 1 (gained), -1 (lost) or 0. True: the 90 % bootstrap interval of their mean lies strictly

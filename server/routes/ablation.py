@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from crma.ablation import ItemResult, Job, check_settings, plan, report
 from crma.errors import NotFound
 from crma.question_set import Question, QuestionSet, inline_question_set, read_question_set
-from crma.selection import AdapterSelection, Variant
+from crma.selection import AdapterSelection
 from server.auth import require_key
 from server.engine.errors import PromptTooLong, QueueFull
 from server.engine.request import SamplingParams
@@ -30,11 +30,11 @@ async def ablation(body: AblationRequest, request: Request, frontend: TheFronten
     the number of items after any filter.
     """
     started = time.monotonic()
-    check_settings(scorer=body.scorer, margin=body.margin)
     asked = await asyncio.to_thread(_question_set, body, frontend)
+    check_settings(asked.questions, scorer=body.scorer, margin=body.margin)
     selected: dict[tuple[str, AdapterSelection], Resolved] = {}  # by task, whose prompt format is its own
 
-    def select(variant: Variant, task: str) -> AdapterSelection:
+    def select(variant: str, task: str) -> AdapterSelection:
         resolved = frontend.resolve(task if "task" in variant else None, "crma" in variant)
         selected[task, resolved.selection] = resolved
         return resolved.selection
