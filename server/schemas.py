@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from crma.prompts import Turn
 from crma.question_set import MAX_ITEMS, Question
 from crma.scorers import SCORERS
-from crma.selection import Variant
+from crma.selection import read_cell
 from server.engine.request import SamplingParams
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON client keeps exact
@@ -179,6 +179,11 @@ class QuestionBody(_Body, Question):
     model_config = ConfigDict(strict=False)  # its answers are a tuple, which JSON does not have
 
 
+def _a_cell(variant: str) -> str:
+    read_cell(variant)
+    return variant
+
+
 class AblationRequest(_Body):
     """Either `question_set` or `questions`. A variant named twice is a null run."""
 
@@ -187,14 +192,27 @@ class AblationRequest(_Body):
     question_set: str | None = Field(None, description="Name of a question set of the store, such as `public`.")
     questions: list[QuestionBody] | None = Field(None, min_length=1, max_length=MAX_ITEMS)
     tasks: list[str] | None = Field(None, min_length=1, description="Only the questions of these tasks.")
-    variants: list[Variant] = Field(default=["task+crma", "task"], min_length=1, max_length=8)
+    variants: list[Annotated[str, AfterValidator(_a_cell)]] = Field(
+        default=["task+crma", "task"],
+        min_length=1,
+        max_length=8,
+        description="base, task, crma, task+crma; also of versions: task@v2+crma@v1.",
+    )
     scorer: str = Field("exact", description="One of " + ", ".join(SCORERS))
+    tolerance: float = Field(0, ge=0, description="Of numeric: |text - answer| at most this, or")
+    relative_tolerance: float = Field(0, ge=0, description="at most this share of |answer|.")
     max_tokens: int = Field(16, ge=1)
-    seed: Seed = Field(0, description="Of the bootstrap.")
-    margin: float = Field(0.02, gt=0, lt=1, description="Difference within which two variants are equivalent.")
+    temperature: Temperature = 0
+    seed: Seed = Field(0, description="Of the bootstrap; and of each item, where temperature is not 0.")
+    margin: float = Field(
+        0.02, gt=0, lt=1, description="Difference (perplexity: nats a token) within which two variants are equivalent."
+    )
     repeat: bool = Field(False, description="Run variants of one selection apart instead of sharing results.")
     timeout_s: float | None = Field(None, gt=0, description="Deadline of each item; null: the server's.")
-    background: Literal[False] = Field(False, description="Not honoured in this version: true is refused.")
+    background: bool = Field(False, description="Answer at once with 202 and where to look.")
+    provenance: dict[str, JsonValue] | None = Field(
+        None, description="Of an earlier run: refused with 409 where something else would answer now."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
