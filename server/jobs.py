@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -134,9 +134,12 @@ class Jobs:
             log.exception("job %s failed", job.id)
             job.error = "the server failed; its log has the reason"
         try:
-            job.status = status
-            await asyncio.to_thread(self._write, job, result)
+            await asyncio.to_thread(self._write, replace(job, status=status), result)
+        except OSError as error:
+            log.error("job %s: its result cannot be written: %s", job.id, error)
+            status, job.error = "failed", "the result could not be written"
         finally:
+            job.status = status  # not before the result is there to be read
             del self._tasks[job.id]
             self._move()
 
