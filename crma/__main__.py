@@ -189,7 +189,10 @@ def ablate(
     names: Any = [name.strip() for name in variants.split(",")]
     options: Any = {"scorer": scorer, "max_tokens": max_tokens, "margin": margin, "seed": seed}
     options |= {"tolerance": tolerance, "relative_tolerance": relative_tolerance}
-    options |= {"strengths": [float(share) for share in strengths.split(",") if share], "with_naive_bayes": bool(split)}
+    options |= {
+        "strengths": [float(share) for share in strengths.split(",") if share],
+        "with_naive_bayes": bool(split) and scorer != "perplexity",
+    }
     result = run(served, asked, names, control=AdapterStore(control) if control else None, **options, note=note)
     if as_json:
         show_json(result)

@@ -21,7 +21,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from crma import scorers, statistics
-from crma.errors import ConfigError
 from crma.question_set import Question
 from crma.scorers import Likelihood
 from crma.selection import AdapterSelection, read_cell
@@ -110,6 +109,8 @@ def check_settings(questions: Sequence[Question], *, scorer: str, margin: float,
 
 def of_likelihoods(scorer: str, texts: Sequence[str], likelihoods: Sequence[Likelihood]) -> ItemResult:
     """The outcome of a scorer that needs `likelihoods` of `texts` (`scorers.continuations`)."""
+    if not all(math.isfinite(each.logprob) for each in likelihoods):
+        return ItemResult("failed", error="a log-probability is not finite")
     return ItemResult("scored", scorers.likeliest(scorer, texts, likelihoods), likelihoods=tuple(likelihoods))
 
 
@@ -164,11 +165,7 @@ def report(
 
 def _labels(variants: Sequence[str]) -> tuple[str, ...]:
     """A distinct name for each place: "task", then "task#2" for the same variant again."""
-    if not variants:
-        raise ConfigError(
-            "Variants are one or more of those there are.", field="variants", value=[], allowed="1 or more"
-        )
-    for variant in variants:
+    for variant in variants or [""]:
         read_cell(variant)
     nth = [variants[: i + 1].count(variant) for i, variant in enumerate(variants)]
     return tuple(name if n == 1 else f"{name}#{n}" for name, n in zip(variants, nth, strict=True))
@@ -219,13 +216,12 @@ def _comparison(
         return about | {"detectable_difference": least, "equivalent_within_margin": is_same}
     table = Counter((x, y) for _, x, y in both)
     gained, lost = table[True, False], table[False, True]
+    equivalent = statistics.paired_equivalence(differences, margin=margin, seed=seed) if several else None
     return about | {
         "mcnemar": {"gained": gained, "lost": lost, "p": statistics.mcnemar(gained, lost) if n else None},
         "table": {"both": table[True, True], "a_only": gained, "b_only": lost, "neither": table[False, False]},
         "detectable_difference": statistics.detectable_difference(gained + lost, n) if n else None,
-        "equivalent_within_margin": (
-            statistics.paired_equivalence(differences, margin=margin, seed=seed) if several else None
-        ),
+        "equivalent_within_margin": equivalent,
         "flips": {"gained": [q.id for q, x, y in both if x > y], "lost": [q.id for q, x, y in both if x < y]},
         "by_task": _by_task([(question.task, x - y) for question, x, y in both]),
     }

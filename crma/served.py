@@ -150,11 +150,9 @@ def ablate(
     Args:
         control: a store of LoRAs that never saw CRMA, the counterfactual: a LoRA trained with CRMA misses it.
         strengths: of the injection, "task+crma x0.25"; 0 is off and 1 is on.
-        with_naive_bayes: a classifier of the task's training split, no language model. Built-in tasks only.
+        with_naive_bayes: a classifier of the task's training split, no language model. Built-in tasks, no likelihoods.
     """
     check_settings(questions.questions, scorer=scorer, margin=margin, **tolerances)
-    if with_naive_bayes and continuations(scorer, ["answer"], ["choice"]):
-        with_naive_bayes = False  # it has no likelihoods
     labels = plan(questions.questions, variants, served.selection).job_of  # raises for what is not there
 
     def of(asked: Served, variant: str, strength: float = 1.0) -> Answerer:

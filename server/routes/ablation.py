@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from server.ablation import prepare
 from server.answer import HEADERS, event
@@ -93,5 +94,8 @@ _LINES = {"requestBody": {"content": {"application/x-ndjson": {"schema": {"type"
 )
 async def upload_question_set(name: str, request: Request, frontend: TheFrontend) -> dict[str, Any]:
     """Keeps a set, one question a line: id, task, question, answers, and perhaps choices. An error names its line."""
-    lines = await request.body()
+    try:
+        lines = await request.body()
+    except (UnicodeDecodeError, ClientDisconnect) as error:
+        raise HTTPException(400) from error  # as of any other body: server/errors.py
     return (await asyncio.to_thread(frontend.question_sets.write, name, lines)).describe()

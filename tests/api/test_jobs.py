@@ -125,7 +125,7 @@ async def test_an_uploaded_set_is_listed_and_asked_and_a_bad_one_refused_by_its_
     served = await serve(evaluations=tmp_path, admin_key="admin")
     lines = "\n".join(json.dumps({**LINE, "id": str(i)}) for i in range(2))
 
-    async def put(name: str, content: str, **headers: str) -> tuple[int, Any]:
+    async def put(name: str, content: str | bytes, **headers: str) -> tuple[int, Any]:
         answer = await served.client.put(f"/question_sets/{name}", content=content, headers=headers)
         return answer.status_code, answer.json().get("error", answer.json())
 
@@ -134,6 +134,8 @@ async def test_an_uploaded_set_is_listed_and_asked_and_a_bad_one_refused_by_its_
     assert (status, described["name"], described["items"]) == (200, "mine", 2)
     status, error = await put("mine", f'{lines}\n{{"id": "3", "task": "medical"}}', **ADMIN)
     assert (status, error["field"]) == (422, "mine line 3.question")
+    assert (await put("mine", b"\xff", **ADMIN))[1]["code"] == "malformed_body"
+    assert (await put("mine", " " * 2**20 + "\n", **ADMIN))[1]["code"] == "body_too_large"
     for name in ("public", "A", ".x", "x" * 65):
         assert (await put(name, lines, **ADMIN))[1]["field"] == "name"
     assert (await put("..%2Fmine", lines, **ADMIN))[0] == 404

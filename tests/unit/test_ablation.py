@@ -1,6 +1,7 @@
 """The plan shares what is the same; the report counts what was scored and nothing else."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -132,6 +133,7 @@ def test_a_choice_is_the_likeliest_and_its_length_counts_if_it_is_to() -> None:
     texts = ("yes", "a long answer")
     likelihoods = [Likelihood(-3.0, 1), Likelihood(-4.0, 3)]
     assert of_likelihoods("choice", texts, likelihoods).text == "yes"
+    assert of_likelihoods("choice", texts, [Likelihood(-math.inf, 1), *likelihoods[1:]]).status == "failed"
     assert of_likelihoods("choice_normalised", texts, likelihoods).text == "a long answer"
     with pytest.raises(ConfigError, match=r"questions\[0\] has no choices"):
         check_settings(asked(1), scorer="choice", margin=0.1)
