@@ -89,13 +89,14 @@ class Scheduler:
         Args:
             admit: asked for each sequence for which there is room, in order; `NOW` takes its adapters.
         """
-        step = Step()
-        for sequence in sorted(self.running, key=lambda s: (s.num_pending_tokens > 1, not s.request.interactive)):
-            count = min(sequence.num_pending_tokens, self._budget(step))
-            if count and sequence not in step.preempted and self._make_room(sequence, count, step):
-                step.chunks.append(Chunk(sequence, sequence.num_computed_tokens, count))
-        if not step.preempted:
-            self._start_waiting(step, admit)
+        step, passed = Step(), list[Sequence]()
+        running = sorted(self.running, key=lambda s: s.num_pending_tokens > 1)
+        is_last = [s.num_pending_tokens > 1 and not s.request.interactive for s in running]
+        self._go_on([s for s, last in zip(running, is_last, strict=True) if not last], step)
+        may_start = self._start([s for s in self.waiting if s.request.interactive], step, admit, passed)
+        self._go_on([s for s, last in zip(running, is_last, strict=True) if last], step)
+        if may_start:
+            self._start([s for s in self.waiting if not s.request.interactive], step, admit, passed)
         return step
 
     def computed(self, step: Step) -> None:
@@ -132,18 +133,29 @@ class Scheduler:
     def _budget(self, step: Step) -> int:
         return self.max_num_batched_tokens - sum(chunk.count for chunk in step.chunks)
 
-    def _start_waiting(self, step: Step, admit: Callable[[Sequence], Admission]) -> None:
-        passed: list[Sequence] = []
-        for sequence in sorted(self.waiting, key=lambda s: not s.request.interactive):
+    def _go_on(self, sequences: list[Sequence], step: Step) -> None:
+        """The next tokens of what runs."""
+        for sequence in sequences:
+            count = min(sequence.num_pending_tokens, self._budget(step))
+            if count and sequence not in step.preempted and self._make_room(sequence, count, step):
+                step.chunks.append(Chunk(sequence, sequence.num_computed_tokens, count))
+
+    def _start(
+        self, waiting: list[Sequence], step: Step, admit: Callable[[Sequence], Admission], passed: list[Sequence]
+    ) -> bool:
+        """Start what there is room for, in order. `passed`: who could not yet. Returns whether others may follow."""
+        if step.preempted:
+            return False
+        for sequence in waiting:
             if self._leader_computes(sequence):
                 continue  # its prompt will be in the cache
             cached = self._cached_blocks(sequence)
             victims = self._victims(sequence, cached)
             if victims is None or not self._budget(step):
-                return
+                return False
             admission = admit(sequence)
             if admission is Admission.HOLD:
-                return
+                return False
             if admission is Admission.LATER:
                 passed.append(sequence)
                 continue
@@ -161,6 +173,7 @@ class Scheduler:
             count = min(sequence.num_pending_tokens, self._budget(step))
             self._grow(sequence, count, step)
             step.chunks.append(Chunk(sequence, sequence.num_computed_tokens, count))
+        return not step.preempted
 
     def _victims(self, sequence: Sequence, cached: list[int]) -> list[Sequence] | None:
         """Who has to give way for it to start, its beginning being in the blocks `cached`; None: it has to wait."""

@@ -83,8 +83,9 @@ class Schedules(RuleBasedStateMachine):
         assert not (any(gave_way) and started), "one gives way while another starts"
         assert not gave_way or all(s.request.interactive for s in started[:1]), "one gives way to its equal"
         assert not any(gave_way) or not any(not s.request.interactive for s in self.scheduler.running)
-        waits = [s for s in could if s.request.interactive and s not in started]
-        if waits and not gave_way and sum(c.count for c in step.chunks) < self.scheduler.max_num_batched_tokens:
+        waits = [s for s in queue if s.request.interactive and s not in started][:1]
+        before_it = [c.count for c in step.chunks if c.sequence.request.interactive or c.sequence in decoding]
+        if waits and waits[0] in could and not gave_way and sum(before_it) < self.scheduler.max_num_batched_tokens:
             running = [s for s in self.scheduler.running if s.request.interactive]
             blocks = self.scheduler.blocks
             free = blocks.capacity - sum(len(s.block_table) for s in running)
