@@ -25,6 +25,7 @@ COPY --chown=crma:crma adapters_store adapters_store
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     CRMA_HOME=/var/lib/crma \
+    CRMA_EVALUATIONS=/var/lib/crma/evaluations \
     CRMA_HOST=0.0.0.0 \
     CRMA_PORT=8000 \
     CRMA_MODEL=SmolLM2-135M-Instruct

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from crma.errors import CrmaError
 from crma.pull import DEFAULT_MODEL, find_base
+from crma.scorers import SCORERS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -153,7 +154,9 @@ def ablate(
     variants: Annotated[str, typer.Option(help="Comma-separated.")] = "task+crma,task,crma,base",
     control: Annotated[Path | None, typer.Option(help="A store of LoRAs trained without CRMA.")] = None,
     strengths: Annotated[str, typer.Option(help="Of the injection, such as 0,.25,.5,.75,1.")] = "",
-    scorer: str = "exact",
+    scorer: Annotated[str, typer.Option(help=f"One of {', '.join(SCORERS)}.")] = "exact",
+    tolerance: Annotated[float, typer.Option(help="Of numeric.")] = 0.0,
+    relative_tolerance: float = 0.0,
     max_tokens: int = 16,
     margin: float = 0.02,
     seed: int = 0,
@@ -172,19 +175,27 @@ def ablate(
     asked = split_questions(built_in, split) if split else read_question_set(file)
     names: Any = [name.strip() for name in variants.split(",")]
     options: Any = {"scorer": scorer, "max_tokens": max_tokens, "margin": margin, "seed": seed}
-    options |= {"strengths": [float(share) for share in strengths.split(",") if share], "with_naive_bayes": bool(split)}
+    options |= {"tolerance": tolerance, "relative_tolerance": relative_tolerance}
+    options |= {
+        "strengths": [float(share) for share in strengths.split(",") if share],
+        "with_naive_bayes": bool(split) and scorer != "perplexity",
+    }
     result = run(served, asked, names, control=AdapterStore(control) if control else None, **options, note=note)
     if as_json:
         show_json(result)
         return
     typer.echo(f"{split or file}: accuracy [95 %, Wilson]")
     for variant, row in result["variants"].items():
-        counts = f"{row['correct']} of {row['scored']}"
-        typer.echo(f"{variant:<15} {row['accuracy']:.2f} {interval(row['wilson'])} {counts}")
+        if scorer == "perplexity":
+            typer.echo(f"{variant:<15} perplexity {row['perplexity']:.4g} of {row['scored']} answers")
+        else:
+            counts = f"{row['correct']} of {row['scored']}"
+            typer.echo(f"{variant:<15} {row['accuracy']:.2f} {interval(row['wilson'])} {counts}")
     for pair in result["comparisons"]:
-        flips = pair["mcnemar"]
         text = f"{pair['a']} - {pair['b']}: {pair['difference']:+.2f} {interval(pair['bootstrap'])}"
-        typer.echo(f"{text}, gained {flips['gained']}, lost {flips['lost']}, p = {flips['p']:.2g}")
+        if flips := pair.get("mcnemar"):
+            text += f", gained {flips['gained']}, lost {flips['lost']}, p = {flips['p']:.2g}"
+        typer.echo(text)
 
 
 @app.command()

@@ -11,39 +11,47 @@ any other comparison is noise. Variants that resolve to one selection share each
 flips by construction; `repeat=True` runs them apart.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal, get_args
 
-from crma import statistics
-from crma.errors import ConfigError
+import numpy as np
+
+from crma import scorers, statistics
 from crma.question_set import Question
-from crma.scorers import scorer as scorer_named
-from crma.selection import VARIANTS, AdapterSelection, Variant
+from crma.scorers import Likelihood
+from crma.selection import AdapterSelection, read_cell
 
 Status = Literal["scored", "failed", "timed_out"]
 
 
 @dataclass(frozen=True)
 class ItemResult:
-    """Outcome of one generation. "scored" has a text, which may be empty; the others are never right or wrong."""
+    """Outcome of one job. "scored" has a text, which may be empty; the others are never right or wrong.
+
+    `likelihoods`: of the texts that the scorer asked for, of which `text` is the chosen one (`of_likelihoods`).
+    """
 
     status: Status
     text: str | None = None
     error: str | None = None
+    likelihoods: tuple[Likelihood, ...] = ()
 
 
-Marked = tuple[ItemResult, bool | None]  # an outcome, and whether it is right: None unless scored
+# An outcome, and whether it is right, or nats a token where the scorer is no judgement; None unless scored.
+Marked = tuple[ItemResult, bool | float | None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One generation: the question's index and the adapters to answer it with."""
+    """One generation: the question's index and the adapters to answer it with; `nth` to do so, where a run repeats."""
 
     question: int
     selection: AdapterSelection
+    nth: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,8 @@ class AblationPlan:
 
 def plan(
     questions: Sequence[Question],
-    variants: Sequence[Variant],
-    select: Callable[[Variant, str], AdapterSelection],
+    variants: Sequence[str],
+    select: Callable[[str, str], AdapterSelection],
     *,
     repeat: bool = False,
 ) -> AblationPlan:
@@ -69,7 +77,7 @@ def plan(
 
     Args:
         questions: in the order of the report.
-        variants: in the order of the report; a variant given twice makes a null run.
+        variants: in the order of the report (`read_cell`); a variant given twice makes a null run.
         select: (variant, task name) -> selection; asked once for each pair, and may raise for adapters it lacks.
         repeat: run variants of equal selection apart, to see what is not deterministic.
     """
@@ -80,23 +88,40 @@ def plan(
     rows: dict[str, list[int]] = {label: [] for label in labels}
     for index, question in enumerate(questions):
         shared: dict[AdapterSelection, int] = {}
+        times: Counter[AdapterSelection] = Counter()
         for label, variant in zip(labels, variants, strict=True):
             selection = selections[variant, question.task]
             if repeat or selection not in shared:
                 shared[selection] = len(jobs)
-                jobs.append(Job(index, selection))
+                jobs.append(Job(index, selection, times[selection]))
+                times[selection] += 1
             rows[label].append(shared[selection])
     return AblationPlan(tuple(jobs), {label: tuple(row) for label, row in rows.items()})
 
 
-def check_settings(*, scorer: str, margin: float) -> None:
-    """ConfigError for a scorer or margin that `report` would refuse; to be called before the generations run."""
-    scorer_named(scorer)
+def check_settings(questions: Sequence[Question], *, scorer: str, margin: float, **tolerances: float) -> None:
+    """ConfigError for what `report` would refuse or the scorer cannot judge; to be called before anything runs."""
+    scorers.scorer(scorer, **tolerances)
     statistics.check_share(margin)
+    for i, question in enumerate(questions):
+        scorers.check_answers(scorer, f"questions[{i}]", question.answers, question.choices)
+
+
+def of_likelihoods(scorer: str, texts: Sequence[str], likelihoods: Sequence[Likelihood]) -> ItemResult:
+    """The outcome of a scorer that needs `likelihoods` of `texts` (`scorers.continuations`)."""
+    if not all(math.isfinite(each.logprob) for each in likelihoods):
+        return ItemResult("failed", error="a log-probability is not finite")
+    return ItemResult("scored", scorers.likeliest(scorer, texts, likelihoods), likelihoods=tuple(likelihoods))
 
 
 def report(
-    questions: Sequence[Question], results: Mapping[str, Sequence[ItemResult]], *, scorer: str, margin: float, seed: int
+    questions: Sequence[Question],
+    results: Mapping[str, Sequence[ItemResult]],
+    *,
+    scorer: str,
+    margin: float,
+    seed: int,
+    **tolerances: float,
 ) -> dict[str, Any]:
     """The "variants", "comparisons" and "items" of an ablation's answer; plain JSON, nothing in it is NaN or infinite.
 
@@ -106,12 +131,24 @@ def report(
     Args:
         questions: what was asked.
         results: label -> [questions] outcomes; the label is a variant's name, or any other for a further control.
-        scorer: a name in SCORERS.
-        margin: two variants are equivalent within it, a share of items in (0, 1).
+        scorer: a name in SCORERS; `tolerances` are those of numeric.
+        margin: two variants are equivalent within it, a share of items (or nats a token) in (0, 1).
         seed: of the bootstrap.
     """
-    check_settings(scorer=scorer, margin=margin)
-    marked = {label: _marked(questions, row, scorer) for label, row in results.items()}
+    check_settings(questions, scorer=scorer, margin=margin, **tolerances)
+    is_right = scorers.scorer(scorer, **tolerances)
+
+    def mark(result: ItemResult, question: Question) -> bool | float | None:
+        if result.status != "scored":
+            return None
+        if scorer == "perplexity":
+            return result.likelihoods[0].logprob / result.likelihoods[0].num_tokens
+        return is_right(result.text or "", question.answers)
+
+    marked = {
+        label: [(result, mark(result, question)) for question, result in zip(questions, row, strict=True)]
+        for label, row in results.items()
+    }
     return {
         "variants": {label: _summary(questions, row) for label, row in marked.items()},
         "comparisons": [
@@ -126,19 +163,10 @@ def report(
     }
 
 
-def _marked(questions: Sequence[Question], row: Sequence[ItemResult], scorer: str) -> list[Marked]:
-    is_right = scorer_named(scorer)
-    return [
-        (result, is_right(result.text or "", question.answers) if result.status == "scored" else None)
-        for question, result in zip(questions, row, strict=True)
-    ]
-
-
-def _labels(variants: Sequence[Variant]) -> tuple[str, ...]:
+def _labels(variants: Sequence[str]) -> tuple[str, ...]:
     """A distinct name for each place: "task", then "task#2" for the same variant again."""
-    if not variants or not set(variants) <= set(VARIANTS):
-        message = "Variants are one or more of those there are."
-        raise ConfigError(message, field="variants", value=list(variants), allowed=list(VARIANTS))
+    for variant in variants or [""]:
+        read_cell(variant)
     nth = [variants[: i + 1].count(variant) for i, variant in enumerate(variants)]
     return tuple(name if n == 1 else f"{name}#{n}" for name, n in zip(variants, nth, strict=True))
 
@@ -154,11 +182,18 @@ def _summary(questions: Sequence[Question], row: Sequence[Marked]) -> dict[str, 
 def _counts(row: Sequence[Marked]) -> dict[str, Any]:
     statuses = Counter(result.status for result, _ in row)
     correct, scored = sum(mark is True for _, mark in row), statuses["scored"]
+    counts = {status: statuses[status] for status in get_args(Status)}
+    nats = [mark for _, mark in row if type(mark) is float]
+    if nats:
+        mean = float(np.mean(nats))
+        return {**counts, "logprob_per_token": mean, "perplexity": math.exp(min(-mean, 700.0))}
     return {
         "correct": correct,
-        **{status: statuses[status] for status in get_args(Status)},
+        **counts,
         "accuracy": correct / scored if scored else None,
         "wilson": list(statistics.wilson(correct, scored)) if scored else None,
+        "worst_case": correct / len(row),  # were every item without a score wrong, and right
+        "best_case": (correct + len(row) - scored) / len(row),
     }
 
 
@@ -167,23 +202,52 @@ def _comparison(
 ) -> dict[str, Any]:
     """a against b, item by item: gained = right only in a, lost = right only in b."""
     pairs = zip(questions, a, b, strict=True)
-    both = [(q.id, x, y) for q, (_, x), (_, y) in pairs if x is not None and y is not None]
-    table = Counter((x, y) for _, x, y in both)
-    gained, lost, n = table[True, False], table[False, True], len(both)
+    both = [(question, x, y) for question, (_, x), (_, y) in pairs if x is not None and y is not None]
     differences = [x - y for _, x, y in both]
-    equivalent = statistics.paired_equivalence(differences, margin=margin, seed=seed) if n > 1 else None
-    return {
+    n, several = len(both), len(both) > 1
+    about = {
         "n": n,
-        "difference": (gained - lost) / n if n else None,
-        "bootstrap": list(statistics.paired_bootstrap(differences, seed=seed)) if n > 1 else None,
+        "difference": float(np.mean(differences)) if n else None,
+        "bootstrap": list(statistics.paired_bootstrap(differences, seed=seed)) if several else None,
+    }
+    if any(type(x) is float for _, x, _ in both):
+        is_same = statistics.tost(differences, margin=margin) <= statistics.ALPHA if several else None
+        least = statistics.detectable_mean(differences) if several else None
+        return about | {"detectable_difference": least, "equivalent_within_margin": is_same}
+    table = Counter((x, y) for _, x, y in both)
+    gained, lost = table[True, False], table[False, True]
+    equivalent = statistics.paired_equivalence(differences, margin=margin, seed=seed) if several else None
+    return about | {
         "mcnemar": {"gained": gained, "lost": lost, "p": statistics.mcnemar(gained, lost) if n else None},
         "table": {"both": table[True, True], "a_only": gained, "b_only": lost, "neither": table[False, False]},
+        "detectable_difference": statistics.detectable_difference(gained + lost, n) if n else None,
         "equivalent_within_margin": equivalent,
-        "flips": {"gained": [id for id, x, y in both if x > y], "lost": [id for id, x, y in both if x < y]},
+        "flips": {"gained": [q.id for q, x, y in both if x > y], "lost": [q.id for q, x, y in both if x < y]},
+        "by_task": _by_task([(question.task, x - y) for question, x, y in both]),
     }
 
 
-def _output(result: ItemResult, mark: bool | None) -> dict[str, Any]:
+def _by_task(differences: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """(task, difference) of each item -> the same of each task, with p adjusted for the number of tasks."""
+    counted: dict[str, Counter[float]] = {}
+    for task, difference in differences:
+        counted.setdefault(task, Counter())[difference] += 1
+    p = [statistics.mcnemar(flips[1], flips[-1]) for flips in counted.values()]
+    return {
+        task: {
+            "n": flips.total(),
+            "difference": (flips[1] - flips[-1]) / flips.total(),
+            "mcnemar": {"gained": flips[1], "lost": flips[-1], "p": each, "p_holm": adjusted},
+        }
+        for (task, flips), each, adjusted in zip(counted.items(), p, statistics.holm(p), strict=True)
+    }
+
+
+def _output(result: ItemResult, mark: bool | float | None) -> dict[str, Any]:
     """What a variant answered; an item without a score says why, and its "correct" is null."""
+    if type(mark) is float:
+        return {"text": result.text, "logprob_per_token": mark}
     shown: dict[str, Any] = {"text": result.text, "correct": mark}
+    if result.likelihoods:
+        shown["logprobs"] = [each.logprob for each in result.likelihoods]
     return shown if result.status == "scored" else shown | {"status": result.status, "error": result.error}

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from crma.data import Example
 from crma.injection import Injection, Plan
 from crma.prompts import PromptFormat
+from crma.scorers import Likelihood
 from crma.statistics import wilson
 
 IGNORED = -100
@@ -138,6 +139,20 @@ class Evaluator:
                 for i, text in zip(indices, texts, strict=True):
                     answers[i] = text
         return answers
+
+    @torch.inference_mode()
+    def likelihoods(self, plan: Plan, rows: Sequence[Encoded]) -> list[Likelihood]:
+        """Of the answer of every row, which need not end with the stop token."""
+        found = [Likelihood(0.0, 0)] * len(rows)
+        with self.injection.active(plan):
+            for indices in self._by_length(rows):
+                batch = collate([rows[i] for i in indices], self.stop_id, self.injection.model.device)
+                targets = batch.targets[batch.targets != IGNORED]
+                logprobs = answer_logits(self.injection.model, batch).float().log_softmax(-1)
+                parts = torch.split(logprobs.gather(-1, targets[:, None])[:, 0], [len(rows[i].answer) for i in indices])
+                for i, part in zip(indices, parts, strict=True):
+                    found[i] = Likelihood(part.sum().item(), len(part))
+        return found
 
     def _by_length(self, rows: Sequence[Encoded]) -> Iterator[list[int]]:
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt) + len(rows[i].answer), i))

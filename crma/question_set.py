@@ -1,9 +1,10 @@
-"""Question sets: JSON Lines of {"id", "task", "question", "answers"}, checked field by field.
+"""Question sets: JSON Lines of {"id", "task", "question", "answers"} and "choices", checked field by field.
 
     {"id": "q1", "task": "medical", "question": "Which chapter has \\"Cholera\\"?", "answers": ["infectious diseases"]}
 
-UTF-8, one object a line, all four keys and no other, blank lines ignored. Whatever is wrong is a ConfigError whose
-field names the line (or the index, for questions given inline), never a question left out.
+UTF-8, one object a line, blank lines ignored; no other key than these five, of which only the last may be missing.
+Whatever is wrong is a ConfigError whose field names the line (or the index, for questions given inline), never a
+question left out.
 """
 
 import json
@@ -11,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from crma.errors import ConfigError
 from crma.json_lines import Text, checked, read_lines
@@ -21,6 +22,7 @@ from crma.manifest import bytes_digest
 from crma.scorers import normalise
 
 MAX_ITEMS = 10_000
+MAX_CHOICES = 26
 
 
 def _not_only_punctuation(answer: str) -> str:
@@ -33,7 +35,7 @@ Answer = Annotated[str, AfterValidator(_not_only_punctuation)]
 
 
 class Question(BaseModel):
-    """One item: `task` names the adapter that should know, `answers` all that count as right."""
+    """One item: `task` names the adapter that should know, `answers` all that count as right; of `choices`, if any."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,6 +43,14 @@ class Question(BaseModel):
     task: Text
     question: Text
     answers: tuple[Answer, ...] = Field(min_length=1)
+    choices: tuple[Answer, ...] = Field((), max_length=MAX_CHOICES)
+
+    @model_validator(mode="after")
+    def _answers_are_choices(self) -> Self:
+        choices = set(self.choices)
+        if self.choices and not (len(choices) == len(self.choices) > 1 and choices.issuperset(self.answers)):
+            raise ValueError("choices are two or more, each once, and have every answer among them")
+        return self
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class QuestionSet:
     @cached_property
     def digest(self) -> str:
         """Identifies these questions in this order: not the file's layout, not the name."""
-        content = [question.model_dump() for question in self.questions]
+        content = [question.model_dump(exclude_defaults=True) for question in self.questions]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return bytes_digest(canonical.encode())
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
-from crma.ablation import ItemResult, check_settings, plan, report
+from crma.ablation import ItemResult, check_settings, of_likelihoods, plan, report
 from crma.adapter import FoldedPair
 from crma.baselines import naive_bayes
 from crma.data import load_split
@@ -14,15 +14,16 @@ from crma.evaluate import Evaluator
 from crma.injection import Injection, Plan
 from crma.lora import Lora
 from crma.model import load_model, load_tokenizer, resolve_device, resolve_dtype
-from crma.prompts import chat_format
+from crma.prompts import chat_format, encode_text
 from crma.provenance import commit, hardware
 from crma.pull import BaseModel
-from crma.question_set import QuestionSet, inline_question_set
-from crma.selection import VARIANTS, AdapterSelection, Variant
+from crma.question_set import Question, QuestionSet, inline_question_set
+from crma.scorers import continuations
+from crma.selection import VARIANTS, AdapterSelection, read_cell
 from crma.store import AdapterStore
 
 Note = Callable[[str], None]
-Answerer = Callable[[str, list[str]], list[str]]  # (task, prompts) -> answers
+Answerer = Callable[[str, list[Question]], list[ItemResult]]  # of a task
 
 
 class Served:
@@ -59,23 +60,24 @@ class Served:
             self._loaded[entry.digest] = entry.load(self.injection.shapes).folded(self.device, self.dtype)
         return self._loaded[entry.digest]
 
-    def entries(self, variant: Variant, task: str) -> tuple[TaskEntry | None, BackboneEntry | None]:
+    def entries(self, variant: str, task: str) -> tuple[TaskEntry | None, BackboneEntry | None]:
         """What serves a variant. Raises StoreError, or ConfigError where it needs a backbone and none serves."""
-        entry = self.store.task(task) if "task" in variant else None
-        backbone = self.store.backbone() if "crma" in variant else None
-        if "crma" in variant and backbone is None:
+        cell = read_cell(variant)
+        entry = self.store.task(task, cell.task_version) if cell.task else None
+        backbone = self.store.backbone(cell.crma_version) if cell.crma else None
+        if cell.crma and backbone is None:
             without = [other for other in VARIANTS if "crma" not in other]
             message = f"Variant {variant!r} needs a backbone, and none serves."
             raise ConfigError(message, field="variants", value=variant, allowed=without)
         self.store.check_selection(entry, backbone, self.base.digest)
         return entry, backbone
 
-    def selection(self, variant: Variant, task: str) -> AdapterSelection:
+    def selection(self, variant: str, task: str) -> AdapterSelection:
         """Digests of a variant for a task. Raises as `entries`."""
         entry, backbone = self.entries(variant, task)
         return AdapterSelection(entry.digest if entry else None, backbone.digest if backbone else None)
 
-    def plan(self, variant: Variant, task: str, strength: float = 1.0) -> Plan:
+    def plan(self, variant: str, task: str, strength: float = 1.0) -> Plan:
         """Every row under one variant, what the backbone adds multiplied by `strength`. Raises as `entries`."""
         entry, backbone = self.entries(variant, task)
         loras = [(None, self.lora(entry))] if entry else []
@@ -98,6 +100,23 @@ class Served:
         """Greedy answers under one plan."""
         return self.evaluator(task).answers(plan, prompts, max_tokens=max_tokens)
 
+    def outcomes(
+        self, task: str, plan: Plan, questions: Sequence[Question], scorer: str, max_tokens: int
+    ) -> list[ItemResult]:
+        """What the scorer needs of each question: a greedy answer, or the likeliest of given ones."""
+        texts = [continuations(scorer, question.answers, question.choices) for question in questions]
+        if not any(texts):
+            answers = self.answers(task, plan, [question.question for question in questions], max_tokens)
+            return [ItemResult("scored", text) for text in answers]
+        evaluator = self.evaluator(task)
+        rows = [
+            Encoded(evaluator.fmt.encode(self.tokenizer, question.question), encode_text(self.tokenizer, text))
+            for question, of_question in zip(questions, texts, strict=True)
+            for text in of_question
+        ]
+        found = iter(evaluator.likelihoods(plan, rows))
+        return [of_likelihoods(scorer, each, [next(found) for _ in each]) for each in texts]
+
 
 def split_questions(tasks: Sequence[str], split: str) -> QuestionSet:
     """A split of built-in tasks as a question set. Raises DataError."""
@@ -112,7 +131,7 @@ def split_questions(tasks: Sequence[str], split: str) -> QuestionSet:
 def ablate(
     served: Served,
     questions: QuestionSet,
-    variants: Sequence[Variant],
+    variants: Sequence[str],
     *,
     control: AdapterStore | None = None,
     strengths: Sequence[float] = (),
@@ -122,36 +141,40 @@ def ablate(
     margin: float = 0.02,
     seed: int = 0,
     note: Note,
+    **tolerances: float,
 ) -> dict[str, Any]:
     """The body of POST /ablation, computed here, greedily; and what else answers the same questions, as further rows.
 
     Args:
         control: a store of LoRAs that never saw CRMA, the counterfactual: a LoRA trained with CRMA misses it.
         strengths: of the injection, "task+crma x0.25"; 0 is off and 1 is on.
-        with_naive_bayes: a classifier of the task's training split, no language model. Built-in tasks only.
+        with_naive_bayes: a classifier of the task's training split, no language model. Built-in tasks, no likelihoods.
     """
-    check_settings(scorer=scorer, margin=margin)
+    check_settings(questions.questions, scorer=scorer, margin=margin, **tolerances)
     labels = plan(questions.questions, variants, served.selection).job_of  # raises for what is not there
 
-    def of(asked: Served, variant: Variant, strength: float = 1.0) -> Answerer:
-        return lambda task, prompts: asked.answers(task, asked.plan(variant, task, strength), prompts, max_tokens)
+    def of(asked: Served, variant: str, strength: float = 1.0) -> Answerer:
+        return lambda task, asks: asked.outcomes(task, asked.plan(variant, task, strength), asks, scorer, max_tokens)
+
+    def by_naive_bayes(task: str, asks: Sequence[Question]) -> list[ItemResult]:
+        answers = naive_bayes(load_split(task, "train"), [question.question for question in asks])
+        return [ItemResult("scored", text) for text in answers]
 
     answerers: dict[str, Answerer] = {variant: of(served, variant) for variant in variants}
     answerers |= {f"task+crma x{strength:g}": of(served, "task+crma", strength) for strength in strengths}
     if control is not None:
         answerers["control"] = of(served.with_store(control), "task")
     if with_naive_bayes:
-        answerers["naive_bayes"] = lambda task, prompts: naive_bayes(load_split(task, "train"), prompts)
+        answerers["naive_bayes"] = by_naive_bayes
     tasks = dict.fromkeys(question.task for question in questions.questions)
     rows: dict[str, tuple[ItemResult, ...]] = {}
     for label, answer in answerers.items():
-        texts: dict[str, str] = {}
+        outcomes: dict[str, ItemResult] = {}
         for task in tasks:
             asked = [question for question in questions.questions if question.task == task]
             note(f"{task}, {label}: {len(asked)} questions")
-            answers = answer(task, [question.question for question in asked])
-            texts |= {question.id: text for question, text in zip(asked, answers, strict=True)}
-        rows[label] = tuple(ItemResult("scored", text=texts[question.id]) for question in questions.questions)
+            outcomes |= zip([question.id for question in asked], answer(task, asked), strict=True)
+        rows[label] = tuple(outcomes[question.id] for question in questions.questions)
     rows = {label: rows[label.partition("#")[0]] for label in (*labels, *answerers)}  # a null run shares its answers
     backbone, known = served.store.backbone(), served.store.task_names()
     provenance: dict[str, Any] = {"base": served.base.digest, "backbone": backbone.digest if backbone else None}
@@ -161,6 +184,6 @@ def ablate(
     return {
         "question_set": questions.describe(),
         "scorer": scorer,
-        **report(questions.questions, rows, scorer=scorer, margin=margin, seed=seed),
+        **report(questions.questions, rows, scorer=scorer, margin=margin, seed=seed, **tolerances),
         "provenance": provenance,
     }

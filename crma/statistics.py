@@ -15,6 +15,7 @@ Interval = tuple[float, float]
 
 CONFIDENCE = 0.95
 ALPHA = 0.05
+POWER = 0.8
 RESAMPLES = 10_000
 
 
@@ -39,6 +40,54 @@ def mcnemar(gained: int, lost: int) -> float:
     return float(stats.binomtest(gained, gained + lost, 0.5).pvalue)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Each p adjusted for all of them being looked at: at 5 %, any false alarm among them has 5 %. In the order given.
+
+    Source: Holm 1979 (Scand. J. Statist. 6, 65-70): the i-th smallest of m times m - i + 1, never below the one before.
+    """
+    order = np.argsort(p_values, kind="stable")
+    stepped = np.maximum.accumulate(np.asarray(p_values)[order] * np.arange(len(order), 0, -1))
+    return [float(p) for p in np.minimum(stepped, 1.0)[np.argsort(order)]]
+
+
+def mcnemar_power(difference: float, flips: float, n: int) -> float:
+    """Probability that `mcnemar` on n items gives p <= 5 %, where a share `flips` of them flips, `difference` more one
+    way than the other (difference <= flips).
+
+    Source: Duffy 1984 (Biometrics 40, 1005-1015): the number of flips is Binomial(n, flips), those gained of them
+    Binomial(number, (1 + difference / flips) / 2); the sum is over both.
+    """
+    number = np.arange(stats.binom.ppf(1e-9, n, flips), stats.binom.isf(1e-9, n, flips) + 1)
+    most = stats.binom.ppf(ALPHA / 2, number, 0.5)  # as many, or fewer, one way are significant
+    most -= stats.binom.cdf(most, number, 0.5) > ALPHA / 2
+    towards = (1 + difference / flips) / 2
+    one_way = stats.binom.cdf(most, number, towards) + stats.binom.cdf(most, number, 1 - towards)
+    return float(stats.binom.pmf(number, n, flips) @ one_way)
+
+
+def detectable_difference(flipped: int, n: int) -> float | None:
+    """The smallest true difference that `mcnemar` on n items finds (p <= 5 %) with 80 % power, to 1e-4. None: not any.
+
+    The share of items that flip is taken to be the one observed, `flipped` of n, or the difference if that is more.
+    """
+
+    def is_found(difference: float) -> bool:
+        return mcnemar_power(difference, max(difference, flipped / n), n) >= POWER
+
+    if not is_found(1.0):
+        return None
+    low, high = 0.0, 1.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_found(middle) else (middle, high)
+    return high
+
+
+def detectable_mean(values: Sequence[float]) -> float:
+    """The same of a mean that is tested against 0, with the spread of `values` [n >= 2] and n; taken as normal."""
+    return float((stats.norm.isf(ALPHA / 2) + stats.norm.ppf(POWER)) * stats.sem(values))
+
+
 def paired_bootstrap(differences: Sequence[float], *, seed: int, confidence: float = CONFIDENCE) -> Interval:
     """Percentile interval of the mean of `differences` [n], one per item, over RESAMPLES resamples of the items.
 
@@ -60,7 +109,7 @@ def paired_bootstrap(differences: Sequence[float], *, seed: int, confidence: flo
     return float(low), float(high)
 
 
-def paired_equivalence(differences: Sequence[int], *, margin: float, seed: int) -> bool | None:
+def paired_equivalence(differences: Sequence[float], *, margin: float, seed: int) -> bool | None:
     """Whether two variants are as good as each other, within `margin`, on paired right-or-wrong items.
 
     `differences` [n] holds 1 (gained), -1 (lost) or 0. True: the 90 % bootstrap interval of their mean lies strictly

@@ -29,12 +29,14 @@ def create_app(frontend: Frontend, on_stop: Callable[[], Awaitable[None]]) -> Fa
         # One CPU thread each: only the engine's may have more (server/engine/model_runner.py).
         workers = ThreadPoolExecutor(8, "worker", compute_alone)
         asyncio.get_running_loop().set_default_executor(workers)
+        await asyncio.to_thread(frontend.ablation_jobs.load)
         app.state.starting = asyncio.create_task(_start(frontend))
         yield
         frontend.draining = True
         app.state.starting.cancel()
         await asyncio.gather(app.state.starting, return_exceptions=True)
         await frontend.registry.stop()
+        await frontend.ablation_jobs.stop()
         await on_stop()
         frontend.close()
 

@@ -83,6 +83,10 @@ class UnknownField(ApiError, status=422, code="unknown_field"):
     """A field that there is not."""
 
 
+class TooManyJobs(ApiError, status=429, code="too_many_jobs", headers={"Retry-After": "10"}):
+    """As many background jobs run as may."""
+
+
 class ClientGone(ApiError, status=499, code="client_gone"):
     """Nobody left to answer; only the log and metrics see it."""
 

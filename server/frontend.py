@@ -16,13 +16,15 @@ from fastapi import Depends
 from transformers import PreTrainedTokenizerBase
 
 from crma.errors import StoreError
-from crma.prompts import PromptFormat, Turn, encode_chat, raw_format
+from crma.prompts import PromptFormat, Turn, encode_chat, encode_text, raw_format
 from crma.selection import BASE
 from server import __version__, errors
 from server.engine.async_engine import AsyncEngine
 from server.engine.errors import EngineError, QueueFull
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams, Timings, TokenLogprob
+from server.jobs import Jobs
 from server.metrics import Labels, Metrics
+from server.question_sets import QuestionSets
 from server.registry import Registry, Resolved
 from server.schemas import ServedModel
 from server.settings import Settings
@@ -137,19 +139,22 @@ class Frontend:
 
     def __post_init__(self) -> None:
         self.ablation_slots = asyncio.Semaphore(self.settings.max_ablation_inflight)
+        kept = self.settings.evaluations
+        self.ablation_jobs = Jobs(kept / "ablations", self.settings.max_ablation_jobs, self.settings.max_ablation_kept)
+        self.question_sets = QuestionSets(self.settings.store / "question_sets", kept / "question_sets")
         self._raw = raw_format(self.tokenizer)
         # One thread: a fast tokenizer is not to be used by two at once, and encoding must not hold the event loop up.
         self._encoder = ThreadPoolExecutor(1, "encode")
         self._encoding = asyncio.Semaphore(self.settings.max_queue + 1)  # one there, and those that wait for it
         self._num_tokens = len(self.tokenizer)
 
-    def resolve(self, task: str | None, crma: bool | None) -> Resolved:
+    def resolve(self, task: str | None, crma: bool | None, crma_version: str | None = None) -> Resolved:
         """The adapters of a request. Raises NotReady, Draining, and what the registry raises."""
         if self.draining:
             raise errors.Draining("the server is stopping and takes no new requests")
         if not self.registry.verified:
             raise errors.NotReady("the adapter store is not verified yet; try again")
-        return self.registry.resolve(task, crma)
+        return self.registry.resolve(task, crma, crma_version)
 
     async def generation(
         self,
@@ -160,11 +165,14 @@ class Frontend:
         raw: bool = False,
         timeout_s: float | None = None,
         prefix: str = "gen",
+        answer: str | None = None,
+        interactive: bool = True,
     ) -> Generation:
         """A request, not yet submitted. A sampled one without a seed gets one, so that it can be repeated.
 
         Args:
             prompt: text; or what needs no format: token ids, or the turns of a conversation (the chat template).
+            answer: a given one, of whose tokens (`prompt_logprobs`) log-probabilities are wanted.
 
         Raises:
             InvalidField: n, stop or timeout_s over the server's limits; a token id that there is not; or not raw, where
@@ -185,22 +193,27 @@ class Frontend:
             raise errors.InvalidField(message, field="raw", value=raw, allowed=True)
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(31))
-        prompt_ids, stop_id = await self._encode(prompt, resolved.prompt_format or self._raw, raw)
+        prompt_ids, answer_ids, stop_id = await self._encode(prompt, resolved.prompt_format or self._raw, raw, answer)
+        if answer is not None:
+            sampling = replace(sampling, prompt_logprobs=0, prompt_logprobs_from=len(prompt_ids))
         request = Request(
             id=f"{prefix}-{uuid.uuid4().hex}",
-            prompt_ids=prompt_ids,
+            prompt_ids=prompt_ids + answer_ids,
             stop_token_ids=(stop_id,),
             sampling=sampling,
             selection=resolved.selection,
             arrival=arrival,
             deadline=arrival + (timeout_s or self.settings.request_timeout_s),
+            interactive=interactive,
         )
         label = self.metrics.adapter_label(resolved.task.name if resolved.task else None)
         crma = "off" if resolved.selection.crma_digest is None else "on"
         return Generation(self.engine, request, self.metrics, (label, crma))
 
-    async def _encode(self, prompt: Prompt, own: PromptFormat, raw: bool) -> tuple[tuple[int, ...], int]:
-        """The prompt's ids, and the token that ends its answer: one formatted by hand ends like one formatted here."""
+    async def _encode(
+        self, prompt: Prompt, own: PromptFormat, raw: bool, answer: str | None
+    ) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """Ids of the prompt and of a given answer, and the token that ends one, also of a prompt formatted by hand."""
         for at, each in enumerate(() if isinstance(prompt, str) else prompt):
             if isinstance(each, int) and not 0 <= each < self._num_tokens:
                 name, allowed = f"prompt.{at}", f"0 to {self._num_tokens - 1}"
@@ -208,13 +221,14 @@ class Frontend:
         if self._encoding.locked():
             raise QueueFull(self.settings.max_queue, retry_after=1.0)
 
-        def encode() -> tuple[tuple[int, ...], int]:
+        def encode() -> tuple[tuple[int, ...], tuple[int, ...], int]:
             if isinstance(prompt, str):
                 ids: Sequence[Any] = (self._raw if raw else own).encode(self.tokenizer, prompt)
             else:
                 turns = [each for each in prompt if isinstance(each, Turn)]
                 ids = encode_chat(self.tokenizer, turns) if turns else prompt
-            return tuple(ids), own.stop_id(self.tokenizer)
+            given = () if answer is None else encode_text(self.tokenizer, answer)
+            return tuple(ids), tuple(given), own.stop_id(self.tokenizer)
 
         async with self._encoding:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)

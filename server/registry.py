@@ -39,11 +39,17 @@ class Resolved:
 
 @dataclass(frozen=True)
 class _View:
-    """The store as it was read: entries, or why one may not serve. `tasks`: name -> version -> entry."""
+    """The store as it was read: entries, or why one may not serve, by version; `tasks`: by name before that."""
 
     tasks: Mapping[str, Mapping[str, TaskEntry | StoreError]] = field(default_factory=dict)
     serving: Mapping[str, str] = field(default_factory=dict)
-    backbone: BackboneEntry | StoreError | None = None
+    backbones: Mapping[str, BackboneEntry | StoreError] = field(default_factory=dict)
+    serving_backbone: str | None = None
+
+    @property
+    def backbone(self) -> BackboneEntry | StoreError | None:
+        """The one that serves."""
+        return self.backbones.get(self.serving_backbone or "")
 
     def sound(self) -> list[TaskEntry]:
         """Every version of a task that may serve, by name and version."""
@@ -110,29 +116,30 @@ class Registry:
         except StoreError as error:  # channels.json is damaged: what served goes on
             self._report(error)
             view = self._view
-        for entry in (*view.sound(), view.backbone):
+        for entry in (*view.sound(), *view.backbones.values()):
             if isinstance(entry, TaskEntry | BackboneEntry):
                 self.pool.register(entry.digest, partial(entry.load, self.shapes), self._sound[entry.digest])
         await self._preload(view)
         self._view, self._seen = view, seen
         self.metrics.set_backbone(self.backbone)
 
-    def resolve(self, task: str | None, crma: bool | None) -> Resolved:
+    def resolve(self, task: str | None, crma: bool | None, crma_version: str | None = None) -> Resolved:
         """The adapters of a request.
 
         Args:
             task: `name` or `name@version`; None = no task adapter.
             crma: None = on exactly if the task adapter records the backbone it was trained on.
+            crma_version: of the backbone, where it is on; None = the one that serves.
 
         Raises:
-            NotFound: no such task or version; `allowed` lists what there is.
+            NotFound: no such task, version or backbone; `allowed` lists what there is.
             NoBackbone: CRMA is on, and no backbone is loaded.
             BaseMismatch, LineageMismatch: the adapters are not for this base, or not for each other.
             StoreError: what was found when the adapter was verified.
         """
         entry = None if task is None else self.task(task)
         on = crma if crma is not None else entry is not None and entry.manifest.backbone is not None
-        backbone = self._serving_backbone(crma, entry) if on else None
+        backbone = self._backbone(crma, entry, crma_version) if on else None
         self.store.check_selection(entry, backbone, self.base.digest)
         selection = AdapterSelection(entry.digest if entry else None, backbone.digest if backbone else None)
         prompt_format = (entry.prompt_format if entry else None) or self.base_format
@@ -175,7 +182,12 @@ class Registry:
                 except Exception as error:
                     log.warning("%s is not loaded before it serves: %s", entry.manifest.place, error)
 
-    def _serving_backbone(self, asked: bool | None, entry: TaskEntry | None) -> BackboneEntry:
+    def _backbone(self, asked: bool | None, entry: TaskEntry | None, version: str | None) -> BackboneEntry:
+        if version is not None:
+            if version not in self._view.backbones:
+                allowed = sorted(self._view.backbones)
+                raise NotFound(f"no backbone {version!r} here", field="crma", value=version, allowed=allowed)
+            return _sound(self._view.backbones[version])
         if self._view.backbone is None:
             trained = f"task {entry.name!r} was trained with CRMA, and " if asked is None and entry else ""
             message = f"{trained}no CRMA backbone is loaded here; send crma: false to go without"
@@ -188,9 +200,10 @@ class Registry:
         for name, serving in channels.tasks.items():
             versions = dict.fromkeys((*self.store.task_versions(name), serving))
             tasks[name] = {version: self._checked(partial(self.store.task, name, version)) for version in versions}
-        version = channels.backbone if self.load_backbone else None
-        backbone = self._checked(partial(read_backbone, self.store.root, version)) if version else None
-        return _View(tasks, dict(channels.tasks), backbone)
+        there = (*self.store.backbone_versions(), channels.backbone) if self.load_backbone else ()
+        read = {version: partial(read_backbone, self.store.root, version) for version in there if version}
+        backbones = {version: self._checked(each) for version, each in read.items()}
+        return _View(tasks, dict(channels.tasks), backbones, channels.backbone)
 
     def _checked(self, read: Callable[[], Entry]) -> Entry | StoreError:
         """The entry, its weights read and checked once in this process; or what is wrong with it."""
@@ -217,7 +230,7 @@ class Registry:
             stat = (root / "channels.json").stat()
         except FileNotFoundError:
             return None
-        versions = sorted(str(path) for path in root.glob("tasks/*/v*"))
+        versions = sorted(str(path) for pattern in ("tasks/*/v*", "backbones/v*") for path in root.glob(pattern))
         return stat.st_mtime_ns, stat.st_ino, stat.st_size, versions
 
     async def _watch(self) -> None:

@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from crma.prompts import Turn
 from crma.question_set import MAX_ITEMS, Question
 from crma.scorers import SCORERS
-from crma.selection import Variant
+from crma.selection import read_cell
 from server.engine.request import SamplingParams
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON client keeps exact
@@ -61,6 +61,9 @@ Prompt = str | list[int]
 Prompts = Annotated[list[Prompt], BeforeValidator(_prompts, json_schema_input_type=Prompt | list[Prompt])]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Temperature = Annotated[float, AfterValidator(_no_sliver), Field(ge=0, le=2, description="0, or from 0.01.")]
+
+_CELLS = Field(description="base, task, crma, task+crma; or of versions: task@v2+crma@v1.")
+VariantName = Annotated[str, AfterValidator(lambda name: read_cell(name) and name), _CELLS]
 
 EXAMPLES: dict[str, Any] = json.loads(Path(__file__).with_name("examples.json").read_text(encoding="utf-8"))
 """Requests and answers as /docs shows them, by path; a test compares their fields with those of real answers."""
@@ -187,14 +190,18 @@ class AblationRequest(_Body):
     question_set: str | None = Field(None, description="Name of a question set of the store, such as `public`.")
     questions: list[QuestionBody] | None = Field(None, min_length=1, max_length=MAX_ITEMS)
     tasks: list[str] | None = Field(None, min_length=1, description="Only the questions of these tasks.")
-    variants: list[Variant] = Field(default=["task+crma", "task"], min_length=1, max_length=8)
+    variants: list[VariantName] = Field(default=["task+crma", "task"], min_length=1, max_length=8)
     scorer: str = Field("exact", description="One of " + ", ".join(SCORERS))
+    tolerance: float = Field(0, ge=0, description="Of numeric: |text - answer| at most this, or")
+    relative_tolerance: float = Field(0, ge=0, description="at most this share of |answer|.")
     max_tokens: int = Field(16, ge=1)
-    seed: Seed = Field(0, description="Of the bootstrap.")
+    temperature: Temperature = 0
+    seed: Seed = Field(0, description="Of the bootstrap; and of each item, where temperature is not 0.")
     margin: float = Field(0.02, gt=0, lt=1, description="Difference within which two variants are equivalent.")
     repeat: bool = Field(False, description="Run variants of one selection apart instead of sharing results.")
     timeout_s: float | None = Field(None, gt=0, description="Deadline of each item; null: the server's.")
-    background: Literal[False] = Field(False, description="Not honoured in this version: true is refused.")
+    background: bool = Field(False, description="Answer at once with 202 and where to look.")
+    provenance: dict[str, JsonValue] | None = Field(None, description="Of an earlier run: 409 if it is no longer this.")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -51,8 +51,12 @@ class Settings(BaseSettings):
     max_body_bytes: int = _setting(1 << 20, "Largest request body; above it 413.", ge=1024)
     max_n: int = _setting(8, "Largest `n` of a request.", ge=1)
     max_stop: int = _setting(4, "Most `stop` strings of a request.", ge=1)
-    max_ablation_direct: int = _setting(800, "Most item-variants of one /ablation.", ge=1)
+    max_ablation_direct: int = _setting(800, "Most item-variants of one /ablation that is not in the background.", ge=1)
     max_ablation_inflight: int = _setting(8, "Item-variants of all ablations in the engine at once.", ge=1)
+
+    max_ablation_jobs: int = _setting(4, "Background ablations that run at once; one more gets 429.", ge=0)
+    max_ablation_kept: int = _setting(100, "Background ablations whose results are kept; the oldest goes.", ge=1)
+    evaluations: Path = _setting(Path("evaluations"), "Folder of background ablations and uploaded question sets.")
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = _setting((), "Comma-separated API keys; empty: open to all.")
     admin_key: SecretStr | None = _setting(None, "Key of the admin routes; unset: they answer 403.")

@@ -37,6 +37,7 @@ class Call:
     stop_at: int | None = None
     arrival: int = 0
     patience: int | None = None
+    interactive: bool = True
 
 
 @dataclass
@@ -111,7 +112,7 @@ class World:
 
     def request(self, name: str, call: Call) -> Request:
         stop = () if call.stop_at is None else self.alone(call, 0, ()).token_ids[call.stop_at :][:1]
-        return Request(name, call.prompt, stop, call.sampling, call.selection)
+        return Request(name, call.prompt, stop, call.sampling, call.selection, interactive=call.interactive)
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
@@ -128,6 +129,7 @@ def samplings(most_tokens: int) -> st.SearchStrategy[SamplingParams]:
         n=st.sampled_from([1, 1, 1, 2]),
         logprobs=st.just(2),
         prompt_logprobs=st.sampled_from([None, None, None, 1]),
+        prompt_logprobs_from=st.sampled_from([1, 1, 9]),
     )
     other = {
         "temperature": st.sampled_from([0.0, 0.7, 1.5]),
@@ -153,6 +155,7 @@ def calls(prompts: st.SearchStrategy[tuple[int, ...]], most_tokens: int) -> st.S
         stop_at=st.sampled_from([None, None, None, 1, 3]),
         arrival=st.integers(0, 12),
         patience=st.sampled_from([None] * 5 + [0, 1, 4]),
+        interactive=st.booleans(),
     )
 
 
@@ -202,13 +205,15 @@ def mismatches(world: World, answer: Answer, call: Call, index: int, tolerance: 
         "text": answer.text == world.tokenizer.decode(answer.tokens, skip_special_tokens=True),
         "reason": cancelled or answer.reason == oracle.finish_reason,
     }
-    if answer.prompt_logprobs:
-        rows = world.distribution(call, [])[: len(answer.prompt_logprobs)]  # it may have been cancelled in the prompt
+    first = call.sampling.prompt_logprobs_from
+    if answer.prompt_logprobs:  # it may have been cancelled in the prompt
+        rows = world.distribution(call, [])[first - 1 :][: len(answer.prompt_logprobs)]
         asked = torch.tensor([one.logprob for one in answer.prompt_logprobs])
         best = torch.tensor([one.top[0][1] for one in answer.prompt_logprobs])
-        own = rows.gather(-1, torch.tensor(call.prompt[1 : len(rows) + 1])[:, None])[:, 0]
+        own = rows.gather(-1, torch.tensor(call.prompt[first : first + len(rows)])[:, None])[:, 0]
         found, expected = torch.stack([asked, best]), torch.stack([own, rows.amax(-1)])
         checks["prompt"] = torch.allclose(found, expected, rtol=0, atol=tolerance)
     asks = call.sampling.prompt_logprobs is not None and index == 0
-    checks["prompt asked for"] = cancelled or len(answer.prompt_logprobs) == (len(call.prompt) - 1 if asks else 0)
+    num_asked = max(0, len(call.prompt) - first) if asks else 0
+    checks["prompt asked for"] = cancelled or len(answer.prompt_logprobs) == num_asked
     return [name for name, right in checks.items() if not right]

@@ -43,7 +43,7 @@ def build_batch(step: Step, cache: Tensor) -> Batch:
     # No sequence in a group has over twice the blocks of another: what is padded is read, too.
     together = [list(group) for _, group in groupby(parts[0], key=lambda c: (-(-c.stop // size)).bit_length())]
     groups = _groups([*together, *([chunk] for chunk in parts[1])], size, device)
-    num_logits = [c.count if c.sequence.wants_prompt_logprobs else int(c.samples) for c in chunks]
+    num_logits = [c.num_logits for c in chunks]
     ends = zip(accumulate(c.count for c in chunks), num_logits, strict=True)
     logit_rows = torch.tensor([row for end, wanted in ends for row in range(end - wanted, end)], dtype=torch.long)
     selections = [s.request.selection for s, _ in tokens]

@@ -140,7 +140,7 @@ class Engine:
                 broken.append(chunk.sequence)
                 continue
             if chunk.sequence.wants_prompt_logprobs:
-                self._add_prompt_logprobs(chunk.sequence, chunk.start, logits[part])
+                self._add_prompt_logprobs(chunk.sequence, chunk.stop - count, logits[part])
             if chunk.samples:
                 rows.append(first - 1)
                 sequences.append(chunk.sequence)
@@ -164,8 +164,8 @@ class Engine:
 
     def _add_prompt_logprobs(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
         """The logits at a position are of the token after it; those of the prompt's last are not of the prompt."""
-        if start == 0:
-            sequence.prompt_logprobs.clear()  # computed again after it had to give way
+        # What is there of them already is computed again after it had to give way.
+        del sequence.prompt_logprobs[max(0, start + 1 - sequence.request.sampling.prompt_logprobs_from) :]
         targets = sequence.request.prompt_ids[start + 1 : start + 1 + len(logits)]
         top = sequence.request.sampling.prompt_logprobs or 0
         sequence.prompt_logprobs += token_logprobs(logits[: len(targets)], targets, [top] * len(targets))

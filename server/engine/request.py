@@ -24,7 +24,8 @@ class SamplingParams:
     of prompt and answer (Keskar et al. 2019), the other two of the answer only (OpenAI). `seed` makes a sampled request
     repeatable: sequence i of n draws from seed + i. `stop` strings end a sequence and are not part of its text.
     `logprobs` k returns, for every sampled token, its log-probability and the k most probable tokens, all under the
-    model's own distribution; `prompt_logprobs` k the same for every prompt token but the first. None: off.
+    model's own distribution; `prompt_logprobs` k the same for the prompt's tokens from number `prompt_logprobs_from` on
+    (number 0 has none). None: off.
     """
 
     max_tokens: int = 16
@@ -40,6 +41,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 1
     ignore_eos: bool = False
 
 
@@ -54,7 +56,8 @@ class TokenLogprob(NamedTuple):
 class Request:
     """One user call. Times are seconds of time.monotonic().
 
-    `stop_token_ids` end a sequence beside the model's own end tokens (an adapter's prompt format has one).
+    `stop_token_ids` end a sequence beside the model's own end tokens (an adapter's prompt format has one). One that is
+    not `interactive` uses what the others leave: it starts after them, and gives way where they have no room.
     """
 
     id: str
@@ -64,6 +67,7 @@ class Request:
     selection: AdapterSelection = BASE
     arrival: float = 0.0
     deadline: float | None = None
+    interactive: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ class RequestOutput:
 
     `text` is the new text only (a delta; may be empty while a multi-byte character or a possible stop
     string is held back). `logprobs` has one entry a new token where asked for. The first output of sequence 0 carries
-    `prompt_logprobs` where asked for: one entry a prompt token but the first. The last output of a sequence carries
+    `prompt_logprobs` where asked for: one entry a prompt token. The last output of a sequence carries
     finish_reason and the totals; after the last output of the last sequence the iterator ends. `error` is set exactly
     when finish_reason is error or, with the reason "deadline" or "unloaded", abort. `cause` is what the load of an
     adapter raised; the stream raises it instead of giving this output.

@@ -2,7 +2,7 @@
 
 One budget of tokens a step over all sequences: those that decode take one each, what is left goes to prompts, oldest
 first, in chunks. There are no phases. First come, first served; who can't be served yet because of an adapter is passed
-by others, but not for ever.
+by others, but not for ever. What is interactive goes before what is not, which gives way to it.
 """
 
 from collections import deque
@@ -40,6 +40,15 @@ class Chunk:
     def samples(self) -> bool:
         """Whether the chunk ends at the newest token."""
         return self.stop == len(self.sequence.token_ids)
+
+    @property
+    def num_logits(self) -> int:
+        """Of how many of its last tokens the logits are needed. Those at a position are of the token after it."""
+        if not self.sequence.wants_prompt_logprobs:
+            return int(self.samples)
+        return max(
+            int(self.samples), self.stop - max(self.start, self.sequence.request.sampling.prompt_logprobs_from - 1)
+        )
 
 
 @dataclass
@@ -80,15 +89,14 @@ class Scheduler:
         Args:
             admit: asked for each sequence for which there is room, in order; `NOW` takes its adapters.
         """
-        step = Step()
-        budget = self.max_num_batched_tokens
-        for sequence in sorted(self.running, key=lambda s: s.num_pending_tokens > 1):
-            count = min(sequence.num_pending_tokens, budget)
-            if count and sequence not in step.preempted and self._make_room(sequence, count, step):
-                step.chunks.append(Chunk(sequence, sequence.num_computed_tokens, count))
-                budget -= count
-        if not step.preempted:
-            self._start_waiting(step, budget, admit)
+        step, passed = Step(), list[Sequence]()
+        running = sorted(self.running, key=lambda s: s.num_pending_tokens > 1)
+        is_last = [s.num_pending_tokens > 1 and not s.request.interactive for s in running]
+        self._go_on([s for s, last in zip(running, is_last, strict=True) if not last], step)
+        may_start = self._start([s for s in self.waiting if s.request.interactive], step, admit, passed)
+        self._go_on([s for s, last in zip(running, is_last, strict=True) if last], step)
+        if may_start:
+            self._start([s for s in self.waiting if not s.request.interactive], step, admit, passed)
         return step
 
     def computed(self, step: Step) -> None:
@@ -122,27 +130,39 @@ class Scheduler:
             assert 0 <= s.num_computed_tokens < len(s.token_ids)
             assert len(s.block_table) >= self.blocks.blocks_for(s.num_computed_tokens)
 
-    def _start_waiting(self, step: Step, budget: int, admit: Callable[[Sequence], Admission]) -> None:
-        passed: list[Sequence] = []
-        for sequence in list(self.waiting):
-            if not budget or len(self.running) == self.max_num_seqs:
-                return
+    def _budget(self, step: Step) -> int:
+        return self.max_num_batched_tokens - sum(chunk.count for chunk in step.chunks)
+
+    def _go_on(self, sequences: list[Sequence], step: Step) -> None:
+        """The next tokens of what runs."""
+        for sequence in sequences:
+            count = min(sequence.num_pending_tokens, self._budget(step))
+            if count and sequence not in step.preempted and self._make_room(sequence, count, step):
+                step.chunks.append(Chunk(sequence, sequence.num_computed_tokens, count))
+
+    def _start(
+        self, waiting: list[Sequence], step: Step, admit: Callable[[Sequence], Admission], passed: list[Sequence]
+    ) -> bool:
+        """Start what there is room for, in order. `passed`: who could not yet. Returns whether others may follow."""
+        if step.preempted:
+            return False
+        for sequence in waiting:
             if self._leader_computes(sequence):
                 continue  # its prompt will be in the cache
             cached = self._cached_blocks(sequence)
-            new = self.blocks.blocks_for(len(sequence.token_ids)) - len(cached)
-            free = self.blocks.num_free - sum(self.blocks.is_free(block) for block in cached)
-            # Each that runs needs a block soon: who starts should not have to give way at once.
-            if new + len(self.running) > free:
-                return
+            victims = self._victims(sequence, cached)
+            if victims is None or not self._budget(step):
+                return False
             admission = admit(sequence)
             if admission is Admission.HOLD:
-                return
+                return False
             if admission is Admission.LATER:
                 passed.append(sequence)
                 continue
             for other in passed:
                 other.num_overtaken += 1
+            for victim in victims:
+                self._preempt(victim, step)
             self.waiting.remove(sequence)
             self.running.append(sequence)
             self.blocks.share(cached)
@@ -150,23 +170,40 @@ class Scheduler:
             sequence.num_computed_tokens = len(cached) * self.blocks.block_size
             if sequence.first_scheduled is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
-            count = min(sequence.num_pending_tokens, budget)
+            count = min(sequence.num_pending_tokens, self._budget(step))
             self._grow(sequence, count, step)
             step.chunks.append(Chunk(sequence, sequence.num_computed_tokens, count))
-            budget -= count
+        return not step.preempted
+
+    def _victims(self, sequence: Sequence, cached: list[int]) -> list[Sequence] | None:
+        """Who has to give way for it to start, its beginning being in the blocks `cached`; None: it has to wait."""
+        new, kept = self.blocks.blocks_for(len(sequence.token_ids)) - len(cached), list(self.running)
+        victims: list[Sequence] = []
+        while True:
+            free = self.blocks.capacity - len({*cached, *(block for s in kept for block in s.block_table)})
+            # Each that runs needs a block soon: who starts should not have to give way at once.
+            if len(kept) < self.max_num_seqs and new + len(kept) <= free:
+                return victims
+            if not sequence.request.interactive or not any(not s.request.interactive for s in kept):
+                return None
+            victims.append(_last_to_keep(kept))
+            kept.remove(victims[-1])
 
     def _make_room(self, sequence: Sequence, count: int, step: Step) -> bool:
-        """Blocks for `count` more tokens; the newest sequences give way for it, at last it itself: then False."""
+        """Blocks for `count` more tokens; others give way for it, at last it itself: then False."""
         while not self._grow(sequence, count, step):
-            victim = self.running[-1]
-            self.running.remove(victim)
-            self._free(victim)
-            self.waiting.appendleft(victim)
-            step.preempted.append(victim)
-            step.chunks = [chunk for chunk in step.chunks if chunk.sequence is not victim]
+            victim = _last_to_keep(self.running)
+            self._preempt(victim, step)
             if victim is sequence:
                 return False
         return True
+
+    def _preempt(self, victim: Sequence, step: Step) -> None:
+        self.running.remove(victim)
+        self._free(victim)
+        self.waiting.appendleft(victim)
+        step.preempted.append(victim)
+        step.chunks = [chunk for chunk in step.chunks if chunk.sequence is not victim]
 
     def _grow(self, sequence: Sequence, count: int, step: Step) -> bool:
         missing = self.blocks.blocks_for(sequence.num_computed_tokens + count) - len(sequence.block_table)
@@ -189,9 +226,12 @@ class Scheduler:
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """Blocks that hold its beginning already. The last token is always computed: its logits are needed."""
-        if self.root_of is None or sequence.wants_prompt_logprobs:
+        if self.root_of is None:
             return []
-        most = (len(sequence.token_ids) - 1) // self.blocks.block_size
+        most = len(sequence.token_ids) - 1
+        if sequence.wants_prompt_logprobs:
+            most = min(most, sequence.request.sampling.prompt_logprobs_from - 1)
+        most //= self.blocks.block_size
         return self.blocks.find(self._keys(sequence, most)[:most])
 
     def _keys(self, sequence: Sequence, count: int) -> list[Key]:
@@ -202,3 +242,8 @@ class Scheduler:
             before = keys[-1] if keys else self.root_of(sequence.request.selection)
             keys.append(next_key(before, sequence.token_ids[len(keys) * size : (len(keys) + 1) * size]))
         return keys
+
+
+def _last_to_keep(running: list[Sequence]) -> Sequence:
+    """The newest that is not interactive, else the newest."""
+    return next((s for s in reversed(running) if not s.request.interactive), running[-1])

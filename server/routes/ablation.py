@@ -1,104 +1,101 @@
-"""POST /ablation: the same questions under several variants, with intervals and tests on the difference."""
+"""POST /ablation: the same questions under several variants, with intervals and tests on the difference; its jobs."""
 
 import asyncio
-import time
-import uuid
+from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
 
-from crma.ablation import ItemResult, Job, check_settings, plan, report
-from crma.errors import NotFound
-from crma.question_set import Question, QuestionSet, inline_question_set, read_question_set
-from crma.selection import AdapterSelection, Variant
-from server.auth import require_key
-from server.engine.errors import PromptTooLong, QueueFull
-from server.engine.request import SamplingParams
-from server.errors import AdapterUnloaded, DeadlineExceeded, GenerationFailed, InvalidField, documented
-from server.frontend import Frontend, Generation, TheFrontend, all_of, unless_gone
-from server.registry import Resolved
+from server.ablation import prepare
+from server.answer import HEADERS, event
+from server.auth import require_admin, require_key
+from server.errors import documented
+from server.frontend import TheFrontend, unless_gone
+from server.jobs import Job
 from server.schemas import AblationRequest
 
 router = APIRouter(dependencies=[Depends(require_key)])
 
 
-@router.post("/ablation", responses=documented(400, 401, 404, 409, 413, 422, 500, 503, of="/ablation"))
-async def ablation(body: AblationRequest, request: Request, frontend: TheFrontend) -> dict[str, Any]:
-    """Ask every question under every variant and compare, item by item. Greedy; a failed item is no wrong answer.
+_STARTED: dict[int | str, dict[str, Any]] = {202: {"description": "Started in the background."}}
+_ANSWERS = documented(400, 401, 404, 409, 413, 422, 429, 500, 503, of="/ablation") | _STARTED
 
-    Accuracies are over scored items; failed and timed-out items are counted apart, never as wrong. `question_set` has
-    the number of items after any filter.
+
+@router.post("/ablation", responses=_ANSWERS)
+async def ablation(
+    body: AblationRequest, request: Request, response: Response, frontend: TheFrontend
+) -> dict[str, Any]:
+    """Ask every question under every variant and compare, item by item; a failed item is no wrong answer.
+
+    Accuracies are over scored items; failed and timed-out items are counted apart, never as wrong; worst_case and
+    best_case say what they could change. `question_set` has the number of items after any filter. Items give way to
+    interactive requests. In the background: 202 with `id` and `status_url`.
     """
-    started = time.monotonic()
-    check_settings(scorer=body.scorer, margin=body.margin)
-    asked = await asyncio.to_thread(_question_set, body, frontend)
-    selected: dict[tuple[str, AdapterSelection], Resolved] = {}  # by task, whose prompt format is its own
-
-    def select(variant: Variant, task: str) -> AdapterSelection:
-        resolved = frontend.resolve(task if "task" in variant else None, "crma" in variant)
-        selected[task, resolved.selection] = resolved
-        return resolved.selection
-
-    work = plan(asked.questions, body.variants, select, repeat=body.repeat)
-    num_item_variants = len(asked.questions) * len(body.variants)  # whether or not their answers are shared
-    if num_item_variants > (limit := frontend.settings.max_ablation_direct):
-        message = f'over {limit} item-variants need "background": true, which is not honoured yet; ask fewer at a time'
-        allowed = f"<= {limit} item-variants"
-        raise InvalidField(message, field="questions", value=num_item_variants, allowed=allowed)
-
-    async def outcome(job: Job) -> ItemResult:
-        question = asked.questions[job.question]
-        async with frontend.ablation_slots:  # few are in the engine at once, so that others' requests are not starved
-            return await _answer(question, selected[question.task, job.selection], body, frontend)
-
-    # Whatever ends this early (the client goes away, the server stops) cancels and so aborts all that are running.
-    outcomes = await unless_gone(request, all_of(outcome(job) for job in work.jobs))
-    settings: dict[str, Any] = {"scorer": body.scorer, "margin": body.margin, "seed": body.seed}
-    result = await asyncio.to_thread(report, asked.questions, work.by_variant(outcomes), **settings)
-    frontend.metrics.set_ablation({name: each["accuracy"] for name, each in result["variants"].items()})
-    tasks = {task: selection.task_digest for task, selection in selected if selection.task_digest is not None}
-    crma = next((selection.crma_digest for _, selection in selected if selection.crma_digest is not None), None)
-    return {
-        "id": f"abl-{uuid.uuid4().hex}",
-        "question_set": asked.describe(),
-        "scorer": body.scorer,
-        **result,
-        "provenance": frontend.provenance(body.seed, crma, tasks=tasks),
-        "wall_s": round(time.monotonic() - started, 4),
-    }
+    ready = await prepare(body, frontend)
+    if not body.background:
+        # Whatever ends this early (the client goes away, the server stops) cancels and so aborts all that are running.
+        return await unless_gone(request, ready.run())
+    await frontend.ablation_jobs.start(ready.id, ready.request(), len(ready.plan.jobs), ready.run)
+    response.status_code = 202
+    return {"id": ready.id, "status_url": f"/ablation/{ready.id}"}
 
 
-def _question_set(body: AblationRequest, frontend: Frontend) -> QuestionSet:
-    """The inline questions or the named set of the store, filtered. A name is looked up in a list, never in a path."""
-    if body.questions is not None:
-        questions = inline_question_set(body.questions)
-    else:
-        there = {path.stem: path for path in sorted((frontend.settings.store / "question_sets").glob("*.jsonl"))}
-        name = body.question_set or ""
-        if name not in there:
-            raise NotFound(f"no question set {name!r}", field="question_set", value=name, allowed=list(there))
-        questions = read_question_set(there[name])
-    return questions.for_tasks(body.tasks) if body.tasks else questions
+@router.get("/ablation/{id}", responses=documented(401, 404, of="/ablation/{id}"))
+async def ablation_job(id: str, frontend: TheFrontend) -> dict[str, Any]:
+    """A job in the background: running, done, failed, cancelled, or interrupted by the end of the server.
+
+    `result` is the body of POST /ablation once it is done. `request`, sent again, is answered by the same adapters and
+    questions, or refused with 409.
+    """
+    job = frontend.ablation_jobs.get(id)
+    return {**asdict(job), "result": await asyncio.to_thread(frontend.ablation_jobs.result, job)}
 
 
-async def _answer(question: Question, resolved: Resolved, body: AblationRequest, frontend: Frontend) -> ItemResult:
-    """One generation; its own failure is its outcome. A full queue is waited out within the item's deadline."""
-    sampling = SamplingParams(max_tokens=body.max_tokens, seed=body.seed)
-    deadline = time.monotonic() + (body.timeout_s or frontend.settings.request_timeout_s)
-    generation: Generation | None = None
+@router.get("/ablation/{id}/events", responses=documented(401, 404), response_class=StreamingResponse)
+async def ablation_events(id: str, frontend: TheFrontend) -> StreamingResponse:
+    """Server-sent events: `progress` {done, total} whenever it has moved, then `done` {status}."""
+    job = frontend.ablation_jobs.get(id)
+
+    async def events() -> AsyncIterator[str]:
+        async for each in frontend.ablation_jobs.changes(job):
+            if frontend.draining:
+                return
+            yield event(dict(each.progress), "progress")
+        yield event({"status": job.status}, "done")
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers=HEADERS)
+
+
+@router.delete("/ablation/{id}", responses=documented(401, 404))
+async def cancel_ablation(id: str, frontend: TheFrontend) -> Job:
+    """Cancels it where it runs still; its record stays."""
+    job = frontend.ablation_jobs.get(id)
+    await frontend.ablation_jobs.cancel(job)
+    return job
+
+
+@router.get("/question_sets", responses=documented(401, of="/question_sets"))
+async def question_sets(frontend: TheFrontend) -> list[dict[str, Any]]:
+    """Name, digest and number of items of the store's sets and of those that were uploaded."""
+    return await asyncio.to_thread(frontend.question_sets.describe)
+
+
+_LINES = {"requestBody": {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}, "required": True}}
+
+
+@router.put(
+    "/question_sets/{name}",
+    responses=documented(400, 401, 403, 413, 422),
+    dependencies=[Depends(require_admin)],
+    openapi_extra=_LINES,
+)
+async def upload_question_set(name: str, request: Request, frontend: TheFrontend) -> dict[str, Any]:
+    """Keeps a set, one question a line: id, task, question, answers, and perhaps choices. An error names its line."""
     try:
-        while True:
-            try:
-                generation = generation or await frontend.generation(
-                    question.question, resolved, sampling, timeout_s=body.timeout_s, prefix="abl"
-                )
-                await generation.finished()
-                return ItemResult("scored", text=generation.sequences[0].text)
-            except QueueFull as error:
-                if (left := deadline - time.monotonic()) <= 0:
-                    return ItemResult("timed_out", error="the queue was full until the deadline")
-                await asyncio.sleep(min(left, error.retry_after))
-    except DeadlineExceeded as error:
-        return ItemResult("timed_out", error=error.message)
-    except (AdapterUnloaded, GenerationFailed, PromptTooLong) as error:
-        return ItemResult("failed", error=str(error))
+        lines = await request.body()
+    except (UnicodeDecodeError, ClientDisconnect) as error:
+        raise HTTPException(400) from error  # as of any other body: server/errors.py
+    return (await asyncio.to_thread(frontend.question_sets.write, name, lines)).describe()

@@ -36,6 +36,21 @@ async def test_the_answer_is_as_the_contract_says(served: Served) -> None:
     assert {s.crma_digest for s in selections} == {body["provenance"]["crma"], None}
     assert body["provenance"]["base"] == BASE.digest
     assert all(request.sampling.temperature == 0 for request in served.engine.requests)
+    assert [request.interactive for request in served.engine.requests] == [True] + [False] * 6  # the warm-up
+
+
+async def test_each_sampled_item_has_a_seed_of_its_own_that_neither_other_items_nor_a_repetition_change(
+    served: Served,
+) -> None:
+    seeds = []
+    for tasks, repeat in ((["medical"], True), (None, True), (["medical"], False)):
+        served.engine.requests.clear()
+        options: dict[str, Any] = {"tasks": tasks, "repeat": repeat, "temperature": 0.7, "variants": ["task", "task"]}
+        await ablate(served, question_set="public", **options)
+        seeds.append([request.sampling.seed for request in served.engine.requests])
+    assert len(set(seeds[1])) == len(seeds[1]) == 12
+    assert (seeds[0], seeds[2]) == (seeds[1][:6], seeds[1][:6:2])
+    assert {request.sampling.temperature for request in served.engine.requests} == {0.7}
 
 
 async def test_a_null_run_is_generated_once_and_twice_if_told(served: Served) -> None:
@@ -96,7 +111,14 @@ REFUSED = [
     ({"questions": [question(task="legal")]}, 409, "crma"),
     ({"questions": [question()], "variants": ["tasks"]}, 422, "variants.0"),
     ({"questions": [question()], "scorer": "vibes"}, 422, "scorer"),
-    ({"questions": [question()], "background": True}, 422, "background"),
+    ({"questions": [question()], "tolerance": 1}, 422, "tolerance"),
+    ({"questions": [question()], "scorer": "numeric"}, 422, "questions[0].answers[0]"),
+    ({"questions": [question(answers=["(a"])], "scorer": "regex"}, 422, "questions[0].answers[0]"),
+    ({"questions": [question()], "scorer": "choice", "background": True}, 422, "questions[0].choices"),
+    ({"questions": [question(choices=["a", "b"])], "scorer": "choice"}, 422, "questions.0"),
+    ({"questions": [question()], "variants": ["task@v9"]}, 404, "task"),
+    ({"questions": [question()], "variants": ["task", "task+crma@v9"]}, 404, "crma"),
+    ({"questions": [question()], "provenance": {"base": "sha256:0"}}, 409, "provenance"),
 ]
 
 

@@ -139,6 +139,30 @@ async def test_an_ablation_is_the_one_without_a_server(served: Real) -> None:
     await served.settled()
 
 
+@pytest.mark.parametrize("scorer", ["choice", "choice_normalised", "perplexity"])
+async def test_likelihoods_are_those_without_a_server_and_share_the_prompt(served: Real, scorer: str) -> None:
+    choices = ["other", "free", "the", "café", "3 €"]
+    asked = [
+        {"id": p, "task": "medical", "question": p * 40, "answers": choices[1:2], "choices": choices} for p in "abc"
+    ]
+    variants = ["task+crma", "task"]
+    names = ("prompt_tokens_total", "prefix_cache_hits_total")
+    before = await served.measured(*names)
+    body = {"questions": asked, "variants": variants, "scorer": scorer, "seed": 7}
+    report = (await served.client.post("/ablation", json=body)).json()
+    asks, hits = [new - old for old, new in zip(before, await served.measured(*names), strict=True)]
+    alone = ablate(served.alone, inline_question_set(asked), variants, scorer=scorer, seed=7, note=lambda _: None)
+    for ours, theirs in zip(report["items"], alone["items"], strict=True):
+        for name in variants:
+            expected = theirs["outputs"][name]
+            assert ours["outputs"][name] == {
+                key: pytest.approx(value, abs=1e-4) if key.startswith("logprob") else value
+                for key, value in expected.items()
+            }
+    assert hits > asks / 3 if scorer != "perplexity" else hits == 0
+    await served.settled()
+
+
 async def test_a_corrupt_adapter_is_refused_and_the_others_serve(base: BaseModel, store: AdapterStore) -> None:
     """Found when the server starts, or, if its file changes later, when it is loaded."""
     weights = {name: store.task(name).path / "adapter_model.safetensors" for name in ("legal", "medical")}

@@ -22,7 +22,7 @@ ABLATION: dict[str, Any] = {"questions": [QUESTION], "max_tokens": 4}
 
 @pytest.fixture
 async def client(base: BaseModel, store: AdapterStore) -> AsyncIterator[AsyncClient]:
-    async with tiny.serving(base, store.root, api_keys=("key",)) as app:
+    async with tiny.serving(base, store.root, api_keys=("key",), evaluations=store.root.parent / "kept") as app:
         yield AsyncClient("http://test", api_key="key", transport=httpx.ASGITransport(app))
 
 
@@ -70,6 +70,28 @@ async def test_the_blocking_client_gives_the_same(client: AsyncClient) -> None:
     assert states == (True, True, True)
     assert blocking == [answer.choices, tokens, answer.choices, report["variants"], listing, states]
     assert (answer.text, answer.finish_reason) == ("".join(token.text for token in tokens), "length")
+
+
+async def test_an_ablation_in_the_background_on_a_set_of_ones_own(client: AsyncClient) -> None:
+    lines = json.dumps(QUESTION).encode()
+    with pytest.raises(errors.StatusError, check=lambda error: error.status == 403):
+        await client.upload_question_set("mine", lines)
+    admin = AsyncClient("http://test", api_key="admin", transport=client._http._transport)
+    described = await admin.upload_question_set("mine", lines)
+    assert await client.question_sets() == [described]
+    body = {"question_set": "mine", "max_tokens": 4}
+    started = await client.ablation(**body, background=True)
+    while (job := await client.ablation_job(started["id"]))["status"] == "running":
+        pass
+    direct = await client.ablation(**body)
+    assert (job["status"], job["result"]["variants"], job["result"]["items"]) == (
+        "done",
+        *map(direct.get, ("variants", "items")),
+    )
+    assert (await client.cancel_ablation(started["id"]))["status"] == "done"
+    for unknown in ("abl-0", "../x"):
+        with pytest.raises(errors.NotFound):
+            await client.ablation_job(unknown)
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:

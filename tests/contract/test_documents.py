@@ -136,7 +136,7 @@ def test_routes_of_the_readme_are_the_routes_of_the_app() -> None:
     routers = (generate.router, openai.router, ablation.router, adapters.router, adapters.admin, operations.router)
     served = {route.path for router in routers for route in router.routes}  # type: ignore[attr-defined]
     served = {re.sub(r"\{task\}/\w+$", "{task}/{action}", path) for path in served}
-    named = set(re.findall(r"`(?:GET|POST) (/[\w/{}]+)`", README.read_text("utf-8")))
+    named = set(re.findall(r"`(?:GET|POST|PUT) (/[\w/{}]+)`", README.read_text("utf-8")))
     assert named == served | {"/docs"}
 
 

@@ -19,9 +19,11 @@ def make(num_blocks: int = 30, max_num_seqs: int = 3, budget: int = 8) -> Schedu
     return Scheduler(BlockPool(num_blocks + 1, BLOCK), max_num_seqs, budget, lambda selection: root_key(*selection))
 
 
-def sequence(length: int = 4, task: str | None = None, first: int = 0, n: int = 1) -> Sequence:
-    request = Request("r", tuple(range(first, first + length)), (), SamplingParams(n=n), AdapterSelection(task))
-    return Sequence(request, 0)
+def sequence(
+    length: int = 4, task: str | None = None, first: int = 0, n: int = 1, interactive: bool = True
+) -> Sequence:
+    prompt, sampling = tuple(range(first, first + length)), SamplingParams(n=n)
+    return Sequence(Request("r", prompt, (), sampling, AdapterSelection(task), interactive=interactive), 0)
 
 
 def run(scheduler: Scheduler, step: Step) -> None:
@@ -44,9 +46,14 @@ class Schedules(RuleBasedStateMachine):
         self.scheduler = make(num_blocks, max_num_seqs, budget)
         self.present = True
 
-    @rule(length=st.integers(1, LONGEST), task=st.sampled_from([None, "away"]), first=st.integers(0, 1))
-    def add(self, length: int, task: str | None, first: int) -> None:
-        self.scheduler.add(sequence(length, task, first))
+    @rule(
+        length=st.integers(1, LONGEST),
+        task=st.sampled_from([None, "away"]),
+        first=st.integers(0, 1),
+        interactive=st.booleans(),
+    )
+    def add(self, length: int, task: str | None, first: int, interactive: bool) -> None:
+        self.scheduler.add(sequence(length, task, first, interactive=interactive))
 
     @rule()
     def toggle(self) -> None:
@@ -69,9 +76,21 @@ class Schedules(RuleBasedStateMachine):
         decoding = [s for s in before if s.num_pending_tokens == 1 and s not in step.preempted]
         assert {*decoding} <= {chunk.sequence for chunk in step.chunks}, "a decode was left out"
         started = [s for s in queue if s in self.scheduler.running]
+        queue.sort(key=lambda s: not s.request.interactive)
         could = [s for s in queue if self.admit(s) is Admission.NOW]
-        assert started == could[: len(started)], "not in the order of arrival"
-        assert not (step.preempted and started), "one gives way while another starts"
+        assert {*started} == {*could[: len(started)]}, "not in the order of arrival, what is interactive first"
+        gave_way = [s.request.interactive for s in step.preempted]
+        assert not (any(gave_way) and started), "one gives way while another starts"
+        assert not gave_way or all(s.request.interactive for s in started[:1]), "one gives way to its equal"
+        assert not any(gave_way) or not any(not s.request.interactive for s in self.scheduler.running)
+        waits = [s for s in queue if s.request.interactive and s not in started][:1]
+        before_it = [c.count for c in step.chunks if c.sequence.request.interactive or c.sequence in decoding]
+        if waits and waits[0] in could and not gave_way and sum(before_it) < self.scheduler.max_num_batched_tokens:
+            running = [s for s in self.scheduler.running if s.request.interactive]
+            blocks = self.scheduler.blocks
+            free = blocks.capacity - sum(len(s.block_table) for s in running)
+            fits = blocks.blocks_for(len(waits[0].token_ids)) + len(running) <= free
+            assert not fits or len(running) == self.scheduler.max_num_seqs, "it waits for what is not interactive"
         assert Counter(s for s in step.preempted if s in self.scheduler.waiting) == Counter(step.preempted)
         run(self.scheduler, step)
 
@@ -92,7 +111,7 @@ class Schedules(RuleBasedStateMachine):
                 self.remove(running)
 
     def teardown(self) -> None:
-        """Everybody is served: the oldest never gives way, so it ends, and then the next is the oldest."""
+        """Everybody is served: the oldest never gives way to its equals, so it ends; the next is the oldest then."""
         self.present = True
         for _ in range(40 * len(self.scheduler.unfinished())):
             self.step()
@@ -168,3 +187,46 @@ def test_the_newest_gives_way_and_comes_back_first() -> None:
     assert preempted == [new]
     assert list(scheduler.waiting) == [new, later]
     assert (new.block_table, new.num_computed_tokens) == ([], 0)
+
+
+def test_what_is_not_interactive_gives_its_place_to_what_is_and_takes_it_again() -> None:
+    scheduler = make(max_num_seqs=2)
+    slow = [sequence(4, first=20 * i, interactive=False) for i in range(3)]
+    quick = sequence(4, first=80)
+    for each in slow:
+        scheduler.add(each)
+    run(scheduler, scheduler.schedule(now))
+    scheduler.add(quick)
+    step = scheduler.schedule(now)
+    assert (step.preempted, scheduler.running) == ([slow[1]], [slow[0], quick])
+    assert {chunk.sequence for chunk in step.chunks} == {slow[0], quick}
+    run(scheduler, step)
+    assert not scheduler.schedule(now).preempted
+    scheduler.remove(quick)
+    scheduler.schedule(now)
+    assert scheduler.running == [slow[0], slow[1]]
+
+
+def test_an_adapter_that_is_away_takes_nobodys_place() -> None:
+    scheduler, slow, quick = make(max_num_seqs=1), sequence(interactive=False), sequence(task="away", first=20)
+    for each in (slow, quick):
+        scheduler.add(each)
+    answers = {quick: Admission.LATER}
+    for _ in range(2):
+        step = scheduler.schedule(lambda s: answers.get(s, Admission.NOW))
+        assert (scheduler.running, step.preempted) == ([slow], [])
+        run(scheduler, step)
+
+
+def test_log_probabilities_of_a_prompts_end_leave_its_beginning_to_the_cache() -> None:
+    scheduler, prompt, found = make(), tuple(range(9)), []
+    for first in (1, 1, 5, 6):
+        asked = Sequence(Request("r", prompt, (), SamplingParams(prompt_logprobs=0, prompt_logprobs_from=first)), 0)
+        scheduler.add(asked)
+        step = scheduler.schedule(now)
+        found.append([(chunk.start, chunk.num_logits) for chunk in step.chunks])
+        run(scheduler, step)
+        while asked.num_pending_tokens > 1:
+            run(scheduler, scheduler.schedule(now))
+        scheduler.remove(asked)
+    assert found == [[(0, 8)], [(0, 8)], [(4, 5)], [(4, 4)]]

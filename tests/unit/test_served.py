@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from crma.errors import ConfigError, LineageMismatch, NotFound
+from crma.prompts import encode_text
 from crma.pull import BaseModel
-from crma.question_set import parse_question_set
+from crma.question_set import inline_question_set, parse_question_set
 from crma.served import Served, ablate
 from crma.store import AdapterStore
 
@@ -51,3 +53,34 @@ def test_an_ablation_answers_each_question_as_it_is_answered_alone(served: Serve
             texts.add(text)
     assert len(texts) > 6
     assert body["provenance"]["base"] == served.base.digest
+
+
+def test_likelihoods_choose_and_measure_as_one_forward_pass_at_a_time_says(served: Served) -> None:
+    choices = ["the other answers", "free", "3 €"]
+    lines = [
+        {"id": str(i), "task": "one", "question": f"Is it {i}?", "answers": choices[1:2], "choices": choices}
+        for i in range(3)
+    ]
+    questions = inline_question_set(lines)
+    plan, fmt = served.plan("task+crma", "one"), served.evaluator("one").fmt
+    expected = []
+    for question in questions.questions:
+        prompt = fmt.encode(served.tokenizer, question.question)
+        for choice in choices:
+            ids = encode_text(served.tokenizer, choice)
+            with torch.inference_mode(), served.injection.active(plan):
+                logits = served.injection.model(input_ids=torch.tensor([[*prompt, *ids]])).logits[
+                    0, len(prompt) - 1 : -1
+                ]
+            expected.append(logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum().item())
+    body = ablate(served, questions, ["task+crma"], scorer="choice", note=lambda _: None)
+    outputs = [item["outputs"]["task+crma"] for item in body["items"]]
+    assert [each for output in outputs for each in output["logprobs"]] == pytest.approx(expected, abs=1e-4)
+    assert [output["text"] for output in outputs] == [
+        choices[max(range(3), key=expected[3 * i :][:3].__getitem__)] for i in range(3)
+    ]
+    body = ablate(served, questions, ["task+crma"], scorer="perplexity", note=lambda _: None)
+    nats = [item["outputs"]["task+crma"]["logprob_per_token"] for item in body["items"]]
+    assert nats == pytest.approx(
+        [each / len(encode_text(served.tokenizer, "free")) for each in expected[1::3]], abs=1e-4
+    )

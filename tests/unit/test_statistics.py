@@ -29,6 +29,33 @@ def test_mcnemar_is_exact() -> None:
     assert found == pytest.approx(two_tails, rel=1e-9)
 
 
+def test_holm_gives_published_values() -> None:
+    adjusted = {(0.01, 0.04, 0.03, 0.005): [0.03, 0.06, 0.06, 0.02], (0.6, 0.7): [1, 1], (0.2,): [0.2], (): []}
+    assert {ps: statistics.holm(ps) for ps in adjusted} == {ps: pytest.approx(p) for ps, p in adjusted.items()}
+
+
+@pytest.mark.parametrize(("flipped", "n"), [(0, 40), (30, 100), (5, 100), (400, 2000)])
+def test_the_detectable_difference_is_found_in_80_of_100_simulated_runs_and_a_smaller_one_is_not(
+    flipped: int, n: int
+) -> None:
+    difference, rng = statistics.detectable_difference(flipped, n), np.random.default_rng(0)
+    assert difference is not None
+    found = []
+    for true in (difference, 0.8 * difference):
+        flips = max(flipped / n, true)
+        gained, lost, _ = rng.multinomial(n, [(flips + true) / 2, (flips - true) / 2, 1 - flips], size=20_000).T
+        pairs = {(int(g), int(b)) for g, b in zip(gained, lost, strict=True)}
+        p = {pair: statistics.mcnemar(*pair) for pair in pairs}
+        found.append(np.mean([p[int(g), int(b)] <= 0.05 for g, b in zip(gained, lost, strict=True)]))
+    assert found[0] == pytest.approx(0.8, abs=0.015)
+    assert found[1] < 0.75
+
+
+def test_too_few_items_detect_nothing_and_a_means_detectable_difference_is_the_textbooks() -> None:
+    assert [statistics.detectable_difference(0, n) is None for n in (1, 5, 6)] == [True, True, False]  # 2 / 2^6 < .05
+    assert statistics.detectable_mean([-1, 1] * 50) == pytest.approx((1.96 + 0.8416) / math.sqrt(99), rel=1e-3)
+
+
 def test_bootstrap_of_two_items_is_the_law_known_by_hand_and_of_many_differs_between_seeds() -> None:
     # Means of resamples of (0, 1): 0 with probability 1/4, 1/2 with 1/2, 1 with 1/4.
     assert statistics.paired_bootstrap([0, 1], seed=0, confidence=0.95) == (0.0, 1.0)

@@ -39,8 +39,8 @@ class GenerateOptions(TypedDict, total=False):
 
 
 def checked(response: httpx.Response, *accepts: int) -> httpx.Response:
-    """The response, if its status is 200 or one of `accepts`; raises StatusError else (its content must be there)."""
-    if response.status_code in (200, *accepts):
+    """The response, if its status is 200, 202 or one of `accepts`; else StatusError (its content must be there)."""
+    if response.status_code in (200, 202, *accepts):
         return response
     try:
         body = response.json()
@@ -57,6 +57,11 @@ def read_answer(response: httpx.Response) -> Generation:
 def read_object(response: httpx.Response) -> dict[str, Any]:
     """An answer that is a JSON object."""
     return read(dict, _json(checked(response).content))
+
+
+def read_list(response: httpx.Response) -> list[Any]:
+    """An answer that is a JSON array."""
+    return read(list, _json(checked(response).content))
 
 
 def read_text(response: httpx.Response) -> str:

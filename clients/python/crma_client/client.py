@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, closing, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from urllib.parse import quote
 
 import httpx
 
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 H = TypeVar("H", httpx.Client, httpx.AsyncClient)
 G = TypeVar("G")  # Generation
 D = TypeVar("D")  # dict, JSON as it came
+L = TypeVar("L")  # list, JSON as it came
 B = TypeVar("B")  # bool
 S = TypeVar("S")  # str
 
 Read = Callable[[httpx.Response], Any]
+Body = Mapping[str, Any] | bytes | None
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -57,7 +60,7 @@ class AsyncTokenStream(TokenReader):
         _ = self.result  # raises if the stream broke off
 
 
-class _Calls(Generic[H, G, D, B, S]):
+class _Calls(Generic[H, G, D, L, B, S]):
     """What both clients do alike. The type arguments are their httpx client, and what they return: the answers, or
     awaitables of them. Every method raises from the tree in `crma_client.errors`, and nothing else.
     """
@@ -95,11 +98,29 @@ class _Calls(Generic[H, G, D, B, S]):
         """Compare variants on a question set and wait for the report; mind `timeout`, which it must fit in.
 
         `body` is that of POST /ablation, which the server judges: question_set (one it knows by name) or questions
-        (each {"id", "task", "question", "answers"}; any of its answers is right), tasks, variants, scorer, max_tokens,
-        seed, margin (the difference in accuracy within which two variants count as equivalent), repeat (run variants
-        that resolve to the same adapters apart), timeout_s (the deadline of each item).
+        (each {"id", "task", "question", "answers"}, perhaps with "choices"; any of its answers is right), tasks,
+        variants (base, task, crma, task+crma, or of versions: task@v2+crma@v1), scorer, tolerance and
+        relative_tolerance (numeric's), max_tokens, temperature, seed, margin (the difference in accuracy within which
+        two variants count as equivalent), repeat (run variants that resolve to the same adapters apart), timeout_s (the
+        deadline of each item), background (answer at once with an id), provenance (refuse what has changed since).
         """
         return self._send("/ablation", calls.read_object, body)
+
+    def ablation_job(self, id: str) -> D:
+        """A job in the background: its status, progress, request, and once it is done its result."""
+        return self._send(f"/ablation/{quote(id, safe='')}", calls.read_object)
+
+    def cancel_ablation(self, id: str) -> D:
+        """Cancel a job where it runs still; its record stays."""
+        return self._send(f"/ablation/{quote(id, safe='')}", calls.read_object, method="DELETE")
+
+    def question_sets(self) -> L:
+        """Name, digest and number of items of every set the server knows by name."""
+        return self._send("/question_sets", calls.read_list)
+
+    def upload_question_set(self, name: str, lines: bytes) -> D:
+        """Keep a set of JSON Lines on the server under a name; needs the admin key."""
+        return self._send(f"/question_sets/{quote(name, safe='')}", calls.read_object, lines, method="PUT")
 
     def adapters(self) -> D:
         """The base model, the CRMA backbone and the task adapters that the server serves."""
@@ -117,18 +138,17 @@ class _Calls(Generic[H, G, D, B, S]):
         """The metrics in Prometheus' text format."""
         return self._send("/metrics", calls.read_text)
 
-    def _send(self, path: str, read: Read, fields: Mapping[str, Any] | None = None) -> Any:
+    def _send(self, path: str, read: Read, body: Body = None, method: str | None = None) -> Any:
         """What `read` makes of the answer to `_request`."""
         raise NotImplementedError
 
-    def _request(self, path: str, fields: Mapping[str, Any] | None) -> httpx.Request:
-        """POST with `fields` as its JSON, GET without."""
-        if fields is None:
-            return self._http.build_request("GET", path)
-        return self._http.build_request("POST", path, content=calls.write_body(fields))
+    def _request(self, path: str, body: Body, method: str | None = None) -> httpx.Request:
+        """POST with fields as its JSON, GET without, unless another method is named; bytes are sent as they are."""
+        content = calls.write_body(body) if isinstance(body, Mapping) else body
+        return self._http.build_request(method or ("GET" if body is None else "POST"), path, content=content)
 
 
-class Client(_Calls[httpx.Client, Generation, dict[str, Any], bool, str]):
+class Client(_Calls[httpx.Client, Generation, dict[str, Any], list[Any], bool, str]):
     """A CRMA Server, blocking. Use it as a context manager, or call `close()`. Safe to share between threads."""
 
     _http_client = httpx.Client
@@ -154,14 +174,21 @@ class Client(_Calls[httpx.Client, Generation, dict[str, Any], bool, str]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _send(self, path: str, read: Read, fields: Mapping[str, Any] | None = None) -> Any:
+    def _send(self, path: str, read: Read, body: Body = None, method: str | None = None) -> Any:
         with _transport_errors():
-            response = self._http.send(self._request(path, fields))
+            response = self._http.send(self._request(path, body, method))
         return read(response)
 
 
 class AsyncClient(
-    _Calls[httpx.AsyncClient, Awaitable[Generation], Awaitable[dict[str, Any]], Awaitable[bool], Awaitable[str]]
+    _Calls[
+        httpx.AsyncClient,
+        Awaitable[Generation],
+        Awaitable[dict[str, Any]],
+        Awaitable[list[Any]],
+        Awaitable[bool],
+        Awaitable[str],
+    ]
 ):
     """As Client, awaited. Use it as an async context manager, or call `aclose()`."""
 
@@ -188,9 +215,9 @@ class AsyncClient(
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    async def _send(self, path: str, read: Read, fields: Mapping[str, Any] | None = None) -> Any:
+    async def _send(self, path: str, read: Read, body: Body = None, method: str | None = None) -> Any:
         with _transport_errors():
-            response = await self._http.send(self._request(path, fields))
+            response = await self._http.send(self._request(path, body, method))
         return read(response)
 
 
