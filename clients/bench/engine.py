@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO, cast
 
 import httpx
 
@@ -70,9 +71,7 @@ def peers(model: str, folder: Path) -> Iterator[tuple[Engine, dict[str, float]]]
     """PEFT and transformers (`peers.py`), and the machine's limits; the adapters are in `folder` then."""
     command = [sys.executable, str(Path(__file__).with_name("peers.py")), model, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        jobs, results = process.stdin, process.stdout
-        assert jobs is not None
-        assert results is not None
+        jobs, results = cast(IO[str], process.stdin), cast(IO[str], process.stdout)
         limits: dict[str, float] = json.loads(results.readline())
 
         def run(workload: Workload, seed: str) -> tuple[list[Answer], float]:

@@ -10,33 +10,19 @@ import json
 import sys
 import time
 from timeit import repeat
+from types import SimpleNamespace
 from typing import Any
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class _Clock:
-    """A streamer: when each step's tokens came; the prompt comes first."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, _: Any) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 
 def main(model: str, folder: str) -> None:
     """Until stdin ends."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     base, under = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval() for _ in range(2))
     torch.manual_seed(0)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     mixed: Any = get_peft_model(under, config, "lora-0", autocast_adapter_dtype=False)
     for i in range(1, 8):
         mixed.add_adapter(f"lora-{i}", config, autocast_adapter_dtype=False)
@@ -55,18 +41,17 @@ def main(model: str, folder: str) -> None:
 
 def generate(base: Any, mixed: Any, requests: list[Any], concurrency: int, new_tokens: int) -> Any:
     """[fields of bench.latency.Answer, ...] and the seconds it took. A batch is sent when the one before has ended."""
-    import torch
-
     answers, begin = [], time.perf_counter()
     for first in range(0, len(requests), concurrency):
         models, prompts = zip(*requests[first : first + concurrency], strict=True)
         plain, ids = set(models) == {"base"}, torch.tensor(prompts)
-        clock, start = _Clock(), time.perf_counter()
+        times, start = list[float](), time.perf_counter()
+        clock = SimpleNamespace(put=lambda _, times=times: times.append(time.perf_counter()), end=lambda: None)
         options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "streamer": clock, "do_sample": False}
         options |= {"max_new_tokens": new_tokens} | ({} if plain else {"adapter_names": list(models)})
         (base if plain else mixed).generate(**options)
-        times = clock.times[1:]
-        answers += [{"start": start, "times": times, "num_tokens": len(times)}] * len(ids)
+        answer = {"start": start, "times": times[1:], "num_tokens": len(times) - 1}  # the first is the prompt
+        answers += [answer] * len(ids)
     return answers, time.perf_counter() - begin
 
 
@@ -76,7 +61,6 @@ def limits(base: Any) -> dict[str, float]:
     `read_tok_s`: tokens/s of a sequence, if each reads all weights once; `gemm_tok_s`: of all, if each takes two
     operations a weight at the rate of large products; `prefill_tok_s`: without the head, which a prompt needs once.
     """
-    import torch
 
     def best(call: Any) -> float:
         return min(repeat(call, number=1, repeat=50))
