@@ -81,4 +81,7 @@ def peers(model: str, folder: Path) -> Iterator[tuple[Engine, dict[str, float]]]
             answers, wall = json.loads(results.readline())
             return [Answer(**answer) for answer in answers], wall
 
-        yield Engine(run, frozenset({"base", *LORAS}), process.pid), limits
+        try:
+            yield Engine(run, frozenset({"base", *LORAS}), process.pid), limits
+        finally:
+            process.terminate()  # it may be in the middle of a job
