@@ -11,7 +11,7 @@ BIN    := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PYTHON_IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11) and "CRMA Server needs Python 3.11 or later and $(PYTHON) is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.11")
 
-.PHONY: setup serve test check test-gpu e2e train ablate clean
+.PHONY: setup serve test check test-gpu e2e train ablate bench clean
 
 setup: .venv/.installed  ## make .venv, once; again only when pyproject.toml or constraints.txt changes
 
@@ -38,6 +38,9 @@ train: setup  ## train the shipped adapters again, as crma/experiments/shipped.t
 
 ablate: setup  ## CRMA on against off on the public question set
 	$(BIN)/crma ablate adapters_store --model $(MODEL)
+
+bench: setup  ## our server, PEFT and transformers on one load: clients/bench/README.md
+	@PYTHONPATH=clients $(BIN)/python -m bench $(BENCH_ARGS)
 
 clean:  ## remove .venv and what tools left behind; pulled models and results stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,7 +10,7 @@ from crma.baselines import naive_bayes
 from crma.data import load_split
 from crma.entry import BackboneEntry, TaskEntry
 from crma.errors import ConfigError, NotFound
-from crma.evaluate import Evaluator
+from crma.evaluate import Encoded, Evaluator
 from crma.injection import Injection, Plan
 from crma.lora import Lora
 from crma.model import load_model, load_tokenizer, resolve_device, resolve_dtype

@@ -34,7 +34,12 @@ def imported(source: str) -> set[str]:
 def modules() -> dict[str, Path]:
     """Module name -> file, of everything in crma/, server/ and clients/."""
     found = {}
-    for top, below in (("crma", "."), ("server", "."), ("clients/python/crma_client", "clients/python")):
+    for top, below in (
+        ("crma", "."),
+        ("server", "."),
+        ("clients/python/crma_client", "clients/python"),
+        ("clients/bench", "clients"),
+    ):
         for file in sorted((ROOT / top).rglob("*.py")):
             name = ".".join(file.relative_to(ROOT / below).with_suffix("").parts)
             found[name.removesuffix(".__init__")] = file
@@ -58,6 +63,7 @@ BANNED = {  # where: what
     "server.engine": {*HTTP, *ABOVE_ENGINE, "pydantic", "prometheus_client", "clients"},
     "server": {"server.routes"},  # but the routes themselves and the app
     "crma_client": {*TORCH, "server", "crma"},
+    "bench": {"server", "crma", "crma_client"},
 }
 
 
@@ -74,6 +80,12 @@ def test_the_python_client_depends_on_httpx_only() -> None:
     used = {name.split(".")[0] for m in modules() if within(m, {"crma_client"}) for name in imports_of(m)}
     assert "httpx" in used, "the reader of imports sees nothing"
     assert used <= allowed
+
+
+def test_of_the_benchmark_only_the_peers_import_torch() -> None:
+    """The peers run in a process of their own: the load generator shares the cores with what it measures."""
+    found = {m for m in modules() if within(m, {"bench"}) and any(within(name, TORCH) for name in imports_of(m))}
+    assert found == {"bench.peers"}
 
 
 def test_plain_data_and_scheduling_never_reach_torch() -> None:
