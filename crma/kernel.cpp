@@ -45,12 +45,15 @@ template <typename T> inline void add_scaled(float* y, float scale, const T* x, 
     for (int64_t i = 0; i < n; i++) y[i] += scale * load(x[i]);
 }
 
-// One row is no parallel region: libgomp ends the threads that a smaller team leaves over, and makes them anew for the
-// next one. (`if` clauses make teams of one.)
-template <typename F> void each_row(int64_t rows, F visit) {
-    if (rows == 1) return visit(0);
+// Little work is done by one thread: to meet the others costs some microseconds, and milliseconds where a core has more
+// to do than this. (No `if` clause: libgomp ends the threads that a team of one leaves over, and makes them anew.)
+template <typename F> void each_row(int64_t rows, int64_t operations, F visit) {
+    if (rows == 1 || rows * operations < 100000) {
+        for (int64_t r = 0; r < rows; r++) visit(r);
+    } else {
 #pragma omp parallel for schedule(dynamic)
-    for (int64_t r = 0; r < rows; r++) visit(r);
+        for (int64_t r = 0; r < rows; r++) visit(r);
+    }
 }
 
 template <typename T> void norm_row(const T* x, const T* weight, float eps, T* y, int64_t d) {
@@ -63,11 +66,11 @@ template <typename T> void norm_row(const T* x, const T* weight, float eps, T* y
 }
 
 template <typename T> void norm(const T* x, const T* weight, float eps, T* y, int64_t rows, int64_t d) {
-    each_row(rows, [&](int64_t r) { norm_row(x + r * d, weight, eps, y + r * d, d); });
+    each_row(rows, 2 * d, [&](int64_t r) { norm_row(x + r * d, weight, eps, y + r * d, d); });
 }
 
 template <typename T> void gate(const T* x, T* y, int64_t rows, int64_t d) {
-    each_row(rows, [&](int64_t r) {
+    each_row(rows, 4 * d, [&](int64_t r) {
         const T *a = x + r * 2 * d, *b = a + d;
 #pragma omp simd
         for (int64_t i = 0; i < d; i++) {
@@ -80,7 +83,7 @@ template <typename T> void gate(const T* x, T* y, int64_t rows, int64_t d) {
 template <typename T>
 void rotate(T* heads, const T* head_norms, float eps, const T* cos, const T* sin, T* cache, const int64_t* slots,
             int64_t rows, int64_t H, int64_t h, int64_t e) {
-    each_row(rows, [&](int64_t r) {
+    each_row(rows, 4 * (H + h) * e, [&](int64_t r) {
         T* row = heads + r * (H + 2 * h) * e;
         for (int64_t i = 0; i < H + h; i++) {
             T* x = row + i * e;
@@ -133,7 +136,7 @@ template <typename T>
 void attend(const T* query, int64_t stride, const T* cache, const int64_t* blocks, int64_t width,
             const int64_t* positions, T* out, int64_t window, float scaling, int64_t rows, int64_t H, int64_t h,
             int64_t e, int64_t z) {
-    each_row(rows, [&](int64_t r) {
+    each_row(rows, 2 * H * e * z * width, [&](int64_t r) {
         int64_t length = positions[r] + 1, first = window > 0 ? std::max<int64_t>(0, length - window) : 0;
         attend_row(query + r * stride, cache, blocks + r * width, out + r * H * e, first, length, scaling, H, h, e, z);
     });
@@ -142,7 +145,7 @@ void attend(const T* query, int64_t stride, const T* cache, const int64_t* block
 template <typename T>
 void add_lora(T* y, const T* x, const T* A, const T* B, const int64_t* first, const int64_t* spans,
               const int64_t* adapters, int64_t rows, int64_t in, int64_t out) {
-    each_row(rows, [&](int64_t r) {
+    each_row(rows, 8 * (in + out), [&](int64_t r) {
         if (adapters[r] < 0) return;
         std::vector<float> wide(in), sums(out);
         for (int64_t i = 0; i < in; i++) wide[i] = load(x[r * in + i]);

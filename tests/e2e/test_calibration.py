@@ -12,13 +12,15 @@ from itertools import combinations
 
 import pytest
 from scipy import stats
-from test_shipped import QUESTIONS, server
+from test_shipped import STORE, server
 
 from crma.ablation import ItemResult, report
+from crma.question_set import read_question_set
 
 pytestmark = pytest.mark.e2e
 
 RUNS, ITEMS = 200, 60
+QUESTIONS = read_question_set(STORE / "question_sets" / "public.jsonl").questions
 
 
 async def test_a_null_comparison_is_significant_no_more_often_than_it_says(capsys: pytest.CaptureFixture[str]) -> None:
