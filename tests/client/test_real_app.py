@@ -77,7 +77,7 @@ async def test_an_ablation_in_the_background_on_a_set_of_ones_own(client: AsyncC
     with pytest.raises(errors.StatusError, check=lambda error: error.status == 403):
         await client.upload_question_set("mine", lines)
     admin = AsyncClient("http://test", api_key="admin", transport=client._http._transport)
-    described = await admin.upload_question_set("mine", lines)
+    await admin.upload_question_set("mine", lines)
     assert [each["name"] for each in await client.question_sets()] == ["mine", "public"]
     body = {"question_set": "mine", "max_tokens": 4}
     started = await client.ablation(**body, background=True)

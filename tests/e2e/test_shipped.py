@@ -1,5 +1,7 @@
 """The shipped adapters on the real base model, through the real server. Needs `crma pull` and `crma data` before."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -18,6 +20,16 @@ STORE = Path(__file__).parents[2] / "adapters_store"
 TASKS = AdapterStore(STORE).task_names()
 
 
+@asynccontextmanager
+async def server(**settings: object) -> AsyncIterator[httpx.AsyncClient]:
+    """The app as `python -m server` builds it, ready."""
+    app = build(Settings(store=STORE, **settings))
+    async with app.router.lifespan_context(app):
+        await app.state.starting
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=300) as client:
+            yield client
+
+
 def test_the_shipped_store_has_no_problem() -> None:
     from crma.injection import shapes_of_folder
 
@@ -26,11 +38,9 @@ def test_the_shipped_store_has_no_problem() -> None:
 
 
 async def test_every_task_answers_its_public_questions_better_with_crma_than_the_base_model() -> None:
-    app, body = build(Settings(store=STORE)), {"question_set": "public", "variants": ["task+crma", "base"], "seed": 7}
-    async with app.router.lifespan_context(app):
-        await app.state.starting
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=300) as client:
-            answer = (await client.post("/ablation", json=body)).json()
+    body = {"question_set": "public", "variants": ["task+crma", "base"], "seed": 7}
+    async with server() as client:
+        answer = (await client.post("/ablation", json=body)).json()
     by_task = {variant: row["by_task"] for variant, row in answer["variants"].items()}
     assert set(by_task["base"]) == set(TASKS)
     for task in TASKS:
