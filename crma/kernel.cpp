@@ -7,6 +7,9 @@
 #include <cmath>
 #include <cstdint>
 #include <vector>
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
 
 struct bfloat16 {
     uint16_t bits;
@@ -159,6 +162,62 @@ void add_lora(T* y, const T* x, const T* A, const T* B, const int64_t* first, co
     });
 }
 
+// sums[r * 4 + c] = dot of row r of x and row c of w, both of K bytes, a multiple of 64.
+template <int R> inline void tile(const uint8_t* x, const int8_t* w, int64_t K, int32_t* sums) {
+#ifdef __AVX512VNNI__
+    __m512i dots[R][4] = {};
+    for (int64_t i = 0; i < K; i += 64)
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < 4; c++)
+                dots[r][c] = _mm512_dpbusd_epi32(dots[r][c], _mm512_loadu_si512(x + r * K + i),
+                                                 _mm512_loadu_si512(w + c * K + i));
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < 4; c++) sums[r * 4 + c] = _mm512_reduce_add_epi32(dots[r][c]);
+#else
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < 4; c++) {
+            int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < K; i++) sum += int32_t(x[r * K + i]) * w[c * K + i];
+            sums[r * 4 + c] = sum;
+        }
+#endif
+}
+
+template <typename T>
+void product(const T* x, const int8_t* w, const float* scales, const int32_t* w_sums, T* y, int64_t rows, int64_t in,
+             int64_t K, int64_t N) {
+    std::vector<uint8_t> quantised(rows * K, 128);  // 128 is 0: signed bytes, but for an instruction that has none
+    std::vector<float> x_scales(rows);
+    each_row(rows, 8 * in, [&](int64_t r) {
+        float largest = 0, zero = 0;  // or NaN, where the row is not finite
+#pragma omp simd reduction(max : largest) reduction(+ : zero)
+        for (int64_t i = 0; i < in; i++) {
+            float v = load(x[r * in + i]);
+            largest = std::max(largest, std::abs(v));
+            zero += v * 0.0f;
+        }
+        float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        x_scales[r] = largest / 127.0f + zero;
+#pragma omp simd
+        for (int64_t i = 0; i < in; i++)
+            quantised[r * K + i] = uint8_t(int32_t(std::rint(load(x[r * in + i]) * inverse)) + 128);
+    });
+    auto write = [&](int64_t first, int64_t count, int64_t n, const int32_t* sums) {
+        for (int64_t r = first; r < first + count; r++)
+            for (int64_t c = n; c < n + 4; c++)
+                y[r * N + c] = store<T>(x_scales[r] * scales[c] * float(sums[(r - first) * 4 + c - n] - 128 * w_sums[c]));
+    };
+    each_row((N + 31) / 32, 32 * rows * K, [&](int64_t block) {
+        for (int64_t n = block * 32; n < std::min(N, block * 32 + 32); n += 4) {
+            int64_t r = 0;
+            int32_t sums[16];
+            for (; r + 4 <= rows; r += 4) tile<4>(&quantised[r * K], w + n * K, K, sums), write(r, 4, n, sums);
+            for (; r < rows; r++) tile<1>(&quantised[r * K], w + n * K, K, sums), write(r, 1, n, sums);
+        }
+    });
+}
+
 // A pointer to each, under its name and type.
 #define EXPORT(name) auto* name##_float32 = &name<float>; auto* name##_bfloat16 = &name<bfloat16>;
 extern "C" {
@@ -167,4 +226,5 @@ EXPORT(gate)
 EXPORT(rotate)
 EXPORT(attend)
 EXPORT(add_lora)
+EXPORT(product)
 }

@@ -13,9 +13,10 @@ import shutil
 import subprocess
 import tempfile
 from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ SIGNATURES = {  # p: pointer, f: float, i: int64
     "rotate": "ppfppppiiii",
     "attend": "pippippifiiiii",
     "add_lora": "pppppppiii",
+    "product": "pppppiiii",
 }
 _TYPES = {"p": c_void_p, "f": c_float, "i": c_int64}
 
@@ -58,6 +60,7 @@ class Kernel:
     _rotate: Any
     _attend: Any
     _add_lora: Any
+    _product: Any
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root mean square norm of each row, x [rows, d] -> [rows, d]."""
@@ -131,6 +134,37 @@ class Kernel:
         """
         tensors = (t.data_ptr() for t in (y, x, A, B, first, spans, adapters))
         self._add_lora(*tensors, len(x), x.shape[1], y.shape[1])
+
+    def product(self, x: Tensor, weight: "Int8Weight") -> Tensor:
+        """x [rows, in] times the weight: [rows, out]. Each row of x is rounded to 127 steps of its own largest value."""
+        out, width = weight.values.shape
+        y = x.new_empty(len(x), out)
+        tensors = (t.data_ptr() for t in (x, weight.values, weight.scales, weight.sums, y))
+        self._product(*tensors, *x.shape, width, out)
+        return y
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A linear's weight in 8 bits: row i is values[i] * scales[i], its largest value 127 steps.
+
+    values: int8 [out, in up to a multiple of 64]; scales: float32 [out]; sums of values: int32 [out].
+    """
+
+    values: Tensor
+    scales: Tensor
+    sums: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Self:
+        """Rounds weight [out, in] to the nearest. Raises ConfigError unless out is a multiple of 4."""
+        out, width = weight.shape
+        if out % 4:
+            raise ConfigError("int8 takes outputs in fours", field="quantization", value=out, allowed="multiple of 4")
+        scales = weight.float().abs().amax(dim=1).clamp(min=1e-30) / 127
+        values = torch.zeros(out, -(-width // 64) * 64, dtype=torch.int8)
+        values[:, :width] = (weight.float() / scales[:, None]).round()
+        return cls(values, scales, values.sum(dim=1, dtype=torch.int32))
 
 
 @cache

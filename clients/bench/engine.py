@@ -6,12 +6,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import httpx
 
@@ -67,21 +67,25 @@ def serving(settings: Mapping[str, str], log: Path) -> Iterator[tuple[Engine, fl
 
 
 @contextmanager
-def peers(model: str, folder: Path) -> Iterator[tuple[Engine, dict[str, float]]]:
-    """PEFT and transformers (`peers.py`), and the machine's limits; the adapters are in `folder` then."""
+def peers(model: str, folder: Path) -> Iterator[tuple[Engine, Callable[[], dict[str, float | None]]]]:
+    """PEFT and transformers (`peers.py`), and what measures the machine's limits; the adapters are in `folder` then."""
     command = [sys.executable, str(Path(__file__).with_name("peers.py")), model, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         jobs, results = cast(IO[str], process.stdin), cast(IO[str], process.stdout)
-        limits: dict[str, float] = json.loads(results.readline())
+        results.readline()  # by now the adapters are written
 
-        def run(workload: Workload, seed: str) -> tuple[list[Answer], float]:
-            job = (workload.requests(seed), workload.concurrency, workload.new_tokens)
+        def ask(job: Sequence[object]) -> Any:
             jobs.write(json.dumps(job) + "\n")
             jobs.flush()
-            answers, wall = json.loads(results.readline())
+            if not (line := results.readline()):
+                raise SystemExit("the peers ended in the middle of a job")
+            return json.loads(line)
+
+        def run(workload: Workload, seed: str) -> tuple[list[Answer], float]:
+            answers, wall = ask((workload.requests(seed), workload.concurrency, workload.new_tokens))
             return [Answer(**answer) for answer in answers], wall
 
         try:
-            yield Engine(run, frozenset({"base", *LORAS}), process.pid), limits
+            yield Engine(run, frozenset({"base", *LORAS}), process.pid), lambda: ask(())
         finally:
             process.terminate()  # it may be in the middle of a job

@@ -2,8 +2,8 @@
 
 Writes lora-0 to lora-7 into FOLDER, in PEFT's format: random, rank 8, alpha 16, on every linear, B with deviation 0.01,
 the same each time. Then a line on stdout with the machine's limits, and one for each line on stdin, which is a job
-`[[[model, ids], ...], concurrency, new_tokens]`. Jobs are answered in static batches: those of adapters
-by PEFT's mixed batch (`adapter_names`), those of `base` by plain transformers.
+`[[[model, ids], ...], concurrency, new_tokens]`, or `[]` for the limits again. Jobs are answered in static batches:
+those of adapters by PEFT's mixed batch (`adapter_names`), those of `base` by plain transformers.
 """
 
 import json
@@ -36,7 +36,8 @@ def main(model: str, folder: str) -> None:
     with torch.inference_mode():
         _write(limits(base))
         for line in sys.stdin:
-            _write(generate(base, mixed, *json.loads(line)))
+            job = json.loads(line)
+            _write(generate(base, mixed, *job) if job else limits(base))
 
 
 def generate(base: Any, mixed: Any, requests: list[Any], concurrency: int, new_tokens: int) -> Any:
