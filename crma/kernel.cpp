@@ -104,10 +104,12 @@ void rotate(T* heads, const T* head_norms, float eps, const T* cos, const T* sin
     });
 }
 
-// One row over the blocks of its sequence, each read once: the softmax so far is scaled when a larger score comes.
-template <typename T>
+// One row over the blocks of its sequence, each read once: the softmax so far is scaled when a larger score comes. E: the
+// size of a head, where the compiler may know it (0: it does not).
+template <typename T, int64_t E>
 void attend_row(const T* query, const T* cache, const int64_t* blocks, T* out, int64_t first, int64_t length,
-                float scaling, int64_t H, int64_t h, int64_t e, int64_t z) {
+                float scaling, int64_t H, int64_t h, int64_t size, int64_t z) {
+    const int64_t e = E ? E : size;
     std::vector<float> memory(2 * H * e + 2 * H + z);
     float *q = memory.data(), *sums = q + H * e, *tops = sums + H * e, *totals = tops + H, *scores = totals + H;
     for (int64_t i = 0; i < H * e; i++) q[i] = load(query[i]) * scaling;
@@ -115,6 +117,10 @@ void attend_row(const T* query, const T* cache, const int64_t* blocks, T* out, i
     for (int64_t b = first / z; b * z < length; b++) {
         int64_t start = std::max(first - b * z, int64_t(0)), stop = std::min(length - b * z, z);
         const T* block = cache + blocks[b] * z * 2 * h * e;
+        if ((b + 1) * z < length) {  // a head's part of each position is too little for the processor to see a stream
+            const char* next = reinterpret_cast<const char*>(cache + blocks[b + 1] * z * 2 * h * e);
+            for (size_t at = 0; at < z * 2 * h * e * sizeof(T); at += 64) __builtin_prefetch(next + at, 0, 2);
+        }
         for (int64_t i = 0; i < H; i++) {
             const T *keys = block + i / (H / h) * e, *values = keys + h * e;
             float top = tops[i], total = 0;
@@ -125,8 +131,9 @@ void attend_row(const T* query, const T* cache, const int64_t* blocks, T* out, i
 #pragma omp simd reduction(+ : total)
             for (int64_t p = start; p < stop; p++) total += scores[p] = exponential(scores[p] - top);
             float scale = exponential(tops[i] - top);
-            for (int64_t j = 0; j < e; j++) sums[i * e + j] *= scale;
-            for (int64_t p = start; p < stop; p++) add_scaled(sums + i * e, scores[p], values + p * 2 * h * e, e);
+            float* __restrict sum = sums + i * e;
+            for (int64_t j = 0; j < e; j++) sum[j] *= scale;
+            for (int64_t p = start; p < stop; p++) add_scaled(sum, scores[p], values + p * 2 * h * e, e);
             totals[i] = totals[i] * scale + total;
             tops[i] = top;
         }
@@ -139,9 +146,10 @@ template <typename T>
 void attend(const T* query, int64_t stride, const T* cache, const int64_t* blocks, int64_t width,
             const int64_t* positions, T* out, int64_t window, float scaling, int64_t rows, int64_t H, int64_t h,
             int64_t e, int64_t z) {
+    auto of_size = e == 64 ? attend_row<T, 64> : e == 128 ? attend_row<T, 128> : attend_row<T, 0>;
     each_row(rows, 2 * H * e * z * width, [&](int64_t r) {
         int64_t length = positions[r] + 1, first = window > 0 ? std::max<int64_t>(0, length - window) : 0;
-        attend_row(query + r * stride, cache, blocks + r * width, out + r * H * e, first, length, scaling, H, h, e, z);
+        of_size(query + r * stride, cache, blocks + r * width, out + r * H * e, first, length, scaling, H, h, e, z);
     });
 }
 

@@ -24,9 +24,8 @@ from torch import Tensor
 from crma.errors import ConfigError
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = (
-    "-std=c++20 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -fPIC -shared -fvisibility-inlines-hidden"
-)
+FLAGS = ["-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared"]
+FLAGS += ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
 SIGNATURES = {  # p: pointer, f: float, i: int64
     "norm": "ppfpii",
     "gate": "ppii",
@@ -136,7 +135,7 @@ class Kernel:
         self._add_lora(*tensors, len(x), x.shape[1], y.shape[1])
 
     def product(self, x: Tensor, weight: "Int8Weight") -> Tensor:
-        """x [rows, in] times the weight: [rows, out]. Each row of x is rounded to 127 steps of its own largest value."""
+        """x [rows, in] times the weight: [rows, out]; each row of x rounded to 127 steps of its own largest value."""
         out, width = weight.values.shape
         y = x.new_empty(len(x), out)
         tensors = (t.data_ptr() for t in (x, weight.values, weight.scales, weight.sums, y))
@@ -175,7 +174,7 @@ def build(folder: Path) -> Path:
         raise ConfigError("there is no C++ compiler", field="kernel", value="on", allowed="c++ or g++ on the PATH")
     # The OpenMP library that torch has loaded: another would have threads of its own, at odds with torch's.
     openmp = [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))]
-    command = [compiler, *FLAGS.split(), str(SOURCE), "-Wl,--as-needed", *openmp]
+    command = [compiler, *FLAGS, str(SOURCE), "-Wl,--as-needed", *openmp]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text().partition("flags")[2].partition("\n")[0] if cpu.exists() else platform.processor()

@@ -57,14 +57,19 @@ def build_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
         limits = f"max_num_batched_tokens >= {settings.max_num_seqs}, kv_cache_tokens >= {max_model_len}"
         raise ConfigError(message, field="CRMA_KV_CACHE_TOKENS", value=pair, allowed=limits)
     blocks = BlockPool(1 + -(-settings.kv_cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
-    identity = (base.digest, str(injection.model.dtype))
+    identity = (base.digest, _dtype(settings, injection.model))
     root_of = (lambda selection: root_key(*identity, *selection)) if settings.prefix_caching else None
-    runner = ModelRunner(
-        injection, pool, blocks, num_threads, take_weights=True, kernel=_kernel(settings, injection.model)
-    )
+    kernel, int8 = _kernel(settings, injection.model), settings.quantization == "int8"
+    runner = ModelRunner(injection, pool, blocks, num_threads, take_weights=True, kernel=kernel, int8=int8)
     scheduler = Scheduler(blocks, settings.max_num_seqs, settings.max_num_batched_tokens, root_of)
     stop_ids = model_stop_ids(tokenizer, injection.model.generation_config.eos_token_id)
     return AsyncEngine(Engine(runner, scheduler, tokenizer, stop_ids, max_model_len), pool, settings.max_queue)
+
+
+def _dtype(settings: Settings, model: PreTrainedModel) -> str:
+    """ "bfloat16", or "bfloat16+int8" where the weights are: other numbers, so another identity of what is cached."""
+    quantization = "" if settings.quantization == "none" else f"+{settings.quantization}"
+    return f"{str(model.dtype).removeprefix('torch.')}{quantization}"
 
 
 def _kernel(settings: Settings, model: PreTrainedModel) -> Kernel | None:
@@ -95,7 +100,7 @@ def build(settings: Settings) -> FastAPI:
         log.warning("only raw prompts for the base model: %s", error.message)
     store = AdapterStore(settings.store)
     registry = Registry(store, base, engine.pool, base_format, metrics, injection.shapes, settings.load_backbone)
-    dtype, limit = str(injection.model.dtype).removeprefix("torch."), engine.engine.max_model_len
+    dtype, limit = _dtype(settings, injection.model), engine.engine.max_model_len
     model = ServedModel(name=base.name, digest=base.digest, dtype=dtype, max_model_len=limit)
     frontend = Frontend(settings, engine, registry, tokenizer, model, metrics)
     return create_app(frontend, on_stop=engine.stop)  # uvicorn has given requests their time by then

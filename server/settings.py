@@ -33,6 +33,7 @@ class Settings(BaseSettings):
     store: Path = _setting(Path("adapters_store"), "Folder of the adapter store.")
     load_backbone: bool = _setting(True, "Load the CRMA backbone; false: requests that need it get 409.")
     dtype: Literal["auto", "bfloat16", "float32"] = _setting("auto", "Type of weights and KV cache; auto: by device.")
+    quantization: Literal["none", "int8"] = _setting("none", "Weights of the base; int8 needs the native kernel.")
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Where the model runs; auto: CUDA if there is one.")
     kernel: Literal["auto", "on", "off"] = _setting("auto", "Native CPU kernel; auto: where a compiler builds it.")
     num_threads: int = _setting(0, "CPU threads of the model; 0: one per core.", ge=0)

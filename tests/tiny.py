@@ -164,6 +164,7 @@ def make_engine(
     executor: Executor | None = None,
     take_weights: bool = False,
     native: bool = True,
+    int8: bool = False,
 ) -> tuple[Engine, AdapterPool]:
     """An engine without end tokens of its own, with the native kernel where there is one, and its pool, in which
     `known` is registered and nothing resident."""
@@ -174,7 +175,9 @@ def make_engine(
     blocks = BlockPool(num_blocks + 1, block_size)
     root_of = (lambda selection: root_key(*selection)) if prefix_caching else None
     scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, root_of)
-    runner = ModelRunner(inj, pool, blocks, take_weights=take_weights, kernel=kernel(inj) if native else None)
+    runner = ModelRunner(
+        inj, pool, blocks, take_weights=take_weights, kernel=kernel(inj) if native else None, int8=int8
+    )
     return Engine(runner, scheduler, tokenizer(), frozenset(), max_model_len), pool
 
 

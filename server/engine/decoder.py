@@ -18,7 +18,7 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 from transformers import PreTrainedModel
 
 from crma.injection import Plan, decoder_blocks
-from crma.kernel import Kernel
+from crma.kernel import Int8Weight, Kernel
 from crma.lora import Site
 from server.engine.kv_cache import PagedKv, attend
 
@@ -57,12 +57,16 @@ class Decoder:
         take_weights: leave the model none, so that nothing is in memory twice: only the decoder can run it then. Else
             both compute with the same weights.
         kernel: computes what is not a product, if there is one.
+        int8: it computes the products too, of weights in 8 bits.
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, *, take_weights: bool = False, kernel: Kernel | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, take_weights: bool = False, kernel: Kernel | None = None, int8: bool = False
+    ) -> None:
         self.config = model.config
         self.kernel = kernel
+        joined = partial(_in_int8, kernel) if int8 and kernel is not None else _joined
         self.head_size: int = getattr(model.config, "head_dim", None) or (
             model.config.hidden_size // model.config.num_attention_heads
         )
@@ -74,8 +78,8 @@ class Decoder:
                 parameter.data = parameter.data.clone()
         self._rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = inner.rotary_emb
         self._embedding, self._norm = words.weight.data, inner.norm.weight.data
-        self._layers = [self._layer(f"{path}.{i}", block) for i, block in enumerate(blocks)]
-        self._head = _joined([model.get_output_embeddings()])
+        self._layers = [self._layer(f"{path}.{i}", block, joined) for i, block in enumerate(blocks)]
+        self._head = joined([model.get_output_embeddings()])
         if take_weights:
             for parameter in model.parameters():
                 parameter.data = parameter.data.new_empty(0)
@@ -85,7 +89,7 @@ class Decoder:
         """Of all layers: the linears whose outputs are one product."""
         return [site for layer in self._layers for site in layer.sites]
 
-    def _layer(self, path: str, block: Any) -> _Layer:
+    def _layer(self, path: str, block: Any, joined: Callable[[list[nn.Linear]], Linear]) -> _Layer:
         config, attention = self.config, block.self_attn
         norms = None
         if hasattr(attention, "q_norm"):
@@ -93,7 +97,7 @@ class Decoder:
             norms = torch.cat([norm.weight.data.expand(count, -1) for norm, count in pairs])
         return _Layer(
             sites=tuple(tuple(f"{path}.{name}" for name in site) for site in SITES),
-            linears=tuple(_joined([block.get_submodule(name) for name in site]) for site in SITES),
+            linears=tuple(joined([block.get_submodule(name) for name in site]) for site in SITES),
             attention_norm=block.input_layernorm.weight.data,
             mlp_norm=block.post_attention_layernorm.weight.data,
             head_norms=norms,
@@ -159,6 +163,13 @@ class Decoder:
         return rms_norm(x, x.shape[-1:], None, self.config.rms_norm_eps).mul_(
             weight
         )  # rounded twice, as the modules do
+
+
+def _in_int8(kernel: Kernel, linears: list[nn.Linear]) -> Linear:
+    """`_joined` in 8 bits."""
+    weight = Int8Weight.of(torch.cat([one.weight for one in linears]))
+    bias = torch.cat([one.bias for one in linears]) if linears[0].bias is not None else None
+    return lambda x: kernel.product(x, weight) if bias is None else kernel.product(x, weight).add_(bias)
 
 
 def _joined(linears: list[nn.Linear]) -> Linear:

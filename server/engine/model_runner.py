@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from crma.errors import UnsupportedModel
+from crma.errors import ConfigError, UnsupportedModel
 from crma.injection import Injection, Plan, plan_rows
 from crma.kernel import Kernel
 from crma.lora import StackedRows
@@ -14,7 +14,7 @@ from crma.selection import AdapterSelection
 from server.engine.adapter_pool import AdapterPool
 from server.engine.batch import Batch
 from server.engine.block_pool import BlockPool
-from server.engine.decoder import Decoder, covers
+from server.engine.decoder import COVERED, Decoder, covers
 from server.engine.kv_cache import ATTENTION, make_cache
 
 
@@ -22,10 +22,11 @@ class ModelRunner:
     """Holds the injected model and the KV cache; `run` is the only thing that touches either.
 
     Args:
-        take_weights, kernel: as in `Decoder`.
+        take_weights, kernel, int8: as in `Decoder`.
 
     Raises:
         UnsupportedModel: the model's attention can't be replaced.
+        ConfigError: int8 without a kernel or the decoder.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class ModelRunner:
         *,
         take_weights: bool = False,
         kernel: Kernel | None = None,
+        int8: bool = False,
     ) -> None:
         model = injection.model
         if not getattr(model, "_supports_attention_backend", False):
@@ -47,7 +49,11 @@ class ModelRunner:
         self.pool = pool
         self.num_threads = num_threads
         self.kernel = kernel
-        self.decoder = Decoder(model, take_weights=take_weights, kernel=kernel) if covers(model) else None
+        self.decoder = Decoder(model, take_weights=take_weights, kernel=kernel, int8=int8) if covers(model) else None
+        if int8 and (kernel is None or self.decoder is None):
+            name = type(model).__name__
+            allowed = f"a CPU with the native kernel, and one of {', '.join(sorted(COVERED))}"
+            raise ConfigError("int8 cannot be had", field="quantization", value=name, allowed=allowed)
         self.sites = self.decoder.sites if self.decoder else [(path,) for path in injection.shapes]
         self.kv = make_cache(model, blocks.num_blocks, blocks.block_size)
 

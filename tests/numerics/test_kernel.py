@@ -9,7 +9,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 import crma.kernel
 from crma.errors import ConfigError
-from crma.kernel import Kernel
+from crma.kernel import Int8Weight, Kernel
 
 H, HKV, E, Z = 6, 2, 24, 4  # no multiple of a vector's width
 
@@ -53,6 +53,23 @@ def test_attention_is_of_the_rows_own_blocks_and_window(kernel: Kernel, window: 
     alone = torch.empty(1, H, E, dtype=kernel.dtype)
     kernel.attend(query[2:3], cache, blocks[2:3], positions[2:3], alone, 0.3, window)
     assert torch.equal(alone[0], out[2])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_a_product_in_int8_is_that_of_the_rounded_row_and_weight(kernel: Kernel, rows: int) -> None:
+    x, weight = draw(kernel, rows, 100), draw(kernel, 36, 100)
+    steps = x.float().abs().amax(1, keepdim=True) / 127
+    int8 = Int8Weight.of(weight)
+    rounded = int8.values[:, :100].float() * int8.scales[:, None]
+    assert (rounded - weight.float()).abs().amax() <= int8.scales.amax() / 2 * 1.0001
+    found = kernel.product(x, int8)
+    expected = (x.float() / steps).round() * steps @ rounded.T
+    torch.testing.assert_close(
+        found.float(), expected, rtol=2**-7 if kernel.dtype == torch.bfloat16 else 1e-5, atol=1e-4
+    )
+    assert torch.equal(found[-1:], kernel.product(x[-1:], int8))
+    x[0, 3] = torch.inf
+    assert kernel.product(x, int8).isnan().all(-1).tolist() == [True] + [False] * (rows - 1)
 
 
 def test_a_nan_stays_in_its_row(kernel: Kernel) -> None:
