@@ -90,8 +90,9 @@ def attend(
     for group in paged.groups:
         n, s = group.positions.shape
         if paged.kernel is not None and s == 1 and softcap is None:
-            table = group.blocks.view(n, -1)
-            paged.kernel.attend(query[group.rows], cache, table, group.positions, output[group.rows], scaling, window)
+            # To cut rows out, where they are all, would take as long as a short sequence.
+            q, out = (query, output) if n == len(query) else (query[group.rows], output[group.rows])
+            paged.kernel.attend(q, cache, group.blocks.view(n, -1), group.positions, out, scaling, window)
             continue
         # The g query heads of a key-value head are g more queries of it: no copies.
         q = query[group.rows].view(n, s, h, H // h, e).permute(0, 2, 1, 3, 4).reshape(n, h, s * H // h, e)

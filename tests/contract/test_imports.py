@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 HTTP = {"fastapi", "starlette", "uvicorn", "httpx"}
 TORCH = {"torch", "numpy", "transformers", "safetensors", "scipy", "peft"}
 NO_TORCH = ", ".join(f"server.engine.{name}" for name in ("block_pool", "request", "scheduler", "sequence"))
-READS_ENVIRONMENT = {"server.settings", "crma.cache"}
+READS_ENVIRONMENT = {"server.settings", "crma.cache", "server"}  # the last: what OpenMP finds there
 
 
 def imported(source: str) -> set[str]:

@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[2]
 MAX_MODULE = 400
 MAX_FUNCTION = 50
 TOLERANCE = 5  # a function a few lines over is not cut in two for the rule's sake
-MAX_CODE = 7_700  # the aim is 6,000, and 5,000 for tests: ARCHITECTURE.md, decisions
-MAX_TESTS = 5_800
-SOURCE = {".py", ".js", ".css", ".html"}
+MAX_CODE = 7_800  # the aim is 6,000, and 5,000 for tests: ARCHITECTURE.md, decisions
+MAX_TESTS = 5_820
+SOURCE = {".py", ".cpp", ".js", ".css", ".html"}
 SAYS_NOTHING = {"utils", "util", "helpers", "helper", "manager", "managers", "base", "common", "misc"}
 
 
@@ -35,7 +35,8 @@ def num_code_lines(file: Path) -> int:
             if documents and ast.get_docstring(node, clean=False) is not None:
                 documented.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     stripped = (line.strip() for number, line in enumerate(lines, start=1) if number not in documented)
-    return sum(1 for line in stripped if line and not line.startswith("#"))
+    comment = "#" if file.suffix == ".py" else "//"
+    return sum(1 for line in stripped if line and not line.startswith(comment))
 
 
 def long_functions(source: str) -> list[tuple[str, int]]:
