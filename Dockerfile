@@ -14,6 +14,8 @@ RUN mkdir -p crma server \
     && /opt/venv/bin/pip install --no-cache-dir --only-binary=:all: ${PIP_ARGS} -c constraints.txt -e .
 
 FROM ${PYTHON_IMAGE}
+# The compiler builds the native kernel for the CPU that it starts on (CRMA_KERNEL).
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --create-home crma \
     && install -d -o crma -g crma /var/lib/crma
 WORKDIR /app

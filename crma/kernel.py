@@ -46,7 +46,11 @@ class Kernel:
 
     def __init__(self, dtype: torch.dtype, folder: Path) -> None:
         self.dtype = dtype
-        library = ctypes.CDLL(str(build(folder)))
+        try:
+            library = ctypes.CDLL(str(build(folder)))
+        except (OSError, subprocess.SubprocessError) as error:
+            message = f"the kernel cannot be built or loaded: {error}"
+            raise ConfigError(message, field="kernel", value="on", allowed=f"{folder} to be written to") from error
         name = str(dtype).removeprefix("torch.")
         for function, types in SIGNATURES.items():
             # PYFUNCTYPE keeps the interpreter's lock: each call is short, and to get the lock back can take long.

@@ -21,7 +21,10 @@ from bench.engine import LORAS, Engine, peers, running, serving
 from bench.latency import measures, spread
 from bench.load import Workload
 
-SERVERS: dict[str, dict[str, str]] = {"server": {}}  # a row's name and its settings, beside the defaults
+SERVERS: dict[str, dict[str, str]] = {
+    "server": {},
+    "int8": {"CRMA_QUANTIZATION": "int8"},
+}  # a row's name and its settings, beside the defaults
 
 TASKS = ("code", "finance", "legal", "medical", "science")
 ON, OFF = (tuple(f"{task}:crma-{state}" for task in TASKS) for state in ("on", "off"))

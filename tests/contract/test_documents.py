@@ -93,7 +93,49 @@ def arms(name: str) -> str:
     return arms_table({run: json.loads(file.read_text("utf-8")) for run, file in files.items() if file.exists()})
 
 
-BLOCKS = {"settings": settings_table, "errors": errors_table, "metrics": metrics_table, "results": results_table}
+ENGINES = {"server": "CRMA Server", "int8": "the same, int8", "peft": "transformers, PEFT"}
+BENCH = {
+    "mixed": "8 LoRAs in turn, 16 requests at once, tokens/s",
+    "base": "no LoRA, 16 at once, tokens/s",
+    "single": "one stream, tokens/s",
+    "prefill": "a prompt of 512 tokens, tokens/s",
+    "prefill-lora": "the same with a LoRA, tokens/s",
+    "crma-off": "5 shipped tasks, 16 at once, CRMA off, tokens/s",
+    "crma-half": "CRMA on for every second, tokens/s",
+    "crma-on": "CRMA on for all, tokens/s",
+}
+
+
+def bench_table() -> str:
+    """What `make bench` gave: medians, the range of the repetitions, and the median time to the first token."""
+    lines = (ROOT / "clients" / "bench" / "results.jsonl").read_text("utf-8").splitlines()
+    rows = {(row["row"], row["engine"]): row for row in map(json.loads, lines)}
+
+    def cell(name: str, engine: str, key: str = "", digits: int = 0) -> str:
+        if (row := rows.get((name, engine))) is None or not (found := row.get(key or row["measure"])):
+            return "–"
+        ttft = f", TTFT {row['ttft_p50_s']['median']:.2f} s" if name in ("mixed", "base") and not key else ""
+        return f"{found['median']:.{digits}f} [{found['min']:.{digits}f}, {found['max']:.{digits}f}]{ttft}"
+
+    table = [f"| {' | '.join(['', *ENGINES.values()])} |", "|---" * (len(ENGINES) + 1) + "|"]
+    table += [f"| {label} | {' | '.join(cell(name, e) for e in ENGINES)} |" for name, label in BENCH.items()]
+    table.append(f"| memory after `mixed`, MiB | {' | '.join(cell('mixed', e, 'rss_mib') for e in ENGINES)} |")
+    table.append(f"| start to ready, second time, s | {' | '.join(cell('start', e, digits=1) for e in ENGINES)} |")
+    limits = rows["limits", "machine"]
+    machine, read = limits["hardware"], limits["read_gb_s"]["median"]
+    origin = f"{machine['cores']} cores of {machine['cpu']}, which read {read:.0f} GB/s; commit `{limits['commit']}`."
+    return "\n".join(
+        [*table, "", f"`make bench`: medians [lowest, highest] of {rows['mixed', 'server']['repetitions']}; {origin}"]
+    )
+
+
+BLOCKS = {
+    "bench": bench_table,
+    "settings": settings_table,
+    "errors": errors_table,
+    "metrics": metrics_table,
+    "results": results_table,
+}
 BLOCKS |= {name: partial(arms, name) for name in ("quick", "full")}
 
 

@@ -11,7 +11,7 @@ MAX_MODULE = 400
 MAX_FUNCTION = 50
 TOLERANCE = 5  # a function a few lines over is not cut in two for the rule's sake
 MAX_CODE = 7_800  # the aim is 6,000, and 5,000 for tests: ARCHITECTURE.md, decisions
-MAX_TESTS = 5_820
+MAX_TESTS = 5_870
 SOURCE = {".py", ".cpp", ".js", ".css", ".html"}
 SAYS_NOTHING = {"utils", "util", "helpers", "helper", "manager", "managers", "base", "common", "misc"}
 

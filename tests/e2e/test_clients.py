@@ -31,7 +31,7 @@ task: {0}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {1}}}}}
 test_split: test
-doc_to_text: "{{{{prompt}}}}"
+doc_to_text: "{{{{{3}}}}}"
 target_delimiter: ""
 output_type: {2}
 """
@@ -70,11 +70,28 @@ def tasks(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for each in load_split("legal", "holdout")[:40]:
         choices = sorted({each.completion, *labels})
         line = {"prompt": fmt.head + each.prompt + fmt.tail, "choices": choices, "answer": each.completion}
+        line["question"] = each.prompt
         lines.append(json.dumps(line | {"gold": choices.index(each.completion)}) + "\n")
     (folder / "legal.jsonl").write_text("".join(lines))
-    (folder / "choice.yaml").write_text(TASK.format("choice", folder / "legal.jsonl", "multiple_choice") + CHOICE)
-    (folder / "open.yaml").write_text(TASK.format("open", folder / "legal.jsonl", "generate_until") + OPEN)
+    kinds = ("choice", "multiple_choice", "prompt", CHOICE), ("open", "generate_until", "prompt", OPEN)
+    for name, kind, text, rest in (*kinds, ("chat", "generate_until", "question", OPEN)):
+        (folder / f"{name}.yaml").write_text(TASK.format(name, folder / "legal.jsonl", kind, text) + rest)
     return folder
+
+
+def chats(tasks: Path, address: str, model: str) -> list[str]:
+    """The greedy answers to the questions, each one user turn of a chat."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    place = {"model": model, "base_url": f"{address}/v1/chat/completions", "num_concurrent": 4}
+    options: Any = {
+        "tasks": ["chat"],
+        "task_manager": TaskManager(include_path=str(tasks)),
+        "apply_chat_template": True,
+    }
+    found = lm_eval.simple_evaluate("local-chat-completions", model_args=place, bootstrap_iters=0, **options)
+    return [each["resps"][0][0] for each in sorted(found["samples"]["chat"], key=lambda each: each["doc_id"])]
 
 
 def samples(tasks: Path, model: Any, arguments: dict[str, Any]) -> tuple[list[float], list[str], list[float]]:
@@ -113,6 +130,8 @@ def test_lm_eval_scores_through_the_server_what_it_scores_with_the_weights(
         print(f"{sum(gaps) / len(gaps):.2e}; accuracy {sum(ours[2]) / 40}, {sum(theirs[2]) / 40}")  # noqa: T201
     assert max(gaps) < 1e-3
     assert ours[1:] == theirs[1:]
+    if variant != "base":  # whose chats go through the template, with a system turn
+        assert chats(tasks, address, model) == theirs[1]
 
 
 def test_schemathesis_finds_no_fault_and_no_answer_that_is_not_documented(address: str, tmp_path: Path) -> None:

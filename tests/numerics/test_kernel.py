@@ -86,6 +86,9 @@ def test_what_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(ConfigError, match=r"does not build the kernel|no C\+\+ compiler"):
         Kernel(torch.float32, tmp_path / "kernels")
     assert not list((tmp_path / "kernels").glob("*"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be built"):
+        Kernel(torch.float32, tmp_path / "file")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"no C\+\+ compiler"):
         Kernel(torch.float32, tmp_path / "other")
