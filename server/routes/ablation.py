@@ -83,7 +83,8 @@ async def question_sets(frontend: TheFrontend) -> list[dict[str, Any]]:
     return await asyncio.to_thread(frontend.question_sets.describe)
 
 
-_LINES = {"requestBody": {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}, "required": True}}
+_TEXT = {"schema": {"type": "string"}}
+_LINES = {"requestBody": {"content": {"application/x-ndjson": _TEXT, "text/plain": _TEXT}, "required": True}}
 
 
 @router.put(
