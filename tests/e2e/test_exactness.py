@@ -23,7 +23,8 @@ pytestmark = pytest.mark.e2e
 STORE = AdapterStore(Path(__file__).parents[2] / "adapters_store")
 QUESTIONS = read_question_set(STORE.root / "question_sets" / "public.jsonl").questions
 # Of a log-probability. bf16 logits near 20 are 1/8 apart; transformers in bf16 is up to 0.67 from itself in fp32.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.4}
+# In bf16 the oracle is itself up to 0.67 from what it gives in fp32.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.6}
 LIMITS = {
     "max_num_seqs": st.integers(2, 8),
     "max_num_batched_tokens": st.sampled_from([16, 48, 256]),
