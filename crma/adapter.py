@@ -67,7 +67,7 @@ class Factors(NamedTuple):
 
 
 class FoldedPair(NamedTuple):
-    """T(h) - h = B (A h) of one layer: A [nk, d], B [d, nk]."""
+    """T(h) - h = B (A h) of one layer: A [nk, d], B [d, nk], whose columns lie together in memory."""
 
     A: Tensor
     B: Tensor
@@ -125,7 +125,8 @@ class Backbone(nn.Module):
         """One detached pair a layer as served, on `device` in `dtype`."""
         with torch.no_grad():
             A, B = self.fold()
-        return [FoldedPair(a, b) for a, b in zip(A.to(device, dtype), B.to(device, dtype), strict=True)]
+        columns = B.to(device, dtype).mT.contiguous()
+        return [FoldedPair(a, b.mT) for a, b in zip(A.to(device, dtype), columns, strict=True)]
 
     def tensors(self) -> dict[str, Tensor]:
         """The raw fp32 parameters as stored: a later blend or training starts from these, never from folded factors."""

@@ -7,7 +7,7 @@ roundings of bf16 are theirs too, but for the sum of a linear and its adapters.
 Shapes as in kv_cache.py; T tokens, d the hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, rms_norm, silu
 from transformers import PreTrainedModel
 
+from crma.adapter import FoldedPair
 from crma.injection import Plan, decoder_blocks
 from crma.kernel import Int8Weight, Kernel
 from crma.lora import Site
@@ -24,6 +25,7 @@ from server.engine.kv_cache import PagedKv, attend
 
 Linear = Callable[[Tensor], Tensor]  # [T, in] -> [T, out]
 
+FEW_ROWS = 64  # up to so many the kernel adds a backbone's deltas, row by row; beyond, two products do
 COVERED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 SITES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -110,18 +112,30 @@ class Decoder:
         cos, sin = (table[0, :, None] for table in self._rotary(h, positions[None]))
         half = self.head_size // 2
         rotation = cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-        # All rows are read and some add nothing: cheaper than to take the others out and put them back in every layer.
-        offs = [
-            None if rows is None else h.new_ones(len(h), 1).index_fill_(0, rows, 0).bool() for rows, _ in plan.backbones
-        ]
+        inject = [self._injected(h, rows, pairs) for rows, pairs in plan.backbones]
         for index, layer in enumerate(self._layers):
             self._run(index, layer, h, rotation, paged, plan)
-            for off, (_, pairs) in zip(offs, plan.backbones, strict=True):
-                A, B = pairs[index]
-                read = linear(h, A)
-                h += linear(read if off is None else read.masked_fill_(off, 0), B)
+            for add in inject:
+                add(index)
         h = h if plan.head_rows is None else h[plan.head_rows]
         return self._head(self._normed(h, self._norm))
+
+    def _injected(self, h: Tensor, rows: Tensor | None, pairs: Sequence[FoldedPair]) -> Callable[[int], None]:
+        """What adds a backbone's delta of a layer to its rows (None: all) of h [T, d], in place."""
+        on = torch.full((len(h),), 0 if rows is None else -1, device=h.device)
+        on = on if rows is None else on.index_fill_(0, rows, 0)
+        if (kernel := self.kernel) is not None and len(h) <= FEW_ROWS:
+            rank, d = pairs[0].A.shape
+            first, spans = torch.tensor([0, rank]), torch.tensor([[0, d]] * rank)
+            return lambda index: kernel.add_lora(h, h, pairs[index].A, pairs[index].B.mT, first, spans, on)
+        off = on[:, None] < 0
+
+        def add(index: int) -> None:
+            # All rows are read and some add nothing: cheaper than to take the others out and put them back.
+            A, B = pairs[index]
+            h.add_(linear(linear(h, A).masked_fill_(off, 0), B))
+
+        return add
 
     def _run(
         self, index: int, layer: _Layer, h: Tensor, rotation: tuple[Tensor, Tensor], paged: PagedKv, plan: Plan
