@@ -9,6 +9,7 @@ Shapes: rows of one token each; H query heads over h key-value heads of size e; 
 import ctypes
 import hashlib
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -53,8 +54,9 @@ class Kernel:
             raise ConfigError(message, field="kernel", value="on", allowed=f"{folder} to be written to") from error
         name = str(dtype).removeprefix("torch.")
         for function, types in SIGNATURES.items():
-            # PYFUNCTYPE keeps the interpreter's lock: each call is short, and to get the lock back can take long.
-            prototype = ctypes.PYFUNCTYPE(None, *(_TYPES[each] for each in types))
+            # PYFUNCTYPE keeps the interpreter's lock: most calls are short, and to get the lock back can take long.
+            kind = ctypes.CFUNCTYPE if function == "product" else ctypes.PYFUNCTYPE
+            prototype = kind(None, *(_TYPES[each] for each in types))
             address = c_void_p.in_dll(library, f"{function}_{name}").value or 0
             setattr(self, f"_{function}", prototype(address))
 
@@ -181,7 +183,10 @@ def build(folder: Path) -> Path:
     command = [compiler, *FLAGS, str(SOURCE), "-Wl,--as-needed", *openmp]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text().partition("flags")[2].partition("\n")[0] if cpu.exists() else platform.processor()
+    lines = cpu.read_text().splitlines() if cpu.exists() else [platform.processor()]
+    flags = "".join(
+        line for line in lines[:40] if not re.match(r"processor|.*(MHz|apicid|core id|bogomips)", line, re.I)
+    )
     parts = (SOURCE.read_bytes(), *(each.encode() for each in (*command, platform.machine(), flags)), version)
     path = folder / f"kernel-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
     if not path.exists():

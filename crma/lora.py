@@ -222,7 +222,7 @@ class StackedRows:
             for stretch in self._stretches:
                 if self.kernel is not None and stretch.rows.stop <= self.num_kernel:
                     tensors = stacked.A, stacked.B, stacked.first_at, stacked.spans, stretch.adapters
-                    self.kernel.add_lora(y[stretch.rows], x[stretch.rows], *tensors)
+                    self.kernel.add_lora(y[stretch.rows], x[stretch.rows].contiguous(), *tensors)
                     continue
                 rows, columns = stretch.rows, slice(stacked.first[stretch.low], stacked.first[stretch.high])
                 z = nn.functional.linear(x[rows], stacked.A[columns])

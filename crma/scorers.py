@@ -61,9 +61,9 @@ def contains(text: str, answers: Sequence[str]) -> bool:
 
 
 def number_in(text: str) -> float | None:
-    """The last number in a text: "1,234.5", "-.5" and "2e3" are numbers; "12,5", "1.2.3" and "x12" have none."""
-    found = _NUMBER.findall(unicodedata.normalize("NFKC", text))
-    number = float(found[-1].replace(",", "").replace("−", "-")) if found else math.inf
+    """The last number in a text: "1,234.5", "-.5" and "2e3" are numbers; "12,5", "1.2.3", "x12" and "10²" have none."""
+    found = [match for match in _NUMBER.finditer(text) if unicodedata.category(text[match.end() :][:1] or " ") != "No"]
+    number = float(found[-1][0].replace(",", "").replace("−", "-")) if found else math.inf
     return number if math.isfinite(number) else None
 
 

@@ -113,6 +113,7 @@ async def prepare(body: AblationRequest, frontend: Frontend) -> Ablation:
         cell = read_cell(variant)
         name = f"{task}@{cell.task_version}" if cell.task_version else task
         found = frontend.resolve(name if cell.task else None, cell.crma, cell.crma_version)
+        frontend.check(found, SamplingParams(), body.timeout_s, needs_format=True)
         resolved[task, found.selection] = found
         if cell.task:
             used["tasks"][name] = found.selection.task_digest

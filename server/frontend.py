@@ -156,6 +156,21 @@ class Frontend:
             raise errors.NotReady("the adapter store is not verified yet; try again")
         return self.registry.resolve(task, crma, crma_version)
 
+    def check(
+        self, resolved: Resolved, sampling: SamplingParams, timeout_s: float | None, *, needs_format: bool
+    ) -> None:
+        """InvalidField for n, stop or timeout_s over the server's limits, or a format that there is not."""
+        for name, value, limit in (
+            ("n", sampling.n, self.settings.max_n),
+            ("stop", len(sampling.stop), self.settings.max_stop),
+            ("timeout_s", timeout_s or 0, self.settings.request_timeout_s),
+        ):
+            if value > limit:
+                raise errors.InvalidField(f"{name}: over the limit", field=name, value=value, allowed=f"<= {limit}")
+        if needs_format and resolved.prompt_format is None:
+            message = "this model has no chat template: send raw prompts"
+            raise errors.InvalidField(message, field="raw", value=False, allowed=True)
+
     async def generation(
         self,
         prompt: Prompt,
@@ -175,22 +190,12 @@ class Frontend:
             answer: a given one, of whose tokens (`prompt_logprobs`) log-probabilities are wanted.
 
         Raises:
-            InvalidField: n, stop or timeout_s over the server's limits; a token id that there is not; or not raw, where
-                the base has no chat format.
+            InvalidField: as `check`; or a token id that there is not.
             ConfigError: the chat template refuses these turns.
             QueueFull: `max_queue` prompts wait to be encoded.
         """
         arrival = time.monotonic()
-        for name, value, limit in (
-            ("n", sampling.n, self.settings.max_n),
-            ("stop", len(sampling.stop), self.settings.max_stop),
-            ("timeout_s", timeout_s or 0, self.settings.request_timeout_s),
-        ):
-            if value > limit:
-                raise errors.InvalidField(f"{name}: over the limit", field=name, value=value, allowed=f"<= {limit}")
-        if isinstance(prompt, str) and not raw and resolved.prompt_format is None:
-            message = "this model has no chat template: send raw prompts"
-            raise errors.InvalidField(message, field="raw", value=raw, allowed=True)
+        self.check(resolved, sampling, timeout_s, needs_format=isinstance(prompt, str) and not raw)
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(31))
         prompt_ids, answer_ids, stop_id = await self._encode(prompt, resolved.prompt_format or self._raw, raw, answer)

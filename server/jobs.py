@@ -42,7 +42,7 @@ class Jobs:
 
     Args:
         max_running: at once.
-        max_kept: on disk; those that ended first go first.
+        max_kept: on disk; of those that have ended the first that began goes first.
     """
 
     folder: Path
@@ -60,14 +60,16 @@ class Jobs:
                 record = json.loads(path.read_bytes())
                 del record["result"]
                 job = Job(**record)
-            except (OSError, ValueError, KeyError, TypeError):
-                log.warning("no record of a job: %s", path)
-                continue
-            if re.fullmatch(r"[a-z]+-[0-9a-f]{32}", job.id) and path.stem == job.id:
-                self._jobs[job.id] = job
+                if not re.fullmatch(r"[a-z]+-[0-9a-f]{32}", job.id) or path.stem != job.id:
+                    raise ValueError(job.id)
+                datetime.fromisoformat(job.created)
                 if job.status == "running":
                     job.status = "interrupted"
                     self._write(job, None)
+            except (OSError, ValueError, KeyError, TypeError, RecursionError, CrmaError) as error:
+                log.warning("no record of a job, or it cannot be written: %s: %s", path, error)
+                continue
+            self._jobs[job.id] = job
         self._jobs = dict(sorted(self._jobs.items(), key=lambda each: each[1].created))
 
     async def start(self, id: str, request: dict[str, Any], total: int, work: Work) -> Job:
@@ -91,7 +93,10 @@ class Jobs:
 
     def result(self, job: Job) -> Any:
         """What it gave; None unless it is done."""
-        return json.loads(self._path(job.id).read_bytes())["result"] if job.status == "done" else None
+        try:
+            return json.loads(self._path(job.id).read_bytes())["result"] if job.status == "done" else None
+        except FileNotFoundError:  # it made room for another meanwhile
+            raise NotFound(f"no job {job.id!r}", field="id", value=job.id, allowed="a job that is kept") from None
 
     async def cancel(self, job: Job) -> None:
         """Ends it where it runs still."""
@@ -101,9 +106,12 @@ class Jobs:
 
     async def changes(self, job: Job) -> AsyncIterator[Job]:
         """The job, and again when it has moved, until it has ended."""
+        shown = None
         while True:
-            moved = self._moved
-            yield job
+            moved, now = self._moved, (job.progress["done"], job.id in self._tasks)
+            if now != shown:
+                yield job
+                shown = now
             if job.id not in self._tasks:
                 return
             await moved.wait()
@@ -123,7 +131,7 @@ class Jobs:
         result = None
         status: Status = "failed"
         try:
-            await asyncio.to_thread(self._write, job, None)
+            await _to_its_end(self._write, job, None)
             result = await work(count)
             status = "done"
         except asyncio.CancelledError:
@@ -134,7 +142,7 @@ class Jobs:
             log.exception("job %s failed", job.id)
             job.error = "the server failed; its log has the reason"
         try:
-            await asyncio.to_thread(self._write, replace(job, status=status), result)
+            await _to_its_end(self._write, replace(job, status=status), result)
         except OSError as error:
             log.error("job %s: its result cannot be written: %s", job.id, error)
             status, job.error = "failed", "the result could not be written"
@@ -153,3 +161,13 @@ class Jobs:
 
     def _path(self, id: str) -> Path:
         return self.folder / f"{id}.json"
+
+
+async def _to_its_end(write: Callable[..., None], *arguments: Any) -> None:
+    """In a thread. Who is cancelled meanwhile waits for it, so that no two writes overlap and what is done is kept."""
+    task = asyncio.create_task(asyncio.to_thread(write, *arguments))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

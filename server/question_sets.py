@@ -1,15 +1,18 @@
 """Question sets by name: those of the store, which are read only, and those that an administrator uploads."""
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crma.errors import NotFound
+from crma.errors import ConfigError, NotFound
 from crma.files import locked, replace_file
 from crma.manifest import NAME_PATTERN
 from crma.question_set import QuestionSet, parse_question_set, read_question_set
 from server.errors import InvalidField
+
+log = logging.getLogger("server")
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,14 @@ class QuestionSets:
         return read_question_set(there[name])
 
     def describe(self) -> list[dict[str, Any]]:
-        """Name, digest and number of items of each."""
-        return [read_question_set(path).describe() for path in self._files().values()]
+        """Name, digest and number of items of each; one that is damaged is only logged."""
+        found = []
+        for path in self._files().values():
+            try:
+                found.append(read_question_set(path).describe())
+            except ConfigError as error:
+                log.warning("a question set cannot be used: %s", error.message)
+        return found
 
     def write(self, name: str, lines: bytes) -> QuestionSet:
         """Keeps a set from JSON Lines in place of an uploaded one of that name. Raises InvalidField for the name, and

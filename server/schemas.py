@@ -187,7 +187,7 @@ class AblationRequest(_Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLES["/ablation"]["request"]]})
 
-    question_set: str | None = Field(None, description="Name of a question set of the store, such as `public`.")
+    question_set: str | None = Field(None, description="Name of a question set, such as `public`: GET /question_sets.")
     questions: list[QuestionBody] | None = Field(None, min_length=1, max_length=MAX_ITEMS)
     tasks: list[str] | None = Field(None, min_length=1, description="Only the questions of these tasks.")
     variants: list[VariantName] = Field(default=["task+crma", "task"], min_length=1, max_length=8)

@@ -127,6 +127,7 @@ class Decoder:
         if (kernel := self.kernel) is not None and len(h) <= FEW_ROWS:
             rank, d = pairs[0].A.shape
             first, spans = torch.tensor([0, rank]), torch.tensor([[0, d]] * rank)
+            assert pairs[0].B.mT.is_contiguous()
             return lambda index: kernel.add_lora(h, h, pairs[index].A, pairs[index].B.mT, first, spans, on)
         off = on[:, None] < 0
 

@@ -65,7 +65,9 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Schedule, run, update. A failed forward pass ends the sequences that were in it, and nothing else."""
         ended = self._expire() + self._end_unloadable()
-        self.pool.prefetch([s.request.selection for s in islice(self.scheduler.waiting, PREFETCH)])
+        # In the order in which they start: room that an earlier ablation item kept would not be an interactive one's.
+        first = sorted(self.scheduler.waiting, key=lambda s: not s.request.interactive)
+        self.pool.prefetch([s.request.selection for s in islice(first, PREFETCH)])
         step = self.scheduler.schedule(self._admit)
         self._count(step)
         if not step.chunks:

@@ -89,7 +89,7 @@ def attend(
     output = query.new_empty(query.shape)
     for group in paged.groups:
         n, s = group.positions.shape
-        if paged.kernel is not None and s == 1 and softcap is None:
+        if paged.kernel is not None and s == 1 and softcap is None and query[0].is_contiguous():
             # To cut rows out, where they are all, would take as long as a short sequence.
             q, out = (query, output) if n == len(query) else (query[group.rows], output[group.rows])
             paged.kernel.attend(q, cache, group.blocks.view(n, -1), group.positions, out, scaling, window)

@@ -151,7 +151,9 @@ class Scheduler:
                 continue  # its prompt will be in the cache
             cached = self._cached_blocks(sequence)
             victims = self._victims(sequence, cached)
-            if victims is None or not self._budget(step):
+            if victims is None:
+                return False
+            if not self._budget(step) + sum(chunk.count for chunk in step.chunks if chunk.sequence in victims):
                 return False
             admission = admit(sequence)
             if admission is Admission.HOLD:

@@ -1,5 +1,7 @@
 """server.engine.engine: how a sequence begins, ends and fails. That its tokens are right is in tests/numerics."""
 
+from dataclasses import replace
+
 import tiny
 from schedules import Loads
 from tiny import PROMPT, ask
@@ -121,3 +123,35 @@ def test_cancelling_an_adapter_ends_who_runs_with_it_and_nobody_else() -> None:
 
 def test_the_models_end_tokens_are_those_of_both_its_files() -> None:
     assert [model_stop_ids(tiny.tokenizer(), eos) for eos in (None, 7, [7, 8])] == [{1}, {1, 7}, {1, 7, 8}]
+
+
+def test_a_waiting_ablation_item_keeps_no_room_from_an_interactive_requests_adapter() -> None:
+    loads = Loads()
+    engine, pool = tiny.make_engine(
+        tiny.injection(), tiny.adapters(tiny.injection()), max_num_seqs=2, max_resident=2, executor=loads
+    )
+    for i in range(4):
+        engine.add(ask(f"base-{i}"))
+    item = ask("item", AdapterSelection("task-0", "crma-0"))
+    engine.step()
+    engine.add(replace(item, interactive=False))
+    engine.add(ask("interactive", AdapterSelection("task-1")))
+    ended: list[str] = []
+    for number in range(4, 3 * MAX_OVERTAKEN):  # others always wait
+        engine.add(ask(f"base-{number}"))
+        loads.end_one()
+        ended += [output.request_id for output in engine.step() if output.finish_reason is not None]
+        engine.check_integrity()
+        if "interactive" in ended:
+            return
+    raise AssertionError(f"it never ran; {len(ended)} others did, {sorted(pool.loras)} are resident")
+
+
+def test_an_interactive_request_takes_tokens_from_items_that_decode_with_all_of_the_budget() -> None:
+    engine = make(max_num_seqs=4, max_num_batched_tokens=4)
+    for i in range(4):
+        engine.add(replace(ask(f"item-{i}", prompt=(5,), max_tokens=60), interactive=False))
+    for _ in range(4):
+        engine.step()
+    engine.add(ask("interactive", prompt=(5,), max_tokens=2))
+    assert "interactive" in {output.request_id for _ in range(2) for output in engine.step()}

@@ -49,7 +49,16 @@ NUMBERS = [
     ("about 2e3!", 2000),
     ("5-3", 3),
 ]
-NUMBERS += [("1", 1), ("none", None), ("12,5", None), ("1.2.3", None), ("x12", None), ("1e999", None)]
+NUMBERS += [
+    ("1", 1),
+    ("none", None),
+    ("12,5", None),
+    ("1.2.3", None),
+    ("x12", None),
+    ("1e999", None),
+    ("10²", None),
+    ("½", None),
+]
 
 
 @pytest.mark.parametrize(("text", "number"), NUMBERS)
