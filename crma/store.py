@@ -229,10 +229,15 @@ class AdapterStore:
     def roll_back(self, channel: str, *, evidence: Mapping[str, Any] | None = None) -> Channels:
         """Moves a channel to what served before; with the backbone, tasks go back until their lineage fits it again.
 
-        Raises NotFound if nothing served before, else as `set_serving`.
+        Raises NotFound if nothing served before, or no backbone did; else as `set_serving`.
         """
         with locked(self.root):
-            channels = read_channels(self.root).roll_back(channel, evidence)
+            before = read_channels(self.root)
+            channels = before.roll_back(channel, evidence)
+            if channel == BACKBONE and channels.backbone is None:
+                # Every task that was trained on a backbone would be refused from then on.
+                message = f"No backbone served before {before.backbone}: there is nothing to roll back to."
+                raise NotFound(message, field="channel", value=channel, allowed="a backbone that was replaced")
             moved = [channel]
             backbones = [read_backbone(self.root, channels.backbone)] if channels.backbone else []
             for name in channels.tasks if channel == BACKBONE and backbones else ():

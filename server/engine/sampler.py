@@ -101,7 +101,10 @@ def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     masses.mul_(LIKELIEST).round_()
     cut = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1]
     if cut:
-        top_k, top_p = column(params[i].top_k or torch.inf for i in cut), column(params[i].top_p for i in cut)
+        # A k over the vocabulary keeps all of it, and may be an integer that no float can hold.
+        vocab = scores.shape[-1]
+        top_k = column(min(params[i].top_k or vocab, vocab) for i in cut)
+        top_p = column(params[i].top_p for i in cut)
         masses[cut] = _truncated(masses[cut], scores[cut], top_k, top_p)
     reached = masses.cumsum_(-1)
     # In (0, 1]: the first sum that is not below the draw belongs to a token with a mass, and there always is one.

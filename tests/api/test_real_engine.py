@@ -122,6 +122,14 @@ async def test_n_counts_on_from_the_seed_and_a_seed_that_was_drawn_gives_the_ans
     assert (await served.ask(**sampled, seed=drawn["provenance"]["seed"]))["text"] == drawn["text"]
 
 
+async def test_a_top_k_that_no_float_can_hold_keeps_the_whole_vocabulary(served: Real) -> None:
+    """It ended the engine: an OverflowError in the sampler, which no step expects."""
+    sampled = {"task": "medical", "temperature": 2.0, "seed": 5}
+    endless, whole = await asyncio.gather(served.ask(**sampled, top_k=10**309), served.ask(**sampled))
+    assert endless["text"] == whole["text"]
+    await served.settled()
+
+
 async def test_an_ablation_is_the_one_without_a_server(served: Real) -> None:
     """The answers asked for are those of task+crma, which so has them all right."""
     prompts, variants = ["One?", "Two?", "Three?"], ["task+crma", "task"]

@@ -150,6 +150,17 @@ def test_any_order_of_changes_gives_what_a_stack_gives(tmp_path_factory: Any, st
         assert store.verify() == []
 
 
+def test_the_first_backbone_is_not_rolled_back_to_none(full: AdapterStore) -> None:
+    """It was: then no backbone served, and every task that was trained on one was refused."""
+    before = contents(full.root)
+    with pytest.raises(NotFound, match="No backbone served before v1"):
+        full.roll_back("backbone")
+    assert contents(full.root) == before
+    second = publish_backbone(full, seed=1, lineage=[full.backbone().digest])
+    assert full.backbone() == second
+    assert full.roll_back("backbone").serving() == {"backbone": "v1", "tasks/medical": "v1"}
+
+
 def test_a_channel_moves_only_to_what_is_there(full: AdapterStore) -> None:
     before = contents(full.root)
     for channel, version in [(CHANNEL, "v7"), ("tasks/../backbones", "v1"), ("medical", "v1")]:
