@@ -20,8 +20,9 @@ serve: setup  ## pull the base model if it is not there, verify the adapters, se
 	-@$(BIN)/crma verify $${CRMA_STORE:-adapters_store} --model $(MODEL)
 	CRMA_PORT=$(PORT) CRMA_MODEL=$(MODEL) CRMA_DEVICE=$(DEVICE) $(BIN)/python -m server
 
-check: setup  ## lint, format, types
+check: setup  ## lint, format, types, imports between rooms
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
+	PYTHONPATH=clients/python:clients $(BIN)/lint-imports --no-cache
 
 test: setup  ## everything that needs neither minutes nor a GPU
 	$(PYTEST) -n 2 -m "not e2e and not gpu"

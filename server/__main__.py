@@ -14,26 +14,26 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from transformers import PreTrainedModel
 
-from crma.cache import cache_home
-from crma.errors import ConfigError, CrmaError
-from crma.injection import Injection
-from crma.kernel import Kernel
-from crma.model import load_model, load_tokenizer, resolve_device, resolve_dtype
-from crma.prompts import PromptFormat, chat_format
-from crma.pull import BaseModel, find_base
-from crma.store import AdapterStore
-from server import log as logs
+from crma.core.cache import cache_home
+from crma.core.errors import ConfigError, CrmaError
+from crma.method.injection import Injection
+from crma.models.base_model import BaseModel, find_base
+from crma.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from crma.models.prompts import PromptFormat, chat_format
+from crma.store.adapter_store import AdapterStore
 from server.app import create_app
-from server.engine.adapter_pool import AdapterPool
-from server.engine.async_engine import AsyncEngine
-from server.engine.block_pool import BlockPool, root_key
-from server.engine.engine import Engine, model_stop_ids
-from server.engine.model_runner import ModelRunner
-from server.engine.scheduler import Scheduler
-from server.frontend import Frontend
-from server.metrics import Metrics
-from server.registry import Registry
-from server.schemas import ServedModel
+from server.engine.native.adapter_pool import AdapterPool
+from server.engine.native.async_engine import AsyncEngine
+from server.engine.native.block_pool import BlockPool, root_key
+from server.engine.native.engine import Engine, model_stop_ids
+from server.engine.native.kernel import Kernel
+from server.engine.native.model_runner import ModelRunner
+from server.engine.native.scheduler import Scheduler
+from server.http import log as logs
+from server.http.schemas import ServedModel
+from server.service.frontend import Frontend
+from server.service.metrics import Metrics
+from server.service.registry import Registry
 from server.settings import Settings
 
 log = logging.getLogger("server")
@@ -44,26 +44,41 @@ BLOCK_SIZE = 16  # tokens: the grain in which KV memory is given out and prefixe
 def build_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
     """Loads the model and starts the engine's thread. Raises CrmaError for what cannot be served as asked."""
     num_threads = settings.num_threads or torch.get_num_threads()
-    torch.set_num_threads(1)  # of this thread; the engine's has them (server/engine/model_runner.py)
+    torch.set_num_threads(
+        1
+    )  # of this thread; the engine's has them (server/engine/model_runner.py)
     device = resolve_device(settings.device)
     injection = Injection(load_model(base, device, resolve_dtype(settings.dtype, device)))
     mib = settings.max_adapter_mib
-    pool = AdapterPool(injection, settings.max_loaded_adapters, None if mib is None else mib * 2**20)
+    pool = AdapterPool(
+        injection, settings.max_loaded_adapters, None if mib is None else mib * 2**20
+    )
     tokenizer = load_tokenizer(base)
     max_model_len = min(settings.max_model_len, injection.model.config.max_position_embeddings)
-    if settings.max_num_batched_tokens < settings.max_num_seqs or settings.kv_cache_tokens < max_model_len:
+    if (
+        settings.max_num_batched_tokens < settings.max_num_seqs
+        or settings.kv_cache_tokens < max_model_len
+    ):
         pair = f"{settings.max_num_batched_tokens}, {settings.kv_cache_tokens}"
         message = "CRMA_MAX_NUM_BATCHED_TOKENS or CRMA_KV_CACHE_TOKENS is too small for what they have to hold"
-        limits = f"max_num_batched_tokens >= {settings.max_num_seqs}, kv_cache_tokens >= {max_model_len}"
+        limits = (
+            f"max_num_batched_tokens >= {settings.max_num_seqs}, kv_cache_tokens >= {max_model_len}"
+        )
         raise ConfigError(message, field="CRMA_KV_CACHE_TOKENS", value=pair, allowed=limits)
     blocks = BlockPool(1 + -(-settings.kv_cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
     identity = (base.digest, _dtype(settings, injection.model))
-    root_of = (lambda selection: root_key(*identity, *selection)) if settings.prefix_caching else None
+    root_of = (
+        (lambda selection: root_key(*identity, *selection)) if settings.prefix_caching else None
+    )
     kernel, int8 = _kernel(settings, injection.model), settings.quantization == "int8"
-    runner = ModelRunner(injection, pool, blocks, num_threads, take_weights=True, kernel=kernel, int8=int8)
+    runner = ModelRunner(
+        injection, pool, blocks, num_threads, take_weights=True, kernel=kernel, int8=int8
+    )
     scheduler = Scheduler(blocks, settings.max_num_seqs, settings.max_num_batched_tokens, root_of)
     stop_ids = model_stop_ids(tokenizer, injection.model.generation_config.eos_token_id)
-    return AsyncEngine(Engine(runner, scheduler, tokenizer, stop_ids, max_model_len), pool, settings.max_queue)
+    return AsyncEngine(
+        Engine(runner, scheduler, tokenizer, stop_ids, max_model_len), pool, settings.max_queue
+    )
 
 
 def _dtype(settings: Settings, model: PreTrainedModel) -> str:
@@ -77,7 +92,9 @@ def _kernel(settings: Settings, model: PreTrainedModel) -> Kernel | None:
         return None
     try:
         if model.device.type != "cpu":
-            raise ConfigError("the kernel is for CPUs", field="CRMA_KERNEL", value="on", allowed="CRMA_DEVICE=cpu")
+            raise ConfigError(
+                "the kernel is for CPUs", field="CRMA_KERNEL", value="on", allowed="CRMA_DEVICE=cpu"
+            )
         return Kernel(model.dtype, (settings.home or cache_home()) / "kernels")
     except ConfigError as error:
         if settings.kernel == "on":
@@ -99,11 +116,15 @@ def build(settings: Settings) -> FastAPI:
     except ConfigError as error:
         log.warning("only raw prompts for the base model: %s", error.message)
     store = AdapterStore(settings.store)
-    registry = Registry(store, base, engine.pool, base_format, metrics, injection.shapes, settings.load_backbone)
+    registry = Registry(
+        store, base, engine.pool, base_format, metrics, injection.shapes, settings.load_backbone
+    )
     dtype, limit = _dtype(settings, injection.model), engine.engine.max_model_len
     model = ServedModel(name=base.name, digest=base.digest, dtype=dtype, max_model_len=limit)
     frontend = Frontend(settings, engine, registry, tokenizer, model, metrics)
-    return create_app(frontend, on_stop=engine.stop)  # uvicorn has given requests their time by then
+    return create_app(
+        frontend, on_stop=engine.stop
+    )  # uvicorn has given requests their time by then
 
 
 class _Server(uvicorn.Server):

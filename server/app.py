@@ -12,11 +12,13 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from crma.model import compute_alone
-from server import __version__, errors
-from server.frontend import Frontend
-from server.log import RequestLog
-from server.routes import ablation, adapters, generate, openai, operations
+from crma.models.loading import compute_alone
+from server import __version__
+from server.http import error_handlers
+from server.http.log import RequestLog
+from server.http.routes import ablation, adapters, generate, openai, operations
+from server.service import errors
+from server.service.frontend import Frontend
 
 log = logging.getLogger("server")
 
@@ -51,8 +53,15 @@ def create_app(frontend: Frontend, on_stop: Callable[[], Awaitable[None]]) -> Fa
     app.state.frontend = frontend
     settings, metrics = frontend.settings, frontend.metrics
     metrics.watch(frontend.engine.stats, frontend.registry.names, settings.max_loaded_adapters)
-    errors.install(app)
-    for router in (generate.router, openai.router, ablation.router, adapters.router, adapters.admin, operations.router):
+    error_handlers.install(app)
+    for router in (
+        generate.router,
+        openai.router,
+        ablation.router,
+        adapters.router,
+        adapters.admin,
+        operations.router,
+    ):
         app.include_router(router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestLog, metrics=metrics)  # the last added is the outermost
@@ -68,7 +77,9 @@ async def _start(frontend: Frontend) -> None:
         log.exception("the server cannot start, and ends")
         frontend.engine.on_failure()
     else:
-        log.info("ready: %s, tasks: %s", frontend.model.name, sorted(frontend.registry.names().values()))
+        log.info(
+            "ready: %s, tasks: %s", frontend.model.name, sorted(frontend.registry.names().values())
+        )
 
 
 @dataclass
@@ -88,7 +99,9 @@ class BodyLimit:
                 size += len(message.get("body", b""))
                 if size > self.max_bytes:
                     limit = f"<= {self.max_bytes} bytes"
-                    raise errors.BodyTooLarge("the body is over the limit", field="body", value=size, allowed=limit)
+                    raise errors.BodyTooLarge(
+                        "the body is over the limit", field="body", value=size, allowed=limit
+                    )
                 decoder.decode(message.get("body", b""), final=not message.get("more_body", False))
             return message
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from crma.errors import ConfigError
+from crma.core.errors import ConfigError
 
 PREFIX = "CRMA_"
 
@@ -23,52 +23,102 @@ def _setting(default: Any, help: str, **limits: Any) -> Any:
 class Settings(BaseSettings):
     """Frozen; limits are in the unit their name ends in (`_s` seconds, `_bytes`), else they count things."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True
+    )
 
     host: str = _setting("127.0.0.1", "Address to listen on.")
     port: int = _setting(8000, "Port to listen on.", ge=0, le=65535)
 
     home: Path | None = _setting(None, "Where pulled models lie; unset: ~/.cache/crma.")
-    model: str = _setting("SmolLM2-135M-Instruct", "Base model: a pulled one's name, or its folder.", min_length=1)
+    model: str = _setting(
+        "SmolLM2-135M-Instruct", "Base model: a pulled one's name, or its folder.", min_length=1
+    )
     store: Path = _setting(Path("adapters_store"), "Folder of the adapter store.")
-    load_backbone: bool = _setting(True, "Load the CRMA backbone; false: requests that need it get 409.")
-    dtype: Literal["auto", "bfloat16", "float32"] = _setting("auto", "Type of weights and KV cache; auto: by device.")
-    quantization: Literal["none", "int8"] = _setting("none", "Weights of the base; int8 needs the native kernel.")
-    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Where the model runs; auto: CUDA if there is one.")
-    kernel: Literal["auto", "on", "off"] = _setting("auto", "Native CPU kernel; auto: where a compiler builds it.")
+    load_backbone: bool = _setting(
+        True, "Load the CRMA backbone; false: requests that need it get 409."
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = _setting(
+        "auto", "Type of weights and KV cache; auto: by device."
+    )
+    quantization: Literal["none", "int8"] = _setting(
+        "none", "Weights of the base; int8 needs the native kernel."
+    )
+    device: Literal["auto", "cpu", "cuda"] = _setting(
+        "auto", "Where the model runs; auto: CUDA if there is one."
+    )
+    kernel: Literal["auto", "on", "off"] = _setting(
+        "auto", "Native CPU kernel; auto: where a compiler builds it."
+    )
     num_threads: int = _setting(0, "CPU threads of the model; 0: one per core.", ge=0)
 
     max_num_seqs: int = _setting(16, "Sequences that run at once.", ge=1)
-    max_num_batched_tokens: int = _setting(512, "Tokens a step over all sequences; at least max_num_seqs.", ge=1)
-    max_model_len: int = _setting(2048, "Prompt + answer tokens of one sequence; at most the model's own.", ge=2)
-    kv_cache_tokens: int = _setting(8192, "Room for keys and values of all sequences; at least max_model_len.", ge=32)
-    prefix_caching: bool = _setting(True, "Share the KV of equal beginnings of prompts under the same adapters.")
-    max_loaded_adapters: int = _setting(32, "Tasks and backbones in memory; the least recently used goes.", ge=2)
-    max_adapter_mib: int | None = _setting(None, "Their weights in MiB, as they serve; unset: no limit.", ge=1)
-    max_queue: int = _setting(256, "Sequences that may wait, and prompts to encode; one more gets 429.", ge=1)
+    max_num_batched_tokens: int = _setting(
+        512, "Tokens a step over all sequences; at least max_num_seqs.", ge=1
+    )
+    max_model_len: int = _setting(
+        2048, "Prompt + answer tokens of one sequence; at most the model's own.", ge=2
+    )
+    kv_cache_tokens: int = _setting(
+        8192, "Room for keys and values of all sequences; at least max_model_len.", ge=32
+    )
+    prefix_caching: bool = _setting(
+        True, "Share the KV of equal beginnings of prompts under the same adapters."
+    )
+    max_loaded_adapters: int = _setting(
+        32, "Tasks and backbones in memory; the least recently used goes.", ge=2
+    )
+    max_adapter_mib: int | None = _setting(
+        None, "Their weights in MiB, as they serve; unset: no limit.", ge=1
+    )
+    max_queue: int = _setting(
+        256, "Sequences that may wait, and prompts to encode; one more gets 429.", ge=1
+    )
 
-    request_timeout_s: float = _setting(120.0, "Deadline of a request, and the longest it may ask for; then 504.", gt=0)
-    drain_timeout_s: float = _setting(30.0, "How long running requests may finish after SIGTERM.", ge=0)
+    request_timeout_s: float = _setting(
+        120.0, "Deadline of a request, and the longest it may ask for; then 504.", gt=0
+    )
+    drain_timeout_s: float = _setting(
+        30.0, "How long running requests may finish after SIGTERM.", ge=0
+    )
     max_body_bytes: int = _setting(1 << 20, "Largest request body; above it 413.", ge=1024)
     max_n: int = _setting(8, "Largest `n` of a request.", ge=1)
     max_stop: int = _setting(4, "Most `stop` strings of a request.", ge=1)
-    max_ablation_direct: int = _setting(800, "Most item-variants of one /ablation that is not in the background.", ge=1)
-    max_ablation_inflight: int = _setting(8, "Item-variants of all ablations in the engine at once.", ge=1)
+    max_ablation_direct: int = _setting(
+        800, "Most item-variants of one /ablation that is not in the background.", ge=1
+    )
+    max_ablation_inflight: int = _setting(
+        8, "Item-variants of all ablations in the engine at once.", ge=1
+    )
 
-    max_ablation_jobs: int = _setting(4, "Background ablations that run at once; one more gets 429.", ge=0)
-    max_ablation_kept: int = _setting(100, "Background ablations whose results are kept; the oldest goes.", ge=1)
-    evaluations: Path = _setting(Path("evaluations"), "Folder of background ablations and uploaded question sets.")
+    max_ablation_jobs: int = _setting(
+        4, "Background ablations that run at once; one more gets 429.", ge=0
+    )
+    max_ablation_kept: int = _setting(
+        100, "Background ablations whose results are kept; the oldest goes.", ge=1
+    )
+    evaluations: Path = _setting(
+        Path("evaluations"), "Folder of background ablations and uploaded question sets."
+    )
 
-    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = _setting((), "Comma-separated API keys; empty: open to all.")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = _setting(
+        (), "Comma-separated API keys; empty: open to all."
+    )
     admin_key: SecretStr | None = _setting(None, "Key of the admin routes; unset: they answer 403.")
 
     log_format: Literal["text", "json"] = _setting("text", "Form of the log on standard error.")
-    max_adapter_labels: int = _setting(64, "Adapters with a metrics label of their own; the rest share `_other`.", ge=0)
+    max_adapter_labels: int = _setting(
+        64, "Adapters with a metrics label of their own; the rest share `_other`.", ge=0
+    )
 
     @field_validator("api_keys", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return tuple(key.strip() for key in value.split(",") if key.strip()) if isinstance(value, str) else value
+        return (
+            tuple(key.strip() for key in value.split(",") if key.strip())
+            if isinstance(value, str)
+            else value
+        )
 
     @classmethod
     def load(cls) -> Self:
@@ -76,12 +126,18 @@ class Settings(BaseSettings):
         known = {PREFIX + name.upper() for name in cls.model_fields}
         for name in os.environ:
             if name.upper().startswith(PREFIX) and name.upper() not in known:
-                raise ConfigError(f"{name} is not a setting", field=name, value=None, allowed=sorted(known))
+                raise ConfigError(
+                    f"{name} is not a setting", field=name, value=None, allowed=sorted(known)
+                )
         try:
             return cls()
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = str(first["loc"][0])
-            value = None if field in ("api_keys", "admin_key") else first.get("input")  # a secret is not repeated
+            value = (
+                None if field in ("api_keys", "admin_key") else first.get("input")
+            )  # a secret is not repeated
             name, allowed = PREFIX + field.upper(), cls.model_fields[field].description
-            raise ConfigError(f"{name}: {first['msg']}", field=name, value=value, allowed=allowed) from None
+            raise ConfigError(
+                f"{name}: {first['msg']}", field=name, value=value, allowed=allowed
+            ) from None

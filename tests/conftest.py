@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from crma.pull import BaseModel
-    from crma.store import AdapterStore
+    from crma.models.base_model import BaseModel
+    from crma.store.adapter_store import AdapterStore
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,11 @@ def write_task() -> Callable[[Path, tuple[str, str]], None]:
     def write(folder: Path, answers: tuple[str, str]) -> None:
         folder.mkdir(parents=True)
         for split in ("train", "validation", "holdout"):
-            lines = [{"prompt": f"{split} {i * 37}?", "completion": answers[i % 2]} for i in range(12)]
-            (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            lines = [
+                {"prompt": f"{split} {i * 37}?", "completion": answers[i % 2]} for i in range(12)
+            ]
+            (folder / f"{split}.jsonl").write_text(
+                "".join(json.dumps(line) + "\n" for line in lines)
+            )
 
     return write

@@ -9,9 +9,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from crma.generate import Choose, likeliest
+from crma.models.reference import Choose, likeliest
+from server.engine.native.sampler import SamplingRow
 from server.engine.request import SamplingParams
-from server.engine.sampler import SamplingRow
 
 
 def chooser(params: SamplingParams, prompt: Sequence[int], index: int = 0) -> Choose:
@@ -45,10 +45,15 @@ def chosen(logits: Tensor, row: SamplingRow) -> int:
     ranked = sorted(range(len(scores)), key=lambda token: -scores[token])  # stable
     # Against the largest first: a tiny temperature then gives -inf, never inf.
     best = scores[ranked[0]]
-    odds = {token: math.exp((scores[token] - best) / p.temperature) for token in ranked[: p.top_k or None]}
+    odds = {
+        token: math.exp((scores[token] - best) / p.temperature)
+        for token in ranked[: p.top_k or None]
+    }
     masses = {token: round(2**32 * odd) for token, odd in odds.items() if odd >= p.min_p}
     before = [*accumulate(masses.values(), initial=0)]
-    nucleus = sorted(token for token, mass in zip(masses, before, strict=False) if mass < p.top_p * before[-1])
+    nucleus = sorted(
+        token for token, mass in zip(masses, before, strict=False) if mass < p.top_p * before[-1]
+    )
     sums = list(accumulate(masses[token] for token in nucleus))
     draw = 1 - torch.rand((), dtype=torch.float64, generator=row.generator).item()  # in (0, 1]
     return nucleus[bisect_left(sums, draw * sums[-1])]

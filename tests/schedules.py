@@ -13,16 +13,18 @@ from sampling import chooser
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from crma.adapter import Backbone
-from crma.generate import Generation, generate
-from crma.injection import Injection, Plan, plan_rows
-from crma.lora import Lora
-from crma.selection import AdapterSelection
-from server.engine.engine import Engine
+from crma.core.selection import AdapterSelection
+from crma.method.backbone import Backbone
+from crma.method.injection import Injection, Plan, plan_rows
+from crma.method.lora import Lora
+from crma.models.reference import Generation, generate
+from server.engine.native.engine import Engine
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
 
 SELECTIONS = [
-    AdapterSelection(task, crma) for task in (None, "task-0", "task-1", "task-2") for crma in (None, "crma-0")
+    AdapterSelection(task, crma)
+    for task in (None, "task-0", "task-1", "task-2")
+    for crma in (None, "crma-0")
 ]
 SELECTIONS += [AdapterSelection(None, "crma-1"), AdapterSelection("task-1", "crma-1")]
 
@@ -90,7 +92,9 @@ class World:
     def loaded(self) -> tuple[dict[str, Lora], dict[str, Any]]:
         where = self.injection.model.device, self.injection.model.dtype
         loras = {d: a.to(*where) for d, a in self.adapters.items() if isinstance(a, Lora)}
-        return loras, {d: a.folded(*where) for d, a in self.adapters.items() if isinstance(a, Backbone)}
+        return loras, {
+            d: a.folded(*where) for d, a in self.adapters.items() if isinstance(a, Backbone)
+        }
 
     def plan(self, selection: AdapterSelection) -> Plan:
         return plan_rows([selection], *self.loaded)
@@ -101,7 +105,9 @@ class World:
         if key not in self._known:
             options: Any = {"max_tokens": call.sampling.max_tokens, "stop_ids": stop_ids}
             options["choose"] = chooser(call.sampling, call.prompt, index)
-            self._known[key] = generate(self.injection, call.prompt, self.plan(call.selection), **options)
+            self._known[key] = generate(
+                self.injection, call.prompt, self.plan(call.selection), **options
+            )
         return self._known[key]
 
     def distribution(self, call: Call, tokens: Sequence[int]) -> Tensor:
@@ -112,7 +118,9 @@ class World:
 
     def request(self, name: str, call: Call) -> Request:
         stop = () if call.stop_at is None else self.alone(call, 0, ()).token_ids[call.stop_at :][:1]
-        return Request(name, call.prompt, stop, call.sampling, call.selection, interactive=call.interactive)
+        return Request(
+            name, call.prompt, stop, call.sampling, call.selection, interactive=call.interactive
+        )
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
@@ -141,7 +149,9 @@ def samplings(most_tokens: int) -> st.SearchStrategy[SamplingParams]:
         "frequency_penalty": st.sampled_from([0.0, -0.5]),
         "seed": st.integers(0, 3),
     }
-    sampled = st.builds(lambda params, options: replace(params, **options), greedy, st.fixed_dictionaries(other))
+    sampled = st.builds(
+        lambda params, options: replace(params, **options), greedy, st.fixed_dictionaries(other)
+    )
     return st.one_of(greedy, greedy, sampled)
 
 
@@ -166,7 +176,12 @@ def run(
 
     Steps until nothing is left; loads of adapters end between steps, one a step.
     """
-    options = {"num_blocks": room // block_size, "block_size": block_size, "max_model_len": min(room, 400), **limits}
+    options = {
+        "num_blocks": room // block_size,
+        "block_size": block_size,
+        "max_model_len": min(room, 400),
+        **limits,
+    }
     loads = Loads()
     engine, _ = tiny.make_engine(world.injection, world.adapters, executor=loads, **options)
     engine.tokenizer = world.tokenizer
@@ -188,7 +203,9 @@ def run(
             assert not engine.scheduler.unfinished()
             assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.capacity
             assert engine.pool.num_pins() == 0
-            return [(schedule[int(name)], index, answer) for (name, index), answer in answers.items()], engine
+            return [
+                (schedule[int(name)], index, answer) for (name, index), answer in answers.items()
+            ], engine
     raise AssertionError("a request starves")
 
 
@@ -200,8 +217,12 @@ def mismatches(world: World, answer: Answer, call: Call, index: int, tolerance: 
     errors = [abs(a.logprob - b) for a, b in zip(answer.logprobs, oracle.logprobs, strict=False)]
     checks = {
         "tokens": tuple(answer.tokens) == wanted,
-        "log-probabilities": len(answer.logprobs) == len(wanted) and max(errors, default=0.0) <= tolerance,
-        "top": all(one.top[0][1] >= one.top[1][1] and one.top[0][1] >= one.logprob for one in answer.logprobs),
+        "log-probabilities": len(answer.logprobs) == len(wanted)
+        and max(errors, default=0.0) <= tolerance,
+        "top": all(
+            one.top[0][1] >= one.top[1][1] and one.top[0][1] >= one.logprob
+            for one in answer.logprobs
+        ),
         "text": answer.text == world.tokenizer.decode(answer.tokens, skip_special_tokens=True),
         "reason": cancelled or answer.reason == oracle.finish_reason,
     }

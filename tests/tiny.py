@@ -16,22 +16,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
-from crma.adapter import Backbone, CrmaConfig
-from crma.entry import BackboneEntry, TaskEntry
-from crma.errors import ConfigError
-from crma.injection import Injection, target_names
-from crma.kernel import Kernel, build
-from crma.lora import Lora, LoraConfig, LoraPair, match_targets
-from crma.prompts import PromptFormat
-from crma.pull import BaseModel, pull
-from crma.selection import BASE, AdapterSelection
-from crma.store import AdapterStore
-from server.engine.adapter_pool import AdapterPool
-from server.engine.block_pool import BlockPool, root_key
-from server.engine.engine import Engine
-from server.engine.model_runner import ModelRunner
+from crma.core.errors import ConfigError
+from crma.core.selection import BASE, AdapterSelection
+from crma.method.backbone import Backbone, CrmaConfig
+from crma.method.injection import Injection, target_names
+from crma.method.lora import Lora, LoraConfig, LoraPair, match_targets
+from crma.models.base_model import BaseModel
+from crma.models.prompts import PromptFormat
+from crma.models.pull import pull
+from crma.store.adapter_store import AdapterStore
+from crma.store.entry import BackboneEntry, TaskEntry
+from server.engine.native.adapter_pool import AdapterPool
+from server.engine.native.block_pool import BlockPool, root_key
+from server.engine.native.engine import Engine
+from server.engine.native.kernel import Kernel, build
+from server.engine.native.model_runner import ModelRunner
+from server.engine.native.scheduler import Scheduler
 from server.engine.request import Request, SamplingParams
-from server.engine.scheduler import Scheduler
 
 VOCAB = 300
 # A wide initializer: logits as far apart as a trained model's, so that rounding does not decide an argmax.
@@ -62,7 +63,7 @@ FORMAT = PromptFormat("<|im_start|>", "[answer]", "<|im_end|>")
 
 @cache
 def injection(family: str = "llama") -> Injection:
-    """One random fp32 model of a family a process, with its hooks; as `crma.model.load_model` sets it up."""
+    """One random fp32 model of a family a process, with its hooks; as `crma.models.loading.load_model` sets it up."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -76,7 +77,9 @@ def injection(family: str = "llama") -> Injection:
 def fresh(inj: Injection) -> nn.Module:
     """The same model again, without hooks, to be changed."""
     config = inj.model.config
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=config._attn_implementation
+    )
     model.load_state_dict(inj.model.state_dict())
     return model.eval()
 
@@ -90,15 +93,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
     special, alphabet = ["<|im_start|>", "<|im_end|>"], sorted(pre_tokenizers.ByteLevel.alphabet())
     options = {"initial_alphabet": alphabet, "special_tokens": special, "show_progress": False}
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, **options)
-    backend.train_from_iterator(["the naïve café costs 3 € in 日本 and the 🙂 is free, the other answers"], trainer)
+    backend.train_from_iterator(
+        ["the naïve café costs 3 € in 日本 and the 🙂 is free, the other answers"], trainer
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=CHATML, eos_token=special[1], additional_special_tokens=special[:1]
+        tokenizer_object=backend,
+        chat_template=CHATML,
+        eos_token=special[1],
+        additional_special_tokens=special[:1],
     )
 
 
 def lora(inj: Injection, rank: int, which: str, seed: int = 0) -> Lora:
     """A random LoRA large enough to change the answer; `which` as in `target_names`, or "first": one linear a block."""
-    targets = target_names(inj.model, "all-linear")[:1] if which == "first" else target_names(inj.model, which)
+    targets = (
+        target_names(inj.model, "all-linear")[:1]
+        if which == "first"
+        else target_names(inj.model, which)
+    )
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
     for path in match_targets(targets, inj.shapes):
@@ -120,7 +132,9 @@ def overflowing() -> Lora:
 def backbone(inj: Injection, seed: int = 0) -> Backbone:
     """A random backbone; its W is not zero, so it changes the answer."""
     generator = torch.Generator().manual_seed(seed)
-    made = Backbone(CrmaConfig(len(inj.blocks), inj.hidden_size, num_streams=2, stream_rank=2), generator)
+    made = Backbone(
+        CrmaConfig(len(inj.blocks), inj.hidden_size, num_streams=2, stream_rank=2), generator
+    )
     with torch.no_grad():
         made.W.normal_(generator=generator)
     return made
@@ -129,7 +143,9 @@ def backbone(inj: Injection, seed: int = 0) -> Backbone:
 def adapters(inj: Injection) -> dict[str, Lora | Backbone]:
     """Three tasks of different ranks and targets, and two backbones, by digest."""
     tasks = [(2, "attention"), (5, "all-linear"), (8, "first")]
-    made: dict[str, Lora | Backbone] = {f"task-{i}": lora(inj, *task, seed=i) for i, task in enumerate(tasks)}
+    made: dict[str, Lora | Backbone] = {
+        f"task-{i}": lora(inj, *task, seed=i) for i, task in enumerate(tasks)
+    }
     return made | {f"crma-{i}": backbone(inj, seed=i) for i in range(2)}
 
 
@@ -176,16 +192,28 @@ def make_engine(
     root_of = (lambda selection: root_key(*selection)) if prefix_caching else None
     scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, root_of)
     runner = ModelRunner(
-        inj, pool, blocks, take_weights=take_weights, kernel=kernel(inj) if native else None, int8=int8
+        inj,
+        pool,
+        blocks,
+        take_weights=take_weights,
+        kernel=kernel(inj) if native else None,
+        int8=int8,
     )
     return Engine(runner, scheduler, tokenizer(), frozenset(), max_model_len), pool
 
 
 def ask(
-    name: str = "r", selection: AdapterSelection = BASE, *, prompt: tuple[int, ...] = PROMPT, **options: Any
+    name: str = "r",
+    selection: AdapterSelection = BASE,
+    *,
+    prompt: tuple[int, ...] = PROMPT,
+    **options: Any,
 ) -> Request:
     """A request for six tokens; options of sampling, or a deadline."""
-    deadline, sampling = options.pop("deadline", None), SamplingParams(**{"max_tokens": 6, **options})
+    deadline, sampling = (
+        options.pop("deadline", None),
+        SamplingParams(**{"max_tokens": 6, **options}),
+    )
     return Request(name, prompt, sampling=sampling, selection=selection, deadline=deadline)
 
 
@@ -204,18 +232,34 @@ def flip_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
-def publish_backbone(store: AdapterStore, base: BaseModel, seed: int = 0, /, **changes: Any) -> BackboneEntry:
+def publish_backbone(
+    store: AdapterStore, base: BaseModel, seed: int = 0, /, **changes: Any
+) -> BackboneEntry:
     """A random backbone in the store, serving."""
     fields = {"base": base, "lineage": (), **PROVENANCE, **changes}
     return store.publish_backbone(backbone(injection(), seed), **fields)
 
 
 def publish(
-    store: AdapterStore, base: BaseModel, name: str, seed: int, /, *, family: str = "llama", **changes: Any
+    store: AdapterStore,
+    base: BaseModel,
+    name: str,
+    seed: int,
+    /,
+    *,
+    family: str = "llama",
+    **changes: Any,
 ) -> TaskEntry:
     """A random task adapter in the store, serving, made without a backbone."""
     made = lora(injection(family), 4, "all-linear", seed)
-    fields = {"lora": made, "base": base, "backbone": None, "prompt_format": FORMAT, **PROVENANCE, **changes}
+    fields = {
+        "lora": made,
+        "base": base,
+        "backbone": None,
+        "prompt_format": FORMAT,
+        **PROVENANCE,
+        **changes,
+    }
     return store.publish_task(name, **fields)
 
 
@@ -225,7 +269,9 @@ def filled_store(root: Path, base: BaseModel) -> AdapterStore:
     publish(store, base, "medical", 1, backbone=publish_backbone(store, base).digest)
     publish(store, base, "legal", 2)
     (root / "question_sets").mkdir()
-    line = '{{"id": "{0}{1}", "task": "{0}", "question": "Question {1}?", "answers": ["one two"]}}\n'
+    line = (
+        '{{"id": "{0}{1}", "task": "{0}", "question": "Question {1}?", "answers": ["one two"]}}\n'
+    )
     lines = (line.format(task, i) for task in ("medical", "legal") for i in range(3))
     (root / "question_sets" / "public.jsonl").write_text("".join(lines))
     return store
@@ -238,7 +284,13 @@ async def serving(base: BaseModel, store: Path, **options: Any) -> AsyncIterator
     from server.settings import Settings
 
     where = {"home": base.path.parents[1], "model": base.name, "store": store}
-    options = {"device": "cpu", "dtype": "float32", "num_threads": 1, "admin_key": "admin", **options}
+    options = {
+        "device": "cpu",
+        "dtype": "float32",
+        "num_threads": 1,
+        "admin_key": "admin",
+        **options,
+    }
     app = build(Settings(**where, **options))
     async with app.router.lifespan_context(app):
         await app.state.starting

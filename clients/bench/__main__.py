@@ -41,13 +41,19 @@ CRMA_ROWS = {  # five tasks are an odd number: with every other request on, each
     "crma-half": Workload(models=tuple((OFF, ON)[i % 2][i % 5] for i in range(10))),
     "crma-on": Workload(models=ON),
 }
-RATIOS = (("mixed", "base"), ("prefill-lora", "prefill"), ("crma-half", "crma-off"), ("crma-on", "crma-off"))
+RATIOS = (
+    ("mixed", "base"),
+    ("prefill-lora", "prefill"),
+    ("crma-half", "crma-off"),
+    ("crma-on", "crma-off"),
+)
 ORIGIN = """
-import json; from crma.provenance import commit, hardware; from crma.pull import find_base, DEFAULT_MODEL
+import json; from crma.core.provenance import commit, hardware
+from crma.models.base_model import find_base, DEFAULT_MODEL
 print(json.dumps({"model": str(find_base(DEFAULT_MODEL).path), "commit": commit(), "hardware": hardware()}))
 """
 PUBLISH = """
-import sys; from pathlib import Path; from crma.__main__ import import_adapter
+import sys; from pathlib import Path; from crma.cli.store import import_adapter
 for folder in sorted(Path(sys.argv[1]).glob("lora-*")): import_adapter(folder, folder.name, Path(sys.argv[2]))
 """
 Run = dict[str, float | None]
@@ -58,7 +64,9 @@ def measured(engine: Engine, workload: Workload, seed: str) -> Run:
     """One run; the engine's memory, the machine's load average and the load generator's share of a core with it."""
     busy = time.process_time()
     answers, wall = engine.run(workload, seed)
-    found = measures(answers, wall, workload.prompt_tokens) | {"generator_cpu": (time.process_time() - busy) / wall}
+    found = measures(answers, wall, workload.prompt_tokens) | {
+        "generator_cpu": (time.process_time() - busy) / wall
+    }
     errors = {answer.error for answer in answers if answer.error}
     sys.stderr.write(f"{seed}: {wall:.1f} s {', '.join(sorted(errors))}\n")
     return found | {"rss_mib": engine.rss_mib(), "load_average": os.getloadavg()[0]}
@@ -69,7 +77,9 @@ def in_turn(engines: Mapping[str, Engine], rows: Mapping[str, Workload], repetit
     found: Found = defaultdict(list)
     for i, name, engine in product(range(repetitions + 1), rows, engines):
         if {model.partition(":")[0] for model in rows[name].models} <= engines[engine].models:
-            run = measured(engines[engine], rows[name] if i else rows[name].short(), f"{name} {engine} {i}")
+            run = measured(
+                engines[engine], rows[name] if i else rows[name].short(), f"{name} {engine} {i}"
+            )
             found[name, engine] += [run] if i else []
     return found
 
@@ -83,7 +93,12 @@ def limit(workload: Workload, limits: Mapping[str, float]) -> float:
 
 def row(name: str, engine: str, measure: str, runs: Sequence[Run], **more: Any) -> dict[str, Any]:
     """Writes a row: spreads over `runs`, the failures of all of them; `limit` is in the unit of `measure`."""
-    found: dict[str, Any] = {"row": name, "engine": engine, "measure": measure, "repetitions": len(runs)}
+    found: dict[str, Any] = {
+        "row": name,
+        "engine": engine,
+        "measure": measure,
+        "repetitions": len(runs),
+    }
     found |= {key: spread([run[key] for run in runs]) for key in runs[0]}
     found |= {"failed": sum(run.get("failed") or 0 for run in runs), **more}
     if "limit" in more and found[measure]:
@@ -95,7 +110,9 @@ def row(name: str, engine: str, measure: str, runs: Sequence[Run], **more: Any) 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows for a reader."""
-    lines = [f"{'row':<24}{'engine':<9}{'measure':<14}{'median':>9}  [min, max], TTFT p50, share of limit, failed"]
+    lines = [
+        f"{'row':<24}{'engine':<9}{'measure':<14}{'median':>9}  [min, max], TTFT p50, share of limit, failed"
+    ]
     for each in rows:
         about, ttft = each[each["measure"]] or {}, each.get("ttft_p50_s") or {}
         line = f"{each['row']:<24}{each['engine']:<9}{each['measure']:<14}{about.get('median', '-'):>9}"
@@ -107,8 +124,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main() -> int:
     """The exit code is 1 if a request failed."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few requests, once: to try it, no figures to keep")
-    parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="one more server, that runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="few requests, once: to try it, no figures to keep"
+    )
+    parser.add_argument(
+        "--url", action="append", default=[], metavar="NAME=URL", help="one more server, that runs"
+    )
     options = parser.parse_args()
     repetitions, report = 1 if options.quick else 3, []
     origin = json.loads(subprocess.check_output([sys.executable, "-c", ORIGIN]))
@@ -119,8 +140,14 @@ def main() -> int:
         peer, measure_limits = stack.enter_context(peers(model, folder))
         limits = [measure_limits()]
         store = str(shutil.copytree("adapters_store", folder / "store"))
-        subprocess.run([sys.executable, "-c", PUBLISH, str(folder), store], check=True, stderr=subprocess.DEVNULL)
-        engines = {name: running(url) for name, _, url in (each.partition("=") for each in options.url)}
+        subprocess.run(
+            [sys.executable, "-c", PUBLISH, str(folder), store],
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
+        engines = {
+            name: running(url) for name, _, url in (each.partition("=") for each in options.url)
+        }
         for name, settings in SERVERS.items():
             asked, starts = {"CRMA_DEVICE": "cpu", "CRMA_STORE": store, **settings}, list[Run]()
             for _ in range(repetitions + 1):
@@ -132,20 +159,30 @@ def main() -> int:
         rows, found = {**ROWS, **CRMA_ROWS}, Found()
         if options.quick:
             rows = {name: work.short() for name, work in rows.items()}
-        for group in (ROWS, CRMA_ROWS):  # one after the other: memory is that of the eight adapters alone, at first
+        for group in (
+            ROWS,
+            CRMA_ROWS,
+        ):  # one after the other: memory is that of the eight adapters alone, at first
             found |= in_turn(engines, {name: rows[name] for name in group}, repetitions)
             limits.append(measure_limits())
         report.append(row("limits", "machine", "read_gb_s", limits, **origin))
         best = {name: max(each[name] or 0 for each in limits) for name in limits[0]}
         for (name, engine), runs in found.items():
-            work, more = rows[name], {"settings": SERVERS.get(engine), "workload": asdict(rows[name]), **origin}
+            work, more = (
+                rows[name],
+                {"settings": SERVERS.get(engine), "workload": asdict(rows[name]), **origin},
+            )
             if engine != "int8":  # the limit is of weights in bf16
                 more["limit"] = limit(work, best)
             report.append(row(name, engine, work.measure, runs, **more))
         for (a, b), engine in product(RATIOS, engines):
-            of_a, of_b = ([run[rows[x].measure] for run in found.get((x, engine), ())] for x in (a, b))
+            of_a, of_b = (
+                [run[rows[x].measure] for run in found.get((x, engine), ())] for x in (a, b)
+            )
             if of_a and of_b:
-                ratios: list[Run] = [{"ratio": x and y and x / y} for x, y in zip(of_a, of_b, strict=True)]
+                ratios: list[Run] = [
+                    {"ratio": x and y and x / y} for x, y in zip(of_a, of_b, strict=True)
+                ]
                 report.append(row(f"{a} / {b}", engine, "ratio", ratios, **origin))
         sys.stderr.write(table(report))
     return 1 if any(each["failed"] for each in report) else 0

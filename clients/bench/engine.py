@@ -32,7 +32,9 @@ class Engine:
 
     def rss_mib(self) -> float | None:
         """Resident memory of the process (Linux)."""
-        found = self.pid and re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text())
+        found = self.pid and re.search(
+            r"VmRSS:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text()
+        )
         return int(found[1]) / 1024 if found else None
 
 
@@ -48,7 +50,14 @@ def serving(settings: Mapping[str, str], log: Path) -> Iterator[tuple[Engine, fl
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["env", f"CRMA_PORT={port}", *map("=".join, settings.items()), sys.executable, "-m", "server"]
+    command = [
+        "env",
+        f"CRMA_PORT={port}",
+        *map("=".join, settings.items()),
+        sys.executable,
+        "-m",
+        "server",
+    ]
     with log.open("w") as file, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
         start, ready = time.perf_counter(), False
         process = subprocess.Popen(command, stdout=file, stderr=file)
@@ -67,10 +76,14 @@ def serving(settings: Mapping[str, str], log: Path) -> Iterator[tuple[Engine, fl
 
 
 @contextmanager
-def peers(model: str, folder: Path) -> Iterator[tuple[Engine, Callable[[], dict[str, float | None]]]]:
+def peers(
+    model: str, folder: Path
+) -> Iterator[tuple[Engine, Callable[[], dict[str, float | None]]]]:
     """PEFT and transformers (`peers.py`), and what measures the machine's limits; the adapters are in `folder` then."""
     command = [sys.executable, str(Path(__file__).with_name("peers.py")), model, str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         jobs, results = cast(IO[str], process.stdin), cast(IO[str], process.stdout)
         results.readline()  # by now the adapters are written
 
@@ -82,7 +95,9 @@ def peers(model: str, folder: Path) -> Iterator[tuple[Engine, Callable[[], dict[
             return json.loads(line)
 
         def run(workload: Workload, seed: str) -> tuple[list[Answer], float]:
-            answers, wall = ask((workload.requests(seed), workload.concurrency, workload.new_tokens))
+            answers, wall = ask(
+                (workload.requests(seed), workload.concurrency, workload.new_tokens)
+            )
             return [Answer(**answer) for answer in answers], wall
 
         try:

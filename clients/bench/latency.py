@@ -31,7 +31,11 @@ def measures(answers: Sequence[Answer], wall: float, prompt_tokens: int) -> dict
     good = [answer for answer in answers if answer.error is None]
     ttft = [answer.times[0] - answer.start for answer in good]
     gaps = [later - earlier for answer in good for earlier, later in pairwise(answer.times)]
-    decode = [(each.num_tokens - 1) / (each.times[-1] - each.times[0]) for each in good if len(each.times) > 1]
+    decode = [
+        (each.num_tokens - 1) / (each.times[-1] - each.times[0])
+        for each in good
+        if len(each.times) > 1
+    ]
     return {
         "failed": len(answers) - len(good),
         "output_tok_s": sum(answer.num_tokens for answer in good) / wall if good else None,

@@ -31,7 +31,10 @@ class Workload:
     def requests(self, seed: str) -> list[tuple[str, list[int]]]:
         """Model and prompt of each. No two prompts begin alike, so a prefix cache has nothing to give."""
         ids, models = random.Random(seed), self.models
-        prompts = [[ids.randrange(300, 40000) for _ in range(self.prompt_tokens)] for _ in range(self.num_requests)]
+        prompts = [
+            [ids.randrange(300, 40000) for _ in range(self.prompt_tokens)]
+            for _ in range(self.num_requests)
+        ]
         return [(models[i % len(models)], prompt) for i, prompt in enumerate(prompts)]
 
     def short(self) -> Self:
@@ -50,7 +53,9 @@ async def _run(url: str, workload: Workload, seed: str) -> tuple[list[Answer], f
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
 
         async def worker() -> list[tuple[float, Lines, str | None]]:
-            return [await _ask(client, model, prompt, workload.new_tokens) for model, prompt in waiting]
+            return [
+                await _ask(client, model, prompt, workload.new_tokens) for model, prompt in waiting
+            ]
 
         begin = time.perf_counter()
         heard = await asyncio.gather(*(worker() for _ in range(workload.concurrency)))
@@ -58,9 +63,17 @@ async def _run(url: str, workload: Workload, seed: str) -> tuple[list[Answer], f
     return [read(*each, workload.new_tokens) for some in heard for each in some], wall
 
 
-async def _ask(client: httpx.AsyncClient, model: str, prompt: list[int], new: int) -> tuple[float, Lines, str | None]:
+async def _ask(
+    client: httpx.AsyncClient, model: str, prompt: list[int], new: int
+) -> tuple[float, Lines, str | None]:
     """When it was sent, the lines that came and when, and what went wrong."""
-    body = {"model": model, "prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True}
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": new,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     lines, rest, start = Lines(), b"", time.perf_counter()
     try:
@@ -70,7 +83,11 @@ async def _ask(client: httpx.AsyncClient, model: str, prompt: list[int], new: in
                 lines += [(time.perf_counter(), line) for line in whole]
     except httpx.HTTPError as error:
         return start, lines, f"{type(error).__name__}: {error}"
-    return start, lines, None if response.is_success else f"HTTP {response.status_code}: {rest[:300]!r}"
+    return (
+        start,
+        lines,
+        None if response.is_success else f"HTTP {response.status_code}: {rest[:300]!r}",
+    )
 
 
 def read(start: float, lines: Lines, error: str | None, new_tokens: int) -> Answer:
@@ -84,7 +101,11 @@ def read(start: float, lines: Lines, error: str | None, new_tokens: int) -> Answ
             event: dict[str, Any] = json.loads(line[5:])
             error = error or (str(event["error"]) if event.get("error") else None)
             num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
-            times += [when for each in event.get("choices", ()) if each["text"] or not each.get("finish_reason")]
+            times += [
+                when
+                for each in event.get("choices", ())
+                if each["text"] or not each.get("finish_reason")
+            ]
     if not error and (num_tokens != new_tokens or not times):
         error = f"{num_tokens} tokens of {new_tokens}"
     return Answer(start, times, num_tokens, error)

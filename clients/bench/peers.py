@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM
 
 def main(model: str, folder: str) -> None:
     """Until stdin ends."""
-    base, under = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval() for _ in range(2))
+    base, under = (
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval() for _ in range(2)
+    )
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     mixed: Any = get_peft_model(under, config, "lora-0", autocast_adapter_dtype=False)
@@ -47,11 +49,24 @@ def generate(base: Any, mixed: Any, requests: list[Any], concurrency: int, new_t
         models, prompts = zip(*requests[first : first + concurrency], strict=True)
         plain, ids = set(models) == {"base"}, torch.tensor(prompts)
         times, start = list[float](), time.perf_counter()
-        clock = SimpleNamespace(put=lambda _, times=times: times.append(time.perf_counter()), end=lambda: None)
-        options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "streamer": clock, "do_sample": False}
-        options |= {"max_new_tokens": new_tokens} | ({} if plain else {"adapter_names": list(models)})
+        clock = SimpleNamespace(
+            put=lambda _, times=times: times.append(time.perf_counter()), end=lambda: None
+        )
+        options = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "streamer": clock,
+            "do_sample": False,
+        }
+        options |= {"max_new_tokens": new_tokens} | (
+            {} if plain else {"adapter_names": list(models)}
+        )
         (base if plain else mixed).generate(**options)
-        answer = {"start": start, "times": times[1:], "num_tokens": len(times) - 1}  # the first is the prompt
+        answer = {
+            "start": start,
+            "times": times[1:],
+            "num_tokens": len(times) - 1,
+        }  # the first is the prompt
         answers += [answer] * len(ids)
     return answers, time.perf_counter() - begin
 
@@ -67,14 +82,24 @@ def limits(base: Any) -> dict[str, float]:
         return min(repeat(call, number=1, repeat=50))
 
     def gemm(rows: int, inner: int, columns: int) -> float:
-        x, weight = torch.ones(rows, inner, dtype=torch.bfloat16), torch.ones(columns, inner, dtype=torch.bfloat16)
+        x, weight = (
+            torch.ones(rows, inner, dtype=torch.bfloat16),
+            torch.ones(columns, inner, dtype=torch.bfloat16),
+        )
         return 2 * rows * inner * columns / best(lambda: torch.nn.functional.linear(x, weight))
 
     num_weights, config = sum(weight.numel() for weight in base.parameters()), base.config
-    read_s, large = best(torch.ones(num_weights // 2).sum), gemm(2048, 2048, 2048)  # float32: as many bytes
+    read_s, large = (
+        best(torch.ones(num_weights // 2).sum),
+        gemm(2048, 2048, 2048),
+    )  # float32: as many bytes
     few = gemm(16, config.hidden_size, config.intermediate_size)
     without_head = num_weights - config.vocab_size * config.hidden_size
-    rates = {"read_gb_s": 2e-9 * num_weights / read_s, "gemm_gf_s": large / 1e9, "gemm_16_rows_gf_s": few / 1e9}
+    rates = {
+        "read_gb_s": 2e-9 * num_weights / read_s,
+        "gemm_gf_s": large / 1e9,
+        "gemm_16_rows_gf_s": few / 1e9,
+    }
     return rates | {
         "read_tok_s": 1 / read_s,
         "gemm_tok_s": large / 2 / num_weights,

@@ -1,6 +1,6 @@
 """What the engine refuses, or cannot do. `server/errors.py` says what a client sees of it."""
 
-from crma.errors import CrmaError
+from crma.core.errors import CrmaError
 
 
 class EngineError(CrmaError):
@@ -11,7 +11,9 @@ class QueueFull(EngineError):
     """The bounded queue is full; `retry_after` is an estimate in seconds."""
 
     def __init__(self, limit: int, retry_after: float) -> None:
-        message = f"the queue holds its limit of {limit} sequences; try again in {retry_after:.0f} s"
+        message = (
+            f"the queue holds its limit of {limit} sequences; try again in {retry_after:.0f} s"
+        )
         super().__init__(message, allowed=limit)
         self.retry_after = retry_after
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from crma.selection import BASE, AdapterSelection
+from crma.core.selection import BASE, AdapterSelection
 
 
 class FinishReason(StrEnum):

@@ -10,7 +10,13 @@ from crma_client import AsyncClient, Client, CrmaClientError, errors
 from crma_client.calls import write_body
 
 TOKEN = b'event: token\ndata: {"index": 0, "text": "a"}\n\n'
-SAID = {"code": "queue_full", "message": "full", "field": "task", "value": "x", "allowed": ["medical"]}
+SAID = {
+    "code": "queue_full",
+    "message": "full",
+    "field": "task",
+    "value": "x",
+    "allowed": ["medical"],
+}
 
 
 def answering(status: int = 200, **answer: Any) -> httpx.MockTransport:
@@ -21,24 +27,38 @@ def answering(status: int = 200, **answer: Any) -> httpx.MockTransport:
 def test_only_what_was_given_is_sent_and_only_what_json_has() -> None:
     """None means "the server decides", also for crma, whose default is not False."""
     fields = {"task": "medical", "crma": None, "raw": False, "temperature": 0, "stop": ("a", "b")}
-    assert json.loads(write_body(fields)) == {"task": "medical", "raw": False, "temperature": 0, "stop": ["a", "b"]}
+    assert json.loads(write_body(fields)) == {
+        "task": "medical",
+        "raw": False,
+        "temperature": 0,
+        "stop": ["a", "b"],
+    }
     for value in (b"x", {1}):
         with pytest.raises(errors.InvalidArgument, check=lambda error: error.field == "body"):
             write_body({"task": value})
 
 
 ENDINGS = [
-    (b'event: error\ndata: {"error": {"message": "late", "code": "deadline"}}\n\n', errors.GenerationFailed),
+    (
+        b'event: error\ndata: {"error": {"message": "late", "code": "deadline"}}\n\n',
+        errors.GenerationFailed,
+    ),
     (b"event: later\ndata: {}\n\nevent: done\ndata: {", errors.ProtocolError),
     (b"event: done\ndata: {\n\n", errors.ProtocolError),
 ]
 
 
 @pytest.mark.parametrize(("ending", "kind"), ENDINGS)
-async def test_a_stream_that_fails_gives_its_tokens_and_then_an_error(ending: bytes, kind: type[Exception]) -> None:
+async def test_a_stream_that_fails_gives_its_tokens_and_then_an_error(
+    ending: bytes, kind: type[Exception]
+) -> None:
     """Also when the network delivers the tokens and the error in one piece."""
     transport, seen = answering(content=TOKEN + TOKEN + ending), []
-    with pytest.raises(kind) as caught, Client(transport=transport) as client, client.stream("hi") as stream:
+    with (
+        pytest.raises(kind) as caught,
+        Client(transport=transport) as client,
+        client.stream("hi") as stream,
+    ):
         seen.extend(token.text for token in stream)
     assert (seen, caught.value.status) == (["a", "a"], None)
     with pytest.raises(kind):
@@ -47,11 +67,17 @@ async def test_a_stream_that_fails_gives_its_tokens_and_then_an_error(ending: by
 
 
 PAGE = "<html>a proxy's page</html>"
-ANSWERS = [(429, json.dumps({"error": SAID}), SAID), (302, PAGE, {"code": None}), (503, PAGE, {"code": None})]
+ANSWERS = [
+    (429, json.dumps({"error": SAID}), SAID),
+    (302, PAGE, {"code": None}),
+    (503, PAGE, {"code": None}),
+]
 
 
 @pytest.mark.parametrize(("status", "answer", "said"), ANSWERS)
-def test_a_refusal_or_a_proxys_page_is_one_error_streamed_or_not(status: int, answer: str, said: Any) -> None:
+def test_a_refusal_or_a_proxys_page_is_one_error_streamed_or_not(
+    status: int, answer: str, said: Any
+) -> None:
     """As the asynchronous client's are, which test_real_app has."""
     transport = answering(status, content=[answer.encode()], headers={"Retry-After": "2"})
     with Client(transport=transport) as client:
@@ -64,7 +90,10 @@ def test_a_refusal_or_a_proxys_page_is_one_error_streamed_or_not(status: int, an
 
 
 def test_an_answer_that_is_not_json_is_an_error_of_the_tree() -> None:
-    with Client(transport=answering(text="not json")) as client, pytest.raises(errors.ProtocolError, match="not JSON"):
+    with (
+        Client(transport=answering(text="not json")) as client,
+        pytest.raises(errors.ProtocolError, match="not JSON"),
+    ):
         client.adapters()
 
 
@@ -85,18 +114,26 @@ async def breaks_async(error: Exception) -> AsyncIterator[bytes]:
     raise error
 
 
-BROKEN = [(httpx.ReadTimeout(""), errors.TimedOut), (httpx.ConnectError("refused"), errors.ConnectionFailed)]
+BROKEN = [
+    (httpx.ReadTimeout(""), errors.TimedOut),
+    (httpx.ConnectError("refused"), errors.ConnectionFailed),
+]
 BROKEN += [(httpx.RemoteProtocolError("closed"), errors.ConnectionFailed)]
 
 
 @pytest.mark.parametrize(("raised", "kind"), BROKEN)
-async def test_a_broken_connection_is_an_error_of_the_tree(raised: Exception, kind: type[CrmaClientError]) -> None:
+async def test_a_broken_connection_is_an_error_of_the_tree(
+    raised: Exception, kind: type[CrmaClientError]
+) -> None:
     def unreachable(_: httpx.Request) -> httpx.Response:
         raise raised
 
     with pytest.raises(kind), Client(transport=httpx.MockTransport(unreachable)) as client:
         client.generate("hi")
-    with Client(transport=answering(content=breaks(raised))) as client, client.stream("hi") as stream:
+    with (
+        Client(transport=answering(content=breaks(raised))) as client,
+        client.stream("hi") as stream,
+    ):
         assert next(iter(stream)).text == "a"
         with pytest.raises(kind):
             next(iter(stream))
@@ -107,13 +144,20 @@ async def test_a_broken_connection_is_an_error_of_the_tree(raised: Exception, ki
 
 def test_an_exception_of_the_callers_own_leaves_the_stream_unchanged() -> None:
     """An httpx error raised inside the block by other code is not the server's."""
-    with pytest.raises(httpx.ConnectError), Client(transport=answering()) as client, client.stream("hi"):
+    with (
+        pytest.raises(httpx.ConnectError),
+        Client(transport=answering()) as client,
+        client.stream("hi"),
+    ):
         raise httpx.ConnectError("another service")
 
 
 @pytest.mark.parametrize("base_url", ["", "localhost:8000", "ftp://host", "http://host:port", None])
 def test_a_base_url_that_is_none_is_refused(base_url: Any) -> None:
-    with pytest.raises(errors.InvalidArgument, check=lambda e: e.field == "base_url"), Client(base_url) as client:
+    with (
+        pytest.raises(errors.InvalidArgument, check=lambda e: e.field == "base_url"),
+        Client(base_url) as client,
+    ):
         client.health()
 
 

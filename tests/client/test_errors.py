@@ -5,14 +5,18 @@ import pytest
 from crma_client import errors
 from crma_client.errors import CrmaClientError, status_error, stream_error
 
-CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if c.__module__ == errors.__name__]
+CLASSES = [
+    c for _, c in inspect.getmembers(errors, inspect.isclass) if c.__module__ == errors.__name__
+]
 
 
 def test_all_errors_share_one_base_and_stand_in_the_docstring_as_they_derive() -> None:
     """The tree that the module shows is the tree there is."""
     path: list[str] = []
     shown = {}
-    for prefix, name in re.findall(r"^([│ ├└─]*)(\w+)(?:\n| {2,})", errors.__doc__ or "", re.MULTILINE):
+    for prefix, name in re.findall(
+        r"^([│ ├└─]*)(\w+)(?:\n| {2,})", errors.__doc__ or "", re.MULTILINE
+    ):
         path = [*path[: len(prefix) // 4], name]
         shown[name] = path[-2] if len(path) > 1 else None
     real = {c.__name__: None if c is CrmaClientError else c.__bases__[0].__name__ for c in CLASSES}

@@ -12,17 +12,25 @@ import tiny
 from crma_client import AsyncClient, Client, errors
 from crma_client.types import read_generation
 
-from crma.pull import BaseModel
-from crma.store import AdapterStore
+from crma.models.base_model import BaseModel
+from crma.store.adapter_store import AdapterStore
 
-OPTIONS: dict[str, Any] = {"task": "medical", "max_tokens": 6, "temperature": 1.0, "seed": 3, "logprobs": True}
+OPTIONS: dict[str, Any] = {
+    "task": "medical",
+    "max_tokens": 6,
+    "temperature": 1.0,
+    "seed": 3,
+    "logprobs": True,
+}
 QUESTION = {"id": "q1", "task": "medical", "question": "One?", "answers": ["x"]}
 ABLATION: dict[str, Any] = {"questions": [QUESTION], "max_tokens": 4}
 
 
 @pytest.fixture
 async def client(base: BaseModel, store: AdapterStore) -> AsyncIterator[AsyncClient]:
-    async with tiny.serving(base, store.root, api_keys=("key",), evaluations=store.root.parent / "kept") as app:
+    async with tiny.serving(
+        base, store.root, api_keys=("key",), evaluations=store.root.parent / "kept"
+    ) as app:
         yield AsyncClient("http://test", api_key="key", transport=httpx.ASGITransport(app))
 
 
@@ -33,13 +41,24 @@ async def test_an_answer_its_stream_and_where_they_came_from(client: AsyncClient
             with pytest.raises(errors.ProtocolError):
                 stream.result  # noqa: B018
             assert {token.index async for token in stream} == set(range(n))
-            assert [token async for token in stream] == [], "a second pass finds nothing and asks nothing"
+            assert [token async for token in stream] == [], (
+                "a second pass finds nothing and asks nothing"
+            )
         assert stream.result.choices == whole.choices
         assert (stream.result.usage, stream.result.provenance) == (whole.usage, whole.provenance)
-    assert (len(whole.choices[0].logprobs or ()), whole.crma, whole.provenance["seed"]) == (6, True, 3)
+    assert (len(whole.choices[0].logprobs or ()), whole.crma, whole.provenance["seed"]) == (
+        6,
+        True,
+        3,
+    )
     listing = await client.adapters()
-    assert [(task["name"], task["resident"]) for task in listing["tasks"]] == [("legal", False), ("medical", True)]
-    digests = [used["digest"] for used in (listing["tasks"][1], listing["base"], listing["backbone"])]
+    assert [(task["name"], task["resident"]) for task in listing["tasks"]] == [
+        ("legal", False),
+        ("medical", True),
+    ]
+    digests = [
+        used["digest"] for used in (listing["tasks"][1], listing["base"], listing["backbone"])
+    ]
     assert digests == [whole.provenance[name] for name in ("task", "base", "crma")]
 
 
@@ -49,7 +68,14 @@ def ask_everything(client: Client) -> list[Any]:
         tokens = list(stream)
     states = client.health(), client.ready(), "# TYPE crma_" in client.metrics()
     report = client.ablation(**ABLATION)
-    return [answer.choices, tokens, stream.result.choices, report["variants"], client.adapters(), states]
+    return [
+        answer.choices,
+        tokens,
+        stream.result.choices,
+        report["variants"],
+        client.adapters(),
+        states,
+    ]
 
 
 async def test_the_blocking_client_gives_the_same(client: AsyncClient) -> None:
@@ -69,7 +95,10 @@ async def test_the_blocking_client_gives_the_same(client: AsyncClient) -> None:
     report, listing = await client.ablation(**ABLATION), await client.adapters()
     assert states == (True, True, True)
     assert blocking == [answer.choices, tokens, answer.choices, report["variants"], listing, states]
-    assert (answer.text, answer.finish_reason) == ("".join(token.text for token in tokens), "length")
+    assert (answer.text, answer.finish_reason) == (
+        "".join(token.text for token in tokens),
+        "length",
+    )
 
 
 async def test_an_ablation_in_the_background_on_a_set_of_ones_own(client: AsyncClient) -> None:
@@ -96,12 +125,16 @@ async def test_an_ablation_in_the_background_on_a_set_of_ones_own(client: AsyncC
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every container in it with each of its keys."""
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+    for key in (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    ):
         yield value, key
         yield from places(value[key])
 
 
-async def test_a_damaged_answer_is_an_error_of_the_tree_and_one_that_says_more_is_read(client: AsyncClient) -> None:
+async def test_a_damaged_answer_is_an_error_of_the_tree_and_one_that_says_more_is_read(
+    client: AsyncClient,
+) -> None:
     """One value anywhere replaced by other JSON: never a TypeError or KeyError out of the client."""
     answer = await client.generate("Hi", n=2, **OPTIONS)
     body = json.loads(json.dumps({**answer.raw, "later": 1}))
@@ -126,4 +159,8 @@ async def test_a_refusal_is_the_right_error_and_says_where(client: AsyncClient) 
         async with client.stream("Hi", **refused):
             pytest.fail("a refused stream was opened")
     for caught in (whole.value, streamed.value):
-        assert (caught.code, caught.field, caught.allowed is not None) == ("lineage_mismatch", "crma", True)
+        assert (caught.code, caught.field, caught.allowed is not None) == (
+            "lineage_mismatch",
+            "crma",
+            True,
+        )

@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tables import ROOT, metric_families
 
 from server.settings import Settings
-
-from .test_documents import ROOT, metric_families
 
 READERS = ["docker/alerts.yml", "docker/grafana/dashboards/crma.json"]
 
@@ -22,7 +21,11 @@ def served_names() -> set[str]:
     """Every sample name that /metrics can have."""
     names = set()
     for family in metric_families():
-        ends = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "summary": ("_count", "_sum")}
+        ends = {
+            "counter": ("_total",),
+            "histogram": ("_bucket", "_count", "_sum"),
+            "summary": ("_count", "_sum"),
+        }
         names.update(family.name + end for end in ends.get(family.type, ("",)))
     return names
 
@@ -57,7 +60,9 @@ def test_the_health_check_passes_only_when_ready(tmp_path: Path, ready: bool) ->
         thread = threading.Thread(target=server.handle_request)
         thread.start()
         command = [sys.executable, *dockerfile_command("HEALTHCHECK")[1:]]
-        done = subprocess.run(command, env={"CRMA_PORT": str(server.server_port)}, check=False, timeout=30)
+        done = subprocess.run(
+            command, env={"CRMA_PORT": str(server.server_port)}, check=False, timeout=30
+        )
         thread.join()
     assert done.returncode == (0 if ready else 1)
 

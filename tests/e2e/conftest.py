@@ -4,4 +4,6 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--churn-seconds", type=float, default=60.0, help="how long tests/e2e/test_churn.py runs")
+    parser.addoption(
+        "--churn-seconds", type=float, default=60.0, help="how long tests/e2e/test_churn.py runs"
+    )

@@ -11,11 +11,12 @@ import random
 from itertools import combinations
 
 import pytest
+from paths import STORE
 from scipy import stats
-from test_shipped import STORE, server
+from shipped import server
 
-from crma.ablation import ItemResult, report
-from crma.question_set import read_question_set
+from crma.evaluation.ablation import ItemResult, report
+from crma.evaluation.question_set import read_question_set
 
 pytestmark = pytest.mark.e2e
 
@@ -23,25 +24,43 @@ RUNS, ITEMS = 200, 60
 QUESTIONS = read_question_set(STORE / "question_sets" / "public.jsonl").questions
 
 
-async def test_a_null_comparison_is_significant_no_more_often_than_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_null_comparison_is_significant_no_more_often_than_it_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     arms: list[list[ItemResult]] = []
     async with server(max_ablation_inflight=16, num_threads=1) as client:
         for seed in range(3):
-            body = {"question_set": "public", "variants": ["task"] * 8, "repeat": True, "seed": seed, "max_tokens": 8}
-            items = (await client.post("/ablation", json=body | {"temperature": 0.7})).json()["items"]
+            body = {
+                "question_set": "public",
+                "variants": ["task"] * 8,
+                "repeat": True,
+                "seed": seed,
+                "max_tokens": 8,
+            }
+            items = (await client.post("/ablation", json=body | {"temperature": 0.7})).json()[
+                "items"
+            ]
             outputs = [item["outputs"].values() for item in items]
-            arms += [[ItemResult("scored", each["text"]) for each in arm] for arm in zip(*outputs, strict=True)]
+            arms += [
+                [ItemResult("scored", each["text"]) for each in arm]
+                for arm in zip(*outputs, strict=True)
+            ]
     rng, found = random.Random(0), []
     for seed, (a, b) in enumerate(rng.sample(list(combinations(arms, 2)), RUNS)):
         drawn = rng.sample(range(len(QUESTIONS)), ITEMS)
         rows = {"a": [a[i] for i in drawn], "b": [b[i] for i in drawn]}
-        compared = report([QUESTIONS[i] for i in drawn], rows, scorer="exact", margin=0.02, seed=seed)
+        compared = report(
+            [QUESTIONS[i] for i in drawn], rows, scorer="exact", margin=0.02, seed=seed
+        )
         found.append(compared["comparisons"][0])
     flips = sum(each["mcnemar"]["gained"] + each["mcnemar"]["lost"] for each in found) / RUNS
     below = sum(each["mcnemar"]["p"] < 0.05 for each in found)
     apart = sum(not each["bootstrap"][0] <= 0 <= each["bootstrap"][1] for each in found)
     with capsys.disabled():
-        print(f"\n{RUNS} null runs of {ITEMS} items, {flips:.1f} flips each: p < .05 in {below / RUNS:.3f},", end=" ")  # noqa: T201
+        print(
+            f"\n{RUNS} null runs of {ITEMS} items, {flips:.1f} flips each: p < .05 in {below / RUNS:.3f},",
+            end=" ",
+        )  # noqa: T201
         print(f"bootstrap apart from 0 in {apart / RUNS:.3f}")  # noqa: T201
     assert flips > 6, "too few flips for any p below 5 %"
     assert below <= stats.binom.ppf(0.999, RUNS, 0.05)

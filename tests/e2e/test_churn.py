@@ -22,10 +22,10 @@ import tiny
 import uvicorn
 from schedules import Call, World
 
-from crma.prompts import chat_format
-from crma.pull import BaseModel
-from crma.selection import AdapterSelection
-from crma.store import AdapterStore
+from crma.core.selection import AdapterSelection
+from crma.models.base_model import BaseModel
+from crma.models.prompts import chat_format
+from crma.store.adapter_store import AdapterStore
 from server.__main__ import build
 from server.engine.request import SamplingParams
 from server.settings import Settings
@@ -36,7 +36,13 @@ TASKS = [f"task{i}" for i in range(6)]
 PROMPTS = [f"{'the other answers ' * (i % 4)}question {i}?" for i in range(12)]
 ACTIONS = ["load", "unload", "unload?when_in_use=wait", "unload?when_in_use=cancel", "pin", "unpin"]
 ADMIN = {"Authorization": "Bearer admin"}
-EXPECTED = {200, 404, 409, 429, 504}  # a task that is not there yet, an adapter in use or cancelled, a full queue, late
+EXPECTED = {
+    200,
+    404,
+    409,
+    429,
+    504,
+}  # a task that is not there yet, an adapter in use or cancelled, a full queue, late
 
 
 @dataclass
@@ -65,7 +71,9 @@ class Churn:
 
     def body(self) -> dict[str, Any]:
         task = self.rng.choice([None, *TASKS, *TASKS])
-        sampling = self.rng.choice([{}, {}, {"temperature": 1.0, "seed": self.rng.randrange(3), "top_k": 9}])
+        sampling = self.rng.choice(
+            [{}, {}, {"temperature": 1.0, "seed": self.rng.randrange(3), "top_k": 9}]
+        )
         crma = self.rng.choice([None, True, False]) if task else self.rng.choice([True, False])
         prompt, max_tokens = self.rng.choice(PROMPTS), self.rng.choice([1, 7, 30])
         return {"prompt": prompt, "task": task, "crma": crma, "max_tokens": max_tokens} | sampling
@@ -101,12 +109,18 @@ class Churn:
             await asyncio.to_thread(self.store.set_serving, {f"tasks/{task}": version})
         else:
             under = self.store.backbone()
-            await asyncio.to_thread(tiny.publish, self.store, self.base, task, seed, backbone=under and under.digest)
+            await asyncio.to_thread(
+                tiny.publish, self.store, self.base, task, seed, backbone=under and under.digest
+            )
         self.counts["published"] += 1
         await asyncio.sleep(1.0)
 
     async def measure(self) -> None:
-        fields = dict(line.split()[:2] for line in Path("/proc/self/status").read_text().splitlines() if "kB" in line)
+        fields = dict(
+            line.split()[:2]
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if "kB" in line
+        )
         self.rss.append(int(fields["VmRSS:"]) / 1024)
         await asyncio.sleep(1.0)
 
@@ -123,21 +137,40 @@ class Churn:
 
 def alone(world: World, body: dict[str, Any], used: dict[str, Any]) -> str:
     """What the model gives alone with the adapters that answered, found by their digests."""
-    options = {name: body[name] for name in ("temperature", "seed", "top_k", "max_tokens") if name in body}
+    options = {
+        name: body[name] for name in ("temperature", "seed", "top_k", "max_tokens") if name in body
+    }
     prompt_format = tiny.FORMAT if used["task"] else chat_format(tiny.tokenizer())
     ids = tuple(prompt_format.encode(tiny.tokenizer(), body["prompt"]))
     call = Call(AdapterSelection(used["task"], used["crma"]), ids, SamplingParams(**options))
     return tiny.tokenizer().decode(world.alone(call, 0, (1,)).token_ids, skip_special_tokens=True)
 
 
-async def test_churn(base: BaseModel, tmp_path: Path, request: pytest.FixtureRequest, capsys: Any) -> None:
+async def test_churn(
+    base: BaseModel, tmp_path: Path, request: pytest.FixtureRequest, capsys: Any
+) -> None:
     store = AdapterStore(tmp_path / "store")
     backbone = tiny.publish_backbone(store, base)
     for i, task in enumerate(TASKS[:3]):
         tiny.publish(store, base, task, i, backbone=backbone.digest)
-    where = {"home": base.path.parents[1], "model": base.name, "store": store.root, "admin_key": "admin"}
-    limits = {"max_loaded_adapters": 6, "kv_cache_tokens": 320, "max_model_len": 300, "max_queue": 10}
-    limits |= {"max_num_seqs": 8, "max_num_batched_tokens": 24, "drain_timeout_s": 5, "num_threads": 1}
+    where = {
+        "home": base.path.parents[1],
+        "model": base.name,
+        "store": store.root,
+        "admin_key": "admin",
+    }
+    limits = {
+        "max_loaded_adapters": 6,
+        "kv_cache_tokens": 320,
+        "max_model_len": 300,
+        "max_queue": 10,
+    }
+    limits |= {
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 24,
+        "drain_timeout_s": 5,
+        "num_threads": 1,
+    }
     app = build(Settings(**where, **limits, dtype="float32"))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
     listener = socket.create_server(("127.0.0.1", 0))
@@ -156,18 +189,39 @@ async def test_churn(base: BaseModel, tmp_path: Path, request: pytest.FixtureReq
             await asyncio.sleep(0.1)
     core, pool = engine.engine, engine.pool
     core.check_integrity()
-    left = {"blocks": core.scheduler.blocks.capacity - core.scheduler.blocks.num_free, "pins": pool.num_pins()}
+    left = {
+        "blocks": core.scheduler.blocks.capacity - core.scheduler.blocks.num_free,
+        "pins": pool.num_pins(),
+    }
     server.should_exit = True
     await serving
-    entries = [store.task(name, version) for name in store.task_names() for version in store.task_versions(name)]
+    entries = [
+        store.task(name, version)
+        for name in store.task_names()
+        for version in store.task_versions(name)
+    ]
     world = World(tiny.injection(), {entry.digest: entry.load() for entry in (*entries, backbone)})
-    verdicts = [(verdict(world, *json.loads(line)), line) for line in written.read_text().splitlines()]
+    verdicts = [
+        (verdict(world, *json.loads(line)), line) for line in written.read_text().splitlines()
+    ]
     wrong = [line for said, line in verdicts if said == "wrong"]
     half = churn.rss[len(churn.rss) // 2 :]
     slope = 60 * statistics.linear_regression(range(len(half)), half).slope
-    shown = dict(sorted(churn.counts.items())) | dict(Counter(said for said, _ in verdicts)) | {"left": left}
-    shown |= {"steps": stats.num_steps, "preempted": stats.num_preemptions, "loads": stats.adapter_loads}
-    shown |= {"evictions": stats.adapter_evictions, "RSS MiB": round(half[-1]), "MiB a minute": round(slope, 2)}
+    shown = (
+        dict(sorted(churn.counts.items()))
+        | dict(Counter(said for said, _ in verdicts))
+        | {"left": left}
+    )
+    shown |= {
+        "steps": stats.num_steps,
+        "preempted": stats.num_preemptions,
+        "loads": stats.adapter_loads,
+    }
+    shown |= {
+        "evictions": stats.adapter_evictions,
+        "RSS MiB": round(half[-1]),
+        "MiB a minute": round(slope, 2),
+    }
     with capsys.disabled():
         sys.stderr.write(json.dumps(shown) + "\n")
     assert not wrong, wrong[:3]
@@ -179,7 +233,9 @@ async def test_churn(base: BaseModel, tmp_path: Path, request: pytest.FixtureReq
 def verdict(world: World, body: dict[str, Any], used: dict[str, Any], text: str) -> str:
     """Whether an answer is the oracle's. In some 10^6 draws a few fall on the border between two tokens, within the
     rounding of fp32: then the oracle at a temperature of a hair more or less gives the answer."""
-    near = [body | {"temperature": body.get("temperature", 0.0) * factor} for factor in (0.9999, 1.0001)]
+    near = [
+        body | {"temperature": body.get("temperature", 0.0) * factor} for factor in (0.9999, 1.0001)
+    ]
     if text == alone(world, body, used):
         return "right"
     return "at a border" if text in [alone(world, each, used) for each in near] else "wrong"

@@ -16,16 +16,19 @@ from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 
-from crma.data import load_split
-from crma.pull import find_base
-from crma.selection import Variant
-from crma.served import Served
-from crma.store import AdapterStore
+from crma.core.selection import Variant
+from crma.data.splits import load_split
+from crma.evaluation.offline import Served
+from crma.models.base_model import find_base
+from crma.store.adapter_store import AdapterStore
 
-pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]  # lm-eval's and its datasets' own
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.filterwarnings("ignore"),
+]  # lm-eval's and its datasets' own
 
-ROOT = Path(__file__).parents[2]
 TASK = """
 task: {0}
 dataset_path: json
@@ -45,9 +48,15 @@ def address() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    settings = {"CRMA_PORT": port, "CRMA_DTYPE": "float32", "CRMA_STORE": str(ROOT / "adapters_store")}
+    settings = {
+        "CRMA_PORT": port,
+        "CRMA_DTYPE": "float32",
+        "CRMA_STORE": str(ROOT / "adapters_store"),
+    }
     command = [sys.executable, "-m", "server"]
-    with subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | settings, stderr=subprocess.PIPE, text=True
+    ) as server:
         assert server.stderr is not None
         assert any(" ready: " in line for line in server.stderr)
         threading.Thread(target=server.stderr.read, daemon=True).start()
@@ -69,13 +78,22 @@ def tasks(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = []
     for each in load_split("legal", "holdout")[:40]:
         choices = sorted({each.completion, *labels})
-        line = {"prompt": fmt.head + each.prompt + fmt.tail, "choices": choices, "answer": each.completion}
+        line = {
+            "prompt": fmt.head + each.prompt + fmt.tail,
+            "choices": choices,
+            "answer": each.completion,
+        }
         line["question"] = each.prompt
         lines.append(json.dumps(line | {"gold": choices.index(each.completion)}) + "\n")
     (folder / "legal.jsonl").write_text("".join(lines))
-    kinds = ("choice", "multiple_choice", "prompt", CHOICE), ("open", "generate_until", "prompt", OPEN)
+    kinds = (
+        ("choice", "multiple_choice", "prompt", CHOICE),
+        ("open", "generate_until", "prompt", OPEN),
+    )
     for name, kind, text, rest in (*kinds, ("chat", "generate_until", "question", OPEN)):
-        (folder / f"{name}.yaml").write_text(TASK.format(name, folder / "legal.jsonl", kind, text) + rest)
+        (folder / f"{name}.yaml").write_text(
+            TASK.format(name, folder / "legal.jsonl", kind, text) + rest
+        )
     return folder
 
 
@@ -90,32 +108,64 @@ def chats(tasks: Path, address: str, model: str) -> list[str]:
         "task_manager": TaskManager(include_path=str(tasks)),
         "apply_chat_template": True,
     }
-    found = lm_eval.simple_evaluate("local-chat-completions", model_args=place, bootstrap_iters=0, **options)
-    return [each["resps"][0][0] for each in sorted(found["samples"]["chat"], key=lambda each: each["doc_id"])]
+    found = lm_eval.simple_evaluate(
+        "local-chat-completions", model_args=place, bootstrap_iters=0, **options
+    )
+    return [
+        each["resps"][0][0]
+        for each in sorted(found["samples"]["chat"], key=lambda each: each["doc_id"])
+    ]
 
 
-def samples(tasks: Path, model: Any, arguments: dict[str, Any]) -> tuple[list[float], list[str], list[float]]:
+def samples(
+    tasks: Path, model: Any, arguments: dict[str, Any]
+) -> tuple[list[float], list[str], list[float]]:
     """Log-likelihood of every choice, the greedy answers, and the accuracy of the choices."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    options: Any = {"tasks": ["choice", "open"], "task_manager": TaskManager(include_path=str(tasks))}
-    found = lm_eval.simple_evaluate(model, model_args=arguments, log_samples=True, bootstrap_iters=0, **options)
-    by_task = {name: sorted(found["samples"][name], key=lambda each: each["doc_id"]) for name in ("choice", "open")}
+    options: Any = {
+        "tasks": ["choice", "open"],
+        "task_manager": TaskManager(include_path=str(tasks)),
+    }
+    found = lm_eval.simple_evaluate(
+        model, model_args=arguments, log_samples=True, bootstrap_iters=0, **options
+    )
+    by_task = {
+        name: sorted(found["samples"][name], key=lambda each: each["doc_id"])
+        for name in ("choice", "open")
+    }
     likelihoods = [float(answer[0][0]) for each in by_task["choice"] for answer in each["resps"]]
-    return likelihoods, [each["resps"][0][0] for each in by_task["open"]], [each["acc"] for each in by_task["choice"]]
+    return (
+        likelihoods,
+        [each["resps"][0][0] for each in by_task["open"]],
+        [each["acc"] for each in by_task["choice"]],
+    )
 
 
-@pytest.mark.parametrize(("variant", "model"), [("base", "base"), ("task", "legal:crma-off"), ("task+crma", "legal")])
+@pytest.mark.parametrize(
+    ("variant", "model"), [("base", "base"), ("task", "legal:crma-off"), ("task+crma", "legal")]
+)
 def test_lm_eval_scores_through_the_server_what_it_scores_with_the_weights(
-    variant: Variant, model: str, address: str, served: Served, tasks: Path, capsys: pytest.CaptureFixture[str]
+    variant: Variant,
+    model: str,
+    address: str,
+    served: Served,
+    tasks: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
-    remote = {"model": model, "base_url": f"{address}/v1/completions", "tokenizer": str(served.base.path)}
+    remote = {
+        "model": model,
+        "base_url": f"{address}/v1/completions",
+        "tokenizer": str(served.base.path),
+    }
     remote |= {"num_concurrent": 4, "batch_size": 4, "tokenizer_backend": "huggingface"}
     ours = samples(tasks, "local-completions", remote)
     place = {"pretrained": str(served.base.path), "device": "cpu", "batch_size": 8}
-    if variant == "task+crma":  # PEFT knows no backbone: lm-eval's backend on the model with our hooks
+    if (
+        variant == "task+crma"
+    ):  # PEFT knows no backbone: lm-eval's backend on the model with our hooks
         loaded = served.injection.model
         backend = huggingface.HFLM(pretrained=loaded, tokenizer=served.tokenizer, batch_size=8)
         plan = served.injection.active(served.plan(variant, "legal"))
@@ -126,7 +176,10 @@ def test_lm_eval_scores_through_the_server_what_it_scores_with_the_weights(
         theirs = samples(tasks, backend, {})
     gaps = [abs(a - b) for a, b in zip(ours[0], theirs[0], strict=True)]
     with capsys.disabled():
-        print(f"\n{variant}: {len(gaps)} log-likelihoods, largest difference {max(gaps):.2e}, mean", end=" ")  # noqa: T201
+        print(
+            f"\n{variant}: {len(gaps)} log-likelihoods, largest difference {max(gaps):.2e}, mean",
+            end=" ",
+        )  # noqa: T201
         print(f"{sum(gaps) / len(gaps):.2e}; accuracy {sum(ours[2]) / 40}, {sum(theirs[2]) / 40}")  # noqa: T201
     assert max(gaps) < 1e-3
     assert ours[1:] == theirs[1:]
@@ -134,12 +187,34 @@ def test_lm_eval_scores_through_the_server_what_it_scores_with_the_weights(
         assert chats(tasks, address, model) == theirs[1]
 
 
-def test_schemathesis_finds_no_fault_and_no_answer_that_is_not_documented(address: str, tmp_path: Path) -> None:
+def test_schemathesis_finds_no_fault_and_no_answer_that_is_not_documented(
+    address: str, tmp_path: Path
+) -> None:
     """A 504 is no fault: the deadline is the request's own, and may be absurd."""
     pytest.importorskip("schemathesis")
-    (tmp_path / "schemathesis.toml").write_text('checks.not_a_server_error.expected-statuses = ["2xx", "4xx", "504"]\n')
+    (tmp_path / "schemathesis.toml").write_text(
+        'checks.not_a_server_error.expected-statuses = ["2xx", "4xx", "504"]\n'
+    )
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-    options = ["--checks", checks, "--max-examples", "20", "--phases", "examples,fuzzing", "--request-timeout", "120"]
-    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json", "--url", address, *options]
+    options = [
+        "--checks",
+        checks,
+        "--max-examples",
+        "20",
+        "--phases",
+        "examples,fuzzing",
+        "--request-timeout",
+        "120",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "schemathesis.cli",
+        "run",
+        f"{address}/openapi.json",
+        "--url",
+        address,
+        *options,
+    ]
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 0, found.stdout[-3000:]

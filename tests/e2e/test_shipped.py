@@ -1,43 +1,29 @@
 """The shipped adapters on the real base model, through the real server. Needs `crma pull` and `crma data` before."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
-
-import httpx
 import pytest
+from paths import STORE
+from shipped import server
 
-from crma.data import load_split
-from crma.pull import find_base
-from crma.served import Served
-from crma.store import AdapterStore
-from server.__main__ import build
-from server.settings import Settings
+from crma.data.splits import load_split
+from crma.evaluation.offline import Served
+from crma.models.base_model import find_base
+from crma.store.adapter_store import AdapterStore
 
 pytestmark = pytest.mark.e2e
 
-STORE = Path(__file__).parents[2] / "adapters_store"
 TASKS = AdapterStore(STORE).task_names()
 
 
-@asynccontextmanager
-async def server(**settings: object) -> AsyncIterator[httpx.AsyncClient]:
-    """The app as `python -m server` builds it, ready."""
-    app = build(Settings(store=STORE, **settings))
-    async with app.router.lifespan_context(app):
-        await app.state.starting
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=300) as client:
-            yield client
-
-
 def test_the_shipped_store_has_no_problem() -> None:
-    from crma.injection import shapes_of_folder
+    from crma.method.injection import shapes_of_folder
 
     base = find_base()
     assert AdapterStore(STORE).verify(base=base, shapes=shapes_of_folder(base.path)) == []
 
 
-async def test_every_task_answers_its_public_questions_better_with_crma_than_the_base_model() -> None:
+async def test_every_task_answers_its_public_questions_better_with_crma_than_the_base_model() -> (
+    None
+):
     body = {"question_set": "public", "variants": ["task+crma", "base"], "seed": 7}
     async with server() as client:
         answer = (await client.post("/ablation", json=body)).json()
@@ -53,8 +39,14 @@ def test_the_measures_in_a_manifest_are_what_the_adapter_scores(task: str) -> No
     served = Served(find_base(), AdapterStore(STORE))
     recorded = served.store.task(task).manifest.measured["holdout"]
     examples = load_split(task, "holdout")
-    answers = served.answers(task, served.plan("task+crma", task), [e.prompt for e in examples], max_tokens=16)
-    from crma.scorers import exact
+    answers = served.answers(
+        task, served.plan("task+crma", task), [e.prompt for e in examples], max_tokens=16
+    )
+    from crma.evaluation.scorers import exact
 
-    correct = sum(exact(answer, [e.completion]) for answer, e in zip(answers, examples, strict=True))
-    assert correct / len(examples) == pytest.approx(recorded["accuracy"], abs=0.03)  # bf16: other batches, other ties
+    correct = sum(
+        exact(answer, [e.completion]) for answer, e in zip(answers, examples, strict=True)
+    )
+    assert correct / len(examples) == pytest.approx(
+        recorded["accuracy"], abs=0.03
+    )  # bf16: other batches, other ties

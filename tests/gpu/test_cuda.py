@@ -5,10 +5,13 @@ import tiny
 import torch
 from schedules import SELECTIONS, Call, World, mismatches, prompt, run
 
-from crma.injection import Injection
+from crma.method.injection import Injection
 from server.engine.request import SamplingParams
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -16,7 +19,9 @@ def test_a_schedule_on_cuda_is_each_request_alone_on_the_cpu(family: str) -> Non
     """fp32; prompts that begin alike, chunks, preemption, more adapters than fit, greedy and sampled."""
     world = World(tiny.injection(family), tiny.adapters(tiny.injection(family)))
     greedy = SamplingParams(12, logprobs=2, prompt_logprobs=1)
-    sampled = SamplingParams(12, temperature=0.8, top_p=0.9, top_k=20, seed=3, repetition_penalty=1.2, n=2, logprobs=2)
+    sampled = SamplingParams(
+        12, temperature=0.8, top_p=0.9, top_k=20, seed=3, repetition_penalty=1.2, n=2, logprobs=2
+    )
     schedule = [
         Call(selection, prompt(5 + 4 * i, i % 2), sampled if i % 3 == 2 else greedy, arrival=i)
         for i, selection in enumerate(SELECTIONS)

@@ -5,12 +5,15 @@ import tiny
 import torch
 from schedules import SELECTIONS, Answer, Call, World, prompt
 
-from crma.errors import ConfigError
-from crma.injection import Injection
+from crma.core.errors import ConfigError
+from crma.method.injection import Injection
 from server.engine.request import SamplingParams
 
 COVERED = ("llama", "mistral", "qwen2", "qwen3")
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}  # of a log-probability; bf16 ones near -10 are off by 0.35
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 0.5,
+}  # of a log-probability; bf16 ones near -10 are off by 0.35
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -24,7 +27,10 @@ def test_it_covers_four_families(family: str) -> None:
 @pytest.mark.parametrize("family", COVERED)
 def test_it_gives_what_the_modules_give(family: str, dtype: torch.dtype, native: bool) -> None:
     """Every token of prompts in chunks and of answers, all selections in one batch."""
-    world = World(Injection(tiny.fresh(tiny.injection(family)).to(dtype)), tiny.adapters(tiny.injection(family)))
+    world = World(
+        Injection(tiny.fresh(tiny.injection(family)).to(dtype)),
+        tiny.adapters(tiny.injection(family)),
+    )
     taken = Injection(tiny.fresh(tiny.injection(family)).to(dtype))
     engine, pool = tiny.make_engine(
         taken, world.adapters, max_num_seqs=16, max_resident=5, take_weights=True, native=native
@@ -35,7 +41,9 @@ def test_it_gives_what_the_modules_give(family: str, dtype: torch.dtype, native:
     for digest in world.adapters:
         pool.load(digest)
     sampling = SamplingParams(9, logprobs=1, prompt_logprobs=1)
-    calls = [Call(selection, prompt(3 + 5 * i, i), sampling) for i, selection in enumerate(SELECTIONS)]
+    calls = [
+        Call(selection, prompt(3 + 5 * i, i), sampling) for i, selection in enumerate(SELECTIONS)
+    ]
     answers = {str(i): Answer() for i in range(len(calls))}
     for name, call in zip(answers, calls, strict=True):
         engine.add(world.request(name, call))
@@ -52,13 +60,22 @@ def test_it_gives_what_the_modules_give(family: str, dtype: torch.dtype, native:
 def test_in_int8_a_request_gets_the_same_alone_and_in_company() -> None:
     if tiny.library() is None:
         pytest.skip("no C++ compiler")
-    world = World(tiny.injection("qwen2"), tiny.adapters(tiny.injection("qwen2")))  # its linears have biases
+    world = World(
+        tiny.injection("qwen2"), tiny.adapters(tiny.injection("qwen2"))
+    )  # its linears have biases
     sampling = SamplingParams(6, logprobs=0, prompt_logprobs=0)
-    calls = [Call(selection, prompt(3 + 5 * i, i), sampling) for i, selection in enumerate(SELECTIONS)]
+    calls = [
+        Call(selection, prompt(3 + 5 * i, i), sampling) for i, selection in enumerate(SELECTIONS)
+    ]
 
     def answers(asked: list[Call]) -> list[Answer]:
         engine, pool = tiny.make_engine(
-            world.injection, world.adapters, max_num_seqs=16, max_resident=5, prefix_caching=False, int8=True
+            world.injection,
+            world.adapters,
+            max_num_seqs=16,
+            max_resident=5,
+            prefix_caching=False,
+            int8=True,
         )
         for digest in world.adapters:
             pool.load(digest)
@@ -74,7 +91,11 @@ def test_in_int8_a_request_gets_the_same_alone_and_in_company() -> None:
     for call, answer in zip(calls, together, strict=True):
         (alone,) = answers([call])
         assert alone.tokens == answer.tokens
-        given, expected = ([each.logprob for each in (*a.prompt_logprobs, *a.logprobs)] for a in (answer, alone))
+        given, expected = (
+            [each.logprob for each in (*a.prompt_logprobs, *a.logprobs)] for a in (answer, alone)
+        )
         assert given == pytest.approx(expected, abs=1e-4)
     with pytest.raises(ConfigError, match="int8"):
-        tiny.make_engine(tiny.injection("gpt_neox" if "gpt_neox" in tiny.FAMILIES else "gemma2"), {}, int8=True)
+        tiny.make_engine(
+            tiny.injection("gpt_neox" if "gpt_neox" in tiny.FAMILIES else "gemma2"), {}, int8=True
+        )

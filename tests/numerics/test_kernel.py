@@ -7,9 +7,9 @@ import tiny
 import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
-import crma.kernel
-from crma.errors import ConfigError
-from crma.kernel import Int8Weight, Kernel
+from crma.core.errors import ConfigError
+from server.engine.native import kernel as kernel_module
+from server.engine.native.kernel import Int8Weight, Kernel
 
 H, HKV, E, Z = 6, 2, 24, 4  # no multiple of a vector's width
 
@@ -29,7 +29,9 @@ def draw(kernel: Kernel, *shape: int) -> torch.Tensor:
 def test_norm_and_gate_round_as_torch_does(kernel: Kernel) -> None:
     x, weight = draw(kernel, 5, 50), draw(kernel, 50)
     tight = {"rtol": 2e-6 if kernel.dtype == torch.float32 else 2**-7, "atol": 1e-6}
-    torch.testing.assert_close(kernel.norm(x, weight, 1e-5), rms_norm(x, (50,), None, 1e-5) * weight, **tight)
+    torch.testing.assert_close(
+        kernel.norm(x, weight, 1e-5), rms_norm(x, (50,), None, 1e-5) * weight, **tight
+    )
     wide = torch.cat([x * 40, x], dim=-1)  # both ends of the sigmoid
     torch.testing.assert_close(kernel.gate(wide), silu(x * 40) * x, **tight)
 
@@ -45,11 +47,23 @@ def test_attention_is_of_the_rows_own_blocks_and_window(kernel: Kernel, window: 
         kv = draw(kernel, length, 2 * HKV, E)
         for p in range(length):
             cache[blocks[row, p // Z], p % Z] = kv[p]
-        k, v = kv[-(window or length) :].float().repeat_interleave(H // HKV, dim=1).transpose(0, 1).chunk(2)
-        expected[row] = scaled_dot_product_attention(query[row, :, None].float(), k, v, scale=0.3)[:, 0]
+        k, v = (
+            kv[-(window or length) :]
+            .float()
+            .repeat_interleave(H // HKV, dim=1)
+            .transpose(0, 1)
+            .chunk(2)
+        )
+        expected[row] = scaled_dot_product_attention(query[row, :, None].float(), k, v, scale=0.3)[
+            :, 0
+        ]
     positions = torch.tensor(lengths)[:, None] - 1
-    kernel.attend(query, cache, blocks, positions, out, 0.3, window)  # what is behind a row's end is NaN
-    torch.testing.assert_close(out.float(), expected, rtol=1e-5 if kernel.dtype == torch.float32 else 2**-7, atol=1e-5)
+    kernel.attend(
+        query, cache, blocks, positions, out, 0.3, window
+    )  # what is behind a row's end is NaN
+    torch.testing.assert_close(
+        out.float(), expected, rtol=1e-5 if kernel.dtype == torch.float32 else 2**-7, atol=1e-5
+    )
     alone = torch.empty(1, H, E, dtype=kernel.dtype)
     kernel.attend(query[2:3], cache, blocks[2:3], positions[2:3], alone, 0.3, window)
     assert torch.equal(alone[0], out[2])
@@ -75,14 +89,18 @@ def test_a_product_in_int8_is_that_of_the_rounded_row_and_weight(kernel: Kernel,
 def test_a_nan_stays_in_its_row(kernel: Kernel) -> None:
     x = draw(kernel, 3, 32)
     x[1, 7] = torch.nan
-    assert kernel.norm(x, torch.ones(32, dtype=kernel.dtype), 1e-5).isnan().any(-1).tolist() == [False, True, False]
+    assert kernel.norm(x, torch.ones(32, dtype=kernel.dtype), 1e-5).isnan().any(-1).tolist() == [
+        False,
+        True,
+        False,
+    ]
     assert kernel.gate(x).isnan().sum(-1).tolist() == [0, 1, 0]
 
 
 def test_what_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = tmp_path / "kernel.cpp"
     source.write_text("no C++")
-    monkeypatch.setattr(crma.kernel, "SOURCE", source)
+    monkeypatch.setattr(kernel_module, "SOURCE", source)
     with pytest.raises(ConfigError, match=r"does not build the kernel|no C\+\+ compiler"):
         Kernel(torch.float32, tmp_path / "kernels")
     assert not list((tmp_path / "kernels").glob("*"))

@@ -107,7 +107,9 @@ class TokenReader:
         """The choice of a `done` event, which has no text, with what its tokens brought."""
         tokens = [token for token in self._seen if token.index == choice.index]
         logprobs = tuple(token.logprob for token in tokens if token.logprob is not None)
-        return replace(choice, text="".join(token.text for token in tokens), logprobs=logprobs or None)
+        return replace(
+            choice, text="".join(token.text for token in tokens), logprobs=logprobs or None
+        )
 
 
 def _json(text: str | bytes) -> object:
@@ -124,4 +126,6 @@ def write_body(fields: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(body).encode()
     except (TypeError, ValueError) as error:
-        raise InvalidArgument(f"an argument cannot be written as JSON: {error}", field="body", value=body) from error
+        raise InvalidArgument(
+            f"an argument cannot be written as JSON: {error}", field="body", value=body
+        ) from error

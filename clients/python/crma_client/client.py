@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, closing, contextmanager
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    aclosing,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+)
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import quote
@@ -68,7 +75,12 @@ class _Calls(Generic[H, G, D, L, B, S]):
     _http_client: type[H]
 
     def __init__(
-        self, base_url: str = DEFAULT_URL, *, api_key: str | None = None, timeout: float | None = 60.0, **http: Any
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout: float | None = 60.0,
+        **http: Any,
     ) -> None:
         """
         Args:
@@ -120,7 +132,9 @@ class _Calls(Generic[H, G, D, L, B, S]):
 
     def upload_question_set(self, name: str, lines: bytes) -> D:
         """Keep a set of JSON Lines on the server under a name; needs the admin key."""
-        return self._send(f"/question_sets/{quote(name, safe='')}", calls.read_object, lines, method="PUT")
+        return self._send(
+            f"/question_sets/{quote(name, safe='')}", calls.read_object, lines, method="PUT"
+        )
 
     def adapters(self) -> D:
         """The base model, the CRMA backbone and the task adapters that the server serves."""
@@ -145,7 +159,9 @@ class _Calls(Generic[H, G, D, L, B, S]):
     def _request(self, path: str, body: Body, method: str | None = None) -> httpx.Request:
         """POST with fields as its JSON, GET without, unless another method is named; bytes are sent as they are."""
         content = calls.write_body(body) if isinstance(body, Mapping) else body
-        return self._http.build_request(method or ("GET" if body is None else "POST"), path, content=content)
+        return self._http.build_request(
+            method or ("GET" if body is None else "POST"), path, content=content
+        )
 
 
 class Client(_Calls[httpx.Client, Generation, dict[str, Any], list[Any], bool, str]):
@@ -195,12 +211,16 @@ class AsyncClient(
     _http_client = httpx.AsyncClient
 
     @asynccontextmanager
-    async def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> AsyncIterator[AsyncTokenStream]:
+    async def stream(
+        self, prompt: str, **options: Unpack[GenerateOptions]
+    ) -> AsyncIterator[AsyncTokenStream]:
         """As `generate`, token by token. Leaving the block before the end cancels the request on the server."""
         request = self._request("/generate", {**options, "prompt": prompt, "stream": True})
         async with AsyncExitStack() as stack:
             with _transport_errors():
-                response = await stack.enter_async_context(aclosing(await self._http.send(request, stream=True)))
+                response = await stack.enter_async_context(
+                    aclosing(await self._http.send(request, stream=True))
+                )
                 if response.status_code != 200:
                     await response.aread()
             yield AsyncTokenStream(calls.checked(response))
@@ -215,7 +235,9 @@ class AsyncClient(
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    async def _send(self, path: str, read: Read, body: Body = None, method: str | None = None) -> Any:
+    async def _send(
+        self, path: str, read: Read, body: Body = None, method: str | None = None
+    ) -> Any:
         with _transport_errors():
             response = await self._http.send(self._request(path, body, method))
         return read(response)
@@ -229,6 +251,10 @@ def _transport_errors() -> Iterator[None]:
     except httpx.TimeoutException as error:
         raise TimedOut(f"the server did not answer in time ({type(error).__name__})") from error
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-        raise InvalidArgument(f"base_url is not that of a server: {error}", field="base_url") from error
+        raise InvalidArgument(
+            f"base_url is not that of a server: {error}", field="base_url"
+        ) from error
     except (httpx.RequestError, httpx.StreamError) as error:
-        raise ConnectionFailed(f"no complete answer from the server: {error or type(error).__name__}") from error
+        raise ConnectionFailed(
+            f"no complete answer from the server: {error or type(error).__name__}"
+        ) from error

@@ -105,7 +105,13 @@ class DeadlineExceeded(StatusError):
 
 _BY_STATUS: dict[int, type[StatusError]] = dict.fromkeys((400, 413, 422), InvalidRequest)
 _BY_STATUS |= dict.fromkeys((401, 403), NotAuthorized)
-_BY_STATUS |= {404: NotFound, 409: Conflict, 429: Overloaded, 503: Unavailable, 504: DeadlineExceeded}
+_BY_STATUS |= {
+    404: NotFound,
+    409: Conflict,
+    429: Overloaded,
+    503: Unavailable,
+    504: DeadlineExceeded,
+}
 
 
 def status_error(status: int, body: object, retry_after: str | None) -> StatusError:
@@ -120,7 +126,9 @@ def status_error(status: int, body: object, retry_after: str | None) -> StatusEr
 
 def stream_error(body: object) -> GenerationFailed:
     """The error for the data of an `error` event."""
-    return GenerationFailed(**_details(body, "the server ended the stream with an error without saying why"))
+    return GenerationFailed(
+        **_details(body, "the server ended the stream with an error without saying why")
+    )
 
 
 def _details(body: object, otherwise: str) -> dict[str, Any]:
@@ -128,4 +136,7 @@ def _details(body: object, otherwise: str) -> dict[str, Any]:
     error = body.get("error") if isinstance(body, Mapping) else None
     found = error if isinstance(error, Mapping) else {}
     message = found.get("message") or otherwise
-    return {"message": message, **{key: found.get(key) for key in ("code", "field", "value", "allowed")}}
+    return {
+        "message": message,
+        **{key: found.get(key) for key in ("code", "field", "value", "allowed")},
+    }

@@ -85,12 +85,24 @@ def _value(kind: Any, data: Any, where: str) -> Any:
     if origin is UnionType:  # always X | None
         return None if data is None else _value(args[0], data, where)
     if origin is tuple:
-        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(_value(list, data, where)))
-    if is_dataclass(kind):  # a field that is not given has its default; without one it is None, or refused
+        return tuple(
+            _value(args[0], item, f"{where}[{i}]")
+            for i, item in enumerate(_value(list, data, where))
+        )
+    if is_dataclass(
+        kind
+    ):  # a field that is not given has its default; without one it is None, or refused
         hints, given = _hints(origin), _value(dict, data, where)
         values = {name: given.get(name, getattr(origin, name, None)) for name in hints}
-        return origin(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+        return origin(
+            **{
+                name: _value(hints[name], value, f"{where}.{name}")
+                for name, value in values.items()
+            }
+        )
     if not isinstance(data, (int, float) if kind is float else origin):
         name = origin.__name__
-        raise ProtocolError(f"the answer has no {where} of type {name}", field=where, value=data, allowed=name)
+        raise ProtocolError(
+            f"the answer has no {where} of type {name}", field=where, value=data, allowed=name
+        )
     return data

@@ -1,0 +1,29 @@
+"""Health, readiness and metrics. Open whatever keys are set: they say nothing of any request."""
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from server.http.dependencies import TheFrontend
+
+router = APIRouter()
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """200 while the process lives."""
+    return {"status": "alive"}
+
+
+@router.get("/readyz", responses={503: {"description": "Not ready; `reason` says why."}})
+async def readyz(frontend: TheFrontend, response: Response) -> dict[str, str | None]:
+    """200 once the store is verified and the engine has run a step; 503 before, and while draining."""
+    reason = frontend.not_ready()
+    response.status_code = 503 if reason else 200
+    return {"status": "not_ready" if reason else "ready", "reason": reason}
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+def metrics(frontend: TheFrontend) -> Response:
+    """Prometheus text."""
+    return Response(generate_latest(frontend.metrics.registry), media_type=CONTENT_TYPE_LATEST)

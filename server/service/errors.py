@@ -1,0 +1,146 @@
+"""What a request can be refused with: the tree, the one table of statuses, and the handlers that write the answer.
+
+Errors of `crma` and of the engine get their status from `STATUS_OF`. Anything else is a 500 that says nothing of the
+inside; the log has it under the request id. Routes under /v1 answer in OpenAI's shape. To add one: derive it from
+ApiError here.
+"""
+
+import math
+from collections.abc import Mapping
+
+from crma.core.errors import (
+    BaseMismatch,
+    ConfigError,
+    CrmaError,
+    DigestMismatch,
+    InvalidAdapter,
+    LineageMismatch,
+    NotFound,
+)
+from server.engine.errors import AdapterPoolFull, EngineStopped, PromptTooLong, QueueFull
+
+
+class ApiError(CrmaError):
+    """Base of the tree: a CrmaError with its status, code and the headers of its answer."""
+
+    status = 500
+    code = "internal_error"
+    headers: Mapping[str, str] = {}
+
+    def __init_subclass__(cls, status: int, code: str, headers: Mapping[str, str] = {}) -> None:
+        cls.status, cls.code, cls.headers = status, code, headers
+
+
+class MalformedBody(ApiError, status=400, code="malformed_body"):
+    """Not UTF-8, or not JSON."""
+
+
+class Unauthorized(
+    ApiError, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"}
+):
+    """No key, or not one of ours."""
+
+
+class Forbidden(ApiError, status=403, code="forbidden"):
+    """A good key that may not do this, or no admin key set."""
+
+
+class NoRoute(ApiError, status=404, code="no_route"):
+    """No such path."""
+
+
+class MethodNotAllowed(ApiError, status=405, code="method_not_allowed"):
+    """The path, but not by this method."""
+
+
+class ModelNotFound(ApiError, status=404, code="model_not_found"):
+    """No task or version for a `model` of OpenAI's routes."""
+
+
+class NoBackbone(ApiError, status=409, code="no_backbone"):
+    """CRMA asked for, none loaded."""
+
+
+class AdapterBusy(ApiError, status=409, code="adapter_in_use"):
+    """Requests use the adapter, or it is pinned."""
+
+
+class AdapterUnloaded(ApiError, status=409, code="adapter_unloaded"):
+    """An administrator took the request's adapter out of memory while it ran or waited."""
+
+
+class BodyTooLarge(ApiError, status=413, code="body_too_large"):
+    """Over `max_body_bytes`."""
+
+
+class InvalidField(ApiError, status=422, code="invalid_field"):
+    """A field that cannot be honoured."""
+
+
+class UnknownField(ApiError, status=422, code="unknown_field"):
+    """A field that there is not."""
+
+
+class TooManyJobs(ApiError, status=429, code="too_many_jobs", headers={"Retry-After": "10"}):
+    """As many background jobs run as may."""
+
+
+class ClientGone(ApiError, status=499, code="client_gone"):
+    """Nobody left to answer; only the log and metrics see it."""
+
+
+class GenerationFailed(ApiError, status=500, code="generation_failed"):
+    """The engine failed on this request."""
+
+
+class NotReady(ApiError, status=503, code="not_ready", headers={"Retry-After": "1"}):
+    """The store is not verified yet."""
+
+
+class Draining(ApiError, status=503, code="draining"):
+    """Stopping."""
+
+
+class DeadlineExceeded(ApiError, status=504, code="deadline_exceeded"):
+    """The request's deadline passed."""
+
+
+# The first line whose type matches counts. Errors that no request can cause (PullError, …) have no line.
+STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
+    (NotFound, 404, "not_found"),
+    (BaseMismatch, 409, "base_mismatch"),
+    (LineageMismatch, 409, "lineage_mismatch"),
+    (DigestMismatch, 409, "digest_mismatch"),
+    (InvalidAdapter, 409, "invalid_adapter"),
+    (AdapterPoolFull, 409, "adapter_pool_full"),
+    (ConfigError, 422, "invalid_field"),
+    (PromptTooLong, 422, "prompt_too_long"),
+    (QueueFull, 429, "queue_full"),
+    (EngineStopped, 503, "draining"),
+)
+
+
+# Every (status, code) that there is.
+_KINDS: list[type[ApiError]] = [ApiError, *ApiError.__subclasses__()]
+CODES = sorted(
+    {(kind.status, kind.code) for kind in _KINDS}
+    | {(status, code) for _, status, code in STATUS_OF}
+)
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """Any exception as the ApiError a client sees."""
+    if isinstance(error, ApiError):
+        return error
+    found = next(
+        ((status, code) for kind, status, code in STATUS_OF if isinstance(error, kind)), None
+    )
+    if found is None or not isinstance(error, CrmaError):
+        return ApiError(
+            "the server failed on this request; its log has the reason under this X-Request-Id"
+        )
+    made = ApiError(error.message, field=error.field, value=error.value, allowed=error.allowed)
+    made.status, made.code = found
+    if isinstance(error, QueueFull):
+        made.headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+    return made

@@ -1,0 +1,45 @@
+"""crma.method.lora: the formula, and what a new one is. Rows of a mixed batch: tests/numerics."""
+
+import pytest
+import torch
+
+from crma.core.errors import ConfigError
+from crma.method.lora import LoraConfig, LoraPair, add_grouped, new_lora
+
+SHAPES = {
+    f"layers.{i}.{name}": (6, 8) for i in range(2) for name in ("q_proj", "v_proj", "up_proj")
+}
+
+
+def test_a_pair_adds_the_scaled_low_rank_product() -> None:
+    pair = LoraPair(torch.randn(3, 8), torch.randn(6, 3), 2.0 / 3)
+    x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 6)
+    delta = x @ (pair.scaling * pair.B @ pair.A).mT
+    torch.testing.assert_close(pair.delta(x), delta)
+    assert pair.delta(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(add_grouped(y, x, [(None, pair)]), y + delta)
+    one_row = add_grouped(y, x, [(torch.tensor([1]), pair)])
+    torch.testing.assert_close(one_row, torch.stack([y[0], y[1] + delta[1]]))  # and y is as it was
+    assert add_grouped(y, x, []) is y
+
+
+def test_a_new_lora_adds_exactly_nothing_and_is_the_same_for_the_same_seed() -> None:
+    config = LoraConfig(4, 8.0, ("q_proj", "up_proj"))
+    lora, again = (new_lora(config, SHAPES, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert set(lora.pairs) == {path for path in SHAPES if not path.endswith("v_proj")}
+    assert all(pair.A.shape[0] == 4 for pair in lora.pairs.values())
+    for path, pair in lora.pairs.items():
+        assert torch.count_nonzero(pair.delta(torch.randn(2, 8))) == 0
+        assert torch.equal(pair.A, again.pairs[path].A)
+        assert 0.5 / 8**0.5 < pair.A.abs().max() <= 1 / 8**0.5
+        assert pair.scaling == 2.0
+    trainable = lora.to("cpu", torch.bfloat16).trainable().parameters()
+    assert {(p.dtype, p.requires_grad) for p in trainable} == {(torch.float32, True)}
+
+
+def test_what_cannot_be_a_lora_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'o_proj' matches no linear"):
+        new_lora(LoraConfig(4, 8.0, ("q_proj", "o_proj")), SHAPES, torch.Generator())
+    for rank, targets, field in ((0, ("q_proj",), "rank"), (4, (), "target")):
+        with pytest.raises(ConfigError, match=field):
+            LoraConfig(rank, 8.0, targets)

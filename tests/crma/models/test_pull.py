@@ -1,0 +1,110 @@
+"""crma.models.pull: a base model is in the cache whole, with its digests, or not at all."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from crma.core.digests import content_digest, file_digest
+from crma.core.errors import PullError
+from crma.models.base_model import BaseModel, find_base, read_base
+from crma.models.pull import pull
+
+
+@pytest.fixture
+def folder(base: BaseModel, tmp_path: Path) -> Path:
+    """A model in the Hugging Face layout."""
+    return shutil.copytree(base.path.parents[2] / "tiny", tmp_path / "tiny-llama")
+
+
+def test_a_local_folder_is_pulled_and_loads_with_the_same_weights_and_tokenizer(
+    folder: Path, tmp_path: Path
+) -> None:
+    base = pull(str(folder), home=tmp_path / "home")
+    assert base.path == tmp_path / "home" / "models" / "tiny-llama"
+    assert base.sources == {path.name: file_digest(path) for path in folder.iterdir()}
+    assert base.digest == content_digest(base.sources)
+    given, pulled = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, base.path)
+    )
+    assert all(torch.equal(given[name], pulled[name]) for name in given)
+    assert (
+        AutoTokenizer.from_pretrained(base.path)("café 🙂").input_ids
+        == tiny.tokenizer()("café 🙂").input_ids
+    )
+    assert (
+        read_base(base.path, verify=True) == base == find_base("tiny-llama", home=tmp_path / "home")
+    )
+    written = base.path.stat().st_mtime_ns
+    assert pull(str(folder), home=tmp_path / "home") == base
+    assert base.path.stat().st_mtime_ns == written, "the second pull does no work"
+    assert pull(str(base.path), home=tmp_path / "elsewhere") == base, (
+        "a pulled folder is taken where it is"
+    )
+
+
+@pytest.mark.parametrize(
+    ("raised", "reported"), [(KeyboardInterrupt, KeyboardInterrupt), (OSError, PullError)]
+)
+def test_an_interrupted_pull_leaves_nothing_and_can_be_repeated(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: type, reported: type
+) -> None:
+    copied, copy = [], shutil.copyfile
+
+    def copy_two_files(source: Path, target: Path) -> None:
+        if len(copied) == 2:
+            raise raised
+        copied.append(copy(source, target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", copy_two_files)
+        with pytest.raises(reported):
+            pull(str(folder), home=tmp_path)
+    assert list((tmp_path / "models").iterdir()) == []
+    assert read_base(pull(str(folder), home=tmp_path).path, verify=True).name == "tiny-llama"
+
+
+def test_a_damaged_file_is_found_on_the_next_pull(folder: Path, tmp_path: Path) -> None:
+    base = pull(str(folder), home=tmp_path)
+    tiny.flip_bit(base.path / "model.safetensors")
+    assert read_base(base.path) == base
+    with pytest.raises(PullError, match=r"model\.safetensors.*Delete .* and pull the model again"):
+        pull(str(folder), home=tmp_path)
+
+
+def test_a_base_json_that_is_unreadable_or_contradicts_itself_is_damaged(tmp_path: Path) -> None:
+    lies = '{"name": "x", "digest": "sha256:0", "sources": {"a": "sha256:1"}, "files": {}}'
+    for content in ("", "[]", '{"name": "x"}', lies):
+        (tmp_path / "base.json").write_text(content)
+        with pytest.raises(PullError, match="is damaged"):
+            read_base(tmp_path)
+
+
+def test_another_model_under_a_name_that_is_taken_is_refused(folder: Path, tmp_path: Path) -> None:
+    pull(str(folder), home=tmp_path)
+    tiny.flip_bit(folder / "config.json")
+    with pytest.raises(PullError, match="already holds another model named tiny-llama"):
+        pull(str(folder), home=tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json"])
+def test_a_folder_without_config_or_safe_weights_is_refused(
+    folder: Path, tmp_path: Path, missing: str
+) -> None:
+    (folder / missing).rename(folder / "pytorch_model.bin")
+    with pytest.raises(PullError, match="pickled ones can run code"):
+        pull(str(folder), home=tmp_path)
+
+
+@pytest.mark.parametrize("source", ["no-such-folder", "../up", "a/b/c"])
+def test_a_source_that_is_nothing_known_is_refused_before_any_work(
+    tmp_path: Path, source: str
+) -> None:
+    home = tmp_path / "home"
+    for look in (pull, find_base):
+        with pytest.raises(PullError, check=lambda error: error.value == source):
+            look(source, home=home)
+    assert not home.exists()

@@ -1,0 +1,263 @@
+"""The store: what is published comes back, whatever dies on the way; channels say what serves."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from published import (
+    BASE,
+    OTHER,
+    SHAPES,
+    TRAINED,
+    dying,
+    make_backbone,
+    make_lora,
+    publish,
+    publish_backbone,
+)
+from tiny import FORMAT, PROVENANCE
+
+from crma.core.digests import content_digest, file_digest
+from crma.core.errors import BaseMismatch, InvalidAdapter, LineageMismatch, NotFound, StoreError
+from crma.store.adapter_store import AdapterStore
+from crma.store.manifest import Blend
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[AdapterStore]:
+    """An empty store; whatever a test does to it through its methods must leave it sound."""
+    store = AdapterStore(tmp_path / "store")
+    yield store
+    assert store.verify() == []
+
+
+@pytest.fixture
+def full(store: AdapterStore) -> AdapterStore:
+    backbone = publish_backbone(store)
+    publish(store, backbone=backbone.digest)
+    return store
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+# Publishing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_published_task_comes_back_as_it_was_stored(store: AdapterStore) -> None:
+    entry = publish(store)
+    assert store.task("medical") == store.task("medical", "v1") == entry
+    assert entry.prompt_format == FORMAT
+    assert entry.manifest.trained_on == TRAINED
+    assert (entry.manifest.rank, entry.manifest.alpha, entry.manifest.scaling) == (4, 8.0, 2.0)
+    assert entry.digest == content_digest(
+        {name: file_digest(entry.path / name) for name in entry.manifest.files}
+    )
+    loaded, stored = entry.load(SHAPES), make_lora().to("cpu", torch.bfloat16)
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), stored.parameters(), strict=True)
+    )
+    assert {path: pair.scaling for path, pair in loaded.pairs.items()} == dict.fromkeys(
+        stored.pairs, 2.0
+    )
+
+
+def test_a_published_backbone_comes_back_bit_for_bit_with_its_certificate(
+    store: AdapterStore,
+) -> None:
+    first = publish_backbone(store)
+    blend = Blend(parents=(first.digest, first.digest), **{"lambda": 0.5})
+    second = publish_backbone(store, seed=1, lineage=[first.digest], blend=blend)
+    assert store.backbone() == second
+    assert store.backbone("v1") == first
+    for name, tensor in make_backbone(1).tensors().items():
+        assert torch.equal(second.load(SHAPES).tensors()[name], tensor)
+    assert "max_movement" not in first.manifest.certificate
+    assert second.manifest.certificate["max_movement"] > 0
+    assert second.manifest.blend == blend
+
+
+def test_what_cannot_be_published_leaves_the_store_as_it_was(full: AdapterStore) -> None:
+    before, endless = contents(full.root), make_backbone()
+    endless.S.data[0, 0, 0] = torch.inf
+    for wrong in (
+        {"name": "../evil"},
+        {"measured": {"loss": float("nan")}},
+        {"backbone": "sha256:" + "d" * 64},
+    ):
+        with pytest.raises(StoreError) as caught:
+            publish(full, **{"name": "new", **wrong})
+        assert caught.value.field in (*wrong, "JSON")
+    with pytest.raises(InvalidAdapter):
+        full.publish_backbone(endless, base=BASE, lineage=(), **PROVENANCE)
+    assert contents(full.root) == before
+
+
+def test_a_lineage_that_forgets_an_ancestor_or_changes_the_base_is_refused(
+    store: AdapterStore,
+) -> None:
+    first = publish_backbone(store)
+    second = publish_backbone(store, seed=1, lineage=[first.digest])
+    with pytest.raises(LineageMismatch):
+        publish_backbone(store, seed=2, lineage=[second.digest])
+    with pytest.raises(BaseMismatch):
+        publish_backbone(store, seed=2, lineage=[first.digest], base=OTHER)
+    with pytest.raises(LineageMismatch):
+        publish(store, base=OTHER, backbone=first.digest)
+
+
+# Selections ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_selection_needs_the_same_base_and_a_backbone_of_its_own_lineage(
+    store: AdapterStore,
+) -> None:
+    first = publish_backbone(store)
+    task = publish(store, backbone=first.digest)
+    second = publish_backbone(store, seed=1, lineage=[first.digest])
+    stranger = publish_backbone(store, seed=2, serve=False)
+    imported = publish(store, "imported", backbone=None)
+    younger = publish(store, "younger", backbone=second.digest)
+    for allowed in [
+        (None, None),
+        (task, None),
+        (None, first),
+        (task, first),
+        (task, second),
+        (imported, None),
+    ]:
+        store.check_selection(*allowed, BASE.digest)
+    for refused in [(task, stranger), (imported, first), (younger, first)]:
+        with pytest.raises(LineageMismatch):
+            store.check_selection(*refused, BASE.digest)
+    for selection in [(task, None), (None, first)]:
+        with pytest.raises(BaseMismatch):
+            store.check_selection(*selection, OTHER.digest)
+
+
+# Channels -----------------------------------------------------------------------------------------------------------
+
+
+CHANNEL = "tasks/medical"
+
+
+def test_a_channel_moves_and_rolls_back_with_its_evidence(store: AdapterStore) -> None:
+    for seed in range(2):
+        publish(store, seed=seed)
+    store.set_serving({CHANNEL: "v1"}, evidence={"accuracy": 0.5})
+    history = store.roll_back(CHANNEL, evidence={"accuracy": 0.4}).history
+    moves = [(change.before, change.after, change.evidence) for change in history[1:]]
+    assert moves == [
+        ("v1", "v2", None),
+        ("v2", "v1", {"accuracy": 0.5}),
+        ("v1", "v2", {"accuracy": 0.4}),
+    ]
+    with pytest.raises(InvalidAdapter):
+        store.set_serving({CHANNEL: "v1"}, evidence={"accuracy": float("inf")})
+
+
+@settings(derandomize=True, max_examples=20, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["publish", "publish only", "roll back", "stop", 0, 1, 2]),
+        min_size=5,
+        max_size=12,
+    )
+)
+def test_any_order_of_changes_gives_what_a_stack_gives(
+    tmp_path_factory: Any, steps: list[str | int]
+) -> None:
+    store = AdapterStore(tmp_path_factory.mktemp("store"))
+    published: list[str] = []
+    served: list[str | None] = [None]
+    for step in steps:
+        if step in ("publish", "publish only"):
+            published.append(publish(store, seed=len(published), serve=step == "publish").version)
+            served += published[-1:] if step == "publish" else []
+        elif step != "roll back":
+            version = (
+                published[step % len(published)] if isinstance(step, int) and published else None
+            )
+            store.set_serving({CHANNEL: version})
+            served += [version] if version != served[-1] else []
+        elif len(served) > 1:
+            store.roll_back(CHANNEL)
+            served.pop()
+        else:
+            with pytest.raises(NotFound):
+                store.roll_back(CHANNEL)
+        assert store.task_versions("medical") == tuple(published)
+        assert store.channels().version(CHANNEL) == served[-1]
+        assert store.task_names() == (("medical",) if served[-1] else ())
+        assert store.verify() == []
+
+
+def test_the_first_backbone_is_not_rolled_back_to_none(full: AdapterStore) -> None:
+    """It was: then no backbone served, and every task that was trained on one was refused."""
+    before = contents(full.root)
+    with pytest.raises(NotFound, match="No backbone served before v1"):
+        full.roll_back("backbone")
+    assert contents(full.root) == before
+    second = publish_backbone(full, seed=1, lineage=[full.backbone().digest])
+    assert full.backbone() == second
+    assert full.roll_back("backbone").serving() == {"backbone": "v1", "tasks/medical": "v1"}
+
+
+def test_a_channel_moves_only_to_what_is_there(full: AdapterStore) -> None:
+    before = contents(full.root)
+    for channel, version in [(CHANNEL, "v7"), ("tasks/../backbones", "v1"), ("medical", "v1")]:
+        with pytest.raises(StoreError):
+            full.set_serving({channel: version})
+    assert contents(full.root) == before
+
+
+def test_writers_at_once_lose_no_change_and_share_no_version(store: AdapterStore) -> None:
+    def work(worker: int) -> None:
+        own = AdapterStore(store.root)
+        for _ in range(3):
+            entry = publish(own, "shared", seed=worker)
+            own.set_serving({"tasks/shared": entry.version})
+            publish(own, f"own-{worker}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert store.task_versions("shared") == tuple(f"v{i}" for i in range(1, 13))
+    assert store.task_names() == ("own-0", "own-1", "own-2", "own-3", "shared")
+    changes = {(change.channel, change.after) for change in store.channels().history}
+    assert changes >= {("tasks/shared", f"v{i}") for i in range(1, 13)}
+    assert changes >= {(f"tasks/own-{i}", f"v{j}") for i in range(4) for j in range(1, 4)}
+    assert store.verify(base=BASE, shapes=SHAPES) == []
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["first", "next"])
+def test_a_publish_that_dies_at_any_step_shows_the_whole_version_or_nothing(
+    tmp_path: Path, existing: bool
+) -> None:
+    outcomes, finished = [], False
+    while not finished:
+        store = AdapterStore(tmp_path / str(len(outcomes)))
+        before = (publish(store).version,) if existing else ()
+        with dying(len(outcomes) + 1):
+            publish(store, seed=1)
+            finished = True
+        assert store.verify(base=BASE, shapes=SHAPES) == []
+        after = store.task_versions("medical")
+        served = store.channels().version(CHANNEL)
+        assert after[: len(before)] == before
+        assert served in (None, *after)
+        outcomes.append((len(after) - len(before), served == after[-1] if after else False))
+        publish(store, seed=2)  # the lock is free, and life goes on
+        assert not list(store.root.glob(".publishing-*"))
+    assert outcomes == sorted(outcomes)  # nothing, then the version, then the version serving
+    assert {(0, existing), (1, False), (1, True)} == set(outcomes)
+    assert len(outcomes) > 15

@@ -1,0 +1,195 @@
+"""Stores that were damaged or made to deceive: never loaded, always reported."""
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from published import BASE, OTHER, SHAPES, WEIGHTS, publish, publish_backbone, rewrite
+from tiny import flip_bit
+
+from crma.core.errors import BaseMismatch, DigestMismatch, InvalidAdapter, StoreError
+from crma.store.adapter_store import AdapterStore
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> AdapterStore:
+    """A store with one backbone and one task trained on it, to be damaged."""
+    store = AdapterStore(tmp_path / "hostile")
+    publish(store, backbone=publish_backbone(store).digest)
+    return store
+
+
+Damage = Callable[[Path], Any]
+
+
+def remanifest(field: str, value: Any) -> Damage:
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, field: value}))
+
+    return damage
+
+
+def relink(name: str) -> Damage:
+    """A file, or for "" the folder, becomes a link to itself outside the store."""
+
+    def damage(folder: Path) -> None:
+        outside = folder.parents[3] / "outside"
+        shutil.move(folder / name, outside)
+        (folder / name).symlink_to(outside)
+
+    return damage
+
+
+def claim_depth(folder: Path) -> None:
+    config = {**json.loads((folder / "config.json").read_text()), "num_layers": 10**15}
+    rewrite(folder, "config.json", json.dumps(config).encode())
+    remanifest("config", config)(folder)
+
+
+def pipe(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
+
+
+HUGE_HEADER = struct.pack("<Q", 2**62) + b"{}"
+
+
+DAMAGED_TASKS = [
+    (lambda f: flip_bit(f / WEIGHTS), "not the file that was published"),
+    (remanifest("digest", "sha256:" + "0" * 64), "digest is not that"),
+    (lambda f: rewrite(f, WEIGHTS, HUGE_HEADER), "Not a safetensors file"),
+    (lambda f: rewrite(f, WEIGHTS, b"\x80\x04pickled"), "Not a safetensors file"),
+    (lambda f: (f / WEIGHTS).unlink(), "adapter_model.safetensors: Missing"),
+    (pipe, "Not a plain file"),
+    (relink(WEIGHTS), "Cannot be opened"),
+    (relink(""), "Not a folder of the store"),
+    (lambda f: (f / "adapter_model.bin").write_bytes(b"\x80\x04."), "Only the files of its kind"),
+    (remanifest("name", "other"), "Made for another place"),
+    (remanifest("target_modules", ["q_proj"]), "target_modules: The manifest says otherwise"),
+    (lambda f: (f / "manifest.json").write_bytes(b" " * (5 * 2**20)), "Too large"),
+]
+DAMAGED_BACKBONES = [
+    (remanifest("config", {"num_layers": 3}), "The manifest says otherwise than config.json"),
+    (claim_depth, "shape of the weights"),  # and nothing was allocated
+]
+DAMAGED = [("tasks/medical/v1", *each) for each in DAMAGED_TASKS]
+DAMAGED += [("backbones/v1", *each) for each in DAMAGED_BACKBONES]
+
+
+@pytest.mark.parametrize(("where", "damage", "reason"), DAMAGED)
+def test_what_is_damaged_is_refused_and_reported_by_verify(
+    hostile: AdapterStore, where: str, damage: Damage, reason: str
+) -> None:
+    damage(hostile.root / where)
+    with pytest.raises(StoreError, match=reason) as caught:
+        (hostile.task("medical") if "medical" in where else hostile.backbone()).load(SHAPES)
+    error = caught.value
+    assert isinstance(
+        error, DigestMismatch if "published" in reason or "digest" in reason else InvalidAdapter
+    )
+    assert error.message.startswith(f"{where}: ")
+    assert None not in (error.field, error.allowed)
+    problems = [problem.message for problem in hostile.verify(base=BASE, shapes=SHAPES)]
+    assert [
+        message
+        for message in problems
+        if message.startswith(f"{where}: ") and re.search(reason, message)
+    ]
+
+
+def test_verify_finds_what_does_not_fit_the_base_model_or_has_a_forged_certificate(
+    hostile: AdapterStore,
+) -> None:
+    deeper, wider = (
+        {**SHAPES, "model.layers.2.self_attn.q_proj": (32, 32)},
+        dict.fromkeys(SHAPES, (64, 64)),
+    )
+    for shapes, reason in (
+        (deeper, "num_layers"),
+        (wider, "hidden_size"),
+        (wider, "Does not fit the base model"),
+    ):
+        assert any(reason in problem.message for problem in hostile.verify(shapes=shapes))
+    remanifest("certificate", {"max_bound": 1.0})(
+        hostile.root / "backbones" / "v1"
+    )  # it is outside the digest
+    assert [problem.field for problem in hostile.verify()] == ["max_bound"]
+
+
+NAMES = [
+    "",
+    "base",
+    "Medical",
+    "-a",
+    ".a",
+    "a\\b",
+    "..",
+    "a" * 65,
+    "a\n",
+    "é",
+    "a\0",
+    "/etc",
+    "../hostile/x",
+]
+VERSIONS = ["", "1", "v", "v0", "v01", "v1/..", "v1\n", "v" + "9" * 10, "V1", "v١", ".."]
+
+
+def test_what_is_no_name_or_version_never_reaches_the_file_system(hostile: AdapterStore) -> None:
+    looks = [
+        (partial(look, name), name)
+        for name in NAMES
+        for look in (hostile.task, hostile.task_versions)
+    ]
+    for look, value in looks + [
+        (partial(hostile.task, "medical", version), version) for version in VERSIONS
+    ]:
+        with pytest.raises(InvalidAdapter, check=lambda error, value=value: error.value == value):
+            look()
+
+
+DAMAGED_CHANNELS = [
+    (b'{"format": 1, "surprise": 1}', "surprise"),
+    (b'{"format": 1, "tasks": {"../x": "v1"}}', "name"),
+    (b'{"format": 1, "tasks": {"x": "../v1"}}', "version"),
+    (b"{", "JSON"),
+]
+
+
+@pytest.mark.parametrize(("data", "reason"), DAMAGED_CHANNELS)
+def test_damaged_channels_are_refused_and_reported(
+    hostile: AdapterStore, data: bytes, reason: str
+) -> None:
+    (hostile.root / "channels.json").write_bytes(data)
+    with pytest.raises(InvalidAdapter, match=reason):
+        hostile.task("medical")
+    (problem,) = hostile.verify()
+    assert re.search(reason, problem.message)
+
+
+def test_verify_reports_every_problem_at_once(hostile: AdapterStore) -> None:
+    assert hostile.verify(base=BASE, shapes=SHAPES) == []
+    publish(hostile, "second")
+    flip_bit(hostile.root / "tasks" / "second" / "v1" / WEIGHTS)
+    publish_backbone(hostile, seed=5)  # serves now, and "medical" was not trained on it
+    (hostile.root / "tasks" / "Strange").mkdir()
+    (hostile.root / "backbones" / "v7").mkdir()
+    channels = hostile.root / "channels.json"
+    channels.write_text(channels.read_text().replace('"tasks": {', '"tasks": {"gone": "v3", '))
+    problems = hostile.verify(base=BASE, shapes=SHAPES)
+    found = sorted((type(problem).__name__, problem.message.split(":")[0]) for problem in problems)
+    assert found == [
+        ("DigestMismatch", "tasks/second/v1"),
+        ("InvalidAdapter", "backbones/v7"),
+        ("InvalidAdapter", "channels.json"),
+        ("InvalidAdapter", "tasks/Strange"),
+        ("LineageMismatch", "tasks/medical/v1"),
+    ]
+    assert sum(isinstance(problem, BaseMismatch) for problem in hostile.verify(base=OTHER)) == 4

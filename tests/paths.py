@@ -1,0 +1,8 @@
+"""Where things of this repository are, for the tests that read them."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+STORE = ROOT / "adapters_store"
+RESULTS = ROOT / "crma" / "results"
+EXPERIMENTS = ROOT / "crma" / "experiments"

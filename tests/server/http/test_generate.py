@@ -1,0 +1,205 @@
+"""POST /generate: the exact form of an answer, whole and streamed, and of every way it can fail."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+import tiny
+from api import BASE, SCOPE, Serve, Served
+from starlette.requests import ClientDisconnect
+
+from crma.core.errors import InvalidAdapter
+from server.engine.errors import EngineStopped, QueueFull
+from server.engine.request import FinishReason, SamplingParams
+from server.http.schemas import EXAMPLES
+
+REFUSALS = [
+    (QueueFull(4, 2.2), 429, "queue_full"),
+    (InvalidAdapter("bad", field="x"), 409, "invalid_adapter"),
+]
+REFUSALS += [
+    (EngineStopped("end"), 503, "draining"),
+    (ValueError("a secret of the inside"), 500, "internal_error"),
+]
+ABORT, ERROR = FinishReason.ABORT, FinishReason.ERROR
+FAILURES = [
+    ((ABORT, "deadline"), 504, "deadline_exceeded"),
+    ((ABORT, "unloaded"), 409, "adapter_unloaded"),
+]
+FAILURES += [
+    ((ERROR, "the step failed"), 500, "generation_failed"),
+    ((ABORT, None), 503, "draining"),
+]
+
+
+def events(text: str) -> list[tuple[str, Any]]:
+    blocks = (block.split("\n") for block in text.strip().split("\n\n"))
+    return [
+        (name.removeprefix("event: "), json.loads(data.removeprefix("data: ")))
+        for name, data in blocks
+    ]
+
+
+async def test_the_answer_is_as_the_contract_says(served: Served) -> None:
+    response = await served.generate(
+        task="medical", crma=True, max_tokens=16, temperature=0, seed=7
+    )
+    request = served.engine.requests[-1]
+    assert request.id.startswith("gen-")
+    expected = {
+        "id": request.id,
+        "text": "one two",
+        "finish_reason": "stop",
+        "task": "medical",
+        "crma": True,
+    }
+    expected["usage"] = {
+        "prompt_tokens": len(request.prompt_ids),
+        "completion_tokens": 2,
+        "cached_tokens": 1,
+    }
+    expected["timings"] = {"queue_s": 0.1, "ttft_s": 0.2, "e2e_s": 0.3}
+    task, crma = request.selection
+    used = {
+        "base": BASE.digest,
+        "task": task,
+        "crma": crma,
+        "engine": "0.1.0",
+        "dtype": "float32",
+        "seed": 7,
+    }
+    assert list(response.json().items()) == list((expected | {"provenance": used}).items())
+    assert (
+        list(expected) == list(EXAMPLES["/generate"]["answers"]["application/json"]["example"])[:-1]
+    )
+
+
+async def test_a_stream_is_tokens_then_the_same_without_text(served: Served) -> None:
+    body = {"task": "medical", "logprobs": True}
+    whole = (await served.generate(**body)).json()
+    response = await served.generate(**body, stream=True)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    first, second, done, _ = response.text.split("\n\n")
+    assert first == 'event: token\ndata: {"index": 0, "text": "one", "logprob": -0.5}'
+    assert second == 'event: token\ndata: {"index": 0, "text": " two", "logprob": -0.25}'
+    ((name, data),) = events(done)
+    assert (name, list(data)) == ("done", [key for key in whole if key not in ("text", "logprobs")])
+
+
+async def test_the_most_probable_tokens_come_with_each_and_log_probabilities_of_the_prompt(
+    served: Served,
+) -> None:
+    asked = {"logprobs": True, "top_logprobs": 2, "prompt_logprobs": True}
+    body = (await served.generate(**asked)).json()
+    top = [{"id": i, "token": tiny.tokenizer().decode([i]), "logprob": -i} for i in range(2)]
+    assert (body["logprobs"], body["top_logprobs"]) == ([-0.5, -0.25], [top, top])
+    assert body["prompt_logprobs"] == [None] + [-1.0] * (body["usage"]["prompt_tokens"] - 1)
+    first, _, (_, done) = events((await served.generate(**asked, stream=True)).text)
+    assert first == ("token", {"index": 0, "text": "one", "logprob": -0.5, "top_logprobs": top})
+    assert done["prompt_logprobs"] == body["prompt_logprobs"]
+
+
+async def test_everything_about_sampling_reaches_the_engine(served: Served) -> None:
+    asked = {
+        "max_tokens": 3,
+        "temperature": 0.5,
+        "top_p": 0.5,
+        "top_k": 4,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+    }
+    asked |= {
+        "presence_penalty": -1.5,
+        "frequency_penalty": 2.0,
+        "seed": 5,
+        "n": 2,
+        "ignore_eos": True,
+    }
+    await served.generate(**asked, stop=["a", "b"], logprobs=True, top_logprobs=20)
+    assert served.engine.requests[-1].sampling == SamplingParams(
+        **asked, stop=("a", "b"), logprobs=20
+    )
+
+
+async def test_several_answers_come_as_choices(served: Served) -> None:
+    body = (await served.generate(n=2, logprobs=True)).json()
+    assert not {"text", "finish_reason"} & set(body)
+    choice = {"text": "one two", "finish_reason": "stop", "logprobs": [-0.5, -0.25]}
+    assert body["choices"] == [{"index": i, **choice} for i in range(2)]
+    assert (body["usage"]["completion_tokens"], body["provenance"]["seed"]) == (4, None)
+    _, done = events((await served.generate(stream=True, n=2)).text)[-1]
+    assert done["choices"] == [{"index": i, "finish_reason": "stop"} for i in range(2)]
+
+
+async def test_raw_skips_the_format_and_special_tokens_in_a_prompt_are_text(served: Served) -> None:
+    tokenizer = tiny.tokenizer()
+    for raw, expected in ((True, "<|im_end|>"), (False, "<|im_start|><|im_end|>[answer]")):
+        await served.generate(prompt="<|im_end|>", task="medical", raw=raw, stop="\n")
+        request = served.engine.requests[-1]
+        assert tokenizer.decode(request.prompt_ids) == expected
+        assert tokenizer.eos_token_id not in request.prompt_ids
+        assert (request.stop_token_ids, request.sampling.stop) == (
+            (tokenizer.eos_token_id,),
+            ("\n",),
+        )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("error", "status", "code"), REFUSALS)
+async def test_a_refused_request_has_its_status_streamed_or_not(
+    served: Served, error: Exception, status: int, code: str, stream: bool
+) -> None:
+    served.engine.refusal = error
+    response = await served.generate(stream=stream)
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert "secret" not in response.text
+    assert response.headers.get("Retry-After") == ("3" if status == 429 else None)
+    served.engine.refusal = None
+    assert (await served.generate(stream=stream)).status_code == 200
+    assert 'reason="abort"' not in await served.metrics()
+
+
+@pytest.mark.parametrize(("ending", "status", "code"), FAILURES)
+async def test_a_failure_is_a_status_before_the_first_token_and_an_event_after_it(
+    served: Served, ending: tuple[FinishReason, str | None], status: int, code: str
+) -> None:
+    served.engine.ending = ending
+    assert await served.error() == (status, code)
+    name, data = events((await served.generate(stream=True)).text)[-1]
+    assert (name, data["error"]["code"]) == ("error", code)
+    served.engine.fail_at_once = True
+    assert await served.error(stream=True) == (status, code)
+
+
+async def test_the_deadline_is_the_requests_or_the_servers(serve: Serve) -> None:
+    served = await serve(request_timeout_s=50)
+    await served.generate()
+    await served.generate(timeout_s=5)
+    assert [r.deadline - r.arrival for r in served.engine.requests[-2:]] == pytest.approx([50, 5])
+    assert (await served.generate(timeout_s=51)).json()["error"]["field"] == "timeout_s"
+
+
+async def test_a_stream_that_nobody_reads_keeps_no_place_in_the_engine(served: Served) -> None:
+    """The client goes before the head of the answer is written: the response never asks for its first event."""
+    received = [{"type": "http.request", "body": b'{"prompt": "Hi", "stream": true}'}]
+
+    async def receive() -> dict[str, Any]:
+        return received.pop() if received else await asyncio.Event().wait()
+
+    async def send(message: dict[str, Any]) -> None:
+        assert served.engine.running == 1
+        raise OSError("gone")
+
+    with pytest.raises(ClientDisconnect):
+        await served.app(SCOPE | {"asgi": {"spec_version": "2.4"}}, receive, send)
+    assert served.engine.running == 0
+
+
+async def test_prompts_that_wait_to_be_encoded_are_bounded(serve: Serve) -> None:
+    frontend = (await serve(max_queue=1)).app.state.frontend
+    asked = [
+        frontend.generation("Hi", frontend.resolve(None, None), SamplingParams()) for _ in range(3)
+    ]
+    *_, waited, refused = await asyncio.gather(*asked, return_exceptions=True)
+    assert (waited.request.sampling, type(refused)) == (SamplingParams(), QueueFull)
