@@ -202,7 +202,7 @@ def run(
         if all(answer.reason for answer in answers.values()):
             assert not engine.scheduler.unfinished()
             assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.capacity
-            assert engine.pool.num_pins() == 0
+            assert engine.pool.num_users() == 0
             return [
                 (schedule[int(name)], index, answer) for (name, index), answer in answers.items()
             ], engine

@@ -191,7 +191,7 @@ async def test_churn(
     core.check_integrity()
     left = {
         "blocks": core.scheduler.blocks.capacity - core.scheduler.blocks.num_free,
-        "pins": pool.num_pins(),
+        "pins": pool.num_users(),
     }
     server.should_exit = True
     await serving

@@ -33,10 +33,10 @@ Weights = Lora | list[FoldedPair]
 
 @dataclass(eq=False)
 class _Resident:
-    """`pins` are running requests'; `leaving` counts the unloads that wait for those to end."""
+    """`users`: running sequences that use it; `leaving`: unloads that wait for those to end."""
 
     weights: Weights
-    pins: int = 0
+    users: int = 0
     leaving: int = 0
 
 
@@ -53,7 +53,7 @@ class AdapterPool:
             well or badly, an unload or a hold is over, or there is a failure to take.
         loras, backbones: the residents. Read by the engine's thread without the lock; replaced, never changed.
         executor: runs the loads, one at a time and in order, never inside `submit`. `close` ends it.
-        held: what administrators pinned.
+        pinned: what administrators keep resident.
         counters: since the start.
     """
 
@@ -67,7 +67,7 @@ class AdapterPool:
         self.loras: Mapping[str, Lora] = {}
         self.backbones: Mapping[str, list[FoldedPair]] = {}
         self.executor: Executor = ThreadPoolExecutor(1, "adapters", compute_alone)
-        self.held: set[str] = set()
+        self.pinned: set[str] = set()
         self._changed = (
             threading.Condition()
         )  # the one lock; notified when pins are given back and holds are taken
@@ -100,7 +100,7 @@ class AdapterPool:
             if any(resident is None or resident.leaving for resident in found):
                 return False
             for digest in digests:
-                self._resident[digest].pins += 1
+                self._resident[digest].users += 1
                 self._resident.move_to_end(digest)
             return True
 
@@ -108,8 +108,8 @@ class AdapterPool:
         """Give back what `acquire` took."""
         with self._changed:
             for digest in _digests(selection):
-                assert self._resident[digest].pins > 0
-                self._resident[digest].pins -= 1
+                assert self._resident[digest].users > 0
+                self._resident[digest].users -= 1
             self._changed.notify_all()
 
     def prefetch(self, selections: Iterable[AdapterSelection]) -> None:
@@ -176,19 +176,19 @@ class AdapterPool:
         if failure := loading.result():
             raise failure
 
-    def hold(self, digest: str) -> None:
-        """An administrator's pin: load, and keep until `unhold`. Once is enough. Raises as `load`."""
+    def pin(self, digest: str) -> None:
+        """An administrator's pin: load, and keep until `unpin`. Once is enough. Raises as `load`."""
         while True:
             self.load(digest)
             with self._changed:
                 if digest in self._resident:  # not evicted again before it was held
-                    self.held.add(digest)
+                    self.pinned.add(digest)
                     return self._changed.notify_all()
 
-    def unhold(self, digest: str) -> None:
-        """Take back `hold`, never a request's own pin."""
+    def unpin(self, digest: str) -> None:
+        """Take back `pin`, never a request's own pin."""
         with self._changed:
-            self.held.discard(digest)
+            self.pinned.discard(digest)
         self.on_change()
 
     def unload(self, digest: str, *, wait_s: float = 0.0) -> None:
@@ -204,9 +204,9 @@ class AdapterPool:
             if (resident := self._resident.get(digest)) is None:
                 return
             resident.leaving += 1
-            self._changed.wait_for(lambda: not resident.pins or digest in self.held, wait_s)
+            self._changed.wait_for(lambda: not resident.users or digest in self.pinned, wait_s)
             resident.leaving -= 1
-            in_use = resident.pins > 0 or digest in self.held
+            in_use = resident.users > 0 or digest in self.pinned
             if (
                 not in_use and self._resident.get(digest) is resident
             ):  # else another freed it meanwhile
@@ -214,7 +214,7 @@ class AdapterPool:
                 self._publish()
         self.on_change()
         if in_use:
-            message = f"adapter {digest} is in use by {resident.pins} sequences, or held"
+            message = f"adapter {digest} is in use by {resident.users} sequences, or held"
             raise AdapterInUse(
                 message, field="digest", value=digest, allowed="an adapter that is not in use"
             )
@@ -228,24 +228,24 @@ class AdapterPool:
         with self._changed:
             return tuple(self._resident)
 
-    def num_pins(self) -> int:
+    def num_users(self) -> int:
         """Pins of running sequences, which take one on each adapter that they use."""
         with self._changed:
-            return sum(resident.pins for resident in self._resident.values())
+            return sum(resident.users for resident in self._resident.values())
 
     def check_integrity(self) -> None:
         """AssertionError unless limits hold, with what loads, sizes are true, and the engine sees what is resident."""
         with self._changed:
             weights = {digest: resident.weights for digest, resident in self._resident.items()}
             assert all(
-                resident.pins >= 0 and resident.leaving >= 0 for resident in self._resident.values()
+                resident.users >= 0 and resident.leaving >= 0 for resident in self._resident.values()
             )
             assert {**self.loras, **self.backbones} == weights
             assert {digest: self._sizes[digest] for digest in weights} == {
                 d: _num_bytes(w) for d, w in weights.items()
             }
             assert not weights.keys() & (self._loading.keys() | self._failures.keys())
-            assert self.held <= weights.keys()
+            assert self.pinned <= weights.keys()
             assert (
                 weights.keys() | self._loading.keys() <= self._loaders.keys() == self._sizes.keys()
             )
@@ -266,7 +266,7 @@ class AdapterPool:
         First what nobody waits for, the least recently used first; then what is needed last.
         """
         evictable = [
-            d for d, r in self._resident.items() if not (r.pins or d in self.held or d in keep)
+            d for d, r in self._resident.items() if not (r.users or d in self.pinned or d in keep)
         ]
         staying, victims = {*self._resident, *self._loading, digest}, []
         for victim in sorted(evictable, key=lambda d: -self._wanted.get(d, math.inf)):
@@ -297,7 +297,7 @@ class AdapterPool:
                 return NotFound(
                     message, field="digest", value=digest, allowed="a registered digest"
                 )
-        return self._full(digests) if self._over({*digests, *self.held}) else None
+        return self._full(digests) if self._over({*digests, *self.pinned}) else None
 
     def _full(self, digests: Collection[str]) -> AdapterPoolFull:
         digests = list(dict.fromkeys(digests))

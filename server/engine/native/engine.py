@@ -115,7 +115,7 @@ class Engine:
         pins = sum(
             digest is not None for s in self.scheduler.running for digest in s.request.selection
         )
-        assert self.pool.num_pins() == pins
+        assert self.pool.num_users() == pins
 
     def _admit(self, sequence: Sequence) -> Admission:
         selection = sequence.request.selection

@@ -72,7 +72,7 @@ async def unload(
 ) -> dict[str, Any]:
     """Frees its memory; it loads again when a request needs it. 409 if requests still use it, or while it is pinned."""
     pool, digest = frontend.registry.pool, frontend.resolve(task, crma=False).selection.task_digest
-    if query.when_in_use == "cancel" and digest is not None and digest not in pool.held:
+    if query.when_in_use == "cancel" and digest is not None and digest not in pool.pinned:
         frontend.engine.cancel_adapter(digest)
     wait_s = 0.0 if query.when_in_use == "refuse" else frontend.settings.request_timeout_s
     try:
@@ -84,13 +84,13 @@ async def unload(
 @admin.post("/pin")
 async def pin(task: str, frontend: TheFrontend) -> dict[str, Any]:
     """Loads it, and keeps it in memory until it is unpinned. Once is enough. A later version is another adapter."""
-    return await _apply(frontend, task, frontend.registry.pool.hold)
+    return await _apply(frontend, task, frontend.registry.pool.pin)
 
 
 @admin.post("/unpin")
 async def unpin(task: str, frontend: TheFrontend) -> dict[str, Any]:
     """Takes back `pin`, of `name@version` if another version serves by now; requests that use the adapter keep it."""
-    return await _apply(frontend, task, frontend.registry.pool.unhold)
+    return await _apply(frontend, task, frontend.registry.pool.unpin)
 
 
 async def _apply(frontend: Frontend, task: str, action: Callable[[str], None]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ async def test_what_replaces_a_resident_version_is_loaded_before_it_serves(
         made.resolve("warm", None).selection.task_digest,
         made.resolve(None, True).selection.crma_digest,
     ] == new
-    made.pool.hold(new[0])
+    made.pool.pin(new[0])
     made.pool.max_resident = (
         1  # so that there is no room for its successor, which serves all the same
     )

@@ -130,7 +130,7 @@ class PoolMachine(RuleBasedStateMachine):
     def load(self, digest: str, hold: bool) -> None:
         failure: Exception | None = None
         try:
-            (self.pool.hold if hold else self.pool.load)(digest)
+            (self.pool.pin if hold else self.pool.load)(digest)
             self.held |= {digest} if hold else set()
         except (NotFound, DigestMismatch, AdapterPoolFull) as error:
             failure = error
@@ -139,7 +139,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(digest=known)
     def unhold(self, digest: str) -> None:
-        self.pool.unhold(digest)
+        self.pool.unpin(digest)
         self.held.discard(digest)
 
     @rule(digest=known | st.just("unknown"))
@@ -162,7 +162,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def agrees_with_the_model(self) -> None:
         self.pool.check_integrity()
-        assert (self.pool.num_pins(), self.pool.held) == (self.pins.total(), self.held)
+        assert (self.pool.num_users(), self.pool.pinned) == (self.pins.total(), self.held)
         assert set(self.pool.resident()) >= {*self.pins.elements(), *self.held}, (
             "a pinned adapter is gone"
         )
@@ -176,7 +176,7 @@ class PoolMachine(RuleBasedStateMachine):
         for digest in self.pins.elements():
             self.pool.release(AdapterSelection(digest))
         for digest in ADAPTERS:
-            self.pool.unhold(digest)
+            self.pool.unpin(digest)
             self.pool.register(digest, lambda digest=digest: ADAPTERS[digest])
         self.loads.end_all()
         self.pool.take_failures()
@@ -280,10 +280,10 @@ def test_an_unload_waits_for_those_who_use_it_and_lets_no_other_in() -> None:
         ended.result(10)
     assert (pool.resident(), woken[-1]) == ((), ())
     with unloading(pool, 10.0) as ended:
-        pool.hold("task-0")  # an administrator who wants to keep it wins, and at once
+        pool.pin("task-0")  # an administrator who wants to keep it wins, and at once
         with pytest.raises(AdapterInUse):
             ended.result(10)
-    pool.unhold("task-0")
+    pool.unpin("task-0")
     with pytest.raises(AdapterInUse, match="1 sequences"):
         pool.unload("task-0", wait_s=0.01)
     assert pool.acquire(TASKS[0]), "newcomers are let in again"
@@ -301,7 +301,7 @@ def test_many_who_want_one_adapter_wait_for_one_load_and_nobody_else_does() -> N
         go.set()
         for each in wanted:
             each.result(10)
-        assert (len(loads), pool.acquire(AdapterSelection("slow")), pool.num_pins()) == (1, True, 2)
+        assert (len(loads), pool.acquire(AdapterSelection("slow")), pool.num_users()) == (1, True, 2)
 
 
 def test_loads_compute_alone_whatever_number_of_threads_the_engine_sets() -> None:

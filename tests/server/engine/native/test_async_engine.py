@@ -70,7 +70,7 @@ class Running:
     def check_empty(self) -> None:
         self.core.check_integrity()
         self.pool.check_integrity()
-        assert (self.pool.num_pins(), self.core.scheduler.unfinished(), self.engine._streams) == (
+        assert (self.pool.num_users(), self.core.scheduler.unfinished(), self.engine._streams) == (
             0,
             [],
             {},
