@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+from scripted_engine import TINY
 from tiny import PROMPT, ask
 
 from crma.core.selection import AdapterSelection
@@ -44,7 +45,7 @@ class Running:
         run = self.core.runner.run
         self.core.runner.run = lambda *step: self.wait(self.at_step) or run(*step)
         self.pool.register("slow", lambda: self.wait(self.at_load) or ADAPTERS["task-1"])
-        self.engine = AsyncEngine(self.core, self.pool, max_queue)
+        self.engine = AsyncEngine(self.core, TINY, max_queue)
         if go:
             self.go.set()
 
@@ -98,7 +99,7 @@ async def start() -> AsyncIterator[Callable[..., Running]]:
     for each in started:
         if not each.engine._stopped:
             await each.settled()
-            await asyncio.wait_for(each.engine.stop(), 10)
+            await asyncio.wait_for(each.engine.close(), 10)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -111,7 +112,7 @@ async def test_aborted_or_stopped_wherever_it_is(start: Any, stopped: bool) -> N
     unread = served.engine.submit(ask("unread", BOTH, n=2))
     await happens(served.at_step)
     if stopped:
-        ending = asyncio.create_task(served.engine.stop())
+        ending = asyncio.create_task(served.engine.close())
         await happens(served.at_step)  # again: the stopping begins meanwhile
         with pytest.raises(EngineStopped):
             served.engine.submit(ask("late"))
@@ -183,4 +184,4 @@ async def test_an_unforeseen_failure_of_the_engine_leaves_nobody_waiting(start: 
     with pytest.raises(EngineStopped):
         served.engine.submit(ask("later"))
     assert served.engine.stats().has_failed
-    await asyncio.wait_for(served.engine.stop(), 10)
+    await asyncio.wait_for(served.engine.close(), 10)
