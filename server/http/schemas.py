@@ -230,7 +230,7 @@ class OpenAIRequest(_Sampled):
     drops_nulls = True
 
     model: str = Field(
-        description="`base` or `name[@version]`; `:crma-on` or `:crma-off` may follow, or use `crma`."
+        description="`base` or `name[@version]`; `:crma-on` or `:crma-off` may follow."
     )
     temperature: Temperature = 1
     stream_options: StreamOptions = StreamOptions()

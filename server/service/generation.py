@@ -84,10 +84,8 @@ class Generation:
 
     def timings(self) -> Timings:
         """Of the whole request: the first sequence to start, the first token, the last to end."""
-        timings = []
-        for sequence in self.sequences:
-            if sequence.last.timings is not None:
-                timings.append(sequence.last.timings)
+        last_timings = [sequence.last.timings for sequence in self.sequences]
+        timings = [each for each in last_timings if each is not None]
         first_tokens = [each.ttft_s for each in timings if each.ttft_s is not None]
         return Timings(
             queue_s=min(each.queue_s for each in timings),
