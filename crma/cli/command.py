@@ -1,7 +1,7 @@
 """The `crma` command: pull a base model, build data, train, evaluate, and manage an adapter store.
 
-It never speaks HTTP. Results go to stdout, everything else to stderr. The exit code is 0; 1 if a
-check failed; 2 if the command could not be carried out.
+It never speaks HTTP. Results go to stdout, everything else to stderr.
+The exit code is 0; 1 if a check failed; 2 if the command could not run.
 """
 
 # No module of this package imports torch, transformers or numpy at its top, because `crma --help`

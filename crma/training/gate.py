@@ -209,8 +209,8 @@ def promote(
         served: the base model, and the store that holds the candidate.
         version: the candidate's version.
         margin: the share of its recorded loss by which a serving task may get worse.
-        newcomer_margin: the same for a newcomer, a task that nobody uses yet. A newcomer was trained
-            under the whole candidate, so almost every blend costs it something.
+        newcomer_margin: the same for a newcomer, a task that nobody uses yet. A newcomer
+            was trained under the whole candidate, so almost every blend costs it something.
         allow_ungated: names of tasks that need not be scored.
         dry_run: decide, and change nothing.
         note: called with one line about every trial.
