@@ -1,4 +1,4 @@
-"""What a run logs of its backbone at every step, and the summary in its record.
+"""Measures of the backbone: logged at every step of a run, and summarised in its record.
 
 The norm of M alone cannot show that a backbone learns: every doubly stochastic matrix has norm 1.
 

@@ -1,8 +1,8 @@
 """An experiment: many runs of the sequential protocol from one TOML file, with one record for each.
 
     name = "quick"
-    [config]              # what every run shares: a TrainConfig
-    [arms.FROZEN-matched] # what differs for one arm
+    [config]              # shared by all runs: a TrainConfig
+    [arms.FROZEN-matched] # changes for one arm
     [[runs]]              # one table for each arm: its seeds, and a label if needed
     arm = "MODULAR"
     seeds = [0, 42]
@@ -87,7 +87,7 @@ def execute(
     """Make every missing record, one run after the other.
 
     Args:
-        experiment: what to run.
+        experiment: the runs to make.
         results: records are written to `<results>/<experiment>/<run>.json`.
         work: run folders are `<work>/<experiment>/<run>`; they are needed only until their record
             exists.

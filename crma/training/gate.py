@@ -75,7 +75,7 @@ class GatedTask(NamedTuple):
 
     @classmethod
     def of(cls, served: Served, entry: TaskEntry) -> "GatedTask":
-        """Load what the gate needs of a task.
+        """Load the validation set and the recorded loss of a task.
 
         Raises:
             CrmaError: with the reason, if the validation set that the task was published with
@@ -259,7 +259,7 @@ def promote(
 def _check_candidate(
     candidate: BackboneEntry, serving: BackboneEntry | None, base_digest: str
 ) -> None:
-    """Raise BaseMismatch, ConfigError or LineageMismatch if it cannot replace what serves."""
+    """Raise BaseMismatch, ConfigError or LineageMismatch if it cannot replace the serving backbone."""
     candidate.check_base(base_digest)
     if serving is None:
         return

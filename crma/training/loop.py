@@ -115,7 +115,7 @@ class TaskTrainer:
     def _step(
         self, optimizer: torch.optim.Optimizer, batch: Batch, *, crma: bool
     ) -> dict[str, Any]:
-        """Take one optimizer step. Returns what the log says of it."""
+        """Take one optimizer step. Returns its measures for the log."""
         optimizer.zero_grad(set_to_none=True)
         loss = self.adapted(batch, crma=crma) / (batch.targets != IGNORED).sum()
         loss.backward()

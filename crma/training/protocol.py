@@ -39,7 +39,7 @@ class Run:
     """One run: an arm, a seed and an order of tasks, on one base model.
 
     Args:
-        config: what to train.
+        config: the arm, the seed, the tasks and all settings.
         base: a pulled base model.
         folder: the run folder; if it holds a run of the same configuration, that run resumes.
         progress: called with (description, done, total).

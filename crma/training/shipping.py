@@ -30,7 +30,7 @@ def ship(run: Run, target: AdapterStore) -> BackboneEntry | None:
     run.model.set_attn_implementation(run.serving_attention)
     candidate = _ship_backbone(run, target) if run.arm.crma else None
     for t in range(num_tasks):
-        run.progress("measuring what ships", t, num_tasks)
+        run.progress("measuring the shipped adapters", t, num_tasks)
         _ship_task(run, target, t, serve=candidate is None)
     return candidate
 

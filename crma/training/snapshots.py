@@ -117,7 +117,7 @@ class Snapshots:
     # Publishing --------------------------------------------------------------------------------
 
     def publish(self, index: int, lora: Lora, backbone: Backbone | None) -> None:
-        """Publish what the stage `index` trained, unless a run that was killed already has.
+        """Publish the adapters of the stage `index`, unless a killed run already has.
 
         Raises:
             TrainingError: the published backbone is another one. The stage was trained again, and

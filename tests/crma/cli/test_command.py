@@ -32,7 +32,7 @@ def crma(*arguments: object) -> tuple[int, str, str]:
 
 
 class Trained(NamedTuple):
-    """What `crma train --ship` left, and what it printed; read only."""
+    """The results of `crma train --ship`; read only."""
 
     store: Path
     control: Path  # trained without CRMA
