@@ -259,7 +259,7 @@ def promote(
 def _check_candidate(
     candidate: BackboneEntry, serving: BackboneEntry | None, base_digest: str
 ) -> None:
-    """Raise BaseMismatch, ConfigError or LineageMismatch if it cannot replace the serving backbone."""
+    """Raise BaseMismatch, ConfigError or LineageMismatch if the candidate must not serve."""
     candidate.check_base(base_digest)
     if serving is None:
         return
