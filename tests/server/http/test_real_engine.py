@@ -1,4 +1,6 @@
-"""The whole server, as `python -m server` builds it, on a tiny real model: every answer is the one without it."""
+"""The whole server, as `python -m server` builds it, on a tiny real model: every answer is the one
+without it.
+"""
 
 import asyncio
 import json

@@ -1,4 +1,5 @@
-"""server.engine.native.async_engine: whoever comes, waits, leaves or fails, the others go on and nothing is left behind.
+"""server.engine.native.async_engine: whoever comes, waits, leaves or fails, the others go on and
+nothing is left behind.
 
 Every wait is for an event, or for a later request: commands reach the engine in order.
 """
@@ -33,8 +34,8 @@ async def happens(event: threading.Event) -> None:
 
 
 class Running:
-    """A started engine. Forward passes, and the load of "slow", wait for `go`; `at_step` and `at_load` say that one
-    does. A forward pass raises what is in `failures`."""
+    """A started engine. Forward passes, and the load of "slow", wait for `go`; `at_step` and
+    `at_load` say that one does. A forward pass raises what is in `failures`."""
 
     def __init__(self, max_queue: int = 8, go: bool = True, **limits: int) -> None:
         self.core, self.pool = tiny.make_engine(
@@ -104,7 +105,10 @@ async def start() -> AsyncIterator[Callable[..., Running]]:
 
 @pytest.mark.parametrize("stopped", [False, True])
 async def test_aborted_or_stopped_wherever_it_is(start: Any, stopped: bool) -> None:
-    """While its adapter loads; while it waits for a slot; before it is read at all. Stopping ends what runs as well."""
+    """While its adapter loads; while it waits for a slot; before it is read at all.
+
+    Stopping ends what runs as well.
+    """
     served = start(go=False, max_num_seqs=1)
     taken = served.take(ask("loads", SLOW))
     await happens(served.at_load)
