@@ -1,6 +1,7 @@
-"""The generated tables of the documents: `python tests/tables.py` writes them from the code and the records.
+"""The parts of the documents that come from the code and the records.
 
-A table stands between `<!-- name … -->` and `<!-- /name -->` in the page that `TABLES` gives for it.
+`python tests/tables.py` writes the tables. A table stands between `<!-- name … -->` and
+`<!-- /name -->` in the page that `TABLES` gives for it.
 """
 
 import json
@@ -8,18 +9,23 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from fastapi import APIRouter, FastAPI
 from paths import EXPERIMENTS, RESULTS, ROOT
 from prometheus_client import CollectorRegistry, Metric
 
 from crma.training.experiment import read_experiment
 from crma.training.tables import arms_table
+from server import __version__
 from server.engine.request import EngineStats
+from server.http import routes
 from server.service.errors import CODES
 from server.service.metrics import Metrics
 from server.settings import Settings
@@ -174,6 +180,16 @@ def markdown_table(header: list[str], rows: list[Any]) -> list[str]:
     """The lines of a Markdown table."""
     ruler = "|---" * len(header) + "|"
     return [f"| {' | '.join(header)} |", ruler, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def openapi() -> dict[str, Any]:
+    """The OpenAPI document of every route in `server/http/routes/`, without a running server."""
+    app = FastAPI(title="CRMA Server", version=__version__)
+    for module in iter_modules(routes.__path__, f"{routes.__name__}."):
+        for value in vars(import_module(module.name)).values():
+            if isinstance(value, APIRouter):
+                app.include_router(value)
+    return app.openapi()
 
 
 class Table(NamedTuple):
