@@ -24,7 +24,7 @@ check: setup  ## lint, format, types, imports between rooms
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
 	PYTHONPATH=clients/python:clients $(BIN)/lint-imports --no-cache
 
-test: setup  ## everything that needs neither minutes nor a GPU
+test: setup  ## all tests except the long ones and those that need a GPU
 	$(PYTEST) -n 2 -m "not e2e and not gpu"
 
 e2e: setup  ## the long tests, on the real model, with lm-eval and schemathesis as clients

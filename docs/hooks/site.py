@@ -19,7 +19,6 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # Documents outside docs/ -> their page in the site.
 OUTSIDE = {
@@ -45,6 +44,7 @@ FOREIGN = {".html": (FOREIGN_ASSET, NEEDS_A_SCRIPT), ".css": (FOREIGN_STYLE,)}
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the documents outside docs/, the plots and the OpenAPI document."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # mkdocs undoes what is added at import time
     from tables import openapi
 
     sources = dict(OUTSIDE)
