@@ -19,6 +19,7 @@ from crma.core.errors import ConfigError, CrmaError
 from crma.method.injection import Injection
 from crma.models.base_model import BaseModel, find_base
 from crma.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from crma.models.model_shape import ModelShape
 from crma.models.prompts import PromptFormat, chat_format
 from crma.store.adapter_store import AdapterStore
 from server.app import create_app
@@ -116,8 +117,9 @@ def build(settings: Settings) -> FastAPI:
     except ConfigError as error:
         log.warning("only raw prompts for the base model: %s", error.message)
     store = AdapterStore(settings.store)
+    shape = ModelShape.of(injection.model)
     registry = Registry(
-        store, base, engine.pool, base_format, metrics, injection.shapes, settings.load_backbone
+        store, base, engine.pool, base_format, metrics, shape, settings.load_backbone
     )
     dtype, limit = _dtype(settings, injection.model), engine.engine.max_model_len
     model = ServedModel(name=base.name, digest=base.digest, dtype=dtype, max_model_len=limit)

@@ -21,10 +21,10 @@ from crma.evaluation.evaluator import Encoded
 from crma.evaluation.offline import Note, Served
 from crma.method.backbone import Backbone
 from crma.method.injection import Plan
-from crma.store.adapter_store import Origin, backbone_digest
 from crma.store.channels import BACKBONE, task_channel
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from crma.store.manifest import Blend
+from crma.store.publication import Origin, backbone_digest
 from crma.training.config import TrainConfig
 
 GRID = (1.0, 0.75, 0.5, 0.25, 0.1)

@@ -32,10 +32,12 @@ from crma.method.injection import Injection, Plan, target_names
 from crma.method.lora import Lora, LoraConfig, match_targets, new_lora
 from crma.models.base_model import BaseModel
 from crma.models.loading import load_model, load_tokenizer, resolve_dtype
+from crma.models.model_shape import ModelShape
 from crma.models.prompts import chat_format
-from crma.store.adapter_store import AdapterStore, Origin, backbone_digest
+from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from crma.store.manifest import TrainedOn, check_name
+from crma.store.publication import Origin, backbone_digest
 from crma.training.arms import ARMS, Arm
 from crma.training.config import TrainConfig
 from crma.training.drift import measures
@@ -165,7 +167,7 @@ class Run:
     def _first_backbone(self) -> Backbone:
         """The identity, or where another store's backbone stands."""
         return (
-            self.start.load(self.injection.shapes)
+            self.start.load(ModelShape.of(self.injection.model))
             if self.start
             else new_backbone(self.config, self.injection)
         )

@@ -16,9 +16,10 @@ from typing import TypeVar
 from crma.core.errors import NotFound, StoreError
 from crma.core.selection import AdapterSelection
 from crma.models.base_model import BaseModel
+from crma.models.model_shape import ModelShape
 from crma.models.prompts import PromptFormat
 from crma.store.adapter_store import AdapterStore
-from crma.store.entry import BackboneEntry, Shapes, TaskEntry, read_backbone
+from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from server.engine.native.adapter_pool import AdapterPool
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
@@ -76,7 +77,7 @@ class Registry:
         base: the model that serves.
         pool: the engine's; it is told how to load what appears.
         base_format: its chat format; also for adapters that recorded none.
-        shapes: of its linears (`linear_shapes`); adapters must fit them.
+        shape: of the base model; adapters must fit it.
         load_backbone: False: the backbone is never read, and requests that need it are refused.
     """
 
@@ -85,7 +86,7 @@ class Registry:
     pool: AdapterPool
     base_format: PromptFormat | None
     metrics: Metrics
-    shapes: Shapes | None = None
+    shape: ModelShape | None = None
     load_backbone: bool = True
     poll_s: float = 2.0
     verified: bool = field(default=False, init=False)
@@ -100,9 +101,7 @@ class Registry:
 
     async def start(self) -> None:
         """Verifies the whole store, logs every problem, and begins to watch. Bad adapters do not serve; the rest do."""
-        for problem in await asyncio.to_thread(
-            self.store.verify, base=self.base, shapes=self.shapes
-        ):
+        for problem in await asyncio.to_thread(self.store.verify, base=self.base, shape=self.shape):
             self._report(problem)
         await self.refresh()
         self.verified = True
@@ -127,7 +126,7 @@ class Registry:
         for entry in (*view.sound(), *view.backbones.values()):
             if isinstance(entry, TaskEntry | BackboneEntry):
                 self.pool.register(
-                    entry.digest, partial(entry.load, self.shapes), self._sound[entry.digest]
+                    entry.digest, partial(entry.load, self.shape), self._sound[entry.digest]
                 )
         await self._preload(view)
         self._view, self._seen = view, seen
@@ -252,7 +251,7 @@ class Registry:
             entry = read()
             entry.check_base(self.base.digest)
             if entry.digest not in self._sound:
-                size = sum(tensor.numel() for tensor in entry.load(self.shapes).parameters())
+                size = sum(tensor.numel() for tensor in entry.load(self.shape).parameters())
                 self._sound[entry.digest] = size * self.pool.injection.model.dtype.itemsize
         except StoreError as error:
             if self.verified:  # at the start, `verify` has said so

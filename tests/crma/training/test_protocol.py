@@ -12,7 +12,7 @@ from crma.core.errors import TrainingError
 from crma.data.examples import read_jsonl
 from crma.method.injection import Plan
 from crma.models.base_model import BaseModel
-from crma.store import adapter_store as store
+from crma.store import publication
 from crma.store.adapter_store import AdapterStore
 from crma.training import protocol
 from crma.training.config import TrainConfig
@@ -153,7 +153,7 @@ DEATHS: dict[str, tuple[Any, str, int, bool]] = {
     "in the first task": (TaskTrainer, "_check", 9, False),
     "in the second task": (TaskTrainer, "_check", STEPS + 8, False),
     "between backbone and task": (AdapterStore, "publish_backbone", 2, False),
-    "before the task serves": (store, "write_channels", 2, True),
+    "before the task serves": (publication, "write_channels", 2, True),
     "before the task counts": (AdapterStore, "publish_task", 1, False),
     "before the record": (protocol, "hardware", 1, True),
 }

@@ -14,6 +14,7 @@ import tiny
 from api import BASE, FakeEngine, Serve, Served
 from prometheus_client import CollectorRegistry
 
+from crma.models.model_shape import ModelShape
 from crma.models.prompts import chat_format
 from crma.store.adapter_store import AdapterStore
 from server.app import create_app
@@ -44,9 +45,8 @@ async def serve(root: Path) -> AsyncIterator[Serve]:
                 tiny.tokenizer(),
                 AdapterPool(tiny.injection(), 4),
             )
-            registry = Registry(
-                store, BASE, pool, chat_format(tokenizer), metrics, tiny.injection().shapes
-            )
+            shape = ModelShape.of(tiny.injection().model)
+            registry = Registry(store, BASE, pool, chat_format(tokenizer), metrics, shape)
             model = ServedModel(name="tiny", digest=BASE.digest, dtype="float32", max_model_len=128)
             app = create_app(
                 Frontend(settings, engine, registry, tokenizer, model, metrics), on_stop=engine.stop

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
-from published import BASE, SHAPES, publish, publish_backbone
+from published import BASE, SHAPE, publish, publish_backbone
 from tiny import FORMAT, flip_bit, injection
 
 from crma.core.errors import NotFound, StoreError
@@ -27,7 +27,7 @@ def store(tmp_path: Path) -> AdapterStore:
 def registry(store: AdapterStore, **options: Any) -> Registry:
     pool, metrics = AdapterPool(injection(), 4), Metrics(CollectorRegistry())
     return Registry(
-        store, BASE, pool, BASE_FORMAT, metrics, **{"shapes": SHAPES, "poll_s": 0.005, **options}
+        store, BASE, pool, BASE_FORMAT, metrics, **{"shape": SHAPE, "poll_s": 0.005, **options}
     )
 
 
