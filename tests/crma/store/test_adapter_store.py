@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import STORE
 from published import (
     BASE,
     OTHER,
@@ -22,10 +23,14 @@ from published import (
 )
 from tiny import FORMAT, PROVENANCE
 
-from crma.core.digests import content_digest, file_digest
+from crma.core.digests import content_digest, file_digest, files_digest
 from crma.core.errors import BaseMismatch, InvalidAdapter, LineageMismatch, NotFound, StoreError
+from crma.core.files import to_json
 from crma.store.adapter_store import AdapterStore
-from crma.store.manifest import Blend
+from crma.store.manifest import TASK_FILES, Blend
+from crma.store.peft_format import lora_to_peft
+from crma.store.publication import backbone_digest
+from crma.store.stored_tensor import write_tensors
 
 
 @pytest.fixture
@@ -82,6 +87,18 @@ def test_a_published_backbone_comes_back_bit_for_bit_with_its_certificate(
     assert "max_movement" not in first.manifest.certificate
     assert second.manifest.certificate["max_movement"] > 0
     assert second.manifest.blend == blend
+
+
+def test_the_shipped_adapters_would_be_published_under_their_digests_again() -> None:
+    """Their bytes were written by an earlier version: writing must not change them."""
+    shipped = AdapterStore(STORE)
+    for name in shipped.task_names():
+        entry = shipped.task(name)
+        config, tensors = lora_to_peft(entry.read(), base_name=entry.manifest.base.name)
+        files = dict(zip(TASK_FILES, (to_json(config), write_tensors(tensors)), strict=True))
+        assert files_digest(files) == entry.digest
+    backbone = shipped.backbone()
+    assert backbone_digest(backbone.load()) == backbone.digest
 
 
 def test_a_refused_publish_leaves_the_store_as_it_was(full: AdapterStore) -> None:
