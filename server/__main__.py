@@ -17,6 +17,7 @@ from crma.core.cache import cache_home
 from crma.core.errors import ConfigError, CrmaError
 from crma.models.base_model import BaseModel, find_base
 from crma.models.loading import load_tokenizer
+from crma.models.model_shape import read_shape
 from crma.models.prompts import PromptFormat, chat_format
 from crma.store.adapter_store import AdapterStore
 from server.app import create_app
@@ -43,7 +44,7 @@ def build(settings: Settings) -> FastAPI:
         engine=engine,
         base_format=_base_format(tokenizer),
         metrics=metrics,
-        shapes=engine.pool.injection.shapes,
+        shape=read_shape(base),
         load_backbone=settings.load_backbone,
     )
     return create_app(Frontend(settings, engine, registry, tokenizer, metrics))

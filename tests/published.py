@@ -1,4 +1,4 @@
-"""How the tests of the store publish the tiny model's adapters, and damage them."""
+"""Publishes the tiny model's adapters for the tests of the store, and damages them."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from tiny import backbone, injection, lora
 
 from crma.core.digests import content_digest, file_digest
 from crma.models.base_model import BaseModel
+from crma.models.model_shape import ModelShape
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry
 from crma.store.manifest import TrainedOn
@@ -24,23 +25,23 @@ OTHER = BaseModel("other", "sha256:" + "b" * 64, Path("unused"), {})
 TRAINED = TrainedOn(
     data={"train": "sha256:" + "c" * 64}, seed=42, commit="abc", arm="MODULAR", config={"lr": 0.005}
 )
-SHAPES = injection().shapes
-make_lora, make_backbone = (
-    partial(lora, injection(), 4, "all-linear"),
-    partial(backbone, injection()),
-)
+SHAPE = ModelShape.of(injection().model)
+make_lora = partial(lora, injection(), 4, "all-linear")
+make_backbone = partial(backbone, injection())
 
 
 def publish(store: AdapterStore, name: str = "medical", seed: int = 0, **changes: Any) -> TaskEntry:
+    """As `tiny.publish`, with a record of its training."""
     return tiny.publish(store, BASE, name, seed, **{"trained_on": TRAINED, **changes})
 
 
 def publish_backbone(store: AdapterStore, seed: int = 0, **changes: Any) -> BackboneEntry:
+    """As `tiny.publish_backbone`, with a record of its training."""
     return tiny.publish_backbone(store, BASE, seed, **{"trained_on": TRAINED, **changes})
 
 
 def rewrite(folder: Path, name: str, data: bytes) -> None:
-    """Puts other bytes in a file and makes the manifest agree, as an attacker would."""
+    """Replaces a file's bytes and makes the manifest agree, as an attacker would."""
     (folder / name).write_bytes(data)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = file_digest(folder / name)
@@ -49,7 +50,7 @@ def rewrite(folder: Path, name: str, data: bytes) -> None:
 
 
 class Killed(BaseException):
-    """The process died: no handler of an exception runs on."""
+    """The process died: no `except Exception` runs."""
 
 
 CHANGES = ("open", "mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "chmod")
@@ -57,13 +58,20 @@ CHANGES = ("open", "mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "ch
 
 @contextmanager
 def dying(step: int, at: tuple[str, ...] = CHANGES) -> Iterator[None]:
-    """The block ends at the `step`-th change of these kinds to the file system; after it none of any kind is made."""
+    """The process dies inside the block.
+
+    Args:
+        step: it dies at this change to the file system, counted from 1. After it, no change of any
+            kind is made.
+        at: the kinds of change that count: functions of `os`.
+    """
     done = 0
 
     def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal done
-            done += name in at
+            if name in at:
+                done += 1
             if done >= step:
                 raise Killed
             return real(*args, **kwargs)

@@ -15,47 +15,55 @@ group = typer.Typer()
 
 @group.command()
 def verify(store: StoreFolder, model: Model = DEFAULT_MODEL, as_json: Json = False) -> None:
-    """Check every file, digest, shape and lineage of a store, and print the backbone's certificate."""
-    from crma.method.injection import shapes_of_folder
+    """Check a store: every file, digest, shape and lineage, and the backbone's certificate.
+
+    The exit code is 1 if anything is wrong. Every problem is listed.
+    """
+    from crma.models.model_shape import read_shape
     from crma.store.adapter_store import AdapterStore
 
     base = find_base(model)
     adapters = AdapterStore(store)
-    problems = adapters.verify(base=base, shapes=shapes_of_folder(base.path))
+    problems = adapters.verify(base=base, shape=read_shape(base))
     serving = adapters.backbone() if not problems else None
     certificate = {} if serving is None else serving.manifest.certificate
     if as_json:
-        show_json(
-            {"problems": [problem.message for problem in problems], "certificate": certificate}
-        )
+        messages = [problem.message for problem in problems]
+        show_json({"problems": messages, "certificate": certificate})
     for problem in problems:
         note(f"[red]✗[/red] {escape(problem.message)}")
     if not problems:
-        summary = {key: certificate[key] for key in certificate if key != "layers"}
-        note(
-            f"[green]✓[/green] {store}: {', '.join(adapters.task_names()) or 'no tasks'}; certificate {summary}"
-        )
+        tasks = ", ".join(adapters.task_names()) or "no tasks"
+        bounds = {key: value for key, value in certificate.items() if key != "layers"}
+        note(f"[green]✓[/green] {store}: {tasks}; certificate {bounds}")
     raise typer.Exit(1 if problems else 0)
 
 
 @group.command("import")
 def import_adapter(
     folder: Annotated[
-        Path, typer.Argument(help="A PEFT LoRA: adapter_config.json and adapter_model.safetensors.")
+        Path,
+        typer.Argument(
+            help="A PEFT LoRA: a folder with adapter_config.json and adapter_model.safetensors."
+        ),
     ],
-    name: Annotated[str, typer.Argument(help="The task's name here.")],
+    name: Annotated[str, typer.Argument(help="The task name to publish it under.")],
     store: StoreOption = DEFAULT_STORE,
     model: Model = DEFAULT_MODEL,
-    licence: str = "unknown",
+    licence: Annotated[
+        str, typer.Option(help="Licence of the adapter, such as Apache-2.0.")
+    ] = "unknown",
 ) -> None:
-    """Publish a PEFT LoRA from elsewhere as a task. It has never seen CRMA, so it serves without."""
-    from crma.method.injection import shapes_of_folder
+    """Publish a PEFT LoRA from a local folder as a task, and serve it.
+
+    It was not trained with CRMA, so it serves with CRMA off only.
+    """
+    from crma.models.model_shape import read_shape
     from crma.store.adapter_store import AdapterStore
 
     base = find_base(model)
-    entry = AdapterStore(store).import_peft(
-        folder, name, base, licence=licence, shapes=shapes_of_folder(base.path)
-    )
+    shape = read_shape(base)
+    entry = AdapterStore(store).import_peft(folder, name, base, licence=licence, shape=shape)
     note(f"{entry.name}@{entry.version} {entry.digest}")
 
 
@@ -63,10 +71,13 @@ def import_adapter(
 def rollback(
     store: StoreOption = DEFAULT_STORE,
     channel: Annotated[
-        str, typer.Option(help="backbone, and tasks that need the newer; or tasks/NAME.")
+        str,
+        typer.Option(
+            help="tasks/NAME, or backbone; tasks that do not fit the earlier backbone go back too."
+        ),
     ] = "backbone",
 ) -> None:
-    """What served before serves again. A running server sees it at once."""
+    """Serve the version that served before the current one. A running server notices at once."""
     from crma.store.adapter_store import AdapterStore
 
     note(f"serving: {AdapterStore(store).roll_back(channel).serving()}")

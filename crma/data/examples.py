@@ -1,4 +1,4 @@
-"""One question of a task and its answer, and the JSON Lines files that hold them."""
+"""One question of a task with its answer, and the JSON Lines files that hold them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ class Example:
     completion: Text
 
 
-def _turns(line: object) -> object:
-    """Messages as the prompt and the completion that they are; what holds none stays, to be checked as it is."""
+def _from_messages(line: object) -> object:
+    """The prompt and the completion of a line that holds messages; any other line unchanged."""
     match line:
         case {"prompt": [*prompt], "completion": [*completion]}:
             messages = [*prompt, *completion]
@@ -33,27 +33,29 @@ def _turns(line: object) -> object:
     raise ValueError("Expected one message of the user and one of the assistant")
 
 
-_EXAMPLE: TypeAdapter[Example] = TypeAdapter(Annotated[Example, BeforeValidator(_turns)])
+_EXAMPLE: TypeAdapter[Example] = TypeAdapter(Annotated[Example, BeforeValidator(_from_messages)])
 
 
 def read_jsonl(path: Path) -> list[Example]:
-    """Examples from JSON Lines in TRL's conventions; blank lines are skipped, further fields are ignored.
+    """Examples from JSON Lines in TRL's conventions.
 
-    A line is {"prompt": text, "completion": text}, the same with one message each (a list of one {"role", "content"}),
-    or {"messages": [user, assistant]}. Training sees one user turn and one answer, so anything longer is refused.
-    Raises DataError with the line number.
+    A line is {"prompt": text, "completion": text}, the same with a list of one message each, or
+    {"messages": [user, assistant]}. A message is {"role": ..., "content": text}. Blank lines and
+    further fields are ignored. Training uses one user turn and one answer, so a longer
+    conversation is refused.
+
+    Raises:
+        DataError: the file cannot be read or holds no example, or a line is wrong; then the
+            message gives its number.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error}.", field="data", value=str(path)
-        ) from error
-    examples = [
-        example for _, example in read_lines(path.name, content, _EXAMPLE.validate_json, DataError)
-    ]
+        message = f"{path} cannot be read: {error}."
+        raise DataError(message, field="data", value=str(path)) from error
+    lines = read_lines(path.name, content, _EXAMPLE.validate_json, DataError)
+    examples = [example for _, example in lines]
     if not examples:
-        raise DataError(
-            f"{path} holds no examples.", field="data", value=str(path), allowed="at least one line"
-        )
+        message = f"{path} holds no examples."
+        raise DataError(message, field="data", value=str(path), allowed="at least one line")
     return examples

@@ -1,8 +1,10 @@
-"""Six domains: where their facts come from, and how a fact becomes a question with a closed answer.
+"""The six built-in domains: where their facts come from, and how a fact becomes a question.
 
-Each reader turns one file into (question, answer) pairs: a full question that quotes one term, and a label of one to
-four words, lower case, our own wording where the source's is long. Packages are pinned and read as files, never
-imported. Changing anything here, in `wording.json` or in the pins of `packages.json` changes the splits, and so the
+Each reader turns one file into (question, answer) pairs. A question is a full sentence that quotes
+one term. An answer is a closed label of one to four lower-case words, in our own wording where the
+source's is long. Packages are pinned and read as files, never imported.
+
+Any change here, in `wording.json` or to the pins in `packages.json` changes the splits, and so the
 digests in `data_digests.json`.
 """
 
@@ -26,84 +28,84 @@ from crma.models.packages import PACKAGES, fetch
 
 Pair = tuple[str, str]
 
-MAX_PER_LABEL = {
-    "code": 120,
-    "science": 1000,
-    "language": 100,
-}  # so that no single label makes up most of a domain
-MAX_TERM = (
-    80  # characters of a quoted term or docstring sentence: training time is proportional to tokens
-)
+# Without these, one label would make up most of a domain.
+MAX_PER_LABEL = {"code": 120, "science": 1000, "language": 100}
+# Characters of a quoted term or docstring sentence. Training time is proportional to tokens.
+MAX_TERM = 80
 
-# Our labels of ICD-10-CM chapters 1 to 22, the report sections (the 12 most common of the mapping at MIN_CONFIDENCE),
-# the spellings of courts-db, …
+# Our names for ICD-10-CM chapters 1 to 22, the report sections (the 12 most common ones of the
+# mapping at MIN_CONFIDENCE), the spellings that courts-db uses, …
 WORDING: Mapping[str, Any] = json.loads(
     Path(__file__).with_name("wording.json").read_text(encoding="utf-8")
 )
 MIN_CONFIDENCE = 0.5
-# The public questions of the code domain: name -> [module, a hint in our own words, where the splits quote the
-# docstring]. These names are kept out of the splits.
+# The public questions of the code domain: name -> [module, a hint in our own words where the
+# splits quote the docstring]. The splits leave these names out.
 PUBLIC_CODE: Mapping[str, list[str]] = WORDING["public_code"]
 
-MIN_COURTS = 2  # of a state or territory, to be a label
+MIN_COURTS = 2  # a state or territory with fewer is no label
 
-# Standard library modules whose Python source names the most functions and classes and hardly changes between patch
-# releases (those that security fixes touch, such as email, http, urllib and tarfile, are left out).
+# The standard library modules whose Python source names the most functions and classes and hardly
+# changes between patch releases. Those that security fixes touch (email, http, urllib, tarfile, …)
+# are left out.
 MODULES: list[str] = WORDING["modules"]
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 CHANGED_FILES = ("taskgroups.py", "timeouts.py")  # of asyncio, reworded between 3.11.2 and 3.11.7
 
 
 def obstacle(domain: str) -> str | None:
-    """Why this machine cannot have a domain's source, in a sentence that says what to do; None if it can."""
+    """Why this machine cannot get a domain's source, and what to do about it; None if it can."""
     running = f"{platform.python_implementation()} {platform.python_version()}"
     if domain == "code" and not running.startswith("CPython 3.11."):
-        return f"code reads the library of CPython 3.11 and this is {running}; give the folder of one as source."
+        return (
+            f"code reads the standard library of CPython 3.11 and this is {running}; "
+            "give the folder of one as source."
+        )
     from_deb = domain in PACKAGES and PACKAGES[domain].kind == "deb"
     if from_deb and not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         wanted = PACKAGES[domain]
-        return f"{domain} needs apt-get and dpkg-deb for {wanted}; give its {wanted.member}, taken out, as source."
+        return (
+            f"{domain} needs apt-get and dpkg-deb to get {wanted}; "
+            f"give its {wanted.member}, taken out of the package, as source."
+        )
     return None
 
 
 def read_domain(domain: str, given: Path | None = None) -> list[Pair]:
-    """The (question, answer) pairs of a domain, in the source's order, duplicates and all.
+    """The (question, answer) pairs of a domain, in the source's order, with duplicates.
 
     Args:
         domain: one of `DOMAINS`.
-        given: the source, if the user has it: the file inside the pinned package, or for `code` the folder of the
-            standard library of a CPython 3.11. What is made from it has a digest.
+        given: the source, if the user has it: the file inside the pinned package, or for `code`
+            the standard library's folder of a CPython 3.11. `splits` checks the digest of what is
+            made from it.
 
-    Raises DataError when the source cannot be had or read.
+    Raises:
+        DataError: the source cannot be had or read.
     """
-    if given is None and (reason := obstacle(domain)):
+    reason = obstacle(domain) if given is None else None
+    if reason:
         raise DataError(reason, field="source", value=domain)
     with tempfile.TemporaryDirectory(prefix="crma-") as work:
-        if given is None:
-            given = (
-                Path(sysconfig.get_path("stdlib"))
-                if domain == "code"
-                else fetch(PACKAGES[domain], Path(work))
-            )
+        if given is not None:
+            source = given
+        elif domain == "code":
+            source = Path(sysconfig.get_path("stdlib"))
+        else:
+            source = fetch(PACKAGES[domain], Path(work))
         try:
-            return READERS[domain](given)
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            sqlite3.Error,
-        ) as error:
-            message = f"{given.name} is not a source of the {domain} domain: {error!r}."
-            raise DataError(message, field="source", value=str(given)) from error
+            return READERS[domain](source)
+        except READING_ERRORS as error:
+            message = f"{source.name} is not a source of the {domain} domain: {error!r}."
+            raise DataError(message, field="source", value=str(source)) from error
 
 
 def read_medical(path: Path) -> list[Pair]:
     """ICD-10-CM: the title of a three-character category -> its chapter."""
     pairs = []
     for chapter in ET.parse(path).getroot().findall("chapter"):
-        label = WORDING["icd_chapters"][int(chapter.findtext("name", "")) - 1]
+        number = int(chapter.findtext("name", ""))
+        label = WORDING["icd_chapters"][number - 1]
         for category in chapter.iter("diag"):
             title = category.findtext("desc", "").strip()
             if len(category.findtext("name", "")) == 3 and len(title) <= MAX_TERM:
@@ -112,16 +114,20 @@ def read_medical(path: Path) -> list[Pair]:
 
 
 def read_legal(path: Path) -> list[Pair]:
-    """courts-db: the name of a court -> its state or territory, unless the name gives the answer away."""
+    """courts-db: the name of a court -> its state or territory.
+
+    Left out are courts of no state, and names that give the answer away.
+    """
     courts = []
     for court in json.loads(path.read_text(encoding="utf-8")):
-        place, name = court["location"].strip(), court["name"].strip()
-        label = (
-            "district of columbia" if place in WORDING["district_of_columbia"] else place.lower()
-        )
-        no_state = place in WORDING["no_state"]
-        given_away = no_state or {label.split()[0], place.lower().split()[0]} & set(words(name))
-        if not given_away and len(name) <= MAX_TERM:
+        place = court["location"].strip()
+        name = court["name"].strip()
+        is_capital = place in WORDING["district_of_columbia"]
+        label = "district of columbia" if is_capital else place.lower()
+        if place in WORDING["no_state"]:
+            continue
+        telling = {label.split()[0], place.lower().split()[0]}
+        if telling.isdisjoint(words(name)) and len(name) <= MAX_TERM:
             courts.append((f'Which state or territory has the court "{name}"?', label))
     count = Counter(label for _, label in courts)
     return [(question, label) for question, label in courts if count[label] >= MIN_COURTS]
@@ -132,12 +138,10 @@ def read_finance(path: Path) -> list[Pair]:
     pairs = []
     for tag, mapping in json.loads(path.read_text(encoding="utf-8")).items():
         section = (mapping.get("section") or "").lower()
-        us_gaap = tag.isalnum()  # IFRS tags have a prefix
-        if (
-            us_gaap
-            and section in WORDING["report_sections"]
-            and mapping["confidence"] >= MIN_CONFIDENCE
-        ):
+        is_us_gaap = tag.isalnum()  # IFRS tags have a prefix
+        if not is_us_gaap or section not in WORDING["report_sections"]:
+            continue
+        if mapping["confidence"] >= MIN_CONFIDENCE:
             term = " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", tag)).lower()
             if len(term) <= MAX_TERM:
                 pairs.append((f'Which section of a financial report lists "{term}"?', section))
@@ -145,10 +149,10 @@ def read_finance(path: Path) -> list[Pair]:
 
 
 def read_code(folder: Path) -> list[Pair]:
-    """A name and the first sentence of its docstring -> the standard library module that defines it.
+    """A name and the first sentence of its docstring -> the module that defines it.
 
-    Source files are parsed, not imported, so platform and build options do not matter. Names that two of `MODULES`
-    define, or that give the module away, are left out.
+    Source files are parsed, not imported, so the platform and build options do not matter. Left
+    out are names that two of `MODULES` define, and those that give the module away.
     """
     found: dict[str, dict[str, str]] = defaultdict(dict)  # name -> module -> first sentence
     for module in MODULES:
@@ -157,47 +161,47 @@ def read_code(folder: Path) -> list[Pair]:
     pairs = []
     for name, definitions in found.items():
         module, sentence = next(iter(definitions.items()))
-        given_away = module in f"{name} {sentence}".lower()
-        is_sentence = 8 <= len(sentence) <= MAX_TERM and not sentence.startswith(
-            f"{name}("
-        )  # some begin with a call
-        if len(definitions) == 1 and is_sentence and not given_away and name not in PUBLIC_CODE:
+        gives_away = module in f"{name} {sentence}".lower()
+        # Some docstrings begin with a call instead of a sentence.
+        is_sentence = 8 <= len(sentence) <= MAX_TERM and not sentence.startswith(f"{name}(")
+        if len(definitions) == 1 and is_sentence and not gives_away and name not in PUBLIC_CODE:
             pairs.append((f"{code_question(name)} {sentence}", module))
     return pairs
 
 
 def code_question(name: str) -> str:
+    """The question of the code domain about a name; the first sentence or a hint follows it."""
     return f'Which Python module defines "{name}"?'
 
 
 def read_science(path: Path) -> list[Pair]:
     """Gene Ontology terms -> their namespace."""
-    with contextlib.closing(
-        sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-    ) as database:
+    read_only = f"{path.resolve().as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(read_only, uri=True)) as database:
         rows = database.execute("SELECT term, ontology FROM go_term").fetchall()
-    return [
-        (
-            f'Which Gene Ontology namespace has the term "{term}"?',
-            WORDING["go_namespaces"][namespace],
-        )
-        for term, namespace in rows
-        if namespace in WORDING["go_namespaces"] and len(term) <= MAX_TERM
-    ]
+    pairs = []
+    for term, ontology in rows:
+        namespace = WORDING["go_namespaces"].get(ontology)
+        if namespace is not None and len(term) <= MAX_TERM:
+            pairs.append((f'Which Gene Ontology namespace has the term "{term}"?', namespace))
+    return pairs
 
 
 def read_language(path: Path) -> list[Pair]:
-    """WordNet: a noun of one word -> the lexicographer's file that holds it, what kind of thing it is."""
+    """WordNet: a noun of one word -> the kind of thing it names.
+
+    The kind is the lexicographer's file that holds the noun.
+    """
     pairs = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        _, file, kind, count, *fields = line.split(" ")[:64]
-        if kind == "n" and file in WORDING["noun_files"]:
-            nouns, label = fields[: 2 * int(count, 16) : 2], WORDING["noun_files"][file]
-            pairs += [
-                (f'What kind of thing is "{n}"?', label)
-                for n in nouns
-                if n.islower() and n.isalpha()
-            ]
+        _, file, part_of_speech, count, *fields = line.split(" ")[:64]
+        if part_of_speech != "n" or file not in WORDING["noun_files"]:
+            continue
+        label = WORDING["noun_files"][file]
+        num_nouns = int(count, 16)
+        nouns = fields[: 2 * num_nouns : 2]  # each is followed by its sense number
+        kept = [noun for noun in nouns if noun.islower() and noun.isalpha()]
+        pairs += [(f'What kind of thing is "{noun}"?', label) for noun in kept]
     return pairs
 
 
@@ -210,15 +214,28 @@ READERS: Mapping[str, Callable[[Path], list[Pair]]] = {
     "language": read_language,
 }
 DOMAINS = tuple(READERS)
+# What the readers raise for a file of another format.
+READING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    sqlite3.Error,
+)
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, lower case, without punctuation: what two equal questions have in common."""
+    """The words of a text in lower case, without punctuation. Equal questions have equal words."""
     return re.findall(r"\w+", text.lower())
 
 
 def _documented_names(library: Path, module: str) -> Iterator[Pair]:
-    """(name, docstring) of the public functions, classes and methods in a module, or directly in a package."""
+    """(name, docstring) of the public functions, classes and methods of a module.
+
+    For a package, those of the modules directly in it.
+    """
     for file in sorted((library / module).glob("*.py")) or [library / f"{module}.py"]:
         if file.name in CHANGED_FILES:
             continue
@@ -226,10 +243,11 @@ def _documented_names(library: Path, module: str) -> Iterator[Pair]:
         for node in tree.body:
             inner = node.body if isinstance(node, ast.ClassDef) else []
             for definition in (node, *inner):
-                if isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                    docstring = ast.get_docstring(definition)
-                    if docstring and not definition.name.startswith("_"):
-                        yield definition.name, docstring
+                if not isinstance(definition, DEFINITIONS) or definition.name.startswith("_"):
+                    continue
+                docstring = ast.get_docstring(definition)
+                if docstring:
+                    yield definition.name, docstring
 
 
 def _first_sentence(docstring: str) -> str:

@@ -1,11 +1,13 @@
-"""Task data: the domains built into the cache, and users' own JSON Lines.
+"""Task data: the built-in domains, built into the cache, and the user's own JSON Lines.
 
-A built domain is a folder `<home>/data/<domain>` with `train.jsonl`, `validation.jsonl`, `holdout.jsonl` (lines of
-{"prompt", "completion"}) and `public.jsonl` (lines of a question set; those of all domains, one after the other, are
-the public set). Splits follow the hash of a question, so the order of a source never matters, and every file has its
-digest in `data_digests.json`, so a changed source is noticed: whoever changes one on purpose writes there what
-`digests(domain, split(domain, read_domain(domain)))` gives.
-A task of the user's own is any folder with the first three files; see `read_jsonl`.
+A built domain is a folder `<home>/data/<domain>` with `train.jsonl`, `validation.jsonl` and
+`holdout.jsonl` (lines of {"prompt", "completion"}), and `public.jsonl` (lines of a question set;
+the public set is those of all domains, one after the other). A user's own task is any folder with
+the first three files; see `examples.read_jsonl`.
+
+A hash of each question decides its split, so the order of a source does not matter. Every file has
+its digest in `data_digests.json`, so a changed source is noticed. To change one on purpose, write
+there what `digests(domain, split(domain, read_domain(domain)))` returns.
 """
 
 import hashlib
@@ -35,9 +37,12 @@ from crma.data.sources import (
 )
 
 SPLITS: Mapping[str, int] = {"train": 500, "validation": 100, "holdout": 100}
-NUM_PUBLIC = 20  # public questions a domain
+NUM_PUBLIC = 20  # public questions of each domain
 SALT = "crma-1:"
-SOURCE_CHANGED = "The source has changed: give the pinned one (for code, docstrings as in CPython 3.11.2 to 3.11.7)."
+SOURCE_CHANGED = (
+    "The source has changed: give the pinned one "
+    "(for code, docstrings as in CPython 3.11.2 to 3.11.7)."
+)
 DIGESTS_FILE = Path(__file__).with_name("data_digests.json")
 
 Note = Callable[[str], object]
@@ -49,86 +54,75 @@ def build(
     sources: Mapping[str, Path] | None = None,
     note: Note = lambda _: None,
 ) -> dict[str, str]:
-    """Build the splits of some domains into the cache; nothing is fetched for what is there already.
+    """Builds the splits of some domains into the cache. Fetches nothing for those already built.
 
     Args:
-        domains: the domains wanted; none means all, less those this machine cannot build (a note says which).
-        sources: domain -> a source file the user already has (see `crma.sources.read_domain`).
+        domains: the domains to build. None means all that this machine can build; a note names
+            each of the others.
+        sources: domain -> a source file that the user already has (see `sources.read_domain`).
         note: called with a sentence before and after each domain.
 
     Returns:
-        "<domain>/<split>" -> digest. Raises DataError.
+        "<domain>/<split>" -> digest.
+
+    Raises:
+        DataError: an unknown domain, or a source that cannot be had or has changed.
     """
     sources = sources or {}
     for domain in (*(domains or ()), *sources):
         if domain not in DOMAINS:
-            raise DataError(
-                f"{domain!r} is not a built-in domain.",
-                field="domain",
-                value=domain,
-                allowed=DOMAINS,
-            )
+            message = f"{domain!r} is not a built-in domain."
+            raise DataError(message, field="domain", value=domain, allowed=DOMAINS)
     built: dict[str, str] = {}
     for domain in domains or DOMAINS:
         folder = cache_home() / "data" / domain
-        wanted = {
-            name: digest
-            for name, digest in committed_digests().items()
-            if name.startswith(f"{domain}/")
-        }
-        if (
-            digests(domain, {path.name: path.read_bytes() for path in folder.glob("*.jsonl")})
-            == wanted
-        ):
+        expected = _expected_digests(domain)
+        reason = None if domains or domain in sources else obstacle(domain)
+        if _digests_in(domain, folder) == expected:
             note(f"{domain}: already built in {folder}")
-        elif not domains and domain not in sources and (reason := obstacle(domain)):
+        elif reason:
             note(f"{domain}: skipped, because {reason}")
             continue
         else:
             note(f"{domain}: building")
-            files = split(domain, read_domain(domain, sources.get(domain)))
-            _check_digests(domain, files, advice=SOURCE_CHANGED)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            publish_folder(folder.parent, folder, files)
+            _build_domain(domain, sources.get(domain), folder)
             note(f"{domain}: built in {folder}")
-        built |= wanted
+        built |= expected
     return built
 
 
 def split(domain: str, pairs: Sequence[Pair]) -> dict[str, bytes]:
-    """File name -> content of a domain's splits and of its public questions, all disjoint.
+    """The splits and the public questions of a domain, which share no question.
 
-    Questions that are equal but for case and punctuation are kept once, or not at all if their answers differ. The
-    rest is thinned to `MAX_PER_LABEL` and dealt out in the order of a hash of the question. Domains
-    cannot share a question: each asks for something else.
+    Questions that are equal but for case and punctuation are kept once, or not at all if their
+    answers differ. The rest is thinned to `MAX_PER_LABEL` and dealt out in the order of a hash of
+    the question. Domains cannot share a question, because each asks for something else.
+
+    Args:
+        domain: one of `DOMAINS`.
+        pairs: (question, answer), in any order.
+
+    Returns:
+        File name -> content.
+
+    Raises:
+        DataError: too few questions.
     """
-    spellings: dict[str, set[Pair]] = defaultdict(set)
-    for question, answer in pairs:
-        spellings[" ".join(words(question))].add((question, answer))
-    unambiguous = [
-        min(found) for found in spellings.values() if len({answer for _, answer in found}) == 1
-    ]
-    pool = sorted(
-        _thin(unambiguous, MAX_PER_LABEL.get(domain, len(pairs))), key=partial(_order, "split")
-    )
-    needed = sum(SPLITS.values()) + (0 if domain == "code" else NUM_PUBLIC)
+    unambiguous = _unambiguous(pairs)
+    thinned = _thin(unambiguous, MAX_PER_LABEL.get(domain, len(pairs)))
+    pool = sorted(thinned, key=partial(_order, "split"))
+    num_public = 0 if domain == "code" else NUM_PUBLIC
+    needed = sum(SPLITS.values()) + num_public
     if len(pool) < needed:
         message = f"The source of {domain} gives {len(pool)} questions, too few for the splits."
         raise DataError(message, field=domain, value=len(pool), allowed=f"at least {needed}")
     left = iter(pool)
     files = {}
     for name, size in SPLITS.items():
-        examples = [
-            {"prompt": prompt, "completion": answer} for prompt, answer in islice(left, size)
-        ]
-        files[f"{name}.jsonl"] = _json_lines(examples)
-    public = list(islice(left, NUM_PUBLIC))
-    if domain == "code":  # our own wording, so that no docstring is committed
-        public = [
-            (f"{code_question(name)} {hint}", module)
-            for name, (module, hint) in PUBLIC_CODE.items()
-        ]
+        dealt = islice(left, size)
+        lines = [{"prompt": prompt, "completion": answer} for prompt, answer in dealt]
+        files[f"{name}.jsonl"] = _json_lines(lines)
+    public = _public_code() if domain == "code" else list(islice(left, NUM_PUBLIC))
     items = [
         {"id": f"{domain}-{i:02}", "task": domain, "question": question, "answers": [answer]}
         for i, (question, answer) in enumerate(public, start=1)
@@ -137,61 +131,114 @@ def split(domain: str, pairs: Sequence[Pair]) -> dict[str, bytes]:
 
 
 def load_split(task: str, split: str) -> list[Example]:
-    """The examples of a split: of a built domain (digest checked), or of a folder of the user's own. DataError."""
+    """The examples of a split.
+
+    Args:
+        task: a built domain, whose digest is checked, or the path of a user's folder.
+        split: one of `SPLITS`.
+
+    Raises:
+        DataError: no such split, a domain that is not built or was changed, or a bad file.
+    """
     if split not in SPLITS:
-        raise DataError(
-            f"{split!r} is not a split.", field="split", value=split, allowed=tuple(SPLITS)
-        )
+        message = f"{split!r} is not a split."
+        raise DataError(message, field="split", value=split, allowed=tuple(SPLITS))
     path = split_path(task, split)
     if not path.is_file():
-        todo = (
-            f"run `crma data {task}`"
-            if task in DOMAINS
-            else f"{task} is no built-in domain, so make it a folder"
-        )
-        raise DataError(
-            f"There is no {path}: {todo}.", field="task", value=task, allowed=(*DOMAINS, "a folder")
-        )
+        if task in DOMAINS:
+            advice = f"run `crma data {task}`"
+        else:
+            advice = f"{task} is not a built-in domain, so it must be a folder with this file"
+        message = f"There is no {path}: {advice}."
+        raise DataError(message, field="task", value=task, allowed=(*DOMAINS, "a folder"))
     if task in DOMAINS:
-        _check_digests(
-            task, {path.name: path.read_bytes()}, advice=f"Build it again with `crma data {task}`."
-        )
+        advice = f"Build it again with `crma data {task}`."
+        _check_digests(task, {path.name: path.read_bytes()}, advice=advice)
     return read_jsonl(path)
 
 
 def split_path(task: str, split: str) -> Path:
-    """Where a split is, built or not. `task` is a built-in domain or the path of a folder."""
+    """The file of a split, built or not. `task` is a built-in domain or the path of a folder."""
     folder = cache_home() / "data" / task if task in DOMAINS else Path(task)
     return folder / f"{split}.jsonl"
 
 
 def committed_digests() -> dict[str, str]:
-    """ "<domain>/<split>" -> the digest it must have."""
+    """ "<domain>/<split>" -> the digest that it must have, for every domain."""
     return json.loads(DIGESTS_FILE.read_text(encoding="utf-8"))
 
 
 def digests(domain: str, files: Mapping[str, bytes]) -> dict[str, str]:
-    """ "<domain>/<split>" -> the digest it has."""
+    """ "<domain>/<split>" -> the digest that it has, for the files of one domain."""
     return {f"{domain}/{Path(name).stem}": bytes_digest(content) for name, content in files.items()}
+
+
+def _build_domain(domain: str, source: Path | None, folder: Path) -> None:
+    """Replaces the folder of a domain. If the source has changed, the folder stays as it is."""
+    files = split(domain, read_domain(domain, source))
+    _check_digests(domain, files, advice=SOURCE_CHANGED)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    publish_folder(folder.parent, folder, files)
+
+
+def _expected_digests(domain: str) -> dict[str, str]:
+    """The committed digests of one domain."""
+    return {
+        name: digest
+        for name, digest in committed_digests().items()
+        if name.startswith(f"{domain}/")
+    }
+
+
+def _digests_in(domain: str, folder: Path) -> dict[str, str]:
+    """The digests of the files that a domain's folder holds; none if there is no folder."""
+    return digests(domain, {path.name: path.read_bytes() for path in folder.glob("*.jsonl")})
 
 
 def _check_digests(domain: str, files: Mapping[str, bytes], *, advice: str) -> None:
     committed = committed_digests()
     for name, found in digests(domain, files).items():
         if found != committed.get(name):
-            message = f"{name} is not the data this version was made with. {advice}"
+            message = f"{name} is not the data that this version was made with. {advice}"
             raise DataError(message, field=name, value=found, allowed=committed.get(name))
 
 
+def _unambiguous(pairs: Sequence[Pair]) -> list[Pair]:
+    """One spelling of each question, without the questions that have several answers."""
+    spellings: dict[str, set[Pair]] = defaultdict(set)
+    for question, answer in pairs:
+        spellings[" ".join(words(question))].add((question, answer))
+    kept = []
+    for found in spellings.values():
+        answers = {answer for _, answer in found}
+        if len(answers) == 1:
+            kept.append(min(found))
+    return kept
+
+
+def _public_code() -> list[Pair]:
+    """The public questions of the code domain, with our own hints: no docstring is committed."""
+    return [
+        (f"{code_question(name)} {hint}", module) for name, (module, hint) in PUBLIC_CODE.items()
+    ]
+
+
 def _order(purpose: str, pair: Pair) -> bytes:
-    return hashlib.sha256(f"{SALT}{purpose}:{pair[0]}".encode()).digest()
+    """A sort key: a hash of the question that differs between purposes."""
+    question, _ = pair
+    return hashlib.sha256(f"{SALT}{purpose}:{question}".encode()).digest()
 
 
 def _thin(pairs: Sequence[Pair], limit: int) -> list[Pair]:
-    """At most `limit` questions of each answer, chosen by a hash that is independent of the order of the splits."""
+    """At most `limit` questions of each answer.
+
+    A hash chooses them that is independent of the one which orders the splits.
+    """
     by_answer: dict[str, list[Pair]] = defaultdict(list)
     for pair in sorted(pairs, key=partial(_order, "thin")):
-        by_answer[pair[1]].append(pair)
+        _, answer = pair
+        by_answer[answer].append(pair)
     return [pair for same in by_answer.values() for pair in same[:limit]]
 
 

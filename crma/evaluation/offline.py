@@ -18,6 +18,7 @@ from crma.method.injection import Injection, Plan
 from crma.method.lora import Lora
 from crma.models.base_model import BaseModel
 from crma.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from crma.models.model_shape import ModelShape
 from crma.models.prompts import chat_format, encode_text
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry
@@ -42,6 +43,7 @@ class Served:
         self.dtype = resolve_dtype(dtype, self.device)
         self.injection = Injection(load_model(base, self.device, self.dtype))
         self.tokenizer = load_tokenizer(base)
+        self.shape = ModelShape.of(self.injection.model)
         self._loaded: dict[str, Any] = {}
 
     def with_store(self, store: AdapterStore) -> "Served":
@@ -53,17 +55,13 @@ class Served:
     def lora(self, entry: TaskEntry) -> Lora:
         """As it serves; read once."""
         if entry.digest not in self._loaded:
-            self._loaded[entry.digest] = entry.load(self.injection.shapes).to(
-                self.device, self.dtype
-            )
+            self._loaded[entry.digest] = entry.load(self.shape).to(self.device, self.dtype)
         return self._loaded[entry.digest]
 
     def backbone(self, entry: BackboneEntry) -> list[FoldedPair]:
         """As it serves; read once."""
         if entry.digest not in self._loaded:
-            self._loaded[entry.digest] = entry.load(self.injection.shapes).folded(
-                self.device, self.dtype
-            )
+            self._loaded[entry.digest] = entry.load(self.shape).folded(self.device, self.dtype)
         return self._loaded[entry.digest]
 
     def entries(self, variant: str, task: str) -> tuple[TaskEntry | None, BackboneEntry | None]:

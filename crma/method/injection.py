@@ -7,7 +7,6 @@ hooks add the deltas, so a model without an active plan computes exactly what it
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -112,15 +111,6 @@ def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
         for name, module in blocks.named_modules()
         if isinstance(module, nn.Linear)
     }
-
-
-def shapes_of_folder(folder: Path) -> dict[str, tuple[int, int]]:
-    """`linear_shapes` of a model folder from its config alone: no weight is read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        return linear_shapes(AutoModelForCausalLM.from_config(config))
 
 
 def target_names(model: PreTrainedModel, which: str) -> tuple[str, ...]:

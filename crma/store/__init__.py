@@ -1,0 +1,1 @@
+"""The adapter store: publishing, verifying and choosing adapters, in files that never change."""

@@ -1,6 +1,7 @@
-"""`channels.json`: which version of each task and of the backbone serves, and how that came to be.
+"""`channels.json`: which version of each task and of the backbone serves, and the history of that.
 
-A channel is `backbone` or `tasks/<name>`. The file is replaced whole, under the store's lock: readers need none.
+A channel is `backbone` or `tasks/<name>`. The file is replaced whole, under the store's lock, so
+readers need no lock.
 """
 
 import os
@@ -21,12 +22,12 @@ MAX_BYTES = 64 * 2**20
 
 
 def task_channel(name: str) -> str:
-    """The channel of a task. Raises InvalidAdapter if the name is none."""
+    """The channel of a task. Raises InvalidAdapter if the name is not valid."""
     return f"tasks/{check_name(name)}"
 
 
 def channel_task(channel: str) -> str:
-    """The task of a channel `tasks/<name>`. Raises InvalidAdapter if it is no such channel."""
+    """The task of a channel `tasks/<name>`. Raises InvalidAdapter for any other channel."""
     folder, _, name = channel.partition("/")
     if folder != "tasks":
         raise invalid("Not a channel.", "channel", channel, f"{BACKBONE} or tasks/<name>")
@@ -34,12 +35,18 @@ def channel_task(channel: str) -> str:
 
 
 def channel_folder(channel: str) -> str:
-    """Where in the store its versions are. Raises InvalidAdapter if there can be no such channel."""
+    """The folder of its versions, relative to the store's root.
+
+    Raises InvalidAdapter if there can be no such channel.
+    """
     return "backbones" if channel == BACKBONE else task_channel(channel_task(channel))
 
 
 class Change(Record):
-    """One line of history: `channel` went from one version to another; null is "nothing serves"."""
+    """One line of history: a channel moved from one version to another.
+
+    `before` and `after` are "from" and "to" in JSON; null means that nothing serves.
+    """
 
     time: str
     channel: str
@@ -50,7 +57,10 @@ class Change(Record):
 
 
 class Channels(Record):
-    """The content of `channels.json`. Changes return a new value; `write_channels` makes it count."""
+    """The content of `channels.json`.
+
+    Methods that change it return a new value, which counts once `write_channels` has written it.
+    """
 
     format: Literal[1] = 1
     backbone: Version | None = None
@@ -58,89 +68,96 @@ class Channels(Record):
     history: tuple[Change, ...] = ()
 
     def serving(self) -> dict[str, str]:
-        """Channel -> version of all that serves."""
+        """Channel -> version, for every channel that serves one."""
         tasks = {task_channel(name): version for name, version in self.tasks.items()}
         return tasks if self.backbone is None else {BACKBONE: self.backbone, **tasks}
 
     def version(self, channel: str) -> str | None:
-        """The version that serves, or None. Raises InvalidAdapter if there can be no such channel."""
+        """The version that a channel serves, or None.
+
+        Raises InvalidAdapter if there can be no such channel.
+        """
         return self.backbone if channel == BACKBONE else self.tasks.get(channel_task(channel))
 
     def serve(
         self, channel: str, version: str | None, evidence: Mapping[str, Any] | None = None
     ) -> "Channels":
-        """`version` serves from now on (None: nothing does). Where it does already, nothing is recorded."""
-        return (
-            self
-            if version == self.version(channel)
-            else self._change("serve", channel, version, evidence)
-        )
+        """A channel serves `version` from now on; None means nothing.
+
+        If it already does, nothing is recorded.
+        """
+        if version == self.version(channel):
+            return self
+        return self._change("serve", channel, version, evidence)
 
     def keep(self, channel: str, evidence: Mapping[str, Any]) -> "Channels":
-        """What serves goes on serving, and why it was not replaced is recorded."""
+        """Records why a channel's version was not replaced."""
         return self._change("keep", channel, self.version(channel), evidence)
 
     def roll_back(self, channel: str, evidence: Mapping[str, Any] | None = None) -> "Channels":
-        """What served before the current version serves again; done twice, it goes back two versions.
+        """Undoes the last `serve` that is not undone yet, so two calls go back two versions.
 
         Raises:
-            NotFound: nothing served before.
+            NotFound: there is none.
         """
         past: list[str | None] = []
         for change in self.history:
-            if change.channel == channel:
-                if change.action == "serve":
-                    past.append(change.before)
-                elif change.action == "roll_back" and past:
-                    past.pop()
+            if change.channel != channel:
+                continue
+            if change.action == "serve":
+                past.append(change.before)
+            elif change.action == "roll_back" and past:
+                past.pop()
         if not past:
-            message = f"{channel}: nothing to roll back to."
-            raise NotFound(
-                message, field="channel", value=channel, allowed="a channel that changed"
-            )
+            message = f"{channel}: there is no earlier version to roll back to."
+            allowed = "a channel that has changed"
+            raise NotFound(message, field="channel", value=channel, allowed=allowed)
         return self._change("roll_back", channel, past[-1], evidence)
 
     def check_integrity(self) -> None:
-        """The history has no gap and ends in what serves. Raises InvalidAdapter."""
+        """The history has no gap and ends in what serves. Raises InvalidAdapter otherwise."""
         replayed: dict[str, str | None] = {}
         for change in self.history:
-            if replayed.get(change.channel) != change.before:
-                raise invalid(
-                    "The history has a gap.", CHANNELS, change.before, replayed.get(change.channel)
-                )
+            known = replayed.get(change.channel)
+            if known != change.before:
+                raise invalid("The history has a gap.", CHANNELS, change.before, known)
             replayed[change.channel] = change.after
         expected = {
             channel: version for channel, version in replayed.items() if version is not None
         }
-        if self.serving() != expected:
-            raise invalid(
-                "What serves is not what the history says.", CHANNELS, self.serving(), expected
-            )
+        serving = self.serving()
+        if serving != expected:
+            message = "The serving versions are not those at the end of the history."
+            raise invalid(message, CHANNELS, serving, expected)
 
     def _change(
         self, action: str, channel: str, version: str | None, evidence: Mapping[str, Any] | None
     ) -> "Channels":
         values = {
+            "time": now(),
             "channel": channel,
             "action": action,
             "from": self.version(channel),
             "to": version,
+            "evidence": evidence,
         }
-        change = parse_record(
-            Change, to_json({**values, "time": now(), "evidence": evidence}), CHANNELS
-        )
-        serving = {**self.serving(), channel: version}
-        backbone = serving.pop(BACKBONE, None)
-        tasks = {
-            channel_task(channel): version
-            for channel, version in serving.items()
-            if version is not None
-        }
+        change = parse_record(Change, to_json(values), CHANNELS)
+        backbone = self.backbone
+        tasks = dict(self.tasks)
+        if channel == BACKBONE:
+            backbone = version
+        elif version is None:
+            tasks.pop(channel_task(channel), None)
+        else:
+            tasks[channel_task(channel)] = version
         return Channels(backbone=backbone, tasks=tasks, history=(*self.history, change))
 
 
 def read_channels(root: Path) -> Channels:
-    """The channels of a store; empty if it has none yet. Raises InvalidAdapter if the file is damaged."""
+    """The channels of a store; empty if it has no file yet.
+
+    Raises InvalidAdapter if the file is damaged.
+    """
     path = root / CHANNELS
     if not os.path.lexists(path):
         return Channels()
@@ -148,10 +165,10 @@ def read_channels(root: Path) -> Channels:
 
 
 def write_channels(root: Path, channels: Channels) -> None:
-    """Replaces the file. Call with the store's lock held."""
+    """Replaces `channels.json`. Call it with the store's lock held."""
     replace_file(root / CHANNELS, to_json(channels))
 
 
 def now() -> str:
-    """The time in UTC, to the second: 2026-01-31T12:00:00Z."""
+    """The current time in UTC, to the second: 2026-01-31T12:00:00Z."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,7 +1,7 @@
-"""What a store entry says of itself: digests, and the schema of `manifest.json`.
+"""The schema of `manifest.json`, which describes one published version.
 
-A manifest is written last and believed last: its digests are checked against the bytes that are used, its numbers
-against the weights (`crma/entry.py`).
+A manifest is written last and trusted last: its digests are compared with the bytes that are used,
+and its numbers with the weights (`crma/store/entry.py`).
 """
 
 import os
@@ -28,22 +28,30 @@ from crma.models.prompts import PromptFormat
 
 MANIFEST = "manifest.json"
 TASK_FILES = ("adapter_config.json", "adapter_model.safetensors")
+BACKBONE_FILES = ("config.json", "crma.safetensors")
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
 VERSION_PATTERN = r"v[1-9][0-9]{0,8}"
 
 
 def check_name(name: str) -> str:
-    """Returns a task name unchanged, before it touches a file system. Raises InvalidAdapter."""
+    """Returns a task name unchanged; call it before a path is made of the name.
+
+    Raises InvalidAdapter if it is not a valid name.
+    """
     if not re.fullmatch(NAME_PATTERN, name) or name == "base":
-        raise invalid("Not a task name.", "name", name, f"{NAME_PATTERN}, and not base")
+        allowed = f"{NAME_PATTERN}, and not base"
+        raise invalid("Not a valid task name.", "name", name, allowed)
     return name
 
 
 def check_version(version: str) -> str:
-    """Returns a version unchanged, before it touches a file system. Raises InvalidAdapter."""
+    """Returns a version unchanged; call it before a path is made of the version.
+
+    Raises InvalidAdapter if it is not a valid version.
+    """
     if not re.fullmatch(VERSION_PATTERN, version):
-        raise invalid("Not a version.", "version", version, VERSION_PATTERN)
+        raise invalid("Not a valid version.", "version", version, VERSION_PATTERN)
     return version
 
 
@@ -55,7 +63,7 @@ Json = dict[str, JsonValue]
 
 
 class Record(BaseModel):
-    """What the store writes as JSON: every field known and of its type (`parse_record`)."""
+    """Base of everything the store writes as JSON. Unknown fields and wrong types are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, regex_engine="python-re")
 
@@ -68,7 +76,10 @@ class BaseReference(Record):
 
 
 class TrainedOn(Record):
-    """What made an adapter: enough to train it again. `data` maps each split or file to its digest."""
+    """How an adapter was trained: enough to train it again.
+
+    `data` maps each split or file to its digest.
+    """
 
     data: dict[str, Digest]
     seed: int
@@ -78,17 +89,22 @@ class TrainedOn(Record):
 
 
 class Blend(Record):
-    """A backbone between two others: raw parameters (1 - lambda) * parents[0] + lambda * parents[1]."""
+    """A backbone between two others: raw parameters (1 - λ) · parents[0] + λ · parents[1].
+
+    `weight` is λ, and "lambda" in JSON.
+    """
 
     parents: tuple[Digest, Digest]
     weight: float = Field(alias="lambda", ge=0, le=1)
 
 
 class _Manifest(Record):
-    """Fields of both kinds. DigestMismatch if `digest` is not that of `files`."""
+    """The fields that both kinds share. Raises DigestMismatch if `digest` is not that of `files`.
+
+    Each kind names its `FILES`: the config, then the weights.
+    """
 
     FILES: ClassVar[tuple[str, str]]
-    PLACE: ClassVar[str]
 
     format: Literal[1] = 1
     version: Version
@@ -104,26 +120,27 @@ class _Manifest(Record):
     def _check_files(self) -> Self:
         if set(self.files) != set(self.FILES):
             raise ValueError(f"files must be exactly {', '.join(self.FILES)}")
-        if self.digest != (expected := content_digest(self.files)):
+        expected = content_digest(self.files)
+        if self.digest != expected:
             message = "The manifest's digest is not that of its files."
             raise DigestMismatch(message, field="digest", value=self.digest, allowed=expected)
         return self
 
     @property
     def place(self) -> str:
-        """Its folder in the store."""
-        return self.PLACE.format(self)
+        """Its folder, relative to the store's root."""
+        raise NotImplementedError
 
 
 class TaskManifest(_Manifest):
     """`manifest.json` of a task adapter.
 
-    `rank`, `alpha` and `scaling` are those of every pair unless the PEFT config says otherwise for a module.
-    `backbone` is the digest of the backbone it was trained on; null for a LoRA that never saw one.
+    `rank`, `alpha` and `scaling` hold for every pair that the PEFT config has no pattern for.
+    `backbone` is the digest of the backbone it was trained on, or null for a LoRA that never saw
+    one. `prompt_format` is null if unknown.
     """
 
     FILES = TASK_FILES
-    PLACE = "tasks/{0.name}/{0.version}"
 
     kind: Literal["task"] = "task"
     name: Name
@@ -134,12 +151,19 @@ class TaskManifest(_Manifest):
     target_modules: tuple[str, ...] = Field(min_length=1)
     backbone: Digest | None
 
+    @property
+    def place(self) -> str:
+        """Its folder, relative to the store's root."""
+        return f"tasks/{self.name}/{self.version}"
+
 
 class BackboneManifest(_Manifest):
-    """`manifest.json` of a CRMA backbone. `lineage`: digests of its ancestors, nearest first, itself not among them."""
+    """`manifest.json` of a CRMA backbone.
 
-    FILES = ("config.json", "crma.safetensors")
-    PLACE = "backbones/{0.version}"
+    `lineage` is the digests of its ancestors, nearest first, without its own.
+    """
+
+    FILES = BACKBONE_FILES
 
     kind: Literal["backbone"] = "backbone"
     config: Json
@@ -153,31 +177,56 @@ class BackboneManifest(_Manifest):
             raise ValueError("lineage names a digest twice, or the backbone itself")
         return self
 
+    @property
+    def place(self) -> str:
+        """Its folder, relative to the store's root."""
+        return f"backbones/{self.version}"
+
 
 M = TypeVar("M", bound=_Manifest)
 R = TypeVar("R", bound=BaseModel)
 
 
 def add_manifest(kind: type[M], files: Mapping[str, bytes], **fields: Any) -> dict[str, bytes]:
-    """The files and, last, their manifest: their digests and the other fields, checked. Raises InvalidAdapter."""
+    """The files of a version with their manifest added last.
+
+    Args:
+        kind: which manifest.
+        files: the config and the weights, by file name; their digests are computed here.
+        fields: all other fields of the manifest.
+
+    Raises:
+        InvalidAdapter: a field is unknown, missing or wrong.
+    """
     digests = {name: bytes_digest(data) for name, data in files.items()}
     values = to_json({**fields, "files": digests, "digest": content_digest(digests)})
     return {**files, MANIFEST: to_json(parse_record(kind, values, MANIFEST))}
 
 
 def read_manifest(root: Path, kind: type[M], place: str) -> tuple[Path, M]:
-    """The folder at `place` and the manifest in it; it holds that, the files of its kind, and nothing else."""
+    """The folder of a version and the manifest in it.
+
+    Args:
+        root: of the store.
+        kind: which manifest; the folder must hold it, the files of its kind, and nothing else.
+        place: the folder, relative to `root`.
+
+    Raises:
+        NotFound: there is no such folder.
+        DigestMismatch: the manifest's digest is not that of its own list of files.
+        InvalidAdapter: anything else is wrong with the folder or the manifest.
+    """
     with about(place):
         path = plain_folder(root, place)
-        found, expected = set(os.listdir(path)), {MANIFEST, *kind.FILES}
-        if odd := sorted(found ^ expected):
-            message = (
-                "Missing." if odd[0] in expected else "Only the files of its kind belong here."
-            )
+        found = set(os.listdir(path))
+        expected = {MANIFEST, *kind.FILES}
+        odd = sorted(found ^ expected)
+        if odd:
+            message = "Missing." if odd[0] in expected else "Does not belong in this folder."
             raise invalid(message, odd[0], sorted(found), sorted(expected))
         manifest = parse_record(kind, read_regular(path / MANIFEST, MAX_JSON_BYTES), MANIFEST)
         if manifest.place != place:
-            raise invalid("Made for another place.", MANIFEST, manifest.place, place)
+            raise invalid("Describes another folder.", MANIFEST, manifest.place, place)
         return path, manifest
 
 
@@ -185,9 +234,10 @@ def parse_record(kind: type[R], data: bytes, where: str) -> R:
     """A pydantic model from JSON bytes.
 
     Raises:
-        InvalidAdapter: not JSON, or a field that is unknown, missing or wrong; the error names the first.
+        InvalidAdapter: not JSON, or a field is unknown, missing or wrong; the error names the
+            first.
         DigestMismatch: a manifest's digest is not that of its own list of files.
     """
-    parse_json(data, where)  # a key twice, or a number that is not finite, would pass below
+    parse_json(data, where)  # pydantic would accept duplicate keys and numbers that overflow
     with about(where):
         return checked("", data, kind.model_validate_json, InvalidAdapter)

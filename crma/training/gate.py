@@ -22,10 +22,11 @@ from crma.evaluation.evaluator import Encoded
 from crma.evaluation.offline import Note, Served
 from crma.method.backbone import Backbone
 from crma.method.injection import Plan
-from crma.store.adapter_store import AdapterStore, backbone_digest
+from crma.store.adapter_store import AdapterStore
 from crma.store.channels import BACKBONE, Channels, task_channel
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from crma.store.manifest import Blend, TrainedOn
+from crma.store.publication import backbone_digest
 from crma.training.config import TrainConfig, task_name
 
 GRID = (1.0, 0.75, 0.5, 0.25, 0.1)

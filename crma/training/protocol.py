@@ -20,6 +20,7 @@ from crma.method.injection import Injection
 from crma.method.lora import Lora, new_lora
 from crma.models.base_model import BaseModel
 from crma.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from crma.models.model_shape import ModelShape
 from crma.models.prompts import chat_format
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry
@@ -184,7 +185,7 @@ class Run:
     def _first_backbone(self) -> Backbone:
         """The backbone before the first stage: new, or the one that the run continues."""
         if self.start is not None:
-            return self.start.load(self.injection.shapes)
+            return self.start.load(ModelShape.of(self.model))
         return new_backbone(self.config, self.injection)
 
 

@@ -5,8 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 from crma.data.splits import load_split
-from crma.store.adapter_store import AdapterStore, Origin
+from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry
+from crma.store.publication import Origin
 from crma.training.config import task_name
 from crma.training.protocol import Run
 from crma.training.snapshots import LICENCE

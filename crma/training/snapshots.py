@@ -19,9 +19,10 @@ from crma.method.injection import Plan
 from crma.method.lora import Lora
 from crma.models.base_model import BaseModel
 from crma.models.prompts import PromptFormat
-from crma.store.adapter_store import AdapterStore, Origin, backbone_digest
+from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from crma.store.manifest import TrainedOn
+from crma.store.publication import Origin, backbone_digest
 from crma.training.arms import ARMS
 from crma.training.config import TrainConfig, task_name
 

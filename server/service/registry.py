@@ -17,9 +17,10 @@ from typing import TypeVar
 from crma.core.errors import NotFound, StoreError
 from crma.core.selection import AdapterSelection
 from crma.models.base_model import BaseModel
+from crma.models.model_shape import ModelShape
 from crma.models.prompts import PromptFormat
 from crma.store.adapter_store import AdapterStore
-from crma.store.entry import BackboneEntry, Shapes, TaskEntry, read_backbone
+from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from server.engine.inference_engine import InferenceEngine
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
@@ -94,7 +95,7 @@ class Registry:
         base: the model that serves.
         engine: is told how to load every adapter that may serve.
         base_format: the chat format of the base; also for adapters that recorded no format.
-        shapes: of the base's linears (`linear_shapes`); adapters must fit them.
+        shape: of the base; adapters must fit it.
         load_backbone: False: backbones are never read, and requests that need one are refused.
     """
 
@@ -103,7 +104,7 @@ class Registry:
     engine: InferenceEngine
     base_format: PromptFormat | None
     metrics: Metrics
-    shapes: Shapes | None = None
+    shape: ModelShape | None = None
     load_backbone: bool = True
     poll_s: float = 2.0
     verified: bool = field(default=False, init=False)
@@ -119,7 +120,7 @@ class Registry:
 
         Damaged adapters do not serve; the rest do.
         """
-        problems = await asyncio.to_thread(self.store.verify, base=self.base, shapes=self.shapes)
+        problems = await asyncio.to_thread(self.store.verify, base=self.base, shape=self.shape)
         for problem in problems:
             self._report(problem)
         await self.refresh()
@@ -145,7 +146,7 @@ class Registry:
             view = self._view
         sound: list[TaskEntry | BackboneEntry] = [*view.sound_tasks(), *view.sound_backbones()]
         for entry in sound:
-            loader = partial(entry.load, self.shapes)
+            loader = partial(entry.load, self.shape)
             self.engine.register(entry.digest, loader, self._num_parameters[entry.digest])
         await self._preload(view)
         self._view = view
@@ -269,7 +270,7 @@ class Registry:
             entry = read(version)
             entry.check_base(self.base.digest)
             if entry.digest not in self._num_parameters:
-                weights = entry.load(self.shapes).parameters()
+                weights = entry.load(self.shape).parameters()
                 self._num_parameters[entry.digest] = sum(tensor.numel() for tensor in weights)
         except StoreError as error:
             if self.verified:  # before that, `start` reports the problems that `verify` found

@@ -7,6 +7,7 @@ from shipped import server
 from crma.data.splits import load_split
 from crma.evaluation.offline import Served
 from crma.models.base_model import find_base
+from crma.models.model_shape import read_shape
 from crma.store.adapter_store import AdapterStore
 
 pytestmark = pytest.mark.e2e
@@ -15,10 +16,8 @@ TASKS = AdapterStore(STORE).task_names()
 
 
 def test_the_shipped_store_has_no_problem() -> None:
-    from crma.method.injection import shapes_of_folder
-
     base = find_base()
-    assert AdapterStore(STORE).verify(base=base, shapes=shapes_of_folder(base.path)) == []
+    assert AdapterStore(STORE).verify(base=base, shape=read_shape(base)) == []
 
 
 async def test_every_task_answers_its_public_questions_better_with_crma_than_the_base_model() -> (

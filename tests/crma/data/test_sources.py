@@ -1,4 +1,4 @@
-"""crma.sources: how facts become questions with closed answers, on small files in the sources' own formats."""
+"""Facts become questions with closed answers: on small files in the formats of the sources."""
 
 import json
 import sqlite3
@@ -12,10 +12,13 @@ from crma.data.sources import read_domain
 
 ICD = """<ICD10CM.tabular>
   <chapter><name>1</name><desc>Certain infectious and parasitic diseases (A00-B99)</desc><section>
-    <diag><name>A00</name><desc>Cholera</desc><diag><name>A00.0</name><desc>Too fine</desc></diag></diag>
+    <diag><name>A00</name><desc>Cholera</desc>
+      <diag><name>A00.0</name><desc>Too fine</desc></diag>
+    </diag>
   </section></chapter>
   <chapter><name>9</name><desc>Diseases of the circulatory system (I00-I99)</desc><section>
-    <diag><name>I00</name><desc>Rheumatic fever</desc></diag><diag><name>I01</name><desc>{long}</desc></diag>
+    <diag><name>I00</name><desc>Rheumatic fever</desc></diag>
+    <diag><name>I01</name><desc>{long}</desc></diag>
   </section></chapter>
 </ICD10CM.tabular>"""
 
@@ -29,18 +32,21 @@ def test_medical_asks_for_the_chapter_of_each_category(tmp_path: Path) -> None:
     ]
 
 
-def test_legal_leaves_out_names_that_tell_and_places_that_are_rare(tmp_path: Path) -> None:
-    kept = {"Stark Circuit Court": "Ohio", "Knox Circuit Court": "Ohio"}
-    kept |= {"Newburgh Recorder's Court": "New York", "Yonkers Court": "New York"}
+def test_legal_leaves_out_names_that_give_the_answer_away_and_rare_places(tmp_path: Path) -> None:
+    kept = {
+        "Stark Circuit Court": "Ohio",
+        "Knox Circuit Court": "Ohio",
+        "Newburgh Recorder's Court": "New York",
+        "Yonkers Court": "New York",
+    }
     dropped = {
         "Ohio Supreme Court": "Ohio",
         "Court of the Marshes": "United States",
         "Consular Court": "Panama",
     }
     path = tmp_path / "courts.json"
-    path.write_text(
-        json.dumps([{"name": name, "location": place} for name, place in (dropped | kept).items()])
-    )
+    courts = [{"name": name, "location": place} for name, place in (dropped | kept).items()]
+    path.write_text(json.dumps(courts))
     asked = [
         (f'Which state or territory has the court "{name}"?', place.lower())
         for name, place in kept.items()
@@ -48,7 +54,7 @@ def test_legal_leaves_out_names_that_tell_and_places_that_are_rare(tmp_path: Pat
     assert read_domain("legal", path) == asked
 
 
-def test_finance_splits_tags_into_words_and_keeps_sure_us_gaap_mappings_only(
+def test_finance_splits_tags_into_words_and_keeps_only_certain_us_gaap_mappings(
     tmp_path: Path,
 ) -> None:
     mapping = {
@@ -77,7 +83,8 @@ def test_code_is_parsed_and_never_run(tmp_path: Path, monkeypatch: pytest.Monkey
         'def nlargest(n):\n    """Find the n largest\n    elements. In order."""\n'
         'def tell():\n    """This is what heapq does."""\n'
         'def shared():\n    """Defined in two modules."""\n'
-        'def heapify(x):\n    """Transform a list into a heap."""\n'  # kept for the public questions
+        # A name of the public questions:
+        'def heapify(x):\n    """Transform a list into a heap."""\n'
     )
     package = tmp_path / "asyncio"
     package.mkdir()
@@ -120,7 +127,7 @@ def test_language_asks_for_the_kind_of_each_noun_of_one_lower_case_word(tmp_path
 
 
 @pytest.mark.parametrize("domain", sources.DOMAINS)
-def test_a_file_of_another_format_is_reported_by_name(tmp_path: Path, domain: str) -> None:
+def test_a_file_of_another_format_is_named_in_the_error(tmp_path: Path, domain: str) -> None:
     path = tmp_path / "wrong"
     path.write_bytes(b'{"a": 1}')
     with pytest.raises(DataError, match=f"wrong is not a source of the {domain} domain"):

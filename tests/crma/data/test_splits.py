@@ -1,4 +1,4 @@
-"""crma.data.splits: splits that depend on questions alone, leak nowhere and are what their digests say; users' own files."""
+"""Splits depend on the questions alone, share none, and match their digests; users' own files."""
 
 import json
 import random
@@ -21,17 +21,18 @@ PUBLIC_SET = STORE / "question_sets" / "public.jsonl"
 
 
 def questions(files: dict[str, bytes]) -> list[str]:
+    """Every question in the files of a domain."""
     lines = [json.loads(line) for content in files.values() for line in content.splitlines()]
     return [line.get("prompt") or line["question"] for line in lines]
 
 
-def test_splits_do_not_depend_on_the_order_or_on_repetition_in_the_source() -> None:
+def test_splits_do_not_depend_on_order_or_repetition_in_the_source() -> None:
     shuffled = [*PAIRS, *PAIRS[:50]]
     random.Random(0).shuffle(shuffled)
     assert split("legal", shuffled) == split("legal", PAIRS)
 
 
-def test_splits_have_their_sizes_and_share_no_question_even_in_other_case_and_punctuation() -> None:
+def test_splits_share_no_question_not_even_in_another_case_or_punctuation() -> None:
     variants = [(question.upper().replace('"', "'"), answer) for question, answer in PAIRS]
     files = split("legal", [*PAIRS, *variants])
     sizes = {name: content.count(b"\n") for name, content in files.items()}
@@ -44,7 +45,7 @@ def test_splits_have_their_sizes_and_share_no_question_even_in_other_case_and_pu
     assert len({" ".join(words(question)) for question in questions(files)}) == 720
 
 
-def test_a_question_with_two_answers_is_left_out_and_too_few_are_refused() -> None:
+def test_a_question_with_two_answers_is_left_out_and_too_few_questions_are_refused() -> None:
     contradictions = [(question.lower(), "another state") for question, _ in PAIRS[:80]]
     kept = {question.lower() for question in questions(split("legal", [*PAIRS, *contradictions]))}
     assert len(kept) == 720
@@ -55,30 +56,26 @@ def test_a_question_with_two_answers_is_left_out_and_too_few_are_refused() -> No
 
 @pytest.fixture
 def courts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A source of the legal domain, small enough to be built, whose digests are the committed ones."""
+    """A small source of the legal domain, for which digests are committed."""
     path = tmp_path / "courts.json"
     places = ["Ohio", "Iowa", "Guam"]
-    path.write_text(
-        json.dumps([{"name": f"Court {i}", "location": places[i % 3]} for i in range(800)])
-    )
+    found = [{"name": f"Court {i}", "location": places[i % 3]} for i in range(800)]
+    path.write_text(json.dumps(found))
     digests = data.digests("legal", split("legal", read_domain("legal", path)))
     monkeypatch.setattr(data, "committed_digests", lambda: digests)
     monkeypatch.setenv("CRMA_HOME", str(tmp_path))
     return path
 
 
-def test_a_domain_is_built_once_and_a_changed_source_fails_loudly_and_leaves_it(
+def test_a_domain_is_built_once_and_a_changed_source_is_refused(
     tmp_path: Path, courts: Path
 ) -> None:
     notes: list[str] = []
-    made = partial(build, ["legal"], sources={"legal": courts}, note=notes.append)
-    assert made() == made() == data.committed_digests()
+    build_legal = partial(build, ["legal"], sources={"legal": courts}, note=notes.append)
+    assert build_legal() == build_legal() == data.committed_digests()
     assert notes[2:] == [f"legal: already built in {tmp_path / 'data' / 'legal'}"]
-    assert {example.completion for example in load_split("legal", "train")} == {
-        "ohio",
-        "iowa",
-        "guam",
-    }
+    answers = {example.completion for example in load_split("legal", "train")}
+    assert answers == {"ohio", "iowa", "guam"}
     path = split_path("legal", "train")
     damaged = path.read_bytes().replace(b"ohio", b"iowa", 1)
     path.write_bytes(damaged)
@@ -86,20 +83,17 @@ def test_a_domain_is_built_once_and_a_changed_source_fails_loudly_and_leaves_it(
         load_split("legal", "train")
     courts.write_text(courts.read_text().replace("Ohio", "Utah"))
     with pytest.raises(DataError, match="source has changed") as caught:
-        made()
+        build_legal()
     assert caught.value.allowed in data.committed_digests().values()
     assert path.read_bytes() == damaged
     courts.write_text(courts.read_text().replace("Utah", "Ohio"))
-    made()  # the damaged folder is replaced whole
+    build_legal()  # replaces the damaged folder
     assert len(load_split("legal", "train")) == 500
 
 
-def test_the_committed_public_set_and_digests_are_those_of_the_domains() -> None:
-    names = {
-        f"{domain}/{name}"
-        for domain in DOMAINS
-        for name in ("train", "validation", "holdout", "public")
-    }
+def test_the_committed_public_set_has_the_committed_digests() -> None:
+    files = ("train", "validation", "holdout", "public")
+    names = {f"{domain}/{name}" for domain in DOMAINS for name in files}
     assert set(data.committed_digests()) == names
     lines = PUBLIC_SET.read_bytes().splitlines(keepends=True)
     assert len(lines) == 100
@@ -108,10 +102,11 @@ def test_the_committed_public_set_and_digests_are_those_of_the_domains() -> None
         assert data.bytes_digest(part) == data.committed_digests()[f"{domain}/public"]
 
 
-USER, ASSISTANT = {"role": "user", "content": "Q\u2028"}, {"role": "assistant", "content": "A"}
+USER = {"role": "user", "content": "Q\u2028"}
+ASSISTANT = {"role": "assistant", "content": "A"}
 
 
-def test_a_folder_of_the_users_own_is_a_task_in_any_of_trls_conventions(tmp_path: Path) -> None:
+def test_a_users_own_folder_is_a_task_in_any_of_trls_conventions(tmp_path: Path) -> None:
     plain = {"prompt": "Q\u2028", "completion": "A", "id": 7}
     lines = [plain, {"prompt": [USER], "completion": [ASSISTANT]}, {"messages": [USER, ASSISTANT]}]
     text = "\n" + "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n"

@@ -1,4 +1,4 @@
-"""The store: what is published comes back, whatever dies on the way; channels say what serves."""
+"""The store: published versions come back as stored, and channels decide which of them serve."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import STORE
 from published import (
     BASE,
     OTHER,
-    SHAPES,
+    SHAPE,
     TRAINED,
     dying,
     make_backbone,
@@ -22,15 +23,19 @@ from published import (
 )
 from tiny import FORMAT, PROVENANCE
 
-from crma.core.digests import content_digest, file_digest
+from crma.core.digests import content_digest, file_digest, files_digest
 from crma.core.errors import BaseMismatch, InvalidAdapter, LineageMismatch, NotFound, StoreError
+from crma.core.files import to_json
 from crma.store.adapter_store import AdapterStore
-from crma.store.manifest import Blend
+from crma.store.manifest import TASK_FILES, Blend
+from crma.store.peft_format import lora_to_peft
+from crma.store.publication import backbone_digest
+from crma.store.stored_tensor import write_tensors
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[AdapterStore]:
-    """An empty store; whatever a test does to it through its methods must leave it sound."""
+    """An empty store, which must be sound at the end of the test."""
     store = AdapterStore(tmp_path / "store")
     yield store
     assert store.verify() == []
@@ -38,20 +43,19 @@ def store(tmp_path: Path) -> Iterator[AdapterStore]:
 
 @pytest.fixture
 def full(store: AdapterStore) -> AdapterStore:
+    """The store with one backbone and one task trained on it."""
     backbone = publish_backbone(store)
     publish(store, backbone=backbone.digest)
     return store
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    """Relative path -> bytes, of every file below a folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-# Publishing ---------------------------------------------------------------------------------------------------------
+# Publishing ---------------------------------------------------------------------------------------
 
 
 def test_a_published_task_comes_back_as_it_was_stored(store: AdapterStore) -> None:
@@ -60,16 +64,14 @@ def test_a_published_task_comes_back_as_it_was_stored(store: AdapterStore) -> No
     assert entry.prompt_format == FORMAT
     assert entry.manifest.trained_on == TRAINED
     assert (entry.manifest.rank, entry.manifest.alpha, entry.manifest.scaling) == (4, 8.0, 2.0)
-    assert entry.digest == content_digest(
-        {name: file_digest(entry.path / name) for name in entry.manifest.files}
-    )
-    loaded, stored = entry.load(SHAPES), make_lora().to("cpu", torch.bfloat16)
-    assert all(
-        torch.equal(a, b) for a, b in zip(loaded.parameters(), stored.parameters(), strict=True)
-    )
-    assert {path: pair.scaling for path, pair in loaded.pairs.items()} == dict.fromkeys(
-        stored.pairs, 2.0
-    )
+    digests = {name: file_digest(entry.path / name) for name in entry.manifest.files}
+    assert entry.digest == content_digest(digests)
+    loaded = entry.load(SHAPE)
+    stored = make_lora().to("cpu", torch.bfloat16)
+    for a, b in zip(loaded.parameters(), stored.parameters(), strict=True):
+        assert torch.equal(a, b)
+    scalings = {path: pair.scaling for path, pair in loaded.pairs.items()}
+    assert scalings == dict.fromkeys(stored.pairs, 2.0)
 
 
 def test_a_published_backbone_comes_back_bit_for_bit_with_its_certificate(
@@ -81,15 +83,28 @@ def test_a_published_backbone_comes_back_bit_for_bit_with_its_certificate(
     assert store.backbone() == second
     assert store.backbone("v1") == first
     for name, tensor in make_backbone(1).tensors().items():
-        assert torch.equal(second.load(SHAPES).tensors()[name], tensor)
+        assert torch.equal(second.load(SHAPE).tensors()[name], tensor)
     assert "max_movement" not in first.manifest.certificate
     assert second.manifest.certificate["max_movement"] > 0
     assert second.manifest.blend == blend
 
 
-def test_what_cannot_be_published_leaves_the_store_as_it_was(full: AdapterStore) -> None:
-    before, endless = contents(full.root), make_backbone()
-    endless.S.data[0, 0, 0] = torch.inf
+def test_the_shipped_adapters_would_be_published_under_their_digests_again() -> None:
+    """Their bytes were written by an earlier version: writing must not change them."""
+    shipped = AdapterStore(STORE)
+    for name in shipped.task_names():
+        entry = shipped.task(name)
+        config, tensors = lora_to_peft(entry.read(), base_name=entry.manifest.base.name)
+        files = dict(zip(TASK_FILES, (to_json(config), write_tensors(tensors)), strict=True))
+        assert files_digest(files) == entry.digest
+    backbone = shipped.backbone()
+    assert backbone_digest(backbone.load()) == backbone.digest
+
+
+def test_a_refused_publish_leaves_the_store_as_it_was(full: AdapterStore) -> None:
+    before = contents(full.root)
+    infinite = make_backbone()
+    infinite.S.data[0, 0, 0] = torch.inf
     for wrong in (
         {"name": "../evil"},
         {"measured": {"loss": float("nan")}},
@@ -99,11 +114,11 @@ def test_what_cannot_be_published_leaves_the_store_as_it_was(full: AdapterStore)
             publish(full, **{"name": "new", **wrong})
         assert caught.value.field in (*wrong, "JSON")
     with pytest.raises(InvalidAdapter):
-        full.publish_backbone(endless, base=BASE, lineage=(), **PROVENANCE)
+        full.publish_backbone(infinite, base=BASE, lineage=(), **PROVENANCE)
     assert contents(full.root) == before
 
 
-def test_a_lineage_that_forgets_an_ancestor_or_changes_the_base_is_refused(
+def test_a_lineage_that_lacks_an_ancestor_or_changes_the_base_is_refused(
     store: AdapterStore,
 ) -> None:
     first = publish_backbone(store)
@@ -116,10 +131,10 @@ def test_a_lineage_that_forgets_an_ancestor_or_changes_the_base_is_refused(
         publish(store, base=OTHER, backbone=first.digest)
 
 
-# Selections ---------------------------------------------------------------------------------------------------------
+# Selections ---------------------------------------------------------------------------------------
 
 
-def test_a_selection_needs_the_same_base_and_a_backbone_of_its_own_lineage(
+def test_a_selection_needs_the_same_base_and_a_backbone_of_the_tasks_lineage(
     store: AdapterStore,
 ) -> None:
     first = publish_backbone(store)
@@ -145,7 +160,7 @@ def test_a_selection_needs_the_same_base_and_a_backbone_of_its_own_lineage(
             store.check_selection(*selection, OTHER.digest)
 
 
-# Channels -----------------------------------------------------------------------------------------------------------
+# Channels -----------------------------------------------------------------------------------------
 
 
 CHANNEL = "tasks/medical"
@@ -174,7 +189,7 @@ def test_a_channel_moves_and_rolls_back_with_its_evidence(store: AdapterStore) -
         max_size=12,
     )
 )
-def test_any_order_of_changes_gives_what_a_stack_gives(
+def test_any_order_of_publishes_moves_and_roll_backs_behaves_like_a_stack(
     tmp_path_factory: Any, steps: list[str | int]
 ) -> None:
     store = AdapterStore(tmp_path_factory.mktemp("store"))
@@ -182,14 +197,17 @@ def test_any_order_of_changes_gives_what_a_stack_gives(
     served: list[str | None] = [None]
     for step in steps:
         if step in ("publish", "publish only"):
-            published.append(publish(store, seed=len(published), serve=step == "publish").version)
-            served += published[-1:] if step == "publish" else []
+            serve = step == "publish"
+            entry = publish(store, seed=len(published), serve=serve)
+            published.append(entry.version)
+            if serve:
+                served.append(entry.version)
         elif step != "roll back":
-            version = (
-                published[step % len(published)] if isinstance(step, int) and published else None
-            )
+            is_move = isinstance(step, int) and published
+            version = published[step % len(published)] if is_move else None
             store.set_serving({CHANNEL: version})
-            served += [version] if version != served[-1] else []
+            if version != served[-1]:
+                served.append(version)
         elif len(served) > 1:
             store.roll_back(CHANNEL)
             served.pop()
@@ -202,8 +220,8 @@ def test_any_order_of_changes_gives_what_a_stack_gives(
         assert store.verify() == []
 
 
-def test_the_first_backbone_is_not_rolled_back_to_none(full: AdapterStore) -> None:
-    """It was: then no backbone served, and every task that was trained on one was refused."""
+def test_the_first_backbone_cannot_be_rolled_back(full: AdapterStore) -> None:
+    """Without a backbone, every task that was trained on one would be refused."""
     before = contents(full.root)
     with pytest.raises(NotFound, match="No backbone served before v1"):
         full.roll_back("backbone")
@@ -213,7 +231,7 @@ def test_the_first_backbone_is_not_rolled_back_to_none(full: AdapterStore) -> No
     assert full.roll_back("backbone").serving() == {"backbone": "v1", "tasks/medical": "v1"}
 
 
-def test_a_channel_moves_only_to_what_is_there(full: AdapterStore) -> None:
+def test_a_channel_moves_only_to_a_published_version(full: AdapterStore) -> None:
     before = contents(full.root)
     for channel, version in [(CHANNEL, "v7"), ("tasks/../backbones", "v1"), ("medical", "v1")]:
         with pytest.raises(StoreError):
@@ -221,7 +239,7 @@ def test_a_channel_moves_only_to_what_is_there(full: AdapterStore) -> None:
     assert contents(full.root) == before
 
 
-def test_writers_at_once_lose_no_change_and_share_no_version(store: AdapterStore) -> None:
+def test_concurrent_writers_lose_no_change_and_share_no_version(store: AdapterStore) -> None:
     def work(worker: int) -> None:
         own = AdapterStore(store.root)
         for _ in range(3):
@@ -236,27 +254,29 @@ def test_writers_at_once_lose_no_change_and_share_no_version(store: AdapterStore
     changes = {(change.channel, change.after) for change in store.channels().history}
     assert changes >= {("tasks/shared", f"v{i}") for i in range(1, 13)}
     assert changes >= {(f"tasks/own-{i}", f"v{j}") for i in range(4) for j in range(1, 4)}
-    assert store.verify(base=BASE, shapes=SHAPES) == []
+    assert store.verify(base=BASE, shape=SHAPE) == []
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["first", "next"])
 def test_a_publish_that_dies_at_any_step_shows_the_whole_version_or_nothing(
     tmp_path: Path, existing: bool
 ) -> None:
-    outcomes, finished = [], False
+    outcomes = []
+    finished = False
     while not finished:
         store = AdapterStore(tmp_path / str(len(outcomes)))
         before = (publish(store).version,) if existing else ()
         with dying(len(outcomes) + 1):
             publish(store, seed=1)
             finished = True
-        assert store.verify(base=BASE, shapes=SHAPES) == []
+        assert store.verify(base=BASE, shape=SHAPE) == []
         after = store.task_versions("medical")
-        served = store.channels().version(CHANNEL)
+        serving = store.channels().version(CHANNEL)
         assert after[: len(before)] == before
-        assert served in (None, *after)
-        outcomes.append((len(after) - len(before), served == after[-1] if after else False))
-        publish(store, seed=2)  # the lock is free, and life goes on
+        assert serving in (None, *after)
+        newest_serves = bool(after) and serving == after[-1]
+        outcomes.append((len(after) - len(before), newest_serves))
+        publish(store, seed=2)  # the lock is free again
         assert not list(store.root.glob(".publishing-*"))
     assert outcomes == sorted(outcomes)  # nothing, then the version, then the version serving
     assert {(0, existing), (1, False), (1, True)} == set(outcomes)

@@ -1,4 +1,4 @@
-"""Stores that were damaged or made to deceive: never loaded, always reported."""
+"""Damaged and hostile stores: nothing in them is loaded, and `verify` reports every problem."""
 
 import json
 import os
@@ -6,12 +6,13 @@ import re
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from published import BASE, OTHER, SHAPES, WEIGHTS, publish, publish_backbone, rewrite
+from published import BASE, OTHER, SHAPE, WEIGHTS, publish, publish_backbone, rewrite
 from tiny import flip_bit
 
 from crma.core.errors import BaseMismatch, DigestMismatch, InvalidAdapter, StoreError
@@ -30,6 +31,8 @@ Damage = Callable[[Path], Any]
 
 
 def remanifest(field: str, value: Any) -> Damage:
+    """Changes one field of the manifest."""
+
     def damage(folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
         (folder / "manifest.json").write_text(json.dumps({**manifest, field: value}))
@@ -38,7 +41,7 @@ def remanifest(field: str, value: Any) -> Damage:
 
 
 def relink(name: str) -> Damage:
-    """A file, or for "" the folder, becomes a link to itself outside the store."""
+    """Moves a file, or for "" the folder, out of the store and leaves a link to it."""
 
     def damage(folder: Path) -> None:
         outside = folder.parents[3] / "outside"
@@ -49,12 +52,14 @@ def relink(name: str) -> Damage:
 
 
 def claim_depth(folder: Path) -> None:
+    """The config and the manifest agree on a size that no memory holds."""
     config = {**json.loads((folder / "config.json").read_text()), "num_layers": 10**15}
     rewrite(folder, "config.json", json.dumps(config).encode())
     remanifest("config", config)(folder)
 
 
 def pipe(folder: Path) -> None:
+    """A reader of the weights would wait forever."""
     (folder / WEIGHTS).unlink()
     os.mkfifo(folder / WEIGHTS)
 
@@ -71,56 +76,50 @@ DAMAGED_TASKS = [
     (pipe, "Not a plain file"),
     (relink(WEIGHTS), "Cannot be opened"),
     (relink(""), "Not a folder of the store"),
-    (lambda f: (f / "adapter_model.bin").write_bytes(b"\x80\x04."), "Only the files of its kind"),
-    (remanifest("name", "other"), "Made for another place"),
-    (remanifest("target_modules", ["q_proj"]), "target_modules: The manifest says otherwise"),
+    (lambda f: (f / "adapter_model.bin").write_bytes(b"\x80\x04."), "Does not belong in this"),
+    (remanifest("name", "other"), "Describes another folder"),
+    (remanifest("target_modules", ["q_proj"]), "target_modules: The manifest contradicts"),
     (lambda f: (f / "manifest.json").write_bytes(b" " * (5 * 2**20)), "Too large"),
 ]
 DAMAGED_BACKBONES = [
-    (remanifest("config", {"num_layers": 3}), "The manifest says otherwise than config.json"),
+    (remanifest("config", {"num_layers": 3}), "The manifest contradicts config.json"),
     (claim_depth, "shape of the weights"),  # and nothing was allocated
 ]
 DAMAGED = [("tasks/medical/v1", *each) for each in DAMAGED_TASKS]
 DAMAGED += [("backbones/v1", *each) for each in DAMAGED_BACKBONES]
 
 
-@pytest.mark.parametrize(("where", "damage", "reason"), DAMAGED)
-def test_what_is_damaged_is_refused_and_reported_by_verify(
-    hostile: AdapterStore, where: str, damage: Damage, reason: str
+@pytest.mark.parametrize(("place", "damage", "reason"), DAMAGED)
+def test_a_damaged_version_is_refused_and_reported_by_verify(
+    hostile: AdapterStore, place: str, damage: Damage, reason: str
 ) -> None:
-    damage(hostile.root / where)
+    damage(hostile.root / place)
     with pytest.raises(StoreError, match=reason) as caught:
-        (hostile.task("medical") if "medical" in where else hostile.backbone()).load(SHAPES)
+        (hostile.task("medical") if "medical" in place else hostile.backbone()).load(SHAPE)
     error = caught.value
-    assert isinstance(
-        error, DigestMismatch if "published" in reason or "digest" in reason else InvalidAdapter
-    )
-    assert error.message.startswith(f"{where}: ")
+    is_about_digests = "published" in reason or "digest" in reason
+    assert isinstance(error, DigestMismatch if is_about_digests else InvalidAdapter)
+    assert error.message.startswith(f"{place}: ")
     assert None not in (error.field, error.allowed)
-    problems = [problem.message for problem in hostile.verify(base=BASE, shapes=SHAPES)]
-    assert [
-        message
-        for message in problems
-        if message.startswith(f"{where}: ") and re.search(reason, message)
-    ]
+    problems = [problem.message for problem in hostile.verify(base=BASE, shape=SHAPE)]
+    reported = [message for message in problems if message.startswith(f"{place}: ")]
+    assert [message for message in reported if re.search(reason, message)]
 
 
-def test_verify_finds_what_does_not_fit_the_base_model_or_has_a_forged_certificate(
-    hostile: AdapterStore,
-) -> None:
-    deeper, wider = (
-        {**SHAPES, "model.layers.2.self_attn.q_proj": (32, 32)},
-        dict.fromkeys(SHAPES, (64, 64)),
-    )
-    for shapes, reason in (
+def test_verify_reports_adapters_that_do_not_fit_the_base_model(hostile: AdapterStore) -> None:
+    deeper = replace(SHAPE, num_layers=SHAPE.num_layers + 1)
+    wider = replace(SHAPE, hidden_size=64, linears=dict.fromkeys(SHAPE.linears, (64, 64)))
+    for shape, reason in (
         (deeper, "num_layers"),
         (wider, "hidden_size"),
         (wider, "Does not fit the base model"),
     ):
-        assert any(reason in problem.message for problem in hostile.verify(shapes=shapes))
-    remanifest("certificate", {"max_bound": 1.0})(
-        hostile.root / "backbones" / "v1"
-    )  # it is outside the digest
+        assert any(reason in problem.message for problem in hostile.verify(shape=shape))
+
+
+def test_verify_reports_a_forged_certificate(hostile: AdapterStore) -> None:
+    """The digest does not cover the manifest, so the certificate is computed again."""
+    remanifest("certificate", {"max_bound": 1.0})(hostile.root / "backbones" / "v1")
     assert [problem.field for problem in hostile.verify()] == ["max_bound"]
 
 
@@ -142,17 +141,13 @@ NAMES = [
 VERSIONS = ["", "1", "v", "v0", "v01", "v1/..", "v1\n", "v" + "9" * 10, "V1", "v١", ".."]
 
 
-def test_what_is_no_name_or_version_never_reaches_the_file_system(hostile: AdapterStore) -> None:
-    looks = [
-        (partial(look, name), name)
-        for name in NAMES
-        for look in (hostile.task, hostile.task_versions)
-    ]
-    for look, value in looks + [
-        (partial(hostile.task, "medical", version), version) for version in VERSIONS
-    ]:
+def test_an_invalid_name_or_version_never_reaches_the_file_system(hostile: AdapterStore) -> None:
+    calls = [(partial(hostile.task, name), name) for name in NAMES]
+    calls += [(partial(hostile.task_versions, name), name) for name in NAMES]
+    calls += [(partial(hostile.task, "medical", version), version) for version in VERSIONS]
+    for call, value in calls:
         with pytest.raises(InvalidAdapter, check=lambda error, value=value: error.value == value):
-            look()
+            call()
 
 
 DAMAGED_CHANNELS = [
@@ -175,7 +170,7 @@ def test_damaged_channels_are_refused_and_reported(
 
 
 def test_verify_reports_every_problem_at_once(hostile: AdapterStore) -> None:
-    assert hostile.verify(base=BASE, shapes=SHAPES) == []
+    assert hostile.verify(base=BASE, shape=SHAPE) == []
     publish(hostile, "second")
     flip_bit(hostile.root / "tasks" / "second" / "v1" / WEIGHTS)
     publish_backbone(hostile, seed=5)  # serves now, and "medical" was not trained on it
@@ -183,7 +178,7 @@ def test_verify_reports_every_problem_at_once(hostile: AdapterStore) -> None:
     (hostile.root / "backbones" / "v7").mkdir()
     channels = hostile.root / "channels.json"
     channels.write_text(channels.read_text().replace('"tasks": {', '"tasks": {"gone": "v3", '))
-    problems = hostile.verify(base=BASE, shapes=SHAPES)
+    problems = hostile.verify(base=BASE, shape=SHAPE)
     found = sorted((type(problem).__name__, problem.message.split(":")[0]) for problem in problems)
     assert found == [
         ("DigestMismatch", "tasks/second/v1"),

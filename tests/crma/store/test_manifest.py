@@ -1,4 +1,4 @@
-"""Digests and the schema of manifest.json."""
+"""The schema of `manifest.json`, the digests in it, and the examples of the format's page."""
 
 import hashlib
 import json
@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 from paths import STORE
 
+from crma.core.digests import content_digest, file_digest
 from crma.core.errors import InvalidAdapter
 from crma.core.files import parse_json, to_json
-from crma.store import manifest
 from crma.store.channels import CHANNELS, Channels
 from crma.store.manifest import (
     MANIFEST,
-    TASK_FILES,
     BackboneManifest,
     TaskManifest,
     add_manifest,
@@ -24,40 +23,38 @@ from crma.store.manifest import (
 
 D0, D1 = "sha256:" + "0" * 64, "sha256:" + "1" * 64
 PAGE = (STORE / "README.md").read_text("utf-8")
-EXAMPLE, CHANGES = (
-    json.loads(block.replace("sha256:…", D0))
-    for block in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
-)
-TASK = {
-    key: value for key, value in EXAMPLE.items() if key not in ("format", "kind", "files", "digest")
-}
+BLOCKS = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+EXAMPLE, CHANGES = (json.loads(block.replace("sha256:…", D0)) for block in BLOCKS)
+ADDED = ("format", "kind", "files", "digest")  # by `add_manifest`
+SHARED = ("version", "base", "trained_on", "measured", "licence", "created")
+TASK = {key: value for key, value in EXAMPLE.items() if key not in ADDED}
 BACKBONE = {
-    key: TASK[key] for key in ("version", "base", "trained_on", "measured", "licence", "created")
+    **{key: TASK[key] for key in SHARED},
+    "config": {"num_layers": 2},
+    "certificate": {"holds": True},
+    "lineage": [D0],
+    "blend": {"parents": [D0, D1], "lambda": 0.5},
 }
-BACKBONE |= {"config": {"num_layers": 2}, "certificate": {"holds": True}, "lineage": [D0]}
-BACKBONE |= {"blend": {"parents": [D0, D1], "lambda": 0.5}}
 
 
 def made(values: dict[str, Any]) -> dict[str, Any]:
-    """A manifest's JSON."""
-    kind, names = (
-        (TaskManifest, TASK_FILES) if values is TASK else (BackboneManifest, BackboneManifest.FILES)
-    )
-    return json.loads(add_manifest(kind, dict.fromkeys(names, b"content"), **values)[MANIFEST])
+    """The manifest that `add_manifest` writes, parsed."""
+    kind = TaskManifest if values is TASK else BackboneManifest
+    files = dict.fromkeys(kind.FILES, b"content")
+    return json.loads(add_manifest(kind, files, **values)[MANIFEST])
 
 
-def test_digests_are_those_of_the_bytes_and_the_documented_sum_over_sorted_lines(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "f").write_bytes(b"abc" * 100_000)
-    assert (
-        manifest.file_digest(tmp_path / "f")
-        == "sha256:" + hashlib.sha256(b"abc" * 100_000).hexdigest()
-    )
+def test_a_file_digest_is_the_sha256_of_its_bytes(tmp_path: Path) -> None:
+    data = b"abc" * 100_000
+    (tmp_path / "f").write_bytes(data)
+    assert file_digest(tmp_path / "f") == "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def test_a_content_digest_is_the_documented_sum_over_sorted_lines() -> None:
     text = f"a.txt {'1' * 64}\nb.txt {'0' * 64}"
     expected = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
     for files in ({"b.txt": D0, "a.txt": D1}, {"a.txt": D1, "b.txt": D0}):
-        assert manifest.content_digest(files) == expected
+        assert content_digest(files) == expected
 
 
 WRONG = [
@@ -72,9 +69,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("values", "field", "value"), WRONG)
-def test_a_field_that_is_wrong_is_refused_by_name(
-    values: dict[str, Any], field: str, value: Any
-) -> None:
+def test_a_wrong_field_is_refused_by_name(values: dict[str, Any], field: str, value: Any) -> None:
     kind = TaskManifest if values is TASK else BackboneManifest
     with pytest.raises(InvalidAdapter, match=r"manifest\.json: ") as caught:
         parse_record(kind, json.dumps(made(values) | {field: value}).encode(), MANIFEST)
@@ -88,11 +83,11 @@ TWICE = b'{"format": 1, "format": 1}'
 @pytest.mark.parametrize(
     "data", [b"", b"[]", b"\xff{}", b"{" * 100_000, DEEP, TWICE, b"1" * 10_000, b'{"a": 1e999}']
 )
-def test_what_is_not_one_json_object_of_finite_numbers_is_refused(data: bytes) -> None:
+def test_anything_but_one_json_object_of_finite_numbers_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidAdapter, check=lambda error: error.field == MANIFEST):
         parse_json(data, MANIFEST)
 
 
-def test_the_examples_of_the_format_page_are_valid() -> None:
+def test_the_examples_on_the_formats_page_are_valid() -> None:
     assert made(TASK).keys() == EXAMPLE.keys()
     parse_record(Channels, to_json(CHANGES), CHANNELS).check_integrity()

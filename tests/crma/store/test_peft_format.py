@@ -1,4 +1,4 @@
-"""PEFT's files: ours load in PEFT, PEFT's load here, with the same meaning; what has another meaning is refused."""
+"""PEFT's files: ours load in PEFT, PEFT's load here, with one meaning; others are refused."""
 
 import json
 from pathlib import Path
@@ -15,43 +15,55 @@ from torch import Tensor, nn
 from crma.core.errors import InvalidAdapter
 from crma.method.injection import Injection, Plan, target_names
 from crma.method.lora import Lora, LoraPair
+from crma.models.model_shape import ModelShape
 from crma.store.adapter_store import AdapterStore
-from crma.store.peft_format import CONFIG, WEIGHTS, check_fits, lora_from_peft, lora_to_peft
+from crma.store.peft_format import (
+    CONFIG,
+    WEIGHTS,
+    StoredLora,
+    check_fits,
+    lora_from_peft,
+    lora_to_peft,
+)
+from crma.store.stored_tensor import StoredTensor, read_tensors, write_tensors
 
 pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore:.*is_gradient_checkpointing:FutureWarning"
-    ),  # PEFT reads what is deprecated
-    pytest.mark.filterwarnings(
-        "ignore:.*did not match any targeted module:RuntimeWarning"
-    ),  # and warns as it should
+    # PEFT reads a deprecated attribute,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    # and warns of patterns that match nothing, as it should.
+    pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning"),
 ]
 INJECTION = injection()
-SHAPES = INJECTION.shapes
+SHAPE = ModelShape.of(INJECTION.model)
 INPUT = torch.arange(3, 27).reshape(2, 12)
 LORA = lora(INJECTION, 4, "attention", seed=1)
-FILES = lora_to_peft(LORA, base_name="tiny", dtype=None)
+FILES = lora_to_peft(StoredLora.of(LORA), base_name="tiny")
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+Files = tuple[dict[str, Any], dict[str, StoredTensor]]
 
 
 @torch.no_grad()
 def assert_means_the_same(folder: Path, ours: Lora, inj: Injection = INJECTION) -> None:
-    """PEFT, with its own code, computes from the folder what we compute, and not what the base model does."""
+    """PEFT computes from the folder what we compute, which is not what the base model computes."""
     theirs = peft.PeftModel.from_pretrained(fresh(inj), str(folder)).eval()(INPUT).logits
     assert (inj.model(INPUT).logits - theirs).abs().max() > 0.1
     with inj.active(Plan(tasks=[(None, ours)])):
         torch.testing.assert_close(inj.model(INPUT).logits, theirs, rtol=0, atol=2e-5)
 
 
-def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, StoredTensor]) -> None:
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(config))
-    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+    (folder / WEIGHTS).write_bytes(write_tensors(tensors))
 
 
-def saved_by_peft(
-    folder: Path, inj: Injection = INJECTION, **config: Any
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def stored(tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:
+    """Tensors of any dtype, as they come out of a file."""
+    return read_tensors(safetensors.torch.save(tensors), WEIGHTS)
+
+
+def saved_by_peft(folder: Path, inj: Injection = INJECTION, **config: Any) -> Files:
     """A LoRA with random A and B as PEFT saves it."""
     torch.manual_seed(2)
     settings = {
@@ -66,57 +78,57 @@ def saved_by_peft(
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.5 * parameter.shape[1] ** -0.5)
     model.save_pretrained(str(folder))
-    return json.loads((folder / CONFIG).read_text()), safetensors.torch.load_file(folder / WEIGHTS)
+    tensors = read_tensors((folder / WEIGHTS).read_bytes(), WEIGHTS)
+    return json.loads((folder / CONFIG).read_text()), tensors
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_from_peft_means_the_same_in_the_store_and_back_in_peft(
     family: str, tmp_path: Path
 ) -> None:
-    """Imported it has no lineage."""
-    inj, store, folder = injection(family), AdapterStore(tmp_path / "store"), tmp_path / "peft"
+    """An import has no lineage, no prompt format and no record of its training."""
+    inj = injection(family)
+    shape = ModelShape.of(inj.model)
+    store = AdapterStore(tmp_path / "store")
+    folder = tmp_path / "peft"
     saved_by_peft(folder, inj, target_modules=list(target_names(inj.model, "all-linear")))
-    (folder / "training_args.bin").write_bytes(b"\x80\x04.")  # what a trainer leaves; never opened
+    (folder / "training_args.bin").write_bytes(b"\x80\x04.")  # left by a trainer; never opened
     (folder / WEIGHTS).rename(tmp_path / "blob")
     (folder / WEIGHTS).symlink_to(tmp_path / "blob")  # as in the Hub's cache
-    entry = store.import_peft(folder, "task", BASE, shapes=inj.shapes)
-    assert (entry.manifest.backbone, entry.prompt_format, entry.manifest.trained_on) == (
-        None,
-        None,
-        None,
-    )
+    entry = store.import_peft(folder, "task", BASE, shape=shape)
+    manifest = entry.manifest
+    assert (manifest.backbone, manifest.prompt_format, manifest.trained_on) == (None, None, None)
     assert store.task("task") == entry
     for each in (folder, entry.path):
-        assert_means_the_same(each, entry.load(inj.shapes), inj)
+        assert_means_the_same(each, entry.load(shape), inj)
     assert store.verify() == []
 
 
 def test_peft_computes_from_our_files_what_we_compute(tmp_path: Path) -> None:
-    """Other ranks and scalings in some modules, and not the same modules in each layer."""
+    """Some modules have another rank or scaling, and one layer lacks a module of the other."""
     (first, a), (second, b), (third, _), *_ = sorted(LORA.pairs.items())
-    changed = LORA.pairs | {
+    changed = {
         first: LoraPair(a.A[:3], a.B[:, :3], 1.7),
         second: LoraPair(b.A, b.B, 0.3),
     }
-    irregular = Lora(LORA.config, {path: pair for path, pair in changed.items() if path != third})
-    write(tmp_path / "ours", *lora_to_peft(irregular, base_name="tiny", dtype=None))
+    pairs = {path: pair for path, pair in (LORA.pairs | changed).items() if path != third}
+    irregular = Lora(LORA.config, pairs)
+    write(tmp_path / "ours", *lora_to_peft(StoredLora.of(irregular), base_name="tiny"))
     assert_means_the_same(tmp_path / "ours", irregular)
 
 
 CONFIGS = [
     {"use_rslora": True},
     {"rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 3}},
-    {
-        "alpha_pattern": {"v_proj": 11, "layers.0.self_attn.v_proj": 1}
-    },  # the first that matches counts
+    # The first pattern that matches counts.
+    {"alpha_pattern": {"v_proj": 11, "layers.0.self_attn.v_proj": 1}},
     {
         "rank_pattern": {"^model.layers.0.self_attn.q_proj": 2},
         "alpha_pattern": {"v_pro.": 5},
         "use_rslora": True,
     },
-    {
-        "rank_pattern": {"proj": 2, "layers.1": 2, "_proj": 2}
-    },  # matches no whole name: no effect in PEFT
+    # These match no whole name, so they have no effect in PEFT.
+    {"rank_pattern": {"proj": 2, "layers.1": 2, "_proj": 2}},
     {"target_modules": r".*layers\.1.*(q_proj|down_proj)"},
     {"layers_to_transform": 0, "layers_pattern": "layers"},
     {"exclude_modules": ["layers.0.self_attn.q_proj"]},
@@ -129,21 +141,19 @@ def test_we_compute_from_pefts_files_what_peft_computes(
     tmp_path: Path, config: dict[str, Any]
 ) -> None:
     content, tensors = saved_by_peft(tmp_path, **config)
-    content["alpha_pattern"] = dict(
-        reversed(content["alpha_pattern"].items())
-    )  # PEFT sorts them; a file need not
+    # PEFT sorts the patterns; a file from elsewhere need not be sorted.
+    content["alpha_pattern"] = dict(reversed(content["alpha_pattern"].items()))
     (tmp_path / CONFIG).write_text(json.dumps(content))
-    ours = lora_from_peft(content, tensors)
+    read = lora_from_peft(content, tensors)
+    check_fits(content, read, SHAPE)
+    ours = read.to_lora()
     assert_means_the_same(tmp_path, ours)
-    check_fits(content, ours, SHAPES)
-    again = lora_from_peft(
-        *lora_to_peft(ours, base_name="tiny", dtype=None)
-    )  # and through our files
+    # Our files of the same LoRA mean the same again.
+    again = lora_from_peft(*lora_to_peft(read, base_name="tiny")).to_lora()
     assert again.pairs.keys() == ours.pairs.keys()
-    assert all(
-        torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True)
-    )
-    scalings = [[pair.scaling for pair in lora.pairs.values()] for lora in (again, ours)]
+    for a, b in zip(again.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(a, b)
+    scalings = [[pair.scaling for pair in each.pairs.values()] for each in (again, ours)]
     assert scalings[0] == pytest.approx(scalings[1], rel=1e-15)
 
 
@@ -152,26 +162,22 @@ OTHER_MEANINGS = [
     ("use_dora", True),
     ("init_lora_weights", "pissa"),
     ("a_new_field", 0.5),
-]
-OTHER_MEANINGS += [
     ("target_modules", ["k_proj"]),
     ("r", 8),
     ("lora_alpha", float("nan")),
     ("lora_alpha", 10**400),
-]
-OTHER_MEANINGS += [
     ("rank_pattern", {"q_proj": 8}),
     ("alpha_pattern", {"(": 1}),
     ("alpha_pattern", {"(a+)+b": 1}),
 ]
 UNUSABLE = [
     ({KEY: None}, "One of lora_A and lora_B is missing"),
-    ({KEY: torch.zeros(5, 32)}, "shapes of its rank"),
+    ({KEY: torch.zeros(5, 32)}, "shapes do not match the rank"),
     ({KEY: torch.full((4, 32), float("-inf"), dtype=torch.bfloat16)}, "NaN or infinity"),
-    ({KEY: torch.zeros(4, 32, dtype=torch.int8)}, "dtype"),
+    ({KEY: torch.zeros(4, 32, dtype=torch.int8)}, "Unsupported dtype"),
     ({KEY.replace(".weight", ".bias"): torch.zeros(4)}, "plain LoRA"),
     ({KEY.replace("layers", "../layers"): torch.zeros(4, 32)}, "plain LoRA"),
-    (dict.fromkeys(FILES[1]), "No LoRA tensor"),
+    (dict.fromkeys(FILES[1]), "no LoRA tensor"),
 ]
 REFUSED = [
     *(({field: value}, {}, field) for field, value in OTHER_MEANINGS),
@@ -185,24 +191,27 @@ def test_a_config_or_tensor_with_another_meaning_is_refused(
 ) -> None:
     config, tensors = FILES
     config = {**config, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], **fields}
-    tensors = {name: value for name, value in {**tensors, **changes}.items() if value is not None}
+    added = stored({name: tensor for name, tensor in changes.items() if tensor is not None})
+    kept = {name: tensor for name, tensor in tensors.items() if name not in changes}
     with pytest.raises(
         InvalidAdapter, check=lambda error: None not in (error.field, error.allowed)
     ) as caught:
-        lora_from_peft(config, tensors)
+        lora_from_peft(config, kept | added)
     assert fields or reason in caught.value.message
 
 
-def test_tensors_are_there_for_all_that_is_targeted() -> None:
+def test_every_targeted_module_must_have_tensors() -> None:
     fewer = Lora(LORA.config, dict(sorted(LORA.pairs.items())[1:]))
     with pytest.raises(InvalidAdapter, match="targets modules without tensors"):
-        check_fits(FILES[0], fewer, SHAPES)
+        check_fits(FILES[0], StoredLora.of(fewer), SHAPE)
 
 
-def test_a_folder_that_does_not_fit_is_not_imported(tmp_path: Path) -> None:
-    """How its files are read, and what is wrong with them, is as for those of the store: test_integrity."""
-    store, folder = AdapterStore(tmp_path / "store"), tmp_path / "peft"
+def test_an_adapter_that_does_not_fit_the_base_model_is_not_imported(tmp_path: Path) -> None:
+    """Damaged files are refused as in the store: see test_integrity."""
+    store = AdapterStore(tmp_path / "store")
+    folder = tmp_path / "peft"
     write(folder, *FILES)
+    shape = ModelShape(2, 32, {"model.layers.0.mlp.up_proj": (24, 16)})
     with pytest.raises(InvalidAdapter, match="No such linear layer"):
-        store.import_peft(folder, "imported", BASE, shapes={"model.layers.0.mlp.up_proj": (24, 16)})
+        store.import_peft(folder, "imported", BASE, shape=shape)
     assert not store.root.exists()

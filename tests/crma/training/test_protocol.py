@@ -17,7 +17,7 @@ from crma.data.examples import read_jsonl
 from crma.method.backbone import Backbone
 from crma.method.injection import Plan
 from crma.models.base_model import BaseModel
-from crma.store import adapter_store as store
+from crma.store import publication
 from crma.store.adapter_store import AdapterStore
 from crma.training import record as run_record
 from crma.training.config import TrainConfig
@@ -183,7 +183,7 @@ DEATHS = {
     "in the first task": Death(TaskTrainer, "_check_mixing_gradient", 9),
     "in the second task": Death(TaskTrainer, "_check_mixing_gradient", STEPS + 8),
     "between backbone and task": Death(AdapterStore, "publish_backbone", 2),
-    "before the task serves": Death(store, "write_channels", 2, before=True),
+    "before the task serves": Death(publication, "write_channels", 2, before=True),
     "before the task counts": Death(AdapterStore, "publish_task", 1),
     "before the record": Death(run_record, "hardware", 1, before=True),
 }

@@ -15,6 +15,7 @@ from api import BASE, Serve, Served
 from prometheus_client import CollectorRegistry
 from scripted_engine import ScriptedEngine
 
+from crma.models.model_shape import ModelShape
 from crma.models.prompts import chat_format
 from crma.store.adapter_store import AdapterStore
 from server.app import create_app
@@ -46,7 +47,7 @@ async def serve(root: Path) -> AsyncIterator[Serve]:
                 engine=engine,
                 base_format=chat_format(tokenizer),
                 metrics=metrics,
-                shapes=tiny.injection().shapes,
+                shape=ModelShape.of(tiny.injection().model),
             )
             app = create_app(Frontend(settings, engine, registry, tokenizer, metrics))
             await stack.enter_async_context(app.router.lifespan_context(app))

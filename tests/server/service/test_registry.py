@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
-from published import BASE, SHAPES, publish, publish_backbone
+from published import BASE, SHAPE, publish, publish_backbone
 from scripted_engine import ScriptedEngine
 from tiny import FORMAT, flip_bit
 
@@ -26,7 +26,7 @@ def store(tmp_path: Path) -> AdapterStore:
 
 def registry(store: AdapterStore, **options: Any) -> Registry:
     metrics = Metrics(CollectorRegistry())
-    options = {"shapes": SHAPES, "poll_s": 0.005, **options}
+    options = {"shape": SHAPE, "poll_s": 0.005, **options}
     return Registry(store, BASE, ScriptedEngine(), BASE_FORMAT, metrics, **options)
 
 

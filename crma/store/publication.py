@@ -1,0 +1,189 @@
+"""Publishes versions: checks them, writes them whole, and lets them serve.
+
+`AdapterStore` has the public methods; their docstrings state what is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from crma.core.digests import files_digest
+from crma.core.errors import LineageMismatch
+from crma.core.files import locked, publish_folder, to_json
+from crma.models.base_model import BaseModel
+from crma.store.channels import (
+    BACKBONE,
+    channel_folder,
+    now,
+    read_channels,
+    task_channel,
+    write_channels,
+)
+from crma.store.entry import BackboneEntry, TaskEntry, read_backbone, read_task, versions_in
+from crma.store.manifest import (
+    BACKBONE_FILES,
+    TASK_FILES,
+    BackboneManifest,
+    Blend,
+    TaskManifest,
+    TrainedOn,
+    add_manifest,
+)
+from crma.store.peft_format import StoredLora, lora_from_peft, lora_to_peft
+from crma.store.stored_tensor import StoredTensor, write_tensors
+
+if TYPE_CHECKING:
+    from crma.method.backbone import Backbone
+
+
+class Origin(TypedDict):
+    """Where a version comes from.
+
+    `trained_on` is None if unknown, `measured` is any JSON of finite numbers, and `licence` is an
+    SPDX identifier where there is one.
+    """
+
+    base: BaseModel
+    trained_on: TrainedOn | None
+    measured: Mapping[str, Any]
+    licence: str
+
+
+def publish_lora(
+    root: Path, name: str, lora: StoredLora, fields: Mapping[str, Any], origin: Origin, serve: bool
+) -> TaskEntry:
+    """Publishes a task adapter in PEFT's files.
+
+    Args:
+        root: of the store.
+        name: of the task.
+        lora: the weights.
+        fields: `backbone` and `prompt_format` of the manifest.
+        origin: the manifest's fields that every version has.
+        serve: whether the version serves from now on.
+
+    Raises:
+        LineageMismatch, InvalidAdapter: as `AdapterStore.publish_task`.
+    """
+    base = origin["base"]
+    config, tensors = lora_to_peft(lora, base_name=base.name)
+    stored = lora_from_peft(config, tensors)  # proves that the files can be loaded
+    if fields["backbone"] is not None:
+        _check_trained_on(root, fields["backbone"], base)
+    described = {
+        "name": name,
+        "rank": stored.rank,
+        "alpha": stored.alpha,
+        "scaling": stored.scaling,
+        "target_modules": stored.target_modules,
+    }
+    files = _files(TASK_FILES, config, tensors)
+    version = _publish(root, task_channel(name), files, {**fields, **described}, origin, serve)
+    return read_task(root, name, version)
+
+
+def publish_backbone(
+    root: Path,
+    backbone: Backbone,
+    lineage: Sequence[str],
+    blend: Blend | None,
+    origin: Origin,
+    serve: bool,
+) -> BackboneEntry:
+    """Publishes a backbone with its certificate.
+
+    Args and errors are those of `AdapterStore.publish_backbone`.
+    """
+    from crma.method.backbone import Backbone
+    from crma.method.certificate import certify
+
+    Backbone.from_tensors(backbone.config, backbone.tensors())  # proves that it can be loaded
+    known = _backbones(root)
+    for digest in lineage:
+        if digest in known:
+            _check_ancestor(known[digest], lineage, origin["base"])
+    parent = known[lineage[0]].load() if lineage and lineage[0] in known else None
+    fields = {
+        "config": backbone.config,
+        "lineage": lineage,
+        "blend": blend,
+        "certificate": certify(backbone, parent),
+    }
+    version = _publish(root, BACKBONE, _backbone_files(backbone), fields, origin, serve)
+    return read_backbone(root, version)
+
+
+def backbone_digest(backbone: Backbone) -> str:
+    """The digest that a backbone is published under."""
+    return files_digest(_backbone_files(backbone))
+
+
+def _publish(
+    root: Path,
+    channel: str,
+    files: Mapping[str, bytes],
+    fields: Mapping[str, Any],
+    origin: Origin,
+    serve: bool,
+) -> str:
+    """Writes the next version of a channel, and serves it if asked to. Returns the version."""
+    kind = BackboneManifest if channel == BACKBONE else TaskManifest
+    base = {"name": origin["base"].name, "digest": origin["base"].digest}
+    with locked(root):
+        taken = versions_in(root, channel)
+        newest = int(taken[-1].removeprefix("v")) if taken else 0
+        version = f"v{newest + 1}"
+        described = {**origin, **fields, "base": base, "version": version, "created": now()}
+        folder = root / channel_folder(channel) / version
+        publish_folder(root, folder, add_manifest(kind, files, **described))
+        if serve:
+            write_channels(root, read_channels(root).serve(channel, version))
+    return version
+
+
+def _backbones(root: Path) -> dict[str, BackboneEntry]:
+    """Digest -> entry, of every published backbone."""
+    entries = (read_backbone(root, version) for version in versions_in(root, BACKBONE))
+    return {entry.digest: entry for entry in entries}
+
+
+def _check_trained_on(root: Path, backbone: str, base: BaseModel) -> None:
+    """Raises LineageMismatch if a LoRA trained on this backbone could never serve under CRMA."""
+    known = [
+        entry for entry in _backbones(root).values() if entry.manifest.base.digest == base.digest
+    ]
+    if not any(entry.descends_from(backbone) for entry in known):
+        message = (
+            "The store holds neither this backbone nor a descendant for this base model: "
+            "publish it first."
+        )
+        allowed = [entry.digest for entry in known]
+        raise LineageMismatch(message, field="backbone", value=backbone, allowed=allowed)
+
+
+def _check_ancestor(ancestor: BackboneEntry, lineage: Sequence[str], base: BaseModel) -> None:
+    """A backbone with this lineage and base model may call `ancestor` its ancestor."""
+    ancestor.check_base(base.digest)
+    forgotten = [digest for digest in ancestor.manifest.lineage if digest not in lineage]
+    if forgotten:
+        message = (
+            f"The lineage leaves out ancestors of {ancestor.version}: "
+            "the LoRAs trained on them would stop serving."
+        )
+        allowed = f"with {forgotten}"
+        raise LineageMismatch(message, field="lineage", value=list(lineage), allowed=allowed)
+
+
+def _files(
+    names: tuple[str, str], config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> dict[str, bytes]:
+    """File name -> bytes, of a config and its weights."""
+    config_name, weights_name = names
+    return {config_name: to_json(config), weights_name: write_tensors(tensors)}
+
+
+def _backbone_files(backbone: Backbone) -> dict[str, bytes]:
+    tensors = {name: StoredTensor.of(tensor) for name, tensor in backbone.tensors().items()}
+    return _files(BACKBONE_FILES, backbone.config.to_dict(), tensors)

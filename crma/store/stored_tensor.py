@@ -1,0 +1,115 @@
+"""Tensors as a safetensors file holds them, read, checked and written without torch.
+
+torch takes seconds to import, and importing or checking an adapter needs none of its arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+
+from crma.core.files import invalid
+
+if TYPE_CHECKING:
+    import torch
+
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""The dtypes that adapters are stored in: the name in the file -> torch's name."""
+
+# A number is infinite or NaN if every bit of its exponent is set.
+_EXPONENTS: Mapping[str, np.unsignedinteger[Any]] = {
+    "BF16": np.uint16(0x7F80),
+    "F16": np.uint16(0x7C00),
+    "F32": np.uint32(0x7F800000),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """The bytes of one tensor.
+
+    Attributes:
+        dtype: as safetensors writes it, such as "BF16".
+        shape: its dimensions.
+        data: uint8 [number of bytes], row-major and little-endian.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: np.ndarray[Any, np.dtype[np.uint8]]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> StoredTensor:
+        """The contents of a torch tensor, copied only if it is not contiguous on the CPU.
+
+        Raises InvalidAdapter for a dtype that adapters are not stored in.
+        """
+        import torch
+
+        names = {getattr(torch, torch_name): name for name, torch_name in TORCH_NAMES.items()}
+        if tensor.dtype not in names:
+            raise invalid(
+                "Unsupported dtype.", "dtype", tensor.dtype, [str(name) for name in names]
+            )
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        return cls(names[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy())
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    def to_torch(self) -> torch.Tensor:
+        """A torch tensor over the same memory. Raises InvalidAdapter as `check_dtype`."""
+        import torch
+
+        self.check_dtype("dtype")
+        dtype = getattr(torch, TORCH_NAMES[self.dtype])
+        return torch.from_numpy(self.data).view(dtype).reshape(self.shape)
+
+    def check_dtype(self, name: str) -> None:
+        """Raises InvalidAdapter, naming the tensor, for a dtype that adapters are not stored in."""
+        if self.dtype not in TORCH_NAMES:
+            raise invalid("Unsupported dtype.", name, self.dtype, sorted(TORCH_NAMES))
+
+    def is_finite(self) -> bool:
+        """Whether it holds neither NaN nor infinity. Its dtype must have been checked."""
+        exponent = _EXPONENTS[self.dtype]
+        bits = self.data.view(exponent.dtype)
+        return not np.any((bits & exponent) == exponent)
+
+
+def read_tensors(data: bytes, where: str) -> dict[str, StoredTensor]:
+    """The tensors in the bytes of a safetensors file. Raises InvalidAdapter that names `where`."""
+    try:
+        found = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError as error:
+        message = f"Not a safetensors file: {error}."
+        raise invalid(message, where, f"{len(data)} bytes", "safetensors") from error
+    tensors = {}
+    for name, tensor in found:
+        content = np.frombuffer(tensor["data"], np.uint8)
+        tensors[name] = StoredTensor(tensor["dtype"], tuple(tensor["shape"]), content)
+    return tensors
+
+
+def write_tensors(tensors: Mapping[str, StoredTensor]) -> bytes:
+    """The bytes of a safetensors file, equal to those that `safetensors.torch.save` writes.
+
+    The file says that its tensors are torch's, as transformers and PEFT expect.
+    """
+    specs = {
+        name: safetensors.TensorSpec(
+            dtype=TORCH_NAMES[tensor.dtype],
+            shape=tensor.shape,
+            data_ptr=tensor.data.ctypes.data,
+            data_len=tensor.data.nbytes,
+        )
+        for name, tensor in tensors.items()
+    }
+    return bytes(safetensors.serialize(specs, metadata={"format": "pt"}))
