@@ -37,10 +37,11 @@ class RowDeltas(Protocol):
         """Add to each row of y the delta of that row's adapter.
 
         Args:
-            site: the paths of the linears that read x, one or several (fused). Their outputs lie
-                side by side in y.
-            y: [rows, out] the linears' outputs, changed in place. There is one row a position.
-            x: [rows, in] the linears' input.
+            site: the paths of the linears that read x: one, or several whose outputs lie side by
+                side in y.
+            y: [rows, out] the outputs of the linears, changed in place. The rows are all positions
+                of the batch, flattened.
+            x: [rows, in] the input of the linears.
         """
 
 
