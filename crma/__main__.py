@@ -1,4 +1,4 @@
-"""`python -m crma`."""
+"""Run the `crma` command as `python -m crma`."""
 
 from crma.cli.command import main
 

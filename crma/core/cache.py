@@ -1,10 +1,12 @@
-"""Where pulled base models (`models/`) and built data sets (`data/`) live on this machine."""
+"""The folder that holds pulled base models (`models/`) and built data sets (`data/`)."""
 
 import os
 from pathlib import Path
 
 
 def cache_home() -> Path:
-    """The cache folder: `$CRMA_HOME`, or `~/.cache/crma`. It need not exist."""
+    """The cache folder: `$CRMA_HOME`, or `~/.cache/crma`. It may not exist yet."""
     chosen = os.environ.get("CRMA_HOME")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "crma"
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path.home() / ".cache" / "crma"

@@ -1,30 +1,31 @@
-"""The error tree of `crma`. Every error names the field, the value and what is allowed.
+"""The error tree of `crma`. Every error names the field, its value and the allowed values.
 
 CrmaError
-├── ConfigError          a setting or argument that cannot be honoured
-├── UnsupportedModel     an architecture that cannot be injected or served; the message says why
-├── DataError            a data set could not be had, or is not what its digest says
-├── PullError            a base model could not be fetched, converted or verified
-├── TrainingError        a run failed one of its own checks
-└── StoreError           anything wrong with a store or an adapter in it
+├── ConfigError          a setting or an argument is not valid
+├── UnsupportedModel     an architecture cannot be injected or served; the message says why
+├── DataError            a data set cannot be obtained, or does not match its digest
+├── PullError            a base model cannot be fetched, converted or verified
+├── TrainingError        a training run failed one of its own checks
+└── StoreError           a store, or an adapter in it, is not usable
     ├── NotFound         no such task, backbone or version
-    ├── DigestMismatch   a file is not what its manifest says
-    ├── BaseMismatch     an adapter made for another base model
-    ├── LineageMismatch  a LoRA under a backbone that is neither its own nor a descendant
-    └── InvalidAdapter   wrong shape, unknown or missing tensor, pickle, path trick, unknown field
+    ├── DigestMismatch   a file is not the one its manifest describes
+    ├── BaseMismatch     an adapter was made for another base model
+    ├── LineageMismatch  a LoRA meets a backbone other than its own or one of its descendants
+    └── InvalidAdapter   wrong shape, unknown or missing tensor, pickle, unsafe path, unknown field
 
-To add one: derive it here, add its line above, and (if a request can meet it) its status in `server/errors.py`.
+To add an error, derive it here and add its line above. If a request can cause it, also give it an
+HTTP status in `server/service/errors.py`.
 """
 
 
 class CrmaError(Exception):
-    """Base of the tree.
+    """The base class of every error in the tree.
 
     Args:
-        message: one sentence without blame that says what to do next where that is known.
-        field: what the error is about, in the caller's words (a setting, a file, a request field).
-        value: the offending value; shown to the caller, so never a secret.
-        allowed: what would have been accepted.
+        message: one sentence that says what is wrong and, where known, what to do about it.
+        field: the setting, file or request field at fault, by the name that the caller knows.
+        value: the offending value. The caller sees it, so it must never be a secret.
+        allowed: the values that would have been accepted.
     """
 
     def __init__(
@@ -43,44 +44,44 @@ class CrmaError(Exception):
 
 
 class ConfigError(CrmaError, ValueError):
-    """A setting or argument that cannot be honoured."""
+    """A setting or an argument is not valid."""
 
 
 class UnsupportedModel(CrmaError):
-    """An architecture that cannot be injected or served."""
+    """An architecture cannot be injected or served."""
 
 
 class DataError(CrmaError):
-    """A data set could not be had, or is not what its digest says."""
+    """A data set cannot be obtained, or does not match its digest."""
 
 
 class PullError(CrmaError):
-    """A base model could not be fetched, converted or verified."""
+    """A base model cannot be fetched, converted or verified."""
 
 
 class TrainingError(CrmaError):
-    """A run failed one of its own checks."""
+    """A training run failed one of its own checks."""
 
 
 class StoreError(CrmaError):
-    """Anything wrong with a store or an adapter in it."""
+    """A store, or an adapter in it, is not usable."""
 
 
 class NotFound(StoreError, LookupError):
-    """No such task, backbone or version."""
+    """There is no such task, backbone or version."""
 
 
 class DigestMismatch(StoreError):
-    """A file is not what its manifest says."""
+    """A file is not the one its manifest describes."""
 
 
 class BaseMismatch(StoreError):
-    """An adapter made for another base model."""
+    """An adapter was made for another base model."""
 
 
 class LineageMismatch(StoreError):
-    """A LoRA under a backbone that is neither its own nor a descendant."""
+    """A LoRA meets a backbone that is neither its own nor a descendant of its own."""
 
 
 class InvalidAdapter(StoreError):
-    """Wrong shape, unknown or missing tensor, pickle, path trick, unknown field."""
+    """A wrong shape, an unknown or missing tensor, a pickle, an unsafe path or an unknown field."""

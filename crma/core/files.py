@@ -1,4 +1,4 @@
-"""Bytes on disk: reads that refuse tricks, writes that survive a crash."""
+"""Files on disk: reads that refuse links and oversized files, writes that survive a crash."""
 
 import fcntl
 import json
@@ -20,17 +20,18 @@ from crma.core.errors import InvalidAdapter, NotFound, StoreError
 TEMPORARY_PREFIX = ".publishing-"
 MAX_JSON_BYTES = 4 * 2**20
 _LOCK = ".lock"
+_MAX_SHOWN = 200  # characters of an offending value in an error: a file can hold anything
 
 
 def invalid(message: str, field: str, value: object, allowed: object) -> InvalidAdapter:
-    """The error, its message led by the field; the value is cut, because it may be anything that was in a file."""
-    shown = value if isinstance(value, int | float | None) else str(value)[:200]
+    """An InvalidAdapter whose message starts with the field; a long value is cut."""
+    shown = value if isinstance(value, int | float | None) else str(value)[:_MAX_SHOWN]
     return InvalidAdapter(f"{field}: {message}", field=field, value=shown, allowed=allowed)
 
 
 @contextmanager
 def about(where: str) -> Iterator[None]:
-    """Store errors raised inside say what they are about."""
+    """Prefix the message of every StoreError raised in the block with `where`."""
     try:
         yield
     except StoreError as error:
@@ -40,21 +41,22 @@ def about(where: str) -> Iterator[None]:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file, read once, so that what is checked is what is used.
+    """Read a regular file exactly once, so that the bytes checked are the bytes used.
 
     Args:
-        path: its last part must not be a link; nothing that is not a plain file (a pipe would block) is opened.
-        limit: most bytes accepted, checked before any is read.
+        path: the file. It must not be a link itself; its parent folders may be.
+        limit: the largest accepted size in bytes, checked before anything is read.
 
     Raises:
-        InvalidAdapter: missing, a link, not a plain file, or larger than `limit`.
+        InvalidAdapter: the file is missing, a link, not a regular file, or larger than `limit`.
     """
+    # O_NONBLOCK: opening a named pipe would otherwise wait for a writer.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, flags)
     except OSError as error:
-        raise invalid(
-            f"Cannot be opened: {error.strerror}.", path.name, path, "a plain file, not a link"
-        ) from error
+        message = f"Cannot be opened: {error.strerror}."
+        raise invalid(message, path.name, path, "a plain file, not a link") from error
     with os.fdopen(descriptor, "rb") as stream:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -65,7 +67,16 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def plain_folder(root: Path, place: str) -> Path:
-    """`root/place`, of which every part is a folder and none is a link (`root` itself may be one)."""
+    """The path `root/place`, once every part of `place` is known to be a folder and not a link.
+
+    Args:
+        root: the store's folder, which may itself be a link.
+        place: a path inside it, its parts separated by "/".
+
+    Raises:
+        NotFound: a part does not exist.
+        InvalidAdapter: a part is a link, or is not a folder.
+    """
     path = root
     for part in place.split("/"):
         path = path / part
@@ -79,7 +90,11 @@ def plain_folder(root: Path, place: str) -> Path:
 
 
 def names_in(root: Path, place: str) -> list[str]:
-    """What is in a folder of the store; nothing if there is no such folder. InvalidAdapter if it is a link."""
+    """The names in the folder `root/place`, in no order; empty if there is no such folder.
+
+    Raises:
+        InvalidAdapter: a part of `place` is a link, or is not a folder.
+    """
     try:
         return os.listdir(plain_folder(root, place))
     except NotFound:
@@ -87,53 +102,63 @@ def names_in(root: Path, place: str) -> list[str]:
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """One JSON object: UTF-8, no key twice, only finite numbers. Raises InvalidAdapter that names `where`."""
+    """Parse one JSON object: UTF-8, with no key twice and only finite numbers.
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("a key appears twice")
-        return result
-
-    def finite(text: str) -> float:
-        if not math.isfinite(number := float(text)):
-            raise ValueError(f"{text} is not finite")
-        return number
-
+    Raises:
+        InvalidAdapter: `data` is anything else; the error's field is `where`.
+    """
     try:
         parsed = json.loads(
-            data.decode(), object_pairs_hook=unique, parse_constant=finite, parse_float=finite
+            data.decode(),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_finite,
+            parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
-        raise invalid(
-            f"Not valid JSON: {error}.", where, f"{len(data)} bytes", "one JSON object"
-        ) from error
+        message = f"Not valid JSON: {error}."
+        raise invalid(message, where, f"{len(data)} bytes", "one JSON object") from error
     if not isinstance(parsed, dict):
         raise invalid("Not a JSON object.", where, type(parsed).__name__, "one JSON object")
     return parsed
 
 
-def to_json(content: Mapping[str, Any] | BaseModel) -> bytes:
-    """Readable JSON with a newline at the end; the same content gives the same bytes.
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result
 
-    Records (pydantic's and dataclasses, also inside `content`) are written as objects. Raises InvalidAdapter on NaN.
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
+
+
+def to_json(content: Mapping[str, Any] | BaseModel) -> bytes:
+    """Readable JSON that ends in a newline. The same content always gives the same bytes.
+
+    Pydantic models and dataclasses, also nested ones, are written as objects.
+
+    Raises:
+        InvalidAdapter: `content` holds NaN, an infinity, or a value that JSON cannot represent.
     """
     try:
         plain = to_jsonable_python(content, by_alias=True)
-        return (
-            json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-        ).encode()
+        text = json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        return f"{text}\n".encode()
     except (ValueError, TypeError, RecursionError) as error:
-        raise invalid(
-            f"Cannot be written: {error}.", "JSON", content, "finite JSON values"
-        ) from error
+        message = f"Cannot be written: {error}."
+        raise invalid(message, "JSON", content, "finite JSON values") from error
 
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Holds the store's one writer lock, created on first use: waits for it; the kernel frees it when a holder dies.
+    """Hold the only writer lock of a store, waiting for it if another writer has it.
 
-    Deletes what writers that died have left: whoever holds the lock is the only one.
+    The lock file is created on first use, and the kernel releases the lock when its holder dies.
+    No other writer can be active in the block, so whatever a dead writer left is deleted first.
     """
     root.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -147,9 +172,12 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def publish_folder(root: Path, target: Path, files: Mapping[str, bytes]) -> None:
-    """Makes `target` appear with all `files` or not at all, whenever the process or the machine dies.
+    """Create `target` with all `files` in one step: after a crash it is complete or absent.
 
-    The last of `files` is written last. `target` (below `root`) must not exist; only a lock makes sure of that.
+    Args:
+        root: the store's folder, on the same file system as `target`.
+        target: the new folder, below `root`. It must not exist; only the writer lock ensures that.
+        files: file name -> bytes, written in this order.
     """
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=root))
     try:
@@ -168,7 +196,10 @@ def publish_folder(root: Path, target: Path, files: Mapping[str, bytes]) -> None
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Readers see the old bytes or the new ones, never a mixture. Call with the lock held."""
+    """Replace a file in one step: readers see the old bytes or the new ones, never a mixture.
+
+    Call it with the writer lock held: the name of the temporary file is fixed.
+    """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     temporary.unlink(missing_ok=True)
     _write_synced(temporary, data)

@@ -1,4 +1,4 @@
-"""Where a figure comes from: the machine, the commit."""
+"""The provenance of a measurement: the machine it ran on, and the commit of the code."""
 
 import os
 import platform
@@ -8,17 +8,15 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def hardware() -> dict[str, Any]:
-    """What the figures were taken on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(
-        r"^model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE
-    )
+    """The machine and torch's view of it: "cpu", "cores", "threads", "capability" and "gpu"."""
+    import torch  # here, because importing it takes seconds
+
     return {
-        "cpu": named[1] if named else platform.processor() or platform.machine(),
+        "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -26,13 +24,25 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def _cpu_name() -> str:
+    """The CPU's model name where Linux reports one, otherwise its architecture."""
+    if _CPU_INFO.exists():
+        model_name = re.search(r"^model name\s*: (.*)", _CPU_INFO.read_text(), re.MULTILINE)
+        if model_name:
+            return model_name[1]
+    return platform.processor() or platform.machine()
+
+
 def commit() -> str:
-    """The commit of this source tree, with -dirty where it has changes; "unknown" outside a repository."""
+    """The commit of this source tree, abbreviated to 12 digits.
+
+    Returns:
+        The digits, followed by "-dirty" if the tree has uncommitted changes; "unknown" outside a
+        repository or without git.
+    """
     root = Path(__file__).parents[2]
     if not shutil.which("git") or not (root / ".git").exists():
         return "unknown"
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    return (
-        subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-        or "unknown"
-    )
+    done = subprocess.run(describe, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"

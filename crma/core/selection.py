@@ -1,4 +1,4 @@
-"""Which adapters a row uses: the key for batch groups, the KV cache and metrics."""
+"""The adapters that one row of a batch uses, and the variants that an ablation compares."""
 
 import re
 from typing import Literal, NamedTuple
@@ -13,7 +13,10 @@ _CELL = re.compile(
 
 
 class Cell(NamedTuple):
-    """What a variant is made of; a version None is the one that serves."""
+    """One cell of an ablation's 2x2 table: whether the task adapter and the CRMA backbone are used.
+
+    A version of None stands for the version that currently serves.
+    """
 
     task: bool
     task_version: str | None
@@ -22,20 +25,29 @@ class Cell(NamedTuple):
 
 
 def read_cell(variant: str) -> Cell:
-    """One of VARIANTS; `@version` may follow task and crma: "task@v2+crma@v1". ConfigError for anything else."""
+    """Parse the name of a variant, such as "task", "task+crma" or "task@v2+crma@v1".
+
+    Args:
+        variant: one of VARIANTS; `@version` may follow "task" and "crma".
+
+    Raises:
+        ConfigError: `variant` is anything else.
+    """
     found = _CELL.fullmatch(variant)
     if not variant or found is None:
         allowed = [*VARIANTS, "task@v1", "task@v1+crma@v1", "…"]
-        message = f"Variants are those there are, and not {variant!r}."
+        message = f"There is no variant {variant!r}."
         raise ConfigError(message, field="variants", value=variant, allowed=allowed)
     return Cell(found[1] is not None, found[2], found[3] is not None, found[4])
 
 
 class AdapterSelection(NamedTuple):
-    """Content digests (`sha256:…`) of the task adapter and the CRMA backbone of one row; None = not used.
+    """The task adapter and the CRMA backbone of one row, as content digests (`sha256:…`).
 
-    Both None is the plain base model. Names never appear here: two names for one digest are one
-    selection, and a name that is re-published gives another.
+    None means that the adapter is not used; the row with neither runs the plain base model. Rows
+    of one selection form a batch group and may share cached keys and values. Selections hold
+    digests and never names: two names of one digest are the same selection, and a name that is
+    published again gives another.
     """
 
     task_digest: str | None = None
@@ -43,7 +55,7 @@ class AdapterSelection(NamedTuple):
 
     @property
     def variant(self) -> Variant:
-        """The ablation cell this selection belongs to."""
+        """The ablation variant that this selection belongs to."""
         if self.task_digest is None:
             return "base" if self.crma_digest is None else "crma"
         return "task" if self.crma_digest is None else "task+crma"

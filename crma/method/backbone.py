@@ -2,12 +2,13 @@
 
 T(h) = h + g Ŵ (M ⊗ I_k) R̂ h,  M = DS(S),  g = sigmoid(gamma)
 
-Shapes: L layers (decoder blocks); d hidden size; n streams of rank k, stream-major, nk = n·k;
-h [.., d]; S [L, n, n]; R [L, nk, d]; W [L, d, nk]; gamma [L]. All layers live in four stacked parameters,
-because everything a step needs of them is then a handful of batched operations.
+Shapes: L layers (decoder blocks); d hidden size; n streams of rank k, stored stream by stream;
+nk = n·k; h [.., d]; S [L, n, n]; R [L, nk, d]; W [L, d, nk]; gamma [L]. The parameters of all
+layers are stacked, so that a training step derives all of its factors in a few batched operations.
 
-The claims are those of "CRMA: A Spectrally-Bounded Backbone for Modular Continual Fine-Tuning of LLMs"
-(arXiv 2606.00382); the equations are ours, from the literature on doubly stochastic mixing (ARCHITECTURE.md).
+The claims are those of "CRMA: A Spectrally-Bounded Backbone for Modular Continual Fine-Tuning of
+LLMs" (arXiv 2606.00382). The equations are ours, from the literature on doubly stochastic mixing:
+see docs/method.md, section 2.
 """
 
 from collections.abc import Mapping as MappingABC
@@ -26,7 +27,7 @@ from crma.method.sinkhorn import Mapping, doubly_stochastic
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class CrmaConfig:
-    """The shape of a backbone and of its map; frozen with the weights (it is part of the digest)."""
+    """The shape of a backbone and of its map. It is stored with the weights and in their digest."""
 
     num_layers: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
@@ -40,7 +41,7 @@ class CrmaConfig:
     def _check_rank(self) -> Self:
         if self.rank > self.hidden_size:
             raise ValueError(
-                f"streams x stream rank cannot exceed the hidden size, {self.hidden_size}"
+                f"num_streams * stream_rank must not exceed hidden_size = {self.hidden_size}"
             )
         return self
 
@@ -50,41 +51,54 @@ class CrmaConfig:
         return self.num_streams * self.stream_rank
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; `from_dict` gives it back."""
+        """The fields as plain JSON values, for `from_dict`."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: MappingABC[str, Any]) -> "CrmaConfig":
-        """Raises ConfigError that names a wrong, unknown or missing key."""
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a key is unknown or missing, or its value is not valid; the error names it.
+        """
         return checked("", dict(values), TypeAdapter(cls).validate_python, ConfigError)
 
 
 class Factors(NamedTuple):
-    """The bounded factors of all layers: R [L, nk, d] and W [L, d, nk] with norms <= 1, M [L, n, n], g [L]."""
+    """The factors of all layers in the formula: R̂, M, Ŵ and g. R̂ and Ŵ have norms of at most 1."""
 
-    R: Tensor
-    M: Tensor
-    W: Tensor
-    g: Tensor
+    R: Tensor  # [L, nk, d]
+    M: Tensor  # [L, n, n]
+    W: Tensor  # [L, d, nk]
+    g: Tensor  # [L]
 
 
 class FoldedPair(NamedTuple):
-    """T(h) - h = B (A h) of one layer: A [nk, d], B [d, nk], whose columns lie together in memory."""
+    """One layer as a low-rank update: T(h) - h = B (A h)."""
 
-    A: Tensor
-    B: Tensor
+    A: Tensor  # [nk, d]
+    B: Tensor  # [d, nk]; each column is contiguous in memory
 
     def delta(self, h: Tensor) -> Tensor:
-        """[.., d] -> [.., d], in h's dtype."""
+        """T(h) - h: [.., d] -> [.., d]. h must have the dtype of A and B."""
         return nn.functional.linear(nn.functional.linear(h, self.A), self.B)
 
 
 class Backbone(nn.Module):
-    """The raw fp32 parameters of all layers, and what follows from them. Identity at step 0 because W starts at 0.
+    """The raw fp32 parameters of all layers, and the factors derived from them.
 
-    `mapping` "rounded" is the method, "sinkhorn" its plain form. The controls of METHOD, section 3: "identity" (M = I),
-    "free" (M is S itself, from the same start, without Sinkhorn), "unbounded" (M = I, g = 1, R and W as they are: a
-    low-rank adapter on the residual stream).
+    A new backbone is the identity, because W starts at 0.
+
+    The config's `mapping` selects the method or a control (docs/method.md, section 3):
+
+    - "rounded": the method; "sinkhorn": the same without the rounding.
+    - "identity": M = I.
+    - "free": M is S itself, learned without Sinkhorn from the same starting point.
+    - "unbounded": M = I, g = 1 and R, W unbounded: a plain low-rank adapter on the residual stream.
+
+    Args:
+        config: the shape.
+        generator: a CPU generator; the same seed gives the same parameters. None: torch's own.
     """
 
     def __init__(self, config: CrmaConfig, generator: torch.Generator | None = None) -> None:
@@ -97,23 +111,24 @@ class Backbone(nn.Module):
             self.S.data = doubly_stochastic(
                 self.S.data, iterations=config.iterations, cap=config.cap
             )
-        self.R = nn.Parameter(
-            torch.linalg.qr(torch.randn(L, d, rank, generator=generator))[0].mT.contiguous()
-        )
+        orthonormal, _ = torch.linalg.qr(torch.randn(L, d, rank, generator=generator))
+        self.R = nn.Parameter(orthonormal.mT.contiguous())
         self.W = nn.Parameter(torch.zeros(L, d, rank))
         self.gamma = nn.Parameter(torch.zeros(L))
 
     def mixing(self) -> Tensor:
-        """M = DS(S), or what the control has in its place: [L, n, n] float32."""
-        c = self.config
-        if c.mapping == "free":
+        """M = DS(S), or the matrix that a control uses instead: [L, n, n] float32."""
+        config = self.config
+        if config.mapping == "free":
             return self.S
-        if c.mapping in ("identity", "unbounded"):
-            return torch.eye(c.num_streams, device=self.S.device).expand_as(self.S)
-        return doubly_stochastic(self.S, iterations=c.iterations, cap=c.cap, mapping=c.mapping)
+        if config.mapping in ("identity", "unbounded"):
+            return torch.eye(config.num_streams, device=self.S.device).expand_as(self.S)
+        return doubly_stochastic(
+            self.S, iterations=config.iterations, cap=config.cap, mapping=config.mapping
+        )
 
     def factors(self) -> Factors:
-        """The bounded factors, differentiable in all four parameters."""
+        """The factors of the formula, differentiable in all four parameters."""
         if self.config.mapping == "unbounded":
             return Factors(R=self.R, M=self.mixing(), W=self.W, g=torch.ones_like(self.gamma))
         return Factors(
@@ -121,7 +136,11 @@ class Backbone(nn.Module):
         )
 
     def fold(self) -> tuple[Tensor, Tensor]:
-        """A = R̂ [L, nk, d] and B = g Ŵ (M ⊗ I_k) [L, d, nk], fp32, differentiable: T(h) - h = B (A h)."""
+        """The folded form, T(h) - h = B (A h), of all layers.
+
+        Returns:
+            A = R̂ [L, nk, d] and B = g Ŵ (M ⊗ I_k) [L, d, nk]: fp32, differentiable.
+        """
         n, k = self.config.num_streams, self.config.stream_rank
         R, M, W, g = self.factors()
         # Column (j, b) of W (M ⊗ I_k) is the sum over streams i of W[:, (i, b)] M[i, j].
@@ -130,14 +149,17 @@ class Backbone(nn.Module):
         return R, g[:, None, None] * mixed
 
     def folded(self, device: torch.device | str, dtype: torch.dtype) -> list[FoldedPair]:
-        """One detached pair a layer as served, on `device` in `dtype`."""
+        """The pairs to serve, one for each layer, detached, on `device` in `dtype`."""
         with torch.no_grad():
             A, B = self.fold()
         columns = B.to(device, dtype).mT.contiguous()
         return [FoldedPair(a, b.mT) for a, b in zip(A.to(device, dtype), columns, strict=True)]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The raw fp32 parameters as stored: a later blend or training starts from these, never from folded factors."""
+        """Copies of the raw fp32 parameters, as they are stored.
+
+        Blending and further training start from these, never from folded factors.
+        """
         return {
             name: parameter.detach().clone().contiguous()
             for name, parameter in self.named_parameters()
@@ -145,33 +167,43 @@ class Backbone(nn.Module):
 
     @classmethod
     def from_tensors(cls, config: CrmaConfig, tensors: MappingABC[str, Tensor]) -> "Backbone":
-        """The inverse of `tensors`. Raises InvalidAdapter for a missing, unknown, misshapen or non-finite tensor."""
+        """The inverse of `tensors`.
+
+        Raises:
+            InvalidAdapter: a tensor is missing, unknown, not finite, or of a wrong shape or dtype.
+        """
         backbone = cls(config, torch.Generator().manual_seed(0))
-        expected, found = _kinds(backbone.state_dict()), _kinds(tensors)
-        if odd := sorted(
-            name for name in {*expected, *found} if found.get(name) != expected.get(name)
-        ):
-            message = "missing or unknown CRMA tensor, or one of another kind"
-            raise InvalidAdapter(message, field=odd[0], value=found, allowed=expected)
-        if odd := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-            message = "CRMA tensor holds NaN or infinity"
-            raise InvalidAdapter(message, field=odd[0], value="not finite", allowed="finite")
+        expected = _kinds(backbone.state_dict())
+        found = _kinds(tensors)
+        for name in sorted({*expected, *found}):
+            if found.get(name) != expected.get(name):
+                message = f"{name}: a CRMA tensor is missing, unknown, or of a wrong shape or dtype"
+                raise InvalidAdapter(message, field=name, value=found, allowed=expected)
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                message = f"{name}: the CRMA tensor holds NaN or infinity"
+                raise InvalidAdapter(message, field=name, value="not finite", allowed="finite")
         backbone.load_state_dict(dict(tensors))
         return backbone
 
 
 def _kinds(tensors: MappingABC[str, Tensor]) -> dict[str, str]:
+    """Name -> shape and dtype."""
     return {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}
 
 
 def bounded(P: Tensor) -> Tensor:
-    """P / sqrt(max(1, λ_max(P Pᵀ))): spectral norm at most 1, unchanged where it already is.
+    """P / sqrt(max(1, λ_max(P Pᵀ))): the spectral norm becomes at most 1; a smaller one is kept.
 
-    λ_max comes from the small Gram matrix, of P / max(1, its largest entry): squares of finite entries overflow.
-    The clamp is inside the root: outside it the gradient at P = 0 is NaN.
+    λ_max is computed from the Gram matrix of P / max(1, largest |entry|), on P's shorter side:
+    squares of large finite entries would overflow. The clamp is inside the root, because outside
+    it the gradient at P = 0 is NaN.
 
     Args:
-        P: [L, nk, d] or [L, d, nk]; the Gram is taken over the longer side.
+        P: [L, nk, d] or [L, d, nk].
+
+    Returns:
+        P's shape; never under autocast.
     """
     with torch.autocast(P.device.type, enabled=False):
         scale = P.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1.0)
@@ -182,7 +214,13 @@ def bounded(P: Tensor) -> Tensor:
 
 
 def apply_unfolded(h: Tensor, factors: Factors, layer: int) -> Tensor:
-    """T(h) of one layer, literally as the formula reads: the reference that the folded form is tested against."""
+    """T(h) of one layer, written exactly as the formula; tests compare the folded form with it.
+
+    Args:
+        h: [.., d], in the dtype of the factors.
+        factors: of all layers.
+        layer: from 0.
+    """
     R, M, W, g = (factor[layer] for factor in factors)
     k = R.shape[0] // M.shape[0]
     mixing = torch.kron(M, torch.eye(k, dtype=M.dtype, device=M.device))

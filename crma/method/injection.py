@@ -1,37 +1,61 @@
-"""Puts LoRA and CRMA on any supported Hugging Face decoder; every row of a batch chooses its own.
+"""Adds LoRA and CRMA to any supported Hugging Face decoder, with a choice for each row of a batch.
 
-Blocks and linears are found by structure, not by a table of model names. Nothing in the model is replaced: forward
-hooks add the deltas, so a model without an active plan computes exactly what it did before.
+Decoder blocks and linears are found by the model's structure, not by a table of model names. No
+module is replaced: forward hooks add the deltas, so a model without an active plan computes exactly
+the same numbers as before.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from crma.core.errors import ConfigError, InvalidAdapter, UnsupportedModel
 from crma.core.selection import AdapterSelection
 from crma.method.backbone import FoldedPair
 from crma.method.lora import Lora, add_grouped
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION_TYPES = ("full_attention", "sliding_attention")
+"""The kinds of layers, in the `layer_types` of a config, that keep an ordinary KV cache."""
+
+Adapter = TypeVar("Adapter")
+
 
 class RowDeltas(Protocol):
-    """LoRA deltas for a batch in which every row has its own adapter, computed in place."""
+    """The LoRA deltas of a batch whose rows use different adapters, added in place."""
 
     def add_(self, site: tuple[str, ...], y: Tensor, x: Tensor) -> None:
-        """Adds to y [b, out] each row's delta for x [b, in]; `site`: paths of the linears."""
+        """Add to each row of y the delta of that row's adapter.
+
+        Args:
+            site: the paths of the linears that read x: one, or several whose outputs lie side by
+                side in y.
+            y: [rows, out] the outputs of the linears, changed in place. The rows are all positions
+                of the batch, flattened.
+            x: [rows, in] the input of the linears.
+        """
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows of one batch use what: `tasks` (rows, LoRA) and `backbones` (rows, one pair a layer); rows None = all.
+    """The adapters that the rows of one batch use; by default, none.
 
-    No row is in two groups of a kind; a row in none is the base model's. `stacked` takes the place of `tasks` where no
-    gradient is needed. `head_rows`: the rows whose logits are wanted; None = all.
+    `rows` is an int64 index into the batch, or None for all rows. No row is in two groups of
+    `tasks`, or in two of `backbones`; a row in none runs the base model.
+
+    Args:
+        tasks: (rows, task adapter).
+        backbones: (rows, one folded pair for each layer).
+        stacked: replaces `tasks` when serving, where no gradient is needed.
+        head_rows: the rows whose logits are computed; None: all.
     """
 
     tasks: Sequence[tuple[Tensor | None, Lora]] = ()
@@ -41,70 +65,76 @@ class Plan:
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The path and list of decoder blocks: the one ModuleList as long as the config says the model is deep.
+    """The decoder blocks: the one ModuleList whose length is the config's num_hidden_layers.
+
+    Returns:
+        The list's module path, and the list.
 
     Raises:
-        UnsupportedModel: with the reason, where the model is not a plain stack of decoder blocks of linears.
+        UnsupportedModel: the model is not one plain stack of decoder blocks, each with attention
+            and linears; the message gives the reason.
     """
     config = model.config
-    name = type(model).__name__
-
-    def refuse(reason: str) -> UnsupportedModel:
-        message = f"{name} cannot be served: {reason}"
-        return UnsupportedModel(
-            message, field="model", value=name, allowed="a decoder of linear layers"
-        )
-
     if getattr(config, "is_encoder_decoder", False):
-        raise refuse("it is an encoder-decoder")
+        _refuse(model, "it is an encoder-decoder")
     if config.get_text_config() is not config:
-        raise refuse("it is a multimodal model; use its text-only checkpoint")
-    depth = getattr(config, "num_hidden_layers", None)
-    stacks = [
-        (path, m)
-        for path, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and len(m) == depth
-    ]
-    stacks = [
-        (path, blocks)
-        for path, blocks in stacks
-        if not any(path.startswith(outer + ".") for outer, _ in stacks)
-    ]
+        _refuse(model, "it is a multimodal model; use its text-only checkpoint")
+    stacks = _outermost_stacks(model)
     if len(stacks) != 1:
-        raise refuse(
-            f"it has {len(stacks)} stacks of num_hidden_layers={depth} blocks instead of one"
-        )
+        depth = f"num_hidden_layers={_depth(model)}"
+        _refuse(model, f"it has {len(stacks)} stacks of {depth} blocks instead of one")
     path, blocks = stacks[0]
     for block in blocks:
-        if not any(isinstance(m, nn.Linear) for m in block.modules()):
-            raise refuse(f"its blocks ({type(block).__name__}) have no torch.nn.Linear to adapt")
-        if attention_module(block) is None:
-            raise refuse(
-                f"its blocks ({type(block).__name__}) have no attention to keep a KV cache for"
-            )
-    if odd := set(getattr(config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }:
-        raise refuse(f"it has layers of the kind {min(odd)}")
+        _check_block(model, block)
+    for layer_type in sorted(set(getattr(config, "layer_types", None) or ())):
+        if layer_type not in ATTENTION_TYPES:
+            _refuse(model, f"it has layers of the type {layer_type}")
     return path, blocks
 
 
+def _refuse(model: PreTrainedModel, reason: str) -> NoReturn:
+    name = type(model).__name__
+    message = f"{name} cannot be served: {reason}"
+    raise UnsupportedModel(message, field="model", value=name, allowed="a decoder of linear layers")
+
+
+def _depth(model: PreTrainedModel) -> int | None:
+    return getattr(model.config, "num_hidden_layers", None)
+
+
+def _outermost_stacks(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
+    """(path, list) of every ModuleList as long as the model is deep and not inside another one."""
+    stacks: list[tuple[str, nn.ModuleList]] = []
+    for path, module in model.named_modules():  # outer modules come before inner ones
+        if not isinstance(module, nn.ModuleList) or len(module) != _depth(model):
+            continue
+        if not any(path.startswith(f"{outer}.") for outer, _ in stacks):
+            stacks.append((path, module))
+    return stacks
+
+
+def _check_block(model: PreTrainedModel, block: nn.Module) -> None:
+    kind = type(block).__name__
+    if not _has_linear(block):
+        _refuse(model, f"its blocks ({kind}) have no torch.nn.Linear to adapt")
+    if attention_module(block) is None:
+        _refuse(model, f"its blocks ({kind}) have no attention to keep a KV cache for")
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Linear) for child in module.modules())
+
+
 def attention_module(block: nn.Module) -> str | None:
-    """The name of the block's attention: the child whose name says attention and that holds linears."""
-    named = [
-        (name, child)
-        for name, child in block.named_children()
-        if "attn" in name or "attention" in name
-    ]
-    return next(
-        (name for name, child in named if any(isinstance(m, nn.Linear) for m in child.modules())),
-        None,
-    )
+    """The name of a block's attention: the first child that is named for it and holds linears."""
+    for name, child in block.named_children():
+        if ("attn" in name or "attention" in name) and _has_linear(child):
+            return name
+    return None
 
 
 def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Module path -> (out_features, in_features) of every linear in the decoder blocks, in model order."""
+    """Module path -> (out_features, in_features) of the linears in the blocks, in model order."""
     path, blocks = decoder_blocks(model)
     return {
         f"{path}.{name}": (module.out_features, module.in_features)
@@ -114,24 +144,38 @@ def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def target_names(model: PreTrainedModel, which: str) -> tuple[str, ...]:
-    """Last names of the linears that `which` stands for: "attention", "all-linear", or a comma-separated list."""
+    """The last names of the linears to adapt, each once, in model order.
+
+    Args:
+        model: names are taken from its first block.
+        which: "attention", "all-linear", or a comma-separated list, returned as given.
+    """
     if which not in ("attention", "all-linear"):
         return tuple(name.strip() for name in which.split(",") if name.strip())
     _, blocks = decoder_blocks(model)
-    attention = attention_module(blocks[0])
-    root = blocks[0].get_submodule(attention) if which == "attention" and attention else blocks[0]
-    return tuple(
-        dict.fromkeys(
-            name.rsplit(".", 1)[-1] for name, m in root.named_modules() if isinstance(m, nn.Linear)
-        )
+    root = blocks[0]
+    attention = attention_module(root)
+    if which == "attention" and attention is not None:
+        root = root.get_submodule(attention)
+    names = (
+        path.rsplit(".", 1)[-1]
+        for path, module in root.named_modules()
+        if isinstance(module, nn.Linear)
     )
+    return tuple(dict.fromkeys(names))
 
 
 class Injection:
     """The hooks on one model, and the plan that they follow in the current forward pass.
 
-    One forward pass at a time: the plan is set for the time of a `with injection.active(plan)` block by the one thread
-    that runs the model. Gradients flow through both kinds of delta.
+    Only one thread may run the model, one forward pass at a time, each inside
+    `with injection.active(plan)`. Gradients flow through the LoRA and the CRMA deltas.
+
+    Args:
+        model: receives the hooks, which stay for as long as it lives.
+
+    Raises:
+        UnsupportedModel: as `decoder_blocks`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -148,7 +192,7 @@ class Injection:
 
     @contextmanager
     def active(self, plan: Plan) -> Iterator[None]:
-        """Follow `plan` inside the block; base model again after it, whatever happened."""
+        """Follow `plan` inside the block. After it, even after an error, the model is the base."""
         self._plan = plan
         try:
             yield
@@ -156,57 +200,64 @@ class Injection:
             self._plan = Plan()
 
     def check(self, lora: Lora) -> None:
-        """Raises InvalidAdapter for a pair on a module that the model lacks, or of the wrong shape."""
+        """Check that every pair of a LoRA fits a linear of the model.
+
+        Raises:
+            InvalidAdapter: a pair belongs to no linear of the model, or has the wrong shape.
+        """
         for path, pair in lora.pairs.items():
-            found, expected = (
-                (pair.B.shape[0], pair.A.shape[1]),
-                self.shapes.get(path, "a linear of the decoder"),
-            )
+            found = (pair.B.shape[0], pair.A.shape[1])
+            expected = self.shapes.get(path)
             if found != expected:
-                raise InvalidAdapter(
-                    "LoRA that fits no module", field=path, value=found, allowed=expected
-                )
+                message = f"{path}: the LoRA pair fits no linear of the model"
+                allowed = expected or "a linear of the decoder"
+                raise InvalidAdapter(message, field=path, value=found, allowed=allowed)
 
     def check_backbone(self, num_layers: int, hidden_size: int) -> None:
-        """Raises InvalidAdapter for a backbone of another depth or width than the model."""
-        found, expected = (num_layers, hidden_size), (len(self.blocks), self.hidden_size)
-        if found != expected:
-            message = "backbone of the wrong shape"
-            raise InvalidAdapter(
-                message, field="num_layers, hidden_size", value=found, allowed=expected
-            )
+        """Check the depth and width of a backbone.
 
-    def _lora_hook(self, path: str) -> Any:
+        Raises:
+            InvalidAdapter: they are not those of the model.
+        """
+        found = (num_layers, hidden_size)
+        expected = (len(self.blocks), self.hidden_size)
+        if found != expected:
+            message = "num_layers, hidden_size: the backbone does not fit the model"
+            field = "num_layers, hidden_size"
+            raise InvalidAdapter(message, field=field, value=found, allowed=expected)
+
+    def _lora_hook(self, path: str) -> Callable[..., Tensor | None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            x = inputs[0]
             if self._plan.stacked is not None:
                 self._plan.stacked.add_(
-                    (path,), output.view(-1, output.shape[-1]), inputs[0].flatten(0, -2)
+                    (path,), output.view(-1, output.shape[-1]), x.flatten(0, -2)
                 )
                 return None
             groups = [
                 (rows, lora.pairs[path]) for rows, lora in self._plan.tasks if path in lora.pairs
             ]
-            return add_grouped(output, inputs[0], groups) if groups else None
+            return add_grouped(output, x, groups) if groups else None
 
         return hook
 
     def _head_hook(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        # torch gives every row of a sliced (not contiguous) batch its own copy of the head: 57 MB on the default model.
-        rows = self._plan.head_rows
-        return (inputs[0] if rows is None else inputs[0][rows]).contiguous()
+        h = inputs[0]
+        if self._plan.head_rows is not None:
+            h = h[self._plan.head_rows]
+        # A batch that is a slice is not contiguous, and torch then copies the head's weights for
+        # every row: 57 MB on the default model.
+        return h.contiguous()
 
-    def _crma_hook(self, layer: int) -> Any:
+    def _crma_hook(self, layer: int) -> Callable[..., Any]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             if not self._plan.backbones:
                 return None
-            h = output[0] if isinstance(output, tuple) else output
-            for rows, pairs in self._plan.backbones:
-                h = (
-                    h + pairs[layer].delta(h)
-                    if rows is None
-                    else h.index_add(0, rows, pairs[layer].delta(h[rows]))
-                )
-            return (h, *output[1:]) if isinstance(output, tuple) else h
+            groups = [(rows, pairs[layer]) for rows, pairs in self._plan.backbones]
+            if isinstance(output, tuple):  # some families return more than the hidden state
+                h, *rest = output
+                return (add_grouped(h, h, groups), *rest)
+            return add_grouped(output, output, groups)
 
         return hook
 
@@ -217,34 +268,48 @@ def plan_rows(
     backbones: Mapping[str, Sequence[FoldedPair]],
     device: torch.device | str = "cpu",
 ) -> Plan:
-    """Group the rows of a batch by what they selected.
+    """Group the rows of a batch by their adapters.
 
     Args:
-        selections: one a row.
-        loras, backbones: what is loaded, by digest.
+        selections: one for each row.
+        loras: the loaded task adapters, by digest.
+        backbones: the loaded backbones, by digest.
+        device: of the row indices.
 
     Raises:
-        ConfigError: a selection that is not loaded (never the base model instead).
+        ConfigError: a selected adapter is not loaded. The base model never stands in for it.
     """
+    task_digests = [selection.task_digest for selection in selections]
+    crma_digests = [selection.crma_digest for selection in selections]
+    tasks = _group_rows(task_digests, loras, "task_digest", device)
+    return Plan(tasks, _group_rows(crma_digests, backbones, "crma_digest", device))
 
-    def group(
-        digests: Sequence[str | None], loaded: Mapping[str, Any], field: str
-    ) -> list[tuple[Tensor | None, Any]]:
-        by_digest: dict[str, list[int]] = {}
-        for row, digest in enumerate(digests):
-            if digest is not None:
-                by_digest.setdefault(digest, []).append(row)
-        if missing := set(by_digest) - set(loaded):
-            raise ConfigError(
-                f"{field} is not loaded", field=field, value=min(missing), allowed=sorted(loaded)
-            )
-        return [
-            (
-                None if len(rows) == len(selections) else torch.tensor(rows, device=device),
-                loaded[digest],
-            )
-            for digest, rows in by_digest.items()
-        ]
 
-    tasks = group([s.task_digest for s in selections], loras, "task_digest")
-    return Plan(tasks, group([s.crma_digest for s in selections], backbones, "crma_digest"))
+def _group_rows(
+    digests: Sequence[str | None],
+    loaded: Mapping[str, Adapter],
+    field: str,
+    device: torch.device | str,
+) -> list[tuple[Tensor | None, Adapter]]:
+    """(rows, adapter) of each digest, in the order of first use; rows None where all rows use it.
+
+    Args:
+        digests: one for each row; None: no adapter.
+        loaded: the adapters, by digest.
+        field: what the digests are, for the error.
+        device: of the row indices.
+    """
+    by_digest: dict[str, list[int]] = {}
+    for row, digest in enumerate(digests):
+        if digest is not None:
+            by_digest.setdefault(digest, []).append(row)
+    missing = set(by_digest) - set(loaded)
+    if missing:
+        digest = min(missing)
+        message = f"{field}: {digest} is not loaded"
+        raise ConfigError(message, field=field, value=digest, allowed=sorted(loaded))
+    groups: list[tuple[Tensor | None, Adapter]] = []
+    for digest, rows in by_digest.items():
+        index = None if len(rows) == len(digests) else torch.tensor(rows, device=device)
+        groups.append((index, loaded[digest]))
+    return groups

@@ -1,25 +1,45 @@
-"""LoRA: one formula, two speeds.
+"""LoRA: the low-rank update of a linear layer, and a task adapter made of such updates.
 
 y += scaling · (x Aᵀ) Bᵀ, scaling = alpha / rank (Hu et al. 2021).
 
-Shapes: x [b, s, in] or [rows, in]; A [r, in]; B [out, r]; y [.., out]. b rows of a batch, s positions.
+Shapes: b rows of a batch; s positions; in and out, the features of the linear; r the rank;
+x [b, s, in]; A [r, in]; B [out, r]; y [b, s, out].
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from crma.core.errors import ConfigError
 
-Groups = Sequence[tuple[Tensor | None, "LoraPair"]]
+
+class LowRankUpdate(Protocol):
+    """An update that is added to an output: a `LoraPair`, or a backbone's `FoldedPair`."""
+
+    def delta(self, x: Tensor, /) -> Tensor:
+        """The update for inputs x [.., in]: [.., out]."""
+
+
+Groups = Sequence[tuple[Tensor | None, LowRankUpdate]]
+"""(rows, update): rows is an int64 index into the batch, or None for all rows."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Rank and alpha of every pair unless a pair says otherwise; target_modules are last names of module paths."""
+    """The rank and alpha of a LoRA, and the modules that it adapts.
+
+    Args:
+        rank: of every pair; a stored adapter may override it for single modules.
+        alpha: of every pair, likewise.
+        target_modules: the last names of module paths, such as "q_proj".
+
+    Raises:
+        ConfigError: the rank is below 1, or there are no target modules.
+    """
 
     rank: int
     alpha: float
@@ -27,16 +47,11 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ConfigError(
-                "a LoRA needs a rank of at least 1", field="rank", value=self.rank, allowed=">= 1"
-            )
+            message = "rank: a LoRA needs a rank of at least 1"
+            raise ConfigError(message, field="rank", value=self.rank, allowed=">= 1")
         if not self.target_modules:
-            raise ConfigError(
-                "a LoRA needs target modules",
-                field="target_modules",
-                value=(),
-                allowed="module names",
-            )
+            message = "target_modules: a LoRA needs at least one target module"
+            raise ConfigError(message, field="target_modules", value=(), allowed="module names")
 
     @property
     def scaling(self) -> float:
@@ -53,18 +68,20 @@ class LoraPair:
     scaling: float
 
     def delta(self, x: Tensor) -> Tensor:
-        """What this pair adds to the linear's output: [.., in] -> [.., out], in x's dtype.
+        """The update of the linear's output for inputs x: [.., in] -> [.., out], in x's dtype.
 
-        Weights are cast to x's dtype on the way (they already have it when serving; in training they are fp32 masters).
+        A and B are cast to x's dtype. When serving they already have it; in training they are fp32.
         """
-        return nn.functional.linear(
-            nn.functional.linear(x, self.A.to(x.dtype)) * self.scaling, self.B.to(x.dtype)
-        )
+        low_rank = nn.functional.linear(x, self.A.to(x.dtype))
+        return nn.functional.linear(low_rank * self.scaling, self.B.to(x.dtype))
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A task adapter: pairs keyed by module path in the base model (`model.layers.0.self_attn.q_proj`)."""
+    """A task adapter: a pair for each adapted linear of the base model.
+
+    The keys of `pairs` are module paths, such as `model.layers.0.self_attn.q_proj`.
+    """
 
     config: LoraConfig
     pairs: dict[str, LoraPair]
@@ -74,7 +91,7 @@ class Lora:
         return [tensor for _, pair in sorted(self.pairs.items()) for tensor in (pair.A, pair.B)]
 
     def trainable(self) -> "Lora":
-        """A copy whose A and B are fp32 parameters to go on training with."""
+        """A copy whose A and B are fp32 parameters, for further training."""
         return self._copy(lambda tensor: nn.Parameter(tensor.float()))
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Lora":
@@ -82,64 +99,75 @@ class Lora:
         return self._copy(lambda tensor: tensor.to(device, dtype))
 
     def _copy(self, change: Callable[[Tensor], Tensor]) -> "Lora":
-        items = self.pairs.items()
-        pairs = {
-            path: LoraPair(change(p.A.detach()), change(p.B.detach()), p.scaling)
-            for path, p in items
-        }
+        pairs = {}
+        for path, pair in self.pairs.items():
+            A = change(pair.A.detach())
+            B = change(pair.B.detach())
+            pairs[path] = LoraPair(A, B, pair.scaling)
         return Lora(self.config, pairs)
 
 
 def new_lora(
     config: LoraConfig, shapes: Mapping[str, tuple[int, int]], generator: torch.Generator
 ) -> Lora:
-    """A trainable fp32 LoRA on every module of `shapes` whose last name is a target; B = 0, so it starts as the base.
+    """A trainable fp32 LoRA that adds nothing yet: B = 0, and A is initialised as in PEFT.
 
-    A is Kaiming-uniform with a = sqrt(5), as PEFT starts it: uniform in ±1/sqrt(in).
+    A is Kaiming-uniform with a = sqrt(5), that is, uniform in ±1/sqrt(in).
 
     Args:
-        config: rank, alpha, targets.
+        config: the rank, alpha and targets.
         shapes: module path -> (out, in), from `injection.linear_shapes`.
         generator: a CPU generator; the same seed gives the same A.
 
     Raises:
-        ConfigError: a target module that matches nothing.
+        ConfigError: a target matches no module.
     """
     pairs = {}
     for path in match_targets(config.target_modules, shapes):
         out_features, in_features = shapes[path]
         bound = 1 / math.sqrt(in_features)
-        A = nn.Parameter(
-            torch.empty(config.rank, in_features).uniform_(-bound, bound, generator=generator)
-        )
-        B = nn.Parameter(torch.zeros(out_features, config.rank))
-        pairs[path] = LoraPair(A, B, config.scaling)
+        A = torch.empty(config.rank, in_features).uniform_(-bound, bound, generator=generator)
+        B = torch.zeros(out_features, config.rank)
+        pairs[path] = LoraPair(nn.Parameter(A), nn.Parameter(B), config.scaling)
     return Lora(config, pairs)
 
 
 def match_targets(
     target_modules: Iterable[str], shapes: Mapping[str, tuple[int, int]]
 ) -> list[str]:
-    """Module paths whose last name is a target, in model order. ConfigError for a target that matches nothing."""
-    names = {path.rsplit(".", 1)[-1] for path in shapes}
+    """The module paths whose last name is a target, in model order.
+
+    Args:
+        target_modules: last names of module paths.
+        shapes: module path -> (out, in), in model order.
+
+    Raises:
+        ConfigError: a target matches no module.
+    """
+    names = {_last_name(path) for path in shapes}
     wanted = set(target_modules)
-    if missing := sorted(wanted - names):
+    missing = sorted(wanted - names)
+    if missing:
         message = f"target module {missing[0]!r} matches no linear of the decoder"
         raise ConfigError(message, field="target_modules", value=missing, allowed=sorted(names))
-    return [path for path in shapes if path.rsplit(".", 1)[-1] in wanted]
+    return [path for path in shapes if _last_name(path) in wanted]
+
+
+def _last_name(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
 
 
 def add_grouped(y: Tensor, x: Tensor, groups: Groups) -> Tensor:
-    """y + each group's delta on its own rows, one pair of products per distinct adapter; other rows are untouched.
+    """Add to the rows of each group their update; rows in no group stay as they are.
 
     Args:
-        y: [b, s, out] the linear's output.
-        x: [b, s, in] its input.
-        groups: (rows, pair); rows is an int64 index into b, or None for all rows. No row is in two groups.
+        y: [b, s, out] the output to add to.
+        x: [b, s, in] the input of the updates.
+        groups: no row may be in two of them.
 
     Returns:
-        A new tensor; y itself where there are no groups.
+        A new tensor, or y itself if there are no groups.
     """
-    for rows, pair in groups:
-        y = y + pair.delta(x) if rows is None else y.index_add(0, rows, pair.delta(x[rows]))
+    for rows, update in groups:
+        y = y + update.delta(x) if rows is None else y.index_add(0, rows, update.delta(x[rows]))
     return y

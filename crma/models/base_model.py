@@ -1,13 +1,14 @@
 """A pulled base model: its name, its identity and its folder.
 
-A pulled model is a folder `<home>/models/<name>` in the Hugging Face layout (safetensors weights,
-config, tokenizer) with `base.json` beside them:
+A pulled model is the folder `<home>/models/<name>` in the Hugging Face layout (safetensors weights,
+config, tokenizer), with the file `base.json`:
 
     {"format": 1, "name": ..., "digest": ..., "sources": {file: sha256}, "files": {file: sha256}}
 
-`sources` are the files the model came from and decide `digest`, the identity that adapters are bound
-to; `files` are the files in the folder. They differ for the default model, whose one source is a
-GGUF file: two machines that convert it with different library versions still hold the same base model.
+`sources` are the files that the model was made from. They determine `digest`, the identity to which
+adapters are bound. `files` are the files in the folder. The two differ for the default model, whose
+only source is a GGUF file: machines that convert it with different library versions write different
+files, but hold the same base model.
 """
 
 import json
@@ -24,7 +25,7 @@ BASE_JSON = "base.json"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model in the cache: its name, its identity, its folder, and the digests of the files it came from."""
+    """A base model in the cache: its name, digest and folder, and the digests of its sources."""
 
     name: str
     digest: str
@@ -33,26 +34,38 @@ class BaseModel:
 
 
 def find_base(model: str = DEFAULT_MODEL, *, home: Path | None = None) -> BaseModel:
-    """A model that was pulled before, by name, hub id or folder. Fetches nothing. Raises PullError."""
+    """Find a pulled model. Nothing is fetched.
+
+    Args:
+        model: a name, a hub id ("owner/name") or a folder.
+        home: the cache folder; None: `cache_home()`.
+
+    Raises:
+        PullError: the model has not been pulled, or its `base.json` is damaged.
+    """
     models = (home or cache_home()) / "models"
     folders = [models / model.replace("/", "--"), Path(model)]
     if Path(model).is_dir():
-        folders.append(models / Path(model).resolve().name)  # where pulling that folder put it
+        folders.append(models / Path(model).resolve().name)  # where pulling that folder puts it
     for folder in folders:
         if (folder / BASE_JSON).is_file():
             return read_base(folder)
     message = f"There is no pulled model {model!r}: run `crma pull {model}` first."
-    raise PullError(
-        message, field="model", value=model, allowed=[str(folder) for folder in folders]
-    )
+    allowed = [str(folder) for folder in folders]
+    raise PullError(message, field="model", value=model, allowed=allowed)
 
 
 def read_base(folder: Path, *, verify: bool = False) -> BaseModel:
-    """Read the `base.json` of a pulled model; with `verify`, also compare every file with its digest.
+    """Read the `base.json` of a pulled model.
 
-    Raises PullError for a folder that was not pulled, or whose files have changed since.
+    Args:
+        folder: the model's folder.
+        verify: also compare every file with its digest.
+
+    Raises:
+        PullError: `base.json` is missing or damaged; or, with `verify`, a file has changed.
     """
-    again = f"Delete {folder} and pull the model again."
+    advice = f"Delete {folder} and pull the model again."
     try:
         content = json.loads((folder / BASE_JSON).read_text(encoding="utf-8"))
         base = BaseModel(content["name"], content["digest"], folder, dict(content["sources"]))
@@ -60,12 +73,13 @@ def read_base(folder: Path, *, verify: bool = False) -> BaseModel:
         if content_digest(base.sources) != base.digest:
             raise ValueError("its digest is not that of its sources")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"{folder / BASE_JSON} is damaged: {error}. {again}"
+        message = f"{folder / BASE_JSON} is damaged: {error}. {advice}"
         raise PullError(message, field=BASE_JSON, value=str(folder)) from error
-    for name, digest in files.items() if verify else ():
-        found = file_digest(folder / name) if (folder / name).is_file() else "missing"
-        if found != digest:
-            raise PullError(
-                f"{folder / name} is damaged. {again}", field=name, value=found, allowed=digest
-            )
+    if verify:
+        for name, digest in files.items():
+            path = folder / name
+            found = file_digest(path) if path.is_file() else "missing"
+            if found != digest:
+                message = f"{path} is damaged. {advice}"
+                raise PullError(message, field=name, value=found, allowed=digest)
     return base

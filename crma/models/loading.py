@@ -1,4 +1,4 @@
-"""Loads a pulled base model: frozen, on a device, in a dtype that the hardware has."""
+"""Loads a pulled base model: frozen, on a device, in a dtype that the hardware computes in."""
 
 import torch
 from transformers import (
@@ -14,55 +14,67 @@ from crma.models.base_model import BaseModel
 
 
 def compute_alone() -> None:
-    """This thread computes without others' help. To be called by it, whatever it does later.
+    """Make torch compute on the calling thread only, for as long as this thread lives.
 
-    torch gives a thread its number of threads when it first asks, which may be long after one was set for it, and then
-    it is the number that any thread has set last. So it has to ask first.
+    Read the thread count before setting it: torch otherwise adopts, at this thread's first
+    operation, the last value that any thread set.
     """
     torch.get_num_threads()
     torch.set_num_threads(1)
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises ConfigError for a device that is not here."""
+    """The device of a setting.
+
+    Args:
+        device: a torch device, or "auto": CUDA if there is one, otherwise the CPU.
+
+    Raises:
+        ConfigError: CUDA is asked for and not available.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            "no CUDA device is available to torch",
-            field="device",
-            value=device,
-            allowed="auto, cpu",
-        )
+        message = "device: torch finds no CUDA device"
+        raise ConfigError(message, field="device", value=device, allowed="auto, cpu")
     return torch.device(device)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the hardware computes in it, else float32."""
+    """The dtype of a setting.
+
+    Args:
+        dtype: "bfloat16", "float32", or "auto": bfloat16 if the hardware computes in it.
+        device: where the model will run.
+
+    Raises:
+        ConfigError: `dtype` is none of these.
+    """
     if dtype == "auto":
-        fast = (
-            torch.cuda.is_bf16_supported()
-            if device.type == "cuda"
-            else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
-        return torch.bfloat16 if fast else torch.float32
-    allowed = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if dtype not in allowed:
-        raise ConfigError("unknown dtype", field="dtype", value=dtype, allowed=["auto", *allowed])
-    return allowed[dtype]
+        return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype not in dtypes:
+        message = f"dtype: {dtype!r} is not supported"
+        raise ConfigError(message, field="dtype", value=dtype, allowed=["auto", *dtypes])
+    return dtypes[dtype]
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def load_model(base: BaseModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The frozen base in evaluation mode. Nothing is fetched."""
+    """Load the base model, frozen and in evaluation mode. Nothing is fetched."""
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype, local_files_only=True)
     if getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation(
-            "eager"
-        )  # torch's fused attention drops the soft cap without a word
+        # torch's fused attention silently ignores the soft cap.
+        model.set_attn_implementation("eager")
     return model.eval().requires_grad_(False).to(device)
 
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
-    """The tokenizer that was pulled with the base."""
+    """Load the tokenizer that was pulled with the base model. Nothing is fetched."""
     return AutoTokenizer.from_pretrained(base.path, local_files_only=True)

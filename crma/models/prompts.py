@@ -1,4 +1,4 @@
-"""ONE prompt format for training and serving: a user turn, and the token that ends the answer."""
+"""Prompt formats, the same in training and in serving: how a user's text becomes token ids."""
 
 from __future__ import annotations
 
@@ -12,38 +12,51 @@ from crma.core.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Stand-ins for texts while a template is taken apart; no real template contains them.
+_SYSTEM = "⟦system⟧"
+_USER = "⟦user⟧"
+
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """head + prompt + tail is what the model reads; `stop` is the text of the one special token that ends an answer."""
+    """How a user's text becomes a prompt: the model reads head + text + tail.
+
+    Args:
+        head: the markup before the text.
+        tail: the markup after it, up to where the answer begins.
+        stop: the text of the one special token that ends an answer.
+    """
 
     head: str
     tail: str
     stop: str
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-        """Token ids of one user turn. Special tokens written inside `prompt` are text, never markup."""
+        """Token ids of one user turn. Special tokens written in `prompt` are encoded as text."""
         head = tokenizer.encode(self.head, add_special_tokens=False)
         tail = tokenizer.encode(self.tail, add_special_tokens=False)
         return head + encode_text(tokenizer, prompt) + tail
 
     def encode_answer(self, tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-        """Token ids that training asks for: the answer, then the stop token."""
+        """Token ids that training teaches the model to generate: the answer and the stop token."""
         return [*encode_text(tokenizer, answer), self.stop_id(tokenizer)]
 
     def stop_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The id of the stop token. Raises ConfigError where `stop` is not one token of this tokenizer."""
+        """The id of the stop token.
+
+        Raises:
+            ConfigError: `stop` is not one token of this tokenizer.
+        """
         ids = tokenizer.encode(self.stop, add_special_tokens=False)
         if len(ids) != 1:
-            message = "stop is not one token of this tokenizer"
-            raise ConfigError(
-                message, field="prompt_format.stop", value=self.stop, allowed="one token"
-            )
+            message = f"prompt_format.stop: {self.stop!r} is not one token of this tokenizer"
+            field = "prompt_format.stop"
+            raise ConfigError(message, field=field, value=self.stop, allowed="one token")
         return ids[0]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of user text: no special token is added, and none is read out of it."""
+    """Token ids of user text: no special token is added, and none written in it is recognised."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
@@ -55,28 +68,31 @@ class Turn(NamedTuple):
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[int]:
-    """Token ids of a conversation by the model's own chat template, up to where the assistant's answer begins.
+    """Token ids of a conversation by the model's own chat template, up to the next answer.
 
-    The template sees a mark in place of each text, so that special tokens inside a text stay text.
+    The template is given a numbered mark in place of each text, and the marks are replaced after
+    encoding its markup. Special tokens written in a text are therefore encoded as text.
 
     Raises:
-        ConfigError: there is no template, or it refuses these turns, or does not show each text once.
+        ConfigError: there is no template, it refuses these turns, or it does not show each text
+            exactly once.
     """
-    marked = [{"role": turn.role, "content": f"⟦{i}⟧"} for i, turn in enumerate(turns)]
+    marked = [Turn(turn.role, f"⟦{index}⟧") for index, turn in enumerate(turns)]
+    roles = [turn.role for turn in turns]
     try:
-        rendered = str(
-            tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
-        )
-    except Exception as error:  # templates refuse turns with errors of their own
+        rendered = _render(tokenizer, *marked)
+    except Exception as error:  # a template may raise anything
         message = f"the chat template refuses these messages: {error}"
-        raise ConfigError(message, field="messages", value=[turn.role for turn in turns]) from error
-    parts = re.split(r"⟦(\d+)⟧", rendered)
-    if sorted(map(int, parts[1::2])) != list(range(len(turns))):
+        raise ConfigError(message, field="messages", value=roles) from error
+    parts = re.split(r"⟦(\d+)⟧", rendered)  # markup, number, markup, number, …, markup
+    shown = sorted(int(number) for number in parts[1::2])
+    if shown != list(range(len(turns))):
         message = "the chat template does not show each message once"
-        raise ConfigError(message, field="messages", value=[turn.role for turn in turns])
+        raise ConfigError(message, field="messages", value=roles)
     ids: list[int] = []
-    for at, part in enumerate(parts):  # markup, text, markup, …
-        if at % 2:
+    for position, part in enumerate(parts):
+        is_number = position % 2 == 1
+        if is_number:
             ids += encode_text(tokenizer, turns[int(part)].content)
         else:
             ids += tokenizer.encode(part, add_special_tokens=False)
@@ -84,58 +100,75 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> li
 
 
 def raw_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-    """The format that adds nothing but the tokenizer's own start token, if it has one."""
-    adds = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
-    return PromptFormat(
-        head=str(tokenizer.bos_token) if adds else "", tail="", stop=str(tokenizer.eos_token)
-    )
+    """The format of raw prompts: it adds only the start token that the tokenizer itself adds."""
+    adds_bos = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    head = str(tokenizer.bos_token) if adds_bos else ""
+    return PromptFormat(head=head, tail="", stop=str(tokenizer.eos_token))
 
 
 def chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-    """The model's chat template for one user turn, without a system turn.
-
-    Some templates put in a system turn of their own when none is given (SmolLM2, Qwen2). It is cut out by
-    structure: what stands between a given system text and the user text is "end of turn + user head", and the end of
-    a turn is what stands between user text and the generation prompt.
+    """The format of one user turn in the model's chat template, without a system turn.
 
     Raises:
-        ConfigError: the tokenizer has no chat template, or one that loses the user's text.
+        ConfigError: the tokenizer has no chat template, or its template changes the user's text.
     """
     if not tokenizer.chat_template:
         message = "the tokenizer has no chat template"
-        raise ConfigError(
-            message, field="chat_template", value=None, allowed="a template; or raw prompts"
-        )
-    system, user = "⟦system⟧", "⟦user⟧"
-
-    def render(*turns: tuple[str, str], generate: bool = True) -> str:
-        messages = [{"role": role, "content": text} for role, text in turns]
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-        )
-
-    rendered = render(("user", user))
-    if rendered.count(user) != 1:
+        allowed = "a template; or raw prompts"
+        raise ConfigError(message, field="chat_template", value=None, allowed=allowed)
+    rendered = _render(tokenizer, Turn("user", _USER))
+    if rendered.count(_USER) != 1:
         message = "the chat template changes the user's text"
         raise ConfigError(message, field="chat_template", value=rendered, allowed="the text once")
-    head, tail = rendered.split(user)
-    ended = render(("user", user), generate=False).split(user)[1]
+    head, tail = rendered.split(_USER)
+    turn_end = _render(tokenizer, Turn("user", _USER), generate=False).split(_USER)[1]
+    head = _without_system_turn(tokenizer, head, turn_end)
+    return PromptFormat(head=head, tail=tail, stop=_stop_token(tokenizer, turn_end))
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, *turns: Turn, generate: bool = True) -> str:
+    """The chat template's text for some turns; `generate`: up to where the answer begins."""
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    return str(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    )
+
+
+def _without_system_turn(tokenizer: PreTrainedTokenizerBase, head: str, turn_end: str) -> str:
+    """The head without the system turn that some templates (SmolLM2, Qwen2) insert by themselves.
+
+    Its place is found by rendering a system turn of our own: between its text and the user's stand
+    the end of the system turn and the markup that opens the user turn.
+
+    Args:
+        tokenizer: its chat template is rendered.
+        head: the markup before the text of a single user turn.
+        turn_end: the markup that ends a turn.
+    """
     try:
-        before_system, _, rest = render(("system", system), ("user", user)).partition(system)
-    except (
-        Exception
-    ):  # templates refuse a system turn with errors of their own (Gemma): then there is none to cut
-        before_system, rest = head, ""
-    middle = rest.split(user)[0]
-    if rest and before_system != head and head.startswith(before_system) and head.endswith(middle):
-        bos = tokenizer.bos_token or ""
-        # ChatML's bos is also its turn marker: there it belongs to the head and must not be doubled.
-        starts = head.startswith(bos) and not head.startswith(bos + "system")
-        head = (bos if starts else "") + middle.removeprefix(ended)
-    return PromptFormat(head=head, tail=tail, stop=_stop_token(tokenizer, ended))
+        rendered = _render(tokenizer, Turn("system", _SYSTEM), Turn("user", _USER))
+    except Exception:  # a template without system turns (Gemma) may raise anything
+        return head
+    before_system, _, rest = rendered.partition(_SYSTEM)
+    between = rest.split(_USER)[0]
+    inserts_system = (
+        rest != ""
+        and before_system != head
+        and head.startswith(before_system)
+        and head.endswith(between)
+    )
+    if not inserts_system:
+        return head
+    user_head = between.removeprefix(turn_end)
+    bos = tokenizer.bos_token or ""
+    # In ChatML, bos is also the marker that opens each turn: the user head has it already.
+    bos_opens_turn = head.startswith(bos + "system")
+    if head.startswith(bos) and not bos_opens_turn:
+        return bos + user_head
+    return user_head
 
 
-def _stop_token(tokenizer: PreTrainedTokenizerBase, ended: str) -> str:
-    """The special token that ends a turn in `ended`, else the tokenizer's eos."""
-    specials = [token for token in tokenizer.all_special_tokens if token and token in ended]
-    return min(specials, key=ended.index) if specials else str(tokenizer.eos_token)
+def _stop_token(tokenizer: PreTrainedTokenizerBase, turn_end: str) -> str:
+    """The first special token in the markup that ends a turn; if there is none, the eos token."""
+    specials = [token for token in tokenizer.all_special_tokens if token and token in turn_end]
+    return min(specials, key=turn_end.index) if specials else str(tokenizer.eos_token)

@@ -1,4 +1,7 @@
-"""Plain one-request decode: the oracle that every engine test compares with. Slow on purpose, and simple."""
+"""The oracle: plain decoding of one request, with which every engine is compared.
+
+It is slow on purpose, so that it stays simple.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,14 +11,19 @@ from torch import Tensor
 
 from crma.method.injection import Injection, Plan
 
-Choose = Callable[
-    [Tensor, Sequence[int]], int
-]  # (fp32 logits [vocab], the answer so far) -> the next token
+Choose = Callable[[Tensor, Sequence[int]], int]
+"""Chooses the next token from its fp32 logits [vocab] and the tokens generated so far."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """token_ids without the stop token; logprobs of those tokens under the unmodified distribution; why it ended."""
+    """A finished answer.
+
+    Args:
+        token_ids: the answer, without the stop token.
+        logprobs: of these tokens, under the model's unmodified distribution.
+        finish_reason: "stop" or "length".
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -23,7 +31,7 @@ class Generation:
 
 
 def likeliest(logits: Tensor, _: Sequence[int]) -> int:
-    """Greedy; of equals the lowest id."""
+    """The token with the largest logit; of equal ones, the lowest id."""
     scores = logits.tolist()
     return scores.index(max(scores))
 
@@ -37,14 +45,15 @@ def generate(
     stop_ids: Sequence[int] = (),
     choose: Choose = likeliest,
 ) -> Generation:
-    """Decode one request alone with transformers' own cache.
+    """Decode one request alone, with transformers' own KV cache.
 
     Args:
         injection: the model.
         prompt_ids: at least one token.
-        plan: what the one row uses; None = base.
-        stop_ids: tokens that end it; not part of the result.
-        choose: how a token is chosen.
+        plan: the adapters of the only row; None: the base model.
+        max_tokens: the most tokens to generate.
+        stop_ids: tokens that end the answer; they are no part of it.
+        choose: chooses each token; greedy by default.
     """
     device = next(injection.model.parameters()).device
     ids = torch.tensor([list(prompt_ids)], device=device)

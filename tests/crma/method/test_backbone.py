@@ -1,4 +1,4 @@
-"""crma.method.backbone: identity at the start, bounded for all parameters, folded as it is written, stored bit for bit."""
+"""crma.method.backbone: it starts as the identity, never exceeds its bound, and folds exactly."""
 
 import math
 from typing import Any
@@ -16,8 +16,9 @@ CONFIG = CrmaConfig(num_layers=3, hidden_size=20, num_streams=4, stream_rank=3)
 
 
 def random_backbone(seed: int = 0, std: float = 1.0) -> Backbone:
-    """Far from the identity: every parameter is random."""
-    backbone, generator = Backbone(CONFIG), torch.Generator().manual_seed(seed)
+    """A backbone far from the identity: every parameter is random."""
+    backbone = Backbone(CONFIG)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.normal_(std=std, generator=generator)
@@ -31,14 +32,13 @@ def test_it_starts_as_the_identity_with_orthonormal_reads_and_half_open_gates() 
     torch.testing.assert_close(backbone.R @ backbone.R.mT, torch.eye(12).expand(3, 12, 12))
     assert torch.equal(backbone.factors().g, torch.full((3,), 0.5))
     again = Backbone(CONFIG, torch.Generator().manual_seed(0))
-    assert all(
-        torch.equal(a, b) for a, b in zip(backbone.parameters(), again.parameters(), strict=True)
-    )
+    for one, other in zip(backbone.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([0.01, 1.0, 30.0, 1e10, 1e30]))
-def test_no_parameters_break_the_bound_and_the_folded_form_is_the_formula(
+def test_all_parameters_keep_the_bound_and_the_folded_form_equals_the_formula(
     seed: int, std: float
 ) -> None:
     backbone = random_backbone(seed, std)
@@ -47,14 +47,14 @@ def test_no_parameters_break_the_bound_and_the_folded_form_is_the_formula(
     bounds = 1 + norm_bound(factors.M) * factors.g
     exact = Factors(*(factor.double() for factor in factors))
     for layer, pair in enumerate(backbone.folded("cpu", torch.float32)):
-        T = apply_unfolded(torch.eye(20).double(), exact, layer).mT  # column by column
+        T = apply_unfolded(torch.eye(20).double(), exact, layer).mT  # rows of I give columns of T
         assert torch.linalg.matrix_norm(T, ord=2) <= bounds[layer] + 1e-5
         torch.testing.assert_close(torch.eye(20) + pair.B @ pair.A, T.float(), atol=1e-5, rtol=0)
         h = torch.randn(2, 3, 20)
         torch.testing.assert_close(h + pair.delta(h), h @ T.float().mT, atol=1e-5, rtol=1e-5)
 
 
-def test_factors_within_the_bound_are_left_alone_and_others_come_down_to_it() -> None:
+def test_factors_within_the_bound_are_unchanged_and_others_are_scaled_down_to_it() -> None:
     P = torch.randn(2, 4, 9)
     unit = P / torch.linalg.matrix_norm(P, ord=2)[:, None, None]
     assert torch.equal(bounded(0.9 * unit), 0.9 * unit)
@@ -63,9 +63,12 @@ def test_factors_within_the_bound_are_left_alone_and_others_come_down_to_it() ->
 
 
 @pytest.mark.parametrize(
-    ("W", "S", "alive"), [(0.0, 1.0, False), (0.1, 0.1, True), (0.1, 3.0, True), (0.1, 1e6, None)]
+    ("W", "S", "alive"),  # standard deviations; whether S has a gradient, None: either
+    [(0.0, 1.0, False), (0.1, 0.1, True), (0.1, 3.0, True), (0.1, 1e6, None)],
 )
-def test_the_mixing_learns_once_writes_are_not_zero(W: float, S: float, alive: bool | None) -> None:
+def test_the_mixing_has_a_gradient_once_the_write_projection_is_not_zero(
+    W: float, S: float, alive: bool | None
+) -> None:
     backbone = Backbone(CONFIG, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(backbone.W, std=W)
     torch.nn.init.normal_(backbone.S, std=S)
@@ -87,7 +90,7 @@ WRONG_TENSORS = [
 
 
 @pytest.mark.parametrize(("change", "field"), WRONG_TENSORS)
-def test_tensors_that_are_no_such_backbone_are_refused(change: Any, field: str) -> None:
+def test_tensors_that_do_not_fit_the_config_are_refused(change: Any, field: str) -> None:
     tensors = random_backbone().tensors()
     change(tensors)
     with pytest.raises(InvalidAdapter) as caught:
@@ -104,7 +107,7 @@ WRONG_CONFIGS = [
 
 
 @pytest.mark.parametrize(("changes", "field"), WRONG_CONFIGS)
-def test_a_config_that_cannot_be_honoured_is_refused(changes: dict[str, Any], field: str) -> None:
+def test_an_invalid_config_is_refused(changes: dict[str, Any], field: str) -> None:
     assert CrmaConfig.from_dict(CONFIG.to_dict()) == CONFIG
     with pytest.raises(ConfigError) as caught:
         CrmaConfig.from_dict(CONFIG.to_dict() | changes)

@@ -1,4 +1,7 @@
-"""crma.method.injection: off is absent, each row gets its own, and what does not fit is refused."""
+"""crma.method.injection: hooks without a plan change nothing, and misfits are refused.
+
+Mixed batches are tested in tests/numerics.
+"""
 
 from contextlib import suppress
 
@@ -22,16 +25,14 @@ def test_hooks_without_a_plan_change_no_bit() -> None:
     before = model(INPUT).logits
     hooked = Injection(model)
     assert torch.equal(model(INPUT).logits, before)
-    with (
-        suppress(KeyError),
-        hooked.active(Plan(tasks=[(None, lora(hooked, 4, "attention", seed=0))])),
-    ):
+    plan = Plan(tasks=[(None, lora(hooked, 4, "attention", seed=0))])
+    with suppress(KeyError), hooked.active(plan):
         assert not torch.equal(model(INPUT).logits, before)
         raise KeyError("a forward pass that fails")
     assert torch.equal(model(INPUT).logits, before)
 
 
-def test_rows_of_the_base_need_nothing_and_nothing_unknown_becomes_the_base() -> None:
+def test_base_rows_need_no_adapter_and_an_unknown_adapter_never_becomes_the_base() -> None:
     loras = {"a": lora(injection(), 4, "attention", seed=0)}
     assert plan_rows([BASE] * 3, loras, {}) == Plan([], [])
     for unknown in (AdapterSelection("z"), AdapterSelection("a", "z")):
@@ -42,15 +43,17 @@ def test_rows_of_the_base_need_nothing_and_nothing_unknown_becomes_the_base() ->
 def test_adapters_of_another_shape_are_refused() -> None:
     fitting = lora(injection(), 4, "k_proj")
     injection().check(fitting)
+    pair = next(iter(fitting.pairs.values()))
     for path in ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp"):
-        with pytest.raises(InvalidAdapter, match="fits no module"):
-            injection().check(Lora(fitting.config, {path: next(iter(fitting.pairs.values()))}))
-    for shape in ((3, 32), (2, 64)):
-        with pytest.raises(InvalidAdapter, match="backbone of the wrong shape"):
-            injection().check_backbone(*shape)
+        with pytest.raises(InvalidAdapter, match="fits no linear of the model") as caught:
+            injection().check(Lora(fitting.config, {path: pair}))
+        assert caught.value.field == path
+    for num_layers, hidden_size in ((3, 32), (2, 64)):
+        with pytest.raises(InvalidAdapter, match="the backbone does not fit the model"):
+            injection().check_backbone(num_layers, hidden_size)
 
 
-def test_targets_go_by_structure() -> None:
+def test_targets_are_found_by_the_structure_of_the_model() -> None:
     model = injection("gpt_neox").model
     attention = {"query_key_value", "dense"}
     assert set(target_names(model, "attention")) == attention
@@ -58,18 +61,13 @@ def test_targets_go_by_structure() -> None:
     assert target_names(model, "q_proj, x,") == ("q_proj", "x")
 
 
+T5 = {"d_model": 32, "d_ff": 32, "num_layers": 2}
+MAMBA = {"hidden_size": 32, "num_hidden_layers": 2}
+GPT_2 = {"n_embd": 32, "n_layer": 2, "n_head": 4}
 REFUSED = [
-    (
-        "T5ForConditionalGeneration",
-        {"d_model": 32, "d_ff": 32, "num_layers": 2},
-        "it is an encoder-decoder",
-    ),
-    (
-        "MambaForCausalLM",
-        {"hidden_size": 32, "num_hidden_layers": 2},
-        "no attention to keep a KV cache for",
-    ),
-    ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "have no torch.nn.Linear"),
+    ("T5ForConditionalGeneration", T5, "it is an encoder-decoder"),
+    ("MambaForCausalLM", MAMBA, "no attention to keep a KV cache for"),
+    ("GPT2LMHeadModel", GPT_2, r"have no torch\.nn\.Linear"),
 ]
 
 
@@ -82,4 +80,11 @@ def test_other_architectures_are_refused_with_the_reason(
     with torch.device("meta"):
         model = architecture(config)
     with pytest.raises(UnsupportedModel, match=f"{family} cannot be served.*{reason}"):
+        Injection(model)
+
+
+def test_layers_that_keep_no_ordinary_kv_cache_are_refused() -> None:
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama"]())
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(UnsupportedModel, match="it has layers of the type linear_attention"):
         Injection(model)

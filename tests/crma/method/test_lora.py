@@ -1,4 +1,7 @@
-"""crma.method.lora: the formula, and what a new one is. Rows of a mixed batch: tests/numerics."""
+"""crma.method.lora: the formula, and how a new LoRA starts.
+
+Mixed batches are tested in tests/numerics.
+"""
 
 import pytest
 import torch
@@ -13,19 +16,22 @@ SHAPES = {
 
 def test_a_pair_adds_the_scaled_low_rank_product() -> None:
     pair = LoraPair(torch.randn(3, 8), torch.randn(6, 3), 2.0 / 3)
-    x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 6)
+    x = torch.randn(2, 5, 8)
+    y = torch.randn(2, 5, 6)
     delta = x @ (pair.scaling * pair.B @ pair.A).mT
     torch.testing.assert_close(pair.delta(x), delta)
     assert pair.delta(x.bfloat16()).dtype == torch.bfloat16
     torch.testing.assert_close(add_grouped(y, x, [(None, pair)]), y + delta)
     one_row = add_grouped(y, x, [(torch.tensor([1]), pair)])
-    torch.testing.assert_close(one_row, torch.stack([y[0], y[1] + delta[1]]))  # and y is as it was
+    assert torch.equal(one_row[0], y[0])
+    torch.testing.assert_close(one_row[1], y[1] + delta[1])  # y itself has not changed
     assert add_grouped(y, x, []) is y
 
 
-def test_a_new_lora_adds_exactly_nothing_and_is_the_same_for_the_same_seed() -> None:
+def test_a_new_lora_adds_exactly_zero_and_the_same_seed_gives_the_same_lora() -> None:
     config = LoraConfig(4, 8.0, ("q_proj", "up_proj"))
-    lora, again = (new_lora(config, SHAPES, torch.Generator().manual_seed(3)) for _ in range(2))
+    lora = new_lora(config, SHAPES, torch.Generator().manual_seed(3))
+    again = new_lora(config, SHAPES, torch.Generator().manual_seed(3))
     assert set(lora.pairs) == {path for path in SHAPES if not path.endswith("v_proj")}
     assert all(pair.A.shape[0] == 4 for pair in lora.pairs.values())
     for path, pair in lora.pairs.items():
@@ -37,9 +43,10 @@ def test_a_new_lora_adds_exactly_nothing_and_is_the_same_for_the_same_seed() -> 
     assert {(p.dtype, p.requires_grad) for p in trainable} == {(torch.float32, True)}
 
 
-def test_what_cannot_be_a_lora_is_refused() -> None:
+def test_an_invalid_rank_or_target_is_refused() -> None:
     with pytest.raises(ConfigError, match="'o_proj' matches no linear"):
         new_lora(LoraConfig(4, 8.0, ("q_proj", "o_proj")), SHAPES, torch.Generator())
-    for rank, targets, field in ((0, ("q_proj",), "rank"), (4, (), "target")):
-        with pytest.raises(ConfigError, match=field):
-            LoraConfig(rank, 8.0, targets)
+    with pytest.raises(ConfigError, check=lambda error: error.field == "rank"):
+        LoraConfig(0, 8.0, ("q_proj",))
+    with pytest.raises(ConfigError, check=lambda error: error.field == "target_modules"):
+        LoraConfig(4, 8.0, ())

@@ -1,4 +1,4 @@
-"""crma.models.pull: a base model is in the cache whole, with its digests, or not at all."""
+"""crma.models.pull and base_model: the cache holds a model complete, with its digests, or not."""
 
 import shutil
 from pathlib import Path
@@ -27,23 +27,28 @@ def test_a_local_folder_is_pulled_and_loads_with_the_same_weights_and_tokenizer(
     assert base.path == tmp_path / "home" / "models" / "tiny-llama"
     assert base.sources == {path.name: file_digest(path) for path in folder.iterdir()}
     assert base.digest == content_digest(base.sources)
-    given, pulled = (
-        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, base.path)
-    )
+    assert read_base(base.path, verify=True) == base
+    assert find_base("tiny-llama", home=tmp_path / "home") == base
+
+    given = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    pulled = AutoModelForCausalLM.from_pretrained(base.path).state_dict()
     assert all(torch.equal(given[name], pulled[name]) for name in given)
-    assert (
-        AutoTokenizer.from_pretrained(base.path)("café 🙂").input_ids
-        == tiny.tokenizer()("café 🙂").input_ids
-    )
-    assert (
-        read_base(base.path, verify=True) == base == find_base("tiny-llama", home=tmp_path / "home")
-    )
+    text = "café 🙂"
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    assert tokenizer(text).input_ids == tiny.tokenizer()(text).input_ids
+
+
+def test_pulling_again_does_no_work(folder: Path, tmp_path: Path) -> None:
+    base = pull(str(folder), home=tmp_path / "home")
     written = base.path.stat().st_mtime_ns
     assert pull(str(folder), home=tmp_path / "home") == base
-    assert base.path.stat().st_mtime_ns == written, "the second pull does no work"
-    assert pull(str(base.path), home=tmp_path / "elsewhere") == base, (
-        "a pulled folder is taken where it is"
-    )
+    assert base.path.stat().st_mtime_ns == written
+
+
+def test_a_pulled_folder_is_used_where_it_lies(folder: Path, tmp_path: Path) -> None:
+    base = pull(str(folder), home=tmp_path / "home")
+    assert pull(str(base.path), home=tmp_path / "elsewhere") == base
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +57,8 @@ def test_a_local_folder_is_pulled_and_loads_with_the_same_weights_and_tokenizer(
 def test_an_interrupted_pull_leaves_nothing_and_can_be_repeated(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: type, reported: type
 ) -> None:
-    copied, copy = [], shutil.copyfile
+    copy = shutil.copyfile
+    copied: list[Path] = []
 
     def copy_two_files(source: Path, target: Path) -> None:
         if len(copied) == 2:
@@ -67,7 +73,7 @@ def test_an_interrupted_pull_leaves_nothing_and_can_be_repeated(
     assert read_base(pull(str(folder), home=tmp_path).path, verify=True).name == "tiny-llama"
 
 
-def test_a_damaged_file_is_found_on_the_next_pull(folder: Path, tmp_path: Path) -> None:
+def test_the_next_pull_finds_a_damaged_file(folder: Path, tmp_path: Path) -> None:
     base = pull(str(folder), home=tmp_path)
     tiny.flip_bit(base.path / "model.safetensors")
     assert read_base(base.path) == base
@@ -75,7 +81,7 @@ def test_a_damaged_file_is_found_on_the_next_pull(folder: Path, tmp_path: Path) 
         pull(str(folder), home=tmp_path)
 
 
-def test_a_base_json_that_is_unreadable_or_contradicts_itself_is_damaged(tmp_path: Path) -> None:
+def test_a_base_json_that_is_unreadable_or_contradicts_itself_is_refused(tmp_path: Path) -> None:
     lies = '{"name": "x", "digest": "sha256:0", "sources": {"a": "sha256:1"}, "files": {}}'
     for content in ("", "[]", '{"name": "x"}', lies):
         (tmp_path / "base.json").write_text(content)
@@ -83,7 +89,7 @@ def test_a_base_json_that_is_unreadable_or_contradicts_itself_is_damaged(tmp_pat
             read_base(tmp_path)
 
 
-def test_another_model_under_a_name_that_is_taken_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_another_model_of_the_same_name_is_refused(folder: Path, tmp_path: Path) -> None:
     pull(str(folder), home=tmp_path)
     tiny.flip_bit(folder / "config.json")
     with pytest.raises(PullError, match="already holds another model named tiny-llama"):
@@ -91,7 +97,7 @@ def test_another_model_under_a_name_that_is_taken_is_refused(folder: Path, tmp_p
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "config.json"])
-def test_a_folder_without_config_or_safe_weights_is_refused(
+def test_a_folder_without_a_config_or_safe_weights_is_refused(
     folder: Path, tmp_path: Path, missing: str
 ) -> None:
     (folder / missing).rename(folder / "pytorch_model.bin")
@@ -100,11 +106,11 @@ def test_a_folder_without_config_or_safe_weights_is_refused(
 
 
 @pytest.mark.parametrize("source", ["no-such-folder", "../up", "a/b/c"])
-def test_a_source_that_is_nothing_known_is_refused_before_any_work(
+def test_an_unknown_source_is_refused_before_anything_is_written(
     tmp_path: Path, source: str
 ) -> None:
     home = tmp_path / "home"
-    for look in (pull, find_base):
+    for look_up in (pull, find_base):
         with pytest.raises(PullError, check=lambda error: error.value == source):
-            look(source, home=home)
+            look_up(source, home=home)
     assert not home.exists()
