@@ -8,7 +8,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from crma.core.selection import AdapterSelection
 from server.engine.native.block_pool import BlockPool, root_key
-from server.engine.native.scheduler import Admission, Scheduler, Step
+from server.engine.native.scheduler import Scheduler
+from server.engine.native.step import Step
+from server.engine.native.step_planner import Admission
 from server.engine.native.sequence import Sequence
 from server.engine.request import Request, SamplingParams
 
