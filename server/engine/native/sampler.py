@@ -14,6 +14,7 @@ settle the matter.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -100,25 +101,20 @@ def _penalised(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     Returns:
         [b, vocab] fp32; `logits` itself if no row has a penalty.
     """
-    row_indices: list[int] = []
-    token_ids: list[int] = []
-    counts: list[int] = []
-    for index, row in enumerate(rows):
-        if _has_penalty(row.params):
-            occurrences = _occurrences(row)
-            row_indices += [index] * len(occurrences)
-            token_ids += occurrences.keys()
-            counts += occurrences.values()
-    if not token_ids:
+    occurrences = [_occurrences(row) if _has_penalty(row.params) else {} for row in rows]
+    if not any(occurrences):
         return logits
 
     device = logits.device
+    num_cells = torch.tensor([len(found) for found in occurrences], device=device)
+    row_index = torch.arange(len(rows), device=device).repeat_interleave(num_cells)
+    token_id = torch.tensor(list(chain.from_iterable(occurrences)), device=device)
+    count_lists = [found.values() for found in occurrences]
+    count = torch.tensor(list(chain.from_iterable(count_lists)), device=device)
     penalties = [_penalties(row.params) for row in rows]
-    row_index = torch.tensor(row_indices, device=device)
     by_cell = torch.tensor(penalties, dtype=torch.float64, device=device)[row_index]
     repetition, presence, frequency = by_cell.unbind(-1)
-    count = torch.tensor(counts, device=device)
-    cells = (row_index, torch.tensor(token_ids, device=device))
+    cells = (row_index, token_id)
     scores = _after_repetition(logits[cells].double(), repetition)
     scores -= _for_presence(count, presence) + _for_frequency(count, frequency)
     # Not beyond the largest fp32: an infinite score would make every probability NaN.
@@ -140,7 +136,10 @@ def _occurrences(row: SamplingRow) -> dict[int, int]:
 
 
 def _after_repetition(scores: Tensor, penalty: Tensor) -> Tensor:
-    """Scores [cells] made less probable by a factor (Keskar et al. 2019, CTRL, section 4.1)."""
+    """Make scores [cells] less probable by a factor (Keskar et al. 2019, CTRL, section 4.1).
+
+    A negative score is multiplied, as in transformers: dividing it would make it more probable.
+    """
     return torch.where(scores > 0, scores / penalty, scores * penalty)
 
 
