@@ -1,4 +1,4 @@
-"""Plans one step: how many tokens each sequence computes, and who is preempted. No torch."""
+"""Plans one step: how many tokens each sequence computes, and which are preempted. No torch."""
 
 from collections import deque
 from collections.abc import Callable

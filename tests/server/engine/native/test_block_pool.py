@@ -1,4 +1,4 @@
-"""server.engine.native.block_pool: blocks are shared only on purpose, and found by what they hold."""
+"""server.engine.native.block_pool: users of blocks, and the keys under which blocks are found."""
 
 from hypothesis import settings
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""server.engine.native.detokenizer: text token by token equals text at once, without stop strings."""
+"""server.engine.native.detokenizer: the text equals decoding at once, cut at stop strings."""
 
 from collections.abc import Sequence
 from functools import cache

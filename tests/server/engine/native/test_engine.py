@@ -98,7 +98,7 @@ def test_an_abort_ends_every_sequence_once_and_returns_text_that_was_held_back()
 
 
 def test_a_sequence_without_room_for_its_adapter_is_overtaken_and_then_comes_next() -> None:
-    """Two adapters fit. Two long answers keep them in use, and short ones that use them overtake."""
+    """Two adapters fit. Two long answers keep them in use, and short ones with them overtake."""
     loads = Loads()
     known = {f"task-{i}": tiny.lora(tiny.injection(), 2, "first", seed=i) for i in range(3)}
     engine, _ = tiny.make_engine(tiny.injection(), known, max_resident=2, executor=loads)
