@@ -1,4 +1,4 @@
-# The base model is not in the image: the first start pulls it into the volume at CRMA_HOME, later starts find it there.
+# The image does not contain the base model: the first start pulls it into the volume at CRMA_HOME.
 # For another build of torch: docker build --build-arg PIP_ARGS="--extra-index-url …" .
 ARG PYTHON_IMAGE=python:3.11-slim
 
@@ -7,8 +7,8 @@ ARG PIP_ARGS=""
 WORKDIR /app
 RUN python -m venv /opt/venv
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-# Empty packages stand in for the code, so that a change of code does not install torch again. The install is
-# editable: it points at /app, where the code comes in the next stage. Wheels only: there is no compiler here.
+# Empty packages stand in for the code, so that a change of code does not reinstall torch. The install is editable: it
+# points at /app, where the next stage copies the code. Wheels only, because there is no compiler in this stage.
 RUN mkdir -p crma server \
     && touch crma/__init__.py server/__init__.py \
     && /opt/venv/bin/pip install --no-cache-dir --only-binary=:all: ${PIP_ARGS} -c constraints.txt -e .
@@ -34,7 +34,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 USER crma
 VOLUME /var/lib/crma
 EXPOSE 8000
-# Ready = a step has run and the store is verified. The start period covers the first pull of the base model.
+# Ready: the store is verified and a step has run. The start period covers the first pull of the base model.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 CMD ["python", "-c", "\
 import http.client, os, sys\n\
 server = http.client.HTTPConnection('127.0.0.1', int(os.environ['CRMA_PORT']), timeout=4)\n\

@@ -1,4 +1,4 @@
-# One line a target. Variables: make serve PORT=9000 MODEL=path-or-name DEVICE=cuda
+# Variables: make serve PORT=9000 MODEL=path-or-name DEVICE=cuda
 PORT     ?= 8000
 MODEL    ?= SmolLM2-135M-Instruct
 DEVICE   ?= auto
@@ -11,7 +11,7 @@ BIN    := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PYTHON_IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11) and "CRMA Server needs Python 3.11 or later and $(PYTHON) is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.11")
 
-.PHONY: setup serve test check test-gpu e2e train ablate bench clean
+.PHONY: setup serve test check test-gpu e2e train ablate bench docs clean
 
 setup: .venv/.installed  ## make .venv, once; again only when pyproject.toml or constraints.txt changes
 
@@ -24,7 +24,7 @@ check: setup  ## lint, format, types, imports between rooms
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
 	PYTHONPATH=clients/python:clients $(BIN)/lint-imports --no-cache
 
-test: setup  ## everything that needs neither minutes nor a GPU
+test: setup  ## all tests except the long ones and those that need a GPU
 	$(PYTEST) -n 2 -m "not e2e and not gpu"
 
 e2e: setup  ## the long tests, on the real model, with lm-eval and schemathesis as clients
@@ -43,8 +43,12 @@ ablate: setup  ## CRMA on against off on the public question set
 bench: setup  ## our server, PEFT and transformers on one load: clients/bench/README.md
 	@PYTHONPATH=clients $(BIN)/python -m bench $(BENCH_ARGS)
 
+docs: setup  ## the documentation as a website in site/; fails on a warning or on an asset from elsewhere
+	$(BIN)/pip install -qq --only-binary=:all: $(PIP_ARGS) -c constraints.txt --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:  ## remove .venv and what tools left behind; pulled models and results stay
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c '$(PYTHON_IS_NEW_ENOUGH)'

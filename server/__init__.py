@@ -1,10 +1,11 @@
-"""The server: HTTP in `routes`, the engine in `engine`, the method in `crma`."""
+"""The server: HTTP in `http`, requests and adapters in `service`, the model in `engine`."""
 
 import os
 
-# Before torch reads it. A CPU thread that waits for another spins, by default for milliseconds; where a core has more
-# to do than this server, the other waits for that core meanwhile: beside one busy process a step took ten times as
-# long. 10,000 turns are enough where all work at the same time.
+# Set before torch starts OpenMP. A waiting CPU thread spins, by default for milliseconds. On a
+# core that is shared with another process, that delays the thread it waits for: beside one busy
+# process a step took ten times as long. 10,000 turns suffice where all threads work at the same
+# time.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"

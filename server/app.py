@@ -1,34 +1,43 @@
-"""Puts the parts together: routes, middleware, errors, and what happens at the start and the end."""
+"""The application: routes, middleware and error handlers, and what runs at its start and end."""
 
 import asyncio
-import codecs
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crma.models.loading import compute_alone
 from server import __version__
 from server.http import error_handlers
+from server.http.body_limit import BodyLimit
 from server.http.log import RequestLog
 from server.http.routes import ablation, adapters, generate, openai, operations
-from server.service import errors
 from server.service.frontend import Frontend
 
 log = logging.getLogger("server")
 
+ROUTERS = (
+    generate.router,
+    openai.router,
+    ablation.router,
+    adapters.router,
+    adapters.admin,
+    operations.router,
+)
+DESCRIPTION = (
+    "Many fine-tuned tasks from one base model, with a shared CRMA backbone on or off per request."
+)
 
-def create_app(frontend: Frontend, on_stop: Callable[[], Awaitable[None]]) -> FastAPI:
-    """The application; `on_stop` is awaited when no request runs any more: it ends the engine."""
+
+def create_app(frontend: Frontend) -> FastAPI:
+    """The application on a running engine, which it closes when it stops."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # One CPU thread each: only the engine's may have more (server/engine/model_runner.py).
+        # One CPU thread each: only the engine's thread may have more (native/model_runner.py).
         workers = ThreadPoolExecutor(8, "worker", compute_alone)
         asyncio.get_running_loop().set_default_executor(workers)
         await asyncio.to_thread(frontend.ablation_jobs.load)
@@ -39,29 +48,23 @@ def create_app(frontend: Frontend, on_stop: Callable[[], Awaitable[None]]) -> Fa
         await asyncio.gather(app.state.starting, return_exceptions=True)
         await frontend.registry.stop()
         await frontend.ablation_jobs.stop()
-        await on_stop()
+        await frontend.engine.close()  # uvicorn has given running requests their time by now
         frontend.close()
 
     app = FastAPIOffline(
         title="CRMA Server",
         version=__version__,
-        description="Many fine-tuned tasks from one base model, with a shared CRMA backbone on or off per request.",
+        description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
         strict_content_type=False,
     )
     app.state.frontend = frontend
-    settings, metrics = frontend.settings, frontend.metrics
+    settings = frontend.settings
+    metrics = frontend.metrics
     metrics.watch(frontend.engine.stats, frontend.registry.names, settings.max_loaded_adapters)
     error_handlers.install(app)
-    for router in (
-        generate.router,
-        openai.router,
-        ablation.router,
-        adapters.router,
-        adapters.admin,
-        operations.router,
-    ):
+    for router in ROUTERS:
         app.include_router(router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestLog, metrics=metrics)  # the last added is the outermost
@@ -69,40 +72,13 @@ def create_app(frontend: Frontend, on_stop: Callable[[], Awaitable[None]]) -> Fa
 
 
 async def _start(frontend: Frontend) -> None:
-    """Verifies the store and runs a first step; until then /readyz says what is missing."""
+    """Verify the store and run a first step; until then /readyz says what is missing."""
     try:
         await frontend.registry.start()
-        await frontend.warm_up()
+        await frontend.engine.warm_up()
     except Exception:
         log.exception("the server cannot start, and ends")
         frontend.engine.on_failure()
     else:
-        log.info(
-            "ready: %s, tasks: %s", frontend.model.name, sorted(frontend.registry.names().values())
-        )
-
-
-@dataclass
-class BodyLimit:
-    """ASGI middleware: a body that is over `max_bytes` or not UTF-8 fails while it is read, and is not read on."""
-
-    app: ASGIApp
-    max_bytes: int
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        size, decoder = 0, codecs.getincrementaldecoder("utf-8")()
-
-        async def checked() -> Message:
-            nonlocal size
-            message = await receive()
-            if message["type"] == "http.request":
-                size += len(message.get("body", b""))
-                if size > self.max_bytes:
-                    limit = f"<= {self.max_bytes} bytes"
-                    raise errors.BodyTooLarge(
-                        "the body is over the limit", field="body", value=size, allowed=limit
-                    )
-                decoder.decode(message.get("body", b""), final=not message.get("more_body", False))
-            return message
-
-        await self.app(scope, checked, send)
+        tasks = sorted(frontend.registry.names().values())
+        log.info("ready: %s, tasks: %s", frontend.model.name, tasks)

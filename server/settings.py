@@ -1,7 +1,7 @@
 """Every setting of the server, in one list. The only place in `server` that reads the environment.
 
-A setting `x` comes from the environment variable `CRMA_X`. A `CRMA_` variable that is no setting is an error: a
-mistyped limit must not be a limit that is silently off.
+A setting `x` comes from the environment variable `CRMA_X`. An unknown `CRMA_` variable is an error:
+a mistyped limit must not be silently off.
 """
 
 import os
@@ -21,7 +21,10 @@ def _setting(default: Any, help: str, **limits: Any) -> Any:
 
 
 class Settings(BaseSettings):
-    """Frozen; limits are in the unit their name ends in (`_s` seconds, `_bytes`), else they count things."""
+    """Frozen.
+
+    A name that ends in `_s` is in seconds, in `_bytes` or `_mib` in those; others count.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True
@@ -30,7 +33,7 @@ class Settings(BaseSettings):
     host: str = _setting("127.0.0.1", "Address to listen on.")
     port: int = _setting(8000, "Port to listen on.", ge=0, le=65535)
 
-    home: Path | None = _setting(None, "Where pulled models lie; unset: ~/.cache/crma.")
+    home: Path | None = _setting(None, "Folder of pulled models; unset: ~/.cache/crma.")
     model: str = _setting(
         "SmolLM2-135M-Instruct", "Base model: a pulled one's name, or its folder.", min_length=1
     )
@@ -60,13 +63,13 @@ class Settings(BaseSettings):
         2048, "Prompt + answer tokens of one sequence; at most the model's own.", ge=2
     )
     kv_cache_tokens: int = _setting(
-        8192, "Room for keys and values of all sequences; at least max_model_len.", ge=32
+        8192, "Tokens that the KV cache holds, of all sequences; at least max_model_len.", ge=32
     )
     prefix_caching: bool = _setting(
-        True, "Share the KV of equal beginnings of prompts under the same adapters."
+        True, "Share the KV of prompts that begin alike, under the same adapters."
     )
     max_loaded_adapters: int = _setting(
-        32, "Tasks and backbones in memory; the least recently used goes.", ge=2
+        32, "Tasks and backbones in memory; the least recently used is evicted.", ge=2
     )
     max_adapter_mib: int | None = _setting(
         None, "Their weights in MiB, as they serve; unset: no limit.", ge=1
@@ -79,7 +82,7 @@ class Settings(BaseSettings):
         120.0, "Deadline of a request, and the longest it may ask for; then 504.", gt=0
     )
     drain_timeout_s: float = _setting(
-        30.0, "How long running requests may finish after SIGTERM.", ge=0
+        30.0, "How long running requests may go on after SIGTERM.", ge=0
     )
     max_body_bytes: int = _setting(1 << 20, "Largest request body; above it 413.", ge=1024)
     max_n: int = _setting(8, "Largest `n` of a request.", ge=1)
@@ -95,7 +98,7 @@ class Settings(BaseSettings):
         4, "Background ablations that run at once; one more gets 429.", ge=0
     )
     max_ablation_kept: int = _setting(
-        100, "Background ablations whose results are kept; the oldest goes.", ge=1
+        100, "Background ablations whose results are kept; the oldest is deleted.", ge=1
     )
     evaluations: Path = _setting(
         Path("evaluations"), "Folder of background ablations and uploaded question sets."
@@ -113,31 +116,34 @@ class Settings(BaseSettings):
 
     @field_validator("api_keys", mode="before")
     @classmethod
-    def _split(cls, value: Any) -> Any:
-        return (
-            tuple(key.strip() for key in value.split(",") if key.strip())
-            if isinstance(value, str)
-            else value
-        )
+    def _split_keys(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        keys = (key.strip() for key in value.split(","))
+        return tuple(key for key in keys if key)
 
     @classmethod
     def load(cls) -> Self:
-        """Settings from the environment. Raises ConfigError that names the variable and what it may be."""
+        """Settings from the environment.
+
+        Raises:
+            ConfigError: an unknown variable, or a value that its setting does not take.
+        """
         known = {PREFIX + name.upper() for name in cls.model_fields}
         for name in os.environ:
             if name.upper().startswith(PREFIX) and name.upper() not in known:
-                raise ConfigError(
-                    f"{name} is not a setting", field=name, value=None, allowed=sorted(known)
-                )
+                message = f"{name} is not a setting"
+                raise ConfigError(message, field=name, value=None, allowed=sorted(known))
         try:
             return cls()
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = str(first["loc"][0])
-            value = (
-                None if field in ("api_keys", "admin_key") else first.get("input")
-            )  # a secret is not repeated
-            name, allowed = PREFIX + field.upper(), cls.model_fields[field].description
+            is_secret = field in ("api_keys", "admin_key")
+            name = PREFIX + field.upper()
             raise ConfigError(
-                f"{name}: {first['msg']}", field=name, value=value, allowed=allowed
+                f"{name}: {first['msg']}",
+                field=name,
+                value=None if is_secret else first.get("input"),
+                allowed=cls.model_fields[field].description,
             ) from None

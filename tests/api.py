@@ -1,83 +1,19 @@
 """The real app over ASGI on a scripted engine: what the tests of the routes share."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 from fastapi import FastAPI
+from scripted_engine import TINY, ScriptedEngine
 
 from crma.models.base_model import BaseModel
-from server.engine.request import (
-    EngineStats,
-    FinishReason,
-    Request,
-    RequestOutput,
-    Timings,
-    TokenLogprob,
-)
 
 JSON = {"content-type": "application/json"}
 SCOPE = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": []}
-BASE = BaseModel("tiny", "sha256:" + "b" * 64, Path("nowhere"), {})
-
-
-def tokens(asked: int | None, *logprobs: float) -> tuple[TokenLogprob, ...]:
-    """Log-probabilities of tokens, where they were asked for; token k of the most probable ones has -k."""
-    top = tuple((token, -float(token)) for token in range(asked or 0))
-    return tuple(TokenLogprob(each, top) for each in logprobs if asked is not None)
-
-
-@dataclass
-class FakeEngine:
-    """The seam with a script: two tokens and an end, or a refusal, or a failure."""
-
-    answer: Callable[[Request], str] = lambda _: "one two"
-    refusal: Exception | None = None
-    ending: tuple[FinishReason, str | None] = (FinishReason.STOP, None)
-    fail_at_once: bool = False
-    on_failure: Callable[[], None] = lambda: None
-    requests: list[Request] = field(default_factory=list)
-    running: int = 0
-    most_running: int = 0
-
-    def submit(self, request: Request) -> AsyncIterator[RequestOutput]:
-        if self.refusal is not None:
-            raise self.refusal
-        self.requests.append(request)
-        return self._outputs(request)
-
-    async def _outputs(self, request: Request) -> AsyncIterator[RequestOutput]:
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
-        try:
-            answer, asked = self.answer(request), request.sampling
-            first = answer.split(" ")[0]
-            for index in range(asked.n):
-                output = partial(RequestOutput, request.id, index)
-                prompt = tokens(asked.prompt_logprobs, *[-1.0] * (len(request.prompt_ids) - 1))
-                if not self.fail_at_once:
-                    yield output((5,), first, tokens(asked.logprobs, -0.5), () if index else prompt)
-                await asyncio.sleep(0)
-                end: dict[str, Any] = {
-                    "completion_tokens": 2,
-                    "cached_tokens": 1,
-                    "timings": Timings(0.1, 0.2, 0.3),
-                }
-                end |= {"finish_reason": self.ending[0], "error": self.ending[1]}
-                yield output((6,), answer[len(first) :], tokens(asked.logprobs, -0.25), **end)
-        finally:
-            self.running -= 1
-
-    async def stop(self) -> None:
-        assert self.running == 0
-
-    def stats(self) -> EngineStats:
-        tasks = tuple(r.selection.task_digest for r in self.requests if r.selection.task_digest)
-        return EngineStats(num_steps=len(self.requests), resident=tasks[:1], running_adapters=tasks)
+BASE = BaseModel(TINY.name, TINY.digest, Path("nowhere"), {})
 
 
 @dataclass
@@ -86,7 +22,7 @@ class Served:
 
     app: FastAPI
     client: httpx.AsyncClient
-    engine: FakeEngine
+    engine: ScriptedEngine
 
     async def generate(self, **body: Any) -> httpx.Response:
         return await self.client.post("/generate", json={"prompt": "Hi", **body})
@@ -100,7 +36,9 @@ class Served:
 
 
 async def refused(served: Served, status: int, code: str, **request: Any) -> dict[str, Any]:
-    """The error of a request that must be refused, in the shape of its path; after it a good one must work."""
+    """The error of a request that must be refused, in the shape of its path; after it a good one
+    must work.
+    """
     path = request.pop("path", "/generate")
     response = await served.client.post(path, **{"headers": JSON, **request})
     assert response.status_code == status, response.text

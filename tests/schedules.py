@@ -1,4 +1,6 @@
-"""Any mix of requests through the engine, and what each gets alone: shared by the numerics, e2e and GPU tests."""
+"""Any mix of requests through the engine, and what each gets alone: shared by the numerics, e2e
+and GPU tests.
+"""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
@@ -31,7 +33,10 @@ SELECTIONS += [AdapterSelection(None, "crma-1"), AdapterSelection("task-1", "crm
 
 @dataclass(frozen=True)
 class Call:
-    """One request of a schedule: when it comes and goes, and what it asks. `stop_at`: its token of that number ends."""
+    """One request of a schedule: when it comes and goes, and what it asks.
+
+    `stop_at`: its token of that number ends.
+    """
 
     selection: AdapterSelection
     prompt: tuple[int, ...]
@@ -111,7 +116,9 @@ class World:
         return self._known[key]
 
     def distribution(self, call: Call, tokens: Sequence[int]) -> Tensor:
-        """Log-probabilities [prompt + tokens - 1, vocab] of each next token, in one pass over all of it."""
+        """Log-probabilities [prompt + tokens - 1, vocab] of each next token, in one pass over all
+        of it.
+        """
         ids = torch.tensor([[*call.prompt, *tokens]], device=self.injection.model.device)
         with torch.inference_mode(), self.injection.active(self.plan(call.selection)):
             return self.injection.model(input_ids=ids).logits[0, :-1].float().log_softmax(-1).cpu()

@@ -1,25 +1,38 @@
-"""The tables of the documents, made from the code and the records: `python tests/tables.py` writes them."""
+"""The parts of the documents that come from the code and the records.
+
+`python tests/tables.py` writes the tables. A table stands between `<!-- name … -->` and
+`<!-- /name -->` in the page that `TABLES` gives for it.
+"""
 
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any, NamedTuple
 
-from paths import RESULTS, ROOT
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fastapi import APIRouter, FastAPI
+from paths import EXPERIMENTS, RESULTS, ROOT
 from prometheus_client import CollectorRegistry, Metric
 
 from crma.training.experiment import read_experiment
 from crma.training.tables import arms_table
+from server import __version__
 from server.engine.request import EngineStats
+from server.http import routes
 from server.service.errors import CODES
 from server.service.metrics import Metrics
 from server.settings import Settings
 
-README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 
-
+# Columns of the results table: variant of the ablation -> heading.
 COLUMNS = {
     "task+crma": "LoRA + CRMA",
     "task": "same LoRA, CRMA off",
@@ -29,152 +42,185 @@ COLUMNS = {
     "naive_bayes": "naive Bayes",
 }
 
+# Columns of the benchmark table: engine of the rows -> heading.
+ENGINES = {"server": "CRMA Server", "int8": "CRMA Server, int8", "peft": "transformers, PEFT"}
+
+# Rows of the benchmark table: row of the records -> label.
+BENCH_ROWS = {
+    "mixed": "8 LoRAs in turn, 16 requests at once, tokens/s",
+    "base": "no LoRA, 16 requests at once, tokens/s",
+    "single": "one stream, tokens/s",
+    "prefill": "a prompt of 512 tokens, tokens/s",
+    "prefill-lora": "the same with a LoRA, tokens/s",
+    "crma-off": "5 shipped tasks, 16 requests at once, CRMA off, tokens/s",
+    "crma-half": "the same, CRMA on for every second request, tokens/s",
+    "crma-on": "the same, CRMA on for all, tokens/s",
+}
+ROWS_WITH_TTFT = ("mixed", "base")
+NOT_MEASURED = "–"
+
 
 def results_table() -> str:
-    """What `crma ablate` gave on the holdout questions: accuracy with its 95 % interval."""
+    """Holdout accuracy from `crma ablate`, with its 95 % Wilson interval."""
     result = json.loads((RESULTS / "holdout-ablation.json").read_text("utf-8"))
     variants: Mapping[str, Any] = result["variants"]
-    rows = {
-        task: [variants[column]["by_task"][task] for column in COLUMNS]
-        for task in variants["task"]["by_task"]
-    }
+    rows = {}
+    for task in variants["task"]["by_task"]:
+        rows[task] = [variants[column]["by_task"][task] for column in COLUMNS]
     rows["**all**"] = [variants[column] for column in COLUMNS]
-    made, machine = result["provenance"], result["provenance"]["hardware"]
-    lines = [f"| {' | '.join(['holdout', *COLUMNS.values()])} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [f"| {task} | {' | '.join(map(_cell, cells))} |" for task, cells in rows.items()]
+    lines = markdown_table(
+        ["holdout", *COLUMNS.values()],
+        [[task, *map(_accuracy, cells)] for task, cells in rows.items()],
+    )
+    made = result["provenance"]
+    machine = made["hardware"]
     origin = (
-        f"Exact-match accuracy on {result['question_set']['items']} questions [95 %, Wilson]: SmolLM2-135M-Instruct, "
-        f"{made['dtype']}, greedy; one run of training; {machine['cores']} cores of {machine['cpu']}; commit "
-        f"`{made['commit']}`."
+        f"Exact-match accuracy on {result['question_set']['items']} questions [95 %, Wilson]. "
+        f"SmolLM2-135M-Instruct, {made['dtype']}, greedy decoding, one training run; "
+        f"{machine['cores']} cores of {machine['cpu']}; commit `{made['commit']}`."
     )
     return "\n".join([*lines, "", origin])
 
 
-def _cell(cell: Mapping[str, Any]) -> str:
+def _accuracy(cell: Mapping[str, Any]) -> str:
     low, high = cell["wilson"]
     return f"{cell['accuracy']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def settings_table() -> str:
-    lines = ["| variable | default | |", "|---|---|---|"]
+    """Every setting with its default and its description."""
+    rows = []
     for name, field in Settings.model_fields.items():
-        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-        shown = (
-            str(default).lower()
-            if isinstance(default, bool)
-            else ""
-            if default is None
-            else str(default)
-        )
-        lines.append(f"| `CRMA_{name.upper()}` | `{shown}` | {field.description} |")
-    return "\n".join(lines)
+        default = _default(field.default)
+        rows.append([f"`CRMA_{name.upper()}`", default, str(field.description)])
+    return "\n".join(markdown_table(["variable", "default", "meaning"], rows))
+
+
+def _default(value: object) -> str:
+    """A default as it would be written in the environment; empty where unset."""
+    if value is None or value == ():
+        return ""
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value}`"
 
 
 def errors_table() -> str:
+    """Every status with the codes that it can have."""
     by_status: dict[int, list[str]] = {}
     for status, code in CODES:
         by_status.setdefault(status, []).append(f"`{code}`")
-    return "\n".join(
-        [
-            "| status | code |",
-            "|---|---|",
-            *(f"| {s} | {', '.join(c)} |" for s, c in by_status.items()),
-        ]
-    )
+    rows = [[str(status), ", ".join(codes)] for status, codes in by_status.items()]
+    return "\n".join(markdown_table(["status", "code"], rows))
 
 
 def metric_families() -> list[Metric]:
+    """Every metric that `GET /metrics` can have."""
     metrics = Metrics(CollectorRegistry())
     metrics.watch(EngineStats, dict, 1)
     return list(metrics.registry.collect())
 
 
 def metrics_table() -> str:
-    families = [(f"{f.name}{'_total' * (f.type == 'counter')}", f) for f in metric_families()]
-    lines = {f"| `{name}` | {f.type} | {f.documentation} |" for name, f in families}
-    return "\n".join(["| name | type | |", "|---|---|---|", *sorted(lines)])
+    """Every metric with its type and help text, by name."""
+    rows = set()
+    for family in metric_families():
+        suffix = "_total" if family.type == "counter" else ""
+        rows.add((f"`{family.name}{suffix}`", family.type, family.documentation))
+    return "\n".join(markdown_table(["name", "type", "meaning"], sorted(rows)))
 
 
-def arms(name: str) -> str:
-    planned = read_experiment(ROOT / "crma" / "experiments" / f"{name}.toml").planned()
-    files = {run: RESULTS / name / f"{run}.json" for run in planned}
-    return arms_table(
-        {run: json.loads(file.read_text("utf-8")) for run, file in files.items() if file.exists()}
-    )
-
-
-ENGINES = {"server": "CRMA Server", "int8": "the same, int8", "peft": "transformers, PEFT"}
-
-
-BENCH = {
-    "mixed": "8 LoRAs in turn, 16 requests at once, tokens/s",
-    "base": "no LoRA, 16 at once, tokens/s",
-    "single": "one stream, tokens/s",
-    "prefill": "a prompt of 512 tokens, tokens/s",
-    "prefill-lora": "the same with a LoRA, tokens/s",
-    "crma-off": "5 shipped tasks, 16 at once, CRMA off, tokens/s",
-    "crma-half": "CRMA on for every second, tokens/s",
-    "crma-on": "CRMA on for all, tokens/s",
-}
+def experiment_table(name: str) -> str:
+    """The arms of an experiment, from those of its runs whose record is there."""
+    records = {}
+    for run in read_experiment(EXPERIMENTS / f"{name}.toml").planned():
+        file = RESULTS / name / f"{run}.json"
+        if file.exists():
+            records[run] = json.loads(file.read_text("utf-8"))
+    return arms_table(records)
 
 
 def bench_table() -> str:
-    """What `make bench` gave: medians, the range of the repetitions, and the median time to the first token."""
+    """What `make bench` measured: medians, ranges of the repetitions, and the median TTFT."""
     lines = (ROOT / "clients" / "bench" / "results.jsonl").read_text("utf-8").splitlines()
-    rows = {(row["row"], row["engine"]): row for row in map(json.loads, lines)}
+    rows = {}
+    for row in map(json.loads, lines):
+        rows[row["row"], row["engine"]] = row
 
-    def cell(name: str, engine: str, key: str = "", digits: int = 0) -> str:
-        if (row := rows.get((name, engine))) is None or not (
-            found := row.get(key or row["measure"])
-        ):
-            return "–"
-        ttft = (
-            f", TTFT {row['ttft_p50_s']['median']:.2f} s"
-            if name in ("mixed", "base") and not key
-            else ""
-        )
-        return f"{found['median']:.{digits}f} [{found['min']:.{digits}f}, {found['max']:.{digits}f}]{ttft}"
+    def line(label: str, name: str, key: str = "", digits: int = 0) -> list[str]:
+        cells = [_figure(rows.get((name, engine)), key, digits) for engine in ENGINES]
+        return [label, *cells]
 
-    table = [f"| {' | '.join(['', *ENGINES.values()])} |", "|---" * (len(ENGINES) + 1) + "|"]
-    table += [
-        f"| {label} | {' | '.join(cell(name, e) for e in ENGINES)} |"
-        for name, label in BENCH.items()
-    ]
-    table.append(
-        f"| memory after `mixed`, MiB | {' | '.join(cell('mixed', e, 'rss_mib') for e in ENGINES)} |"
-    )
-    table.append(
-        f"| start to ready, second time, s | {' | '.join(cell('start', e, digits=1) for e in ENGINES)} |"
-    )
+    table = [line(label, name) for name, label in BENCH_ROWS.items()]
+    table.append(line("memory after `mixed`, MiB", "mixed", key="rss_mib"))
+    table.append(line("start to ready, second time, s", "start", digits=1))
     limits = rows["limits", "machine"]
-    machine, read = limits["hardware"], limits["read_gb_s"]["median"]
-    origin = f"{machine['cores']} cores of {machine['cpu']}, which read {read:.0f} GB/s; commit `{limits['commit']}`."
-    return "\n".join(
-        [
-            *table,
-            "",
-            f"`make bench`: medians [lowest, highest] of {rows['mixed', 'server']['repetitions']}; {origin}",
-        ]
+    machine = limits["hardware"]
+    origin = (
+        f"`make bench`: medians [lowest, highest] of {rows['mixed', 'server']['repetitions']}; "
+        f"{machine['cores']} cores of {machine['cpu']}, which read "
+        f"{limits['read_gb_s']['median']:.0f} GB/s; commit `{limits['commit']}`."
     )
+    return "\n".join([*markdown_table(["", *ENGINES.values()], table), "", origin])
 
 
-BLOCKS = {
-    "bench": bench_table,
-    "settings": settings_table,
-    "errors": errors_table,
-    "metrics": metrics_table,
-    "results": results_table,
+def _figure(row: Mapping[str, Any] | None, key: str, digits: int) -> str:
+    """One figure of a benchmark row: `key`, or the figure that the row is about."""
+    figure = None if row is None else row.get(key or row["measure"])
+    if row is None or figure is None:
+        return NOT_MEASURED
+    median, low, high = (f"{figure[part]:.{digits}f}" for part in ("median", "min", "max"))
+    text = f"{median} [{low}, {high}]"
+    if row["row"] in ROWS_WITH_TTFT and not key:
+        text += f", TTFT {row['ttft_p50_s']['median']:.2f} s"
+    return text
+
+
+def markdown_table(header: list[str], rows: list[Any]) -> list[str]:
+    """The lines of a Markdown table."""
+    ruler = "|---" * len(header) + "|"
+    return [f"| {' | '.join(header)} |", ruler, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def openapi() -> dict[str, Any]:
+    """The OpenAPI document of every route in `server/http/routes/`, without a running server."""
+    app = FastAPI(title="CRMA Server", version=__version__)
+    for module in iter_modules(routes.__path__, f"{routes.__name__}."):
+        for value in vars(import_module(module.name)).values():
+            if isinstance(value, APIRouter):
+                app.include_router(value)
+    return app.openapi()
+
+
+class Table(NamedTuple):
+    """A generated table: the page that shows it, and how it is made."""
+
+    page: Path
+    render: Callable[[], str]
+
+
+TABLES = {
+    "settings": Table(DOCS / "settings.md", settings_table),
+    "errors": Table(DOCS / "api.md", errors_table),
+    "metrics": Table(DOCS / "operations.md", metrics_table),
+    "results": Table(DOCS / "results.md", results_table),
+    "quick": Table(DOCS / "results.md", partial(experiment_table, "quick")),
+    "full": Table(DOCS / "results.md", partial(experiment_table, "full")),
+    "bench": Table(DOCS / "benchmark.md", bench_table),
 }
-BLOCKS |= {name: partial(arms, name) for name in ("quick", "full")}
 
 
 def block(name: str) -> re.Pattern[str]:
+    """Matches a table and its two marks: (opening mark, table, closing mark)."""
     return re.compile(rf"(<!-- {name}\b[^>]*-->\n)(.*?)(<!-- /{name} -->)", re.DOTALL)
 
 
+def updated(page: str, name: str) -> str:
+    """The text of a page with one of its tables made anew."""
+    table = f"{TABLES[name].render()}\n"
+    return block(name).sub(lambda found: found[1] + table + found[3], page)
+
+
 if __name__ == "__main__":
-    text = README.read_text("utf-8")
-    for name, render in BLOCKS.items():
-        text = block(name).sub(lambda m, r=render: f"{m[1]}{r()}\n{m[3]}", text)
-    README.write_text(text, "utf-8")
-    sys.exit(0)
+    for name, table in TABLES.items():
+        table.page.write_text(updated(table.page.read_text("utf-8"), name), "utf-8")

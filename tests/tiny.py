@@ -1,4 +1,6 @@
-"""Tiny real models of every family, adapters for them, an engine on one, and a whole app: shared by several tests."""
+"""Tiny real models of every family, adapters for them, an engine on one, and a whole app: shared
+by several tests.
+"""
 
 import atexit
 import tempfile
@@ -35,7 +37,8 @@ from server.engine.native.scheduler import Scheduler
 from server.engine.request import Request, SamplingParams
 
 VOCAB = 300
-# A wide initializer: logits as far apart as a trained model's, so that rounding does not decide an argmax.
+# A wide initializer: logits as far apart as a trained model's, so that rounding does not decide an
+# argmax.
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.3}
 SIZES |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
@@ -63,7 +66,9 @@ FORMAT = PromptFormat("<|im_start|>", "[answer]", "<|im_end|>")
 
 @cache
 def injection(family: str = "llama") -> Injection:
-    """One random fp32 model of a family a process, with its hooks; as `crma.models.loading.load_model` sets it up."""
+    """One random fp32 model of a family a process, with its hooks; as
+    `crma.models.loading.load_model` sets it up.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -105,7 +110,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def lora(inj: Injection, rank: int, which: str, seed: int = 0) -> Lora:
-    """A random LoRA large enough to change the answer; `which` as in `target_names`, or "first": one linear a block."""
+    """A random LoRA large enough to change the answer;
+
+    `which` as in `target_names`, or "first": one linear a block.
+    """
     targets = (
         target_names(inj.model, "all-linear")[:1]
         if which == "first"
@@ -182,8 +190,8 @@ def make_engine(
     native: bool = True,
     int8: bool = False,
 ) -> tuple[Engine, AdapterPool]:
-    """An engine without end tokens of its own, with the native kernel where there is one, and its pool, in which
-    `known` is registered and nothing resident."""
+    """An engine without end tokens of its own, with the native kernel where there is one, and its
+    pool, in which `known` is registered and nothing resident."""
     pool = AdapterPool(inj, max_resident)
     pool.executor = executor or pool.executor
     for digest, adapter in known.items():
@@ -264,7 +272,9 @@ def publish(
 
 
 def filled_store(root: Path, base: BaseModel) -> AdapterStore:
-    """medical, trained with CRMA; legal, an import without; their backbone; and six questions, the set "public"."""
+    """medical, trained with CRMA; legal, an import without; their backbone; and six questions, the
+    set "public".
+    """
     store = AdapterStore(root)
     publish(store, base, "medical", 1, backbone=publish_backbone(store, base).digest)
     publish(store, base, "legal", 2)

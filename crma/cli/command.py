@@ -1,8 +1,11 @@
-"""The `crma` command: from pulling a base model to the plots. It never speaks HTTP.
+"""The `crma` command: pull a base model, build data, train, evaluate, and manage an adapter store.
 
-Data goes to stdout, everything else to stderr. The exit code is 0, 1 where something that was checked is wrong, 2
-where the command could not be carried out.
+It never speaks HTTP. Results go to stdout, everything else to stderr.
+The exit code is 0; 1 if a check failed; 2 if the command could not run.
 """
+
+# No module of this package imports torch, transformers or numpy at its top, because `crma --help`
+# would then take seconds. A command imports what it needs when it runs.
 
 import sys
 
@@ -16,12 +19,12 @@ from crma.core.errors import CrmaError
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
 )
-for each in (models, data, training, store, evaluation, gate):
-    app.add_typer(each.group)
+for module in (models, data, training, store, evaluation, gate):
+    app.registered_commands += module.group.registered_commands
 
 
 def main() -> None:
-    """Run the command; an error of the tree is one line and exit code 2."""
+    """Run the command. A CrmaError is printed as one line and gives exit code 2."""
     try:
         app()
     except CrmaError as error:

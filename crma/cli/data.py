@@ -13,16 +13,19 @@ group = typer.Typer()
 @group.command()
 def data(
     domains: Annotated[
-        list[str] | None, typer.Argument(help="Domains to build; all that can be if none.")
+        list[str] | None,
+        typer.Argument(help="Domains to build; by default, all that this machine can build."),
     ] = None,
     source: Annotated[
-        list[str] | None, typer.Option(help="DOMAIN=FILE: a source that you already have.")
+        list[str] | None,
+        typer.Option(help="DOMAIN=FILE: use a source file that you already have."),
     ] = None,
 ) -> None:
-    """Build the six domains into the cache, and check their digests."""
+    """Build the six domains into the cache and check their digests."""
     from crma.data.splits import build
 
-    pairs = [text.partition("=") for text in source or ()]
-    show_json(
-        build(domains or None, sources={domain: Path(path) for domain, _, path in pairs}, note=note)
-    )
+    sources = {}
+    for text in source or ():
+        domain, _, path = text.partition("=")
+        sources[domain] = Path(path)
+    show_json(build(domains or None, sources=sources, note=note))

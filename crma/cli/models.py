@@ -13,10 +13,10 @@ group = typer.Typer()
 @group.command()
 def pull(
     source: Annotated[
-        str, typer.Argument(help="Default model, hub id, or folder.")
+        str, typer.Argument(help="The default model's name, a hub id, or a folder.")
     ] = DEFAULT_MODEL,
 ) -> None:
-    """Fetch and convert a base model into the cache; does nothing if it is there."""
+    """Fetch a base model and convert it into the cache, unless it is there already."""
     from crma.models.pull import pull as fetch
 
     base = fetch(source)

@@ -1,4 +1,4 @@
-"""What commands print: results on stdout, everything else on stderr."""
+"""What commands print: results to stdout, everything else to stderr."""
 
 import json
 from typing import Any
@@ -15,25 +15,29 @@ from rich.progress import (
 )
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-note = console.print  # a line about what is going on
+note = console.print  # prints one line about the progress of a command
 
 
 def show_json(value: Any) -> None:
-    """The whole result."""
+    """Print a result as JSON. Raises ValueError if it holds NaN or infinity."""
     typer.echo(json.dumps(value, indent=1, allow_nan=False))
 
 
 def progress_bars() -> Progress:
-    """Bars on standard error, with the time they took and will take."""
-    columns = (
+    """Progress bars on stderr, with the elapsed and the remaining time."""
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
     )
-    return Progress(*columns, TimeRemainingColumn(), console=console)
 
 
 def interval(bounds: list[float] | None) -> str:
-    """[low, high], or a dash."""
-    return "–" if bounds is None else f"[{bounds[0]:.2f}, {bounds[1]:.2f}]"
+    """An interval as "[low, high]"; a dash if there is none."""
+    if bounds is None:
+        return "–"
+    low, high = bounds
+    return f"[{low:.2f}, {high:.2f}]"

@@ -1,4 +1,4 @@
-"""`crma train`, `crma experiment`, `crma plots`."""
+"""`crma train`, `crma experiment` and `crma plots`."""
 
 import json
 from pathlib import Path
@@ -11,74 +11,73 @@ from crma.models.base_model import find_base
 
 group = typer.Typer()
 
+_SUMMARY = ("arm", "seed", "loss", "accuracy", "drift", "norm_log", "training")
+
 
 @group.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A TOML file; see crma/experiments.")],
     out: Annotated[
-        Path | None, typer.Option(help="Run folder; a killed run goes on there.")
+        Path | None, typer.Option(help="The run folder; a killed run resumes there.")
     ] = None,
-    arm: Annotated[str | None, typer.Option(help="Instead of the file's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Instead of the file's.")] = None,
+    arm: Annotated[str | None, typer.Option(help="Replaces the file's arm.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Replaces the file's seed.")] = None,
     ship: Annotated[
-        Path | None, typer.Option(help="Store to publish into; a candidate if a backbone serves.")
+        Path | None,
+        typer.Option(
+            help="Publish into this store; if a backbone serves there, the new one is a candidate."
+        ),
     ] = None,
 ) -> None:
     """Train task after task, measure, and write the run's record."""
     from crma.store.adapter_store import AdapterStore
-    from crma.training import protocol
     from crma.training.config import TrainConfig
+    from crma.training.protocol import Run
+    from crma.training.shipping import ship as publish
 
     settings = TrainConfig.read(config, arm=arm, seed=seed)
     folder = out or Path("runs") / f"{config.stem}-{settings.arm}-{settings.seed}"
     with progress_bars() as bars:
         bar = bars.add_task("loading the model", total=None)
 
-        def progress(what: str, done: int, total: int) -> None:
-            bars.update(bar, description=what, completed=done, total=total)
+        def progress(description: str, done: int, total: int) -> None:
+            bars.update(bar, description=description, completed=done, total=total)
 
-        run = protocol.Run(settings, find_base(settings.model), folder, progress)
+        run = Run(settings, find_base(settings.model), folder, progress)
         record = run.execute()
         if ship is not None:
-            candidate = protocol.ship(run, AdapterStore(ship))
-            note(
-                f"next: crma promote {candidate.version} --store {ship}"
-                if candidate
-                else f"{ship} serves it"
-            )
+            candidate = publish(run, AdapterStore(ship))
+            if candidate is None:
+                note(f"{ship} serves it")
+            else:
+                note(f"next: crma promote {candidate.version} --store {ship}")
     note(f"record: {folder / 'record.json'}")
-    show_json(
-        {
-            key: record[key]
-            for key in ("arm", "seed", "loss", "accuracy", "drift", "norm_log", "training")
-        }
-    )
+    show_json({key: record[key] for key in _SUMMARY})
 
 
 @group.command()
 def experiment(
     config: Annotated[Path, typer.Argument(help="A TOML file; see crma/experiments.")],
-    results: Annotated[Path, typer.Option(help="Where the records go.")] = Path("crma/results"),
-    work: Annotated[Path, typer.Option(help="Run folders.")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="The folder of the records.")] = Path(
+        "crma/results"
+    ),
+    work: Annotated[Path, typer.Option(help="The folder of the run folders.")] = Path("runs"),
     only: Annotated[
-        str, typer.Option(help="Runs whose name is like this, such as '*-seed0'.")
+        str, typer.Option(help="Only runs whose name matches a pattern, such as '*-seed0'.")
     ] = "*",
 ) -> None:
-    """Run every arm and seed of an experiment whose record is not there yet, and print the table of all."""
+    """Make the missing records of an experiment, and print the table of all its records."""
     from crma.training.experiment import execute, read_experiment
     from crma.training.tables import arms_table
 
     planned = read_experiment(config)
     with progress_bars() as bars:
-        whole, row = bars.add_task(planned.name), bars.add_task("")
+        whole_bar = bars.add_task(planned.name)
+        run_bar = bars.add_task("")
 
-        def report(what: str, done: int, total: int) -> None:
-            bars.update(
-                whole if what == planned.name else row,
-                description=what,
-                completed=done,
-                total=total,
-            )
+        def report(description: str, done: int, total: int) -> None:
+            bar = whole_bar if description == planned.name else run_bar
+            bars.update(bar, description=description, completed=done, total=total)
 
         paths = execute(planned, results, work, only=only, report=report)
     note(f"{len(paths)} records in {results / planned.name}")
@@ -88,10 +87,10 @@ def experiment(
 @group.command()
 def plots(
     results: Annotated[
-        Path, typer.Argument(help="Records, as the other commands write them.")
+        Path, typer.Argument(help="The folder of the records that the other commands wrote.")
     ] = Path("crma/results"),
 ) -> None:
-    """Draw the records as SVG into RESULTS/plots."""
+    """Draw the records as SVG files in RESULTS/plots."""
     from crma.training.plots import draw
 
     draw(results, results / "plots")

@@ -1,4 +1,7 @@
-"""The arms of the sequential protocol as data: what is fresh, what is shared, what moves (METHOD, section 3)."""
+"""The arms of the sequential protocol, as data (docs/method.md, section 3).
+
+An arm says which adapters are new for each task, which are shared, and which parameters train.
+"""
 
 from dataclasses import dataclass
 from math import ceil
@@ -26,12 +29,18 @@ ALL_GROUPS: tuple[Group, ...] = ("S", "gamma", "R", "W")
 class Arm:
     """One way to learn task after task.
 
-    fresh_lora: a new LoRA for every task, or one LoRA through all of them.
-    crma: a shared backbone is trained beside the LoRAs.
-    backbone_learns: the backbone moves after task 1 (in the groups that the config names).
-    matched: the LoRA rank is raised until its parameters are at least those of LoRA + CRMA; alpha / rank is kept.
-    joint: one LoRA on all tasks at once, in as many steps as the others take: nothing is sequential.
-    mapping, groups: what stands in M's place, and what of the backbone can move at all.
+    Attributes:
+        name: the arm's name in configurations, records and tables.
+        fresh_lora: every task gets a new LoRA; otherwise one LoRA learns all tasks in turn.
+        crma: a shared backbone trains beside the LoRAs.
+        backbone_learns: the backbone keeps training after task 1, in the parameter groups that the
+            configuration names.
+        matched: the LoRA rank is raised until the LoRA has at least as many parameters as
+            LoRA + CRMA; alpha / rank stays the same.
+        joint: one LoRA trains on all tasks at once, for the same total number of steps. Nothing is
+            sequential.
+        mapping: the map from the logits S to the mixing matrix M, or the control that replaces it.
+        groups: the backbone's parameter groups that may train at all.
     """
 
     name: ArmName
@@ -44,10 +53,21 @@ class Arm:
     groups: tuple[Group, ...] = ALL_GROUPS
 
     def rank(self, rank: int, lora_parameters_per_rank: int, crma_parameters: int) -> int:
-        """The LoRA rank that this arm trains."""
+        """The LoRA rank that this arm trains.
+
+        Args:
+            rank: the configured rank.
+            lora_parameters_per_rank: parameters of a rank-1 LoRA on the same modules.
+            crma_parameters: parameters of the backbone that the rank must make up for.
+
+        Returns:
+            `rank`; in a matched arm, the smallest rank with at least as many parameters as a LoRA
+            of `rank` and the backbone together.
+        """
         if not self.matched:
             return rank
-        return ceil((rank * lora_parameters_per_rank + crma_parameters) / lora_parameters_per_rank)
+        wanted = rank * lora_parameters_per_rank + crma_parameters
+        return ceil(wanted / lora_parameters_per_rank)
 
 
 ARMS: dict[ArmName, Arm] = {

@@ -1,4 +1,4 @@
-"""The settings of a training run: one TOML file, every key known, every value checked."""
+"""The configuration of a training run: a TOML file whose every key and value is checked."""
 
 import tomllib
 from pathlib import Path
@@ -18,7 +18,13 @@ class Settings(BaseModel):
 
 
 class LoraSettings(Settings):
-    """The LoRA of every task. `target_modules`: "attention", "all-linear" or a comma-separated list of names."""
+    """The LoRA of every task.
+
+    Attributes:
+        rank, alpha: as in Hu et al. 2021; the update is scaled by alpha / rank.
+        target_modules: "attention", "all-linear" or a comma-separated list of module names.
+        lr: peak learning rate.
+    """
 
     rank: int = Field(8, ge=1)
     alpha: float = Field(16.0, gt=0)
@@ -27,9 +33,17 @@ class LoraSettings(Settings):
 
 
 class CrmaSettings(Settings):
-    """The backbone. `lr` moves R and W, `mixing_lr` moves S and gamma; after task 1 both are multiplied by
-    `later_scale`, and only the groups in `later_moves` move at all. In task 1 it starts to move after a share
-    `starts_at` of the steps: until then the LoRA learns alone. A share `drop` of all batches is trained without it."""
+    """The shared backbone.
+
+    Attributes:
+        num_streams, stream_rank: n and k of docs/method.md, section 2.
+        lr: peak learning rate of R and W.
+        mixing_lr: peak learning rate of S and gamma.
+        later_scale: factor on both learning rates after task 1.
+        later_moves: the parameter groups that train after task 1.
+        starts_at: share of task 1's steps in which the LoRA trains alone, before the backbone.
+        drop: share of all batches that are trained without the backbone.
+    """
 
     num_streams: int = Field(4, ge=1)
     stream_rank: int = Field(4, ge=1)
@@ -42,13 +56,25 @@ class CrmaSettings(Settings):
 
 
 class TrainConfig(Settings):
-    """One run of the sequential protocol: an arm, a seed, an order of tasks.
+    """One run of the sequential protocol: an arm, a seed and an order of tasks.
 
-    `tasks` are domain names of `crma data`, or folders with train, validation and holdout .jsonl of one's own.
-    `train_items` takes the first so many training examples (0 = all). `dtype` is that of the frozen base and the
-    activations ("auto": bfloat16 where the hardware has it); adapters always train in float32. `measure` is the split
-    of the record: "validation" for every choice, "holdout" once it is made. `start` is a store: its serving backbone
-    goes on learning, each task as a later one, and what is trained is a candidate for `crma promote`.
+    Attributes:
+        tasks: domain names of `crma data`, or folders that hold train.jsonl, validation.jsonl and
+            holdout.jsonl.
+        arm: a name from `crma.training.arms`.
+        seed: seeds every random draw of the run.
+        model: name or folder of a pulled base model.
+        epochs, batch_size: of every task.
+        train_items: use only the first so many training examples of a task; 0 means all.
+        warmup: share of the steps in which the learning rate rises.
+        clip: largest gradient norm of a parameter group.
+        weight_decay: AdamW's; never applied to S and gamma.
+        start: an adapter store whose serving backbone goes on learning. Every task then trains as a
+            later one, and the result is a candidate for `crma promote`. Empty: a new backbone.
+        measure: the split that the record reports: "validation" for every choice, "holdout" once
+            the choice is made.
+        dtype: of the frozen base model and the activations; "auto" is bfloat16 where the hardware
+            has it. Adapters always train in float32.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -70,25 +96,38 @@ class TrainConfig(Settings):
     @field_validator("tasks")
     @classmethod
     def _each_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
-        if len({Path(task).name for task in tasks}) != len(tasks):
-            raise ValueError("a task is named twice; a folder is named by its last part")
+        names = {task_name(task) for task in tasks}
+        if len(names) != len(tasks):
+            raise ValueError("two tasks have the same name; a folder is named by its last part")
         return tasks
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Raises ConfigError that names the first wrong key."""
+        """Check parsed values. Raises ConfigError that names the first invalid key."""
         return checked("", values, cls.model_validate, ConfigError)
 
     @classmethod
     def read(cls, path: Path, **overrides: Any) -> Self:
-        """From a TOML file; `overrides` that are not None replace top-level keys."""
-        return cls.from_dict(
-            read_toml(path) | {key: value for key, value in overrides.items() if value is not None}
-        )
+        """Read a TOML file.
+
+        Args:
+            path: the file.
+            overrides: top-level keys that replace those of the file; None keeps the file's value.
+
+        Raises:
+            ConfigError: the file cannot be read, or names the first invalid key.
+        """
+        given = {key: value for key, value in overrides.items() if value is not None}
+        return cls.from_dict(read_toml(path) | given)
+
+
+def task_name(task: str) -> str:
+    """The name of a configured task in the store: the domain, or the last part of its folder."""
+    return Path(task).name
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a file. Raises ConfigError if it is none."""
+    """Parse a TOML file. Raises ConfigError if it cannot be read or is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -1,4 +1,4 @@
-"""The records of an experiment as the table that `crma experiment` prints and the README shows."""
+"""The table of an experiment's records that `crma experiment` prints and the documents show."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -7,52 +7,79 @@ from typing import Any
 from crma.evaluation.statistics import t_interval, tost
 
 CONTROL = "FROZEN-matched"
-FIGURES = ("ACC", "BWT", "FWT")
-DRIFT_MARGIN = 0.5  # percent, set before any run (METHOD, section 4)
+DRIFT_MARGIN = 0.5  # percent, set before any run (docs/method.md, section 4)
+_HEADER = (
+    "| arm | seeds | mean drift, % | worst task | TOST ±0.5 % | final loss | advantage, % "
+    "| ACC | BWT | FWT |",
+    "|---|---|---|---|---|---|---|---|---|---|",
+)
+_FIGURES = ("ACC", "BWT", "FWT")
+_NOTHING = "–"
+
+Record = Mapping[str, Any]
 
 
-def arms_table(records: Mapping[str, Mapping[str, Any]]) -> str:
-    """The records of an experiment, "<label>-seed<n>" -> record, a row a label: figures are means over its seeds.
+def arms_table(records: Mapping[str, Record]) -> str:
+    """A Markdown table with one row for each label; figures are means over its seeds.
 
-    Drift is that of prior tasks, in percent; the advantage is by how much the mean final loss lies below that of
-    FROZEN-matched at the same seed, in percent.
+    Drift is that of prior tasks, in percent. The advantage says how far the mean final loss lies
+    below that of FROZEN-matched at the same seed, in percent.
+
+    Args:
+        records: "<label>-seed<n>" -> the record of that run.
     """
-    labels: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    by_label: dict[str, list[Record]] = defaultdict(list)
     for name, record in records.items():
-        labels[name.rpartition("-seed")[0]].append(record)
-    control = {record["seed"]: record["mean_loss"] for record in labels.get(CONTROL, [])}
-    lines = [
-        "| arm | seeds | mean drift, % | worst task | TOST ±0.5 % | final loss | advantage, % | ACC | BWT | FWT |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        label = name.rpartition("-seed")[0]
+        by_label[label].append(record)
+    control_loss = {record["seed"]: record["mean_loss"] for record in by_label.get(CONTROL, [])}
+    rows = [_row(label, runs, control_loss) for label, runs in by_label.items()]
+    return "\n".join([*_HEADER, *rows])
+
+
+def _row(label: str, runs: Sequence[Record], control_loss: Mapping[int, float]) -> str:
+    drifts = _known(runs, "mean_drift")
+    figures = [_over_seeds(_known(runs, name), ".3f") for name in _FIGURES]
+    cells = [
+        label,
+        ", ".join(str(run["seed"]) for run in runs),
+        _over_seeds(drifts, "+.2f"),
+        _worst_task(runs) if drifts else _NOTHING,
+        f"{tost(drifts, margin=DRIFT_MARGIN):.2g}" if len(drifts) > 1 else _NOTHING,
+        _over_seeds(_known(runs, "mean_loss"), ".4f"),
+        _over_seeds(_advantages(runs, control_loss), "+.1f"),
+        *figures,
     ]
-    for label, runs in labels.items():
-        drifts = [run["mean_drift"] for run in runs if run["mean_drift"] is not None]
-        gains = [
-            100 * (1 - run["mean_loss"] / control[run["seed"]])
-            for run in runs
-            if run["seed"] in control
-        ]
-        cells = [label, ", ".join(str(run["seed"]) for run in runs), _over_seeds(drifts, "+.2f")]
-        cells += [f"{max(max(run['drift'][:-1]) for run in runs):+.2f}" if drifts else "–"]
-        cells += [f"{tost(drifts, margin=DRIFT_MARGIN):.2g}" if len(drifts) > 1 else "–"]
-        cells += [
-            _over_seeds([run["mean_loss"] for run in runs], ".4f"),
-            _over_seeds(gains, "+.1f"),
-        ]
-        cells += [
-            _over_seeds([run[name] for run in runs if run[name] is not None], ".3f")
-            for name in FIGURES
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return f"| {' | '.join(cells)} |"
+
+
+def _known(runs: Sequence[Record], name: str) -> list[float]:
+    """The values of one figure, without those that are None because nothing was sequential."""
+    return [run[name] for run in runs if run[name] is not None]
+
+
+def _worst_task(runs: Sequence[Record]) -> str:
+    """The largest drift of any prior task at any seed; the last task has none."""
+    worst = max(max(run["drift"][:-1]) for run in runs)
+    return f"{worst:+.2f}"
+
+
+def _advantages(runs: Sequence[Record], control_loss: Mapping[int, float]) -> list[float]:
+    """In percent, of the seeds at which the control was run too."""
+    return [
+        100 * (1 - run["mean_loss"] / control_loss[run["seed"]])
+        for run in runs
+        if run["seed"] in control_loss
+    ]
 
 
 def _over_seeds(values: Sequence[float], form: str) -> str:
-    """The mean; of several seeds with its 95 % t-interval and every value."""
+    """The mean; with several seeds, also its 95 % t-interval and every value."""
     if not values:
-        return "–"
+        return _NOTHING
     mean = sum(values) / len(values)
     if len(values) == 1:
         return f"{mean:{form}}"
     low, high = t_interval(values)
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]<br>({', '.join(f'{value:{form}}' for value in values)})"
+    every = ", ".join(f"{value:{form}}" for value in values)
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]<br>({every})"

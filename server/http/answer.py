@@ -1,128 +1,147 @@
-"""From a generation to its response: one body, or server-sent events. A route says what these look like."""
+"""From generations to a response: one JSON body, or server-sent events.
+
+A route says what they hold.
+"""
 
 import asyncio
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
-from fastapi import Depends, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from server.engine.inference_engine import Outputs
 from server.engine.request import RequestOutput, TokenLogprob
 from server.http.error_handlers import error_body
 from server.service.errors import ApiError, ClientGone, to_api_error
 from server.service.frontend import Frontend
-from server.service.generation import Generation, Outputs, all_of
+from server.service.generation import Generation, all_of
 
 log = logging.getLogger("server")
 
-Asked = TypeVar("Asked")
 T = TypeVar("T")
-HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-
-
-async def _closing() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
-
-
-# Is closed when the response has been sent, has failed, or never began.
-Closing = Annotated[AsyncExitStack, Depends(_closing)]
+Body = TypeVar("Body")
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 @dataclass
-class Answer(ABC, Generic[Asked]):
-    """Generations on their way out: one, or of several prompts one each. An error in a stream is an `error_event`."""
+class Answer(ABC, Generic[Body]):
+    """The answer to a request body: one generation, or one for each of several prompts.
 
-    asked: Asked
+    error_event: the name of the event by which a stream reports an error.
+    """
+
+    asked: Body
     generations: Sequence[Generation]
     frontend: Frontend
     error_event: ClassVar[str | None] = None
 
     @property
     def generation(self) -> Generation:
-        """The first; a stream has no other."""
+        """The first generation; a stream has no other."""
         return self.generations[0]
 
     @abstractmethod
     def body(self) -> dict[str, Any]:
-        """The whole answer, once all have ended."""
+        """The whole answer, once every generation has ended."""
 
     @abstractmethod
-    def events(self, output: RequestOutput) -> Iterable[str]:
-        """The events of an output: one a token (see `tokens`)."""
+    def events(self, output: RequestOutput) -> Iterator[str]:
+        """The events of an output: one for each of its tokens (see `tokens`)."""
 
     @abstractmethod
-    def done(self) -> Iterable[str]:
+    def done(self) -> Iterator[str]:
         """The events after the last output."""
 
-    async def respond(self, request: Request, closing: Closing, *, stream: bool) -> Response:
-        """The response. A stream waits for its first output, so that a refused request is answered with its status and
-        not within a stream. However this ends, and also if nobody reads it, `closing` gives its place back."""
+    async def respond(
+        self, request: Request, after_response: AsyncExitStack, *, stream: bool
+    ) -> Response:
+        """The response.
+
+        A stream waits for its first output, so that a refused request is answered with its own
+        status. However the response ends, `after_response` closes the generation.
+        """
         if not stream:
-            await unless_gone(request, all_of(each.finished() for each in self.generations))
+            finished = all_of(each.finished() for each in self.generations)
+            await unless_gone(request, finished)
             return JSONResponse(self.body())
         outputs = self.generation.outputs()
-        closing.push_async_callback(outputs.aclose)
+        after_response.push_async_callback(outputs.aclose)
         first = await unless_gone(request, anext(outputs))
         events = self._events(first, outputs, request.scope["path"])
-        closing.push_async_callback(events.aclose)
-        return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
+        after_response.push_async_callback(events.aclose)
+        return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
     async def _events(
-        self, output: RequestOutput | None, rest: Outputs, path: str
+        self, first: RequestOutput, rest: Outputs, path: str
     ) -> AsyncGenerator[str, None]:
+        output: RequestOutput | None = first
         try:
             while output is not None:
-                for each in self.events(output):
-                    yield each
+                for text in self.events(output):
+                    yield text
                 output = await anext(rest, None)
-            for each in self.done():
-                yield each
-        except Exception as error:  # the status is sent: an error can only be an event
+            for text in self.done():
+                yield text
+        except Exception as error:  # the status is sent already: an error can only be an event
             if not isinstance(error, ApiError):
                 log.exception("unexpected %s in a stream", type(error).__name__)
             yield event(error_body(to_api_error(error), path), self.error_event)
 
     def provenance(self) -> dict[str, Any]:
-        """Exactly what answered, with which seed."""
-        selection, seed = self.generation.request.selection, self.generation.request.sampling.seed
-        return self.frontend.provenance(seed, selection.crma_digest, task=selection.task_digest)
+        """Exactly what answered, and with which seed."""
+        request = self.generation.request
+        selection = request.selection
+        return self.frontend.provenance(
+            request.sampling.seed, selection.crma_digest, task=selection.task_digest
+        )
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens."""
+        return self.frontend.encoder.text(token_ids)
+
+    def top_tokens(self, logprob: TokenLogprob) -> list[dict[str, Any]]:
+        """The most probable tokens, most probable first, each with its own text."""
+        top = []
+        for token_id, value in logprob.top:
+            top.append({"id": token_id, "token": self.text([token_id]), "logprob": value})
+        return top
 
 
-def tokens(output: RequestOutput) -> Iterable[tuple[int | None, str, TokenLogprob | None]]:
-    """(id, text, log-probability where asked for) of every new token, also where its text is held back.
+def tokens(output: RequestOutput) -> Iterator[tuple[int | None, str, TokenLogprob | None]]:
+    """(id, text, log-probability where asked for) of every new token.
 
-    An output of several tokens has its text on the last of them; one without tokens may have text that was held back.
+    An output of several tokens has its text on the last of them. An output without tokens may have
+    text that was held back: then its id is None.
     """
-    texts = (
-        [""] * (len(output.token_ids) - 1) + [output.text]
-        if output.token_ids or output.text
-        else []
-    )
+    texts = []
+    if output.token_ids or output.text:
+        texts = [""] * (len(output.token_ids) - 1) + [output.text]
     return zip_longest(output.token_ids, texts, output.logprobs)
 
 
 def event(data: dict[str, Any], name: str | None = None) -> str:
     """One server-sent event."""
-    return (
-        f"event: {name}\n" if name else ""
-    ) + f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    lines = f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"event: {name}\n{lines}" if name else lines
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """`work`'s result; if the client goes away first, `work` is cancelled and ClientGone raised."""
+    """The result of `work`. If the client disconnects first, cancels it and raises ClientGone."""
 
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+    async def disconnected() -> None:
+        message = await request.receive()
+        while message["type"] != "http.disconnect":
+            message = await request.receive()
 
-    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(disconnected())
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():

@@ -1,7 +1,8 @@
-"""API keys: `Authorization: Bearer <key>`, compared in constant time. Health, metrics and documentation stay open.
+"""API keys: `Authorization: Bearer <key>`, compared in constant time.
 
-No `api_keys` set: everyone may generate. Admin routes need the admin key whatever `api_keys` says: none set 403;
-no key or an unknown one 401; a good API key that is not the admin key 403. The admin key opens everything.
+Without `api_keys`, everyone may generate. Admin routes always need the admin key: without one set
+they answer 403; no key or an unknown one is 401; an ordinary API key is 403. The admin key opens
+every route. Health, metrics and documentation need no key.
 """
 
 import hmac
@@ -19,40 +20,44 @@ _bearer = HTTPBearer(auto_error=False, description="An API key, or the admin key
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-def _is_one_of(
-    given: HTTPAuthorizationCredentials | None, keys: Iterable[SecretStr | None]
-) -> bool:
-    """Compares with every key, so that the time tells nothing of which one was near."""
-    if given is None:
-        return False
-    sent = given.credentials.encode()
-    return (
-        sum(hmac.compare_digest(sent, key.get_secret_value().encode()) for key in keys if key) > 0
-    )
-
-
 def require_key(frontend: TheFrontend, credentials: Credentials) -> None:
     """Raises Unauthorized where API keys are set and the request has none of them."""
     settings = frontend.settings
-    if settings.api_keys and not _is_one_of(credentials, (*settings.api_keys, settings.admin_key)):
-        raise Unauthorized(
-            "an API key that this server knows is needed",
-            field="Authorization",
-            allowed="Bearer <key>",
-        )
+    if not settings.api_keys:
+        return
+    if not _is_one_of(credentials, (*settings.api_keys, settings.admin_key)):
+        message = "an API key that this server knows is needed"
+        raise Unauthorized(message, field="Authorization", allowed="Bearer <key>")
 
 
 def require_admin(frontend: TheFrontend, credentials: Credentials) -> None:
-    """Raises Forbidden where no admin key is set or an ordinary key was given, Unauthorized for any other key."""
+    """Check for the admin key.
+
+    Raises:
+        Forbidden: this server has no admin key, or the request has an ordinary API key.
+        Unauthorized: no key, or an unknown one.
+    """
     settings = frontend.settings
     if settings.admin_key is None:
-        raise Forbidden(
-            "admin routes are off: this server has no admin key", field="CRMA_ADMIN_KEY"
-        )
+        message = "admin routes are off: this server has no admin key"
+        raise Forbidden(message, field="CRMA_ADMIN_KEY")
     if _is_one_of(credentials, (settings.admin_key,)):
         return
     if _is_one_of(credentials, settings.api_keys):
-        raise Forbidden(
-            "this route needs the admin key, and this is an ordinary API key", field="Authorization"
-        )
+        message = "this route needs the admin key, and this is an ordinary API key"
+        raise Forbidden(message, field="Authorization")
     raise Unauthorized("the admin key is needed", field="Authorization", allowed="Bearer <key>")
+
+
+def _is_one_of(
+    given: HTTPAuthorizationCredentials | None, keys: Iterable[SecretStr | None]
+) -> bool:
+    """Compares with every key, so that the time taken does not tell which one was close."""
+    if given is None:
+        return False
+    sent = given.credentials.encode()
+    is_known = False
+    for key in keys:
+        if key is not None and hmac.compare_digest(sent, key.get_secret_value().encode()):
+            is_known = True
+    return is_known

@@ -1,15 +1,24 @@
 """What routes ask FastAPI for."""
 
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Annotated
 
-import fastapi
-from fastapi import Depends
+from fastapi import Depends, Request
 
 from server.service.frontend import Frontend
 
 
-def _frontend(request: fastapi.Request) -> Frontend:
+def _frontend(request: Request) -> Frontend:
     return request.app.state.frontend
 
 
+async def _exit_stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
 TheFrontend = Annotated[Frontend, Depends(_frontend)]
+
+AfterResponse = Annotated[AsyncExitStack, Depends(_exit_stack)]
+"""Its callbacks run when the response was sent, failed, or never began."""

@@ -1,4 +1,7 @@
-"""Logs to standard error: one line per answered request, text or JSON. Never a prompt, an answer or a key."""
+"""Logs to standard error: one line per answered request, text or JSON.
+
+They never hold a prompt, an answer or a key.
+"""
 
 import json
 import logging
@@ -22,13 +25,16 @@ access = logging.getLogger("server.access")
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
+_PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
 
 @dataclass
 class RequestLog:
-    """ASGI middleware, outermost: gives every request its id (an `X-Request-Id` that was sent is kept if it is plain),
-    logs and counts its answer, and turns what nobody caught into a 500 that says nothing of the inside.
+    """ASGI middleware, the outermost: gives every request an id, logs it and counts its answer.
 
-    A route puts what it resolved into `request.state.selection`; the task is logged by digest.
+    An `X-Request-Id` that was sent is kept if it is plain. An exception that no handler caught
+    becomes a 500 that says nothing of the inside. A route puts the adapters that it resolved into
+    `request.state.selection`; the log has the task by digest.
     """
 
     app: ASGIApp
@@ -38,8 +44,8 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        sent = Headers(scope=scope).get("x-request-id", "")
-        this_id = sent if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", sent) else uuid.uuid4().hex
+        sent_id = Headers(scope=scope).get("x-request-id", "")
+        this_id = sent_id if _PLAIN_ID.fullmatch(sent_id) else uuid.uuid4().hex
         token = request_id.set(this_id)
         started = time.monotonic()
         status = 0
@@ -56,9 +62,10 @@ class RequestLog:
             await self.app(scope, receive, send_with_id)
         except Exception as error:
             log.exception("unexpected %s", type(error).__name__)
-            if status:  # the answer has begun; the connection can only be cut
+            if status:  # the answer has begun: the connection can only be cut
                 raise
-            await error_response(to_api_error(error), scope["path"])(scope, receive, send_with_id)
+            response = error_response(to_api_error(error), scope["path"])
+            await response(scope, receive, send_with_id)
         finally:
             self._record(scope, status or 499, time.monotonic() - started)
             request_id.reset(token)
@@ -67,14 +74,17 @@ class RequestLog:
         path = getattr(scope.get("route"), "path", "unknown")
         self.metrics.http_responses.labels(route=path, status=str(status)).inc()
         fields = {
+            "request_id": request_id.get(),
             "method": scope["method"],
             "path": path,
             "status": status,
             "wall_s": round(wall_s, 4),
         }
-        if (selection := scope["state"].get("selection")) is not None:
-            fields |= {"task": selection.task_digest, "crma": selection.crma_digest is not None}
-        access.info("answered", extra={"fields": {"request_id": request_id.get(), **fields}})
+        selection = scope["state"].get("selection")
+        if selection is not None:
+            fields["task"] = selection.task_digest
+            fields["crma"] = selection.crma_digest is not None
+        access.info("answered", extra={"fields": fields})
 
 
 class Format(logging.Formatter):
@@ -85,17 +95,13 @@ class Format(logging.Formatter):
         self.form = form
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, and the traceback if there is one: in text under it, in JSON within it."""
+        """One line. A traceback follows it in text, and is a field of it in JSON."""
         given: dict[str, Any] = {"request_id": request_id.get(), **getattr(record, "fields", {})}
         fields = {name: value for name, value in given.items() if value is not None}
         if self.form == "text":
-            head, *rest = super().format(record).split("\n")
-            return "\n".join(
-                [" ".join([head, *(f"{name}={value}" for name, value in fields.items())]), *rest]
-            )
-        stamp = self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z")
+            return self._text(record, fields)
         line = {
-            "time": stamp,
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),
             "message": record.getMessage(),
             **fields,
@@ -104,13 +110,22 @@ class Format(logging.Formatter):
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
 
+    def _text(self, record: logging.LogRecord, fields: dict[str, Any]) -> str:
+        first, *traceback = super().format(record).split("\n")
+        pairs = [f"{name}={value}" for name, value in fields.items()]
+        return "\n".join([" ".join([first, *pairs]), *traceback])
+
 
 def configure(form: Literal["text", "json"]) -> None:
-    """Sends the `server`, `crma` and uvicorn logs to standard error in one form; uvicorn's own access log is off."""
+    """Send the `server`, `crma` and uvicorn logs to standard error in one form.
+
+    uvicorn's own access log is off: `RequestLog` has its lines.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Format(form))
     for name in ("server", "crma", "uvicorn"):
         logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
+        logger.handlers = [handler]
+        logger.propagate = False
         logger.setLevel(logging.INFO)
     logging.getLogger("uvicorn.access").disabled = True

@@ -1,4 +1,6 @@
-"""One ablation through the engine: what can be refused is refused before anything runs; then item by item."""
+"""One ablation through the engine: what can be refused is refused before anything runs; then item
+by item.
+"""
 
 import asyncio
 import hashlib
@@ -49,7 +51,10 @@ class Ablation:
         }
 
     async def run(self, count: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """The body of the answer; `count` is called after each job. Cancelled, it aborts what is in the engine."""
+        """The body of the answer; `count` is called after each job.
+
+        Cancelled, it aborts what is in the engine.
+        """
         started, jobs = time.monotonic(), self.plan.jobs
         outcomes: list[ItemResult] = [ItemResult("failed")] * len(jobs)
         left = iter(enumerate(jobs))

@@ -1,8 +1,7 @@
-"""What a request can be refused with: the tree, the one table of statuses, and the handlers that write the answer.
+"""The errors that an answer can carry, and the one table of their statuses and codes.
 
-Errors of `crma` and of the engine get their status from `STATUS_OF`. Anything else is a 500 that says nothing of the
-inside; the log has it under the request id. Routes under /v1 answer in OpenAI's shape. To add one: derive it from
-ApiError here.
+Errors of `crma` and of the engine get their status from `STATUS_OF`. Any other exception is a 500
+that says nothing of the inside. To add an error: derive it from ApiError here.
 """
 
 import math
@@ -28,7 +27,9 @@ class ApiError(CrmaError):
     headers: Mapping[str, str] = {}
 
     def __init_subclass__(cls, status: int, code: str, headers: Mapping[str, str] = {}) -> None:
-        cls.status, cls.code, cls.headers = status, code, headers
+        cls.status = status
+        cls.code = code
+        cls.headers = headers
 
 
 class MalformedBody(ApiError, status=400, code="malformed_body"):
@@ -38,11 +39,11 @@ class MalformedBody(ApiError, status=400, code="malformed_body"):
 class Unauthorized(
     ApiError, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"}
 ):
-    """No key, or not one of ours."""
+    """No key, or an unknown one."""
 
 
 class Forbidden(ApiError, status=403, code="forbidden"):
-    """A good key that may not do this, or no admin key set."""
+    """A known key without this right, or a server without an admin key."""
 
 
 class NoRoute(ApiError, status=404, code="no_route"):
@@ -50,7 +51,7 @@ class NoRoute(ApiError, status=404, code="no_route"):
 
 
 class MethodNotAllowed(ApiError, status=405, code="method_not_allowed"):
-    """The path, but not by this method."""
+    """The path exists, but not with this method."""
 
 
 class ModelNotFound(ApiError, status=404, code="model_not_found"):
@@ -58,7 +59,7 @@ class ModelNotFound(ApiError, status=404, code="model_not_found"):
 
 
 class NoBackbone(ApiError, status=409, code="no_backbone"):
-    """CRMA asked for, none loaded."""
+    """CRMA was asked for and no backbone is loaded."""
 
 
 class AdapterBusy(ApiError, status=409, code="adapter_in_use"):
@@ -66,11 +67,11 @@ class AdapterBusy(ApiError, status=409, code="adapter_in_use"):
 
 
 class AdapterUnloaded(ApiError, status=409, code="adapter_unloaded"):
-    """An administrator took the request's adapter out of memory while it ran or waited."""
+    """An administrator unloaded the request's adapter while it ran or waited."""
 
 
 class BodyTooLarge(ApiError, status=413, code="body_too_large"):
-    """Over `max_body_bytes`."""
+    """A body over `max_body_bytes`."""
 
 
 class InvalidField(ApiError, status=422, code="invalid_field"):
@@ -78,15 +79,15 @@ class InvalidField(ApiError, status=422, code="invalid_field"):
 
 
 class UnknownField(ApiError, status=422, code="unknown_field"):
-    """A field that there is not."""
+    """A field that does not exist."""
 
 
 class TooManyJobs(ApiError, status=429, code="too_many_jobs", headers={"Retry-After": "10"}):
-    """As many background jobs run as may."""
+    """The limit of background jobs is reached."""
 
 
 class ClientGone(ApiError, status=499, code="client_gone"):
-    """Nobody left to answer; only the log and metrics see it."""
+    """The client disconnected; only the log and the metrics show it."""
 
 
 class GenerationFailed(ApiError, status=500, code="generation_failed"):
@@ -98,14 +99,15 @@ class NotReady(ApiError, status=503, code="not_ready", headers={"Retry-After": "
 
 
 class Draining(ApiError, status=503, code="draining"):
-    """Stopping."""
+    """The server is stopping."""
 
 
 class DeadlineExceeded(ApiError, status=504, code="deadline_exceeded"):
     """The request's deadline passed."""
 
 
-# The first line whose type matches counts. Errors that no request can cause (PullError, …) have no line.
+# The first line whose type matches counts. Errors that no request can cause, such as PullError,
+# have no line.
 STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
     (NotFound, 404, "not_found"),
     (BaseMismatch, 409, "base_mismatch"),
@@ -120,27 +122,30 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
 )
 
 
-# Every (status, code) that there is.
 _KINDS: list[type[ApiError]] = [ApiError, *ApiError.__subclasses__()]
-CODES = sorted(
-    {(kind.status, kind.code) for kind in _KINDS}
-    | {(status, code) for _, status, code in STATUS_OF}
-)
+_OWN = {(kind.status, kind.code) for kind in _KINDS}
+_TRANSLATED = {(status, code) for _, status, code in STATUS_OF}
+CODES = sorted(_OWN | _TRANSLATED)
+"""Every (status, code) that an answer can carry."""
 
 
 def to_api_error(error: Exception) -> ApiError:
     """Any exception as the ApiError a client sees."""
     if isinstance(error, ApiError):
         return error
-    found = next(
-        ((status, code) for kind, status, code in STATUS_OF if isinstance(error, kind)), None
-    )
-    if found is None or not isinstance(error, CrmaError):
-        return ApiError(
-            "the server failed on this request; its log has the reason under this X-Request-Id"
-        )
+    for kind, status, code in STATUS_OF:
+        if isinstance(error, kind) and isinstance(error, CrmaError):
+            return _translated(error, status, code)
+    message = "the server failed on this request; its log has the reason under this X-Request-Id"
+    return ApiError(message)
+
+
+def _translated(error: CrmaError, status: int, code: str) -> ApiError:
+    """The error of another room with its status and code."""
     made = ApiError(error.message, field=error.field, value=error.value, allowed=error.allowed)
-    made.status, made.code = found
+    made.status = status
+    made.code = code
     if isinstance(error, QueueFull):
-        made.headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+        seconds = max(1, math.ceil(error.retry_after))
+        made.headers = {"Retry-After": str(seconds)}
     return made

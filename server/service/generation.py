@@ -1,8 +1,8 @@
-"""One request in the engine, and what has come back of it."""
+"""One request in the engine, and the answer that has come back so far."""
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,121 +10,133 @@ from typing import Any, TypeVar
 
 from crma.core.errors import StoreError
 from server.engine.errors import EngineError
-from server.engine.native.async_engine import AsyncEngine
+from server.engine.inference_engine import InferenceEngine, Outputs
 from server.engine.request import FinishReason, Request, RequestOutput, Timings, TokenLogprob
-from server.service import errors
+from server.service.errors import AdapterUnloaded, DeadlineExceeded, Draining, GenerationFailed
 from server.service.metrics import Labels, Metrics
 
 T = TypeVar("T")
-Outputs = AsyncGenerator[RequestOutput, None]
 
 
 @dataclass
 class SequenceResult:
-    """One of n answers, as far as it has come; `last` is its last output, with reason and totals, once it has ended.
-    `newest`: when its newest token came, in seconds of time.monotonic().
+    """One of the n answers of a request, as far as it has come.
+
+    last: its last output, with finish reason and totals, once it has ended.
+    last_token_at: when its newest token came, in seconds of time.monotonic().
     """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     last: RequestOutput = field(default_factory=partial(RequestOutput, ""))
-    newest: float | None = None
+    last_token_at: float | None = None
 
 
 class Generation:
-    """One request in the engine."""
+    """A request, its submission to the engine, and the results of its sequences."""
 
     def __init__(
-        self, engine: AsyncEngine, request: Request, metrics: Metrics, labels: Labels
+        self, engine: InferenceEngine, request: Request, metrics: Metrics, labels: Labels
     ) -> None:
         self.request = request
         self.sequences = [SequenceResult() for _ in range(request.sampling.n)]
         self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._engine = engine
-        self._metrics, self._labels = metrics, labels
+        self._metrics = metrics
+        self._labels = labels
 
     async def outputs(self) -> Outputs:
-        """Submits, and gives outputs as they come, already added to `sequences`. Who does not read them to their end
-        closes this: then the engine aborts what has not ended. A refused request may be submitted again.
+        """Submit the request and yield its outputs, each already added to `sequences`.
+
+        A caller that does not read to the end must close the generator: the engine then aborts
+        the sequences that have not ended. A request that was refused may be submitted again.
 
         Raises:
-            EngineError, StoreError: refused; nothing has run.
-            DeadlineExceeded, AdapterUnloaded, GenerationFailed, Draining: the engine gave up on the request.
+            EngineError, StoreError: the request was refused and has not run.
+            DeadlineExceeded, AdapterUnloaded, GenerationFailed, Draining: the engine ended it.
         """
-        # Closed now, and not when the garbage collector comes to it.
-        async with aclosing(self._engine.submit(self.request)) as stream:  # type: ignore[type-var]
+        # Close the engine's stream here, not when the garbage collector finds it.
+        async with aclosing(self._engine.submit(self.request)) as stream:
             try:
                 async for output in stream:
-                    self._take(output)
+                    self._add(output)
                     yield output
-                self._metrics.ended(
-                    self._labels, str(self.sequences[0].last.finish_reason), self.timings()
-                )
             except BaseException as error:
-                if not isinstance(error, EngineError | StoreError):
-                    reason = "error" if isinstance(error, errors.GenerationFailed) else "abort"
-                    self._metrics.ended(self._labels, reason, None)
+                self._count_failure(error)
                 raise
+            reason = str(self.sequences[0].last.finish_reason)
+            self._metrics.count_request(self._labels, reason, self.timings())
 
     async def finished(self) -> None:
-        """Waits until every sequence has ended. Raises as `outputs`."""
+        """Wait until every sequence has ended. Raises as `outputs`."""
         async for _ in self.outputs():
             pass
 
     def usage(self) -> dict[str, int]:
-        """Tokens over all sequences; the prompt is counted once."""
-        ended = [sequence.last for sequence in self.sequences]
-        new, cached = (
-            sum(each.completion_tokens for each in ended),
-            min(each.cached_tokens for each in ended),
-        )
+        """Token counts over all sequences; the prompt is counted once."""
+        last_outputs = [sequence.last for sequence in self.sequences]
         return {
             "prompt_tokens": len(self.request.prompt_ids),
-            "completion_tokens": new,
-            "cached_tokens": cached,
+            "completion_tokens": sum(output.completion_tokens for output in last_outputs),
+            "cached_tokens": min(output.cached_tokens for output in last_outputs),
         }
 
     def timings(self) -> Timings:
-        """Of the whole request: the first sequence to start, the first token of any, the last to end."""
-        times = [
-            sequence.last.timings
-            for sequence in self.sequences
-            if sequence.last.timings is not None
-        ]
-        first_token = min((each.ttft_s for each in times if each.ttft_s is not None), default=None)
+        """Of the whole request: the first sequence to start, the first token, the last to end."""
+        last_timings = [sequence.last.timings for sequence in self.sequences]
+        timings = [each for each in last_timings if each is not None]
+        first_tokens = [each.ttft_s for each in timings if each.ttft_s is not None]
         return Timings(
-            min(each.queue_s for each in times), first_token, max(each.e2e_s for each in times)
+            queue_s=min(each.queue_s for each in timings),
+            ttft_s=min(first_tokens, default=None),
+            e2e_s=max(each.e2e_s for each in timings),
         )
 
-    def _take(self, output: RequestOutput) -> None:
-        if output.finish_reason is FinishReason.ERROR:
-            raise errors.GenerationFailed(output.error or "the engine failed on this request")
-        if output.finish_reason is FinishReason.ABORT:
-            if output.error == "deadline":
-                raise errors.DeadlineExceeded(
-                    "the request's deadline passed before it was done", field="timeout_s"
-                )
-            if output.error == "unloaded":
-                raise errors.AdapterUnloaded(
-                    "its adapter was unloaded by an administrator", field="task"
-                )
-            raise errors.Draining("the request was aborted: the server is stopping")
+    def _add(self, output: RequestOutput) -> None:
+        """Add an output to its sequence. Raises where the output says that the engine gave up."""
+        _raise_failure(output)
         sequence = self.sequences[output.index]
         sequence.text += output.text
         sequence.token_ids += output.token_ids
         sequence.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
         if output.token_ids:
-            before, sequence.newest = sequence.newest, time.monotonic()
-            if before is not None:
-                self._metrics.itl.labels(*self._labels).observe(sequence.newest - before)
+            self._observe_gap(sequence)
         if output.finish_reason is not None:
             sequence.last = output
 
+    def _observe_gap(self, sequence: SequenceResult) -> None:
+        """Record the time since the sequence's token before this one."""
+        now = time.monotonic()
+        if sequence.last_token_at is not None:
+            self._metrics.itl.labels(*self._labels).observe(now - sequence.last_token_at)
+        sequence.last_token_at = now
+
+    def _count_failure(self, error: BaseException) -> None:
+        """Count a request that ran and did not finish; one that was refused is not counted."""
+        if isinstance(error, EngineError | StoreError):
+            return
+        reason = "error" if isinstance(error, GenerationFailed) else "abort"
+        self._metrics.count_request(self._labels, reason, None)
+
+
+def _raise_failure(output: RequestOutput) -> None:
+    """Raise the error of an output with finish reason error or abort."""
+    if output.finish_reason is FinishReason.ERROR:
+        raise GenerationFailed(output.error or "the engine failed on this request")
+    if output.finish_reason is not FinishReason.ABORT:
+        return
+    if output.error == "deadline":
+        message = "the request's deadline passed before it was done"
+        raise DeadlineExceeded(message, field="timeout_s")
+    if output.error == "unloaded":
+        raise AdapterUnloaded("its adapter was unloaded by an administrator", field="task")
+    raise Draining("the request was aborted: the server is stopping")
+
 
 async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Their results; the first to fail cancels, and so aborts, the others, and is raised."""
+    """The results of all; the first failure cancels the others and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(each) for each in work]

@@ -1,8 +1,9 @@
-"""Prometheus metrics: prefix `crma_`, vLLM's suffixes, units and buckets.
+"""Prometheus metrics: prefix `crma_`, with vLLM's suffixes, units and buckets.
 
-Two sources: what a request's own life shows (histograms, fed by `server/frontend.py`) and the engine's counters, read
-from `stats()` when Prometheus asks. The `adapter` label holds names of the store only, `base`, and `_other` for all
-adapters after the first `max_adapter_labels`: a client cannot make new series.
+They have two sources. Histograms observe requests as they finish (`generation.py`); everything else
+is read from the engine's `stats()` when Prometheus asks. The `adapter` label takes names of the
+store, `base`, and `_other` for every adapter after the first `max_adapter_labels`: a client cannot
+create new series.
 """
 
 import math
@@ -10,6 +11,7 @@ import time
 from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import (
@@ -23,70 +25,61 @@ from prometheus_client.registry import Collector
 from crma.store.entry import BackboneEntry
 from server.engine.request import EngineStats, Timings
 
-# Buckets, in seconds.
+# fmt: off
+# Buckets in seconds, as vLLM has them.
 TTFT = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
-    640.0, 2560.0,
-)  # fmt: skip
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+)
 ITL = (
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-)  # fmt: skip
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
+    40.0, 80.0,
+)
 LATENCY = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
-    1920.0, 7680.0,
-)  # fmt: skip
-
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+    480.0, 960.0, 1920.0, 7680.0,
+)
+# fmt: on
 
 Names = Mapping[str, str]  # digest -> store name
 Labels = tuple[str, str]  # of a request: adapter (see `adapter_label`), crma (on or off)
 
-# What is read from EngineStats: its field, the metric, the help text.
-ENGINE = (
-    (
-        GaugeMetricFamily,
-        "num_requests_running",
-        "num_requests_running",
-        "Requests in the running batch.",
-    ),
-    (GaugeMetricFamily, "num_requests_waiting", "num_requests_waiting", "Requests in the queue."),
-    (
-        GaugeMetricFamily,
-        "kv_cache_usage",
-        "kv_cache_usage_perc",
-        "Share of KV blocks in use, 0 to 1.",
-    ),
-    (CounterMetricFamily, "num_steps", "engine_steps", "Forward steps."),
-    (
-        CounterMetricFamily,
-        "num_preemptions",
-        "num_preemptions",
-        "Sequences that gave way and are computed again.",
-    ),
-    (CounterMetricFamily, "prompt_tokens", "prompt_tokens", "Prompt tokens, cached ones too."),
-    (CounterMetricFamily, "generation_tokens", "generation_tokens", "Sampled tokens."),
-    (
-        CounterMetricFamily,
+
+class EngineMetric(NamedTuple):
+    """A metric that is read from a field of EngineStats. `name` has neither prefix nor `_total`."""
+
+    family: type[CounterMetricFamily] | type[GaugeMetricFamily]
+    field: str
+    name: str
+    help: str
+
+    def collect(self, stats: EngineStats) -> Metric:
+        """The metric's current value."""
+        return self.family(f"crma_{self.name}", self.help, value=getattr(stats, self.field))
+
+
+_GAUGE = partial(EngineMetric, GaugeMetricFamily)
+_COUNTER = partial(EngineMetric, CounterMetricFamily)
+ENGINE_METRICS = (
+    _GAUGE("num_requests_running", "num_requests_running", "Requests in the running batch."),
+    _GAUGE("num_requests_waiting", "num_requests_waiting", "Requests in the queue."),
+    _GAUGE("kv_cache_usage", "kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1."),
+    _COUNTER("num_steps", "engine_steps", "Forward steps."),
+    _COUNTER("num_preemptions", "num_preemptions", "Sequences preempted and computed again."),
+    _COUNTER("prompt_tokens", "prompt_tokens", "Prompt tokens, cached ones too."),
+    _COUNTER("generation_tokens", "generation_tokens", "Sampled tokens."),
+    _COUNTER(
         "prefix_cache_queries",
         "prefix_cache_queries",
-        "Prompt tokens sought in the prefix cache.",
+        "Prompt tokens looked up in the prefix cache.",
     ),
-    (
-        CounterMetricFamily,
-        "prefix_cache_hits",
-        "prefix_cache_hits",
-        "Prompt tokens found in the prefix cache.",
-    ),
-    (
-        CounterMetricFamily,
-        "adapter_evictions",
-        "adapter_evictions",
-        "Adapters that made room for another.",
-    ),
+    _COUNTER("prefix_cache_hits", "prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+    _COUNTER("adapter_evictions", "adapter_evictions", "Adapters evicted to make room for others."),
 )
 
 
 class Metrics(Collector):
-    """Everything on one registry of its own, so that two apps in one process do not meet."""
+    """All metrics of one app, in a registry of its own: two apps in one process do not collide."""
 
     def __init__(self, registry: CollectorRegistry, *, max_adapter_labels: int = 64) -> None:
         self.registry = registry
@@ -135,17 +128,23 @@ class Metrics(Collector):
         self._labelled.add(name)
         return name
 
-    def ended(self, labels: Labels, reason: str, times: Timings | None) -> None:
-        """A request is over: why (stop, length, abort, error), and its times if all of it ended well."""
+    def count_request(self, labels: Labels, reason: str, timings: Timings | None) -> None:
+        """Count a request that has ended.
+
+        Args:
+            reason: stop, length, abort or error.
+            timings: observed where the request finished; None where it did not.
+        """
         self.success.labels(reason, *labels).inc()
-        if times is not None:
-            self.queue.labels(*labels).observe(times.queue_s)
-            self.e2e.labels(*labels).observe(times.e2e_s)
-            if times.ttft_s is not None:
-                self.ttft.labels(*labels).observe(times.ttft_s)
+        if timings is None:
+            return
+        self.queue.labels(*labels).observe(timings.queue_s)
+        self.e2e.labels(*labels).observe(timings.e2e_s)
+        if timings.ttft_s is not None:
+            self.ttft.labels(*labels).observe(timings.ttft_s)
 
     def set_backbone(self, backbone: BackboneEntry | None) -> None:
-        """What serves from now on; the last one's series goes."""
+        """Show the backbone that serves from now on, in place of the last one."""
         self.backbone_info.clear()
         self.spectral_bound.set(0)
         if backbone is not None:
@@ -154,7 +153,7 @@ class Metrics(Collector):
             self.spectral_bound.set(bound if isinstance(bound, float) else math.nan)
 
     def set_ablation(self, accuracies: Mapping[str, float | None]) -> None:
-        """Accuracy per variant; what could not be scored is no number."""
+        """Show the accuracy of each variant; a variant without a score has no series."""
         self.last_ablation.clear()
         for variant, accuracy in accuracies.items():
             if accuracy is not None:
@@ -163,45 +162,57 @@ class Metrics(Collector):
     def watch(
         self, stats: Callable[[], EngineStats], names: Callable[[], Names], max_adapters: int
     ) -> None:
-        """Adds the engine's counters: `names` gives digest -> store name of task adapters."""
-        self._stats, self._names, self._max_adapters = stats, names, max_adapters
+        """Add the engine's metrics; `names` gives digest to store name of task adapters."""
+        self._stats = stats
+        self._names = names
+        self._max_adapters = max_adapters
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """What the engine says at this moment: no loop keeps copies that can go stale."""
-        stats, names = self._stats(), self._names()
-        for family, attribute, name, help in ENGINE:
-            yield family(f"crma_{name}", help, value=getattr(stats, attribute))
-        loads, seconds = stats.adapter_loads, stats.adapter_load_seconds
-        help = "Loads of adapters and the time they took."
+        """The engine's metrics at this moment; no copy of them is kept."""
+        stats = self._stats()
+        names = self._names()
+        for metric in ENGINE_METRICS:
+            yield metric.collect(stats)
         yield SummaryMetricFamily(
-            "crma_adapter_load_seconds", help, count_value=loads, sum_value=seconds
+            "crma_adapter_load_seconds",
+            "Loads of adapters and the time they took.",
+            count_value=stats.adapter_loads,
+            sum_value=stats.adapter_load_seconds,
         )
         yield self._residency(stats, names)
         yield self._lora_info(stats, names)
 
     def _residency(self, stats: EngineStats, names: Names) -> Metric:
+        """How many versions of each adapter are in memory; 0 for those that are not."""
         family = GaugeMetricFamily(
             "crma_adapter_resident", "Versions of the adapter in memory.", labels=("adapter",)
         )
         counts = Counts({self.adapter_label(name): 0 for name in names.values()})
-        counts.update(
-            self.adapter_label(name) for digest, name in names.items() if digest in stats.resident
-        )
+        for digest, name in names.items():
+            if digest in stats.resident:
+                counts[self.adapter_label(name)] += 1
         for label, count in counts.items():
             family.add_metric((label,), count)
         return family
 
     def _lora_info(self, stats: EngineStats, names: Names) -> Metric:
-        """vLLM's gauge, which the Kubernetes Gateway API Inference Extension routes by; its value is the time."""
+        """vLLM's gauge, by which the Kubernetes Gateway API Inference Extension routes.
+
+        Its value is the time.
+        """
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         family = GaugeMetricFamily(
             "vllm:lora_requests_info", "Adapters in use, as routers read them.", labels=labels
         )
 
-        def named(digests: Iterable[str]) -> str:
+        def joined_names(digests: Iterable[str]) -> str:
             return ",".join(sorted({names[digest] for digest in digests if digest in names}))
 
-        in_use = named(stats.running_adapters), named(stats.waiting_adapters)
-        family.add_metric((str(self._max_adapters), *in_use), time.time())
+        values = (
+            str(self._max_adapters),
+            joined_names(stats.running_adapters),
+            joined_names(stats.waiting_adapters),
+        )
+        family.add_metric(values, time.time())
         return family

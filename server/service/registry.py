@@ -1,8 +1,9 @@
-"""Task names -> digests: which adapters a request means, whether they may serve here, and what the store says now.
+"""Task names to digests: the adapters of a request, whether they may serve, and a store kept fresh.
 
-Names are only ever looked up in a view of the store that was read before; a request never touches the file system.
-A view is replaced whole, so a request sees all of a publication or nothing of it, and once what serves from then on is
-in memory where its predecessor was. Running requests keep the digests they began with.
+A request never touches the file system: its names are looked up in a view of the store that was
+read before. A view is replaced whole, so a request sees all of a publication or none of it. Before
+a view is replaced, new versions of resident adapters are loaded. Running requests keep the digests
+that they started with.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from crma.models.base_model import BaseModel
 from crma.models.prompts import PromptFormat
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, Shapes, TaskEntry, read_backbone
-from server.engine.native.adapter_pool import AdapterPool
+from server.engine.inference_engine import InferenceEngine
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
 
@@ -30,7 +31,10 @@ Entry = TypeVar("Entry", TaskEntry, BackboneEntry)
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a request uses. `prompt_format` None: the base model has no chat template, only raw prompts work."""
+    """The adapters of a request.
+
+    prompt_format: None where the base model has no chat template: only raw prompts work.
+    """
 
     task: TaskEntry | None
     selection: AdapterSelection
@@ -39,7 +43,10 @@ class Resolved:
 
 @dataclass(frozen=True)
 class _View:
-    """The store as it was read: entries, or why one may not serve, by version; `tasks`: by name before that."""
+    """The store as it was read: by version, the entry, or the reason why it may not serve.
+
+    tasks: by name, then version. serving: the serving version of each task.
+    """
 
     tasks: Mapping[str, Mapping[str, TaskEntry | StoreError]] = field(default_factory=dict)
     serving: Mapping[str, str] = field(default_factory=dict)
@@ -48,41 +55,52 @@ class _View:
 
     @property
     def backbone(self) -> BackboneEntry | StoreError | None:
-        """The one that serves."""
-        return self.backbones.get(self.serving_backbone or "")
+        """The backbone that serves."""
+        if self.serving_backbone is None:
+            return None
+        return self.backbones.get(self.serving_backbone)
 
-    def sound(self) -> list[TaskEntry]:
-        """Every version of a task that may serve, by name and version."""
-        entries = (
-            entry for _, versions in sorted(self.tasks.items()) for entry in versions.values()
-        )
-        return [entry for entry in entries if isinstance(entry, TaskEntry)]
+    def sound_tasks(self) -> list[TaskEntry]:
+        """Every version of every task that may serve, by name and version."""
+        found = []
+        for _, versions in sorted(self.tasks.items()):
+            found += [entry for entry in versions.values() if isinstance(entry, TaskEntry)]
+        return found
 
-    def served(self) -> dict[str | None, TaskEntry | BackboneEntry]:
+    def sound_backbones(self) -> list[BackboneEntry]:
+        """Every version of the backbone that may serve."""
+        return [entry for entry in self.backbones.values() if isinstance(entry, BackboneEntry)]
+
+    def serving_tasks(self) -> dict[str, TaskEntry]:
+        """The serving version of each task, where it is sound, by name."""
+        sound = self.sound_tasks()
+        return {entry.name: entry for entry in sound if self.serving[entry.name] == entry.version}
+
+    def serving_entries(self) -> dict[str | None, TaskEntry | BackboneEntry]:
         """What serves and is sound: tasks by name, the backbone under None."""
-        served: dict[str | None, TaskEntry | BackboneEntry] = {}
-        served |= {
-            entry.name: entry for entry in self.sound() if self.serving[entry.name] == entry.version
-        }
-        return served | ({None: self.backbone} if isinstance(self.backbone, BackboneEntry) else {})
+        entries: dict[str | None, TaskEntry | BackboneEntry] = {}
+        entries.update(self.serving_tasks())
+        if isinstance(self.backbone, BackboneEntry):
+            entries[None] = self.backbone
+        return entries
 
 
 @dataclass(eq=False)
 class Registry:
-    """The view, kept fresh.
+    """The current view of the store.
 
     Args:
         store: looked at every `poll_s` seconds.
         base: the model that serves.
-        pool: the engine's; it is told how to load what appears.
-        base_format: its chat format; also for adapters that recorded none.
-        shapes: of its linears (`linear_shapes`); adapters must fit them.
-        load_backbone: False: the backbone is never read, and requests that need it are refused.
+        engine: is told how to load every adapter that may serve.
+        base_format: the chat format of the base; also for adapters that recorded no format.
+        shapes: of the base's linears (`linear_shapes`); adapters must fit them.
+        load_backbone: False: backbones are never read, and requests that need one are refused.
     """
 
     store: AdapterStore
     base: BaseModel
-    pool: AdapterPool
+    engine: InferenceEngine
     base_format: PromptFormat | None
     metrics: Metrics
     shapes: Shapes | None = None
@@ -92,45 +110,46 @@ class Registry:
 
     def __post_init__(self) -> None:
         self._view = _View()
-        self._sound: dict[
-            str, int
-        ] = {}  # digest of what was checked -> bytes that it takes as it serves
-        self._seen: object = None
+        self._num_parameters: dict[str, int] = {}  # by digest, of the adapters that were checked
+        self._fingerprint_read: object = None
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Verifies the whole store, logs every problem, and begins to watch. Bad adapters do not serve; the rest do."""
-        for problem in await asyncio.to_thread(
-            self.store.verify, base=self.base, shapes=self.shapes
-        ):
+        """Verify the whole store, log every problem, and start to watch it.
+
+        Damaged adapters do not serve; the rest do.
+        """
+        problems = await asyncio.to_thread(self.store.verify, base=self.base, shapes=self.shapes)
+        for problem in problems:
             self._report(problem)
         await self.refresh()
         self.verified = True
         self._watching = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
-        """Ends the watching."""
+        """Stop watching."""
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
 
     async def refresh(self) -> None:
-        """Reads the store if it changed; new versions are checked first, and loaded if they replace a resident one."""
-        seen = await asyncio.to_thread(self._fingerprint)
-        if seen == self._seen:
+        """Read the store if it changed. New versions are checked, and loaded where they replace a
+        resident one, before the view changes."""
+        fingerprint = await asyncio.to_thread(self._fingerprint)
+        if fingerprint == self._fingerprint_read:
             return
         try:
             view = await asyncio.to_thread(self._read)
-        except StoreError as error:  # channels.json is damaged: what served goes on
+        except StoreError as error:  # channels.json is damaged: keep serving the last view
             self._report(error)
             view = self._view
-        for entry in (*view.sound(), *view.backbones.values()):
-            if isinstance(entry, TaskEntry | BackboneEntry):
-                self.pool.register(
-                    entry.digest, partial(entry.load, self.shapes), self._sound[entry.digest]
-                )
+        sound: list[TaskEntry | BackboneEntry] = [*view.sound_tasks(), *view.sound_backbones()]
+        for entry in sound:
+            loader = partial(entry.load, self.shapes)
+            self.engine.register(entry.digest, loader, self._num_parameters[entry.digest])
         await self._preload(view)
-        self._view, self._seen = view, seen
+        self._view = view
+        self._fingerprint_read = fingerprint
         self.metrics.set_backbone(self.backbone)
 
     def resolve(
@@ -139,123 +158,121 @@ class Registry:
         """The adapters of a request.
 
         Args:
-            task: `name` or `name@version`; None = no task adapter.
-            crma: None = on exactly if the task adapter records the backbone it was trained on.
-            crma_version: of the backbone, where it is on; None = the one that serves.
+            task: `name` or `name@version`; None: no task adapter.
+            crma: None: on exactly if the task adapter records the backbone it was trained on.
+            crma_version: of the backbone, where it is on; None: the one that serves.
 
         Raises:
-            NotFound: no such task, version or backbone; `allowed` lists what there is.
+            NotFound: no such task, version or backbone; `allowed` lists those that exist.
             NoBackbone: CRMA is on, and no backbone is loaded.
-            BaseMismatch, LineageMismatch: the adapters are not for this base, or not for each other.
-            StoreError: what was found when the adapter was verified.
+            BaseMismatch, LineageMismatch: the adapters are made for another base, or another
+                backbone.
+            StoreError: the problem found when the adapter was verified.
         """
         entry = None if task is None else self.task(task)
-        on = crma if crma is not None else entry is not None and entry.manifest.backbone is not None
-        backbone = self._backbone(crma, entry, crma_version) if on else None
+        uses_crma = crma
+        if uses_crma is None:
+            uses_crma = entry is not None and entry.manifest.backbone is not None
+        backbone = self._backbone(crma, entry, crma_version) if uses_crma else None
         self.store.check_selection(entry, backbone, self.base.digest)
         selection = AdapterSelection(
-            entry.digest if entry else None, backbone.digest if backbone else None
+            task_digest=entry.digest if entry else None,
+            crma_digest=backbone.digest if backbone else None,
         )
-        prompt_format = (entry.prompt_format if entry else None) or self.base_format
-        return Resolved(entry, selection, prompt_format)
+        prompt_format = entry.prompt_format if entry else None
+        return Resolved(entry, selection, prompt_format or self.base_format)
 
     def task(self, task: str) -> TaskEntry:
-        """The entry of `name` or `name@version`. Raises NotFound, or what was found when it was verified."""
+        """The entry of `name` or `name@version`.
+
+        Raises NotFound, or the problem found when it was verified.
+        """
         name, at, version = task.partition("@")
         versions = self._view.tasks.get(name)
         if versions is None:
             hint = "; leave task out for the base model" if name == "base" else ""
-            allowed = sorted(self._view.tasks)
-            raise NotFound(
-                f"no task {name!r} in this server's store{hint}",
-                field="task",
-                value=task,
-                allowed=allowed,
-            )
+            message = f"no task {name!r} in this server's store{hint}"
+            raise NotFound(message, field="task", value=task, allowed=sorted(self._view.tasks))
         entry = versions.get(version if at else self._view.serving[name])
         if entry is None:
             allowed = [f"{name}@{known}" for known in versions]
-            raise NotFound(
-                f"no version {version!r} of task {name!r}",
-                field="task",
-                value=task,
-                allowed=allowed,
-            )
+            message = f"no version {version!r} of task {name!r}"
+            raise NotFound(message, field="task", value=task, allowed=allowed)
         return _sound(entry)
 
     @property
     def backbone(self) -> BackboneEntry | None:
-        """The backbone that serves; None if none does, or not a sound one."""
-        return self._view.backbone if isinstance(self._view.backbone, BackboneEntry) else None
+        """The backbone that serves; None if none does, or if it is damaged."""
+        backbone = self._view.backbone
+        return backbone if isinstance(backbone, BackboneEntry) else None
 
     def serving_tasks(self) -> list[TaskEntry]:
         """The serving version of every sound task, by name."""
-        return [entry for entry in self._view.served().values() if isinstance(entry, TaskEntry)]
+        return list(self._view.serving_tasks().values())
 
     def names(self) -> dict[str, str]:
-        """Digest -> name of every sound version."""
-        return {entry.digest: entry.name for entry in self._view.sound()}
+        """Digest to name, of every sound version."""
+        return {entry.digest: entry.name for entry in self._view.sound_tasks()}
 
     async def _preload(self, view: _View) -> None:
-        """Loads what will serve in place of something resident, so that no request has to wait for it."""
-        before, resident = self._view.served(), self.pool.resident()
-        for name, entry in view.served().items():
-            if name in before and before[name].digest in resident and entry.digest not in resident:
-                try:
-                    await asyncio.to_thread(self.pool.load, entry.digest)
-                except Exception as error:
-                    log.warning(
-                        "%s is not loaded before it serves: %s", entry.manifest.place, error
-                    )
+        """Load new versions that replace a resident one, so that no request waits for them."""
+        before = self._view.serving_entries()
+        resident = self.engine.resident()
+        for name, entry in view.serving_entries().items():
+            if name not in before or before[name].digest not in resident:
+                continue
+            if entry.digest in resident:
+                continue
+            try:
+                await self.engine.load(entry.digest)
+            except Exception as error:
+                place = entry.manifest.place
+                log.warning("%s is not loaded before it serves: %s", place, error)
 
     def _backbone(
         self, asked: bool | None, entry: TaskEntry | None, version: str | None
     ) -> BackboneEntry:
+        """The backbone of a version, or the one that serves. Raises as `resolve`."""
         if version is not None:
-            if version not in self._view.backbones:
-                allowed = sorted(self._view.backbones)
-                raise NotFound(
-                    f"no backbone {version!r} here", field="crma", value=version, allowed=allowed
-                )
-            return _sound(self._view.backbones[version])
+            known = self._view.backbones
+            if version not in known:
+                message = f"no backbone {version!r} here"
+                raise NotFound(message, field="crma", value=version, allowed=sorted(known))
+            return _sound(known[version])
         if self._view.backbone is None:
-            trained = (
-                f"task {entry.name!r} was trained with CRMA, and "
-                if asked is None and entry
-                else ""
-            )
+            trained = ""
+            if asked is None and entry is not None:
+                trained = f"task {entry.name!r} was trained with CRMA, and "
             message = f"{trained}no CRMA backbone is loaded here; send crma: false to go without"
             raise NoBackbone(message, field="crma", value=asked, allowed=False)
         return _sound(self._view.backbone)
 
     def _read(self) -> _View:
+        """A view of the store as it is now. Raises StoreError if `channels.json` is damaged."""
         channels = self.store.channels()
         tasks: dict[str, dict[str, TaskEntry | StoreError]] = {}
         for name, serving in channels.tasks.items():
             versions = dict.fromkeys((*self.store.task_versions(name), serving))
-            tasks[name] = {
-                version: self._checked(partial(self.store.task, name, version))
-                for version in versions
-            }
-        there = (*self.store.backbone_versions(), channels.backbone) if self.load_backbone else ()
-        read = {
-            version: partial(read_backbone, self.store.root, version)
-            for version in there
-            if version
-        }
-        backbones = {version: self._checked(each) for version, each in read.items()}
+            read_task = partial(self.store.task, name)
+            tasks[name] = {version: self._checked(read_task, version) for version in versions}
+        backbones: dict[str, BackboneEntry | StoreError] = {}
+        if self.load_backbone:
+            read = partial(read_backbone, self.store.root)
+            for version in (*self.store.backbone_versions(), channels.backbone):
+                if version is not None and version not in backbones:
+                    backbones[version] = self._checked(read, version)
         return _View(tasks, dict(channels.tasks), backbones, channels.backbone)
 
-    def _checked(self, read: Callable[[], Entry]) -> Entry | StoreError:
-        """The entry, its weights read and checked once in this process; or what is wrong with it."""
+    def _checked(self, read: Callable[[str], Entry], version: str) -> Entry | StoreError:
+        """The entry, or the problem with it. Its weights are checked once in this process."""
         try:
-            entry = read()
+            entry = read(version)
             entry.check_base(self.base.digest)
-            if entry.digest not in self._sound:
-                size = sum(tensor.numel() for tensor in entry.load(self.shapes).parameters())
-                self._sound[entry.digest] = size * self.pool.injection.model.dtype.itemsize
+            if entry.digest not in self._num_parameters:
+                weights = entry.load(self.shapes).parameters()
+                self._num_parameters[entry.digest] = sum(tensor.numel() for tensor in weights)
         except StoreError as error:
-            if self.verified:  # at the start, `verify` has said so
+            if self.verified:  # before that, `start` reports the problems that `verify` found
                 self._report(error)
             return error
         return entry
@@ -265,16 +282,14 @@ class Registry:
         self.metrics.verification_failures.inc()
 
     def _fingerprint(self) -> object:
-        """Changes when channels.json is replaced or a version appears or goes."""
+        """A value that changes when channels.json is replaced, or a version appears or goes."""
         root = self.store.root
         try:
             stat = (root / "channels.json").stat()
         except FileNotFoundError:
             return None
-        versions = sorted(
-            str(path) for pattern in ("tasks/*/v*", "backbones/v*") for path in root.glob(pattern)
-        )
-        return stat.st_mtime_ns, stat.st_ino, stat.st_size, versions
+        versions = [*root.glob("tasks/*/v*"), *root.glob("backbones/v*")]
+        return stat.st_mtime_ns, stat.st_ino, stat.st_size, sorted(map(str, versions))
 
     async def _watch(self) -> None:
         while True:
@@ -282,11 +297,11 @@ class Registry:
             try:
                 await self.refresh()
             except Exception:
-                log.exception("adapter store: could not be looked at; what served goes on")
+                log.exception("the adapter store cannot be read; the last view keeps serving")
 
 
 def _sound(entry: Entry | StoreError) -> Entry:
-    """The entry; or its problem, raised as a copy: one instance raised again and again would gather tracebacks."""
+    """The entry; or its problem, raised as a copy: one instance would gather tracebacks."""
     if isinstance(entry, StoreError):
         raise copy.copy(entry)
     return entry

@@ -1,4 +1,4 @@
-"""There is no Docker engine where these tests run: what can be read without one is checked here."""
+"""The Docker files, as far as they can be checked without a Docker engine."""
 
 import http.server
 import json
@@ -18,7 +18,7 @@ READERS = ["docker/alerts.yml", "docker/grafana/dashboards/crma.json"]
 
 
 def served_names() -> set[str]:
-    """Every sample name that /metrics can have."""
+    """The names of all samples that /metrics can have."""
     names = set()
     for family in metric_families():
         ends = {
@@ -31,28 +31,28 @@ def served_names() -> set[str]:
 
 
 @pytest.mark.parametrize("path", READERS)
-def test_what_dashboards_and_alerts_read_is_served(path: str) -> None:
-    """A renamed metric would leave an alert that never fires."""
+def test_dashboards_and_alerts_read_metrics_that_exist(path: str) -> None:
+    """After a metric was renamed, an alert on its old name would never fire."""
     read = set(re.findall(r"\bcrma_[a-z0-9_]+", (ROOT / path).read_text("utf-8")))
     assert read
     assert read <= served_names()
 
 
-def test_the_image_and_compose_set_settings_that_exist() -> None:
+def test_the_image_and_compose_use_settings_that_exist() -> None:
     known = {f"CRMA_{name.upper()}" for name in Settings.model_fields}
     for path in ("Dockerfile", "docker/compose.yaml", "docker/alerts.yml", "Makefile"):
         assert set(re.findall(r"\bCRMA_[A-Z_]+\b", (ROOT / path).read_text("utf-8"))) <= known, path
 
 
 def dockerfile_command(instruction: str) -> list[str]:
-    """The exec form that follows `instruction`, with its continued lines joined as Docker joins them."""
+    """The exec form after `instruction`, with continued lines joined as Docker joins them."""
     joined = (ROOT / "Dockerfile").read_text("utf-8").replace("\\\n", "")
     return json.loads(re.findall(rf"^{instruction}.*?(\[.*\])$", joined, re.MULTILINE)[-1])
 
 
 @pytest.mark.parametrize("ready", [True, False])
 def test_the_health_check_passes_only_when_ready(tmp_path: Path, ready: bool) -> None:
-    """An error status is one like another: here /readyz is a file, or 404."""
+    """A file server stands in for the server: /readyz is a file, or a 404."""
     if ready:
         (tmp_path / "readyz").touch()
     files = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
@@ -67,7 +67,7 @@ def test_the_health_check_passes_only_when_ready(tmp_path: Path, ready: bool) ->
     assert done.returncode == (0 if ready else 1)
 
 
-def test_the_start_command_is_valid_shell() -> None:
+def test_the_start_command_is_valid_shell_and_ends_in_the_server() -> None:
     shell, option, script = dockerfile_command("CMD")
     assert (shell, option) == ("sh", "-c")
     assert subprocess.run([shell, "-n", option, script], check=False).returncode == 0

@@ -238,7 +238,8 @@ class AdapterPool:
         with self._changed:
             weights = {digest: resident.weights for digest, resident in self._resident.items()}
             assert all(
-                resident.users >= 0 and resident.leaving >= 0 for resident in self._resident.values()
+                resident.users >= 0 and resident.leaving >= 0
+                for resident in self._resident.values()
             )
             assert {**self.loras, **self.backbones} == weights
             assert {digest: self._sizes[digest] for digest in weights} == {

@@ -1,19 +1,25 @@
-"""The seam: asyncio on one side, the engine's thread on the other. `submit`, `abort`, `stats`, and an administrator's
-`cancel_adapter`; nothing else crosses."""
+"""The native engine behind the seam: asyncio on one side, the engine's own thread on the other."""
 
 import asyncio
 import copy
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 from server.engine.errors import EngineStopped, PromptTooLong, QueueFull
-from server.engine.native.adapter_pool import AdapterPool
+from server.engine.inference_engine import Outputs, ServedModel
+from server.engine.native.adapter_pool import AdapterPool, Loader
 from server.engine.native.engine import Engine
-from server.engine.request import EngineStats, FinishReason, Request, RequestOutput
+from server.engine.native.sequence import Sequence
+from server.engine.request import (
+    EngineStats,
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +28,7 @@ Command = Callable[[], list[RequestOutput] | None]
 
 @dataclass(eq=False)
 class _Stream:
-    """Where one request's outputs go, and which of its sequences are still open."""
+    """Where the outputs of one request go, and which of its sequences have not finished."""
 
     request: Request
     queue: asyncio.Queue[RequestOutput]
@@ -30,78 +36,69 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Runs an `Engine` in a thread, which starts at once, and gives every request its stream of outputs.
+    """The `InferenceEngine` that runs an `Engine` in a thread; the thread starts at once.
+
+    The event loop sends commands (add, abort) to the thread, which carries them out between two
+    steps and sends the outputs of each step back in one piece.
 
     Args:
-        max_queue: sequences that may wait beside those that can run at once; with one more a request is refused.
+        model: what `engine` runs.
+        max_queue: sequences that may wait beside those that run; a request that exceeds it is
+            refused.
     """
 
-    def __init__(self, engine: Engine, pool: AdapterPool, max_queue: int) -> None:
+    def __init__(self, engine: Engine, model: ServedModel, max_queue: int) -> None:
         self.engine = engine
-        self.pool = pool
+        self.pool: AdapterPool = engine.pool
+        self.model = model
         self.max_queue = max_queue
+        self.on_failure: Callable[[], None] = lambda: None
         self._wake = threading.Condition()
         self._commands: list[Command] = []
         self._streams: dict[str, _Stream] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None  # of whoever submits
+        self._loop: asyncio.AbstractEventLoop | None = None  # the loop that submits
         self._stopped = False
         self._ended = False  # the thread has carried out its last command
         self._step_seconds = 0.1
         self._stats = EngineStats()
-        self.on_failure: Callable[[], None] = lambda: None  # called once, in the engine's thread
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        pool.on_change = lambda: self._command(
-            lambda: None
-        )  # wakes the thread: who waits for an adapter may start
+        self.pool.on_change = self._wake_thread  # a request that waits for an adapter may start
         self._thread.start()
 
-    def submit(self, request: Request) -> AsyncIterator[RequestOutput]:
-        """Take a request; its outputs follow. Closing the iterator once it is being read aborts the request.
+    # Requests ----------------------------------------------------------------------------------
 
-        Raises:
-            EngineStopped, QueueFull, PromptTooLong: at once, nothing taken.
-            crma.errors.StoreError, EngineError: instead of an output, where an adapter cannot be loaded.
-        """
+    def submit(self, request: Request) -> Outputs:
+        """Queue a request; its outputs follow. See `InferenceEngine.submit`."""
         if self._stopped:
-            why = (
-                "the engine has failed" if self._stats.has_failed else "the server is shutting down"
-            )
-            raise EngineStopped(f"{why} and takes no new requests")
-        length, most, limit = (
-            len(request.prompt_ids),
-            request.sampling.max_tokens,
-            self.engine.max_model_len,
-        )
-        if not 0 < length <= limit - most:
-            message = f"prompt of {length} tokens + max_tokens {most} exceeds max_model_len {limit}"
-            allowed = f"prompt tokens + max_tokens <= {limit}"
-            raise PromptTooLong(message, field="prompt", value=length, allowed=allowed)
-        waiting = (
-            sum(len(stream.open) for stream in self._streams.values())
-            - self.engine.scheduler.max_num_seqs
-        )
-        if waiting + request.sampling.n > self.max_queue:
-            raise QueueFull(self.max_queue, max(1.0, waiting * self._step_seconds))
+            reason = "the engine has failed" if self._stats.has_failed else "the server is stopping"
+            raise EngineStopped(f"{reason} and takes no new requests")
+        self._check_length(request)
+        num_waiting = self._num_open_sequences() - self.engine.scheduler.max_num_seqs
+        if num_waiting + request.sampling.n > self.max_queue:
+            raise QueueFull(self.max_queue, max(1.0, num_waiting * self._step_seconds))
         self._loop = asyncio.get_running_loop()
         stream = _Stream(request, asyncio.Queue(), set(range(request.sampling.n)))
         self._streams[request.id] = stream
-        self._command(lambda: self.engine.add(request))
+        self._send(lambda: self.engine.add(request))
         return self._outputs(stream)
 
     def abort(self, request_id: str) -> None:
-        """End a request in the next step; its stream ends with finish_reason abort. Unknown ids are ignored."""
-        self._command(lambda: self.engine.abort(request_id))
-
-    def cancel_adapter(self, digest: str) -> None:
-        """End every sequence that runs with an adapter, in the next step."""
-        self._command(lambda: self.engine.abort_adapter(digest))
+        """End a request in the next step; its stream ends with finish_reason abort."""
+        self._send(lambda: self.engine.abort(request_id))
 
     def stats(self) -> EngineStats:
         """The state after the last step."""
         return self._stats
 
-    async def stop(self) -> None:
-        """Take nothing new, end what is not finished, and the thread. Whoever calls it has let requests finish."""
+    async def warm_up(self) -> None:
+        """Run one token of the base model."""
+        prompt_ids = tuple(self.engine.tokenizer.encode("Hello"))
+        request = Request("warm-up", prompt_ids, sampling=SamplingParams(max_tokens=1))
+        async for _ in self.submit(request):
+            pass
+
+    async def close(self) -> None:
+        """Take nothing new, abort what has not finished, and end both threads."""
         for request_id in list(self._streams):
             self.abort(request_id)
         with self._wake:
@@ -110,22 +107,90 @@ class AsyncEngine:
         await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self.pool.close)
 
-    async def _outputs(self, stream: _Stream) -> AsyncIterator[RequestOutput]:
-        left = stream.request.sampling.n
+    # Adapters ----------------------------------------------------------------------------------
+
+    def register(self, digest: str, loader: Loader, num_parameters: int) -> None:
+        """Make an adapter loadable; its size in memory is estimated from `num_parameters`."""
+        itemsize = self.pool.injection.model.dtype.itemsize
+        self.pool.register(digest, loader, num_parameters * itemsize)
+
+    async def load(self, digest: str) -> None:
+        """Make an adapter resident. See `InferenceEngine.load`."""
+        await asyncio.to_thread(self.pool.load, digest)
+
+    async def unload(self, digest: str, *, wait_s: float = 0.0, cancel: bool = False) -> None:
+        """Free a resident adapter. See `InferenceEngine.unload`."""
+        if cancel and digest not in self.pool.pinned:
+            self._send(lambda: self.engine.abort_adapter(digest))
+        await asyncio.to_thread(self.pool.unload, digest, wait_s=wait_s)
+
+    async def pin(self, digest: str) -> None:
+        """Load an adapter and keep it resident until `unpin`."""
+        await asyncio.to_thread(self.pool.pin, digest)
+
+    def unpin(self, digest: str) -> None:
+        """Let a pinned adapter be evicted again."""
+        self.pool.unpin(digest)
+
+    def resident(self) -> tuple[str, ...]:
+        """Digests of the adapters in memory, least recently used first."""
+        return self.pool.resident()
+
+    # On the event loop -------------------------------------------------------------------------
+
+    def _check_length(self, request: Request) -> None:
+        """Raises PromptTooLong unless the prompt and its answer fit the model's context."""
+        length = len(request.prompt_ids)
+        max_tokens = request.sampling.max_tokens
+        limit = self.engine.max_model_len
+        if not 0 < length <= limit - max_tokens:
+            raise PromptTooLong(
+                f"a prompt of {length} tokens and max_tokens {max_tokens} exceed max_model_len {limit}",
+                field="prompt",
+                value=length,
+                allowed=f"prompt tokens + max_tokens <= {limit}",
+            )
+
+    def _num_open_sequences(self) -> int:
+        return sum(len(stream.open) for stream in self._streams.values())
+
+    async def _outputs(self, stream: _Stream) -> Outputs:
+        num_open = stream.request.sampling.n
         try:
-            while left:
+            while num_open:
                 output = await stream.queue.get()
                 if output.cause is not None:
-                    raise copy.copy(
-                        output.cause
-                    )  # not one instance in many streams: it would gather tracebacks
-                left -= output.finish_reason is not None
+                    # A copy: one instance raised in many streams would gather their tracebacks.
+                    raise copy.copy(output.cause)
+                if output.finish_reason is not None:
+                    num_open -= 1
                 yield output
         finally:
-            if self._streams.pop(stream.request.id, None) is not None:
+            unfinished = self._streams.pop(stream.request.id, None)
+            if unfinished is not None:
                 self.abort(stream.request.id)
 
-    def _command(self, command: Command) -> None:
+    def _put(self, outputs: list[RequestOutput]) -> None:
+        """Give each output to its stream.
+
+        A request that has ended leaves the queue's count, read or not.
+        """
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue
+            if output.finish_reason is not None:
+                stream.open.discard(output.index)
+            if not stream.open:
+                del self._streams[output.request_id]
+            stream.queue.put_nowait(output)
+
+    # To and from the engine's thread -----------------------------------------------------------
+
+    def _send(self, command: Command) -> None:
+        """Have the thread carry out a command before its next step; if it has ended, carry it out
+        here.
+        """
         with self._wake:
             if not self._ended:
                 self._commands.append(command)
@@ -133,82 +198,112 @@ class AsyncEngine:
                 return
         self._deliver(command() or [])  # no step can be running any more
 
+    def _wake_thread(self) -> None:
+        self._send(lambda: None)
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        """Send outputs to the event loop, all at once: every call wakes the loop."""
+        loop = self._loop
+        if outputs and loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._put, outputs)
+
+    # In the engine's thread --------------------------------------------------------------------
+
     def _run(self) -> None:
-        """The engine's thread. If it fails, everybody who waits for it gets an error, and nobody new is taken."""
+        """Serve until closed.
+
+        If the engine fails, every open request ends with an error and no new one is taken.
+        """
         try:
             self._serve()
         except Exception:
             logger.exception("the engine has failed and takes no more requests")
             with self._wake:
-                self._stopped = self._ended = True
+                self._stopped = True
+                self._ended = True
                 self._commands.clear()
             self._stats = replace(self._stats, has_failed=True)
-            requests = [stream.request for stream in list(self._streams.values())]
-            end = partial(
-                RequestOutput, finish_reason=FinishReason.ERROR, error="the engine failed"
-            )
-            self._deliver(
-                [
-                    end(request.id, index)
-                    for request in requests
-                    for index in range(request.sampling.n)
-                ]
-            )
+            self._deliver(self._failed_outputs())
             self.on_failure()
 
     def _serve(self) -> None:
-        """Commands, then a step, until stopped; sleeps while a step has nothing to run."""
+        """Carry out commands, run a step, deliver its outputs; sleep while there is nothing to
+        run.
+        """
         is_idle = True
         while True:
-            with self._wake:
-                while is_idle and not (self._commands or self._stopped):
-                    if not self._wake.wait(self.engine.seconds_left()):
-                        break  # a deadline has passed
-                if self._stopped and not self._commands:
-                    self._ended = True
-                    return
-                commands, self._commands = self._commands, []
-            outputs = [output for command in commands for output in command() or ()]
-            started, num_steps = time.monotonic(), self.engine.counters.num_steps
+            commands = self._next_commands(is_idle)
+            if commands is None:
+                return
+            outputs = []
+            for command in commands:
+                outputs += command() or []
+            started = time.monotonic()
+            num_steps = self.engine.counters.num_steps
             outputs += self.engine.step()
             is_idle = self.engine.counters.num_steps == num_steps
             if not is_idle:
-                self._step_seconds = 0.9 * self._step_seconds + 0.1 * (time.monotonic() - started)
+                self._count_step(time.monotonic() - started)
             elif not self.engine.scheduler.unfinished():
                 self.engine.check_integrity()
             self._stats = self._snapshot()
             self._deliver(outputs)
 
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
-        loop = self._loop
-        if outputs and loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(self._put, outputs)  # all at once: each call wakes the loop
+    def _next_commands(self, is_idle: bool) -> list[Command] | None:
+        """The commands that have come; an idle engine waits for one, or for a deadline.
 
-    def _put(self, outputs: list[RequestOutput]) -> None:
-        """On the event loop. A request that has ended keeps no place, whether or not its iterator is ever read."""
-        for output in outputs:
-            if (stream := self._streams.get(output.request_id)) is not None:
-                if output.finish_reason is not None:
-                    stream.open.discard(output.index)
-                if not stream.open:
-                    del self._streams[output.request_id]
-                stream.queue.put_nowait(output)
+        None: closed, nothing left.
+        """
+        with self._wake:
+            while is_idle and not self._commands and not self._stopped:
+                was_notified = self._wake.wait(self.engine.seconds_left())
+                if not was_notified:
+                    break  # a deadline has passed
+            if self._stopped and not self._commands:
+                self._ended = True
+                return None
+            commands = self._commands
+            self._commands = []
+            return commands
+
+    def _count_step(self, seconds: float) -> None:
+        """Keep a moving average of the time that a step takes."""
+        self._step_seconds = 0.9 * self._step_seconds + 0.1 * seconds
+
+    def _failed_outputs(self) -> list[RequestOutput]:
+        """The last output of every open request."""
+        outputs = []
+        for stream in list(self._streams.values()):
+            for index in range(stream.request.sampling.n):
+                failed = RequestOutput(
+                    stream.request.id,
+                    index,
+                    finish_reason=FinishReason.ERROR,
+                    error="the engine failed",
+                )
+                outputs.append(failed)
+        return outputs
 
     def _snapshot(self) -> EngineStats:
         scheduler = self.engine.scheduler
-        running = [s.request for s in scheduler.running]
-        waiting = [s.request for s in scheduler.waiting]
+        blocks = scheduler.blocks
         return EngineStats(
             **asdict(self.engine.counters),
             **asdict(self.pool.counters),
-            num_requests_running=len({request.id for request in running}),
-            num_requests_waiting=len({request.id for request in waiting}),
-            kv_cache_usage=1 - scheduler.blocks.num_free / scheduler.blocks.capacity,
+            num_requests_running=_num_requests(scheduler.running),
+            num_requests_waiting=_num_requests(scheduler.waiting),
+            kv_cache_usage=1 - blocks.num_free / blocks.capacity,
             resident=self.pool.resident(),
-            running_adapters=tuple(
-                sorted({d for request in running if (d := request.selection.task_digest)})
-            ),
-            waiting_adapters=tuple(
-                sorted({d for request in waiting if (d := request.selection.task_digest)})
-            ),
+            running_adapters=_task_digests(scheduler.running),
+            waiting_adapters=_task_digests(scheduler.waiting),
         )
+
+
+def _num_requests(sequences: Iterable[Sequence]) -> int:
+    return len({sequence.request.id for sequence in sequences})
+
+
+def _task_digests(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    """Digests of the task adapters that sequences select, sorted."""
+    digests = {sequence.request.selection.task_digest for sequence in sequences}
+    return tuple(sorted(digest for digest in digests if digest is not None))

@@ -1,16 +1,16 @@
 """POST /generate: one prompt, one task, CRMA on or off; whole or as server-sent events."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from server.engine.request import RequestOutput
-from server.http.answer import Answer, Closing, event, tokens
+from server.http.answer import Answer, event, tokens
 from server.http.auth import require_key
-from server.http.dependencies import TheFrontend
+from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
 from server.http.schemas import GenerateRequest
 from server.service.errors import InvalidField
@@ -19,79 +19,85 @@ from server.service.generation import SequenceResult
 router = APIRouter(dependencies=[Depends(require_key)])
 
 
-@router.post("/generate", responses=documented(*GENERATING, of="/generate"))
+@router.post("/generate", responses=documented(*GENERATING, example_of="/generate"))
 async def generate(
-    body: GenerateRequest, request: Request, frontend: TheFrontend, closing: Closing
+    body: GenerateRequest,
+    request: Request,
+    frontend: TheFrontend,
+    after_response: AfterResponse,
 ) -> Response:
-    """Generate with a task adapter, the CRMA backbone, both or neither. A client that goes away frees its work.
+    """Generate with a task adapter, the CRMA backbone, both or neither.
 
-    The answer has `text` and `finish_reason`, for n > 1 in `choices`; `logprobs`, `top_logprobs` (of each token: id,
-    token, logprob) and `prompt_logprobs` where asked for; `task` and `crma` as they were resolved. In `usage`,
-    completion_tokens are those of all answers and cached_tokens those of the prompt whose KV was already there.
-    `provenance` is exactly what answered: content digests, engine version, dtype and seed.
+    The answer has `text` and `finish_reason`, for n > 1 in `choices`; `logprobs`, `top_logprobs`
+    (id, token and logprob of each) and `prompt_logprobs` where asked for; `task` and `crma` as they
+    were resolved. In `usage`, completion_tokens are those of all answers, and cached_tokens those
+    of the prompt that the prefix cache had. `provenance` says exactly what answered: content
+    digests, engine version, dtype and seed. A client that disconnects frees its work.
     """
     if body.top_logprobs and not body.logprobs:
-        raise InvalidField(
-            "top_logprobs: needs logprobs", field="top_logprobs", value=body.top_logprobs, allowed=0
-        )
+        message = "top_logprobs: needs logprobs"
+        raise InvalidField(message, field="top_logprobs", value=body.top_logprobs, allowed=0)
     resolved = frontend.resolve(body.task, body.crma)
     request.state.selection = resolved.selection
-    top = body.top_logprobs if body.logprobs else None
-    sampling = body.sampling(logprobs=top, prompt_logprobs=0 if body.prompt_logprobs else None)
+    sampling = body.sampling(
+        logprobs=body.top_logprobs if body.logprobs else None,
+        prompt_logprobs=0 if body.prompt_logprobs else None,
+    )
     generation = await frontend.generation(
         body.prompt, resolved, sampling, raw=body.raw, timeout_s=body.timeout_s
     )
-    return await _Generated(body, [generation], frontend).respond(
-        request, closing, stream=body.stream
-    )
+    answer = GenerateAnswer(body, [generation], frontend)
+    return await answer.respond(request, after_response, stream=body.stream)
 
 
-class _Generated(Answer[GenerateRequest]):
-    """One body, or `token` events and then `done`: the same without what the tokens brought."""
+class GenerateAnswer(Answer[GenerateRequest]):
+    """One body; or `token` events, then `done`: the body without what the tokens brought."""
 
     error_event = "error"
 
     def body(self) -> dict[str, Any]:
-        asked, generation = self.asked, self.generation
-        choices = [
-            {"index": index, **self._choice(sequence)}
-            for index, sequence in enumerate(generation.sequences)
-        ]
-        prompt = [None, *(each.logprob for each in generation.prompt_logprobs)]
+        """The whole answer."""
+        generation = self.generation
+        answer: dict[str, Any] = {"id": generation.request.id}
+        if self.asked.n > 1:
+            choices = enumerate(generation.sequences)
+            answer["choices"] = [{"index": i, **self._choice(each)} for i, each in choices]
+        else:
+            answer.update(self._choice(generation.sequences[0]))
+        if self.asked.prompt_logprobs:
+            logprobs = [each.logprob for each in generation.prompt_logprobs]
+            answer["prompt_logprobs"] = [None, *logprobs]  # the first token has none
         return {
-            "id": generation.request.id,
-            **({"choices": choices} if asked.n > 1 else self._choice(generation.sequences[0])),
-            **({"prompt_logprobs": prompt} if asked.prompt_logprobs else {}),
-            "task": asked.task,
+            **answer,
+            "task": self.asked.task,
             "crma": generation.request.selection.crma_digest is not None,
             "usage": generation.usage(),
             "timings": dataclasses.asdict(generation.timings()),
             "provenance": self.provenance(),
         }
 
-    def _choice(self, sequence: SequenceResult) -> dict[str, Any]:
-        choice: dict[str, Any] = {
-            "text": sequence.text,
-            "finish_reason": sequence.last.finish_reason,
-        }
-        if self.asked.stream:
-            del choice["text"]
-        elif self.asked.logprobs:
-            choice["logprobs"] = [each.logprob for each in sequence.logprobs]
-            if self.asked.top_logprobs:
-                choice["top_logprobs"] = [
-                    self.frontend.top_tokens(each) for each in sequence.logprobs
-                ]
-        return choice
-
-    def events(self, output: RequestOutput) -> Iterable[str]:
+    def events(self, output: RequestOutput) -> Iterator[str]:
+        """A `token` event for each new token."""
         for _, text, logprob in tokens(output):
             data: dict[str, Any] = {"index": output.index, "text": text}
             if logprob is not None:
                 data["logprob"] = logprob.logprob
                 if self.asked.top_logprobs:
-                    data["top_logprobs"] = self.frontend.top_tokens(logprob)
+                    data["top_logprobs"] = self.top_tokens(logprob)
             yield event(data, "token")
 
-    def done(self) -> Iterable[str]:
+    def done(self) -> Iterator[str]:
+        """The `done` event."""
         yield event(self.body(), "done")
+
+    def _choice(self, sequence: SequenceResult) -> dict[str, Any]:
+        """An answer; of a stream without the text and log-probabilities that its tokens brought."""
+        finish_reason = sequence.last.finish_reason
+        if self.asked.stream:
+            return {"finish_reason": finish_reason}
+        choice: dict[str, Any] = {"text": sequence.text, "finish_reason": finish_reason}
+        if self.asked.logprobs:
+            choice["logprobs"] = [each.logprob for each in sequence.logprobs]
+            if self.asked.top_logprobs:
+                choice["top_logprobs"] = [self.top_tokens(each) for each in sequence.logprobs]
+        return choice

@@ -17,7 +17,10 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz", responses={503: {"description": "Not ready; `reason` says why."}})
 async def readyz(frontend: TheFrontend, response: Response) -> dict[str, str | None]:
-    """200 once the store is verified and the engine has run a step; 503 before, and while draining."""
+    """200 once the store is verified and the engine has run a step.
+
+    503 before that, and while the server drains.
+    """
     reason = frontend.not_ready()
     response.status_code = 503 if reason else 200
     return {"status": "not_ready" if reason else "ready", "reason": reason}

@@ -1,109 +1,125 @@
-"""The `crma` command on a tiny model: results on stdout, one line for an error, exit codes 0, 1, 2."""
+"""The `crma` command on a tiny model: results on stdout, errors in one line, exit codes 0, 1, 2."""
 
 import json
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import tiny
 
-from crma.cli.command import main
+from crma.cli.command import app, main
 from crma.core.digests import file_digest
 from crma.data import splits as data
 from crma.models.base_model import BaseModel
 from crma.store.adapter_store import AdapterStore
 
-Command = Callable[..., tuple[int, str, str]]
+HEAVY = ("torch", "transformers", "numpy", "scipy", "matplotlib")
 
 
-@pytest.fixture
-def crma(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command; its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["crma", *map(str, arguments)])
+def crma(*arguments: object) -> tuple[int, str, str]:
+    """Runs the command. Returns its exit code, stdout and stderr."""
+    out, err = StringIO(), StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["crma", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             main()
-        return int(caught.value.code or 0), *capsys.readouterr()
-
-    return run
+    return int(caught.value.code or 0), out.getvalue(), err.getvalue()
 
 
-def test_what_is_trained_ships_verifies_and_is_evaluated(
-    crma: Command, base: BaseModel, write_task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    domains = {"legal": ("lease", "will"), "medical": ("liver", "heart")}
-    for domain, answers in domains.items():  # as if built, and their digests as if committed
-        write_task(tmp_path / "data" / domain, answers)
-    files = {
-        f"{path.parent.name}/{path.stem}": file_digest(path)
-        for path in (tmp_path / "data").glob("*/*")
-    }
-    (tmp_path / "digests.json").write_text(json.dumps(files))
-    monkeypatch.setattr(data, "DIGESTS_FILE", tmp_path / "digests.json")
-    monkeypatch.setenv("CRMA_HOME", str(tmp_path))
-    config, store = tmp_path / "run.toml", tmp_path / "store"
+class Trained(NamedTuple):
+    """The results of `crma train --ship`; read only."""
+
+    store: Path
+    control: Path  # trained without CRMA
+    record: dict[str, Any]
+    printed: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, write_task: Any) -> Iterator[Path]:
+    """A cache with two domains as if built, and their digests as if committed."""
+    home = tmp_path_factory.mktemp("home")
+    write_task(home / "data" / "legal", ("lease", "will"))
+    write_task(home / "data" / "medical", ("liver", "heart"))
+    files = (home / "data").glob("*/*")
+    digests = {f"{path.parent.name}/{path.stem}": file_digest(path) for path in files}
+    (home / "digests.json").write_text(json.dumps(digests))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "DIGESTS_FILE", home / "digests.json")
+        patch.setenv("CRMA_HOME", str(home))
+        yield home
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path, base: BaseModel) -> Trained:
+    """Both domains, trained with and without CRMA and shipped into two stores."""
+    config, store, control = home / "run.toml", home / "store", home / "control"
     settings = 'tasks = ["medical", "legal"]\nepochs = 1\nbatch_size = 5\ndtype = "float32"\n'
-    config.write_text(
-        f'{settings}model = "{base.path}"\n[crma]\nnum_streams = 2\nstream_rank = 2\n'
-    )
-    code, out, _ = crma("train", config, "--out", tmp_path / "run", "--seed", 3, "--ship", store)
-    record = json.loads((tmp_path / "run" / "record.json").read_text())
-    assert (code, json.loads(out)["loss"], record["seed"]) == (0, record["loss"], 3)
-    assert (
-        crma(
-            "train",
-            config,
-            "--out",
-            tmp_path / "off",
-            "--arm",
-            "FROZEN",
-            "--ship",
-            tmp_path / "control",
-        )[0]
-        == 0
-    )
-    code, out, err = crma("verify", store, "--model", base.path)
+    backbone = "[crma]\nnum_streams = 2\nstream_rank = 2\n"
+    config.write_text(f'{settings}model = "{base.path}"\n{backbone}')
+    code, out, _ = crma("train", config, "--out", home / "run", "--seed", 3, "--ship", store)
+    assert code == 0
+    frozen = ("--arm", "FROZEN", "--ship", control)
+    assert crma("train", config, "--out", home / "off", *frozen)[0] == 0
+    record = json.loads((home / "run" / "record.json").read_text())
+    return Trained(store, control, record, json.loads(out))
+
+
+def test_train_writes_a_record_and_prints_its_summary(trained: Trained) -> None:
+    assert trained.printed["loss"] == trained.record["loss"]
+    assert trained.record["seed"] == 3
+
+
+def test_a_shipped_store_verifies(trained: Trained, base: BaseModel) -> None:
+    code, out, err = crma("verify", trained.store, "--model", base.path)
     assert (code, out) == (0, "")
     assert "legal, medical" in err
-    options = (
-        "--model",
-        base.path,
-        "--split",
-        "validation",
-        "--control",
-        tmp_path / "control",
-        "--json",
+
+
+def test_an_ablation_of_a_split_adds_strengths_the_control_and_naive_bayes(
+    trained: Trained, base: BaseModel
+) -> None:
+    code, out, _ = crma(
+        *("ablate", trained.store, "--model", base.path, "--split", "validation"),
+        *("--control", trained.control, "--strengths", "0,.5,1", "--json"),
     )
-    code, out, _ = crma("ablate", store, *options, "--strengths", "0,.5,1")
-    rows: dict[str, Any] = json.loads(out)["variants"]
+    assert code == 0
+    result = json.loads(out)
+    rows: dict[str, Any] = result["variants"]
     further = ["task+crma x0", "task+crma x0.5", "task+crma x1", "control", "naive_bayes"]
     assert list(rows) == ["task+crma", "task", "crma", "base", *further]
     assert [row["by_task"]["legal"]["scored"] for row in rows.values()] == [12] * 9
-    texts = [
-        {label: item["outputs"][label]["text"] for label in rows}
-        for item in json.loads(out)["items"]
-    ]
-    assert all(
-        of["task+crma x0"] == of["task"] and of["task+crma x1"] == of["task+crma"] for of in texts
-    )
-    assert {of["naive_bayes"] for of in texts} == {"lease", "will", "liver", "heart"}
-    code, _, err = crma("promote", "v1", "--store", store, "--model", base.path)
+    for item in result["items"]:
+        texts = {label: item["outputs"][label]["text"] for label in rows}
+        assert texts["task+crma x0"] == texts["task"]
+        assert texts["task+crma x1"] == texts["task+crma"]
+    guesses = {item["outputs"]["naive_bayes"]["text"] for item in result["items"]}
+    assert guesses == {"lease", "will", "liver", "heart"}
+
+
+def test_a_backbone_that_serves_already_is_not_promoted(trained: Trained, base: BaseModel) -> None:
+    code, _, err = crma("promote", "v1", "--store", trained.store, "--model", base.path)
     assert (code, "this backbone serves" in err) == (2, True)
-    code, _, err = crma("rollback", "--store", store)
+
+
+def test_the_first_backbone_is_not_rolled_back(trained: Trained) -> None:
+    code, _, err = crma("rollback", "--store", trained.store)
     assert (code, "No backbone served before v1" in err) == (2, True)
 
 
-def test_an_ablation_is_a_table(crma: Command, base: BaseModel, store: AdapterStore) -> None:
+def test_an_ablation_is_a_table(base: BaseModel, store: AdapterStore) -> None:
     options = ("--model", base.path, "--max-tokens", 3, "--variants", "task,base")
     code, out, _ = crma("ablate", store.root, *options)
     assert (code, "task - base" in out) == (0, True)
 
 
 def test_a_sound_store_verifies_and_a_damaged_one_does_not(
-    crma: Command, base: BaseModel, store: AdapterStore
+    base: BaseModel, store: AdapterStore
 ) -> None:
     code, out, _ = crma("verify", store.root, "--model", base.path, "--json")
     assert (code, json.loads(out)["problems"]) == (0, [])
@@ -117,7 +133,7 @@ def test_a_sound_store_verifies_and_a_damaged_one_does_not(
 
 
 def test_an_adapter_from_elsewhere_is_imported_under_a_name(
-    crma: Command, base: Any, store: AdapterStore
+    base: BaseModel, store: AdapterStore
 ) -> None:
     folder = store.task("medical").path  # these are PEFT's files
     code, _, err = crma("import", folder, "other", "--store", store.root, "--model", base.path)
@@ -137,7 +153,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("arguments", "said"), ERRORS)
 def test_an_error_is_one_line_that_says_what_to_do(
-    arguments: str, said: str, crma: Command, base: BaseModel, store: AdapterStore
+    arguments: str, said: str, base: BaseModel, store: AdapterStore
 ) -> None:
     (store.root / "run.toml").write_text(f'tasks = ["data/My Task"]\nmodel = "{base.path}"\n')
     code, out, err = crma(*arguments.format(store=store.root, base=base.path).split())
@@ -146,3 +162,20 @@ def test_an_error_is_one_line_that_says_what_to_do(
     assert line.startswith("error: ")
     assert said in line
     assert all("loading the model" in text for text in progress)
+
+
+def test_help_loads_no_heavy_package() -> None:
+    """Of the command and of every subcommand: otherwise each would take seconds."""
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
+    script = f"""
+import sys
+from crma.cli.command import app
+for arguments in ["--help"], *([name, "--help"] for name in {sorted(names)}):
+    app(arguments, standalone_mode=False)
+print([name for name in {HEAVY} if name in sys.modules])
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert finished.stdout.count("Usage: ") == 1 + len(names) > 10
+    assert finished.stdout.splitlines()[-1] == "[]"

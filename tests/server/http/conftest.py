@@ -1,6 +1,6 @@
-"""The real app over ASGI, with the real store, tokenizer and pool; only the engine behind the seam is a scripted one.
+"""The real app over ASGI, with the real store and tokenizer, on a scripted engine.
 
-For what a real engine does not do when it is told to: refuse, fail, be late. `test_real_engine.py` has the rest.
+A real engine cannot be told to refuse, fail or be late. `test_real_engine.py` has everything else.
 """
 
 from collections.abc import AsyncIterator
@@ -11,14 +11,13 @@ from typing import Any
 import httpx
 import pytest
 import tiny
-from api import BASE, FakeEngine, Serve, Served
+from api import BASE, Serve, Served
 from prometheus_client import CollectorRegistry
+from scripted_engine import ScriptedEngine
 
 from crma.models.prompts import chat_format
 from crma.store.adapter_store import AdapterStore
 from server.app import create_app
-from server.engine.native.adapter_pool import AdapterPool
-from server.http.schemas import ServedModel
 from server.service.frontend import Frontend
 from server.service.metrics import Metrics
 from server.service.registry import Registry
@@ -37,20 +36,19 @@ async def serve(root: Path) -> AsyncIterator[Serve]:
     async with AsyncExitStack() as stack:
 
         async def start(*, wait: bool = True, **options: Any) -> Served:
-            settings, engine = Settings(**{"store": root, **options}), FakeEngine()
+            settings = Settings(**{"store": root, **options})
+            engine = ScriptedEngine()
             metrics = Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
-            store, tokenizer, pool = (
-                AdapterStore(settings.store),
-                tiny.tokenizer(),
-                AdapterPool(tiny.injection(), 4),
-            )
+            tokenizer = tiny.tokenizer()
             registry = Registry(
-                store, BASE, pool, chat_format(tokenizer), metrics, tiny.injection().shapes
+                store=AdapterStore(settings.store),
+                base=BASE,
+                engine=engine,
+                base_format=chat_format(tokenizer),
+                metrics=metrics,
+                shapes=tiny.injection().shapes,
             )
-            model = ServedModel(name="tiny", digest=BASE.digest, dtype="float32", max_model_len=128)
-            app = create_app(
-                Frontend(settings, engine, registry, tokenizer, model, metrics), on_stop=engine.stop
-            )
+            app = create_app(Frontend(settings, engine, registry, tokenizer, metrics))
             await stack.enter_async_context(app.router.lifespan_context(app))
             if wait:
                 await app.state.starting

@@ -59,7 +59,7 @@ async def test_admin_routes_need_the_admin_key(serve: Serve, action: str) -> Non
         (USER, 403),
         (ADMIN, 200),
     ):
-        assert served.app.state.frontend.registry.pool.resident() == ()
+        assert served.engine.resident() == ()
         assert (await served.client.post(path, headers=headers)).status_code == status
     assert (await served.client.post(f"/adapters/x/{action}", headers=ADMIN)).status_code == 404
     counted = f'crma_http_responses_total{{route="/adapters/{{task}}/{action}",status="200"}} 1.0'
@@ -70,7 +70,7 @@ async def test_an_adapter_in_use_is_unloaded_as_asked(serve: Serve) -> None:
     """A request uses it until the engine is told to cancel those that do."""
     served = await serve(admin_key="root", request_timeout_s=0.01)
     registry, cancelled = served.app.state.frontend.registry, []
-    pool, selection = registry.pool, registry.resolve("medical", False).selection
+    pool, selection = served.engine.pool, registry.resolve("medical", False).selection
 
     def cancel(digest: str) -> None:
         cancelled.append(digest)
@@ -83,7 +83,7 @@ async def test_an_adapter_in_use_is_unloaded_as_asked(serve: Serve) -> None:
             body["resident"]
         )
 
-    served.engine.cancel_adapter = cancel
+    served.engine.on_cancel = cancel
     assert await post("load") == (200, "True")
     assert pool.acquire(selection)
     for query in ("", "?when_in_use=refuse", "?when_in_use=wait"):

@@ -1,4 +1,6 @@
-"""Each way to send something wrong: its status, its code, the field it names; and that the next good request works."""
+"""Each way to send something wrong: its status, its code, the field it names; and that the next
+good request works.
+"""
 
 import json
 import math

@@ -181,7 +181,9 @@ async def test_the_deadline_is_the_requests_or_the_servers(serve: Serve) -> None
 
 
 async def test_a_stream_that_nobody_reads_keeps_no_place_in_the_engine(served: Served) -> None:
-    """The client goes before the head of the answer is written: the response never asks for its first event."""
+    """The client goes before the head of the answer is written: the response never asks for its
+    first event.
+    """
     received = [{"type": "http.request", "body": b'{"prompt": "Hi", "stream": true}'}]
 
     async def receive() -> dict[str, Any]:

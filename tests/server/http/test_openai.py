@@ -1,4 +1,6 @@
-"""The routes under /v1, read by OpenAI's own client; and that every refusal there is in OpenAI's shape."""
+"""The routes under /v1, read by OpenAI's own client; and that every refusal there is in OpenAI's
+shape.
+"""
 
 import json
 from functools import partial

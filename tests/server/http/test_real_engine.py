@@ -1,4 +1,6 @@
-"""The whole server, as `python -m server` builds it, on a tiny real model: every answer is the one without it."""
+"""The whole server, as `python -m server` builds it, on a tiny real model: every answer is the one
+without it.
+"""
 
 import asyncio
 import json
@@ -58,9 +60,9 @@ class Real(Served):
     async def settled(self) -> None:
         """A later request is answered as ever, and nothing is held any more."""
         assert (await self.ask())["text"] == self.oracle()
-        assert self.registry.pool.num_users() == 0
+        assert self.engine.pool.num_users() == 0
         self.engine.engine.check_integrity()
-        self.registry.pool.check_integrity()
+        self.engine.pool.check_integrity()
 
 
 @asynccontextmanager
@@ -273,7 +275,7 @@ async def test_a_client_that_goes_away_leaves_nothing_behind(
         if messages:
             return messages.pop()
         assert await asyncio.to_thread(reached.wait, 10)
-        assert served.registry.pool.num_users() == 2
+        assert served.engine.pool.num_users() == 2
         return {"type": "http.disconnect"}
 
     async def send(_: Any) -> None:

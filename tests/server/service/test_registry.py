@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 from published import BASE, SHAPES, publish, publish_backbone
-from tiny import FORMAT, flip_bit, injection
+from scripted_engine import ScriptedEngine
+from tiny import FORMAT, flip_bit
 
 from crma.core.errors import NotFound, StoreError
 from crma.models.prompts import PromptFormat
 from crma.store.adapter_store import AdapterStore
-from server.engine.native.adapter_pool import AdapterPool
 from server.service.metrics import Metrics
 from server.service.registry import Registry
 
@@ -25,10 +25,9 @@ def store(tmp_path: Path) -> AdapterStore:
 
 
 def registry(store: AdapterStore, **options: Any) -> Registry:
-    pool, metrics = AdapterPool(injection(), 4), Metrics(CollectorRegistry())
-    return Registry(
-        store, BASE, pool, BASE_FORMAT, metrics, **{"shapes": SHAPES, "poll_s": 0.005, **options}
-    )
+    metrics = Metrics(CollectorRegistry())
+    options = {"shapes": SHAPES, "poll_s": 0.005, **options}
+    return Registry(store, BASE, ScriptedEngine(), BASE_FORMAT, metrics, **options)
 
 
 async def started(store: AdapterStore, **options: Any) -> Registry:
@@ -76,9 +75,11 @@ async def test_what_is_published_while_it_serves_appears_by_itself(store: Adapte
     await made.stop()
     assert before.selection.task_digest == first
     assert made.resolve("task", None).selection.task_digest == second
-    estimate = made.pool._sizes[hidden]
-    made.pool.load(hidden)
-    assert estimate == sum(tensor.nbytes for tensor in made.pool.loras[hidden].parameters()) > 0
+    estimate = made.engine.pool._sizes[hidden]
+    made.engine.pool.load(hidden)
+    assert (
+        estimate == sum(tensor.nbytes for tensor in made.engine.pool.loras[hidden].parameters()) > 0
+    )
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "adapter_model.safetensors"])
@@ -122,21 +123,21 @@ async def test_what_replaces_a_resident_version_is_loaded_before_it_serves(
     publish(store, "cold", 1)
     made = await started(store)
     for digest in old:
-        made.pool.load(digest)
+        made.engine.pool.load(digest)
     new = [publish(store, "warm", 2).digest, publish_backbone(store, 1).digest]
     publish(store, "cold", 3)
     changed: list[str] = []
-    made.pool.on_change = lambda: changed.append(
+    made.engine.pool.on_change = lambda: changed.append(
         str(made.resolve("warm", None).selection.task_digest)
     )
     await made.refresh()
-    assert (set(made.pool.resident()), changed) == ({*old, *new}, [old[0]] * 2)
+    assert (set(made.engine.pool.resident()), changed) == ({*old, *new}, [old[0]] * 2)
     assert [
         made.resolve("warm", None).selection.task_digest,
         made.resolve(None, True).selection.crma_digest,
     ] == new
-    made.pool.pin(new[0])
-    made.pool.max_resident = (
+    made.engine.pool.pin(new[0])
+    made.engine.pool.max_resident = (
         1  # so that there is no room for its successor, which serves all the same
     )
     last = publish(store, "warm", 4).digest

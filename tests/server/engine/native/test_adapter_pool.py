@@ -301,7 +301,11 @@ def test_many_who_want_one_adapter_wait_for_one_load_and_nobody_else_does() -> N
         go.set()
         for each in wanted:
             each.result(10)
-        assert (len(loads), pool.acquire(AdapterSelection("slow")), pool.num_users()) == (1, True, 2)
+        assert (len(loads), pool.acquire(AdapterSelection("slow")), pool.num_users()) == (
+            1,
+            True,
+            2,
+        )
 
 
 def test_loads_compute_alone_whatever_number_of_threads_the_engine_sets() -> None:

@@ -1,4 +1,5 @@
-"""server.engine.native.async_engine: whoever comes, waits, leaves or fails, the others go on and nothing is left behind.
+"""server.engine.native.async_engine: whoever comes, waits, leaves or fails, the others go on and
+nothing is left behind.
 
 Every wait is for an event, or for a later request: commands reach the engine in order.
 """
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
+from scripted_engine import TINY
 from tiny import PROMPT, ask
 
 from crma.core.selection import AdapterSelection
@@ -32,8 +34,8 @@ async def happens(event: threading.Event) -> None:
 
 
 class Running:
-    """A started engine. Forward passes, and the load of "slow", wait for `go`; `at_step` and `at_load` say that one
-    does. A forward pass raises what is in `failures`."""
+    """A started engine. Forward passes, and the load of "slow", wait for `go`; `at_step` and
+    `at_load` say that one does. A forward pass raises what is in `failures`."""
 
     def __init__(self, max_queue: int = 8, go: bool = True, **limits: int) -> None:
         self.core, self.pool = tiny.make_engine(
@@ -44,7 +46,7 @@ class Running:
         run = self.core.runner.run
         self.core.runner.run = lambda *step: self.wait(self.at_step) or run(*step)
         self.pool.register("slow", lambda: self.wait(self.at_load) or ADAPTERS["task-1"])
-        self.engine = AsyncEngine(self.core, self.pool, max_queue)
+        self.engine = AsyncEngine(self.core, TINY, max_queue)
         if go:
             self.go.set()
 
@@ -98,12 +100,15 @@ async def start() -> AsyncIterator[Callable[..., Running]]:
     for each in started:
         if not each.engine._stopped:
             await each.settled()
-            await asyncio.wait_for(each.engine.stop(), 10)
+            await asyncio.wait_for(each.engine.close(), 10)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
 async def test_aborted_or_stopped_wherever_it_is(start: Any, stopped: bool) -> None:
-    """While its adapter loads; while it waits for a slot; before it is read at all. Stopping ends what runs as well."""
+    """While its adapter loads; while it waits for a slot; before it is read at all.
+
+    Stopping ends what runs as well.
+    """
     served = start(go=False, max_num_seqs=1)
     taken = served.take(ask("loads", SLOW))
     await happens(served.at_load)
@@ -111,7 +116,7 @@ async def test_aborted_or_stopped_wherever_it_is(start: Any, stopped: bool) -> N
     unread = served.engine.submit(ask("unread", BOTH, n=2))
     await happens(served.at_step)
     if stopped:
-        ending = asyncio.create_task(served.engine.stop())
+        ending = asyncio.create_task(served.engine.close())
         await happens(served.at_step)  # again: the stopping begins meanwhile
         with pytest.raises(EngineStopped):
             served.engine.submit(ask("late"))
@@ -183,4 +188,4 @@ async def test_an_unforeseen_failure_of_the_engine_leaves_nobody_waiting(start: 
     with pytest.raises(EngineStopped):
         served.engine.submit(ask("later"))
     assert served.engine.stats().has_failed
-    await asyncio.wait_for(served.engine.stop(), 10)
+    await asyncio.wait_for(served.engine.close(), 10)

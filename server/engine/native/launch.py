@@ -1,0 +1,143 @@
+"""Builds the native engine on a base model and starts its thread."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from crma.core.errors import ConfigError
+from crma.method.injection import Injection
+from crma.models.base_model import BaseModel
+from crma.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from server.engine.inference_engine import ServedModel
+from server.engine.native.adapter_pool import AdapterPool
+from server.engine.native.async_engine import AsyncEngine
+from server.engine.native.block_pool import BlockPool, root_key
+from server.engine.native.engine import Engine, model_stop_ids
+from server.engine.native.kernel import Kernel
+from server.engine.native.model_runner import ModelRunner
+from server.engine.native.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+BLOCK_SIZE = 16  # tokens of a KV cache block, the unit of allocation and of prefix sharing
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The settings of the native engine; `server/settings.py` says what each means and its default.
+
+    kernel_folder: where the native kernel is built. max_adapter_bytes: None for no limit.
+    """
+
+    device: str
+    dtype: str
+    quantization: Literal["none", "int8"]
+    kernel: Literal["auto", "on", "off"]
+    kernel_folder: Path
+    num_threads: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    kv_cache_tokens: int
+    prefix_caching: bool
+    max_loaded_adapters: int
+    max_adapter_bytes: int | None
+    max_queue: int
+
+
+def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
+    """Loads the model and starts the engine's thread.
+
+    Raises:
+        CrmaError: the model cannot be served with this configuration.
+    """
+    num_threads = config.num_threads or torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # of this thread: the engine's thread sets its own number (model_runner.py)
+    device = resolve_device(config.device)
+    injection = Injection(load_model(base, device, resolve_dtype(config.dtype, device)))
+    model = injection.model
+    tokenizer = load_tokenizer(base)
+    max_model_len = min(config.max_model_len, model.config.max_position_embeddings)
+    _check_limits(config, max_model_len)
+    dtype = _dtype_name(model, config.quantization)
+    blocks = BlockPool(1 + -(-config.kv_cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
+    pool = AdapterPool(injection, config.max_loaded_adapters, config.max_adapter_bytes)
+    runner = ModelRunner(
+        injection,
+        pool,
+        blocks,
+        num_threads,
+        take_weights=True,
+        kernel=_native_kernel(model, config),
+        int8=config.quantization == "int8",
+    )
+    root_of = (
+        (lambda selection: root_key(base.digest, dtype, *selection))
+        if config.prefix_caching
+        else None
+    )
+    scheduler = Scheduler(blocks, config.max_num_seqs, config.max_num_batched_tokens, root_of)
+    stop_ids = model_stop_ids(tokenizer, model.generation_config.eos_token_id)
+    engine = Engine(runner, scheduler, tokenizer, stop_ids, max_model_len)
+    served = ServedModel(
+        name=base.name,
+        digest=base.digest,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        num_tokens=min(len(tokenizer), model.config.vocab_size),
+    )
+    return AsyncEngine(engine, served, config.max_queue)
+
+
+def _check_limits(config: EngineConfig, max_model_len: int) -> None:
+    """Raises ConfigError where a step, or the KV cache, is too small for the sequences that it
+    must hold.
+    """
+    if config.max_num_batched_tokens < config.max_num_seqs:
+        raise ConfigError(
+            "max_num_batched_tokens is too small: every running sequence takes a token a step",
+            field="max_num_batched_tokens",
+            value=config.max_num_batched_tokens,
+            allowed=f">= max_num_seqs, {config.max_num_seqs}",
+        )
+    if config.kv_cache_tokens < max_model_len:
+        raise ConfigError(
+            "kv_cache_tokens is too small: one sequence of max_model_len tokens must fit",
+            field="kv_cache_tokens",
+            value=config.kv_cache_tokens,
+            allowed=f">= max_model_len, {max_model_len}",
+        )
+
+
+def _dtype_name(model: PreTrainedModel, quantization: str) -> str:
+    """ "bfloat16", or "bfloat16+int8": int8 weights give other keys and values, so another cache
+    identity.
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    return dtype if quantization == "none" else f"{dtype}+{quantization}"
+
+
+def _native_kernel(model: PreTrainedModel, config: EngineConfig) -> Kernel | None:
+    """The kernel for the model's dtype; None where it is off, or "auto" and not to be had.
+
+    Raises:
+        ConfigError: it is "on" and cannot be built, or the model is not on a CPU.
+    """
+    if config.kernel == "off":
+        return None
+    try:
+        if model.device.type != "cpu":
+            message = "the native kernel runs on CPUs only"
+            raise ConfigError(message, field="kernel", value=config.kernel, allowed="device=cpu")
+        return Kernel(model.dtype, config.kernel_folder)
+    except ConfigError as error:
+        if config.kernel == "on":
+            raise
+        logger.info("no native kernel: %s", error.message)
+        return None

@@ -1,0 +1,98 @@
+"""Prompts to token ids, off the event loop."""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from crma.models.prompts import PromptFormat, Turn, encode_chat, encode_text, raw_format
+from server.engine.errors import QueueFull
+from server.service.errors import InvalidField
+
+Prompt = str | Sequence[int] | Sequence[Turn]
+"""Text; or token ids; or the turns of a conversation."""
+
+
+class EncodedPrompt(NamedTuple):
+    """Token ids of a prompt and of a given answer after it, and the token that ends an answer."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    stop_id: int
+
+
+class PromptEncoder:
+    """Encodes one prompt at a time in a thread: two threads must not use one fast tokenizer.
+
+    Args:
+        tokenizer: used by nobody else.
+        num_tokens: token ids of a prompt must lie below it.
+        max_waiting: prompts that may wait to be encoded; one more is refused.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, num_tokens: int, max_waiting: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.num_tokens = num_tokens
+        self.max_waiting = max_waiting
+        self._raw = raw_format(tokenizer)
+        self._thread = ThreadPoolExecutor(1, "encode")
+        self._slots = asyncio.Semaphore(max_waiting + 1)  # one is encoded, the others wait
+
+    async def encode(
+        self, prompt: Prompt, prompt_format: PromptFormat | None, *, raw: bool, answer: str | None
+    ) -> EncodedPrompt:
+        """Encode a prompt and, where one is given, the answer that follows it.
+
+        Args:
+            prompt: text goes through `prompt_format` unless `raw`; turns through the chat template.
+            prompt_format: None: the raw format. It also says which token ends an answer.
+
+        Raises:
+            InvalidField: a token id that does not exist.
+            ConfigError: the chat template refuses these turns.
+            QueueFull: `max_waiting` prompts wait already.
+        """
+        if not isinstance(prompt, str):
+            self._check_ids(prompt)
+        if self._slots.locked():
+            raise QueueFull(self.max_waiting, retry_after=1.0)
+        trained = prompt_format or self._raw
+
+        def encode() -> EncodedPrompt:
+            prompt_ids = self._prompt_ids(prompt, self._raw if raw else trained)
+            answer_ids = [] if answer is None else encode_text(self.tokenizer, answer)
+            stop_id = trained.stop_id(self.tokenizer)
+            return EncodedPrompt(tuple(prompt_ids), tuple(answer_ids), stop_id)
+
+        async with self._slots:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, encode)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones too; an incomplete character is shown as �."""
+        # Decoding only reads the tokenizer, so it need not wait for the thread that encodes.
+        return self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _check_ids(self, prompt: Sequence[int] | Sequence[Turn]) -> None:
+        """Raises InvalidField that names the first token id out of range."""
+        for position, token_id in enumerate(prompt):
+            if isinstance(token_id, int) and not 0 <= token_id < self.num_tokens:
+                field = f"prompt.{position}"
+                allowed = f"0 to {self.num_tokens - 1}"
+                message = f"{field}: no such token"
+                raise InvalidField(message, field=field, value=token_id, allowed=allowed)
+
+    def _prompt_ids(self, prompt: Prompt, prompt_format: PromptFormat) -> Sequence[int]:
+        if isinstance(prompt, str):
+            return prompt_format.encode(self.tokenizer, prompt)
+        turns = [turn for turn in prompt if isinstance(turn, Turn)]
+        if turns:
+            return encode_chat(self.tokenizer, turns)
+        return [token_id for token_id in prompt if isinstance(token_id, int)]

@@ -1,0 +1,247 @@
+"""server.engine.inference_engine: what every implementation of the seam must do."""
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from tiny import adapters, ask, injection
+
+from crma.core.errors import NotFound, StoreError
+from crma.core.selection import BASE, AdapterSelection
+from server.engine.errors import AdapterInUse, EngineStopped, PromptTooLong, QueueFull
+from server.engine.inference_engine import InferenceEngine, Outputs
+from server.engine.request import FinishReason, Request, RequestOutput
+
+TASK = AdapterSelection("task-0")
+BOTH = AdapterSelection("task-1", "crma-0")
+BROKEN = AdapterSelection("broken")
+Received = list[RequestOutput]
+
+LONG = 300  # tokens: a request that is still running when a test acts on it
+
+
+async def read(stream: Outputs) -> Received:
+    return [output async for output in stream]
+
+
+async def run(engine: InferenceEngine, request: Request) -> Received:
+    return await asyncio.wait_for(read(engine.submit(request)), 30)
+
+
+def text_of(outputs: Received, index: int = 0) -> str:
+    return "".join(output.text for output in outputs if output.index == index)
+
+
+def tokens_of(outputs: Received, index: int = 0) -> list[int]:
+    return [token for output in outputs if output.index == index for token in output.token_ids]
+
+
+def logprobs_of(outputs: Received) -> list[float]:
+    return [each.logprob for output in outputs for each in output.logprobs]
+
+
+def ending(outputs: Received) -> tuple[FinishReason | None, str | None]:
+    return outputs[-1].finish_reason, outputs[-1].error
+
+
+async def begin(engine: InferenceEngine, request: Request) -> tuple[Outputs, RequestOutput]:
+    """A request that runs: its stream and its first output."""
+    stream = engine.submit(request)
+    return stream, await asyncio.wait_for(anext(stream), 30)
+
+
+async def is_well(engine: InferenceEngine) -> None:
+    """A later request is answered, and no request runs after it."""
+    outputs = await run(engine, ask("later", BOTH))
+    assert ending(outputs) == (FinishReason.LENGTH, None)
+    assert len(tokens_of(outputs)) == 6
+
+
+# Answers ----------------------------------------------------------------------------------------
+
+
+async def test_a_batch_gives_every_request_what_it_gets_alone(engine: InferenceEngine) -> None:
+    selections = (BASE, TASK, BOTH, AdapterSelection(None, "crma-1"))
+    sampled = {"temperature": 1.2, "seed": 4}
+    requests = []
+    for index, selection in enumerate(selections):
+        greedy = ask(f"greedy-{index}", selection, logprobs=0, max_tokens=4 + index)
+        requests += [greedy, ask(f"sampled-{index}", selection, logprobs=0, **sampled)]
+    alone = [await run(engine, request) for request in requests]
+    together = await asyncio.gather(*(run(engine, request) for request in requests))
+    for single, batched in zip(alone, together, strict=True):
+        assert tokens_of(batched) == tokens_of(single)
+        assert text_of(batched) == text_of(single)
+        assert ending(batched) == ending(single) == (FinishReason.LENGTH, None)
+        assert logprobs_of(batched) == pytest.approx(logprobs_of(single), abs=1e-4)
+    assert len({text_of(outputs) for outputs in alone[::2]}) == len(selections)
+
+
+async def test_a_seed_belongs_to_its_request_and_sequence_i_of_n_draws_from_seed_plus_i(
+    engine: InferenceEngine,
+) -> None:
+    sampled: dict[str, Any] = {"temperature": 1.5, "max_tokens": 12}
+    both = await run(engine, ask("both", TASK, seed=5, n=2, **sampled))
+    for index in range(2):
+        single = await run(engine, ask(f"one-{index}", TASK, seed=5 + index, **sampled))
+        assert tokens_of(single) == tokens_of(both, index)
+        assert text_of(single) == text_of(both, index)
+    assert text_of(both, 0) != text_of(both, 1)
+
+
+async def test_a_stream_brings_the_text_in_parts_and_the_totals_at_the_end(
+    engine: InferenceEngine,
+) -> None:
+    outputs = await run(engine, ask(max_tokens=12, logprobs=2))
+    assert len(outputs) > 2
+    assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
+    last = outputs[-1]
+    assert last.finish_reason is FinishReason.LENGTH
+    assert last.completion_tokens == len(tokens_of(outputs)) == 12
+    assert last.timings is not None
+    assert last.timings.ttft_s is not None
+    assert last.timings.queue_s <= last.timings.ttft_s <= last.timings.e2e_s
+    assert [len(each.top) for output in outputs for each in output.logprobs] == [2] * 12
+
+
+async def test_text_ends_before_a_stop_string(engine: InferenceEngine) -> None:
+    whole = text_of(await run(engine, ask("whole", max_tokens=12)))
+    stop = whole[5:8]
+    stopped = await run(engine, ask("stopped", max_tokens=12, stop=(stop,)))
+    assert text_of(stopped) == whole.partition(stop)[0]
+    assert ending(stopped) == (FinishReason.STOP, None)
+
+
+async def test_warming_up_runs_a_step(engine: InferenceEngine) -> None:
+    await engine.warm_up()
+    assert engine.stats().num_steps > 0
+    await is_well(engine)
+
+
+# Requests that do not finish --------------------------------------------------------------------
+
+
+async def test_an_aborted_request_ends_and_its_neighbour_goes_on(engine: InferenceEngine) -> None:
+    neighbour = asyncio.create_task(run(engine, ask("neighbour", BOTH)))
+    stream, _ = await begin(engine, ask("aborted", TASK, max_tokens=LONG))
+    engine.abort("aborted")
+    engine.abort("unknown")
+    assert ending(await read(stream)) == (FinishReason.ABORT, None)
+    assert ending(await neighbour) == (FinishReason.LENGTH, None)
+    await engine.unload("task-0", wait_s=10)
+    await is_well(engine)
+
+
+async def test_closing_a_stream_aborts_its_request(engine: InferenceEngine) -> None:
+    stream, _ = await begin(engine, ask("left", TASK, max_tokens=LONG))
+    await stream.aclose()
+    await engine.unload("task-0", wait_s=10)
+    assert "task-0" not in engine.resident()
+    await is_well(engine)
+
+
+async def test_a_deadline_ends_its_own_request_only(engine: InferenceEngine) -> None:
+    late = ask("late", TASK, deadline=time.monotonic(), max_tokens=LONG)
+    in_time = ask("in time", BOTH, deadline=time.monotonic() + 1000)
+    outputs = await asyncio.gather(run(engine, late), run(engine, in_time))
+    ends = [ending(each) for each in outputs]
+    assert ends == [(FinishReason.ABORT, "deadline"), (FinishReason.LENGTH, None)]
+    await is_well(engine)
+
+
+async def test_an_adapter_that_cannot_be_loaded_fails_its_own_request_only(
+    engine: InferenceEngine,
+) -> None:
+    def damaged() -> Any:
+        raise StoreError("the file is damaged", field="weights")
+
+    engine.register("broken", damaged, 1000)
+    neighbour = asyncio.create_task(run(engine, ask("neighbour", BOTH)))
+    with pytest.raises(StoreError, match="damaged"):
+        await run(engine, ask("unlucky", BROKEN))
+    with pytest.raises(NotFound):
+        await run(engine, ask("unknown", AdapterSelection("nowhere")))
+    assert ending(await neighbour) == (FinishReason.LENGTH, None)
+    repaired = adapters(injection())["task-2"]
+    engine.register("broken", lambda: repaired, 1000)
+    assert ending(await run(engine, ask("again", BROKEN))) == (FinishReason.LENGTH, None)
+    await is_well(engine)
+
+
+async def test_a_request_that_cannot_run_is_refused_at_once(engine: InferenceEngine) -> None:
+    too_long = (5,) * 1000
+    for prompt in ((), too_long):
+        with pytest.raises(PromptTooLong):
+            engine.submit(ask("long", prompt=prompt))
+    flood = [ask(f"flood-{index}", max_tokens=LONG) for index in range(1000)]
+
+    def submit_all() -> None:
+        for request in flood:
+            engine.submit(request)
+
+    with pytest.raises(QueueFull) as caught:
+        submit_all()
+    assert caught.value.retry_after >= 1
+    for request in flood:
+        engine.abort(request.id)
+
+
+async def test_closing_ends_what_runs_and_takes_no_more(engine: InferenceEngine) -> None:
+    stream, _ = await begin(engine, ask("running", TASK, max_tokens=LONG))
+    rest, _ = await asyncio.gather(read(stream), engine.close())
+    assert ending(rest) == (FinishReason.ABORT, None)
+    with pytest.raises(EngineStopped):
+        engine.submit(ask("late"))
+
+
+# Adapters ---------------------------------------------------------------------------------------
+
+
+async def test_an_adapter_is_resident_from_load_to_unload(engine: InferenceEngine) -> None:
+    assert engine.resident() == ()
+    await engine.load("task-0")
+    await engine.load("crma-0")
+    assert set(engine.resident()) == {"task-0", "crma-0"}
+    await engine.unload("task-0")
+    await engine.unload("task-0")  # it is not there: nothing happens
+    assert engine.resident() == ("crma-0",)
+    with pytest.raises(NotFound):
+        await engine.load("nowhere")
+    assert ending(await run(engine, ask("loads it again", TASK))) == (FinishReason.LENGTH, None)
+    assert "task-0" in engine.resident()
+
+
+async def test_an_adapter_in_use_is_unloaded_when_its_requests_have_ended(
+    engine: InferenceEngine,
+) -> None:
+    stream, _ = await begin(engine, ask("uses it", TASK, max_tokens=LONG))
+    with pytest.raises(AdapterInUse):
+        await engine.unload("task-0")
+    rest, _ = await asyncio.gather(read(stream), engine.unload("task-0", wait_s=30))
+    assert ending(rest) == (FinishReason.LENGTH, None)
+    assert "task-0" not in engine.resident()
+
+
+async def test_unloading_can_cancel_the_requests_that_use_the_adapter(
+    engine: InferenceEngine,
+) -> None:
+    stream, _ = await begin(engine, ask("uses it", TASK, max_tokens=LONG))
+    other = asyncio.create_task(run(engine, ask("other", BOTH)))
+    rest, _ = await asyncio.gather(read(stream), engine.unload("task-0", wait_s=30, cancel=True))
+    assert ending(rest) == (FinishReason.ABORT, "unloaded")
+    assert ending(await other) == (FinishReason.LENGTH, None)
+    assert "task-0" not in engine.resident()
+
+
+async def test_a_pinned_adapter_stays_until_it_is_unpinned(engine: InferenceEngine) -> None:
+    await engine.pin("task-0")
+    await engine.pin("task-0")
+    stream, _ = await begin(engine, ask("uses it", TASK))
+    with pytest.raises(AdapterInUse):
+        await engine.unload("task-0", cancel=True)
+    assert ending(await read(stream)) == (FinishReason.LENGTH, None), "a pin protects its users"
+    assert "task-0" in engine.resident()
+    engine.unpin("task-0")
+    await engine.unload("task-0")
+    assert "task-0" not in engine.resident()

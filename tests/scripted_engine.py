@@ -1,0 +1,208 @@
+"""An `InferenceEngine` that follows a script: it refuses, fails or ends a request as a test says.
+
+Its adapters are real: they load into the native pool, on the tiny model.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import tiny
+
+from server.engine.errors import EngineStopped, PromptTooLong, QueueFull
+from server.engine.inference_engine import Outputs, ServedModel
+from server.engine.native.adapter_pool import AdapterPool, Loader
+from server.engine.request import (
+    EngineStats,
+    FinishReason,
+    Request,
+    RequestOutput,
+    Timings,
+    TokenLogprob,
+)
+
+TINY = ServedModel("tiny", "sha256:" + "b" * 64, "float32", max_model_len=128, num_tokens=300)
+FIRST_TOKEN = 5
+
+Ending = tuple[FinishReason, str | None]
+
+
+def logprobs(num_top: int | None, *values: float) -> tuple[TokenLogprob, ...]:
+    """Log-probabilities of tokens, where they are asked for; the k-th most probable one has -k."""
+    if num_top is None:
+        return ()
+    top = tuple((token, -float(token)) for token in range(num_top))
+    return tuple(TokenLogprob(value, top) for value in values)
+
+
+@dataclass(eq=False)
+class ScriptedEngine:
+    """Two tokens and an end for every sequence, unless the script says otherwise.
+
+    answer: the text of a request: its first word is the first token, the rest the second.
+    max_length: most tokens of a prompt and its answer. refusal: raised by `submit`. ending: finish
+    reason and error of the last output. fail_at_once: the first token is left out. on_cancel:
+    called with the digest by `unload(cancel=True)`; by default the requests that use it end.
+    """
+
+    model: ServedModel = TINY
+    max_queue: int = 1000
+    max_length: int = 1_000_000
+    answer: Callable[[Request], str] = lambda _: "one two"
+    refusal: Exception | None = None
+    ending: Ending = (FinishReason.STOP, None)
+    fail_at_once: bool = False
+    on_failure: Callable[[], None] = lambda: None
+    on_cancel: Callable[[str], None] | None = None
+    requests: list[Request] = field(default_factory=list)
+    running: int = 0
+    most_running: int = 0
+
+    def __post_init__(self) -> None:
+        self.pool = AdapterPool(tiny.injection(), 4)
+        self.closed = False
+        self._open: dict[str, Request] = {}
+        self._ended: dict[str, Ending] = {}
+
+    # What a script decides ---------------------------------------------------------------------
+
+    def pieces(self, request: Request, index: int) -> list[str]:
+        """The texts of a sequence's tokens."""
+        text = self.answer(request)
+        first = text.split(" ")[0]
+        return [first, text[len(first) :]]
+
+    def last(self, request: Request) -> Ending:
+        """How a sequence ends that was not ended before."""
+        return self.ending
+
+    # Requests ----------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Outputs:
+        if self.refusal is not None:
+            raise self.refusal
+        if self.closed:
+            raise EngineStopped("the server is stopping and takes no new requests")
+        length = len(request.prompt_ids)
+        if not 0 < length <= self.max_length - request.sampling.max_tokens:
+            raise PromptTooLong("too long", field="prompt", value=length, allowed="less")
+        if self._num_open() + request.sampling.n > self.max_queue:
+            raise QueueFull(self.max_queue, retry_after=1.0)
+        self.requests.append(request)
+        self._open[request.id] = request
+        return self._outputs(request)
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self._open:
+            self._ended.setdefault(request_id, (FinishReason.ABORT, None))
+
+    def stats(self) -> EngineStats:
+        tasks = tuple(r.selection.task_digest for r in self.requests if r.selection.task_digest)
+        return EngineStats(
+            num_steps=len(self.requests),
+            num_requests_running=self.running,
+            resident=self.resident(),
+            running_adapters=tasks,
+        )
+
+    async def warm_up(self) -> None:
+        async for _ in self.submit(Request("warm-up", (FIRST_TOKEN,))):
+            pass
+
+    async def close(self) -> None:
+        self.closed = True
+        for request_id in list(self._open):
+            self.abort(request_id)
+        while self.running:
+            await asyncio.sleep(0)
+        await asyncio.to_thread(self.pool.close)
+
+    async def _outputs(self, request: Request) -> Outputs:
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        uses_adapters = False
+        try:
+            for digest in request.selection:
+                if digest is not None:
+                    await self.load(digest)
+            uses_adapters = self.pool.acquire(request.selection)
+            for index in range(request.sampling.n):
+                async for output in self._sequence(request, index):
+                    yield output
+        finally:
+            self.running -= 1
+            self._open.pop(request.id, None)
+            self._ended.pop(request.id, None)
+            if uses_adapters:
+                self.pool.release(request.selection)
+
+    async def _sequence(self, request: Request, index: int) -> Outputs:
+        sampling = request.sampling
+        pieces = self.pieces(request, index)
+        output = RequestOutput(request.id, index)
+        if not index:
+            prompt = logprobs(sampling.prompt_logprobs, *[-1.0] * (len(request.prompt_ids) - 1))
+            output = replace(output, prompt_logprobs=prompt)
+        for position, text in enumerate(pieces):
+            await asyncio.sleep(0)
+            early = self._early_ending(request)
+            if early is not None:
+                yield self._finished(output, early, position)
+                return
+            token = replace(
+                output,
+                token_ids=(FIRST_TOKEN + position,),
+                text=text,
+                logprobs=logprobs(sampling.logprobs, -0.5 / 2**position),
+            )
+            if position == len(pieces) - 1:
+                yield self._finished(token, self.last(request), len(pieces))
+            elif not self.fail_at_once:
+                yield token
+            output = RequestOutput(request.id, index)
+
+    def _finished(self, output: RequestOutput, ending: Ending, num_tokens: int) -> RequestOutput:
+        return replace(
+            output,
+            finish_reason=ending[0],
+            error=ending[1],
+            completion_tokens=num_tokens,
+            cached_tokens=1,
+            timings=Timings(0.1, 0.2, 0.3),
+        )
+
+    def _early_ending(self, request: Request) -> Ending | None:
+        if request.deadline is not None and time.monotonic() >= request.deadline:
+            return FinishReason.ABORT, "deadline"
+        return self._ended.get(request.id)
+
+    def _num_open(self) -> int:
+        return sum(request.sampling.n for request in self._open.values())
+
+    # Adapters ----------------------------------------------------------------------------------
+
+    def register(self, digest: str, loader: Loader, num_parameters: int) -> None:
+        self.pool.register(digest, loader, num_parameters * 4)
+
+    async def load(self, digest: str) -> None:
+        await asyncio.to_thread(self.pool.load, digest)
+
+    async def unload(self, digest: str, *, wait_s: float = 0.0, cancel: bool = False) -> None:
+        if cancel and digest not in self.pool.pinned:
+            (self.on_cancel or self._cancel)(digest)
+        await asyncio.to_thread(self.pool.unload, digest, wait_s=wait_s)
+
+    async def pin(self, digest: str) -> None:
+        await asyncio.to_thread(self.pool.pin, digest)
+
+    def unpin(self, digest: str) -> None:
+        self.pool.unpin(digest)
+
+    def resident(self) -> tuple[str, ...]:
+        return self.pool.resident()
+
+    def _cancel(self, digest: str) -> None:
+        for request in self._open.values():
+            if digest in request.selection:
+                self._ended[request.id] = (FinishReason.ABORT, "unloaded")
