@@ -1,4 +1,4 @@
-"""How one sequence chooses its tokens, by the book and in plain Python: what `server.engine.sampler` has to equal."""
+"""How one sequence chooses its tokens, in plain Python: the oracle for the engine's sampler."""
 
 import math
 from bisect import bisect_left
@@ -13,47 +13,66 @@ from crma.models.reference import Choose, likeliest
 from server.engine.native.sampler import SamplingRow
 from server.engine.request import SamplingParams
 
+LARGEST_FP32 = torch.finfo(torch.float32).max
+
 
 def chooser(params: SamplingParams, prompt: Sequence[int], index: int = 0) -> Choose:
-    """Of sequence `index` of a request, for `generate`."""
+    """Return how sequence `index` of a request chooses its tokens, for `generate`."""
     generator = torch.Generator().manual_seed((params.seed or 0) + index)
-    return lambda logits, output: chosen(logits, SamplingRow(params, prompt, output, generator))
+
+    def choose(logits: Tensor, output: Sequence[int]) -> int:
+        return chosen(logits, SamplingRow(params, prompt, output, generator))
+
+    return choose
 
 
 def penalised(logits: Tensor, row: SamplingRow) -> Tensor:
-    """Logits [vocab] after the repetition penalty of prompt and output, then the other two, of the output only."""
-    p, scores = row.params, logits.tolist()
+    """Apply the repetition penalty to logits [vocab], then the presence and frequency penalties.
+
+    The first is on tokens of prompt and output, the other two on tokens of the output only.
+    """
+    params = row.params
+    scores = logits.tolist()
     for token in {*row.prompt_ids, *row.output_ids}:
-        by = p.repetition_penalty
-        scores[token] = scores[token] / by if scores[token] > 0 else scores[token] * by
+        if scores[token] > 0:
+            scores[token] /= params.repetition_penalty
+        else:
+            scores[token] *= params.repetition_penalty
     for token, count in Counter(row.output_ids).items():
-        scores[token] -= p.presence_penalty + p.frequency_penalty * count
-    return torch.tensor(scores).clamp(max=torch.finfo(torch.float32).max)  # inf - inf would be NaN
+        scores[token] -= params.presence_penalty + params.frequency_penalty * count
+    return torch.tensor(scores).clamp(max=LARGEST_FP32)  # inf - inf would be NaN
 
 
 def chosen(logits: Tensor, row: SamplingRow) -> int:
-    """One token from fp32 logits [vocab]; temperature 0 is greedy (lowest id among equals).
+    """Choose one token from fp32 logits [vocab].
 
-    Order: penalties, temperature, top-k (exactly k; of equals the lowest ids), min-p, then top-p over what is left. The
-    draw walks the token ids with one uniform number, so that the same seed gives the same token wherever the logits are
-    the same: probabilities are whole numbers, whose sums have no rounding.
+    Temperature 0 is greedy, and takes the lowest id among ties. Otherwise the order is: penalties,
+    temperature, top-k (exactly k tokens, of ties the lowest ids), min-p, then top-p over the tokens
+    that are left. The draw walks the token ids with one uniform number. Probabilities are whole
+    numbers, whose sums have no rounding: the same seed gives the same token for the same logits.
     """
-    p, logits = row.params, penalised(logits, row)
-    if p.temperature == 0.0:
-        return likeliest(logits, ())
-    scores = logits.tolist()
+    params = row.params
+    penalised_logits = penalised(logits, row)
+    if params.temperature == 0.0:
+        return likeliest(penalised_logits, ())
+    scores = penalised_logits.tolist()
     ranked = sorted(range(len(scores)), key=lambda token: -scores[token])  # stable
-    # Against the largest first: a tiny temperature then gives -inf, never inf.
     best = scores[ranked[0]]
-    odds = {
-        token: math.exp((scores[token] - best) / p.temperature)
-        for token in ranked[: p.top_k or None]
-    }
-    masses = {token: round(2**32 * odd) for token, odd in odds.items() if odd >= p.min_p}
-    before = [*accumulate(masses.values(), initial=0)]
-    nucleus = sorted(
-        token for token, mass in zip(masses, before, strict=False) if mass < p.top_p * before[-1]
-    )
-    sums = list(accumulate(masses[token] for token in nucleus))
-    draw = 1 - torch.rand((), dtype=torch.float64, generator=row.generator).item()  # in (0, 1]
-    return nucleus[bisect_left(sums, draw * sums[-1])]
+    masses: dict[int, int] = {}
+    for token in ranked[: params.top_k or None]:
+        # Subtract the best first: a tiny temperature then gives -inf, never inf.
+        odds = math.exp((scores[token] - best) / params.temperature)
+        if odds >= params.min_p:
+            masses[token] = round(2**32 * odds)
+    total = sum(masses.values())
+    kept: list[int] = []
+    mass_before = 0
+    for token, mass in masses.items():
+        if mass_before < params.top_p * total:
+            kept.append(token)
+        mass_before += mass
+    kept.sort()
+    sums = list(accumulate(masses[token] for token in kept))
+    uniform = torch.rand((), dtype=torch.float64, generator=row.generator).item()
+    draw = 1 - uniform  # in (0, 1]
+    return kept[bisect_left(sums, draw * sums[-1])]

@@ -1,4 +1,7 @@
-"""What crosses the engine seam: a Request goes in, RequestOutputs come out. No torch, no HTTP."""
+"""The data that crosses the engine seam: a Request goes in, RequestOutputs come out.
+
+Plain data: no torch, no HTTP.
+"""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,14 +21,29 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. Validated at the edge (server/schemas.py); the engine trusts it.
+    """How the tokens of a request are chosen.
 
-    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and the penalties' 1, 0 and 0 are off. The repetition penalty is
-    of prompt and answer (Keskar et al. 2019), the other two of the answer only (OpenAI). `seed` makes a sampled request
-    repeatable: sequence i of n draws from seed + i. `stop` strings end a sequence and are not part of its text.
-    `logprobs` k returns, for every sampled token, its log-probability and the k most probable tokens, all under the
-    model's own distribution; `prompt_logprobs` k the same for the prompt's tokens from number `prompt_logprobs_from` on
-    (number 0 has none). None: off.
+    The HTTP edge (server/http/schemas.py) validates the values; the engine trusts them.
+
+    Attributes:
+        max_tokens: the most tokens to generate in each sequence.
+        temperature: 0 is greedy.
+        top_p: sample only from the most probable tokens that hold this share together; 1 is off.
+        top_k: sample only from the k most probable tokens; 0 is off. No upper limit.
+        min_p: sample only from tokens with at least this share of the most probable token's
+            probability; 0 is off.
+        repetition_penalty: on tokens of prompt and answer (Keskar et al. 2019); 1 is off.
+        presence_penalty: on tokens that the answer has (OpenAI); 0 is off.
+        frequency_penalty: the same, once for each time the answer has them; 0 is off.
+        seed: makes a sampled request repeatable: sequence i of n draws from seed + i.
+        n: sequences to generate.
+        stop: strings that end a sequence; they are no part of its text.
+        logprobs: for every sampled token, return its log-probability and the k most probable
+            tokens, under the model's unmodified distribution; None is off.
+        prompt_logprobs: the same for the tokens of the prompt; None is off.
+        prompt_logprobs_from: the first prompt token that `prompt_logprobs` covers, at least 1: the
+            token at position 0 has no log-probability.
+        ignore_eos: go on to max_tokens past the tokens that would end the sequence.
     """
 
     max_tokens: int = 16
@@ -46,7 +64,12 @@ class SamplingParams:
 
 
 class TokenLogprob(NamedTuple):
-    """The log-probability of one token, and (id, log-probability) of the most probable ones, most probable first."""
+    """The log-probability of one token.
+
+    Attributes:
+        logprob: natural logarithm.
+        top: (id, log-probability) of the most probable tokens in its place, most probable first.
+    """
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
@@ -54,10 +77,19 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One user call. Times are seconds of time.monotonic().
+    """One call of a user. Times are seconds of time.monotonic().
 
-    `stop_token_ids` end a sequence beside the model's own end tokens (an adapter's prompt format has one). One that is
-    not `interactive` uses what the others leave: it starts after them, and gives way where they have no room.
+    Attributes:
+        id: unique among the unfinished requests.
+        prompt_ids: at least one token.
+        stop_token_ids: tokens that end a sequence, beside the model's own end tokens; the prompt
+            format of an adapter has one.
+        sampling: how its tokens are chosen.
+        selection: its adapters, by digest.
+        arrival: when it arrived.
+        deadline: when it is cut short; None is never.
+        interactive: False for background work such as ablations. Interactive requests run first and
+            may preempt the others.
     """
 
     id: str
@@ -72,7 +104,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds from arrival: until first scheduled, until the first token, until the end."""
+    """Times of one sequence, in seconds from the arrival of its request.
+
+    Attributes:
+        queue_s: until it first ran.
+        ttft_s: until its first token; None if it had none.
+        e2e_s: until it ended.
+    """
 
     queue_s: float
     ttft_s: float | None
@@ -81,14 +119,28 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """New tokens of one sequence of one request.
+    """New tokens of one sequence of a request.
 
-    `text` is the new text only (a delta; may be empty while a multi-byte character or a possible stop
-    string is held back). `logprobs` has one entry a new token where asked for. The first output of sequence 0 carries
-    `prompt_logprobs` where asked for: one entry a prompt token. The last output of a sequence carries
-    finish_reason and the totals; after the last output of the last sequence the iterator ends. `error` is set exactly
-    when finish_reason is error or, with the reason "deadline" or "unloaded", abort. `cause` is what the load of an
-    adapter raised; the stream raises it instead of giving this output.
+    The last output of a sequence has a finish_reason, and with it the totals. The stream of a
+    request ends after the last output of its last sequence.
+
+    Attributes:
+        request_id: the request.
+        index: the sequence's number among the request's n.
+        token_ids: the new tokens.
+        text: the new text. It may be empty while a multi-byte character or a possible stop string
+            is held back.
+        logprobs: one for each new token, if asked for.
+        prompt_logprobs: in the first output of sequence 0, one for each prompt token from
+            `prompt_logprobs_from` on, if asked for.
+        finish_reason: why the sequence ended; None while it goes on.
+        error: a message, set exactly if finish_reason is `error`, or if it is `abort` because of
+            the "deadline" or because its adapter was "unloaded".
+        cause: the exception that loading an adapter raised. The stream raises it in place of this
+            output.
+        completion_tokens: the length of the answer, in tokens (a total).
+        cached_tokens: prompt tokens found in the prefix cache (a total).
+        timings: of the whole sequence (a total).
     """
 
     request_id: str
@@ -107,7 +159,16 @@ class RequestOutput:
 
 @dataclass
 class EngineCounters:
-    """Totals since the start."""
+    """What the engine has done since the start.
+
+    Attributes:
+        num_steps: forward passes.
+        num_preemptions: sequences sent back to the queue.
+        prompt_tokens: of all sequences that have run.
+        generation_tokens: of all sequences.
+        prefix_cache_queries: prompt tokens looked up in the prefix cache.
+        prefix_cache_hits: prompt tokens found there.
+    """
 
     num_steps: int = 0
     num_preemptions: int = 0
@@ -119,7 +180,7 @@ class EngineCounters:
 
 @dataclass
 class PoolCounters:
-    """Totals of the adapter pool since the start."""
+    """What the adapter pool has done since the start."""
 
     adapter_loads: int = 0
     adapter_load_seconds: float = 0.0
@@ -128,7 +189,17 @@ class PoolCounters:
 
 @dataclass
 class EngineStats(EngineCounters, PoolCounters):
-    """A snapshot for metrics and /adapters. Counters only grow; kv_cache_usage is the share of blocks in use."""
+    """A snapshot of the engine, for metrics and /adapters.
+
+    Attributes:
+        has_failed: the engine takes no more requests.
+        num_requests_running: requests with a running sequence.
+        num_requests_waiting: requests with a waiting sequence.
+        kv_cache_usage: the share of blocks in use, from 0 to 1.
+        resident: digests of the adapters in memory.
+        running_adapters: digests of the task adapters of running requests.
+        waiting_adapters: digests of the task adapters of waiting requests.
+    """
 
     has_failed: bool = False
     num_requests_running: int = 0

@@ -1,7 +1,10 @@
-"""A scheduled step -> the tensors of one forward pass. Shapes as in kv_cache.py; T tokens, one a row."""
+"""The tensors of one forward pass, built from a planned step.
+
+Shapes are those of kv_cache.py: T tokens in the batch, each in a row of its own.
+"""
 
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -9,14 +12,23 @@ from torch import Tensor
 from crma.core.selection import AdapterSelection
 from server.engine.native.block_pool import NULL_BLOCK
 from server.engine.native.kv_cache import AttentionGroup, PagedKv
-from server.engine.native.scheduler import Chunk, Step
+from server.engine.native.step import Chunk, Step
 
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids, positions [T]; paged: where their keys and values go; selections: one a token; the first num_single
-    tokens are of a sequence each; logit_rows: the tokens whose logits are needed, chunk after chunk, and num_logits of
-    each chunk."""
+    """The input of one forward pass.
+
+    Attributes:
+        chunks: the step's chunks, in the order in which their tokens lie in the batch.
+        input_ids: [T] token ids.
+        positions: [T] their positions in their sequences.
+        paged: the KV cache, and where each token's keys and values go in it.
+        selections: the adapters of each token.
+        num_single: how many tokens at the beginning are the only one of their sequence.
+        logit_rows: [rows] the tokens whose logits are needed, chunk after chunk.
+        num_logits: how many of those each chunk has.
+    """
 
     chunks: list[Chunk]
     input_ids: Tensor
@@ -29,63 +41,97 @@ class Batch:
 
 
 def build_batch(step: Step, cache: Tensor) -> Batch:
-    """Single tokens first, the short sequences' before the long ones'; then chunks, those of an adapter together."""
-    device, size = cache.device, cache.shape[2]
-    parts = [
-        sorted((c for c in step.chunks if c.count == 1), key=lambda c: c.stop),
-        sorted(
-            (c for c in step.chunks if c.count > 1),
-            key=lambda c: c.sequence.request.selection.task_digest or "",
-        ),
-    ]
-    chunks = [*parts[0], *parts[1]]
-    tokens = [
-        (chunk.sequence, position)
-        for chunk in chunks
-        for position in range(chunk.start, chunk.stop)
-    ]
-    input_ids = torch.tensor([s.token_ids[p] for s, p in tokens], device=device)
-    positions = torch.tensor([p for _, p in tokens], device=device)
-    slots = torch.tensor(
-        [s.block_table[p // size] * size + p % size for s, p in tokens], device=device
-    )
-    # No sequence in a group has over twice the blocks of another: what is padded is read, too.
-    together = [
-        list(group)
-        for _, group in groupby(parts[0], key=lambda c: (-(-c.stop // size)).bit_length())
-    ]
-    groups = _groups([*together, *([chunk] for chunk in parts[1])], size, device)
-    num_logits = [c.num_logits for c in chunks]
-    ends = zip(accumulate(c.count for c in chunks), num_logits, strict=True)
-    logit_rows = torch.tensor(
-        [row for end, wanted in ends for row in range(end - wanted, end)], dtype=torch.long
-    )
-    selections = [s.request.selection for s, _ in tokens]
-    paged = PagedKv(cache, slots, groups)
+    """Lay the tokens of a step out in one batch.
+
+    Single tokens come first, those of short sequences before those of long ones. Longer chunks
+    follow, those of one task adapter side by side.
+
+    Args:
+        step: at least one chunk.
+        cache: [L, N, z, 2h, e]; its device is the batch's.
+    """
+    device = cache.device
+    block_size = cache.shape[2]
+    singles = [chunk for chunk in step.chunks if chunk.count == 1]
+    singles.sort(key=lambda chunk: chunk.stop)
+    longer = [chunk for chunk in step.chunks if chunk.count > 1]
+    longer.sort(key=lambda chunk: chunk.sequence.request.selection.task_digest or "")
+    chunks = singles + longer
+    num_logits = [chunk.num_logits for chunk in chunks]
+
+    input_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    selections: list[AdapterSelection] = []
+    logit_rows: list[int] = []
+    for chunk, num_rows in zip(chunks, num_logits, strict=True):
+        sequence = chunk.sequence
+        input_ids += sequence.token_ids[chunk.start : chunk.stop]
+        positions += range(chunk.start, chunk.stop)
+        slots += _slots(chunk, block_size)
+        selections += [sequence.request.selection] * chunk.count
+        logit_rows += range(len(input_ids) - num_rows, len(input_ids))
+
+    groups = _groups(singles, longer, block_size, device)
     return Batch(
         chunks,
-        input_ids,
-        positions,
-        paged,
+        torch.tensor(input_ids, device=device),
+        torch.tensor(positions, device=device),
+        PagedKv(cache, torch.tensor(slots, device=device), groups),
         selections,
-        len(parts[0]),
-        logit_rows.to(device),
+        len(singles),
+        torch.tensor(logit_rows, dtype=torch.long, device=device),
         num_logits,
     )
 
 
+def _slots(chunk: Chunk, block_size: int) -> list[int]:
+    """Where the cache keeps each token of a chunk: its block's first slot, plus its place there."""
+    table = chunk.sequence.block_table
+    positions = range(chunk.start, chunk.stop)
+    return [table[p // block_size] * block_size + p % block_size for p in positions]
+
+
 def _groups(
-    parts: list[list[Chunk]], size: int, device: torch.device
+    singles: list[Chunk], longer: list[Chunk], block_size: int, device: torch.device
 ) -> tuple[AttentionGroup, ...]:
-    """One for each list of chunks, which have the same number of tokens."""
-    groups, first = [], 0
-    for part in parts:
-        tables = [c.sequence.block_table[: -(-c.stop // size)] for c in part]
-        width = max(map(len, tables))
-        rows = slice(first, first := first + len(part) * part[0].count)
-        blocks = torch.tensor(
-            [b for t in tables for b in t + [NULL_BLOCK] * (width - len(t))], device=device
-        )
-        positions = torch.tensor([range(c.start, c.stop) for c in part], device=device)
-        groups.append(AttentionGroup(rows, blocks, positions))
+    """Divide a batch into groups of sequences that attend together.
+
+    Each longer chunk is a group. Single tokens, which are sorted by the length of their sequences,
+    form groups in which no sequence has more than twice the blocks of another: attention also reads
+    the padding.
+    """
+    by_magnitude = groupby(singles, key=lambda chunk: _num_blocks(chunk, block_size).bit_length())
+    members = [list(group) for _, group in by_magnitude]
+    members += [[chunk] for chunk in longer]
+    groups = []
+    first_row = 0
+    for chunks in members:
+        num_rows = len(chunks) * chunks[0].count
+        rows = slice(first_row, first_row + num_rows)
+        groups.append(_group(chunks, rows, block_size, device))
+        first_row += num_rows
     return tuple(groups)
+
+
+def _group(
+    chunks: list[Chunk], rows: slice, block_size: int, device: torch.device
+) -> AttentionGroup:
+    """The group of chunks with the same number of tokens that lie in the given rows."""
+    tables = [c.sequence.block_table[: _num_blocks(c, block_size)] for c in chunks]
+    width = max(len(table) for table in tables)
+    blocks: list[int] = []
+    for table in tables:
+        blocks += table
+        blocks += [NULL_BLOCK] * (width - len(table))
+    positions = [range(chunk.start, chunk.stop) for chunk in chunks]
+    return AttentionGroup(
+        rows,
+        torch.tensor(blocks, device=device),
+        torch.tensor(positions, device=device),
+    )
+
+
+def _num_blocks(chunk: Chunk, block_size: int) -> int:
+    """How many blocks hold its sequence up to the end of the chunk."""
+    return -(-chunk.stop // block_size)

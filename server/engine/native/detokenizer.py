@@ -1,4 +1,4 @@
-"""Token ids -> text, token by token: whole characters only, and nothing of a stop string."""
+"""Token ids to text, token by token: whole characters only, and no part of a stop string."""
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
@@ -7,67 +7,81 @@ from transformers import PreTrainedTokenizerBase
 class Detokenizer:
     """The text of one sequence as it grows.
 
-    Text is held back while it could still become part of a stop string or ends inside a multi-byte character;
-    `flush` gives the rest. `stopped` is True once a stop string was seen; it and what follows it are never given out.
+    It holds text back that could still become part of a stop string, or that ends inside a
+    multi-byte character; `flush` returns the rest.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        stop: strings that end the text.
+
+    Attributes:
+        stopped: whether the text has reached a stop string. Neither the stop string nor any text
+            after it is ever returned.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self.stopped = False
         self._tokenizer = tokenizer
         self._stop = stop
-        self._ids: list[int] = []
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._token_ids: list[int] = []
         self._text = ""
-        self._given = 0
-        self.stopped = False
+        self._num_returned = 0  # characters
 
     def add(self, token_id: int) -> str:
-        """The text that this token makes certain; may be empty."""
-        self._ids.append(token_id)
-        self._text += self._new_text(token_id)
-        self._find_stop()
-        return self._give(len(self._text) if self.stopped else len(self._text) - self._held_back())
+        """Return the text that is certain now that this token follows; often empty."""
+        self._token_ids.append(token_id)
+        self._text += self._decode(token_id)
+        self._cut_at_stop()
+        if self.stopped:
+            return self._return_up_to(len(self._text))
+        return self._return_up_to(len(self._text) - self._num_held_back())
 
     def flush(self) -> str:
-        """All text that was held back, at the end of the sequence."""
+        """Return all text that was held back, at the end of the sequence."""
         if not self.stopped:
-            whole = self._whole()
-            if whole.startswith(
-                self._text
-            ):  # an unfinished character at the very end is only in the whole text
+            whole = self._decode_all()
+            # Only the whole text has a character that is left unfinished at the very end.
+            if whole.startswith(self._text):
                 self._text = whole
-                self._find_stop()
-        return self._give(len(self._text))
+                self._cut_at_stop()
+        return self._return_up_to(len(self._text))
 
-    def _new_text(self, token_id: int) -> str:
+    def _decode(self, token_id: int) -> str:
+        """Return the text that a token adds."""
         try:
             return self._stream.step(self._tokenizer.backend_tokenizer, token_id) or ""
-        except Exception:  # it raises nothing more exact
-            # Where characters are spelled in byte tokens, one that completes none unmakes those spelled just before it.
-            # What was given out stays; the new text is what the whole has beyond it.
+        except Exception:  # the library raises no narrower type
+            # Some tokenizers spell characters in byte tokens. A byte that completes no character
+            # changes the text of the bytes before it, which may have been returned already. Keep
+            # that text, and add what the whole text has beyond its length.
             self._stream = DecodeStream(ids=[token_id], skip_special_tokens=True)
-            return self._whole()[len(self._text) :]
+            return self._decode_all()[len(self._text) :]
 
-    def _whole(self) -> str:
+    def _decode_all(self) -> str:
         return self._tokenizer.decode(
-            self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def _find_stop(self) -> None:
-        found = [
-            at for at in (self._text.find(stop, self._given) for stop in self._stop) if at >= 0
-        ]
+    def _cut_at_stop(self) -> None:
+        """Cut the text where the earliest stop string begins, if there is one."""
+        starts = [self._text.find(stop, self._num_returned) for stop in self._stop]
+        found = [start for start in starts if start >= 0]
         if found:
             self._text = self._text[: min(found)]
             self.stopped = True
 
-    def _held_back(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
-        open_text = self._text[self._given :]
-        lengths = (
-            n for stop in self._stop for n in range(1, len(stop)) if open_text.endswith(stop[:n])
-        )
-        return max(lengths, default=0)
+    def _num_held_back(self) -> int:
+        """The length of the longest end of the text that a stop string begins with."""
+        open_text = self._text[self._num_returned :]
+        longest = 0
+        for stop in self._stop:
+            for length in range(1, len(stop)):
+                if open_text.endswith(stop[:length]):
+                    longest = max(longest, length)
+        return longest
 
-    def _give(self, end: int) -> str:
-        text, self._given = self._text[self._given : end], max(self._given, end)
+    def _return_up_to(self, end: int) -> str:
+        text = self._text[self._num_returned : end]
+        self._num_returned = max(self._num_returned, end)
         return text

@@ -1,4 +1,4 @@
-"""The engine: a step is schedule, run, update. One thread; everything else goes round it."""
+"""The engine: a step is schedule, run, update. One thread calls it."""
 
 import logging
 import time
@@ -7,14 +7,17 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from server.engine.native.batch import Batch, build_batch
 from server.engine.native.detokenizer import Detokenizer
 from server.engine.native.model_runner import ModelRunner
 from server.engine.native.sampler import SamplingRow, sample, token_logprobs
-from server.engine.native.scheduler import Admission, Scheduler, Step
+from server.engine.native.scheduler import Scheduler
 from server.engine.native.sequence import Sequence
+from server.engine.native.step import Step
+from server.engine.native.step_planner import Admission
 from server.engine.request import (
     EngineCounters,
     FinishReason,
@@ -26,19 +29,24 @@ from server.engine.request import (
 
 logger = logging.getLogger(__name__)
 
-MAX_OVERTAKEN = (
-    64  # sequences may start before one whose adapter finds no room; then it is its turn
-)
-PREFETCH = 64  # waiting sequences whose adapters are loaded ahead
+# A sequence whose adapter finds no room is overtaken by this many others. Then none may start
+# before it, so that the running ones release an adapter as they finish.
+MAX_OVERTAKEN = 64
+NUM_PREFETCHED = 64  # sequences at the head of the queue whose adapters are loaded ahead
 
 
 @dataclass
 class Engine:
-    """Sequences in, outputs out.
+    """Requests go in, the outputs of each step come out.
 
     Args:
+        runner: the model, with the KV cache and the pool of adapters.
+        scheduler: has the sequences and the blocks of the KV cache.
+        tokenizer: turns the tokens of an answer into text.
         stop_ids: tokens that end every sequence (the model's own).
-        max_model_len: prompt and answer together, in tokens; it fits the KV cache.
+        max_model_len: the limit on prompt and answer together, in tokens; it fits the KV cache.
+        clock: seconds; deadlines and arrivals are times of this clock.
+        counters: totals since the start.
     """
 
     runner: ModelRunner
@@ -51,232 +59,314 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.pool = self.runner.pool
-        assert (
-            self.scheduler.blocks.blocks_for(self.max_model_len) <= self.scheduler.blocks.capacity
-        )
+        blocks = self.scheduler.blocks
+        assert blocks.blocks_for(self.max_model_len) <= blocks.capacity
 
     def add(self, request: Request) -> None:
-        """Queue the n sequences of a request of at most max_model_len tokens."""
-        seed = request.sampling.seed
-        for index in range(request.sampling.n):
-            sequence, generator = Sequence(request, index), torch.Generator()
-            generator.manual_seed(generator.seed() if seed is None else seed + index)
-            sequence.decoding = Detokenizer(self.tokenizer, request.sampling.stop), generator
+        """Queue the n sequences of a request.
+
+        Args:
+            request: its prompt and max_tokens fit max_model_len together.
+        """
+        sampling = request.sampling
+        for index in range(sampling.n):
+            sequence = Sequence(request, index)
+            sequence.detokenizer = Detokenizer(self.tokenizer, sampling.stop)
+            sequence.generator = torch.Generator()
+            if sampling.seed is None:
+                sequence.generator.seed()
+            else:
+                sequence.generator.manual_seed(sampling.seed + index)
             self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> list[RequestOutput]:
         """End every sequence of a request; its blocks are free for the next step."""
-        return [
-            self._finish(s, FinishReason.ABORT)
-            for s in self.scheduler.unfinished()
-            if s.request.id == request_id
-        ]
+        sequences = [s for s in self.scheduler.unfinished() if s.request.id == request_id]
+        return [self._finish(s, FinishReason.ABORT) for s in sequences]
 
     def abort_adapter(self, digest: str) -> list[RequestOutput]:
-        """End every sequence that runs with an adapter."""
-        using = [s for s in self.scheduler.running if digest in s.request.selection]
-        return [self._finish(s, FinishReason.ABORT, error="unloaded") for s in using]
+        """End every running sequence that uses an adapter."""
+        sequences = [s for s in self.scheduler.running if digest in s.request.selection]
+        return [self._finish(s, FinishReason.ABORT, error="unloaded") for s in sequences]
 
     def step(self) -> list[RequestOutput]:
-        """Schedule, run, update. A failed forward pass ends the sequences that were in it, and nothing else."""
-        ended = self._expire() + self._end_unloadable()
-        # In the order in which they start: room that an earlier ablation item kept would not be an interactive one's.
-        first = sorted(self.scheduler.waiting, key=lambda s: not s.request.interactive)
-        self.pool.prefetch([s.request.selection for s in islice(first, PREFETCH)])
-        step = self.scheduler.schedule(self._admit)
-        self._count(step)
+        """Schedule, run, update.
+
+        A failed forward pass ends the sequences that were in it, and no others.
+        """
+        outputs = self._end_expired() + self._end_unloadable()
+        step = self._schedule()
         if not step.chunks:
-            return ended
+            return outputs
         batch = build_batch(step, self.runner.kv)
         try:
             logits = self.runner.run(batch, step.new_blocks)
         except Exception:
             logger.exception("a step failed; its %d sequences end with an error", len(step.chunks))
-            return ended + [
-                self._finish(c.sequence, FinishReason.ERROR, error="the step failed")
-                for c in step.chunks
-            ]
+            return outputs + self._end_failed(step)
         self.scheduler.computed(step)
-        return ended + self._update(batch, logits)
+        return outputs + self._update(batch, logits)
 
     def seconds_left(self) -> float | None:
-        """Until the next deadline; None if nothing has one."""
-        deadlines = [
-            s.request.deadline
-            for s in self.scheduler.unfinished()
-            if s.request.deadline is not None
-        ]
-        return max(0.0, min(deadlines) - self.clock()) if deadlines else None
+        """Return the seconds until the next deadline; None if no sequence has one."""
+        deadlines = [s.request.deadline for s in self.scheduler.unfinished()]
+        known = [deadline for deadline in deadlines if deadline is not None]
+        if not known:
+            return None
+        return max(0.0, min(known) - self.clock())
 
     def check_integrity(self) -> None:
-        """AssertionError where the books do not balance."""
+        """Check that the accounts of scheduler and adapter pool balance.
+
+        Raises:
+            AssertionError: they do not, or the pool's users are not the running sequences.
+        """
         self.scheduler.check_integrity()
         self.pool.check_integrity()
-        pins = sum(
-            digest is not None for s in self.scheduler.running for digest in s.request.selection
-        )
-        assert self.pool.num_users() == pins
+        num_users = 0
+        for sequence in self.scheduler.running:
+            used = [digest for digest in sequence.request.selection if digest is not None]
+            num_users += len(used)
+        assert self.pool.num_users() == num_users
+
+    def _schedule(self) -> Step:
+        """Plan the next step, load adapters ahead, and keep the accounts of both."""
+        # Load in the order in which sequences start: an adapter loaded for an earlier background
+        # request would take the room of an interactive one's.
+        queue = sorted(self.scheduler.waiting, key=lambda s: not s.request.interactive)
+        self.pool.prefetch([s.request.selection for s in islice(queue, NUM_PREFETCHED)])
+        step = self.scheduler.schedule(self._admit)
+        for sequence in step.preempted:
+            self.pool.release(sequence.request.selection)
+        self._count(step)
+        return step
 
     def _admit(self, sequence: Sequence) -> Admission:
+        """Decide whether a sequence may start; if so, its adapters are in use from here on."""
         selection = sequence.request.selection
         if self.pool.acquire(selection):
             return Admission.NOW
-        if sequence.num_overtaken >= MAX_OVERTAKEN and not self.pool.is_loading(selection):
-            return (
-                Admission.HOLD
-            )  # so that whoever runs lets go of an adapter, and this one finds room
-        return Admission.LATER
-
-    def _expire(self) -> list[RequestOutput]:
-        now = self.clock()
-        late = [
-            s
-            for s in self.scheduler.unfinished()
-            if s.request.deadline is not None and now >= s.request.deadline
-        ]
-        return [self._finish(s, FinishReason.ABORT, error="deadline") for s in late]
-
-    def _end_unloadable(self) -> list[RequestOutput]:
-        """Whoever waits for an adapter that can't be loaded gets the reason."""
-        return [
-            self._finish(s, FinishReason.ERROR, error=cause)
-            for digest, cause in self.pool.take_failures().items()
-            for s in list(self.scheduler.waiting)
-            if digest in s.request.selection
-        ]
+        if sequence.num_overtaken < MAX_OVERTAKEN or self.pool.is_loading(selection):
+            return Admission.LATER
+        return Admission.HOLD
 
     def _count(self, step: Step) -> None:
-        """Pins and clocks of who starts and who gives way."""
+        """Count a step, and each sequence that it schedules for the first time."""
         now = self.clock()
-        for sequence in step.preempted:
-            self.pool.release(sequence.request.selection)
-        self.counters.num_preemptions += len(step.preempted)
-        self.counters.num_steps += bool(step.chunks)
+        counters = self.counters
+        counters.num_preemptions += len(step.preempted)
+        if step.chunks:
+            counters.num_steps += 1
         for chunk in step.chunks:
             sequence = chunk.sequence
-            if sequence.first_scheduled is None:
-                sequence.first_scheduled = now
-                self.counters.prompt_tokens += len(sequence.request.prompt_ids)
-                if self.scheduler.root_of is not None:
-                    self.counters.prefix_cache_queries += len(sequence.request.prompt_ids)
-                    self.counters.prefix_cache_hits += chunk.start
+            if sequence.first_scheduled is not None:
+                continue
+            sequence.first_scheduled = now
+            num_prompt_tokens = len(sequence.request.prompt_ids)
+            counters.prompt_tokens += num_prompt_tokens
+            if self.scheduler.root_of is not None:
+                counters.prefix_cache_queries += num_prompt_tokens
+                counters.prefix_cache_hits += chunk.start
 
-    def _update(self, batch: Batch, logits: torch.Tensor) -> list[RequestOutput]:
-        """Logits -> the next token of every chunk that ends at its sequence's newest token."""
-        are_numbers = (
-            logits.amax(-1).isfinite().tolist()
-        )  # a NaN or +inf is the largest; the sampler may not meet them
-        rows, sequences, broken = [], [], []
-        first = 0
-        for chunk, count in zip(batch.chunks, batch.num_logits, strict=True):
-            part = slice(first, first := first + count)
-            if not all(are_numbers[part]):
-                broken.append(chunk.sequence)
+    def _end_expired(self) -> list[RequestOutput]:
+        """End the sequences whose deadline has passed."""
+        now = self.clock()
+        expired = []
+        for sequence in self.scheduler.unfinished():
+            deadline = sequence.request.deadline
+            if deadline is not None and deadline <= now:
+                expired.append(sequence)
+        return [self._finish(s, FinishReason.ABORT, error="deadline") for s in expired]
+
+    def _end_unloadable(self) -> list[RequestOutput]:
+        """End the sequences that wait for an adapter that cannot be loaded, with the reason."""
+        outputs = []
+        for digest, cause in self.pool.take_failures().items():
+            sequences = [s for s in self.scheduler.waiting if digest in s.request.selection]
+            outputs += [self._finish(s, FinishReason.ERROR, error=cause) for s in sequences]
+        return outputs
+
+    def _end_failed(self, step: Step) -> list[RequestOutput]:
+        """End the sequences of a step whose forward pass failed."""
+        sequences = [chunk.sequence for chunk in step.chunks]
+        return [self._finish(s, FinishReason.ERROR, error="the step failed") for s in sequences]
+
+    def _update(self, batch: Batch, logits: Tensor) -> list[RequestOutput]:
+        """Sample the next token of every sequence whose chunk ends at its newest one.
+
+        Args:
+            logits: [rows, vocab] fp32, those of `batch.logit_rows`.
+        """
+        # The largest value of a row that has a NaN or +inf, neither of which the sampler takes, is
+        # not finite.
+        is_valid = logits.amax(-1).isfinite().tolist()
+        sampled_rows: list[int] = []
+        sampled: list[Sequence] = []
+        overflown: list[Sequence] = []
+        first_row = 0
+        for chunk, num_rows in zip(batch.chunks, batch.num_logits, strict=True):
+            rows = slice(first_row, first_row + num_rows)
+            first_row += num_rows
+            if not all(is_valid[rows]):
+                overflown.append(chunk.sequence)
                 continue
             if chunk.sequence.wants_prompt_logprobs:
-                self._add_prompt_logprobs(chunk.sequence, chunk.stop - count, logits[part])
+                self._add_prompt_logprobs(chunk.sequence, chunk.stop - num_rows, logits[rows])
             if chunk.samples:
-                rows.append(first - 1)
-                sequences.append(chunk.sequence)
-        outputs = self._sample(logits[rows], sequences) if rows else []
-        if broken:
-            logger.error(
-                "%d sequences end with an error: their logits are not numbers", len(broken)
-            )
-        error = "the model and adapters overflow on this prompt"
-        return outputs + [self._finish(s, FinishReason.ERROR, error=error) for s in broken]
+                sampled_rows.append(rows.stop - 1)
+                sampled.append(chunk.sequence)
+        outputs = self._sample(logits[sampled_rows], sampled) if sampled else []
+        return outputs + self._end_overflown(overflown)
 
-    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[RequestOutput]:
-        """Each sequence gets its next token and, where asked for, its log-probability."""
+    def _end_overflown(self, sequences: list[Sequence]) -> list[RequestOutput]:
+        """End sequences whose logits are not numbers: finite weights can overflow."""
+        if not sequences:
+            return []
+        logger.error("%d sequences end with an error: their logits are not numbers", len(sequences))
+        error = "the model and adapters overflow on this prompt"
+        return [self._finish(s, FinishReason.ERROR, error=error) for s in sequences]
+
+    def _sample(self, logits: Tensor, sequences: list[Sequence]) -> list[RequestOutput]:
+        """Give each sequence its next token, with its log-probability where asked for.
+
+        Args:
+            logits: [b, vocab] fp32, a row for each sequence.
+        """
         now = self.clock()
         rows = [
-            SamplingRow(s.request.sampling, s.request.prompt_ids, s.output_ids, s.decoding[1])
+            SamplingRow(s.request.sampling, s.request.prompt_ids, s.output_ids, s.generator)
             for s in sequences
         ]
         tokens = sample(logits, rows)
-        logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(tokens)
-        if asked := [i for i, s in enumerate(sequences) if s.request.sampling.logprobs is not None]:
-            tops = [sequences[i].request.sampling.logprobs or 0 for i in asked]
-            for i, logprob in zip(
-                asked, token_logprobs(logits[asked], [tokens[i] for i in asked], tops), strict=True
-            ):
-                logprobs[i] = (logprob,)
-        return [self._append(*each, now) for each in zip(sequences, tokens, logprobs, strict=True)]
+        logprobs = _sampled_logprobs(logits, sequences, tokens)
+        outputs = []
+        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
+            if sequence.first_token is None:
+                sequence.first_token = now
+            outputs.append(self._append(sequence, token, logprob))
+        return outputs
 
-    def _add_prompt_logprobs(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
-        """The logits at a position are of the token after it; those of the prompt's last are not of the prompt."""
-        # What is there of them already is computed again after it had to give way.
-        del sequence.prompt_logprobs[
-            max(0, start + 1 - sequence.request.sampling.prompt_logprobs_from) :
-        ]
+    def _add_prompt_logprobs(self, sequence: Sequence, start: int, logits: Tensor) -> None:
+        """Keep the log-probabilities of prompt tokens for the sequence's first output.
+
+        Args:
+            start: the position of the first row.
+            logits: [rows, vocab] fp32. Those at a position are of the token after it, so that the
+                last prompt token's say nothing about the prompt.
+        """
+        sampling = sequence.request.sampling
+        # A preempted sequence computes positions again: drop what it had from here on.
+        del sequence.prompt_logprobs[max(0, start + 1 - sampling.prompt_logprobs_from) :]
         targets = sequence.request.prompt_ids[start + 1 : start + 1 + len(logits)]
-        top = sequence.request.sampling.prompt_logprobs or 0
-        sequence.prompt_logprobs += token_logprobs(
-            logits[: len(targets)], targets, [top] * len(targets)
-        )
+        num_top = [sampling.prompt_logprobs or 0] * len(targets)
+        sequence.prompt_logprobs += token_logprobs(logits[: len(targets)], targets, num_top)
 
     def _append(
-        self, sequence: Sequence, token: int, logprob: tuple[TokenLogprob, ...], now: float
+        self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...]
     ) -> RequestOutput:
-        """Give a sequence its next token, and end it where that ends it."""
+        """Give a sequence its next token, and end it if that token ends it."""
         request = sequence.request
-        sequence.first_token = sequence.first_token or now
         is_end = token in self.stop_ids or token in request.stop_token_ids
         if is_end and not request.sampling.ignore_eos:
             return self._finish(sequence, FinishReason.STOP)
         sequence.token_ids.append(token)
         self.counters.generation_tokens += 1
-        detokenizer, _ = sequence.decoding
-        new = _output(sequence, (token,), detokenizer.add(token), logprob)
-        if detokenizer.stopped:
-            return self._finish(sequence, FinishReason.STOP, new)
-        if len(sequence.token_ids) - len(request.prompt_ids) >= request.sampling.max_tokens:
-            return self._finish(sequence, FinishReason.LENGTH, new)
-        return new
+        text = sequence.detokenizer.add(token)
+        output = _take_output(sequence, (token,), text, logprobs)
+        if sequence.detokenizer.stopped:
+            return self._finish(sequence, FinishReason.STOP, output)
+        if sequence.num_output_tokens >= request.sampling.max_tokens:
+            return self._finish(sequence, FinishReason.LENGTH, output)
+        return output
 
     def _finish(
         self,
         sequence: Sequence,
         reason: FinishReason,
-        new: RequestOutput | None = None,
-        error: str | Exception = "",
+        output: RequestOutput | None = None,
+        error: str | Exception | None = None,
     ) -> RequestOutput:
-        """Take a sequence out. Its last output is what is `new`, with what was held back, the totals and the error."""
-        request, new = sequence.request, new or _output(sequence)
+        """Take a sequence out of the scheduler, and release its adapters if it was running.
+
+        Args:
+            output: what this step adds to the answer, if anything.
+            error: why it failed or was cut short; an exception is what loading its adapter raised.
+
+        Returns:
+            The sequence's last output: `output`, the text that was held back, and the totals.
+        """
+        request = sequence.request
+        if output is None:
+            output = _take_output(sequence)
         if self.scheduler.remove(sequence):
             self.pool.release(request.selection)
-        now = self.clock()
-        ttft_s = None if sequence.first_token is None else sequence.first_token - request.arrival
         return replace(
-            new,
-            text=new.text + sequence.decoding[0].flush(),
+            output,
+            text=output.text + sequence.detokenizer.flush(),
             finish_reason=reason,
-            error=str(error) if error else None,
+            error=None if error is None else str(error),
             cause=error if isinstance(error, Exception) else None,
-            completion_tokens=len(sequence.token_ids) - len(request.prompt_ids),
+            completion_tokens=sequence.num_output_tokens,
             cached_tokens=sequence.num_cached_tokens,
-            timings=Timings(
-                (sequence.first_scheduled or now) - request.arrival, ttft_s, now - request.arrival
-            ),
+            timings=_timings(sequence, self.clock()),
         )
 
 
-def _output(
+def _sampled_logprobs(
+    logits: Tensor, sequences: list[Sequence], tokens: list[int]
+) -> list[tuple[TokenLogprob, ...]]:
+    """Return one log-probability for each sequence that asks for them, none for the others."""
+    logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(sequences)
+    rows: list[int] = []
+    num_top: list[int] = []
+    for row, sequence in enumerate(sequences):
+        k = sequence.request.sampling.logprobs
+        if k is not None:
+            rows.append(row)
+            num_top.append(k)
+    if rows:
+        found = token_logprobs(logits[rows], [tokens[row] for row in rows], num_top)
+        for row, logprob in zip(rows, found, strict=True):
+            logprobs[row] = (logprob,)
+    return logprobs
+
+
+def _take_output(
     sequence: Sequence,
     token_ids: tuple[int, ...] = (),
     text: str = "",
     logprobs: tuple[TokenLogprob, ...] = (),
 ) -> RequestOutput:
-    """What is new, and the prompt's log-probabilities if they were not given out yet."""
-    prompt_logprobs, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
+    """Make an output of new tokens, and of the prompt's log-probabilities if it is the first."""
+    prompt_logprobs = tuple(sequence.prompt_logprobs)
+    sequence.prompt_logprobs = []
     return RequestOutput(
         sequence.request.id, sequence.index, token_ids, text, logprobs, prompt_logprobs
     )
 
 
+def _timings(sequence: Sequence, now: float) -> Timings:
+    """The timings of a sequence that ends now; one that never ran was queued all the time."""
+    arrival = sequence.request.arrival
+    first_scheduled = now if sequence.first_scheduled is None else sequence.first_scheduled
+    ttft_s = None if sequence.first_token is None else sequence.first_token - arrival
+    return Timings(queue_s=first_scheduled - arrival, ttft_s=ttft_s, e2e_s=now - arrival)
+
+
 def model_stop_ids(
     tokenizer: PreTrainedTokenizerBase, eos: int | Iterable[int] | None
 ) -> frozenset[int]:
-    """The tokens that end a sequence: the tokenizer's, and those of the model's generation config."""
-    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return frozenset([*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])
+    """Return the tokens that end a sequence.
+
+    Args:
+        tokenizer: its end token is one of them.
+        eos: the end tokens of the model's generation config.
+    """
+    stop_ids: set[int] = set()
+    if isinstance(eos, int):
+        stop_ids.add(eos)
+    elif eos is not None:
+        stop_ids.update(eos)
+    if tokenizer.eos_token_id is not None:
+        stop_ids.add(tokenizer.eos_token_id)
+    return frozenset(stop_ids)

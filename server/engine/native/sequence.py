@@ -1,20 +1,34 @@
 """The state of one sequence inside the engine. No torch."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from server.engine.native.block_pool import Key
 from server.engine.request import Request, TokenLogprob
 
+if TYPE_CHECKING:
+    from torch import Generator
+
+    from server.engine.native.detokenizer import Detokenizer
+
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One of a request's n continuations.
+    """One of the n answers to a request.
 
-    token_ids: prompt and answer. num_computed_tokens: how many of them have their keys and values in `block_table`.
-    block_keys: of the full blocks, as far as they were needed; tokens are only ever added, so they stay right.
-    num_overtaken: sequences behind it that started while it waited for its adapters.
-    decoding: (detokenizer, generator), which turn its logits into text; the engine's.
+    Attributes:
+        index: its number among the n.
+        token_ids: the prompt, and the answer so far.
+        num_computed_tokens: how many of them have keys and values in the blocks of `block_table`.
+        num_cached_tokens: how many of them it found in the prefix cache when it first started.
+        block_keys: keys of its full blocks, as far as they were needed. Tokens are only ever
+            appended, so the keys stay valid.
+        num_overtaken: sequences behind it that started while it waited for its adapters.
+        prompt_logprobs: log-probabilities of prompt tokens that no output has carried yet.
+        first_scheduled: the engine's clock when it first ran, in seconds.
+        first_token: the engine's clock when its first token was sampled, in seconds.
+        detokenizer: turns its tokens into text. The engine sets it; scheduling never reads it.
+        generator: the source of its random numbers, likewise.
     """
 
     request: Request
@@ -28,10 +42,16 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     first_scheduled: float | None = None
     first_token: float | None = None
-    decoding: Any = None
+    detokenizer: "Detokenizer" = field(init=False, repr=False)
+    generator: "Generator" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """The length of the answer so far."""
+        return len(self.token_ids) - len(self.request.prompt_ids)
 
     @property
     def output_ids(self) -> list[int]:
@@ -40,11 +60,19 @@ class Sequence:
 
     @property
     def num_pending_tokens(self) -> int:
-        """Tokens still to be computed before the next one can be sampled; 1 in decode."""
+        """Tokens to compute before the next one can be sampled; 1 in decode."""
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def is_prefilling(self) -> bool:
+        """Whether more than its newest token has still to be computed."""
+        return self.num_pending_tokens > 1
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
-        """Sequence 0 of a request that asked for them, until it has begun to answer."""
-        asked = self.request.sampling.prompt_logprobs is not None
-        return asked and self.index == 0 and len(self.token_ids) == len(self.request.prompt_ids)
+        """Whether log-probabilities of prompt tokens are still to be computed.
+
+        Only sequence 0 of a request computes them, before its first token.
+        """
+        is_asked = self.request.sampling.prompt_logprobs is not None
+        return is_asked and self.index == 0 and self.num_output_tokens == 0

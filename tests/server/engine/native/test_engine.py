@@ -1,4 +1,7 @@
-"""server.engine.native.engine: how a sequence begins, ends and fails. That its tokens are right is in tests/numerics."""
+"""server.engine.native.engine: how a sequence begins, ends and fails.
+
+That its tokens are right is tested in tests/numerics.
+"""
 
 from dataclasses import replace
 
@@ -13,7 +16,8 @@ from server.engine.request import FinishReason, Request, RequestOutput, Timings
 
 
 def make(**limits: int) -> Engine:
-    return tiny.make_engine(tiny.injection(), {}, **limits)[0]
+    engine, _ = tiny.make_engine(tiny.injection(), {}, **limits)
+    return engine
 
 
 def run(engine: Engine, *requests: Request) -> list[RequestOutput]:
@@ -26,73 +30,75 @@ def run(engine: Engine, *requests: Request) -> list[RequestOutput]:
     return outputs
 
 
+def text_of(outputs: list[RequestOutput]) -> str:
+    return "".join(output.text for output in outputs)
+
+
 def last(outputs: list[RequestOutput], name: str = "r") -> RequestOutput:
-    (found,) = [o for o in outputs if o.finish_reason is not None and o.request_id == name]
-    return found
+    ends = [o for o in outputs if o.finish_reason is not None and o.request_id == name]
+    assert len(ends) == 1
+    return ends[0]
 
 
 def oracle() -> tuple[int, ...]:
+    """The six tokens that `ask()` is answered with."""
     return generate(tiny.injection(), PROMPT, max_tokens=6).token_ids
 
 
-def test_an_end_token_of_the_model_ends_it_unless_it_is_to_go_on() -> None:
+def test_an_end_token_of_the_model_ends_a_sequence_unless_it_is_ignored() -> None:
     engine = make()
     engine.stop_ids = frozenset([oracle()[2]])
-    for ignore_eos, reason, tokens in (
-        (False, FinishReason.STOP, 2),
-        (True, FinishReason.LENGTH, 6),
-    ):
+    cases = [(False, FinishReason.STOP, 2), (True, FinishReason.LENGTH, 6)]
+    for ignore_eos, reason, num_tokens in cases:
         outputs = run(engine, ask(ignore_eos=ignore_eos))
-        assert (last(outputs).finish_reason, sum((o.token_ids for o in outputs), ())) == (
-            reason,
-            oracle()[:tokens],
-        )
+        token_ids = [token for output in outputs for token in output.token_ids]
+        assert last(outputs).finish_reason == reason
+        assert token_ids == list(oracle()[:num_tokens])
         assert not any(o.logprobs for o in outputs), "they were not asked for"
 
 
-def test_a_stop_string_ends_it_and_is_no_part_of_the_text() -> None:
+def test_a_stop_string_ends_a_sequence_and_is_no_part_of_its_text() -> None:
     text = tiny.tokenizer().decode(oracle())
     stop = text[2:4]
     outputs = run(make(), ask(stop=(stop,)))
-    assert "".join(o.text for o in outputs) == text[: text.index(stop)]
-    assert (last(outputs).finish_reason, last(outputs).completion_tokens < 6) == (
-        FinishReason.STOP,
-        True,
-    )
+    assert text_of(outputs) == text[: text.index(stop)]
+    assert last(outputs).finish_reason == FinishReason.STOP
+    assert last(outputs).completion_tokens < 6
 
 
-def test_times_are_seconds_from_arrival_and_counters_count() -> None:
+def test_timings_are_seconds_from_arrival_and_counters_count() -> None:
     engine = make(max_num_seqs=1)
-    now = [0.0]
-    engine.clock = lambda: now[0]
+    now = 0.0
+    engine.clock = lambda: now
     for name in ("first", "second"):
         engine.add(ask(name, max_tokens=2))
     outputs = []
     while engine.scheduler.unfinished():
-        now[0] += 1
+        now += 1
         outputs += engine.step()
-    for name, expected in (("first", (1, 1, 2)), ("second", (3, 3, 4))):
-        assert last(outputs, name).timings == Timings(*expected)
-    counters = engine.counters
-    assert (counters.num_steps, counters.prompt_tokens, counters.generation_tokens) == (4, 6, 4)
+    assert last(outputs, "first").timings == Timings(queue_s=1, ttft_s=1, e2e_s=2)
+    assert last(outputs, "second").timings == Timings(queue_s=3, ttft_s=3, e2e_s=4)
+    assert engine.counters.num_steps == 4
+    assert engine.counters.prompt_tokens == 6
+    assert engine.counters.generation_tokens == 4
 
 
-def test_an_abort_ends_all_sequences_once_and_gives_what_was_held_back() -> None:
+def test_an_abort_ends_every_sequence_once_and_returns_text_that_was_held_back() -> None:
     engine = make(max_num_seqs=1)
-    engine.add(ask(n=2, stop=(tiny.tokenizer().decode(oracle()[:2]) + "☃",)))
-    assert "".join(o.text for o in engine.step()) == "", "it could still become the stop string"
+    stop = tiny.tokenizer().decode(oracle()[:2]) + "☃"
+    engine.add(ask(n=2, stop=(stop,)))
+    assert text_of(engine.step()) == "", "it could still become the stop string"
     ended = engine.abort("r")
-    assert [(o.index, o.finish_reason, o.error) for o in ended] == [
-        (i, FinishReason.ABORT, None) for i in (0, 1)
-    ]
-    assert "".join(o.text for o in ended) == tiny.tokenizer().decode(oracle()[:1])
+    ends = [(output.index, output.finish_reason, output.error) for output in ended]
+    assert ends == [(0, FinishReason.ABORT, None), (1, FinishReason.ABORT, None)]
+    assert text_of(ended) == tiny.tokenizer().decode(oracle()[:1])
     assert engine.abort("r") == []
     assert engine.step() == []
     engine.check_integrity()
 
 
-def test_who_finds_no_room_for_its_adapter_is_passed_a_while_and_then_comes_next() -> None:
-    """Two adapters fit; two long answers keep them, and short ones that use them pass."""
+def test_a_sequence_without_room_for_its_adapter_is_overtaken_and_then_comes_next() -> None:
+    """Two adapters fit. Two long answers keep them in use, and short ones with them overtake."""
     loads = Loads()
     known = {f"task-{i}": tiny.lora(tiny.injection(), 2, "first", seed=i) for i in range(3)}
     engine, _ = tiny.make_engine(tiny.injection(), known, max_resident=2, executor=loads)
@@ -110,18 +116,20 @@ def test_who_finds_no_room_for_its_adapter_is_passed_a_while_and_then_comes_next
         add(f"short {i}", i % 2, 2)
     ended: list[str] = []
     while engine.scheduler.unfinished():
-        ended += [o.request_id for o in engine.step() if o.finish_reason]
+        ended += [output.request_id for output in engine.step() if output.finish_reason]
         engine.check_integrity()
         loads.end_one()
-    passed = [name for name in ended[: ended.index("cold")] if name.startswith("short")]
-    assert MAX_OVERTAKEN <= len(passed) <= MAX_OVERTAKEN + 4, "and those that ran already"
+    before_cold = ended[: ended.index("cold")]
+    overtaking = [name for name in before_cold if name.startswith("short")]
+    # Those that ran already when it was held are a few more.
+    assert MAX_OVERTAKEN <= len(overtaking) <= MAX_OVERTAKEN + 4
     assert len(ended) == 153
 
 
-def test_cancelling_an_adapter_ends_who_runs_with_it_and_nobody_else() -> None:
-    engine, pool = tiny.make_engine(
-        tiny.injection(), tiny.adapters(tiny.injection()), executor=(loads := Loads())
-    )
+def test_aborting_an_adapter_ends_the_running_sequences_that_use_it_and_no_others() -> None:
+    loads = Loads()
+    adapters = tiny.adapters(tiny.injection())
+    engine, pool = tiny.make_engine(tiny.injection(), adapters, executor=loads)
     for name, task in (("with", "task-0"), ("without", None), ("waits", "task-1")):
         engine.add(ask(name, AdapterSelection(task), max_tokens=50))
     engine.step()
@@ -134,15 +142,14 @@ def test_cancelling_an_adapter_ends_who_runs_with_it_and_nobody_else() -> None:
     engine.check_integrity()
 
 
-def test_the_models_end_tokens_are_those_of_both_its_files() -> None:
-    assert [model_stop_ids(tiny.tokenizer(), eos) for eos in (None, 7, [7, 8])] == [
-        {1},
-        {1, 7},
-        {1, 7, 8},
-    ]
+def test_the_end_tokens_are_the_tokenizers_and_the_generation_configs() -> None:
+    tokenizer = tiny.tokenizer()
+    assert model_stop_ids(tokenizer, None) == {1}
+    assert model_stop_ids(tokenizer, 7) == {1, 7}
+    assert model_stop_ids(tokenizer, [7, 8]) == {1, 7, 8}
 
 
-def test_a_waiting_ablation_item_keeps_no_room_from_an_interactive_requests_adapter() -> None:
+def test_a_waiting_background_request_takes_no_room_from_an_interactive_ones_adapter() -> None:
     loads = Loads()
     engine, pool = tiny.make_engine(
         tiny.injection(),
@@ -153,30 +160,29 @@ def test_a_waiting_ablation_item_keeps_no_room_from_an_interactive_requests_adap
     )
     for i in range(4):
         engine.add(ask(f"base-{i}"))
-    item = ask("item", AdapterSelection("task-0", "crma-0"))
+    background = ask("background", AdapterSelection("task-0", "crma-0"))
     engine.step()
-    engine.add(replace(item, interactive=False))
+    engine.add(replace(background, interactive=False))
     engine.add(ask("interactive", AdapterSelection("task-1")))
     ended: list[str] = []
-    for number in range(4, 3 * MAX_OVERTAKEN):  # others always wait
+    for number in range(4, 3 * MAX_OVERTAKEN):  # there are always others in the queue
         engine.add(ask(f"base-{number}"))
         loads.end_one()
         ended += [output.request_id for output in engine.step() if output.finish_reason is not None]
         engine.check_integrity()
         if "interactive" in ended:
             return
-    raise AssertionError(
-        f"it never ran; {len(ended)} others did, {sorted(pool.loras)} are resident"
-    )
+    resident = sorted(pool.loras)
+    raise AssertionError(f"it never ran; {len(ended)} others did, {resident} are resident")
 
 
-def test_an_interactive_request_takes_tokens_from_items_that_decode_with_all_of_the_budget() -> (
-    None
-):
+def test_an_interactive_request_starts_though_background_decodes_use_the_whole_budget() -> None:
     engine = make(max_num_seqs=4, max_num_batched_tokens=4)
     for i in range(4):
-        engine.add(replace(ask(f"item-{i}", prompt=(5,), max_tokens=60), interactive=False))
+        background = ask(f"background-{i}", prompt=(5,), max_tokens=60)
+        engine.add(replace(background, interactive=False))
     for _ in range(4):
         engine.step()
     engine.add(ask("interactive", prompt=(5,), max_tokens=2))
-    assert "interactive" in {output.request_id for _ in range(2) for output in engine.step()}
+    outputs = engine.step() + engine.step()
+    assert "interactive" in {output.request_id for output in outputs}

@@ -1,6 +1,7 @@
-"""server.engine.native.scheduler: within the budget, in order, blocks for all that is computed, and nobody waits for ever."""
+"""server.engine.native.scheduler: budget, order, preemption, block allocation and prefix reuse.
 
-from collections import Counter
+It tests step_planner, step and block_tables along with it: they have no other caller.
+"""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -8,33 +9,42 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from crma.core.selection import AdapterSelection
 from server.engine.native.block_pool import BlockPool, root_key
-from server.engine.native.scheduler import Admission, Scheduler, Step
+from server.engine.native.scheduler import Scheduler
 from server.engine.native.sequence import Sequence
+from server.engine.native.step import Step
+from server.engine.native.step_planner import Admission
 from server.engine.request import Request, SamplingParams
 
-BLOCK, LONGEST = 2, 12
+BLOCK_SIZE = 2
+MAX_PROMPT = 12
 
 
 def make(num_blocks: int = 30, max_num_seqs: int = 3, budget: int = 8) -> Scheduler:
-    return Scheduler(
-        BlockPool(num_blocks + 1, BLOCK),
-        max_num_seqs,
-        budget,
-        lambda selection: root_key(*selection),
-    )
+    blocks = BlockPool(num_blocks + 1, BLOCK_SIZE)
+    return Scheduler(blocks, max_num_seqs, budget, lambda selection: root_key(*selection))
 
 
 def sequence(
-    length: int = 4, task: str | None = None, first: int = 0, n: int = 1, interactive: bool = True
+    length: int = 4,
+    task: str | None = None,
+    first: int = 0,
+    n: int = 1,
+    interactive: bool = True,
+    **sampling: int,
 ) -> Sequence:
-    prompt, sampling = tuple(range(first, first + length)), SamplingParams(n=n)
-    return Sequence(
-        Request("r", prompt, (), sampling, AdapterSelection(task), interactive=interactive), 0
+    """A sequence whose prompt counts up from `first`."""
+    request = Request(
+        "r",
+        tuple(range(first, first + length)),
+        sampling=SamplingParams(n=n, **sampling),
+        selection=AdapterSelection(task),
+        interactive=interactive,
     )
+    return Sequence(request, 0)
 
 
 def run(scheduler: Scheduler, step: Step) -> None:
-    """What the engine does after a forward pass: each chunk that ends at the newest token gets one more."""
+    """Do as the engine does after a forward pass: each chunk that samples gets one more token."""
     scheduler.computed(step)
     for chunk in step.chunks:
         if chunk.sequence.num_pending_tokens == 0:
@@ -45,8 +55,12 @@ def now(_: Sequence) -> Admission:
     return Admission.NOW
 
 
+def is_interactive(sequence: Sequence) -> bool:
+    return sequence.request.interactive
+
+
 class Schedules(RuleBasedStateMachine):
-    """Any order of arrivals, steps and ends; an adapter that is away now and then."""
+    """Arrivals, steps and ends in any order; the adapter "away" is sometimes not resident."""
 
     @initialize(
         num_blocks=st.integers(10, 30),
@@ -55,10 +69,10 @@ class Schedules(RuleBasedStateMachine):
     )
     def start(self, num_blocks: int, max_num_seqs: int, budget: int) -> None:
         self.scheduler = make(num_blocks, max_num_seqs, budget)
-        self.present = True
+        self.is_resident = True
 
     @rule(
-        length=st.integers(1, LONGEST),
+        length=st.integers(1, MAX_PROMPT),
         task=st.sampled_from([None, "away"]),
         first=st.integers(0, 1),
         interactive=st.booleans(),
@@ -67,64 +81,76 @@ class Schedules(RuleBasedStateMachine):
         self.scheduler.add(sequence(length, task, first, interactive=interactive))
 
     @rule()
-    def toggle(self) -> None:
-        self.present = not self.present
+    def toggle_residency(self) -> None:
+        self.is_resident = not self.is_resident
 
     def admit(self, waiting: Sequence) -> Admission:
-        return (
-            Admission.NOW
-            if self.present or waiting.request.selection.task_digest is None
-            else Admission.LATER
-        )
+        needs_away = waiting.request.selection.task_digest is not None
+        if needs_away and not self.is_resident:
+            return Admission.LATER
+        return Admission.NOW
 
     @rule()
     def step(self) -> None:
-        before, queue = list(self.scheduler.running), list(self.scheduler.waiting)
+        running = list(self.scheduler.running)
+        queue = list(self.scheduler.waiting)
+        queue.sort(key=is_interactive, reverse=True)
         step = self.scheduler.schedule(self.admit)
-        assert sum(chunk.count for chunk in step.chunks) <= self.scheduler.max_num_batched_tokens
-        assert all(chunk.count > 0 for chunk in step.chunks)
-        assert len({chunk.sequence for chunk in step.chunks}) == len(step.chunks)
-        assert step.chunks or not before, "something runs and nothing is computed"
-        for chunk in step.chunks:
-            assert chunk.start == chunk.sequence.num_computed_tokens < len(chunk.sequence.token_ids)
-            assert len(chunk.sequence.block_table) * BLOCK >= chunk.start + chunk.count
-        decoding = [s for s in before if s.num_pending_tokens == 1 and s not in step.preempted]
-        assert {*decoding} <= {chunk.sequence for chunk in step.chunks}, "a decode was left out"
         started = [s for s in queue if s in self.scheduler.running]
-        queue.sort(key=lambda s: not s.request.interactive)
-        could = [s for s in queue if self.admit(s) is Admission.NOW]
-        assert {*started} == {*could[: len(started)]}, (
-            "not in the order of arrival, what is interactive first"
-        )
-        gave_way = [s.request.interactive for s in step.preempted]
-        assert not (any(gave_way) and started), "one gives way while another starts"
-        assert not gave_way or all(s.request.interactive for s in started[:1]), (
-            "one gives way to its equal"
-        )
-        assert not any(gave_way) or not any(
-            not s.request.interactive for s in self.scheduler.running
-        )
-        waits = [s for s in queue if s.request.interactive and s not in started][:1]
-        before_it = [
-            c.count for c in step.chunks if c.sequence.request.interactive or c.sequence in decoding
-        ]
-        if (
-            waits
-            and waits[0] in could
-            and not gave_way
-            and sum(before_it) < self.scheduler.max_num_batched_tokens
-        ):
-            running = [s for s in self.scheduler.running if s.request.interactive]
-            blocks = self.scheduler.blocks
-            free = blocks.capacity - sum(len(s.block_table) for s in running)
-            fits = blocks.blocks_for(len(waits[0].token_ids)) + len(running) <= free
-            assert not fits or len(running) == self.scheduler.max_num_seqs, (
-                "it waits for what is not interactive"
-            )
-        assert Counter(s for s in step.preempted if s in self.scheduler.waiting) == Counter(
-            step.preempted
-        )
+        decoding = [s for s in running if not s.is_prefilling and s not in step.preempted]
+        self.check_chunks(step)
+        assert step.chunks or not running, "sequences run, and nothing is computed"
+        computed = {chunk.sequence for chunk in step.chunks}
+        assert set(decoding) <= computed, "a sequence in decode was left out"
+        self.check_order(queue, started)
+        self.check_preemption(step, started)
+        self.check_room_for_interactive(step, queue, started, decoding)
         run(self.scheduler, step)
+
+    def check_chunks(self, step: Step) -> None:
+        """Within the budget, one a sequence, at the first token to compute, with blocks."""
+        counts = [chunk.count for chunk in step.chunks]
+        assert sum(counts) <= self.scheduler.max_num_batched_tokens
+        assert all(count > 0 for count in counts)
+        assert len({chunk.sequence for chunk in step.chunks}) == len(step.chunks)
+        for chunk in step.chunks:
+            computed = chunk.sequence.num_computed_tokens
+            assert chunk.start == computed < len(chunk.sequence.token_ids)
+            room = len(chunk.sequence.block_table) * BLOCK_SIZE
+            assert room >= chunk.start + chunk.count
+
+    def check_order(self, queue: list[Sequence], started: list[Sequence]) -> None:
+        """Requests start in the order of arrival, interactive ones first."""
+        could_start = [s for s in queue if self.admit(s) is Admission.NOW]
+        assert set(started) == set(could_start[: len(started)])
+
+    def check_preemption(self, step: Step, started: list[Sequence]) -> None:
+        preempted = step.preempted
+        assert len(set(preempted)) == len(preempted)
+        assert set(preempted) <= set(self.scheduler.waiting)
+        if any(is_interactive(s) for s in preempted):
+            assert not started, "an interactive request is preempted while another starts"
+            running = self.scheduler.running
+            assert all(is_interactive(s) for s in running), "background work should go first"
+        if preempted:
+            assert all(is_interactive(s) for s in started), "background work starts in its place"
+
+    def check_room_for_interactive(
+        self, step: Step, queue: list[Sequence], started: list[Sequence], decoding: list[Sequence]
+    ) -> None:
+        """The first interactive request in the queue never waits for background work."""
+        waiting = [s for s in queue if is_interactive(s) and s not in started]
+        if not waiting or self.admit(waiting[0]) is not Admission.NOW or step.preempted:
+            return
+        before_it = [c for c in step.chunks if is_interactive(c.sequence) or c.sequence in decoding]
+        if sum(c.count for c in before_it) >= self.scheduler.max_num_batched_tokens:
+            return
+        running = [s for s in self.scheduler.running if is_interactive(s)]
+        blocks = self.scheduler.blocks
+        num_free = blocks.capacity - sum(len(s.block_table) for s in running)
+        num_needed = blocks.blocks_for(len(waiting[0].token_ids)) + len(running)
+        has_room = num_needed <= num_free and len(running) != self.scheduler.max_num_seqs
+        assert not has_room, "it waits for background work"
 
     @rule(data=st.data())
     @precondition(lambda self: self.scheduler.unfinished())
@@ -136,20 +162,22 @@ class Schedules(RuleBasedStateMachine):
         assert self.scheduler.remove(ended) is was_running
 
     @invariant()
-    def books_balance(self) -> None:
+    def accounts_balance(self) -> None:
         self.scheduler.check_integrity()
+        # The engine ends every sequence before it outgrows the cache.
         for running in list(self.scheduler.running):
-            if (
-                len(running.token_ids) > LONGEST + 4
-            ):  # never over what the cache holds, as the engine sees to
+            if len(running.token_ids) > MAX_PROMPT + 4:
                 self.remove(running)
 
     def teardown(self) -> None:
-        """Everybody is served: the oldest never gives way to its equals, so it ends; the next is the oldest then."""
-        self.present = True
+        """All are served: the oldest is never preempted by its equals, and ends; then the next is.
+
+        At the end every block is free.
+        """
+        self.is_resident = True
         for _ in range(40 * len(self.scheduler.unfinished())):
             self.step()
-            self.books_balance()
+            self.accounts_balance()
         assert not self.scheduler.unfinished()
         assert self.scheduler.blocks.num_free == self.scheduler.blocks.capacity
 
@@ -160,59 +188,69 @@ TestSchedules.settings = settings(
 )
 
 
-def test_a_prompt_is_computed_in_chunks_beside_what_decodes() -> None:
-    scheduler, short, long = make(budget=5), sequence(2), sequence(12, first=50)
+def test_a_prompt_is_computed_in_chunks_beside_sequences_in_decode() -> None:
+    scheduler = make(budget=5)
+    short = sequence(2)
+    long = sequence(12, first=50)
     scheduler.add(short)
     run(scheduler, scheduler.schedule(now))
     scheduler.add(long)
-    chunks = []
+    steps = []
     for _ in range(4):
         step = scheduler.schedule(now)
-        chunks.append([(c.sequence is long, c.start, c.count, c.samples) for c in step.chunks])
+        steps.append([(c.sequence is long, c.start, c.count, c.samples) for c in step.chunks])
         run(scheduler, step)
-    assert chunks[0] == [(False, 2, 1, True), (True, 0, 4, False)]
-    assert chunks[2] == [(False, 4, 1, True), (True, 8, 4, True)]
-    assert chunks[3] == [(False, 5, 1, True), (True, 12, 1, True)]
+    assert steps[0] == [(False, 2, 1, True), (True, 0, 4, False)]
+    assert steps[2] == [(False, 4, 1, True), (True, 8, 4, True)]
+    assert steps[3] == [(False, 5, 1, True), (True, 12, 1, True)]
 
 
-def test_a_known_beginning_is_not_computed_again_but_only_under_the_same_adapters() -> None:
-    scheduler, found = make(max_num_seqs=1), []
+def test_a_cached_prefix_is_reused_only_under_the_same_adapters() -> None:
+    scheduler = make(max_num_seqs=1)
+    num_cached = []
     for task in ("a", "b", "a", None):
-        asks = sequence(7, task)
-        scheduler.add(asks)
+        asked = sequence(7, task)
+        scheduler.add(asked)
         run(scheduler, scheduler.schedule(now))
-        found.append(asks.num_cached_tokens)
-        scheduler.remove(asks)
-    assert found == [0, 0, 6, 0], "all full blocks; the last token is always computed"
+        num_cached.append(asked.num_cached_tokens)
+        scheduler.remove(asked)
+    assert num_cached == [0, 0, 6, 0], "all full blocks; the last token is always computed"
 
 
 def test_the_n_sequences_of_a_request_wait_for_the_first_to_compute_their_prompt() -> None:
-    scheduler, leader = make(), sequence(7, n=2)
+    scheduler = make()
+    leader = sequence(7, n=2)
     follower = Sequence(leader.request, 1)
-    for each in (leader, follower):
-        scheduler.add(each)
+    scheduler.add(leader)
+    scheduler.add(follower)
     run(scheduler, scheduler.schedule(now))
     assert scheduler.running == [leader]
     scheduler.schedule(now)
-    assert (scheduler.running, follower.num_cached_tokens) == ([leader, follower], 6)
+    assert scheduler.running == [leader, follower]
+    assert follower.num_cached_tokens == 6
 
 
-def test_who_waits_for_an_adapter_is_passed_and_counts_it_until_it_holds_the_others_up() -> None:
-    scheduler, away = make(max_num_seqs=9, budget=30), sequence(task="away")
+def test_a_sequence_that_waits_for_an_adapter_is_overtaken_until_it_is_held() -> None:
+    scheduler = make(max_num_seqs=9, budget=30)
+    away = sequence(task="away")
     answers = {away: Admission.LATER}
     for each in (sequence(), away, sequence(), sequence()):
         scheduler.add(each)
-    assert len(scheduler.schedule(lambda s: answers.get(s, Admission.NOW)).chunks) == 3
+    step = scheduler.schedule(lambda s: answers.get(s, Admission.NOW))
+    assert len(step.chunks) == 3
     assert away.num_overtaken == 2
     answers[away] = Admission.HOLD
     scheduler.add(sequence())
     scheduler.schedule(lambda s: answers.get(s, Admission.NOW))
-    assert (len(scheduler.running), len(scheduler.waiting)) == (3, 2)
+    assert len(scheduler.running) == 3
+    assert len(scheduler.waiting) == 2
 
 
-def test_the_newest_gives_way_and_comes_back_first() -> None:
+def test_the_newest_sequence_is_preempted_and_returns_first() -> None:
     scheduler = make(num_blocks=6)
-    old, new, later = sequence(4), sequence(4, first=20), sequence(4, first=40)
+    old = sequence(4)
+    new = sequence(4, first=20)
+    later = sequence(4, first=40)
     for each in (old, new, later):
         scheduler.add(each)
     preempted: list[Sequence] = []
@@ -222,54 +260,53 @@ def test_the_newest_gives_way_and_comes_back_first() -> None:
         run(scheduler, step)
     assert preempted == [new]
     assert list(scheduler.waiting) == [new, later]
-    assert (new.block_table, new.num_computed_tokens) == ([], 0)
+    assert new.block_table == []
+    assert new.num_computed_tokens == 0
 
 
-def test_what_is_not_interactive_gives_its_place_to_what_is_and_takes_it_again() -> None:
+def test_a_background_request_is_preempted_by_an_interactive_one_and_resumes_after_it() -> None:
     scheduler = make(max_num_seqs=2)
-    slow = [sequence(4, first=20 * i, interactive=False) for i in range(3)]
-    quick = sequence(4, first=80)
-    for each in slow:
+    background = [sequence(4, first=20 * i, interactive=False) for i in range(3)]
+    interactive = sequence(4, first=80)
+    for each in background:
         scheduler.add(each)
     run(scheduler, scheduler.schedule(now))
-    scheduler.add(quick)
+    scheduler.add(interactive)
     step = scheduler.schedule(now)
-    assert (step.preempted, scheduler.running) == ([slow[1]], [slow[0], quick])
-    assert {chunk.sequence for chunk in step.chunks} == {slow[0], quick}
+    assert step.preempted == [background[1]]
+    assert scheduler.running == [background[0], interactive]
+    assert {chunk.sequence for chunk in step.chunks} == {background[0], interactive}
     run(scheduler, step)
     assert not scheduler.schedule(now).preempted
-    scheduler.remove(quick)
+    scheduler.remove(interactive)
     scheduler.schedule(now)
-    assert scheduler.running == [slow[0], slow[1]]
+    assert scheduler.running == [background[0], background[1]]
 
 
-def test_an_adapter_that_is_away_takes_nobodys_place() -> None:
-    scheduler, slow, quick = (
-        make(max_num_seqs=1),
-        sequence(interactive=False),
-        sequence(task="away", first=20),
-    )
-    for each in (slow, quick):
-        scheduler.add(each)
-    answers = {quick: Admission.LATER}
+def test_a_sequence_whose_adapter_is_not_resident_preempts_nobody() -> None:
+    scheduler = make(max_num_seqs=1)
+    background = sequence(interactive=False)
+    interactive = sequence(task="away", first=20)
+    scheduler.add(background)
+    scheduler.add(interactive)
+    answers = {interactive: Admission.LATER}
     for _ in range(2):
         step = scheduler.schedule(lambda s: answers.get(s, Admission.NOW))
-        assert (scheduler.running, step.preempted) == ([slow], [])
+        assert scheduler.running == [background]
+        assert step.preempted == []
         run(scheduler, step)
 
 
-def test_log_probabilities_of_a_prompts_end_leave_its_beginning_to_the_cache() -> None:
-    scheduler, prompt, found = make(), tuple(range(9)), []
+def test_prompt_log_probabilities_from_a_later_token_reuse_the_cached_prefix() -> None:
+    scheduler = make()
+    found = []
     for first in (1, 1, 5, 6):
-        asked = Sequence(
-            Request("r", prompt, (), SamplingParams(prompt_logprobs=0, prompt_logprobs_from=first)),
-            0,
-        )
+        asked = sequence(9, prompt_logprobs=0, prompt_logprobs_from=first)
         scheduler.add(asked)
         step = scheduler.schedule(now)
         found.append([(chunk.start, chunk.num_logits) for chunk in step.chunks])
         run(scheduler, step)
-        while asked.num_pending_tokens > 1:
+        while asked.is_prefilling:
             run(scheduler, scheduler.schedule(now))
         scheduler.remove(asked)
     assert found == [[(0, 8)], [(0, 8)], [(4, 5)], [(4, 4)]]

@@ -1,0 +1,55 @@
+"""A planned step: the tokens that it computes, and for which sequences. No torch."""
+
+from dataclasses import dataclass, field
+
+from server.engine.native.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`count` tokens of a sequence, from position `start`.
+
+    The next token is sampled if they include the newest one.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        """The position after the last token."""
+        return self.start + self.count
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk ends at the sequence's newest token."""
+        return self.stop == len(self.sequence.token_ids)
+
+    @property
+    def num_logits(self) -> int:
+        """How many tokens at the end of the chunk need logits.
+
+        The logits at a position are those of the token after it: prompt log-probabilities from
+        token number k on need the logits from position k - 1 on.
+        """
+        num_sampled = 1 if self.samples else 0
+        if not self.sequence.wants_prompt_logprobs:
+            return num_sampled
+        first_position = self.sequence.request.sampling.prompt_logprobs_from - 1
+        return max(num_sampled, self.stop - max(self.start, first_position))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A planned step.
+
+    Attributes:
+        chunks: the tokens to compute, at most one chunk for a sequence.
+        new_blocks: blocks allocated for them, whose old content has to be zeroed.
+        preempted: sequences that went back to the queue, in the order in which they did.
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    new_blocks: list[int] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)

@@ -1,0 +1,205 @@
+"""Plans one step: how many tokens each sequence computes, and which are preempted. No torch."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from server.engine.native.block_tables import BlockTables
+from server.engine.native.sequence import Sequence
+from server.engine.native.step import Chunk, Step
+
+
+class Admission(Enum):
+    """The engine's answer for a waiting sequence that there is room for."""
+
+    NOW = "now"  # its adapters are resident, and now pinned
+    LATER = "later"  # it waits for an adapter; others may overtake it
+    HOLD = "hold"  # it has been overtaken too often: none behind it may start before it
+
+
+Admit = Callable[[Sequence], Admission]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Room for a sequence to start in: its cached blocks, and the sequences to preempt for it."""
+
+    cached: list[int]
+    victims: list[Sequence]
+
+
+@dataclass(eq=False)
+class StepPlanner:
+    """A step while it is planned: the tokens left in its budget, and the sequences that it changes.
+
+    It moves sequences between the scheduler's two queues, and allocates their blocks, as it goes.
+
+    Args:
+        waiting: the scheduler's queue; its head starts next.
+        running: the scheduler's running sequences, oldest first.
+        tables: the blocks of the running sequences.
+        max_num_seqs: sequences that run at once.
+        tokens_left: the budget of the step, less the tokens planned so far.
+        admit: asked for each sequence that there is room for, in order.
+    """
+
+    waiting: deque[Sequence]
+    running: list[Sequence]
+    tables: BlockTables
+    max_num_seqs: int
+    tokens_left: int
+    admit: Admit
+    _chunks: dict[Sequence, Chunk] = field(default_factory=dict, init=False)
+    _new_blocks: list[int] = field(default_factory=list, init=False)
+    _preempted: list[Sequence] = field(default_factory=list, init=False)
+    _passed_over: list[Sequence] = field(default_factory=list, init=False)
+    _is_closed: bool = field(default=False, init=False)  # nothing else starts in this step
+
+    def step(self) -> Step:
+        """Return the step as planned so far."""
+        return Step(list(self._chunks.values()), self._new_blocks, self._preempted)
+
+    def continue_running(self, sequences: list[Sequence]) -> None:
+        """Plan the next tokens of running sequences, in order, as far as the budget goes."""
+        for sequence in sequences:
+            count = min(sequence.num_pending_tokens, self.tokens_left)
+            if count == 0 or sequence in self._preempted:
+                continue
+            if self._allocate_or_preempt(sequence, count):
+                self._add_chunk(sequence, count)
+
+    def start_waiting(self, sequences: list[Sequence]) -> None:
+        """Start waiting sequences, in order, until there is no room for one of them.
+
+        Does nothing if the step has preempted a sequence before: blocks are short then.
+        """
+        if self._is_closed or self._preempted:
+            return
+        for sequence in sequences:
+            if self._is_prompt_in_progress(sequence):
+                continue
+            place = self._find_place(sequence)
+            if place is None:
+                self._is_closed = True
+                return
+            admission = self.admit(sequence)
+            if admission is Admission.NOW:
+                self._start(sequence, place)
+            elif admission is Admission.LATER:
+                self._passed_over.append(sequence)
+            else:
+                self._is_closed = True
+                return
+
+    def _is_prompt_in_progress(self, sequence: Sequence) -> bool:
+        """Whether another of the request's n sequences is computing the prompt that they share.
+
+        Waiting for it is cheaper than computing the prompt twice: its blocks can then be shared.
+        """
+        if self.tables.root_of is None:
+            return False
+        if len(sequence.request.prompt_ids) <= self.tables.pool.block_size:
+            return False  # too short to share a block: the last token is always computed
+        return any(s.request is sequence.request and s.is_prefilling for s in self.running)
+
+    def _find_place(self, sequence: Sequence) -> _Place | None:
+        """Find room for a waiting sequence; None if it has to wait."""
+        cached = self.tables.find_cached(sequence)
+        victims = self._find_victims(sequence, cached)
+        if victims is None:
+            return None
+        planned = [self._chunks[victim] for victim in victims if victim in self._chunks]
+        if self.tokens_left + sum(chunk.count for chunk in planned) == 0:
+            return None
+        return _Place(cached, victims)
+
+    def _find_victims(self, sequence: Sequence, cached: list[int]) -> list[Sequence] | None:
+        """Choose the running sequences to preempt so that a waiting one finds room.
+
+        Only an interactive sequence preempts others to start, and only those that are not.
+
+        Returns:
+            The sequences, often none; None if preempting would not make enough room.
+        """
+        num_blocks = self.tables.pool.blocks_for(len(sequence.token_ids))
+        num_new_blocks = num_blocks - len(cached)
+        kept = list(self.running)
+        victims: list[Sequence] = []
+        while not self._has_room(num_new_blocks, cached, kept):
+            if not sequence.request.interactive:
+                return None
+            if all(other.request.interactive for other in kept):
+                return None
+            victim = _first_to_preempt(kept)
+            kept.remove(victim)
+            victims.append(victim)
+        return victims
+
+    def _has_room(self, num_new_blocks: int, cached: list[int], kept: list[Sequence]) -> bool:
+        """Whether a sequence with some cached blocks could start if only `kept` went on running."""
+        if len(kept) >= self.max_num_seqs:
+            return False
+        used = set(cached).union(*(other.block_table for other in kept))
+        num_free = self.tables.pool.capacity - len(used)
+        # Each running sequence soon needs one more block: keep one for each, or the new sequence
+        # would be preempted at once.
+        return num_new_blocks + len(kept) <= num_free
+
+    def _start(self, sequence: Sequence, place: _Place) -> None:
+        """Make room for an admitted sequence, move it to the running ones and plan its tokens."""
+        for other in self._passed_over:
+            other.num_overtaken += 1
+        for victim in place.victims:
+            self._preempt(victim)
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        self.tables.share(sequence, place.cached)
+        if sequence.first_scheduled is None:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        count = min(sequence.num_pending_tokens, self.tokens_left)
+        self._allocate(sequence, count)
+        self._add_chunk(sequence, count)
+
+    def _allocate_or_preempt(self, sequence: Sequence, count: int) -> bool:
+        """Allocate the blocks for `count` more tokens; preempt sequences until there are enough.
+
+        Returns:
+            False if the sequence itself had to be preempted.
+        """
+        while not self._allocate(sequence, count):
+            victim = _first_to_preempt(self.running)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _allocate(self, sequence: Sequence, count: int) -> bool:
+        """Allocate the blocks for `count` more tokens; False if too few are free."""
+        blocks = self.tables.allocate(sequence, count)
+        if blocks is None:
+            return False
+        self._new_blocks += blocks
+        return True
+
+    def _add_chunk(self, sequence: Sequence, count: int) -> None:
+        self._chunks[sequence] = Chunk(sequence, sequence.num_computed_tokens, count)
+        self.tokens_left -= count
+
+    def _preempt(self, victim: Sequence) -> None:
+        """Move a running sequence to the head of the queue; its tokens go back to the budget."""
+        self.running.remove(victim)
+        self.tables.free(victim)
+        self.waiting.appendleft(victim)
+        self._preempted.append(victim)
+        chunk = self._chunks.pop(victim, None)
+        if chunk is not None:
+            self.tokens_left += chunk.count
+
+
+def _first_to_preempt(running: list[Sequence]) -> Sequence:
+    """Return the newest sequence that is not interactive, or else the newest."""
+    for sequence in reversed(running):
+        if not sequence.request.interactive:
+            return sequence
+    return running[-1]
