@@ -18,6 +18,7 @@ from server.http import error_handlers
 from server.http.log import RequestLog
 from server.http.routes import ablation, adapters, generate, openai, operations
 from server.service import errors
+from server.service.ablation import Ablations
 from server.service.frontend import Frontend
 
 log = logging.getLogger("server")
@@ -26,19 +27,21 @@ log = logging.getLogger("server")
 def create_app(frontend: Frontend, on_stop: Callable[[], Awaitable[None]]) -> FastAPI:
     """The application; `on_stop` is awaited when no request runs any more: it ends the engine."""
 
+    ablations = Ablations(frontend)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # One CPU thread each: only the engine's may have more (server/engine/model_runner.py).
         workers = ThreadPoolExecutor(8, "worker", compute_alone)
         asyncio.get_running_loop().set_default_executor(workers)
-        await asyncio.to_thread(frontend.ablation_jobs.load)
+        await asyncio.to_thread(ablations.load)
         app.state.starting = asyncio.create_task(_start(frontend))
         yield
         frontend.draining = True
         app.state.starting.cancel()
         await asyncio.gather(app.state.starting, return_exceptions=True)
         await frontend.registry.stop()
-        await frontend.ablation_jobs.stop()
+        await ablations.stop()
         await on_stop()
         frontend.close()
 
@@ -51,6 +54,7 @@ def create_app(frontend: Frontend, on_stop: Callable[[], Awaitable[None]]) -> Fa
         strict_content_type=False,
     )
     app.state.frontend = frontend
+    app.state.ablations = ablations
     settings, metrics = frontend.settings, frontend.metrics
     metrics.watch(frontend.engine.stats, frontend.registry.names, settings.max_loaded_adapters)
     error_handlers.install(app)

@@ -20,9 +20,7 @@ from server.engine.request import Request, SamplingParams, TokenLogprob
 from server.http.schemas import ServedModel
 from server.service import errors
 from server.service.generation import Generation
-from server.service.jobs import Jobs
 from server.service.metrics import Metrics
-from server.service.question_sets import QuestionSets
 from server.service.registry import Registry, Resolved
 from server.settings import Settings
 
@@ -50,14 +48,6 @@ class Frontend:
     draining: bool = False
 
     def __post_init__(self) -> None:
-        self.ablation_slots = asyncio.Semaphore(self.settings.max_ablation_inflight)
-        kept = self.settings.evaluations
-        self.ablation_jobs = Jobs(
-            kept / "ablations", self.settings.max_ablation_jobs, self.settings.max_ablation_kept
-        )
-        self.question_sets = QuestionSets(
-            self.settings.store / "question_sets", kept / "question_sets"
-        )
         self._raw = raw_format(self.tokenizer)
         # One thread: a fast tokenizer is not to be used by two at once, and encoding must not hold the event loop up.
         self._encoder = ThreadPoolExecutor(1, "encode")

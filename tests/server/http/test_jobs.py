@@ -77,7 +77,7 @@ async def test_a_job_can_be_cancelled_and_one_that_the_server_left_is_interrupte
     ]
     assert (await served.client.delete(cancelled)).json()["status"] == "cancelled"
     snapshot = (tmp_path / "ablations" / f"{killed.rpartition('/')[2]}.json").read_bytes()
-    await served.app.state.frontend.ablation_jobs.stop()
+    await served.app.state.ablations.jobs.stop()
     assert served.engine.running == 0
     for url, status in ((cancelled, "cancelled"), (left, "interrupted")):
         found = await record(served, url)
