@@ -208,7 +208,7 @@ def ablate(
 
     work = plan(questions, settings, select)
     outcomes = _run(served, work.jobs, questions, settings, variant_of, note)
-    rows = work.by_variant(outcomes)
+    rows: dict[str, Sequence[ItemResult]] = dict(work.by_variant(outcomes))
     answerers = _further_rows(served, settings, control, strengths)
     if with_naive_bayes:
         answerers["naive_bayes"] = _by_naive_bayes
