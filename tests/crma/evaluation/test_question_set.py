@@ -1,4 +1,4 @@
-"""crma.evaluation.question_set: sets are read whole, or refused with the line and field at fault."""
+"""crma.evaluation.question_set: a set is read whole, or refused with the faulty line and field."""
 
 import json
 import re
