@@ -117,7 +117,10 @@ class AblationPlan:
 
     def by_variant(self, outcomes: Sequence[ItemResult]) -> dict[str, tuple[ItemResult, ...]]:
         """Return label -> [questions] outcomes, from the outcomes of `jobs` in their order."""
-        return {label: tuple(outcomes[job] for job in row) for label, row in self.job_of.items()}
+        rows = {}
+        for label, indices in self.job_of.items():
+            rows[label] = tuple(outcomes[index] for index in indices)
+        return rows
 
 
 def plan(
@@ -164,7 +167,8 @@ def _labels(variants: Sequence[str]) -> list[str]:
     for variant in variants or [""]:  # an empty list is refused like an empty name
         read_cell(variant)
         seen[variant] += 1
-        labels.append(variant if seen[variant] == 1 else f"{variant}#{seen[variant]}")
+        is_first = seen[variant] == 1
+        labels.append(variant if is_first else f"{variant}#{seen[variant]}")
     return labels
 
 

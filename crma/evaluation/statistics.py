@@ -184,8 +184,9 @@ def paired_equivalence(differences: Sequence[float], *, margin: float, seed: int
     is_inside = -margin < low <= high < margin
     if not is_inside:
         return False
-    has_enough_items = (1 - margin) ** len(differences) <= ALPHA
-    return True if has_enough_items else None
+    if (1 - margin) ** len(differences) > ALPHA:
+        return None  # too few items
+    return True
 
 
 def t_interval(values: Sequence[float]) -> Interval:

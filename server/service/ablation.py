@@ -31,7 +31,6 @@ from server.service.question_sets import QuestionSets
 from server.service.registry import Resolved
 
 _SEED_BYTES = 6  # of the seed of a sampled item; JSON numbers hold them exactly
-_Resolved = Mapping[tuple[str, AdapterSelection], Resolved]
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,8 @@ class Ablations:
 
     async def start(self, ablation: "Ablation") -> jobs.Job:
         """Run an ablation in the background. Raises TooManyJobs."""
-        num_jobs = len(ablation.plan.jobs)
-        return await self.jobs.start(ablation.id, ablation.request(), num_jobs, ablation.run)
+        total = len(ablation.plan.jobs)
+        return await self.jobs.start(ablation.id, ablation.request(), total, ablation.run)
 
     def _question_set(self, spec: AblationSpec) -> QuestionSet:
         """Return the inline questions or those of a named set, filtered by task."""
@@ -147,7 +146,7 @@ class Ablation:
     spec: AblationSpec
     question_set: QuestionSet
     plan: AblationPlan
-    resolved: _Resolved
+    resolved: Mapping[tuple[str, AdapterSelection], Resolved]
     provenance: dict[str, Any]
     frontend: Frontend
     slots: asyncio.Semaphore
