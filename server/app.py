@@ -15,6 +15,7 @@ from server.http import error_handlers
 from server.http.body_limit import BodyLimit
 from server.http.log import RequestLog
 from server.http.routes import ablation, adapters, generate, openai, operations
+from server.service.ablation import Ablations
 from server.service.frontend import Frontend
 
 log = logging.getLogger("server")
@@ -35,19 +36,21 @@ DESCRIPTION = (
 def create_app(frontend: Frontend) -> FastAPI:
     """The application on a running engine, which it closes when it stops."""
 
+    ablations = Ablations(frontend)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # One CPU thread each: only the engine's thread may have more (native/model_runner.py).
         workers = ThreadPoolExecutor(8, "worker", compute_alone)
         asyncio.get_running_loop().set_default_executor(workers)
-        await asyncio.to_thread(frontend.ablation_jobs.load)
+        await asyncio.to_thread(ablations.load)
         app.state.starting = asyncio.create_task(_start(frontend))
         yield
         frontend.draining = True
         app.state.starting.cancel()
         await asyncio.gather(app.state.starting, return_exceptions=True)
         await frontend.registry.stop()
-        await frontend.ablation_jobs.stop()
+        await ablations.stop()
         await frontend.engine.close()  # uvicorn has given running requests their time by now
         frontend.close()
 
@@ -60,6 +63,7 @@ def create_app(frontend: Frontend) -> FastAPI:
         strict_content_type=False,
     )
     app.state.frontend = frontend
+    app.state.ablations = ablations
     settings = frontend.settings
     metrics = frontend.metrics
     metrics.watch(frontend.engine.stats, frontend.registry.names, settings.max_loaded_adapters)

@@ -1,7 +1,8 @@
 """`crma ablate`: the same questions with and without CRMA."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,72 +11,114 @@ from crma.cli.output import interval, note, show_json
 from crma.evaluation.scorers import SCORERS
 from crma.models.base_model import DEFAULT_MODEL, find_base
 
+if TYPE_CHECKING:
+    from crma.evaluation.question_set import QuestionSet
+    from crma.store.adapter_store import AdapterStore
+
 group = typer.Typer()
+
+_Questions = Annotated[
+    Path | None, typer.Option(help="JSON Lines. Default: the store's public question set.")
+]
+_Split = Annotated[
+    str | None, typer.Option(help="Ask this split of every built-in task: validation or holdout.")
+]
+_Variants = Annotated[str, typer.Option(help="Comma-separated variants.")]
+_Control = Annotated[Path | None, typer.Option(help="A store of LoRAs trained without CRMA.")]
+_Strengths = Annotated[str, typer.Option(help="Injection strengths, such as 0,.25,.5,.75,1.")]
+_Scorer = Annotated[str, typer.Option(help=f"One of {', '.join(SCORERS)}.")]
+_Tolerance = Annotated[float, typer.Option(help="Absolute tolerance of the numeric scorer.")]
+_Relative = Annotated[float, typer.Option(help="Relative tolerance of the numeric scorer.")]
+_MaxTokens = Annotated[int, typer.Option(help="Length limit of an answer.")]
+_Margin = Annotated[float, typer.Option(help="Variants this close are equivalent; in (0, 1).")]
+_Seed = Annotated[int, typer.Option(help="Seed of the bootstrap.")]
 
 
 @group.command()
 def ablate(
     store: StoreFolder,
     model: Model = DEFAULT_MODEL,
-    questions: Annotated[
-        Path | None, typer.Option(help="JSON Lines; the store's public set if not given.")
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Instead: validation or holdout, of every built-in task.")
-    ] = None,
-    variants: Annotated[str, typer.Option(help="Comma-separated.")] = "task+crma,task,crma,base",
-    control: Annotated[
-        Path | None, typer.Option(help="A store of LoRAs trained without CRMA.")
-    ] = None,
-    strengths: Annotated[str, typer.Option(help="Of the injection, such as 0,.25,.5,.75,1.")] = "",
-    scorer: Annotated[str, typer.Option(help=f"One of {', '.join(SCORERS)}.")] = "exact",
-    tolerance: Annotated[float, typer.Option(help="Of numeric.")] = 0.0,
-    relative_tolerance: float = 0.0,
-    max_tokens: int = 16,
-    margin: float = 0.02,
-    seed: int = 0,
+    questions: _Questions = None,
+    split: _Split = None,
+    variants: _Variants = "task+crma,task,crma,base",
+    control: _Control = None,
+    strengths: _Strengths = "",
+    scorer: _Scorer = "exact",
+    tolerance: _Tolerance = 0.0,
+    relative_tolerance: _Relative = 0.0,
+    max_tokens: _MaxTokens = 16,
+    margin: _Margin = 0.02,
+    seed: _Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """The same questions with and without CRMA: accuracies, intervals, flips; of a split, also naive Bayes."""
-    from crma.data.sources import DOMAINS
-    from crma.evaluation.offline import Served, split_questions
-    from crma.evaluation.offline import ablate as run
-    from crma.evaluation.question_set import read_question_set
+    """Ask the same questions with and without CRMA: accuracies, intervals and flips.
+
+    A split is also answered by a naive Bayes classifier.
+    """
+    # Imported here, so that `crma --help` does not wait for torch.
+    from crma.evaluation import offline
+    from crma.evaluation.ablation import AblationSettings
     from crma.store.adapter_store import AdapterStore
 
-    served = Served(find_base(model), AdapterStore(store))
-    built_in = [task for task in served.store.task_names() if task in DOMAINS]
+    settings = AblationSettings(
+        variants=tuple(name.strip() for name in variants.split(",")),
+        scorer=scorer,
+        tolerance=tolerance,
+        relative_tolerance=relative_tolerance,
+        margin=margin,
+        seed=seed,
+        max_tokens=max_tokens,
+    )
+    served = offline.Served(find_base(model), AdapterStore(store))
     file = questions or store / "question_sets" / "public.jsonl"
-    asked = split_questions(built_in, split) if split else read_question_set(file)
-    names: Any = [name.strip() for name in variants.split(",")]
-    options: Any = {"scorer": scorer, "max_tokens": max_tokens, "margin": margin, "seed": seed}
-    options |= {"tolerance": tolerance, "relative_tolerance": relative_tolerance}
-    options |= {
-        "strengths": [float(share) for share in strengths.split(",") if share],
-        "with_naive_bayes": bool(split) and scorer != "perplexity",
-    }
-    result = run(
+    result = offline.ablate(
         served,
-        asked,
-        names,
+        _question_set(served.store, file, split),
+        settings,
         control=AdapterStore(control) if control else None,
-        **options,
+        strengths=[float(strength) for strength in strengths.split(",") if strength],
+        with_naive_bayes=bool(split) and scorer != "perplexity",
         note=note,
     )
     if as_json:
         show_json(result)
-        return
-    typer.echo(f"{split or file}: accuracy [95 %, Wilson]")
+    else:
+        typer.echo(_table(split or str(file), result))
+
+
+def _question_set(store: "AdapterStore", file: Path, split: str | None) -> "QuestionSet":
+    """Return a split of the store's built-in tasks, or the question set in a file."""
+    from crma.data.sources import DOMAINS
+    from crma.evaluation.offline import split_questions
+    from crma.evaluation.question_set import read_question_set
+
+    if not split:
+        return read_question_set(file)
+    return split_questions([task for task in store.task_names() if task in DOMAINS], split)
+
+
+def _table(title: str, result: Mapping[str, Any]) -> str:
+    """Lay out an ablation's answer: a line per variant, then a line per comparison."""
+    lines = [f"{title}: accuracy [95 %, Wilson]"]
     for variant, row in result["variants"].items():
-        if scorer == "perplexity":
-            typer.echo(
-                f"{variant:<15} perplexity {row['perplexity']:.4g} of {row['scored']} answers"
-            )
+        if "perplexity" in row:
+            measured = f"perplexity {row['perplexity']:.4g} of {row['scored']} answers"
         else:
+            accuracy = _number(row["accuracy"], ".2f")
             counts = f"{row['correct']} of {row['scored']}"
-            typer.echo(f"{variant:<15} {row['accuracy']:.2f} {interval(row['wilson'])} {counts}")
+            measured = f"{accuracy} {interval(row['wilson'])} {counts}"
+        lines.append(f"{variant:<15} {measured}")
     for pair in result["comparisons"]:
-        text = f"{pair['a']} - {pair['b']}: {pair['difference']:+.2f} {interval(pair['bootstrap'])}"
-        if flips := pair.get("mcnemar"):
-            text += f", gained {flips['gained']}, lost {flips['lost']}, p = {flips['p']:.2g}"
-        typer.echo(text)
+        difference = _number(pair["difference"], "+.2f")
+        line = f"{pair['a']} - {pair['b']}: {difference} {interval(pair['bootstrap'])}"
+        flips = pair.get("mcnemar")
+        if flips is not None:
+            p = _number(flips["p"], ".2g")
+            line += f", gained {flips['gained']}, lost {flips['lost']}, p = {p}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    """Format a number, or a dash for one that too few items leave undefined."""
+    return "–" if value is None else format(value, form)

@@ -1,4 +1,4 @@
-"""Loss and greedy answers of one selection on a list of examples. Dropout off, fixed batches, fp32 log-softmax."""
+"""Loss, greedy answers and likelihoods of one selection: fixed batches, log-softmax in fp32."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,17 +20,19 @@ IGNORED = -100
 
 
 class Encoded(NamedTuple):
-    """Token ids of one example: the user turn, and the answer with its stop token."""
+    """Token ids of one example: the formatted user turn, and the answer with its stop token."""
 
     prompt: list[int]
     answer: list[int]
 
 
 class Batch(NamedTuple):
-    """Left-padded rows, so that every answer ends at the last column and logits are needed for `keep` columns only.
+    """Left-padded rows.
 
-    Shapes: b rows, s positions, keep = the longest answer. input_ids, attention_mask [b, s]; targets [b, keep]
-    (IGNORED left of an answer).
+    Every answer ends at the last column, so logits are needed for the last `keep` columns only.
+
+    Shapes, for b rows, s positions and a longest answer of `keep` tokens: input_ids and
+    attention_mask [b, s]; targets [b, keep], IGNORED to the left of an answer.
     """
 
     input_ids: Tensor
@@ -39,13 +41,20 @@ class Batch(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Real (not padding) tokens."""
+        """Number of tokens that are not padding."""
         return int(self.attention_mask.sum())
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Loss in nats per answer token; exact-match accuracy with its Wilson interval; how much was measured."""
+    """What `Evaluator.measure` found.
+
+    Args:
+        loss: nats per answer token.
+        accuracy: share of exact matches.
+        items: number of rows measured.
+        wilson: 95 % interval of the accuracy.
+    """
 
     loss: float
     accuracy: float
@@ -54,7 +63,13 @@ class Measure:
 
 
 def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str = "cpu") -> Batch:
-    """One left-padded batch. The last answer token is only a target."""
+    """Make one left-padded batch. The last token of an answer is a target and never an input.
+
+    Args:
+        rows: the examples.
+        pad_id: token id of the padding.
+        device: where the batch goes.
+    """
     read = [torch.tensor(row.prompt + row.answer[:-1]) for row in rows]
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
     input_ids = pad(read, padding_value=pad_id)
@@ -64,20 +79,22 @@ def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str = "
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """[answer tokens of all rows, vocabulary], in the model's dtype: logits only where an answer is."""
+    """Return logits [answer tokens of all rows, vocabulary] in the model's dtype.
+
+    The output layer runs on the answers' positions only.
+    """
     wanted = batch.targets != IGNORED
 
     def answers_only(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         return inputs[0][wanted]  # [b, keep, d] -> [answer tokens, d]
 
+    positions = batch.attention_mask.cumsum(-1) - 1  # 0 at the first real token of each row
     hook = model.get_output_embeddings().register_forward_pre_hook(answers_only)
     try:
         output = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            position_ids=(batch.attention_mask.cumsum(-1) - 1).clamp(
-                min=0
-            ),  # 0 at each first real token
+            position_ids=positions.clamp(min=0),
             use_cache=False,
             logits_to_keep=batch.targets.shape[1],
         )
@@ -87,15 +104,28 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Summed negative log-likelihood of the answer tokens, in nats, from their `answer_logits`."""
-    return nn.functional.cross_entropy(
-        logits.float(), batch.targets[batch.targets != IGNORED], reduction="sum"
-    )
+    """Return the summed negative log-likelihood, in nats, of the answer tokens of a batch.
+
+    Args:
+        logits: the batch's `answer_logits`.
+        batch: holds the targets.
+    """
+    targets = batch.targets[batch.targets != IGNORED]
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A model under any plan, asked in one prompt format. Batches hold rows of similar length, and always the same."""
+    """Asks a model under any plan, in one prompt format.
+
+    Batches hold rows of similar length, and the same rows always make the same batches.
+
+    Args:
+        injection: the model.
+        tokenizer: its tokenizer.
+        fmt: the prompt format.
+        batch_size: the most rows in a batch.
+    """
 
     injection: Injection
     tokenizer: PreTrainedTokenizerBase
@@ -104,40 +134,48 @@ class Evaluator:
 
     @property
     def stop_id(self) -> int:
-        """The token that ends an answer; it pads as well."""
+        """The token that ends an answer; it is also the padding."""
         return self.fmt.stop_id(self.tokenizer)
 
     def encode(self, examples: Iterable[Example]) -> list[Encoded]:
-        """The same tokens in training, evaluation and serving."""
-        fmt, tokenizer = self.fmt, self.tokenizer
-        return [
-            Encoded(fmt.encode(tokenizer, e.prompt), fmt.encode_answer(tokenizer, e.completion))
-            for e in examples
-        ]
+        """Tokenise examples, the same in training, evaluation and serving."""
+        rows = []
+        for example in examples:
+            prompt = self.fmt.encode(self.tokenizer, example.prompt)
+            answer = self.fmt.encode_answer(self.tokenizer, example.completion)
+            rows.append(Encoded(prompt, answer))
+        return rows
 
     @torch.inference_mode()
     def measure(self, plan: Plan, rows: Sequence[Encoded]) -> Measure:
-        """Loss, and accuracy by token: a row is right if each of its answer tokens is the likeliest after those before.
+        """Measure loss and exact-match accuracy on rows, in one forward pass per batch.
 
-        That is when greedy decoding gives exactly this answer and stops, so one forward pass measures both.
+        A row is right if each of its answer tokens is the likeliest after the tokens before it:
+        then, and only then, greedy decoding gives exactly this answer and stops.
         """
-        total, count, correct = 0.0, 0, 0
+        model = self.injection.model
+        loss = 0.0
+        num_tokens = 0
+        correct = 0
         with self.injection.active(plan):
             for indices in self._by_length(rows):
-                batch = collate(
-                    [rows[i] for i in indices], self.stop_id, self.injection.model.device
-                )
-                logits, wrong = answer_logits(self.injection.model, batch), batch.targets != IGNORED
-                total += answer_loss(logits, batch).item()
-                count += len(logits)
-                wrong[wrong.clone()] = logits.argmax(-1) != batch.targets[wrong]
-                correct += int((~wrong.any(dim=1)).sum())
-        return Measure(total / count, correct / len(rows), len(rows), wilson(correct, len(rows)))
+                batch = collate([rows[i] for i in indices], self.stop_id, model.device)
+                logits = answer_logits(model, batch)
+                loss += answer_loss(logits, batch).item()
+                num_tokens += len(logits)
+                is_answer = batch.targets != IGNORED
+                is_right = torch.ones_like(is_answer)
+                is_right[is_answer] = logits.argmax(-1) == batch.targets[is_answer]
+                correct += int(is_right.all(dim=1).sum())
+        n = len(rows)
+        return Measure(loss / num_tokens, correct / n, n, wilson(correct, n))
 
     @torch.inference_mode()
     def answers(self, plan: Plan, prompts: Sequence[str], *, max_tokens: int = 16) -> list[str]:
-        """The greedy answer to every prompt, by transformers' own generate."""
-        model, stop_id, answers = self.injection.model, self.stop_id, [""] * len(prompts)
+        """Return the greedy answers [n] to prompts [n], by transformers' own generate."""
+        model = self.injection.model
+        stop_id = self.stop_id
+        answers = [""] * len(prompts)
         rows = [Encoded(self.fmt.encode(self.tokenizer, prompt), [stop_id]) for prompt in prompts]
         greedy = {
             "do_sample": False,
@@ -149,35 +187,31 @@ class Evaluator:
             for indices in self._by_length(rows):
                 batch = collate([rows[i] for i in indices], stop_id, model.device)
                 ids = model.generate(batch.input_ids, attention_mask=batch.attention_mask, **greedy)
-                texts = self.tokenizer.batch_decode(
-                    ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True
-                )
+                new_ids = ids[:, batch.input_ids.shape[1] :]
+                texts = self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
                 for i, text in zip(indices, texts, strict=True):
                     answers[i] = text
         return answers
 
     @torch.inference_mode()
     def likelihoods(self, plan: Plan, rows: Sequence[Encoded]) -> list[Likelihood]:
-        """Of the answer of every row, which need not end with the stop token."""
-        found = [Likelihood(0.0, 0)] * len(rows)
+        """Return the likelihood of every row's answer, which need not end with the stop token."""
+        model = self.injection.model
+        likelihoods = [Likelihood(0.0, 0)] * len(rows)
         with self.injection.active(plan):
             for indices in self._by_length(rows):
-                batch = collate(
-                    [rows[i] for i in indices], self.stop_id, self.injection.model.device
-                )
+                batch = collate([rows[i] for i in indices], self.stop_id, model.device)
                 targets = batch.targets[batch.targets != IGNORED]
-                logprobs = answer_logits(self.injection.model, batch).float().log_softmax(-1)
-                parts = torch.split(
-                    logprobs.gather(-1, targets[:, None])[:, 0],
-                    [len(rows[i].answer) for i in indices],
-                )
-                for i, part in zip(indices, parts, strict=True):
-                    found[i] = Likelihood(part.sum().item(), len(part))
-        return found
+                logprobs = answer_logits(model, batch).float().log_softmax(-1)
+                of_targets = logprobs.gather(-1, targets[:, None])[:, 0]  # [answer tokens]
+                lengths = [len(rows[i].answer) for i in indices]
+                for i, part in zip(indices, torch.split(of_targets, lengths), strict=True):
+                    likelihoods[i] = Likelihood(part.sum().item(), len(part))
+        return likelihoods
 
     def _by_length(self, rows: Sequence[Encoded]) -> Iterator[list[int]]:
-        order = sorted(
-            range(len(rows)), key=lambda i: (len(rows[i].prompt) + len(rows[i].answer), i)
-        )
+        """Yield the indices of one batch after the other, the shortest rows first."""
+        lengths = [len(row.prompt) + len(row.answer) for row in rows]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)  # stable: equal lengths in order
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]

@@ -1,6 +1,6 @@
-"""A base model with the adapters of a store, without a server: what `crma ablate` and the gate ask."""
+"""A base model with the adapters of a store, without a server: for `crma ablate` and the gate."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -8,10 +8,11 @@ from crma.core.errors import ConfigError, NotFound
 from crma.core.provenance import commit, hardware
 from crma.core.selection import VARIANTS, AdapterSelection, read_cell
 from crma.data.splits import load_split
-from crma.evaluation.ablation import ItemResult, check_settings, of_likelihoods, plan, report
+from crma.evaluation.ablation import AblationSettings, ItemResult, Job, of_likelihoods, plan
 from crma.evaluation.baselines import naive_bayes
 from crma.evaluation.evaluator import Encoded, Evaluator
 from crma.evaluation.question_set import Question, QuestionSet, inline_question_set
+from crma.evaluation.report import body
 from crma.evaluation.scorers import continuations
 from crma.method.backbone import FoldedPair
 from crma.method.injection import Injection, Plan
@@ -24,14 +25,17 @@ from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry
 
 Note = Callable[[str], None]
-Answerer = Callable[[str, list[Question]], list[ItemResult]]  # of a task
+_Answerer = Callable[[str, Sequence[Question]], Sequence[ItemResult]]  # (task, its questions)
 
 
 class Served:
-    """The model, and the store's serving adapters as they are asked for.
+    """A base model with the serving adapters of a store, which are loaded on first use.
 
     Args:
-        dtype: "auto" is what the server serves in.
+        base: the base model.
+        store: holds the adapters.
+        device: a torch device; "auto" is the server's choice.
+        dtype: of the model and the adapters; "auto" is the server's choice.
     """
 
     def __init__(
@@ -42,30 +46,38 @@ class Served:
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         self.injection = Injection(load_model(base, self.device, self.dtype))
-        self.tokenizer = load_tokenizer(base)
         self.shape = ModelShape.of(self.injection.model)
-        self._loaded: dict[str, Any] = {}
+        self.tokenizer = load_tokenizer(base)
+        self._loras: dict[str, Lora] = {}  # by digest
+        self._backbones: dict[str, list[FoldedPair]] = {}  # by digest
 
     def with_store(self, store: AdapterStore) -> "Served":
-        """The same model with other adapters."""
+        """Return the same model with the adapters of another store."""
         other = copy(self)
         other.store = store
         return other
 
     def lora(self, entry: TaskEntry) -> Lora:
-        """As it serves; read once."""
-        if entry.digest not in self._loaded:
-            self._loaded[entry.digest] = entry.load(self.shape).to(self.device, self.dtype)
-        return self._loaded[entry.digest]
+        """Return a task adapter in the serving dtype."""
+        if entry.digest not in self._loras:
+            lora = entry.load(self.shape)
+            self._loras[entry.digest] = lora.to(self.device, self.dtype)
+        return self._loras[entry.digest]
 
     def backbone(self, entry: BackboneEntry) -> list[FoldedPair]:
-        """As it serves; read once."""
-        if entry.digest not in self._loaded:
-            self._loaded[entry.digest] = entry.load(self.shape).folded(self.device, self.dtype)
-        return self._loaded[entry.digest]
+        """Return a backbone folded into low-rank pairs in the serving dtype."""
+        if entry.digest not in self._backbones:
+            backbone = entry.load(self.shape)
+            self._backbones[entry.digest] = backbone.folded(self.device, self.dtype)
+        return self._backbones[entry.digest]
 
     def entries(self, variant: str, task: str) -> tuple[TaskEntry | None, BackboneEntry | None]:
-        """What serves a variant. Raises StoreError, or ConfigError where it needs a backbone and none serves."""
+        """Return the store entries that a variant uses for a task.
+
+        Raises:
+            ConfigError: the variant needs a backbone and none serves.
+            StoreError: an adapter is missing, or the adapters do not belong together.
+        """
         cell = read_cell(variant)
         entry = self.store.task(task, cell.task_version) if cell.task else None
         backbone = self.store.backbone(cell.crma_version) if cell.crma else None
@@ -77,14 +89,20 @@ class Served:
         return entry, backbone
 
     def selection(self, variant: str, task: str) -> AdapterSelection:
-        """Digests of a variant for a task. Raises as `entries`."""
+        """Return the digests that a variant uses for a task. Raises as `entries`."""
         entry, backbone = self.entries(variant, task)
-        return AdapterSelection(
-            entry.digest if entry else None, backbone.digest if backbone else None
-        )
+        task_digest = entry.digest if entry else None
+        crma_digest = backbone.digest if backbone else None
+        return AdapterSelection(task_digest, crma_digest)
 
     def plan(self, variant: str, task: str, strength: float = 1.0) -> Plan:
-        """Every row under one variant, what the backbone adds multiplied by `strength`. Raises as `entries`."""
+        """Return a plan that applies one variant to every row. Raises as `entries`.
+
+        Args:
+            variant: its name.
+            task: the task whose adapter it uses.
+            strength: factor on the backbone's update: 0 is off, 1 is on.
+        """
         entry, backbone = self.entries(variant, task)
         loras = [(None, self.lora(entry))] if entry else []
         if backbone is None:
@@ -95,124 +113,204 @@ class Served:
         return Plan(loras, [(None, pairs)])
 
     def evaluator(self, task: str | TaskEntry) -> Evaluator:
-        """In the format that the task was trained with, else the chat template."""
+        """Return an evaluator in the prompt format of the task.
+
+        It is the format the task was trained with, or the chat template if the store has no such
+        task or no format for it.
+        """
         try:
-            recorded = (self.store.task(task) if isinstance(task, str) else task).prompt_format
+            entry = self.store.task(task) if isinstance(task, str) else task
+            recorded = entry.prompt_format
         except NotFound:
             recorded = None
         return Evaluator(self.injection, self.tokenizer, recorded or chat_format(self.tokenizer))
 
     def answers(self, task: str, plan: Plan, prompts: Sequence[str], max_tokens: int) -> list[str]:
-        """Greedy answers under one plan."""
+        """Return the greedy answers to prompts of a task under one plan."""
         return self.evaluator(task).answers(plan, prompts, max_tokens=max_tokens)
 
     def outcomes(
-        self, task: str, plan: Plan, questions: Sequence[Question], scorer: str, max_tokens: int
+        self, task: str, plan: Plan, questions: Sequence[Question], settings: AblationSettings
     ) -> list[ItemResult]:
-        """What the scorer needs of each question: a greedy answer, or the likeliest of given ones."""
-        texts = [
-            continuations(scorer, question.answers, question.choices) for question in questions
-        ]
+        """Answer a task's questions under one plan, as the scorer needs.
+
+        Returns:
+            [questions] greedy answers, or the likeliest of the texts that the scorer compares.
+        """
+        scorer = settings.scorer
+        texts = [continuations(scorer, each.answers, each.choices) for each in questions]
         if not any(texts):
-            answers = self.answers(
-                task, plan, [question.question for question in questions], max_tokens
-            )
-            return [ItemResult("scored", text) for text in answers]
+            prompts = [question.question for question in questions]
+            answers = self.answers(task, plan, prompts, settings.max_tokens)
+            return [ItemResult("scored", answer) for answer in answers]
         evaluator = self.evaluator(task)
-        rows = [
-            Encoded(
-                evaluator.fmt.encode(self.tokenizer, question.question),
-                encode_text(self.tokenizer, text),
-            )
-            for question, of_question in zip(questions, texts, strict=True)
-            for text in of_question
-        ]
-        found = iter(evaluator.likelihoods(plan, rows))
-        return [of_likelihoods(scorer, each, [next(found) for _ in each]) for each in texts]
+        rows = []
+        for question, texts_of_question in zip(questions, texts, strict=True):
+            prompt = evaluator.fmt.encode(self.tokenizer, question.question)
+            given = [encode_text(self.tokenizer, text) for text in texts_of_question]
+            rows += [Encoded(prompt, answer) for answer in given]
+        likelihoods = evaluator.likelihoods(plan, rows)
+        results = []
+        start = 0
+        for texts_of_question in texts:
+            end = start + len(texts_of_question)
+            results.append(of_likelihoods(scorer, texts_of_question, likelihoods[start:end]))
+            start = end
+        return results
 
 
 def split_questions(tasks: Sequence[str], split: str) -> QuestionSet:
-    """A split of built-in tasks as a question set. Raises DataError."""
-    questions = [
-        {
-            "id": f"{task}-{i:03}",
-            "task": task,
-            "question": example.prompt,
-            "answers": [example.completion],
-        }
-        for task in tasks
-        for i, example in enumerate(load_split(task, split), start=1)
-    ]
+    """Return a split of built-in tasks as a question set. Raises DataError."""
+    questions = []
+    for task in tasks:
+        for i, example in enumerate(load_split(task, split), start=1):
+            answers = [example.completion]
+            question = {"task": task, "question": example.prompt, "answers": answers}
+            questions.append({"id": f"{task}-{i:03}"} | question)
     return inline_question_set(questions, name=split)
 
 
 def ablate(
     served: Served,
-    questions: QuestionSet,
-    variants: Sequence[str],
+    question_set: QuestionSet,
+    settings: AblationSettings,
     *,
     control: AdapterStore | None = None,
     strengths: Sequence[float] = (),
     with_naive_bayes: bool = False,
-    scorer: str = "exact",
-    max_tokens: int = 16,
-    margin: float = 0.02,
-    seed: int = 0,
     note: Note,
-    **tolerances: float,
 ) -> dict[str, Any]:
-    """The body of POST /ablation, computed here, greedily; and what else answers the same questions, as further rows.
+    """Compute the body of POST /ablation without a server, greedily, with further rows.
 
     Args:
-        control: a store of LoRAs that never saw CRMA, the counterfactual: a LoRA trained with CRMA misses it.
-        strengths: of the injection, "task+crma x0.25"; 0 is off and 1 is on.
-        with_naive_bayes: a classifier of the task's training split, no language model. Built-in tasks, no likelihoods.
+        served: the model and its adapters.
+        question_set: the questions.
+        settings: the variants and how they are judged.
+        control: a store of LoRAs trained without CRMA, for the row "control". It is the fair
+            counterfactual: a LoRA trained with CRMA misses it when CRMA is off.
+        strengths: of the injection, for rows such as "task+crma x0.25"; 0 is off and 1 is on.
+        with_naive_bayes: add the row "naive_bayes", a classifier of each task's training split.
+            Only for built-in tasks and for scorers that judge a text.
+        note: called with a line of progress.
+
+    Raises:
+        ConfigError: the settings do not fit the questions, or a variant needs a missing backbone.
+        StoreError: an adapter is missing or does not fit. It is raised before anything runs,
+            unless the adapter is the control's.
+        DataError: naive Bayes has no training split.
     """
-    check_settings(questions.questions, scorer=scorer, margin=margin, **tolerances)
-    labels = plan(
-        questions.questions, variants, served.selection
-    ).job_of  # raises for what is not there
+    questions = question_set.questions
+    settings.check(questions)
+    variant_of: dict[tuple[str, AdapterSelection], str] = {}
 
-    def of(asked: Served, variant: str, strength: float = 1.0) -> Answerer:
-        return lambda task, asks: asked.outcomes(
-            task, asked.plan(variant, task, strength), asks, scorer, max_tokens
-        )
+    def select(variant: str, task: str) -> AdapterSelection:
+        selection = served.selection(variant, task)
+        variant_of.setdefault((task, selection), variant)
+        return selection
 
-    def by_naive_bayes(task: str, asks: Sequence[Question]) -> list[ItemResult]:
-        answers = naive_bayes(load_split(task, "train"), [question.question for question in asks])
-        return [ItemResult("scored", text) for text in answers]
-
-    answerers: dict[str, Answerer] = {variant: of(served, variant) for variant in variants}
-    answerers |= {
-        f"task+crma x{strength:g}": of(served, "task+crma", strength) for strength in strengths
-    }
-    if control is not None:
-        answerers["control"] = of(served.with_store(control), "task")
+    work = plan(questions, settings, select)
+    outcomes = _run(served, work.jobs, questions, settings, variant_of, note)
+    rows: dict[str, Sequence[ItemResult]] = dict(work.by_variant(outcomes))
+    answerers = _further_rows(served, settings, control, strengths)
     if with_naive_bayes:
-        answerers["naive_bayes"] = by_naive_bayes
-    tasks = dict.fromkeys(question.task for question in questions.questions)
-    rows: dict[str, tuple[ItemResult, ...]] = {}
+        answerers["naive_bayes"] = _by_naive_bayes
     for label, answer in answerers.items():
-        outcomes: dict[str, ItemResult] = {}
-        for task in tasks:
-            asked = [question for question in questions.questions if question.task == task]
-            note(f"{task}, {label}: {len(asked)} questions")
-            outcomes |= zip([question.id for question in asked], answer(task, asked), strict=True)
-        rows[label] = tuple(outcomes[question.id] for question in questions.questions)
-    rows = {
-        label: rows[label.partition("#")[0]] for label in (*labels, *answerers)
-    }  # a null run shares its answers
-    backbone, known = served.store.backbone(), served.store.task_names()
-    provenance: dict[str, Any] = {
+        rows[label] = _by_task(label, answer, questions, note)
+    return body(question_set, settings, rows, _provenance(served, questions, settings.seed))
+
+
+def _run(
+    served: Served,
+    jobs: Sequence[Job],
+    questions: Sequence[Question],
+    settings: AblationSettings,
+    variant_of: Mapping[tuple[str, AdapterSelection], str],
+    note: Note,
+) -> list[ItemResult]:
+    """Run the jobs of each task and selection as one batched call.
+
+    Args:
+        served: the model and its adapters.
+        jobs: those of a plan.
+        questions: what their indices mean.
+        settings: the scorer and the length limit.
+        variant_of: (task, selection) -> the name of a variant that resolves to it.
+        note: called with a line per group of jobs.
+
+    Returns:
+        [jobs] outcomes.
+    """
+    groups: dict[tuple[str, AdapterSelection, int], list[int]] = {}
+    for index, job in enumerate(jobs):
+        task = questions[job.question].task
+        groups.setdefault((task, job.selection, job.nth), []).append(index)
+    outcomes = [ItemResult("failed")] * len(jobs)
+    for (task, selection, _), indices in groups.items():
+        variant = variant_of[task, selection]
+        asked = [questions[jobs[index].question] for index in indices]
+        note(f"{task}, {variant}: {len(asked)} questions")
+        found = served.outcomes(task, served.plan(variant, task), asked, settings)
+        for index, outcome in zip(indices, found, strict=True):
+            outcomes[index] = outcome
+    return outcomes
+
+
+def _further_rows(
+    served: Served,
+    settings: AblationSettings,
+    control: AdapterStore | None,
+    strengths: Sequence[float],
+) -> dict[str, _Answerer]:
+    """Return label -> answerer of the rows beyond the variants that ask the language model."""
+
+    def answerer(asked: Served, variant: str, strength: float = 1.0) -> _Answerer:
+        def answer(task: str, questions: Sequence[Question]) -> list[ItemResult]:
+            return asked.outcomes(task, asked.plan(variant, task, strength), questions, settings)
+
+        return answer
+
+    rows = {f"task+crma x{each:g}": answerer(served, "task+crma", each) for each in strengths}
+    if control is not None:
+        rows["control"] = answerer(served.with_store(control), "task")
+    return rows
+
+
+def _by_naive_bayes(task: str, questions: Sequence[Question]) -> list[ItemResult]:
+    """Answer with a classifier of the task's training split. Raises DataError."""
+    prompts = [question.question for question in questions]
+    answers = naive_bayes(load_split(task, "train"), prompts)
+    return [ItemResult("scored", answer) for answer in answers]
+
+
+def _by_task(
+    label: str, answer: _Answerer, questions: Sequence[Question], note: Note
+) -> list[ItemResult]:
+    """Return a row of outcomes [questions], answered task by task."""
+    outcomes: dict[str, ItemResult] = {}
+    for task in _tasks(questions):
+        asked = [question for question in questions if question.task == task]
+        note(f"{task}, {label}: {len(asked)} questions")
+        ids = [question.id for question in asked]
+        outcomes.update(zip(ids, answer(task, asked), strict=True))
+    return [outcomes[question.id] for question in questions]
+
+
+def _tasks(questions: Sequence[Question]) -> list[str]:
+    """Return the tasks of the questions, each once, in order."""
+    return list(dict.fromkeys(question.task for question in questions))
+
+
+def _provenance(served: Served, questions: Sequence[Question], seed: int) -> dict[str, Any]:
+    """Return the digests of what serves, and where and with what code it ran."""
+    backbone = served.store.backbone()
+    known = served.store.task_names()
+    tasks = [task for task in _tasks(questions) if task in known]
+    return {
         "base": served.base.digest,
         "backbone": backbone.digest if backbone else None,
-    }
-    provenance["tasks"] = {task: served.store.task(task).digest for task in tasks if task in known}
-    provenance |= {"dtype": str(served.dtype).removeprefix("torch."), "seed": seed}
-    provenance |= {"hardware": hardware(), "commit": commit()}
-    return {
-        "question_set": questions.describe(),
-        "scorer": scorer,
-        **report(questions.questions, rows, scorer=scorer, margin=margin, seed=seed, **tolerances),
-        "provenance": provenance,
+        "tasks": {task: served.store.task(task).digest for task in tasks},
+        "dtype": str(served.dtype).removeprefix("torch."),
+        "seed": seed,
+        "hardware": hardware(),
+        "commit": commit(),
     }

@@ -1,14 +1,14 @@
-"""Question sets: JSON Lines of {"id", "task", "question", "answers"} and "choices", checked field by field.
+"""Question sets: JSON Lines of questions with their accepted answers, checked field by field.
 
-    {"id": "q1", "task": "medical", "question": "Which chapter has \\"Cholera\\"?", "answers": ["infectious diseases"]}
+    {"id": "q1", "task": "medical", "question": "What is \\"Cholera\\"?", "answers": ["a disease"]}
 
-UTF-8, one object a line, blank lines ignored; no other key than these five, of which only the last may be missing.
-Whatever is wrong is a ConfigError whose field names the line (or the index, for questions given inline), never a
-question left out.
+The file is UTF-8 with one object per line; blank lines are ignored. The keys are id, task,
+question, answers and, optionally, choices; no other key is allowed. Any fault is a ConfigError
+whose field names the line (or the index, for questions given inline). No question is ever skipped.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,8 @@ MAX_CHOICES = 26
 
 
 def _not_only_punctuation(answer: str) -> str:
-    if not normalise(answer):  # scorers compare normalised texts: this answer could never be given
+    # Scorers compare normalised texts, so no text could ever match an answer of punctuation alone.
+    if not normalise(answer):
         raise ValueError("An answer needs a letter, digit or symbol")
     return answer
 
@@ -35,7 +36,15 @@ Answer = Annotated[str, AfterValidator(_not_only_punctuation)]
 
 
 class Question(BaseModel):
-    """One item: `task` names the adapter that should know, `answers` all that count as right; of `choices`, if any."""
+    """One item of a question set.
+
+    Args:
+        id: unique in its set.
+        task: name of the task adapter that should know the answer.
+        question: the prompt.
+        answers: every answer that counts as right; among the choices, if there are any.
+        choices: the texts that the choice scorers compare: none, or 2 to MAX_CHOICES of them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,17 +56,18 @@ class Question(BaseModel):
 
     @model_validator(mode="after")
     def _answers_are_choices(self) -> Self:
-        choices = set(self.choices)
-        if self.choices and not (
-            len(choices) == len(self.choices) > 1 and choices.issuperset(self.answers)
-        ):
-            raise ValueError("choices are two or more, each once, and have every answer among them")
+        if not self.choices:
+            return self
+        distinct = set(self.choices)
+        has_duplicates = len(distinct) < len(self.choices)
+        if len(distinct) < 2 or has_duplicates or not distinct.issuperset(self.answers):
+            raise ValueError("choices must be two or more distinct texts that include every answer")
         return self
 
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions in order: 1 to MAX_ITEMS of them, or it is a ConfigError."""
+    """Questions in order. Raises ConfigError unless there are 1 to MAX_ITEMS of them."""
 
     name: str
     questions: tuple[Question, ...]
@@ -70,59 +80,81 @@ class QuestionSet:
 
     @cached_property
     def digest(self) -> str:
-        """Identifies these questions in this order: not the file's layout, not the name."""
+        """The digest of these questions in this order, whatever the file's layout and name."""
         content = [question.model_dump(exclude_defaults=True) for question in self.questions]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return bytes_digest(canonical.encode())
 
     def for_tasks(self, tasks: Sequence[str]) -> "QuestionSet":
-        """The questions of these tasks, in order. ConfigError for a task without any."""
-        known = list(dict.fromkeys(item.task for item in self.questions))
+        """Return the questions of these tasks, in order.
+
+        Raises:
+            ConfigError: a task has no question.
+        """
+        known = list(dict.fromkeys(question.task for question in self.questions))
         for task in tasks:
             if task not in known:
                 message = f"Question set {self.name!r} has no question for task {task!r}."
                 raise ConfigError(message, field="tasks", value=task, allowed=known)
-        return QuestionSet(self.name, tuple(item for item in self.questions if item.task in tasks))
+        questions = tuple(question for question in self.questions if question.task in tasks)
+        return QuestionSet(self.name, questions)
 
     def describe(self) -> dict[str, Any]:
-        """Name, digest and number of items: how reports refer to this set."""
+        """Return name, digest and number of items, by which reports refer to this set."""
         return {"name": self.name, "digest": self.digest, "items": len(self.questions)}
 
 
 def read_question_set(path: Path) -> QuestionSet:
-    """The set in the file, named after it without its suffix."""
+    """Read a set from a file, and name it after the file without its suffix.
+
+    Raises:
+        ConfigError: the file cannot be read, or as `parse_question_set`.
+    """
     try:
         return parse_question_set(path.stem, path.read_bytes())
     except OSError as error:
         message = f"Question set {path} cannot be read: {error.strerror}."
+        allowed = "a readable file"
         raise ConfigError(
-            message, field="question_set", value=str(path), allowed="a readable file"
+            message, field="question_set", value=str(path), allowed=allowed
         ) from error
 
 
 def parse_question_set(name: str, lines: bytes) -> QuestionSet:
-    """The set in JSON Lines; ConfigError's field is "public line 4" or "public line 4.answers[0]"."""
-    return _each_id_once(name, read_lines(name, lines, Question.model_validate_json, ConfigError))
+    """Parse a set from JSON Lines.
+
+    Raises:
+        ConfigError: its field is such as "public line 4" or "public line 4.answers[0]".
+    """
+    placed = read_lines(name, lines, Question.model_validate_json, ConfigError)
+    return _with_unique_ids(name, placed)
 
 
 def inline_question_set(items: Sequence[object], *, name: str = "inline") -> QuestionSet:
-    """The same from parsed JSON objects; ConfigError's field is "questions[3]" or "questions[3].answers[0]"."""
-    placed = ((f"questions[{i}]", item) for i, item in enumerate(items))
-    return _each_id_once(
-        name, ((at, checked(at, item, Question.model_validate, ConfigError)) for at, item in placed)
-    )
+    """Make a set of parsed JSON objects.
+
+    Raises:
+        ConfigError: its field is such as "questions[3]" or "questions[3].answers[0]".
+    """
+
+    def placed() -> Iterator[tuple[str, Question]]:
+        for i, item in enumerate(items):
+            place = f"questions[{i}]"
+            yield place, checked(place, item, Question.model_validate, ConfigError)
+
+    return _with_unique_ids(name, placed())
 
 
-def _each_id_once(name: str, placed: Iterable[tuple[str, Question]]) -> QuestionSet:
-    found: dict[str, tuple[str, Question]] = {}
+def _with_unique_ids(name: str, placed: Iterable[tuple[str, Question]]) -> QuestionSet:
+    """Make a set of (place, question). Raises ConfigError for an id that is used twice."""
+    place_of: dict[str, str] = {}
+    questions = []
     for place, question in placed:
-        if question.id in found:
-            message = f"{place}.id was already used at {found[question.id][0]}."
-            raise ConfigError(
-                message,
-                field=f"{place}.id",
-                value=question.id,
-                allowed="an id no other question has",
-            )
-        found[question.id] = (place, question)
-    return QuestionSet(name, tuple(question for _, question in found.values()))
+        if question.id in place_of:
+            message = f"{place}.id was already used at {place_of[question.id]}."
+            field = f"{place}.id"
+            allowed = "an id that no other question has"
+            raise ConfigError(message, field=field, value=question.id, allowed=allowed)
+        place_of[question.id] = place
+        questions.append(question)
+    return QuestionSet(name, tuple(questions))

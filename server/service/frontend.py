@@ -1,6 +1,5 @@
 """From a validated request to the engine: resolve its adapters, check it, encode it."""
 
-import asyncio
 import secrets
 import time
 import uuid
@@ -14,10 +13,8 @@ from server.engine.inference_engine import InferenceEngine
 from server.engine.request import Request, SamplingParams
 from server.service.errors import Draining, InvalidField, NotReady
 from server.service.generation import Generation
-from server.service.jobs import Jobs
 from server.service.metrics import Metrics
 from server.service.prompt_encoder import Prompt, PromptEncoder
-from server.service.question_sets import QuestionSets
 from server.service.registry import Registry, Resolved
 from server.settings import Settings
 
@@ -47,14 +44,6 @@ class Frontend:
         self.model = self.engine.model
         max_queue = self.settings.max_queue
         self.encoder = PromptEncoder(self.tokenizer, self.model.num_tokens, max_queue)
-        self.ablation_slots = asyncio.Semaphore(self.settings.max_ablation_inflight)
-        kept = self.settings.evaluations
-        self.ablation_jobs = Jobs(
-            kept / "ablations", self.settings.max_ablation_jobs, self.settings.max_ablation_kept
-        )
-        self.question_sets = QuestionSets(
-            self.settings.store / "question_sets", kept / "question_sets"
-        )
 
     def resolve(
         self, task: str | None, crma: bool | None, crma_version: str | None = None

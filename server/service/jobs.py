@@ -1,7 +1,8 @@
-"""Work in the background: started, watched, cancelled, and kept on disk as one JSON file each.
+"""Background jobs: started, watched, cancelled, and kept on disk as one JSON file per job.
 
-A record is {"id", "status", "created", "request", "progress", "error", "result"}, written when the work starts and when
-it ends. One that was running when the process ended is found "interrupted".
+A record is {"id", "status", "created", "request", "progress", "error", "result"}. It is written
+when the job starts and again when it ends. If a record still says "running" when the server starts,
+the job was interrupted.
 """
 
 import asyncio
@@ -21,14 +22,24 @@ from server.service.errors import TooManyJobs
 log = logging.getLogger("server")
 
 Status = Literal["running", "done", "failed", "cancelled", "interrupted"]
-Work = Callable[
-    [Callable[[], None]], Awaitable[dict[str, Any]]
-]  # given what to call after each item
+Count = Callable[[], None]
+Work = Callable[[Count], Awaitable[dict[str, Any]]]  # calls `Count` after each item
+
+_ID = re.compile(r"[a-z]+-[0-9a-f]{32}")
 
 
 @dataclass
 class Job:
-    """One of them. `progress`: items that are done, of how many. `error` says why it failed."""
+    """A background job.
+
+    Args:
+        id: `<letters>-<32 hexadecimal digits>`.
+        created: UTC, ISO 8601.
+        request: what was asked.
+        progress: number of items "done" and in "total".
+        status: "running", or how it ended.
+        error: why it failed.
+    """
 
     id: str
     created: str
@@ -40,117 +51,121 @@ class Job:
 
 @dataclass(eq=False)
 class Jobs:
-    """Those in a folder, which is made when the first one starts. Ids are the server's own and looked up, never a path.
+    """The jobs of one folder, which is created when the first job starts.
+
+    Ids are made by the server and looked up in memory; an id from a request never becomes a path.
 
     Args:
-        max_running: at once.
-        max_kept: on disk; of those that have ended the first that began goes first.
+        folder: where the records are.
+        max_running: limit on jobs that run at once.
+        max_kept: limit on records on disk; the oldest job that has ended is removed first.
     """
 
     folder: Path
     max_running: int
     max_kept: int
-    _jobs: dict[str, Job] = field(default_factory=dict, init=False)  # the oldest first
-    _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
-    _moved: asyncio.Event = field(
-        default_factory=asyncio.Event, init=False
-    )  # is set, and replaced, when any job moves
+    _jobs: dict[str, Job] = field(default_factory=dict, init=False)  # oldest first
+    _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)  # running
+    # Set and replaced whenever any job makes progress or ends.
+    _changed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _stopping: bool = field(default=False, init=False)
 
     def load(self) -> None:
-        """Reads the folder. A file that is none of its records is left alone."""
+        """Read the records in the folder. Files that are not records are logged and left alone."""
+        found = []
         for path in self.folder.glob("*.json"):
             try:
-                record = json.loads(path.read_bytes())
-                del record["result"]
-                job = Job(**record)
-                if not re.fullmatch(r"[a-z]+-[0-9a-f]{32}", job.id) or path.stem != job.id:
-                    raise ValueError(job.id)
-                datetime.fromisoformat(job.created)
-                if job.status == "running":
-                    job.status = "interrupted"
-                    self._write(job, None)
+                found.append(self._read(path))
             except (OSError, ValueError, KeyError, TypeError, RecursionError, CrmaError) as error:
-                log.warning("no record of a job, or it cannot be written: %s: %s", path, error)
-                continue
-            self._jobs[job.id] = job
-        self._jobs = dict(sorted(self._jobs.items(), key=lambda each: each[1].created))
+                log.warning("%s is not a job's record or cannot be updated: %s", path, error)
+        found.sort(key=lambda job: job.created)
+        self._jobs = {job.id: job for job in found}
 
     async def start(self, id: str, request: dict[str, Any], total: int, work: Work) -> Job:
-        """Starts it. Raises TooManyJobs where `max_running` run already."""
-        if len(self._tasks) >= self.max_running:
-            raise TooManyJobs(
-                f"{len(self._tasks)} jobs run already", allowed=f"<= {self.max_running} at once"
-            )
-        job = Job(
-            id,
-            datetime.now(UTC).isoformat(timespec="microseconds"),
-            request,
-            {"done": 0, "total": total},
-        )
+        """Start a job.
+
+        Args:
+            id: that of the job.
+            request: kept in the record.
+            total: number of items of the work.
+            work: runs the job and returns its result.
+
+        Raises:
+            TooManyJobs: `max_running` jobs are running.
+        """
+        num_running = len(self._tasks)
+        if num_running >= self.max_running:
+            message = f"{num_running} jobs are already running"
+            raise TooManyJobs(message, allowed=f"<= {self.max_running} at once")
+        created = datetime.now(UTC).isoformat(timespec="microseconds")
+        job = Job(id, created, request, {"done": 0, "total": total})
         self._jobs[id] = job
         self._tasks[id] = asyncio.create_task(self._run(job, work))
-        ended = [each for each in self._jobs if each not in self._tasks]
-        for each in ended[: max(0, len(self._jobs) - self.max_kept)]:
-            del self._jobs[each]
-            await asyncio.to_thread(self._path(each).unlink, missing_ok=True)
+        await self._remove_oldest()
         return job
 
     def get(self, id: str) -> Job:
-        """Raises NotFound."""
+        """Return a job. Raises NotFound."""
         if id not in self._jobs:
-            raise NotFound(
-                f"no job {id!r}", field="id", value=id, allowed="the id of a job that is kept"
-            )
+            raise _no_job(id)
         return self._jobs[id]
 
     def result(self, job: Job) -> Any:
-        """What it gave; None unless it is done."""
+        """Read a job's result; None unless it is done. Raises NotFound if it was just removed."""
+        if job.status != "done":
+            return None
         try:
-            return (
-                json.loads(self._path(job.id).read_bytes())["result"]
-                if job.status == "done"
-                else None
-            )
-        except FileNotFoundError:  # it made room for another meanwhile
-            raise NotFound(
-                f"no job {job.id!r}", field="id", value=job.id, allowed="a job that is kept"
-            ) from None
+            record = json.loads(self._path(job.id).read_bytes())
+        except FileNotFoundError:
+            raise _no_job(job.id) from None
+        return record["result"]
 
     async def cancel(self, job: Job) -> None:
-        """Ends it where it runs still."""
-        if task := self._tasks.get(job.id):
+        """Cancel a job if it is still running, and wait until it has ended."""
+        task = self._tasks.get(job.id)
+        if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def changes(self, job: Job) -> AsyncIterator[Job]:
-        """The job, and again when it has moved, until it has ended."""
+    async def watch(self, job: Job) -> AsyncIterator[Job]:
+        """Yield a job now and whenever it makes progress, until it has ended."""
         shown = None
         while True:
-            moved, now = self._moved, (job.progress["done"], job.id in self._tasks)
-            if now != shown:
+            changed = self._changed
+            is_running = job.id in self._tasks
+            state = (job.progress["done"], is_running)
+            if state != shown:
                 yield job
-                shown = now
+                shown = state
+            # The consumer may have taken a while: look again before waiting.
             if job.id not in self._tasks:
                 return
-            await moved.wait()
+            await changed.wait()
 
     async def stop(self) -> None:
-        """Ends all that run: interrupted."""
+        """Interrupt all running jobs, and wait until they have ended."""
         self._stopping = True
         for task in list(self._tasks.values()):
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
+    async def _remove_oldest(self) -> None:
+        """Remove the records over the limit, of jobs that have ended."""
+        num_over = max(0, len(self._jobs) - self.max_kept)
+        ended = [id for id in self._jobs if id not in self._tasks]
+        for id in ended[:num_over]:
+            del self._jobs[id]
+            await asyncio.to_thread(self._path(id).unlink, missing_ok=True)
+
     async def _run(self, job: Job, work: Work) -> None:
         def count() -> None:
             job.progress["done"] += 1
-            self._move()
+            self._notify()
 
         result = None
         status: Status = "failed"
         try:
-            await _to_its_end(self._write, job, None)
+            await _finish_write(self._write, job, None)
             result = await work(count)
             status = "done"
         except asyncio.CancelledError:
@@ -161,18 +176,33 @@ class Jobs:
             log.exception("job %s failed", job.id)
             job.error = "the server failed; its log has the reason"
         try:
-            await _to_its_end(self._write, replace(job, status=status), result)
+            await _finish_write(self._write, replace(job, status=status), result)
         except OSError as error:
-            log.error("job %s: its result cannot be written: %s", job.id, error)
-            status, job.error = "failed", "the result could not be written"
+            log.error("the result of job %s cannot be written: %s", job.id, error)
+            status = "failed"
+            job.error = "the result could not be written"
         finally:
-            job.status = status  # not before the result is there to be read
+            job.status = status  # only now can the result be read
             del self._tasks[job.id]
-            self._move()
+            self._notify()
 
-    def _move(self) -> None:
-        self._moved.set()
-        self._moved = asyncio.Event()
+    def _notify(self) -> None:
+        """Wake everyone who watches a job."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _read(self, path: Path) -> Job:
+        """Read a record; one that says "running" is interrupted, and rewritten to say so."""
+        record = json.loads(path.read_bytes())
+        del record["result"]
+        job = Job(**record)
+        if not _ID.fullmatch(job.id) or path.stem != job.id:
+            raise ValueError(job.id)
+        datetime.fromisoformat(job.created)
+        if job.status == "running":
+            job.status = "interrupted"
+            self._write(job, None)
+        return job
 
     def _write(self, job: Job, result: dict[str, Any] | None) -> None:
         with locked(self.folder):
@@ -182,8 +212,15 @@ class Jobs:
         return self.folder / f"{id}.json"
 
 
-async def _to_its_end(write: Callable[..., None], *arguments: Any) -> None:
-    """In a thread. Who is cancelled meanwhile waits for it, so that no two writes overlap and what is done is kept."""
+def _no_job(id: str) -> NotFound:
+    return NotFound(f"no job {id!r}", field="id", value=id, allowed="the id of a job that is kept")
+
+
+async def _finish_write(write: Callable[..., None], *arguments: Any) -> None:
+    """Run a write in a thread. If the caller is cancelled, the write still finishes.
+
+    So no two writes of a job overlap, and a finished result is kept.
+    """
     task = asyncio.create_task(asyncio.to_thread(write, *arguments))
     try:
         await asyncio.shield(task)

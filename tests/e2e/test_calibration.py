@@ -15,8 +15,9 @@ from paths import STORE
 from scipy import stats
 from shipped import server
 
-from crma.evaluation.ablation import ItemResult, report
+from crma.evaluation.ablation import AblationSettings, ItemResult
 from crma.evaluation.question_set import read_question_set
+from crma.evaluation.report import report
 
 pytestmark = pytest.mark.e2e
 
@@ -49,9 +50,7 @@ async def test_a_null_comparison_is_significant_no_more_often_than_it_says(
     for seed, (a, b) in enumerate(rng.sample(list(combinations(arms, 2)), RUNS)):
         drawn = rng.sample(range(len(QUESTIONS)), ITEMS)
         rows = {"a": [a[i] for i in drawn], "b": [b[i] for i in drawn]}
-        compared = report(
-            [QUESTIONS[i] for i in drawn], rows, scorer="exact", margin=0.02, seed=seed
-        )
+        compared = report([QUESTIONS[i] for i in drawn], rows, AblationSettings(seed=seed))
         found.append(compared["comparisons"][0])
     flips = sum(each["mcnemar"]["gained"] + each["mcnemar"]["lost"] for each in found) / RUNS
     below = sum(each["mcnemar"]["p"] < 0.05 for each in found)

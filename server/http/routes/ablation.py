@@ -1,6 +1,4 @@
-"""POST /ablation: the same questions under several variants, with intervals and tests on the
-difference; its jobs.
-"""
+"""/ablation and /question_sets: the same questions under several variants, directly or as a job."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -11,12 +9,13 @@ from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 
+from crma.evaluation.ablation import AblationSettings
 from server.http.answer import STREAM_HEADERS, event, unless_gone
 from server.http.auth import require_admin, require_key
-from server.http.dependencies import TheFrontend
+from server.http.dependencies import TheAblations, TheFrontend
 from server.http.error_handlers import documented
 from server.http.schemas import AblationRequest
-from server.service.ablation import prepare
+from server.service.ablation import AblationSpec
 from server.service.jobs import Job
 
 router = APIRouter(dependencies=[Depends(require_key)])
@@ -30,47 +29,74 @@ _ANSWERS = (
 
 @router.post("/ablation", responses=_ANSWERS)
 async def ablation(
-    body: AblationRequest, request: Request, response: Response, frontend: TheFrontend
+    body: AblationRequest, request: Request, response: Response, ablations: TheAblations
 ) -> dict[str, Any]:
-    """Ask every question under every variant and compare, item by item; a failed item is no wrong
-    answer.
+    """Ask every question under every variant, and compare the variants item by item.
 
-    Accuracies are over scored items; failed and timed-out items are counted apart, never as wrong;
-    worst_case and best_case say what they could change. `question_set` has the number of items
-    after any filter. Items give way to interactive requests. In the background: 202 with `id` and
-    `status_url`.
+    Accuracies are over scored items. Failed and timed-out items are counted separately and never as
+    wrong; worst_case and best_case say how much they could change. `question_set` has the number of
+    items after any filter. Interactive requests run before the items. With `background`, the answer
+    is 202 with `id` and `status_url`.
     """
-    ready = await prepare(body, frontend)
+    ready = await ablations.prepare(_spec(body))
     if not body.background:
-        # Whatever ends this early (the client goes away, the server stops) cancels and so aborts
-        # all that are running.
+        # If this ends early (the client disconnects, the server stops), it is cancelled, and the
+        # engine aborts everything that it runs.
         return await unless_gone(request, ready.run())
-    await frontend.ablation_jobs.start(ready.id, ready.request(), len(ready.plan.jobs), ready.run)
+    await ablations.start(ready)
     response.status_code = 202
     return {"id": ready.id, "status_url": f"/ablation/{ready.id}"}
 
 
-@router.get("/ablation/{id}", responses=documented(401, 404, example_of="/ablation/{id}"))
-async def ablation_job(id: str, frontend: TheFrontend) -> dict[str, Any]:
-    """A job in the background: running, done, failed, cancelled, or interrupted by the end of the
-    server.
+def _spec(body: AblationRequest) -> AblationSpec:
+    """Turn the body of a request into the service's own type."""
+    settings = AblationSettings(
+        variants=tuple(body.variants),
+        scorer=body.scorer,
+        tolerance=body.tolerance,
+        relative_tolerance=body.relative_tolerance,
+        margin=body.margin,
+        seed=body.seed,
+        max_tokens=body.max_tokens,
+        repeat=body.repeat,
+    )
+    return AblationSpec(
+        settings=settings,
+        question_set=body.question_set,
+        questions=body.questions,
+        tasks=body.tasks,
+        temperature=body.temperature,
+        timeout_s=body.timeout_s,
+        background=body.background,
+        provenance=body.provenance,
+        as_sent=body.model_dump(mode="json", exclude_unset=True),
+    )
 
-    `result` is the body of POST /ablation once it is done. `request`, sent again, is answered by
-    the same adapters and questions, or refused with 409.
+
+@router.get("/ablation/{id}", responses=documented(401, 404, example_of="/ablation/{id}"))
+async def ablation_job(id: str, ablations: TheAblations) -> dict[str, Any]:
+    """Report on a background job: running, done, failed, cancelled or interrupted.
+
+    An interrupted job was running when the server stopped. `result` is the body of POST /ablation
+    once the job is done. `request` can be sent again: the same adapters answer the same questions,
+    or it is refused with 409.
     """
-    job = frontend.ablation_jobs.get(id)
-    return {**asdict(job), "result": await asyncio.to_thread(frontend.ablation_jobs.result, job)}
+    job = ablations.jobs.get(id)
+    result = await asyncio.to_thread(ablations.jobs.result, job)
+    return {**asdict(job), "result": result}
 
 
 @router.get(
     "/ablation/{id}/events", responses=documented(401, 404), response_class=StreamingResponse
 )
-async def ablation_events(id: str, frontend: TheFrontend) -> StreamingResponse:
-    """Server-sent events: `progress` {done, total} whenever it has moved, then `done` {status}."""
-    job = frontend.ablation_jobs.get(id)
+async def ablation_events(
+    id: str, ablations: TheAblations, frontend: TheFrontend
+) -> StreamingResponse:
+    """Stream server-sent events: `progress` {done, total} at every change, then `done` {status}."""
+    job = ablations.jobs.get(id)
 
     async def events() -> AsyncIterator[str]:
-        async for each in frontend.ablation_jobs.changes(job):
+        async for each in ablations.jobs.watch(job):
             if frontend.draining:
                 return
             yield event(dict(each.progress), "progress")
@@ -80,17 +106,17 @@ async def ablation_events(id: str, frontend: TheFrontend) -> StreamingResponse:
 
 
 @router.delete("/ablation/{id}", responses=documented(401, 404))
-async def cancel_ablation(id: str, frontend: TheFrontend) -> Job:
-    """Cancels it where it runs still; its record stays."""
-    job = frontend.ablation_jobs.get(id)
-    await frontend.ablation_jobs.cancel(job)
+async def cancel_ablation(id: str, ablations: TheAblations) -> Job:
+    """Cancel a job if it is still running; its record stays."""
+    job = ablations.jobs.get(id)
+    await ablations.jobs.cancel(job)
     return job
 
 
 @router.get("/question_sets", responses=documented(401, example_of="/question_sets"))
-async def question_sets(frontend: TheFrontend) -> list[dict[str, Any]]:
-    """Name, digest and number of items of the store's sets and of those that were uploaded."""
-    return await asyncio.to_thread(frontend.question_sets.describe)
+async def question_sets(ablations: TheAblations) -> list[dict[str, Any]]:
+    """List name, digest and number of items of the store's sets and of the uploaded ones."""
+    return await asyncio.to_thread(ablations.question_sets.describe)
 
 
 _TEXT = {"schema": {"type": "string"}}
@@ -108,13 +134,16 @@ _LINES = {
     dependencies=[Depends(require_admin)],
     openapi_extra=_LINES,
 )
-async def upload_question_set(name: str, request: Request, frontend: TheFrontend) -> dict[str, Any]:
-    """Keeps a set, one question a line: id, task, question, answers, and perhaps choices.
+async def upload_question_set(
+    name: str, request: Request, ablations: TheAblations
+) -> dict[str, Any]:
+    """Keep a question set, one question per line: id, task, question, answers, optional choices.
 
-    An error names its line.
+    An error names the line at fault.
     """
     try:
         lines = await request.body()
     except (UnicodeDecodeError, ClientDisconnect) as error:
-        raise HTTPException(400) from error  # as of any other body: server/errors.py
-    return (await asyncio.to_thread(frontend.question_sets.write, name, lines)).describe()
+        raise HTTPException(400) from error  # as for any other body: server/http/error_handlers.py
+    question_set = await asyncio.to_thread(ablations.question_sets.write, name, lines)
+    return question_set.describe()

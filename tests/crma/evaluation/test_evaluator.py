@@ -1,4 +1,4 @@
-"""crma.evaluation.evaluator: losses and answers, against values computed by hand and row by row."""
+"""crma.evaluation.evaluator: losses and answers of batches equal those of single rows."""
 
 import pytest
 import torch
@@ -18,54 +18,51 @@ ROWS = Evaluator(injection(), tokenizer(), FORMAT).encode(EXAMPLES)
 
 @torch.inference_mode()
 def by_hand(inj: Injection, row: Encoded) -> float:
-    """Summed negative log-likelihood of one answer: no padding, no hook, all logits."""
+    """Return the summed negative log-likelihood of one answer: no padding, no hook, all logits."""
     ids = [*row.prompt, *row.answer]
     logprobs = inj.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    return -sum(logprobs[at - 1, ids[at]].item() for at in range(len(row.prompt), len(ids)))
+    positions = range(len(row.prompt), len(ids))
+    return -sum(logprobs[position - 1, ids[position]].item() for position in positions)
+
+
+def greedy(inj: Injection, row: Encoded, plan: Plan, max_tokens: int) -> list[int]:
+    """Return the oracle's greedy answer to one prompt, without the stop token."""
+    generation = generate(inj, row.prompt, plan, max_tokens=max_tokens, stop_ids=[STOP])
+    return list(generation.token_ids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_of_a_padded_batch_is_that_of_its_rows(family: str) -> None:
+def test_the_loss_of_a_padded_batch_is_the_sum_over_its_rows(family: str) -> None:
     inj = injection(family)
-    expected = [by_hand(inj, row) for row in ROWS]
+    expected = sum(by_hand(inj, row) for row in ROWS)
     batch = collate(ROWS, STOP)
-    assert answer_loss(answer_logits(inj.model, batch), batch).item() == pytest.approx(
-        sum(expected), rel=1e-5
-    )
+    loss = answer_loss(answer_logits(inj.model, batch), batch).item()
+    assert loss == pytest.approx(expected, rel=1e-5)
     assert batch.num_tokens == sum(len(row.prompt) + len(row.answer) - 1 for row in ROWS)
-    tokens = sum(len(row.answer) for row in ROWS)
+    num_tokens = sum(len(row.answer) for row in ROWS)
     for batch_size in (1, 3, 50):
         evaluator = Evaluator(inj, tokenizer(), FORMAT, batch_size)
-        assert evaluator.measure(Plan(), ROWS).loss == pytest.approx(
-            sum(expected) / tokens, rel=1e-5
-        )
+        loss = evaluator.measure(Plan(), ROWS).loss
+        assert loss == pytest.approx(expected / num_tokens, rel=1e-5)
 
 
-def test_answers_of_a_batch_are_those_of_each_row_alone_and_follow_the_plan() -> None:
+def test_a_batch_gives_the_answers_of_each_row_alone_and_follows_the_plan() -> None:
     inj = injection()
+    evaluator = Evaluator(inj, tokenizer(), FORMAT, 3)
+    prompts = [example.prompt for example in EXAMPLES]
     texts = []
     for plan in (Plan(), Plan(tasks=[(None, lora(inj, 4, "all-linear", seed=0))])):
-        evaluator = Evaluator(inj, tokenizer(), FORMAT, 3)
-        texts.append(
-            evaluator.answers(plan, [example.prompt for example in EXAMPLES], max_tokens=6)
-        )
-        alone = [
-            generate(inj, row.prompt, plan, max_tokens=6, stop_ids=[STOP]).token_ids for row in ROWS
-        ]
+        texts.append(evaluator.answers(plan, prompts, max_tokens=6))
+        alone = [greedy(inj, row, plan, max_tokens=6) for row in ROWS]
         assert texts[-1] == [tokenizer().decode(ids, skip_special_tokens=True) for ids in alone]
     assert texts[0] != texts[1]
 
 
-def test_an_answer_counts_as_right_exactly_if_greedy_decoding_gives_it() -> None:
+def test_an_answer_is_right_exactly_if_greedy_decoding_gives_it() -> None:
     inj = injection()
-    own = [
-        generate(inj, row.prompt, Plan(), max_tokens=9, stop_ids=[STOP]).token_ids
-        for row in ROWS[:4]
-    ]
-    rows = [Encoded(row.prompt, list(ids)) for row, ids in zip(ROWS, own, strict=False)]
-    rows[1] = Encoded(
-        rows[1].prompt, [*rows[1].answer[:-1], rows[1].answer[-1] ^ 1]
-    )  # its last token is another
+    rows = [Encoded(row.prompt, greedy(inj, row, Plan(), max_tokens=9)) for row in ROWS[:4]]
+    right = rows[1].answer
+    rows[1] = Encoded(rows[1].prompt, [*right[:-1], right[-1] ^ 1])  # another last token
     found = Evaluator(inj, tokenizer(), FORMAT, 3).measure(Plan(), rows)
     assert (found.items, found.accuracy) == (4, 0.75)
     assert found.wilson[0] < 0.75 < found.wilson[1]

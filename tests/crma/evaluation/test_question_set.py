@@ -1,7 +1,9 @@
-"""A question set is read whole, or refused with the line and field that are wrong."""
+"""crma.evaluation.question_set: a set is read whole, or refused with the faulty line and field."""
 
 import json
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -30,34 +32,27 @@ def refusal(content: bytes) -> ConfigError:
 
 
 @pytest.mark.parametrize("escape", [False, True])
-def test_what_was_written_is_read_and_has_one_digest(escape: bool) -> None:
-    items = [
-        GOOD,
-        {
-            "id": " 2 ",
-            "task": "é",
-            "question": "Qu\u2028\u0085e\n🦜?",
-            "answers": ["-1", "\x00c", "日本"],
-        },
-    ]
-    compact = "\n".join(
-        json.dumps(item, ensure_ascii=escape, separators=(",", ":")) for item in items
-    )
-    turned = "\r\n\r\n".join(
-        json.dumps(dict(reversed(item.items())), ensure_ascii=not escape) for item in items
-    )
-    first = parse_question_set("one", compact.encode())
-    assert [
-        question.model_dump(mode="json", exclude_defaults=True) for question in first.questions
-    ] == items
-    assert (
-        parse_question_set("two", b"\xef\xbb\xbf" + turned.encode() + b"\r\n").digest
-        == first.digest
-    )
+def test_the_layout_of_the_file_does_not_change_what_is_read_nor_the_digest(escape: bool) -> None:
+    unusual = {
+        "id": " 2 ",
+        "task": "é",
+        "question": "Qu\u2028\u0085e\n🦜?",
+        "answers": ["-1", "\x00c", "日本"],
+    }
+    items = [GOOD, unusual]
+    compact = [json.dumps(item, ensure_ascii=escape, separators=(",", ":")) for item in items]
+    reordered = [dict(reversed(item.items())) for item in items]
+    spaced = [json.dumps(item, ensure_ascii=not escape) for item in reordered]
+    byte_order_mark = b"\xef\xbb\xbf"
+    first = parse_question_set("one", "\n".join(compact).encode())
+    second = parse_question_set("two", byte_order_mark + "\r\n\r\n".join(spaced).encode() + b"\r\n")
+    read = [each.model_dump(mode="json", exclude_defaults=True) for each in first.questions]
+    assert read == items
+    assert second.digest == first.digest
     assert inline_question_set(items, name="one") == first
 
 
-def test_the_digest_of_a_known_set_does_not_change_and_every_field_and_the_order_count() -> None:
+def test_the_digest_is_pinned_and_depends_on_every_field_and_on_the_order() -> None:
     changes = (
         {"id": "q2"},
         {"task": "legal"},
@@ -70,7 +65,7 @@ def test_the_digest_of_a_known_set_does_not_change_and_every_field_and_the_order
     assert (digests[0], len(set(digests))) == (DIGEST_OF_GOOD, len(sets))
 
 
-WRONG = [
+WRONG: list[tuple[object, str]] = [
     ({**GOOD, "hint": 3}, ".hint"),
     ({**GOOD, "question": " \n"}, ".question"),
     ({**GOOD, "answers": []}, ".answers"),
@@ -99,14 +94,14 @@ def test_a_wrong_item_is_refused_by_line_and_field_and_inline_by_index(
 @pytest.mark.parametrize(
     "broken", [b'{"id": ', b"[" * 100_000, b"1" * 5000, b"{} {}", b'{"id": "\xff"}']
 )
-def test_what_is_not_utf8_or_not_json_is_refused_by_line(broken: bytes) -> None:
+def test_a_line_that_is_not_utf8_or_not_json_is_refused_by_its_number(broken: bytes) -> None:
     error = refusal(lines(GOOD) + broken)
     assert error.field == "public line 2"
     assert "Invalid JSON" in error.message
     assert len(str(error.value)) <= 80
 
 
-def test_an_empty_set_and_one_question_too_many_are_refused(
+def test_an_empty_set_and_one_with_too_many_questions_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(question_set, "MAX_ITEMS", 2)
@@ -115,3 +110,13 @@ def test_an_empty_set_and_one_question_too_many_are_refused(
     for content, count in ((lines(*items), 3), (b"", 0), (b"\n \n", 0)):
         error = refusal(content)
         assert (error.field, error.value, error.allowed) == ("questions", count, "1 to 2")
+
+
+def test_reading_a_question_set_imports_neither_torch_nor_transformers() -> None:
+    heavy = ("torch", "transformers", "numpy", "scipy", "safetensors")
+    code = (
+        "import sys; from crma.evaluation.question_set import inline_question_set;"
+        f"print(inline_question_set([{GOOD}]).digest, [n for n in {heavy} if n in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == [DIGEST_OF_GOOD, "[]"]

@@ -1,6 +1,8 @@
-"""Against published values, scipy's own tests, and what the intervals promise."""
+"""crma.evaluation.statistics: published values, scipy's own functions, and simulated coverage."""
 
 import math
+from bisect import bisect_right
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,8 @@ def test_wilson_gives_published_values(correct: int, scored: int, low: float, hi
 
 
 def test_mcnemar_is_exact() -> None:
-    two_tails = {
-        (69, 1): 2 * 71 / 2**70,
-        (5, 1): 14 / 64,
-        (0, 4): 2 / 16,
-        (0, 0): 1.0,
-    }  # of Binomial(gained + lost, ½)
+    # The two tails of Binomial(gained + lost, ½).
+    two_tails = {(69, 1): 2 * 71 / 2**70, (5, 1): 14 / 64, (0, 4): 2 / 16, (0, 0): 1.0}
     found = {counts: statistics.mcnemar(*counts) for counts in two_tails}
     assert found == pytest.approx(two_tails, rel=1e-9)
 
@@ -41,89 +39,114 @@ def test_holm_gives_published_values() -> None:
         (0.2,): [0.2],
         (): [],
     }
-    assert {ps: statistics.holm(ps) for ps in adjusted} == {
-        ps: pytest.approx(p) for ps, p in adjusted.items()
-    }
+    for p_values, expected in adjusted.items():
+        assert statistics.holm(p_values) == pytest.approx(expected)
+
+
+@cache
+def critical(num_flips: int) -> int:
+    """Return the most flips one way that mcnemar still finds significant; -1 if it finds none.
+
+    p grows with the smaller of the two counts, so the bound is found by bisection.
+    """
+
+    def p(one_way: int) -> float:
+        return statistics.mcnemar(one_way, num_flips - one_way)
+
+    return bisect_right(range(num_flips // 2 + 1), 0.05, key=p) - 1
+
+
+def simulated_power(difference: float, flipped: int, n: int) -> float:
+    """Return how often mcnemar finds a true difference in 20,000 simulated runs of n items."""
+    flips = max(flipped / n, difference)
+    shares = [(flips + difference) / 2, (flips - difference) / 2, 1 - flips]
+    runs = np.random.default_rng(0).multinomial(n, shares, size=20_000)
+    found = [min(gained, lost) <= critical(int(gained + lost)) for gained, lost, _ in runs]
+    return float(np.mean(found))
 
 
 @pytest.mark.parametrize(("flipped", "n"), [(0, 40), (30, 100), (5, 100), (400, 2000)])
 def test_the_detectable_difference_is_found_in_80_of_100_simulated_runs_and_a_smaller_one_is_not(
     flipped: int, n: int
 ) -> None:
-    difference, rng = statistics.detectable_difference(flipped, n), np.random.default_rng(0)
+    difference = statistics.detectable_difference(flipped, n)
     assert difference is not None
-    found = []
-    for true in (difference, 0.8 * difference):
-        flips = max(flipped / n, true)
-        gained, lost, _ = rng.multinomial(
-            n, [(flips + true) / 2, (flips - true) / 2, 1 - flips], size=20_000
-        ).T
-        pairs = {(int(g), int(b)) for g, b in zip(gained, lost, strict=True)}
-        p = {pair: statistics.mcnemar(*pair) for pair in pairs}
-        found.append(
-            np.mean([p[int(g), int(b)] <= 0.05 for g, b in zip(gained, lost, strict=True)])
-        )
-    assert found[0] == pytest.approx(0.8, abs=0.015)
-    assert found[1] < 0.75
+    assert simulated_power(difference, flipped, n) == pytest.approx(0.8, abs=0.015)
+    assert simulated_power(0.8 * difference, flipped, n) < 0.75
 
 
-def test_too_few_items_detect_nothing_and_a_means_detectable_difference_is_the_textbooks() -> None:
-    assert [statistics.detectable_difference(0, n) is None for n in (1, 5, 6)] == [
-        True,
-        True,
-        False,
-    ]  # 2 / 2^6 < .05
-    assert statistics.detectable_mean([-1, 1] * 50) == pytest.approx(
-        (1.96 + 0.8416) / math.sqrt(99), rel=1e-3
-    )
+def test_too_few_items_detect_no_difference_at_all() -> None:
+    assert statistics.detectable_difference(0, 1) is None
+    assert statistics.detectable_difference(0, 5) is None
+    assert statistics.detectable_difference(0, 6) is not None  # 2 / 2^6 < .05
 
 
-def test_bootstrap_of_two_items_is_the_law_known_by_hand_and_of_many_differs_between_seeds() -> (
-    None
-):
+def test_the_detectable_mean_is_the_textbook_one() -> None:
+    textbook = (1.96 + 0.8416) / math.sqrt(99)
+    assert statistics.detectable_mean([-1, 1] * 50) == pytest.approx(textbook, rel=1e-3)
+
+
+def test_the_bootstrap_of_two_items_follows_the_distribution_known_by_hand() -> None:
     # Means of resamples of (0, 1): 0 with probability 1/4, 1/2 with 1/2, 1 with 1/4.
     assert statistics.paired_bootstrap([0, 1], seed=0, confidence=0.95) == (0.0, 1.0)
     assert statistics.paired_bootstrap([0, 1], seed=0, confidence=0.40) == (0.5, 0.5)
+
+
+def test_the_bootstrap_depends_on_its_seed() -> None:
     many = np.random.default_rng(0).normal(size=50).tolist()
     assert statistics.paired_bootstrap(many, seed=0) != statistics.paired_bootstrap(many, seed=1)
 
 
-def test_bootstrap_agrees_with_scipys_on_continuous_differences() -> None:
+def test_the_bootstrap_agrees_with_scipys_on_continuous_differences() -> None:
     differences = np.random.default_rng(1).normal(0.4, 1.4, 80)
     theirs = stats.bootstrap(
         (differences,), np.mean, method="percentile", n_resamples=10_000, rng=2
     )
     ours = statistics.paired_bootstrap(differences.tolist(), seed=3)
-    assert ours == pytest.approx(
-        tuple(theirs.confidence_interval), abs=0.02
-    )  # the interval is 0.6 wide
-    assert (
-        statistics.paired_bootstrap(sorted(differences), seed=3) == ours
-    )  # the order of the items says nothing
+    assert ours == pytest.approx(tuple(theirs.confidence_interval), abs=0.02)  # it is 0.6 wide
 
 
-def test_what_is_too_few_not_finite_or_no_margin_is_refused() -> None:
-    for values in ([1.0], [1.0, math.nan], [1.0, math.inf]):
-        with pytest.raises(ConfigError, match="at least two finite"):
-            statistics.paired_bootstrap(values, seed=0)
-    for margin in (0.0, math.nan):
-        with pytest.raises(ConfigError, match="margin"):
-            statistics.paired_equivalence([0, 1], margin=margin, seed=0)
+def test_the_bootstrap_does_not_depend_on_the_order_of_the_items() -> None:
+    differences = np.random.default_rng(1).normal(0.4, 1.4, 80).tolist()
+    ours = statistics.paired_bootstrap(differences, seed=3)
+    assert statistics.paired_bootstrap(sorted(differences), seed=3) == ours
 
 
-def test_the_interval_of_a_mean_and_its_equivalence_are_the_published_ones() -> None:
-    values = [
-        float(x) for x in range(1, 6)
-    ]  # mean 3, standard error sqrt(0.5); t(4) at 97.5 % is 2.776445
-    half = 2.776445 * math.sqrt(0.5)
-    assert statistics.t_interval(values) == pytest.approx((3 - half, 3 + half), rel=1e-6)
-    centred = [value - 3 for value in values]  # t = margin / error; P(t(4) > 2.131847) is 5 %
-    assert statistics.tost(centred, margin=2.131847 * math.sqrt(0.5)) == pytest.approx(
-        0.05, rel=1e-5
-    )
-    assert statistics.tost([value + 1 for value in centred], margin=1.0) == pytest.approx(0.5)
+@pytest.mark.parametrize("values", [[1.0], [1.0, math.nan], [1.0, math.inf]])
+def test_the_bootstrap_refuses_too_few_values_and_values_that_are_not_finite(values: Any) -> None:
+    with pytest.raises(ConfigError, match="at least two finite"):
+        statistics.paired_bootstrap(values, seed=0)
+
+
+@pytest.mark.parametrize("margin", [0.0, math.nan])
+def test_a_margin_that_is_not_between_0_and_1_is_refused(margin: float) -> None:
+    with pytest.raises(ConfigError, match="margin"):
+        statistics.paired_equivalence([0, 1], margin=margin, seed=0)
+
+
+# Mean 3, standard error sqrt(0.5).
+ONE_TO_FIVE = [1.0, 2.0, 3.0, 4.0, 5.0]
+STANDARD_ERROR = math.sqrt(0.5)
+
+
+def test_the_interval_of_a_mean_is_the_published_one() -> None:
+    half = 2.776445 * STANDARD_ERROR  # t(4) at 97.5 % is 2.776445
+    interval = statistics.t_interval(ONE_TO_FIVE)
+    assert interval == pytest.approx((3 - half, 3 + half), rel=1e-6)
     assert statistics.t_interval([2, 2]) == (2, 2)
-    assert (statistics.tost([0, 0], margin=1), statistics.tost([2, 2], margin=1)) == (0, 1)
+
+
+def test_the_equivalence_of_a_mean_is_the_published_one() -> None:
+    centred = [value - 3 for value in ONE_TO_FIVE]
+    margin = 2.131847 * STANDARD_ERROR  # t = margin / error; P(t(4) > 2.131847) is 5 %
+    assert statistics.tost(centred, margin=margin) == pytest.approx(0.05, rel=1e-5)
+    at_the_margin = [value + 1 for value in centred]
+    assert statistics.tost(at_the_margin, margin=1.0) == pytest.approx(0.5)
+
+
+def test_equal_values_are_equivalent_to_zero_exactly_inside_the_margin() -> None:
+    assert statistics.tost([0, 0], margin=1) == 0
+    assert statistics.tost([2, 2], margin=1) == 1
 
 
 PAIRS = [
@@ -131,10 +154,7 @@ PAIRS = [
     ([0] * 148, None),  # 0.98^148 > 5 %: too few items for silence to mean anything
     ([1] * 69 + [-1] + [0] * 30, False),
     ([1] * 5 + [-1] * 5 + [0] * 990, True),  # flips that cancel, few enough
-    (
-        [1] * 62 + [-1] * 62 + [0] * 876,
-        True,
-    ),  # the 95 % interval would be ±0.022: it is the 90 % one
+    ([1] * 62 + [-1] * 62 + [0] * 876, True),  # by the 90 % interval; the 95 % one is ±0.022
     ([1] * 250 + [-1] * 250 + [0] * 500, False),  # the same difference, too noisy to tell
 ]
 

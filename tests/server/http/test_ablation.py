@@ -1,6 +1,7 @@
-"""POST /ablation: which generations run, what counts as an answer, and that it leaves room for others."""
+"""POST /ablation: which generations run, what counts as an answer, and what it leaves to others."""
 
 import asyncio
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -12,13 +13,8 @@ from server.http.schemas import EXAMPLES
 
 
 def question(i: int = 0, **change: Any) -> dict[str, Any]:
-    return {
-        "id": f"q{i}",
-        "task": "medical",
-        "question": "Which?",
-        "answers": ["one two"],
-        **change,
-    }
+    item = {"id": f"q{i}", "task": "medical", "question": "Which?", "answers": ["one two"]}
+    return item | change
 
 
 async def ablate(served: Served, status: int = 200, **body: Any) -> dict[str, Any]:
@@ -27,18 +23,17 @@ async def ablate(served: Served, status: int = 200, **body: Any) -> dict[str, An
     return response.json() if status == 200 else response.json()["error"]
 
 
-async def test_the_answer_is_as_the_contract_says(served: Served) -> None:
+async def test_the_answer_has_the_documented_shape_and_names_what_answered(served: Served) -> None:
     served.engine.answer = lambda request: "one two" if request.selection.crma_digest else "no"
     body = await ablate(
         served, question_set="public", tasks=["medical"], variants=["task+crma", "task"], seed=7
     )
     assert list(body) == list(EXAMPLES["/ablation"]["answers"]["application/json"]["example"])
     assert (body["question_set"]["name"], body["question_set"]["items"]) == ("public", 3)
-    counts = [
-        (name, v["correct"], v["scored"], v["failed"], v["timed_out"])
-        for name, v in body["variants"].items()
-    ]
-    assert counts == [("task+crma", 3, 3, 0, 0), ("task", 0, 3, 0, 0)]
+    counts = itemgetter("correct", "scored", "failed", "timed_out")
+    assert list(body["variants"]) == ["task+crma", "task"]
+    assert counts(body["variants"]["task+crma"]) == (3, 3, 0, 0)
+    assert counts(body["variants"]["task"]) == (0, 3, 0, 0)
     assert body["comparisons"][0]["difference"] == 1
     assert body["items"][0]["outputs"]["task"] == {"text": "no", "correct": False}
     selections = {request.selection for request in served.engine.requests[1:]}
@@ -46,87 +41,83 @@ async def test_the_answer_is_as_the_contract_says(served: Served) -> None:
     assert {s.crma_digest for s in selections} == {body["provenance"]["crma"], None}
     assert body["provenance"]["base"] == BASE.digest
     assert all(request.sampling.temperature == 0 for request in served.engine.requests)
-    assert [request.interactive for request in served.engine.requests] == [True] + [
-        False
-    ] * 6  # the warm-up
+    interactive = [request.interactive for request in served.engine.requests]
+    assert interactive == [True] + [False] * 6  # the first is the warm-up
 
 
-async def test_each_sampled_item_has_a_seed_of_its_own_that_neither_other_items_nor_a_repetition_change(
+async def test_a_sampled_items_seed_depends_on_neither_the_other_items_nor_the_repetition(
     served: Served,
 ) -> None:
-    seeds = []
-    for tasks, repeat in ((["medical"], True), (None, True), (["medical"], False)):
+    async def seeds(tasks: list[str] | None, *, repeat: bool) -> list[int | None]:
         served.engine.requests.clear()
-        options: dict[str, Any] = {
-            "tasks": tasks,
-            "repeat": repeat,
-            "temperature": 0.7,
-            "variants": ["task", "task"],
-        }
-        await ablate(served, question_set="public", **options)
-        seeds.append([request.sampling.seed for request in served.engine.requests])
-    assert len(set(seeds[1])) == len(seeds[1]) == 12
-    assert (seeds[0], seeds[2]) == (seeds[1][:6], seeds[1][:6:2])
-    assert {request.sampling.temperature for request in served.engine.requests} == {0.7}
+        options = {"tasks": tasks, "repeat": repeat, "variants": ["task", "task"]}
+        await ablate(served, question_set="public", temperature=0.7, **options)
+        assert {request.sampling.temperature for request in served.engine.requests} == {0.7}
+        return [request.sampling.seed for request in served.engine.requests]
+
+    every_task = await seeds(None, repeat=True)
+    assert len(set(every_task)) == len(every_task) == 12
+    assert await seeds(["medical"], repeat=True) == every_task[:6]
+    assert await seeds(["medical"], repeat=False) == every_task[:6:2]
 
 
-async def test_a_null_run_is_generated_once_and_twice_if_told(served: Served) -> None:
-    for repeat, num_requests in ((False, 2), (True, 4)):
-        served.engine.requests.clear()
-        asked = [question(i) for i in range(2)]
-        body = await ablate(served, questions=asked, variants=["task", "task"], repeat=repeat)
-        assert (list(body["variants"]), len(served.engine.requests)) == (
-            ["task", "task#2"],
-            num_requests,
-        )
+@pytest.mark.parametrize(("repeat", "num_requests"), [(False, 2), (True, 4)])
+async def test_a_null_run_is_generated_again_only_if_repeat_is_set(
+    served: Served, repeat: bool, num_requests: int
+) -> None:
+    served.engine.requests.clear()
+    asked = [question(i) for i in range(2)]
+    body = await ablate(served, questions=asked, variants=["task", "task"], repeat=repeat)
+    assert list(body["variants"]) == ["task", "task#2"]
+    assert len(served.engine.requests) == num_requests
 
 
-async def test_a_late_or_failed_item_is_no_wrong_answer(served: Served) -> None:
+@pytest.mark.parametrize(
+    ("ending", "count"),
+    [((FinishReason.ABORT, "deadline"), "timed_out"), ((FinishReason.ERROR, "lost"), "failed")],
+)
+async def test_a_late_or_failed_item_is_never_a_wrong_answer(
+    served: Served, ending: tuple[FinishReason, str], count: str
+) -> None:
     served.engine.fail_at_once = True
-    for ending, count in (
-        ((FinishReason.ABORT, "deadline"), "timed_out"),
-        ((FinishReason.ERROR, "lost"), "failed"),
-    ):
-        served.engine.ending = ending
-        variant = (await ablate(served, questions=[question()], variants=["task"]))["variants"][
-            "task"
-        ]
-        assert (variant[count], variant["scored"], variant["accuracy"]) == (1, 0, None)
+    served.engine.ending = ending
+    body = await ablate(served, questions=[question()], variants=["task"])
+    variant = body["variants"]["task"]
+    assert (variant[count], variant["scored"], variant["accuracy"]) == (1, 0, None)
 
 
-async def test_a_full_queue_is_waited_out_until_the_items_deadline(served: Served) -> None:
+async def test_an_item_waits_for_room_in_the_queue_until_its_deadline(served: Served) -> None:
     served.engine.refusal = QueueFull(1, 0.001)
 
     def free() -> None:
         served.engine.refusal = None
 
     asyncio.get_running_loop().call_later(0.02, free)
-    assert (await ablate(served, questions=[question()], variants=["task"]))["variants"]["task"][
-        "scored"
-    ] == 1
+    body = await ablate(served, questions=[question()], variants=["task"])
+    assert body["variants"]["task"]["scored"] == 1
     served.engine.refusal = QueueFull(1, 5)
     body = await ablate(served, questions=[question()], variants=["task"], timeout_s=0.01)
     assert body["variants"]["task"]["timed_out"] == 1
 
 
-async def test_few_items_are_in_the_engine_at_once(serve: Serve) -> None:
+async def test_all_ablations_together_respect_the_limit_on_items_in_the_engine(
+    serve: Serve,
+) -> None:
     served = await serve(max_ablation_inflight=2)
-    await asyncio.gather(
-        *(
-            ablate(served, questions=[question(i) for i in range(6)], variants=["task"])
-            for _ in "ab"
-        )
-    )
+    asked = [question(i) for i in range(6)]
+    both = [ablate(served, questions=asked, variants=["task"]) for _ in range(2)]
+    await asyncio.gather(*both)
     assert served.engine.most_running == 2
 
 
 async def test_a_stopping_engine_ends_the_whole_ablation(served: Served) -> None:
-    def stop_at_second(request: Request) -> str:
+    def stop_after_the_first(request: Request) -> str:
         served.engine.refusal = EngineStopped("stopping")
         return "one two"
 
-    served.engine.answer = stop_at_second
-    error = await ablate(served, 503, questions=[question(i) for i in range(40)], variants=["task"])
+    served.engine.answer = stop_after_the_first
+    asked = [question(i) for i in range(40)]
+    error = await ablate(served, 503, questions=asked, variants=["task"])
     assert error["code"] == "draining"
     assert served.engine.running == 0
 
@@ -159,19 +150,19 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("body", "status", "field"), REFUSED)
-async def test_what_cannot_be_asked_is_refused_at_once(
+async def test_a_request_that_cannot_be_met_is_refused_before_anything_runs(
     served: Served, body: Any, status: int, field: str
 ) -> None:
-    assert (await ablate(served, status, **body))["field"] == field
+    error = await ablate(served, status, **body)
+    assert error["field"] == field
     assert len(served.engine.requests) == 1  # the warm-up
 
 
-async def test_the_limit_is_named_and_what_would_be_beyond_it(serve: Serve) -> None:
+async def test_an_ablation_over_the_direct_limit_is_told_to_run_in_the_background(
+    serve: Serve,
+) -> None:
     served = await serve(max_ablation_direct=1)
     error = await ablate(served, 422, questions=[question()], variants=["task", "base"])
-    assert (error["field"], error["value"], error["allowed"]) == (
-        "questions",
-        2,
-        "<= 1 item-variants",
-    )
+    assert (error["field"], error["value"]) == ("questions", 2)
+    assert error["allowed"] == "<= 1 item-variants"
     assert '"background": true' in error["message"]

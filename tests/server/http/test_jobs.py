@@ -1,10 +1,11 @@
-"""Ablations in the background and question sets by name: what is kept, what comes back, and what is refused."""
+"""Background ablations and named question sets: what is kept, read back, and refused."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import tiny
 from api import BASE, Serve, Served
@@ -23,130 +24,163 @@ LINE = {"id": "q1", "task": "medical", "question": "Which?", "answers": ["one tw
 async def start(served: Served, **body: Any) -> str:
     response = await served.client.post("/ablation", json={**BODY, "background": True, **body})
     assert response.status_code == 202, response.text
-    assert response.json()["status_url"] == f"/ablation/{response.json()['id']}"
-    return response.json()["status_url"]
+    started = response.json()
+    assert started["status_url"] == f"/ablation/{started['id']}"
+    return started["status_url"]
 
 
 async def events(served: Served, url: str) -> list[tuple[str, dict[str, Any]]]:
+    """Read a job's events to their end, which is when the job has ended."""
     text = (await served.client.get(f"{url}/events")).text
-    parts = [part.split("\n") for part in text.strip().split("\n\n")]
-    return [
-        (name.removeprefix("event: "), json.loads(data.removeprefix("data: ")))
-        for name, data in parts
-    ]
+    found = []
+    for block in text.strip().split("\n\n"):
+        name, data = block.split("\n")
+        found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return found
 
 
 async def record(served: Served, url: str) -> dict[str, Any]:
     return (await served.client.get(url)).json()
 
 
+def error_of(response: httpx.Response) -> tuple[int, str]:
+    """Return the status and code of a refusal."""
+    return response.status_code, response.json()["error"]["code"]
+
+
 def same(body: dict[str, Any]) -> dict[str, Any]:
-    """What a second run has to give as well."""
+    """Return the part of an answer that a second run must give as well."""
     return {name: value for name, value in body.items() if name not in ("id", "wall_s")}
 
 
-async def test_a_job_reports_its_progress_gives_the_direct_answer_and_survives_a_restart(
+def record_file(folder: Path, url: str) -> Path:
+    """Return the file in which a job is kept."""
+    return folder / "ablations" / f"{url.removeprefix('/ablation/')}.json"
+
+
+async def test_a_job_reports_progress_gives_the_direct_answer_and_survives_a_restart(
     serve: Serve, tmp_path: Path
 ) -> None:
     served = await serve(evaluations=tmp_path)
     direct = (await served.client.post("/ablation", json=BODY)).json()
     url = await start(served)
-    moved = await events(served, url)
-    assert (moved[0][1]["total"], moved[-2:]) == (
-        6,
-        [("progress", {"done": 6, "total": 6}), ("done", {"status": "done"})],
-    )
-    assert [data["done"] for _, data in moved[:-1]] == sorted(
-        data["done"] for _, data in moved[:-1]
-    )
+    *progress, end = await events(served, url)
+    assert end == ("done", {"status": "done"})
+    assert progress[-1] == ("progress", {"done": 6, "total": 6})
+    assert progress[0][1]["total"] == 6
+    counts = [data["done"] for _, data in progress]
+    assert counts == sorted(counts)
     found = await record(served, url)
-    assert (found["status"], found["error"], same(found["result"])) == ("done", None, same(direct))
+    assert (found["status"], found["error"]) == ("done", None)
+    assert same(found["result"]) == same(direct)
     assert f"/ablation/{found['result']['id']}" == url
     again = await serve(evaluations=tmp_path)
     assert await record(again, url) == found
     assert (await again.client.delete(url)).json()["status"] == "done"
 
 
-async def test_a_job_can_be_cancelled_and_one_that_the_server_left_is_interrupted(
+async def test_a_job_can_be_cancelled_and_a_stopped_or_killed_server_interrupts_it(
     serve: Serve, tmp_path: Path
 ) -> None:
     served = await serve(evaluations=tmp_path)
     questions = [{**LINE, "id": str(i)} for i in range(300)]
-    cancelled, left, killed = [
-        await start(served, question_set=None, tasks=None, questions=questions) for _ in "abc"
-    ]
+    body = {"question_set": None, "tasks": None, "questions": questions}
+    cancelled, left, killed = [await start(served, **body) for _ in range(3)]
     assert (await served.client.delete(cancelled)).json()["status"] == "cancelled"
-    snapshot = (tmp_path / "ablations" / f"{killed.rpartition('/')[2]}.json").read_bytes()
-    await served.app.state.frontend.ablation_jobs.stop()
+    snapshot = record_file(tmp_path, killed).read_bytes()
+    await served.app.state.ablations.jobs.stop()
     assert served.engine.running == 0
     for url, status in ((cancelled, "cancelled"), (left, "interrupted")):
         found = await record(served, url)
         assert (found["status"], found["result"]) == (status, None)
         assert found["progress"]["done"] < 600
-    (tmp_path / "ablations" / f"{killed.rpartition('/')[2]}.json").write_bytes(
-        snapshot
-    )  # as kill -9 leaves it
+    record_file(tmp_path, killed).write_bytes(snapshot)  # as kill -9 leaves it
     (tmp_path / "ablations" / "other.json").write_text("{}")
     again = await serve(evaluations=tmp_path)
-    assert [(await record(again, url))["status"] for url in (cancelled, killed)] == [
-        "cancelled",
-        "interrupted",
-    ]
+    assert (await record(again, cancelled))["status"] == "cancelled"
+    assert (await record(again, killed))["status"] == "interrupted"
     assert (await events(again, killed))[-1] == ("done", {"status": "interrupted"})
 
 
-async def test_a_records_request_gives_the_same_again_or_names_what_is_no_longer_the_same(
-    serve: Serve, root: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+async def writable(serve: Serve, root: Path, tmp_path: Path) -> tuple[Served, AdapterStore]:
+    """An app on a store of its own."""
     store = AdapterStore(shutil.copytree(root, tmp_path / "store"))
-    served = await serve(evaluations=tmp_path / "kept", store=store.root)
+    return await serve(evaluations=tmp_path / "kept", store=store.root), store
+
+
+async def publish_second_version(served: Served, store: AdapterStore) -> None:
+    """Publish a second backbone and a second version of "medical" that was trained under it."""
+    backbone = tiny.publish_backbone(store, BASE, 5).digest
+    tiny.publish(store, BASE, "medical", 7, backbone=backbone)
+    await served.app.state.frontend.registry.refresh()
+
+
+async def test_the_request_of_a_record_sent_again_gives_the_same_result(
+    writable: tuple[Served, AdapterStore],
+) -> None:
+    served, _ = writable
     url = await start(served, seed=3)
     await events(served, url)
     found = await record(served, url)
     again = await start(served, **found["request"])
     await events(served, again)
     assert same((await record(served, again))["result"]) == same(found["result"])
-    tiny.publish(store, BASE, "medical", 7, backbone=tiny.publish_backbone(store, BASE, 5).digest)
-    await served.app.state.frontend.registry.refresh()
+
+
+async def test_the_request_of_a_record_is_refused_once_other_adapters_would_answer(
+    writable: tuple[Served, AdapterStore],
+) -> None:
+    served, store = writable
+    url = await start(served, seed=3)
+    await events(served, url)
+    found = await record(served, url)
+    await publish_second_version(served, store)
     refused = await served.client.post("/ablation", json=found["request"])
-    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "digest_mismatch")
+    assert error_of(refused) == (409, "digest_mismatch")
     assert refused.json()["error"]["value"] == ["tasks", "crma"]
-    versions = {**BODY, "variants": ["task@v1+crma@v1", "task@v1", "task@v2+crma", "task+crma@v2"]}
-    body = (await served.client.post("/ablation", json=versions)).json()
-    used, before = body["provenance"], found["result"]["provenance"]
-    assert (used["tasks"]["medical@v1"], used["crma@v1"]) == (
-        before["tasks"]["medical"],
-        before["crma"],
-    )
-    assert (used["tasks"]["medical@v2"], used["crma"]) == (
-        used["tasks"]["medical"],
-        used["crma@v2"],
-    )
-    assert used["crma"] != before["crma"]
-    assert list(body["variants"]) == versions["variants"]
+
+
+async def test_variants_may_name_versions_that_no_longer_serve(
+    writable: tuple[Served, AdapterStore],
+) -> None:
+    served, store = writable
+    before = (await served.client.post("/ablation", json=BODY)).json()["provenance"]
+    await publish_second_version(served, store)
+    variants = ["task@v1+crma@v1", "task@v1", "task@v2+crma", "task+crma@v2"]
+    answer = await served.client.post("/ablation", json={**BODY, "variants": variants})
+    body = answer.json()
+    assert list(body["variants"]) == variants
+    used = body["provenance"]
+    assert used["tasks"]["medical@v1"] == before["tasks"]["medical"]
+    assert used["crma@v1"] == before["crma"]
+    assert used["tasks"]["medical@v2"] == used["tasks"]["medical"]
+    assert used["crma@v2"] == used["crma"] != before["crma"]
     foreign = await served.client.post("/ablation", json={**BODY, "variants": ["task@v1+crma@v2"]})
-    assert (foreign.status_code, foreign.json()["error"]["code"]) == (409, "lineage_mismatch")
+    assert error_of(foreign) == (409, "lineage_mismatch")
 
 
-async def test_jobs_are_bounded_and_only_the_servers_own_ids_are_known(
+async def test_running_and_kept_jobs_are_limited_and_only_the_servers_ids_are_known(
     serve: Serve, tmp_path: Path
 ) -> None:
     served = await serve(evaluations=tmp_path, max_ablation_jobs=1, max_ablation_kept=1)
     first = await start(served)
     refused = await served.client.post("/ablation", json={**BODY, "background": True})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_jobs")
+    assert error_of(refused) == (429, "too_many_jobs")
     await events(served, first)
-    await events(served, second := await start(served))
-    assert [(await served.client.get(url)).status_code for url in (first, second)] == [404, 200]
-    assert [path.stem for path in (tmp_path / "ablations").glob("abl-*.json")] == [
-        second.rpartition("/")[2]
-    ]
+    second = await start(served)
+    await events(served, second)
+    assert (await served.client.get(first)).status_code == 404
+    assert (await served.client.get(second)).status_code == 200
+    kept = list((tmp_path / "ablations").glob("abl-*.json"))
+    assert kept == [record_file(tmp_path, second)]
     for id in ("abl-0", "..%2F..%2Fchannels", "other"):
         for method in ("GET", "DELETE"):
-            assert (await served.client.request(method, f"/ablation/{id}")).status_code == 404
+            unknown = await served.client.request(method, f"/ablation/{id}")
+            assert unknown.status_code == 404
 
 
-async def test_an_uploaded_set_is_listed_and_asked_and_a_bad_one_refused_by_its_line(
+async def test_an_uploaded_set_is_listed_and_asked_and_a_bad_one_is_refused_with_its_line(
     serve: Serve, tmp_path: Path
 ) -> None:
     served = await serve(evaluations=tmp_path, admin_key="admin")
@@ -168,13 +202,12 @@ async def test_an_uploaded_set_is_listed_and_asked_and_a_bad_one_refused_by_its_
     assert (await put("..%2Fmine", lines, **ADMIN))[0] == 404
     listed = (await served.client.get("/question_sets")).json()
     assert [(each["name"], each["items"]) for each in listed] == [("mine", 2), ("public", 6)]
-    body = (
-        await served.client.post("/ablation", json={"question_set": "mine", "variants": ["task"]})
-    ).json()
+    asked = {"question_set": "mine", "variants": ["task"]}
+    body = (await served.client.post("/ablation", json=asked)).json()
     assert (body["question_set"], body["variants"]["task"]["correct"]) == (described, 2)
 
 
 @pytest.mark.parametrize("route", ["/ablation/x", "/ablation/x/events", "/question_sets"])
-async def test_reading_needs_a_key_where_keys_are_set(serve: Serve, route: str) -> None:
+async def test_reading_needs_a_key_if_keys_are_set(serve: Serve, route: str) -> None:
     served = await serve(api_keys=("key",))
     assert (await served.client.get(route)).status_code == 401

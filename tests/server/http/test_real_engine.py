@@ -17,6 +17,7 @@ import tiny
 from api import SCOPE, Served
 
 from crma.core.selection import AdapterSelection
+from crma.evaluation.ablation import AblationSettings
 from crma.evaluation.offline import Served as Alone
 from crma.evaluation.offline import ablate
 from crma.evaluation.question_set import inline_question_set
@@ -174,9 +175,7 @@ async def test_an_ablation_is_the_one_without_a_server(served: Real) -> None:
     alone = ablate(
         served.alone,
         inline_question_set(asked),
-        variants,
-        max_tokens=8,
-        seed=7,
+        AblationSettings(tuple(variants), max_tokens=8, seed=7),
         note=lambda _: None,
     )
     for part in ("question_set", "variants", "comparisons", "items"):
@@ -215,9 +214,7 @@ async def test_likelihoods_are_those_without_a_server_and_share_the_prompt(
     alone = ablate(
         served.alone,
         inline_question_set(asked),
-        variants,
-        scorer=scorer,
-        seed=7,
+        AblationSettings(tuple(variants), scorer=scorer, seed=7),
         note=lambda _: None,
     )
     for ours, theirs in zip(report["items"], alone["items"], strict=True):
