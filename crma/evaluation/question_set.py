@@ -38,7 +38,7 @@ Answer = Annotated[str, AfterValidator(_not_only_punctuation)]
 class Question(BaseModel):
     """One item of a question set.
 
-    Args:
+    Attributes:
         id: unique in its set.
         task: name of the task adapter that should know the answer.
         question: the prompt.

@@ -17,9 +17,9 @@ def measures(loss: Matrix, accuracy: Matrix, learned: Sequence[int]) -> dict[str
     L_{T,t} the final loss.
 
     Args:
-        loss: [N + 1][T].
-        accuracy: [N + 1][T].
-        learned: [T].
+        loss: N + 1 rows of T.
+        accuracy: N + 1 rows of T.
+        learned: T stages.
 
     Returns:
         drift: per task, 100 (L_{T,t} - L_{t,t}) / L_{t,t} in percent; positive is forgetting.

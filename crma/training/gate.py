@@ -41,7 +41,8 @@ def blend(old: Backbone, new: Backbone, weight: float) -> Backbone:
     bound of the result follows from its own gate.
 
     Args:
-        old, new: the ends, of one shape.
+        old: the end at weight 0.
+        new: the end at weight 1, of the same shape.
         weight: 0 and 1 return the ends themselves, bit for bit.
 
     Raises:

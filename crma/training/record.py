@@ -37,7 +37,7 @@ def measure_stages(
         progress: called before every stage.
 
     Returns:
-        [N + 1][T].
+        N + 1 rows of T measures.
     """
     model = evaluator.injection.model
     num_stages = len(snapshots.stages)
@@ -78,8 +78,11 @@ def make_record(
         dtype: the dtype that serves, in which the backbone is certified.
     """
     config, arm = snapshots.config, snapshots.arm
-    loss = [[measure.loss for measure in row] for row in measured]
-    accuracy = [[measure.accuracy for measure in row] for row in measured]
+    loss: list[list[float]] = []
+    accuracy: list[list[float]] = []
+    for row in measured:
+        loss.append([measure.loss for measure in row])
+        accuracy.append([measure.accuracy for measure in row])
     learned = [snapshots.learned_after(t) for t in range(len(config.tasks))]
     tokens = sum(step["tokens"] for step in log)
     norm_log: dict[str, Any] = {}

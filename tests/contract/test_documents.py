@@ -127,11 +127,9 @@ def commands() -> set[str]:
     from crma.cli.command import app
 
     found = set()
-    for group in app.registered_groups:
-        assert group.typer_instance is not None
-        for command in group.typer_instance.registered_commands:
-            assert command.callback is not None
-            found.add(command.name or command.callback.__name__)
+    for command in app.registered_commands:
+        assert command.callback is not None
+        found.add(command.name or command.callback.__name__)
     return found
 
 
