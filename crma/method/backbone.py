@@ -11,7 +11,7 @@ LLMs" (arXiv 2606.00382). The equations are ours, from the literature on doubly 
 see docs/method.md, section 2.
 """
 
-from collections.abc import Mapping as MappingABC
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple, Self
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from crma.core.errors import ConfigError, InvalidAdapter
 from crma.core.json_lines import checked
-from crma.method.sinkhorn import Mapping, doubly_stochastic
+from crma.method.sinkhorn import MixingMap, doubly_stochastic
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -35,7 +35,7 @@ class CrmaConfig:
     stream_rank: int = Field(default=4, gt=0)
     iterations: int = Field(default=20, gt=0, le=1000)
     cap: float = Field(default=6.0, gt=0, le=60)
-    mapping: Mapping = "rounded"
+    mapping: MixingMap = "rounded"
 
     @model_validator(mode="after")
     def _check_rank(self) -> Self:
@@ -55,7 +55,7 @@ class CrmaConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: MappingABC[str, Any]) -> "CrmaConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> "CrmaConfig":
         """The inverse of `to_dict`.
 
         Raises:
@@ -166,7 +166,7 @@ class Backbone(nn.Module):
         }
 
     @classmethod
-    def from_tensors(cls, config: CrmaConfig, tensors: MappingABC[str, Tensor]) -> "Backbone":
+    def from_tensors(cls, config: CrmaConfig, tensors: Mapping[str, Tensor]) -> "Backbone":
         """The inverse of `tensors`.
 
         Raises:
@@ -187,7 +187,7 @@ class Backbone(nn.Module):
         return backbone
 
 
-def _kinds(tensors: MappingABC[str, Tensor]) -> dict[str, str]:
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Name -> shape and dtype."""
     return {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}
 

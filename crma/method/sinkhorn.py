@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Mapping = Literal["rounded", "sinkhorn", "identity", "free", "unbounded"]
+MixingMap = Literal["rounded", "sinkhorn", "identity", "free", "unbounded"]
 """How a backbone mixes its streams. The last three are experimental controls: see `Backbone`."""
 
 
@@ -54,7 +54,7 @@ def round_to_doubly_stochastic(P: Tensor) -> Tensor:
 
 
 def doubly_stochastic(
-    S: Tensor, *, iterations: int = 20, cap: float = 6.0, mapping: Mapping = "rounded"
+    S: Tensor, *, iterations: int = 20, cap: float = 6.0, mapping: MixingMap = "rounded"
 ) -> Tensor:
     """The map DS of docs/method.md, section 2: soft cap, Sinkhorn in log space, then rounding.
 

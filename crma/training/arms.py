@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from crma.method.sinkhorn import Mapping
+from crma.method.sinkhorn import MixingMap
 
 Group = Literal["S", "gamma", "R", "W"]
 ArmName = Literal[
@@ -49,7 +49,7 @@ class Arm:
     backbone_learns: bool = False
     matched: bool = False
     joint: bool = False
-    mapping: Mapping = "rounded"
+    mapping: MixingMap = "rounded"
     groups: tuple[Group, ...] = ALL_GROUPS
 
     def rank(self, rank: int, lora_parameters_per_rank: int, crma_parameters: int) -> int:

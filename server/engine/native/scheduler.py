@@ -56,8 +56,8 @@ class Scheduler:
         new requests that are not interactive come after all that are.
 
         Args:
-            admit: asked for each waiting sequence that there is room for, in order; `NOW` pins its
-                adapters.
+            admit: asked for each waiting sequence that there is room for, in order; `NOW` takes its
+                adapters into use.
         """
         decodes = [s for s in self.running if not s.is_prefilling]
         prefills = [s for s in self.running if s.is_prefilling]

@@ -13,7 +13,7 @@ from server.engine.native.step import Chunk, Step
 class Admission(Enum):
     """The engine's answer for a waiting sequence that there is room for."""
 
-    NOW = "now"  # its adapters are resident, and now pinned
+    NOW = "now"  # its adapters are resident, and now in use
     LATER = "later"  # it waits for an adapter; others may overtake it
     HOLD = "hold"  # it has been overtaken too often: none behind it may start before it
 
