@@ -152,7 +152,6 @@ def test_a_row_has_medians_the_failures_of_all_repetitions_and_its_share_of_the_
 def test_rows_state_settings_workload_and_share_of_the_best_limit_but_int8_has_none(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A disturbed measurement of the machine's limits would flatter every share."""
     disturbed = {name: value / 2 for name, value in LIMITS.items()}
     results: Results = {
         ("base", engine): [{"failed": 0, "output_tok_s": 500.0}]
