@@ -35,7 +35,8 @@ class Client:
         timeout: float | None = 60.0,
         **http: Any,
     ) -> None:
-        """
+        """Prepare a client; it connects at the first request.
+
         Args:
             base_url: the address of the server.
             api_key: sent as a bearer token.
