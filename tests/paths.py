@@ -1,4 +1,4 @@
-"""Where things of this repository are, for the tests that read them."""
+"""Folders of this repository that tests read."""
 
 from pathlib import Path
 

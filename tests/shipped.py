@@ -1,4 +1,4 @@
-"""The server on the shipped store and the real base model, for the long tests."""
+"""The server on the shipped store and the real base model, for the e2e tests."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,11 +12,16 @@ from server.settings import Settings
 
 @asynccontextmanager
 async def server(**settings: object) -> AsyncIterator[httpx.AsyncClient]:
-    """The app as `python -m server` builds it, ready."""
+    """A client of the app that `python -m server` builds, once the app is ready.
+
+    Args:
+        settings: settings of the server that differ from the defaults.
+    """
     app = build(Settings(store=STORE, **settings))
     async with app.router.lifespan_context(app):
         await app.state.starting
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://test", timeout=300
+            transport=transport, base_url="http://test", timeout=300
         ) as client:
             yield client

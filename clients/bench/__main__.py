@@ -1,4 +1,7 @@
-"""`python -m bench`: our server and its peers on the same load in turn, one JSON line a row; README.md says how."""
+"""`python -m bench`: our server and its peers on the same load in turn, one line of JSON a row.
+
+`clients/bench/README.md` explains the rows.
+"""
 
 import argparse
 import json
@@ -11,181 +14,221 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bench.engine import LORAS, Engine, peers, running, serving
-from bench.latency import measures, spread
-from bench.load import Workload
+from bench.engine import Engine, Peers, connect, start_peers, start_server
+from bench.metrics import Metrics, compute_metrics
+from bench.report import Report
+from bench.workloads import CRMA_ROWS, RATIOS, ROWS, Workload, speed_limit
 
-SERVERS: dict[str, dict[str, str]] = {
-    "server": {},
-    "int8": {"CRMA_QUANTIZATION": "int8"},
-}  # a row's name and its settings, beside the defaults
+# Configurations of our server: the engine's name in the rows, and the settings that differ from the
+# defaults.
+SERVERS: dict[str, dict[str, str]] = {"server": {}, "int8": {"CRMA_QUANTIZATION": "int8"}}
 
-TASKS = ("code", "finance", "legal", "medical", "science")
-ON, OFF = (tuple(f"{task}:crma-{state}" for task in TASKS) for state in ("on", "off"))
-PREFILL = Workload("prefill_tok_s", num_requests=4, concurrency=1, prompt_tokens=512, new_tokens=1)
-ROWS = {
-    "mixed": Workload(models=LORAS),
-    "base": Workload(),
-    "single": Workload("decode_tok_s", num_requests=1, concurrency=1),
-    "prefill": PREFILL,
-    "prefill-lora": replace(PREFILL, models=LORAS[3:4]),
-}
-CRMA_ROWS = {  # five tasks are an odd number: with every other request on, each task is on and off in turn
-    "crma-off": Workload(models=OFF),
-    "crma-half": Workload(models=tuple((OFF, ON)[i % 2][i % 5] for i in range(10))),
-    "crma-on": Workload(models=ON),
-}
-RATIOS = (
-    ("mixed", "base"),
-    ("prefill-lora", "prefill"),
-    ("crma-half", "crma-off"),
-    ("crma-on", "crma-off"),
-)
-ORIGIN = """
-import json; from crma.core.provenance import commit, hardware
-from crma.models.base_model import find_base, DEFAULT_MODEL
-print(json.dumps({"model": str(find_base(DEFAULT_MODEL).path), "commit": commit(), "hardware": hardware()}))
-"""
-PUBLISH = """
-import sys; from pathlib import Path; from crma.cli.store import import_adapter
-for folder in sorted(Path(sys.argv[1]).glob("lora-*")): import_adapter(folder, folder.name, Path(sys.argv[2]))
-"""
-Run = dict[str, float | None]
-Found = dict[tuple[str, str], list[Run]]
+Results = dict[tuple[str, str], list[Metrics]]
+"""(row, engine) -> the metrics of each repetition."""
 
 
-def measured(engine: Engine, workload: Workload, seed: str) -> Run:
-    """One run; the engine's memory, the machine's load average and the load generator's share of a core with it."""
-    busy = time.process_time()
-    answers, wall = engine.run(workload, seed)
-    found = measures(answers, wall, workload.prompt_tokens) | {
-        "generator_cpu": (time.process_time() - busy) / wall
-    }
-    errors = {answer.error for answer in answers if answer.error}
-    sys.stderr.write(f"{seed}: {wall:.1f} s {', '.join(sorted(errors))}\n")
-    return found | {"rss_mib": engine.rss_mib(), "load_average": os.getloadavg()[0]}
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few requests, once: shows that the benchmark works; the figures mean nothing",
+    )
+    parser.add_argument(
+        "--url",
+        action="append",
+        default=[],
+        type=_name_and_url,
+        metavar="NAME=URL",
+        dest="urls",
+        help="also measure the server that is running at URL; may be repeated",
+    )
+    return parser.parse_args()
 
 
-def in_turn(engines: Mapping[str, Engine], rows: Mapping[str, Workload], repetitions: int) -> Found:
-    """(row, engine) -> its runs. All take their turn, `repetitions` times; a short turn before does not count."""
-    found: Found = defaultdict(list)
-    for i, name, engine in product(range(repetitions + 1), rows, engines):
-        if {model.partition(":")[0] for model in rows[name].models} <= engines[engine].models:
-            run = measured(
-                engines[engine], rows[name] if i else rows[name].short(), f"{name} {engine} {i}"
-            )
-            found[name, engine] += [run] if i else []
-    return found
+def _name_and_url(text: str) -> tuple[str, str]:
+    name, _, url = text.partition("=")
+    if not name or not url:
+        raise argparse.ArgumentTypeError(f"must be NAME=URL, not {text!r}")
+    return name, url
 
 
-def limit(workload: Workload, limits: Mapping[str, float]) -> float:
-    """Tokens/s, were there nothing but the base model's weights to read and multiply: no attention, LoRA or prompt."""
-    if workload.measure == "prefill_tok_s":
-        return limits["prefill_tok_s"]
-    return min(workload.concurrency * limits["read_tok_s"], limits["gemm_tok_s"])
+def describe_machine() -> dict[str, Any]:
+    """The base model's folder, and the commit, hardware and versions; see `machine.py`."""
+    command = [sys.executable, "-m", "bench.machine", "describe"]
+    description: dict[str, Any] = json.loads(subprocess.check_output(command))
+    return description
 
 
-def row(name: str, engine: str, measure: str, runs: Sequence[Run], **more: Any) -> dict[str, Any]:
-    """Writes a row: spreads over `runs`, the failures of all of them; `limit` is in the unit of `measure`."""
-    found: dict[str, Any] = {
-        "row": name,
-        "engine": engine,
-        "measure": measure,
-        "repetitions": len(runs),
-    }
-    found |= {key: spread([run[key] for run in runs]) for key in runs[0]}
-    found |= {"failed": sum(run.get("failed") or 0 for run in runs), **more}
-    if "limit" in more and found[measure]:
-        found["share_of_limit"] = round(found[measure]["median"] / more["limit"], 3)
-    sys.stdout.write(json.dumps(found) + "\n")
-    sys.stdout.flush()
-    return found
+def publish_adapters(folder: Path) -> str:
+    """Copy the shipped store into `folder` and publish the adapters that are there in the copy."""
+    store = str(shutil.copytree("adapters_store", folder / "store"))
+    command = [sys.executable, "-m", "bench.machine", "publish", str(folder), store]
+    subprocess.run(command, check=True)
+    return store
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows for a reader."""
-    lines = [
-        f"{'row':<24}{'engine':<9}{'measure':<14}{'median':>9}  [min, max], TTFT p50, share of limit, failed"
-    ]
-    for each in rows:
-        about, ttft = each[each["measure"]] or {}, each.get("ttft_p50_s") or {}
-        line = f"{each['row']:<24}{each['engine']:<9}{each['measure']:<14}{about.get('median', '-'):>9}"
-        more = f"{ttft.get('median', '-')}  {each.get('share_of_limit', '-')}  {each['failed']}"
-        lines.append(f"{line}  [{about.get('min')}, {about.get('max')}]  {more}")
-    return "\n".join(lines) + "\n"
+def start_servers(
+    stack: ExitStack, report: Report, store: str, folder: Path, repetitions: int
+) -> dict[str, Engine]:
+    """Measure how long each configuration of our server takes to start, and leave it running.
+
+    Args:
+        stack: ends the servers.
+        report: gets the rows `start`. The first start is a warm-up and does not count.
+        store: the adapter store to serve.
+        folder: for the servers' log.
+        repetitions: number of starts that count.
+    """
+    log = folder / "log"
+    engines = {}
+    for name, settings in SERVERS.items():
+        environment = {"CRMA_DEVICE": "cpu", "CRMA_STORE": store, **settings}
+        starts: list[Metrics] = []
+        for _ in range(repetitions + 1):
+            with start_server(environment, log) as (_, seconds):
+                starts.append({"ready_s": seconds})
+        report.add("start", name, "ready_s", starts[1:], settings=settings)
+        engines[name], _ = stack.enter_context(start_server(environment, log))
+    return engines
+
+
+def measure_row(engine: Engine, workload: Workload, seed: str) -> Metrics:
+    """Run a workload once.
+
+    Returns:
+        The metrics of the requests; with them the engine's memory, the machine's load average and
+        the share of a core that the load generator used.
+    """
+    cpu_before = time.process_time()
+    results, duration = engine.run(workload, seed)
+    metrics = compute_metrics(results, duration, workload.prompt_tokens)
+    metrics["generator_cpu"] = (time.process_time() - cpu_before) / duration
+    metrics["rss_mib"] = engine.rss_mib()
+    metrics["load_average"] = os.getloadavg()[0]
+    errors = sorted({result.error for result in results if result.error})
+    sys.stderr.write(f"{seed}: {duration:.1f} s {', '.join(errors)}\n")
+    return metrics
+
+
+def measure_rows(
+    engines: Mapping[str, Engine], rows: Mapping[str, Workload], repetitions: int
+) -> Results:
+    """Measure every row on every engine that has its models.
+
+    The engines take turns row by row, and all of it is repeated, so that a disturbance of the
+    machine does not fall on one engine. The first round is a short warm-up and does not count.
+    """
+    results: Results = defaultdict(list)
+    for repetition in range(repetitions + 1):
+        is_warm_up = repetition == 0
+        for (row, workload), (name, engine) in product(rows.items(), engines.items()):
+            if not engine.can_serve(workload):
+                continue
+            seed = f"{row} {name} {repetition}"
+            if is_warm_up:
+                measure_row(engine, workload.short(), seed)
+            else:
+                results[row, name].append(measure_row(engine, workload, seed))
+    return results
+
+
+def measure_all_rows(
+    engines: Mapping[str, Engine],
+    groups: Sequence[Mapping[str, Workload]],
+    repetitions: int,
+    peers: Peers,
+) -> tuple[Results, list[Metrics]]:
+    """Measure one group of rows after the other, and the machine's limits after each group."""
+    results: Results = {}
+    limits = []
+    for rows in groups:
+        results |= measure_rows(engines, rows, repetitions)
+        limits.append(peers.measure_limits())
+    return results, limits
+
+
+def best_limits(measured: Sequence[Metrics]) -> dict[str, float]:
+    """The largest value of each limit: a disturbed measurement would flatter every share."""
+    best = {}
+    for name in measured[0]:
+        values = [limits[name] or 0 for limits in measured]
+        best[name] = max(values)
+    return best
+
+
+def report_rows(
+    report: Report, rows: Mapping[str, Workload], results: Results, limits: Sequence[Metrics]
+) -> None:
+    """Report the machine's limits, and each row with its share of the best limits measured."""
+    report.add("limits", "machine", "read_gb_s", limits)
+    best = best_limits(limits)
+    for (name, engine), repetitions in results.items():
+        workload = rows[name]
+        details: dict[str, Any] = {"settings": SERVERS.get(engine), "workload": asdict(workload)}
+        if engine != "int8":  # the limits hold for weights in bf16
+            details["limit"] = speed_limit(workload, best)
+        report.add(name, engine, workload.measure, repetitions, **details)
+
+
+def report_ratios(
+    report: Report, rows: Mapping[str, Workload], results: Results, engines: Mapping[str, Engine]
+) -> None:
+    """Report how some rows compare with others, repetition by repetition."""
+    for (a, b), engine in product(RATIOS, engines):
+        if (a, engine) not in results or (b, engine) not in results:
+            continue
+        pairs = zip(results[a, engine], results[b, engine], strict=True)
+        ratios: list[Metrics] = [
+            {"ratio": _ratio(of_a[rows[a].measure], of_b[rows[b].measure])} for of_a, of_b in pairs
+        ]
+        report.add(f"{a} / {b}", engine, "ratio", ratios)
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    if a is None or not b:
+        return None
+    return a / b
+
+
+def shortened(rows: Mapping[str, Workload]) -> dict[str, Workload]:
+    """The rows with a few requests each."""
+    return {name: workload.short() for name, workload in rows.items()}
 
 
 def main() -> int:
-    """The exit code is 1 if a request failed."""
-    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="few requests, once: to try it, no figures to keep"
-    )
-    parser.add_argument(
-        "--url", action="append", default=[], metavar="NAME=URL", help="one more server, that runs"
-    )
-    options = parser.parse_args()
-    repetitions, report = 1 if options.quick else 3, []
-    origin = json.loads(subprocess.check_output([sys.executable, "-c", ORIGIN]))
+    """Run the benchmark; the exit code is 1 if a request failed."""
+    options = parse_options()
+    repetitions = 3
+    # The rows with the shipped tasks come last: until then the servers' memory holds the eight
+    # random adapters only.
+    groups = [ROWS, CRMA_ROWS]
+    if options.quick:
+        repetitions = 1
+        groups = [shortened(ROWS), shortened(CRMA_ROWS)]
+    origin = describe_machine()
     model = origin.pop("model")
-    origin["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
+    report = Report(origin)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        peer, measure_limits = stack.enter_context(peers(model, folder))
-        limits = [measure_limits()]
-        store = str(shutil.copytree("adapters_store", folder / "store"))
-        subprocess.run(
-            [sys.executable, "-c", PUBLISH, str(folder), store],
-            check=True,
-            stderr=subprocess.DEVNULL,
-        )
-        engines = {
-            name: running(url) for name, _, url in (each.partition("=") for each in options.url)
-        }
-        for name, settings in SERVERS.items():
-            asked, starts = {"CRMA_DEVICE": "cpu", "CRMA_STORE": store, **settings}, list[Run]()
-            for _ in range(repetitions + 1):
-                with serving(asked, folder / "log") as (_, took):
-                    starts.append({"ready_s": took})
-            report.append(row("start", name, "ready_s", starts[1:], settings=settings, **origin))
-            engines[name], _ = stack.enter_context(serving(asked, folder / "log"))
-        engines["peft"] = peer
-        rows, found = {**ROWS, **CRMA_ROWS}, Found()
-        if options.quick:
-            rows = {name: work.short() for name, work in rows.items()}
-        for group in (
-            ROWS,
-            CRMA_ROWS,
-        ):  # one after the other: memory is that of the eight adapters alone, at first
-            found |= in_turn(engines, {name: rows[name] for name in group}, repetitions)
-            limits.append(measure_limits())
-        report.append(row("limits", "machine", "read_gb_s", limits, **origin))
-        best = {name: max(each[name] or 0 for each in limits) for name in limits[0]}
-        for (name, engine), runs in found.items():
-            work, more = (
-                rows[name],
-                {"settings": SERVERS.get(engine), "workload": asdict(rows[name]), **origin},
-            )
-            if engine != "int8":  # the limit is of weights in bf16
-                more["limit"] = limit(work, best)
-            report.append(row(name, engine, work.measure, runs, **more))
-        for (a, b), engine in product(RATIOS, engines):
-            of_a, of_b = (
-                [run[rows[x].measure] for run in found.get((x, engine), ())] for x in (a, b)
-            )
-            if of_a and of_b:
-                ratios: list[Run] = [
-                    {"ratio": x and y and x / y} for x, y in zip(of_a, of_b, strict=True)
-                ]
-                report.append(row(f"{a} / {b}", engine, "ratio", ratios, **origin))
-        sys.stderr.write(table(report))
-    return 1 if any(each["failed"] for each in report) else 0
+        peers = stack.enter_context(start_peers(model, folder))
+        limits = [peers.measure_limits()]
+        store = publish_adapters(folder)
+        engines = {name: connect(url) for name, url in options.urls}
+        engines |= start_servers(stack, report, store, folder, repetitions)
+        engines["peft"] = peers.engine
+        results, later_limits = measure_all_rows(engines, groups, repetitions, peers)
+        rows = groups[0] | groups[1]
+        report_rows(report, rows, results, limits + later_limits)
+        report_ratios(report, rows, results, engines)
+    sys.stderr.write(report.table())
+    return 1 if report.has_failures else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What is measured: our server, PEFT and transformers, other servers."""
+"""The engines that are measured: our server, PEFT and transformers, and other servers."""
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -16,91 +17,131 @@ from typing import IO, Any, cast
 import httpx
 
 from bench import load
-from bench.latency import Answer
-from bench.load import Workload
-
-LORAS = tuple(f"lora-{i}" for i in range(8))
+from bench.metrics import Metrics, RequestResult
+from bench.workloads import LORAS, Workload
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What answers a workload; `pid` None: not ours, its process is not looked at."""
+    """Something that answers a workload.
 
-    run: Callable[[Workload, str], tuple[list[Answer], float]]
+    Args:
+        run: takes a workload and a seed; returns the results and the seconds they took.
+        models: the models it can serve.
+        pid: its process; None if the benchmark did not start it.
+    """
+
+    run: Callable[[Workload, str], tuple[list[RequestResult], float]]
     models: frozenset[str]
     pid: int | None = None
 
+    def can_serve(self, workload: Workload) -> bool:
+        """Whether it has every model of the workload."""
+        return workload.base_models() <= self.models
+
     def rss_mib(self) -> float | None:
-        """Resident memory of the process (Linux)."""
-        found = self.pid and re.search(
-            r"VmRSS:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text()
-        )
-        return int(found[1]) / 1024 if found else None
+        """Resident memory of the process in MiB (Linux); None if there is no process to look at."""
+        if self.pid is None:
+            return None
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        resident = re.search(r"VmRSS:\s+(\d+)", status)
+        return int(resident[1]) / 1024 if resident else None
 
 
-def running(url: str, pid: int | None = None) -> Engine:
-    """The server at `url`, with the models that it lists."""
+def connect(url: str, pid: int | None = None) -> Engine:
+    """The running server at `url`, with the models that it lists."""
     models = httpx.get(f"{url}/v1/models").raise_for_status().json()["data"]
-    return Engine(partial(load.run, url), frozenset(model["id"] for model in models), pid)
+    names = frozenset(model["id"] for model in models)
+    return Engine(partial(load.run, url), names, pid)
 
 
 @contextmanager
-def serving(settings: Mapping[str, str], log: Path) -> Iterator[tuple[Engine, float]]:
-    """`python -m server` with these environment variables, once it is ready, and how many seconds that took."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        "env",
-        f"CRMA_PORT={port}",
-        *map("=".join, settings.items()),
-        sys.executable,
-        "-m",
-        "server",
-    ]
-    with log.open("w") as file, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-        start, ready = time.perf_counter(), False
-        process = subprocess.Popen(command, stdout=file, stderr=file)
+def start_server(settings: Mapping[str, str], log: Path) -> Iterator[tuple[Engine, float]]:
+    """Run `python -m server` for the block.
+
+    Args:
+        settings: environment variables of the server.
+        log: file for its output; overwritten.
+
+    Returns:
+        The server, ready; and the seconds it took to become so.
+    """
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    environment = {**os.environ, **settings, "CRMA_PORT": str(port)}
+    command = [sys.executable, "-m", "server"]
+    with log.open("w") as output:
+        begin = time.perf_counter()
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         try:
-            while not ready:
-                if process.poll() is not None:
-                    raise SystemExit(f"the server ended before it was ready:\n{log.read_text()}")
-                with suppress(httpx.TransportError):
-                    ready = client.get("/readyz").is_success
-                time.sleep(0.02)
-            took = time.perf_counter() - start
-            yield running(f"http://127.0.0.1:{port}", process.pid), took
+            _wait_until_ready(process, url, log)
+            seconds = time.perf_counter() - begin
+            yield connect(url, process.pid), seconds
         finally:
             process.terminate()
             process.wait()
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Poll /readyz until it says yes; exit with the server's log if the server ends before."""
+    ready = False
+    with httpx.Client(base_url=url) as client:
+        while not ready:
+            if process.poll() is not None:
+                raise SystemExit(f"the server ended before it was ready:\n{log.read_text()}")
+            with suppress(httpx.TransportError):
+                ready = client.get("/readyz").is_success
+            time.sleep(0.02)
+
+
+class Peers:
+    """A running `peers.py`, which does one job at a time: PEFT and transformers on a workload."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._jobs = cast(IO[str], process.stdin)
+        self._answers = cast(IO[str], process.stdout)
+        self.engine = Engine(self._run, frozenset({"base", *LORAS}), process.pid)
+
+    def measure_limits(self) -> Metrics:
+        """Measure how fast the machine reads and multiplies, as `peers.measure_limits`."""
+        limits: Metrics = self._ask(())
+        return limits
+
+    def _run(self, workload: Workload, seed: str) -> tuple[list[RequestResult], float]:
+        requests = workload.requests(seed)
+        results, duration = self._ask((requests, workload.concurrency, workload.new_tokens))
+        return [RequestResult(**result) for result in results], duration
+
+    def _ask(self, job: Sequence[object]) -> Any:
+        self._jobs.write(json.dumps(job) + "\n")
+        self._jobs.flush()
+        answer = self._answers.readline()
+        if not answer:
+            raise SystemExit("peers.py ended in the middle of a job")
+        return json.loads(answer)
+
+
 @contextmanager
-def peers(
-    model: str, folder: Path
-) -> Iterator[tuple[Engine, Callable[[], dict[str, float | None]]]]:
-    """PEFT and transformers (`peers.py`), and what measures the machine's limits; the adapters are in `folder` then."""
-    command = [sys.executable, str(Path(__file__).with_name("peers.py")), model, str(folder)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        jobs, results = cast(IO[str], process.stdin), cast(IO[str], process.stdout)
-        results.readline()  # by now the adapters are written
+def start_peers(model: str, folder: Path) -> Iterator[Peers]:
+    """Run `peers.py` for the block; it has written its adapters into `folder` before.
 
-        def ask(job: Sequence[object]) -> Any:
-            jobs.write(json.dumps(job) + "\n")
-            jobs.flush()
-            if not (line := results.readline()):
-                raise SystemExit("the peers ended in the middle of a job")
-            return json.loads(line)
-
-        def run(workload: Workload, seed: str) -> tuple[list[Answer], float]:
-            answers, wall = ask(
-                (workload.requests(seed), workload.concurrency, workload.new_tokens)
-            )
-            return [Answer(**answer) for answer in answers], wall
-
+    Args:
+        model: folder of the base model.
+        folder: where the adapters are written.
+    """
+    program = str(Path(__file__).with_name("peers.py"))
+    command = [sys.executable, program, model, str(folder)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        cast(IO[str], process.stdout).readline()  # comes once the adapters are written
         try:
-            yield Engine(run, frozenset({"base", *LORAS}), process.pid), lambda: ask(())
+            yield Peers(process)
         finally:
             process.terminate()  # it may be in the middle of a job

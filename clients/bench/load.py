@@ -1,111 +1,111 @@
-"""Load on an OpenAI-compatible server: streamed completions of token ids, a fixed number of them at once.
+"""Load on an OpenAI-compatible server: streamed completions of token ids, at a fixed concurrency.
 
-It shares the cores with what it measures, so it only notes when bytes came, and reads them when the load is over.
+The generator shares the cores with the server it measures. While the load runs, it only records
+when bytes arrived; it parses them afterwards.
 """
 
 import asyncio
 import json
-import random
 import time
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
-from bench.latency import Answer
-
-Lines = list[tuple[float, bytes]]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Requests that name `models` in turn; `measure` is the figure that the row is about."""
-
-    measure: str = "output_tok_s"
-    models: tuple[str, ...] = ("base",)
-    num_requests: int = 32
-    concurrency: int = 16
-    prompt_tokens: int = 64
-    new_tokens: int = 128
-
-    def requests(self, seed: str) -> list[tuple[str, list[int]]]:
-        """Model and prompt of each. No two prompts begin alike, so a prefix cache has nothing to give."""
-        ids, models = random.Random(seed), self.models
-        prompts = [
-            [ids.randrange(300, 40000) for _ in range(self.prompt_tokens)]
-            for _ in range(self.num_requests)
-        ]
-        return [(models[i % len(models)], prompt) for i, prompt in enumerate(prompts)]
-
-    def short(self) -> Self:
-        """To warm up, and to try."""
-        few, new = min(self.num_requests, self.concurrency), min(self.new_tokens, 8)
-        return replace(self, num_requests=few, new_tokens=new)
+from bench.metrics import RequestResult
+from bench.workloads import Workload
 
 
-def run(url: str, workload: Workload, seed: str) -> tuple[list[Answer], float]:
-    """The answers and the seconds it took from first to last; a request that fails is an answer with an error."""
+@dataclass
+class RawStream:
+    """A streamed response before parsing: each line with the time at which it was complete."""
+
+    sent_at: float
+    lines: list[tuple[float, bytes]] = field(default_factory=list)
+    error: str | None = None
+
+
+def run(url: str, workload: Workload, seed: str) -> tuple[list[RequestResult], float]:
+    """Put a workload on a server.
+
+    Args:
+        url: address of the server.
+        workload: the requests.
+        seed: the prompts are drawn from it.
+
+    Returns:
+        The result of every request, a failed one with its error; and the seconds that all took.
+    """
     return asyncio.run(_run(url, workload, seed))
 
 
-async def _run(url: str, workload: Workload, seed: str) -> tuple[list[Answer], float]:
+async def _run(url: str, workload: Workload, seed: str) -> tuple[list[RequestResult], float]:
     waiting = iter(workload.requests(seed))
+    streams: list[RawStream] = []
+
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
 
-        async def worker() -> list[tuple[float, Lines, str | None]]:
-            return [
-                await _ask(client, model, prompt, workload.new_tokens) for model, prompt in waiting
-            ]
+        async def work() -> None:
+            for model, prompt in waiting:
+                streams.append(await _request(client, model, prompt, workload.new_tokens))
 
         begin = time.perf_counter()
-        heard = await asyncio.gather(*(worker() for _ in range(workload.concurrency)))
-        wall = time.perf_counter() - begin
-    return [read(*each, workload.new_tokens) for some in heard for each in some], wall
+        await asyncio.gather(*(work() for _ in range(workload.concurrency)))
+        duration = time.perf_counter() - begin
+    return [parse_stream(stream, workload.new_tokens) for stream in streams], duration
 
 
-async def _ask(
-    client: httpx.AsyncClient, model: str, prompt: list[int], new: int
-) -> tuple[float, Lines, str | None]:
-    """When it was sent, the lines that came and when, and what went wrong."""
+async def _request(
+    client: httpx.AsyncClient, model: str, prompt: list[int], new_tokens: int
+) -> RawStream:
+    """Send one request and record its response."""
     body = {
         "model": model,
         "prompt": prompt,
-        "max_tokens": new,
+        "max_tokens": new_tokens,
         "temperature": 0,
         "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
     }
-    body |= {"stream": True, "stream_options": {"include_usage": True}}
-    lines, rest, start = Lines(), b"", time.perf_counter()
+    unfinished_line = b""
+    stream = RawStream(time.perf_counter())
     try:
         async with client.stream("POST", "/v1/completions", json=body) as response:
             async for chunk in response.aiter_bytes():
-                *whole, rest = (rest + chunk).split(b"\n")
-                lines += [(time.perf_counter(), line) for line in whole]
+                *lines, unfinished_line = (unfinished_line + chunk).split(b"\n")
+                now = time.perf_counter()
+                stream.lines += [(now, line) for line in lines]
     except httpx.HTTPError as error:
-        return start, lines, f"{type(error).__name__}: {error}"
-    return (
-        start,
-        lines,
-        None if response.is_success else f"HTTP {response.status_code}: {rest[:300]!r}",
-    )
+        stream.error = f"{type(error).__name__}: {error}"
+        return stream
+    if not response.is_success:
+        stream.error = f"HTTP {response.status_code}: {unfinished_line[:300]!r}"
+    return stream
 
 
-def read(start: float, lines: Lines, error: str | None, new_tokens: int) -> Answer:
-    """The answer in the lines of a stream: an event a token, then one of a finish_reason without text, then the usage.
+def parse_stream(stream: RawStream, new_tokens: int) -> RequestResult:
+    """Read the events of a stream: one for each token, then the finish reason, then the usage.
 
-    The usage says how many tokens there were. An answer of another length than was asked for is a failure.
+    Args:
+        stream: the recorded response. The number of tokens is the one that its usage states.
+        new_tokens: the requested length. An answer of any other length is a failure.
     """
-    times, num_tokens = [], 0
-    for when, line in lines:
-        if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
-            event: dict[str, Any] = json.loads(line[5:])
-            error = error or (str(event["error"]) if event.get("error") else None)
-            num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
-            times += [
-                when
-                for each in event.get("choices", ())
-                if each["text"] or not each.get("finish_reason")
-            ]
-    if not error and (num_tokens != new_tokens or not times):
+    token_times: list[float] = []
+    num_tokens = 0
+    error = stream.error
+    for arrived_at, line in stream.lines:
+        if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
+            continue
+        event: dict[str, Any] = json.loads(line[5:])
+        if error is None and event.get("error"):
+            error = str(event["error"])
+        usage = event.get("usage") or {}
+        num_tokens = usage.get("completion_tokens", num_tokens)
+        for choice in event.get("choices", ()):
+            only_finishes = choice.get("finish_reason") and not choice["text"]
+            if not only_finishes:
+                token_times.append(arrived_at)
+    if error is None and (num_tokens != new_tokens or not token_times):
         error = f"{num_tokens} tokens of {new_tokens}"
-    return Answer(start, times, num_tokens, error)
+    return RequestResult(stream.sent_at, token_times, num_tokens, error)

@@ -1,5 +1,9 @@
-"""What is sent, and what becomes of what the real server does not answer at will; the rest is in test_real_app."""
+"""What the clients send, and how they treat answers that the real server never gives.
 
+`test_real_app.py` tests them against the real server.
+"""
+
+import inspect
 import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -7,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 from crma_client import AsyncClient, Client, CrmaClientError, errors
-from crma_client.calls import write_body
+from crma_client.calls import GenerateOptions, write_body
 
 TOKEN = b'event: token\ndata: {"index": 0, "text": "a"}\n\n'
-SAID = {
+REFUSAL = {
     "code": "queue_full",
     "message": "full",
     "field": "task",
@@ -20,12 +24,50 @@ SAID = {
 
 
 def answering(status: int = 200, **answer: Any) -> httpx.MockTransport:
-    """A server, for either client, that gives one answer to everything."""
+    """A server, for either client, that gives the same answer to every request."""
     return httpx.MockTransport(lambda _: httpx.Response(status, **answer))
 
 
-def test_only_what_was_given_is_sent_and_only_what_json_has() -> None:
-    """None means "the server decides", also for crma, whose default is not False."""
+def public_methods(client_class: type) -> dict[str, Any]:
+    """The methods that `help` shows, by name; `aclose` counts as `close`."""
+    methods = inspect.getmembers(client_class, inspect.isfunction)
+    return {
+        "close" if name == "aclose" else name: method
+        for name, method in methods
+        if not name.startswith("_")
+    }
+
+
+def test_both_clients_have_the_same_methods_with_the_same_signatures() -> None:
+    """Only `stream` returns a type of its own: an async stream of tokens."""
+    blocking = public_methods(Client)
+    awaited = public_methods(AsyncClient)
+    assert set(blocking) == set(awaited)
+    for name, method in blocking.items():
+        own, other = inspect.signature(method), inspect.signature(awaited[name])
+        assert own.parameters == other.parameters, name
+        assert name == "stream" or own.return_annotation == other.return_annotation, name
+        assert name == "stream" or inspect.iscoroutinefunction(awaited[name]), name
+    assert (
+        inspect.signature(Client.__init__).parameters
+        == inspect.signature(AsyncClient.__init__).parameters
+    )
+
+
+@pytest.mark.parametrize("client_class", [Client, AsyncClient])
+def test_every_method_is_documented(client_class: type) -> None:
+    for name, method in public_methods(client_class).items():
+        assert inspect.getdoc(method), name
+
+
+def test_help_on_generate_explains_every_option() -> None:
+    documentation = inspect.getdoc(Client.generate) or ""
+    for option in GenerateOptions.__annotations__:
+        assert f"    {option}: " in documentation, option
+
+
+def test_only_options_that_were_given_are_sent() -> None:
+    """None means that the server decides, also for crma, whose default is not False."""
     fields = {"task": "medical", "crma": None, "raw": False, "temperature": 0, "stop": ("a", "b")}
     assert json.loads(write_body(fields)) == {
         "task": "medical",
@@ -33,52 +75,65 @@ def test_only_what_was_given_is_sent_and_only_what_json_has() -> None:
         "temperature": 0,
         "stop": ["a", "b"],
     }
-    for value in (b"x", {1}):
-        with pytest.raises(errors.InvalidArgument, check=lambda error: error.field == "body"):
-            write_body({"task": value})
 
 
+@pytest.mark.parametrize("value", [b"x", {1}])
+def test_an_option_that_has_no_form_in_json_is_refused(value: object) -> None:
+    with pytest.raises(errors.InvalidArgument, check=lambda error: error.field == "body"):
+        write_body({"task": value})
+
+
+LATE_ERROR = b'event: error\ndata: {"error": {"message": "late", "code": "deadline"}}\n\n'
 ENDINGS = [
-    (
-        b'event: error\ndata: {"error": {"message": "late", "code": "deadline"}}\n\n',
-        errors.GenerationFailed,
-    ),
+    (LATE_ERROR, errors.GenerationFailed),
     (b"event: later\ndata: {}\n\nevent: done\ndata: {", errors.ProtocolError),
     (b"event: done\ndata: {\n\n", errors.ProtocolError),
 ]
 
 
+def read_stream(transport: httpx.MockTransport, texts: list[str]) -> None:
+    """Append the text of each token that arrives, by the blocking client."""
+    with Client(transport=transport) as client, client.stream("hi") as stream:
+        for token in stream:
+            texts.append(token.text)  # noqa: PERF401 (an error must leave earlier texts)
+
+
+async def read_stream_async(transport: httpx.MockTransport, texts: list[str]) -> None:
+    """As `read_stream`, by the async client."""
+    async with AsyncClient(transport=transport) as client, client.stream("hi") as stream:
+        async for token in stream:
+            texts.append(token.text)  # noqa: PERF401 (an error must leave earlier texts)
+
+
 @pytest.mark.parametrize(("ending", "kind"), ENDINGS)
 async def test_a_stream_that_fails_gives_its_tokens_and_then_an_error(
-    ending: bytes, kind: type[Exception]
+    ending: bytes, kind: type[CrmaClientError]
 ) -> None:
     """Also when the network delivers the tokens and the error in one piece."""
-    transport, seen = answering(content=TOKEN + TOKEN + ending), []
-    with (
-        pytest.raises(kind) as caught,
-        Client(transport=transport) as client,
-        client.stream("hi") as stream,
-    ):
-        seen.extend(token.text for token in stream)
-    assert (seen, caught.value.status) == (["a", "a"], None)
-    with pytest.raises(kind):
-        async with AsyncClient(transport=transport) as awaited, awaited.stream("hi") as astream:
-            seen.extend([token.text async for token in astream])
+    transport = answering(content=TOKEN + TOKEN + ending)
+    texts: list[str] = []
+    with pytest.raises(kind, check=lambda error: error.status is None):
+        read_stream(transport, texts)
+    assert texts == ["a", "a"]
+    texts_async: list[str] = []
+    with pytest.raises(kind, check=lambda error: error.status is None):
+        await read_stream_async(transport, texts_async)
+    assert texts_async == ["a", "a"]
 
 
 PAGE = "<html>a proxy's page</html>"
 ANSWERS = [
-    (429, json.dumps({"error": SAID}), SAID),
+    (429, json.dumps({"error": REFUSAL}), REFUSAL),
     (302, PAGE, {"code": None}),
     (503, PAGE, {"code": None}),
 ]
 
 
-@pytest.mark.parametrize(("status", "answer", "said"), ANSWERS)
+@pytest.mark.parametrize(("status", "answer", "expected"), ANSWERS)
 def test_a_refusal_or_a_proxys_page_is_one_error_streamed_or_not(
-    status: int, answer: str, said: Any
+    status: int, answer: str, expected: Any
 ) -> None:
-    """As the asynchronous client's are, which test_real_app has."""
+    """`test_real_app.py` tests the refusals of the async client."""
     transport = answering(status, content=[answer.encode()], headers={"Retry-After": "2"})
     with Client(transport=transport) as client:
         with pytest.raises(errors.StatusError) as whole:
@@ -86,10 +141,11 @@ def test_a_refusal_or_a_proxys_page_is_one_error_streamed_or_not(
         with pytest.raises(errors.StatusError) as streamed, client.stream("hi"):
             pytest.fail("a refused stream was opened")
     for error in (whole.value, streamed.value):
-        assert vars(error) == vars(error) | {"status": status, "retry_after": 2} | said
+        attributes = vars(error)
+        assert attributes == attributes | {"status": status, "retry_after": 2} | expected
 
 
-def test_an_answer_that_is_not_json_is_an_error_of_the_tree() -> None:
+def test_an_answer_that_is_not_json_is_a_protocol_error() -> None:
     with (
         Client(transport=answering(text="not json")) as client,
         pytest.raises(errors.ProtocolError, match="not JSON"),
@@ -97,9 +153,10 @@ def test_an_answer_that_is_not_json_is_an_error_of_the_tree() -> None:
         client.adapters()
 
 
-def test_a_server_that_is_not_ready_is_told_from_one_that_answers_nonsense() -> None:
+def test_a_server_that_is_not_ready_differs_from_one_that_answers_nonsense() -> None:
     with Client(transport=answering(503, json={})) as client:
-        assert (client.health(), client.ready()) == (False, False)
+        assert client.health() is False
+        assert client.ready() is False
     with Client(transport=answering(404)) as client, pytest.raises(errors.NotFound):
         client.ready()
 
@@ -117,12 +174,12 @@ async def breaks_async(error: Exception) -> AsyncIterator[bytes]:
 BROKEN = [
     (httpx.ReadTimeout(""), errors.TimedOut),
     (httpx.ConnectError("refused"), errors.ConnectionFailed),
+    (httpx.RemoteProtocolError("closed"), errors.ConnectionFailed),
 ]
-BROKEN += [(httpx.RemoteProtocolError("closed"), errors.ConnectionFailed)]
 
 
 @pytest.mark.parametrize(("raised", "kind"), BROKEN)
-async def test_a_broken_connection_is_an_error_of_the_tree(
+async def test_a_broken_connection_is_an_error_of_this_package(
     raised: Exception, kind: type[CrmaClientError]
 ) -> None:
     def unreachable(_: httpx.Request) -> httpx.Response:
@@ -142,8 +199,8 @@ async def test_a_broken_connection_is_an_error_of_the_tree(
             await awaited.generate("hi")
 
 
-def test_an_exception_of_the_callers_own_leaves_the_stream_unchanged() -> None:
-    """An httpx error raised inside the block by other code is not the server's."""
+def test_an_exception_of_the_callers_own_passes_through_the_stream_unchanged() -> None:
+    """An httpx error that other code raises inside the block is not the server's."""
     with (
         pytest.raises(httpx.ConnectError),
         Client(transport=answering()) as client,
@@ -153,16 +210,17 @@ def test_an_exception_of_the_callers_own_leaves_the_stream_unchanged() -> None:
 
 
 @pytest.mark.parametrize("base_url", ["", "localhost:8000", "ftp://host", "http://host:port", None])
-def test_a_base_url_that_is_none_is_refused(base_url: Any) -> None:
+def test_a_base_url_that_is_not_an_http_address_is_refused(base_url: Any) -> None:
     with (
-        pytest.raises(errors.InvalidArgument, check=lambda e: e.field == "base_url"),
+        pytest.raises(errors.InvalidArgument, check=lambda error: error.field == "base_url"),
         Client(base_url) as client,
     ):
         client.health()
 
 
-def test_a_key_that_no_header_can_carry_is_refused_and_not_shown() -> None:
-    for key in ("sécret", "secret\n"):
-        with pytest.raises(errors.InvalidArgument) as caught:
-            Client(api_key=key)
-        assert (caught.value.field, "cret" in repr(caught.value)) == ("api_key", False)
+@pytest.mark.parametrize("key", ["sécret", "secret\n"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(errors.InvalidArgument) as caught:
+        Client(api_key=key)
+    assert caught.value.field == "api_key"
+    assert "cret" not in repr(caught.value)

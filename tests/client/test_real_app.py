@@ -1,4 +1,4 @@
-"""The client and the real server, on a tiny real model: each understands what the other says."""
+"""The clients against the real server on a tiny real model."""
 
 import asyncio
 import json
@@ -28,139 +28,173 @@ ABLATION: dict[str, Any] = {"questions": [QUESTION], "max_tokens": 4}
 
 @pytest.fixture
 async def client(base: BaseModel, store: AdapterStore) -> AsyncIterator[AsyncClient]:
-    async with tiny.serving(
-        base, store.root, api_keys=("key",), evaluations=store.root.parent / "kept"
-    ) as app:
-        yield AsyncClient("http://test", api_key="key", transport=httpx.ASGITransport(app))
+    evaluations = store.root.parent / "kept"
+    async with tiny.serving(base, store.root, api_keys=("key",), evaluations=evaluations) as app:
+        transport = httpx.ASGITransport(app)
+        yield AsyncClient("http://test", api_key="key", transport=transport)
 
 
-async def test_an_answer_its_stream_and_where_they_came_from(client: AsyncClient) -> None:
-    for n in (1, 2):
-        whole = await client.generate("Hi", n=n, **OPTIONS)
-        async with client.stream("Hi", n=n, **OPTIONS) as stream:
-            with pytest.raises(errors.ProtocolError):
-                stream.result  # noqa: B018
-            assert {token.index async for token in stream} == set(range(n))
-            assert [token async for token in stream] == [], (
-                "a second pass finds nothing and asks nothing"
-            )
-        assert stream.result.choices == whole.choices
-        assert (stream.result.usage, stream.result.provenance) == (whole.usage, whole.provenance)
-    assert (len(whole.choices[0].logprobs or ()), whole.crma, whole.provenance["seed"]) == (
-        6,
-        True,
-        3,
-    )
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_stream_ends_in_the_answer_that_generate_gives(client: AsyncClient, n: int) -> None:
+    whole = await client.generate("Hi", n=n, **OPTIONS)
+    async with client.stream("Hi", n=n, **OPTIONS) as stream:
+        with pytest.raises(errors.ProtocolError):
+            stream.result  # noqa: B018
+        assert {token.index async for token in stream} == set(range(n))
+        second_pass = [token async for token in stream]
+        assert second_pass == []
+    assert stream.result.choices == whole.choices
+    assert stream.result.usage == whole.usage
+    assert stream.result.provenance == whole.provenance
+    assert len(whole.choices[0].logprobs or ()) == 6
+
+
+async def test_an_answer_names_the_adapters_that_produced_it(client: AsyncClient) -> None:
+    answer = await client.generate("Hi", **OPTIONS)
+    assert answer.crma is True
+    assert answer.provenance["seed"] == 3
     listing = await client.adapters()
-    assert [(task["name"], task["resident"]) for task in listing["tasks"]] == [
-        ("legal", False),
-        ("medical", True),
-    ]
-    digests = [
-        used["digest"] for used in (listing["tasks"][1], listing["base"], listing["backbone"])
-    ]
-    assert digests == [whole.provenance[name] for name in ("task", "base", "crma")]
+    resident = {task["name"]: task["resident"] for task in listing["tasks"]}
+    assert resident == {"legal": False, "medical": True}
+    legal, medical = listing["tasks"]
+    assert (legal["name"], medical["name"]) == ("legal", "medical")
+    assert answer.provenance["task"] == medical["digest"]
+    assert answer.provenance["base"] == listing["base"]["digest"]
+    assert answer.provenance["crma"] == listing["backbone"]["digest"]
 
 
-def ask_everything(client: Client) -> list[Any]:
+def call_everything(client: Client) -> dict[str, Any]:
+    """What the blocking client returns from each method, comparable with the async client's."""
     answer = client.generate("Hi", **OPTIONS)
     with client.stream("Hi", **OPTIONS) as stream:
         tokens = list(stream)
-    states = client.health(), client.ready(), "# TYPE crma_" in client.metrics()
-    report = client.ablation(**ABLATION)
-    return [
-        answer.choices,
-        tokens,
-        stream.result.choices,
-        report["variants"],
-        client.adapters(),
-        states,
-    ]
+    return {
+        "choices": answer.choices,
+        "tokens": tokens,
+        "stream choices": stream.result.choices,
+        "health": client.health(),
+        "ready": client.ready(),
+        "metrics": "# TYPE crma_" in client.metrics(),
+        "variants": client.ablation(**ABLATION)["variants"],
+        "adapters": client.adapters(),
+    }
 
 
-async def test_the_blocking_client_gives_the_same(client: AsyncClient) -> None:
-    loop, http = asyncio.get_running_loop(), client._http
-
-    def handler(request: httpx.Request) -> httpx.Response:
-        """In a thread, while the loop that the app runs in waits."""
-        answer = asyncio.run_coroutine_threadsafe(http.send(request), loop).result()
-        return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
-
-    with Client("http://test", api_key="key", transport=httpx.MockTransport(handler)) as same:
-        blocking = await asyncio.to_thread(ask_everything, same)
+async def call_everything_async(client: AsyncClient) -> dict[str, Any]:
+    """As `call_everything`."""
     answer = await client.generate("Hi", **OPTIONS)
     async with client.stream("Hi", **OPTIONS) as stream:
         tokens = [token async for token in stream]
-    states = await client.health(), await client.ready(), "# TYPE crma_" in await client.metrics()
-    report, listing = await client.ablation(**ABLATION), await client.adapters()
-    assert states == (True, True, True)
-    assert blocking == [answer.choices, tokens, answer.choices, report["variants"], listing, states]
-    assert (answer.text, answer.finish_reason) == (
-        "".join(token.text for token in tokens),
-        "length",
-    )
+    report = await client.ablation(**ABLATION)
+    return {
+        "choices": answer.choices,
+        "tokens": tokens,
+        "stream choices": stream.result.choices,
+        "health": await client.health(),
+        "ready": await client.ready(),
+        "metrics": "# TYPE crma_" in await client.metrics(),
+        "variants": report["variants"],
+        "adapters": await client.adapters(),
+    }
 
 
-async def test_an_ablation_in_the_background_on_a_set_of_ones_own(client: AsyncClient) -> None:
-    lines = json.dumps(QUESTION).encode()
+async def test_the_blocking_client_returns_the_same_as_the_async_client(
+    client: AsyncClient,
+) -> None:
+    loop = asyncio.get_running_loop()
+    http = client._http
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        """Runs in a thread and hands the request to the loop in which the app runs."""
+        answer = asyncio.run_coroutine_threadsafe(http.send(request), loop).result()
+        return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
+
+    transport = httpx.MockTransport(handler)
+    with Client("http://test", api_key="key", transport=transport) as blocking_client:
+        blocking = await asyncio.to_thread(call_everything, blocking_client)
+    awaited = await call_everything_async(client)
+    assert blocking == awaited
+    assert awaited["health"] is awaited["ready"] is awaited["metrics"] is True
+    assert awaited["stream choices"] == awaited["choices"]
+    (choice,) = awaited["choices"]
+    assert choice.text == "".join(token.text for token in awaited["tokens"])
+    assert choice.finish_reason == "length"
+
+
+async def test_only_an_administrator_uploads_a_question_set(client: AsyncClient) -> None:
     with pytest.raises(errors.StatusError, check=lambda error: error.status == 403):
-        await client.upload_question_set("mine", lines)
+        await client.upload_question_set("mine", json.dumps(QUESTION).encode())
+
+
+async def test_a_background_ablation_on_an_uploaded_set_gives_the_direct_report(
+    client: AsyncClient,
+) -> None:
     admin = AsyncClient("http://test", api_key="admin", transport=client._http._transport)
-    await admin.upload_question_set("mine", lines)
-    assert [each["name"] for each in await client.question_sets()] == ["mine", "public"]
+    await admin.upload_question_set("mine", json.dumps(QUESTION).encode())
+    names = [question_set["name"] for question_set in await client.question_sets()]
+    assert names == ["mine", "public"]
     body = {"question_set": "mine", "max_tokens": 4}
     started = await client.ablation(**body, background=True)
-    while (job := await client.ablation_job(started["id"]))["status"] == "running":
-        pass
+    job = await client.ablation_job(started["id"])
+    while job["status"] == "running":
+        job = await client.ablation_job(started["id"])
     direct = await client.ablation(**body)
-    assert (job["status"], job["result"]["variants"], job["result"]["items"]) == (
-        "done",
-        *map(direct.get, ("variants", "items")),
-    )
-    assert (await client.cancel_ablation(started["id"]))["status"] == "done"
-    for unknown in ("abl-0", "../x"):
-        with pytest.raises(errors.NotFound):
-            await client.ablation_job(unknown)
+    assert job["status"] == "done"
+    assert job["result"]["variants"] == direct["variants"]
+    assert job["result"]["items"] == direct["items"]
+    cancelled = await client.cancel_ablation(started["id"])
+    assert cancelled["status"] == "done"
+
+
+@pytest.mark.parametrize("unknown", ["abl-0", "../x"])
+async def test_an_unknown_job_is_not_found(client: AsyncClient, unknown: str) -> None:
+    with pytest.raises(errors.NotFound):
+        await client.ablation_job(unknown)
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container in it with each of its keys."""
-    for key in (
-        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    ):
+    """Every container inside a JSON value, with each of its keys or indices."""
+    keys: Any = ()
+    if isinstance(value, dict):
+        keys = value
+    elif isinstance(value, list):
+        keys = range(len(value))
+    for key in keys:
         yield value, key
         yield from places(value[key])
 
 
-async def test_a_damaged_answer_is_an_error_of_the_tree_and_one_that_says_more_is_read(
-    client: AsyncClient,
-) -> None:
-    """One value anywhere replaced by other JSON: never a TypeError or KeyError out of the client."""
+async def test_an_answer_with_an_unknown_field_is_read(client: AsyncClient) -> None:
+    answer = await client.generate("Hi", n=2, **OPTIONS)
+    body = {**answer.raw, "later": 1}
+    assert read_generation(body) == replace(answer, raw=body)
+
+
+async def test_a_damaged_answer_is_read_or_raises_a_protocol_error(client: AsyncClient) -> None:
+    """Any one value replaced by other JSON never makes the client raise TypeError or KeyError."""
     answer = await client.generate("Hi", n=2, **OPTIONS)
     body = json.loads(json.dumps({**answer.raw, "later": 1}))
-    assert read_generation(body) == replace(answer, raw=body)
     num_refused = 0
     for container, key in places(body):
-        kept = container[key]
-        for container[key] in (None, True, 1, "x", [], {}, [None], {"index": []}):
+        original = container[key]
+        for damage in (None, True, 1, "x", [], {}, [None], {"index": []}):
+            container[key] = damage
             try:
                 assert read_generation(body).raw == body
             except errors.ProtocolError:
                 num_refused += 1
-        container[key] = kept
+        container[key] = original
     assert num_refused > 50
 
 
-async def test_a_refusal_is_the_right_error_and_says_where(client: AsyncClient) -> None:
+async def test_a_refusal_names_the_field_and_the_allowed_values(client: AsyncClient) -> None:
     refused = {"task": "legal", "crma": True}
     with pytest.raises(errors.Conflict) as whole:
         await client.generate("Hi", **refused)
     with pytest.raises(errors.Conflict) as streamed:
         async with client.stream("Hi", **refused):
             pytest.fail("a refused stream was opened")
-    for caught in (whole.value, streamed.value):
-        assert (caught.code, caught.field, caught.allowed is not None) == (
-            "lineage_mismatch",
-            "crma",
-            True,
-        )
+    for error in (whole.value, streamed.value):
+        assert error.code == "lineage_mismatch"
+        assert error.field == "crma"
+        assert error.allowed is not None

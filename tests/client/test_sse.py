@@ -1,3 +1,5 @@
+"""The parser of server-sent events, with every line ending and every way to split a stream."""
+
 import pytest
 from crma_client.sse import EventParser
 
@@ -13,8 +15,8 @@ def parse(*chunks: bytes) -> list[tuple[str, str]]:
     return [event for chunk in chunks for event in parser.feed(chunk)]
 
 
-def test_reads_every_line_ending_comments_and_joined_data_lines_wherever_it_is_cut() -> None:
-    """A CR LF or a UTF-8 character cut in two must not add a blank line or a replacement character."""
+def test_a_stream_gives_the_same_events_wherever_it_is_split() -> None:
+    """A split CR LF adds no blank line, and a split UTF-8 character no replacement character."""
     data = STREAM.encode()
     for cut in range(len(data) + 1):
         assert parse(data[:cut], b"", data[cut:]) == EVENTS, cut
@@ -22,7 +24,7 @@ def test_reads_every_line_ending_comments_and_joined_data_lines_wherever_it_is_c
 
 
 @pytest.mark.parametrize("unfinished", [b"data: x", b"data: x\n", b"event: done\ndata: {}\r"])
-def test_an_unfinished_event_is_not_an_event(unfinished: bytes) -> None:
+def test_an_unfinished_event_is_dropped(unfinished: bytes) -> None:
     assert parse(unfinished) == []
 
 

@@ -1,6 +1,8 @@
-"""Other people's clients on the real server, unchanged: lm-eval against its own Hugging Face backend, schemathesis.
+"""Third-party clients against the real server: lm-eval and schemathesis.
 
-They come with `make e2e` (the dependency group `e2e`). Needs `crma pull` and `crma data` before.
+lm-eval scores the server as it scores the weights with its own Hugging Face backend.
+
+`make e2e` installs them (dependency group `e2e`). Needs `crma pull` and `crma data` first.
 """
 
 import json
@@ -10,13 +12,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from paths import ROOT
+from paths import ROOT, STORE
 
 from crma.core.selection import Variant
 from crma.data.splits import load_split
@@ -26,33 +28,39 @@ from crma.store.adapter_store import AdapterStore
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.filterwarnings("ignore"),
-]  # lm-eval's and its datasets' own
+    pytest.mark.filterwarnings("ignore"),  # lm-eval and its datasets give many
+]
 
 TASK = """
-task: {0}
+task: {name}
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {1}}}}}
+dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
-doc_to_text: "{{{{{3}}}}}"
+doc_to_text: "{{{{{prompt_field}}}}}"
 target_delimiter: ""
-output_type: {2}
+output_type: {output_type}
 """
 CHOICE = "doc_to_choice: choices\ndoc_to_target: gold\nmetric_list: [{metric: acc}]\n"
 OPEN = "doc_to_target: answer\ngeneration_kwargs: {until: ['<|im_end|>'], max_gen_toks: 16}\n"
 
+SCHEMATHESIS_CONFIG = """
+checks.not_a_server_error.expected-statuses = ["2xx", "4xx", "504"]
+"""
+SCHEMATHESIS_CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+)
+
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Of a server in fp32 on the shipped store."""
+    """Address of a server in fp32 on the shipped store."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    settings = {
-        "CRMA_PORT": port,
-        "CRMA_DTYPE": "float32",
-        "CRMA_STORE": str(ROOT / "adapters_store"),
-    }
+    settings = {"CRMA_PORT": port, "CRMA_DTYPE": "float32", "CRMA_STORE": str(STORE)}
     command = [sys.executable, "-m", "server"]
     with subprocess.Popen(
         command, cwd=ROOT, env=os.environ | settings, stderr=subprocess.PIPE, text=True
@@ -66,87 +74,130 @@ def address() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def served() -> Served:
-    return Served(find_base(), AdapterStore(ROOT / "adapters_store"), device="cpu", dtype="float32")
+    return Served(find_base(), AdapterStore(STORE), device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def tasks(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 holdout questions of "legal": which of five answers is the likeliest, and the answer in full."""
-    folder, fmt = tmp_path_factory.mktemp("tasks"), served.store.task("legal").prompt_format
-    assert fmt is not None
-    labels = sorted({example.completion for example in load_split("legal", "train")})[:4]
-    lines = []
-    for each in load_split("legal", "holdout")[:40]:
-        choices = sorted({each.completion, *labels})
-        line = {
-            "prompt": fmt.head + each.prompt + fmt.tail,
-            "choices": choices,
-            "answer": each.completion,
-        }
-        line["question"] = each.prompt
-        lines.append(json.dumps(line | {"gold": choices.index(each.completion)}) + "\n")
-    (folder / "legal.jsonl").write_text("".join(lines))
-    kinds = (
+    """A folder of lm-eval tasks on 40 holdout questions of "legal".
+
+    `choice` asks which of five answers is the likeliest, `open` generates the answer, and `chat`
+    does so from the question without the prompt format.
+    """
+    folder = tmp_path_factory.mktemp("tasks")
+    data = folder / "legal.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in documents(served)))
+    definitions = [
         ("choice", "multiple_choice", "prompt", CHOICE),
         ("open", "generate_until", "prompt", OPEN),
-    )
-    for name, kind, text, rest in (*kinds, ("chat", "generate_until", "question", OPEN)):
-        (folder / f"{name}.yaml").write_text(
-            TASK.format(name, folder / "legal.jsonl", kind, text) + rest
-        )
+        ("chat", "generate_until", "question", OPEN),
+    ]
+    for name, output_type, prompt_field, rest in definitions:
+        head = TASK.format(name=name, data=data, output_type=output_type, prompt_field=prompt_field)
+        (folder / f"{name}.yaml").write_text(head + rest)
     return folder
 
 
-def chats(tasks: Path, address: str, model: str) -> list[str]:
-    """The greedy answers to the questions, each one user turn of a chat."""
+def documents(served: Served) -> Iterator[dict[str, Any]]:
+    """The questions with prompt, right answer, and five or fewer choices to pick it from."""
+    prompt_format = served.store.task("legal").prompt_format
+    assert prompt_format is not None
+    labels = sorted({example.completion for example in load_split("legal", "train")})[:4]
+    for example in load_split("legal", "holdout")[:40]:
+        choices = sorted({example.completion, *labels})
+        yield {
+            "prompt": prompt_format.head + example.prompt + prompt_format.tail,
+            "choices": choices,
+            "answer": example.completion,
+            "question": example.prompt,
+            "gold": choices.index(example.completion),
+        }
+
+
+def evaluate(
+    model: Any, names: list[str], tasks: Path, **options: Any
+) -> dict[str, list[dict[str, Any]]]:
+    """Run lm-eval; the logged samples of each task, in the order of its documents."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    place = {"model": model, "base_url": f"{address}/v1/chat/completions", "num_concurrent": 4}
-    options: Any = {
-        "tasks": ["chat"],
-        "task_manager": TaskManager(include_path=str(tasks)),
-        "apply_chat_template": True,
-    }
+    manager: Any = TaskManager(include_path=str(tasks))
     found = lm_eval.simple_evaluate(
-        "local-chat-completions", model_args=place, bootstrap_iters=0, **options
+        model, tasks=names, task_manager=manager, log_samples=True, bootstrap_iters=0, **options
     )
-    return [
-        each["resps"][0][0]
-        for each in sorted(found["samples"]["chat"], key=lambda each: each["doc_id"])
-    ]
-
-
-def samples(
-    tasks: Path, model: Any, arguments: dict[str, Any]
-) -> tuple[list[float], list[str], list[float]]:
-    """Log-likelihood of every choice, the greedy answers, and the accuracy of the choices."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    options: Any = {
-        "tasks": ["choice", "open"],
-        "task_manager": TaskManager(include_path=str(tasks)),
+    return {
+        name: sorted(found["samples"][name], key=lambda sample: sample["doc_id"]) for name in names
     }
-    found = lm_eval.simple_evaluate(
-        model, model_args=arguments, log_samples=True, bootstrap_iters=0, **options
-    )
-    by_task = {
-        name: sorted(found["samples"][name], key=lambda each: each["doc_id"])
-        for name in ("choice", "open")
+
+
+def chat_answers(tasks: Path, address: str, model: str) -> list[str]:
+    """The server's greedy answers to the questions, each of them one user turn of a chat."""
+    arguments = {
+        "model": model,
+        "base_url": f"{address}/v1/chat/completions",
+        "num_concurrent": 4,
     }
-    likelihoods = [float(answer[0][0]) for each in by_task["choice"] for answer in each["resps"]]
-    return (
-        likelihoods,
-        [each["resps"][0][0] for each in by_task["open"]],
-        [each["acc"] for each in by_task["choice"]],
+    samples = evaluate(
+        "local-chat-completions", ["chat"], tasks, model_args=arguments, apply_chat_template=True
     )
+    return [sample["resps"][0][0] for sample in samples["chat"]]
+
+
+class Scores(NamedTuple):
+    """What lm-eval found on the tasks `choice` and `open`."""
+
+    log_likelihoods: list[float]  # of every choice of every question
+    answers: list[str]  # greedy
+    accuracies: list[float]  # of the choices, one a question
+
+
+def score(tasks: Path, model: Any, arguments: dict[str, Any]) -> Scores:
+    """Score a model of lm-eval on the tasks `choice` and `open`."""
+    samples = evaluate(model, ["choice", "open"], tasks, model_args=arguments)
+    log_likelihoods: list[float] = []
+    for sample in samples["choice"]:
+        log_likelihoods += [float(response[0][0]) for response in sample["resps"]]
+    answers = [sample["resps"][0][0] for sample in samples["open"]]
+    accuracies = [sample["acc"] for sample in samples["choice"]]
+    return Scores(log_likelihoods, answers, accuracies)
+
+
+def score_through_server(tasks: Path, address: str, model: str, served: Served) -> Scores:
+    arguments = {
+        "model": model,
+        "base_url": f"{address}/v1/completions",
+        "tokenizer": str(served.base.path),
+        "num_concurrent": 4,
+        "batch_size": 4,
+        "tokenizer_backend": "huggingface",
+    }
+    return score(tasks, "local-completions", arguments)
+
+
+def score_with_weights(tasks: Path, variant: Variant, served: Served) -> Scores:
+    """Score with lm-eval's own Hugging Face backend.
+
+    PEFT has no CRMA backbone, so with one the backend gets the model with our hooks.
+    """
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    plan: AbstractContextManager[Any] = nullcontext()
+    options: dict[str, Any] = {"batch_size": 8}
+    if variant == "task+crma":
+        options |= {"pretrained": served.injection.model, "tokenizer": served.tokenizer}
+        plan = served.injection.active(served.plan(variant, "legal"))
+    else:
+        options |= {"pretrained": str(served.base.path), "device": "cpu", "dtype": torch.float32}
+        if variant == "task":
+            options["peft"] = str(served.store.task("legal").path)
+    backend = huggingface.HFLM(**options)
+    with plan:
+        return score(tasks, backend, {})
 
 
 @pytest.mark.parametrize(
     ("variant", "model"), [("base", "base"), ("task", "legal:crma-off"), ("task+crma", "legal")]
 )
-def test_lm_eval_scores_through_the_server_what_it_scores_with_the_weights(
+def test_lm_eval_scores_the_server_as_it_scores_the_weights(
     variant: Variant,
     model: str,
     address: str,
@@ -154,67 +205,36 @@ def test_lm_eval_scores_through_the_server_what_it_scores_with_the_weights(
     tasks: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    huggingface = pytest.importorskip("lm_eval.models.huggingface")
-    remote = {
-        "model": model,
-        "base_url": f"{address}/v1/completions",
-        "tokenizer": str(served.base.path),
-    }
-    remote |= {"num_concurrent": 4, "batch_size": 4, "tokenizer_backend": "huggingface"}
-    ours = samples(tasks, "local-completions", remote)
-    place = {"pretrained": str(served.base.path), "device": "cpu", "batch_size": 8}
-    if (
-        variant == "task+crma"
-    ):  # PEFT knows no backbone: lm-eval's backend on the model with our hooks
-        loaded = served.injection.model
-        backend = huggingface.HFLM(pretrained=loaded, tokenizer=served.tokenizer, batch_size=8)
-        plan = served.injection.active(served.plan(variant, "legal"))
-    else:
-        peft = {"peft": str(served.store.task("legal").path)} if variant == "task" else {}
-        backend, plan = huggingface.HFLM(dtype=torch.float32, **place, **peft), nullcontext()
-    with plan:
-        theirs = samples(tasks, backend, {})
-    gaps = [abs(a - b) for a, b in zip(ours[0], theirs[0], strict=True)]
+    pytest.importorskip("lm_eval")
+    ours = score_through_server(tasks, address, model, served)
+    theirs = score_with_weights(tasks, variant, served)
+    pairs = zip(ours.log_likelihoods, theirs.log_likelihoods, strict=True)
+    gaps = [abs(a - b) for a, b in pairs]
     with capsys.disabled():
-        print(
-            f"\n{variant}: {len(gaps)} log-likelihoods, largest difference {max(gaps):.2e}, mean",
-            end=" ",
-        )  # noqa: T201
-        print(f"{sum(gaps) / len(gaps):.2e}; accuracy {sum(ours[2]) / 40}, {sum(theirs[2]) / 40}")  # noqa: T201
+        sys.stderr.write(
+            f"\n{variant}: {len(gaps)} log-likelihoods, largest difference {max(gaps):.2e}, "
+            f"mean {sum(gaps) / len(gaps):.2e}; "
+            f"accuracy {sum(ours.accuracies) / 40}, {sum(theirs.accuracies) / 40}\n"
+        )
     assert max(gaps) < 1e-3
-    assert ours[1:] == theirs[1:]
-    if variant != "base":  # whose chats go through the template, with a system turn
-        assert chats(tasks, address, model) == theirs[1]
+    assert ours.answers == theirs.answers
+    assert ours.accuracies == theirs.accuracies
+    # The base model's chats go through its own template, which adds a system turn.
+    if variant != "base":
+        assert chat_answers(tasks, address, model) == theirs.answers
 
 
-def test_schemathesis_finds_no_fault_and_no_answer_that_is_not_documented(
+def test_schemathesis_finds_no_fault_and_no_undocumented_answer(
     address: str, tmp_path: Path
 ) -> None:
-    """A 504 is no fault: the deadline is the request's own, and may be absurd."""
+    """A 504 is not a fault: the request chooses its deadline, and may choose an absurd one."""
     pytest.importorskip("schemathesis")
-    (tmp_path / "schemathesis.toml").write_text(
-        'checks.not_a_server_error.expected-statuses = ["2xx", "4xx", "504"]\n'
-    )
-    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-    options = [
-        "--checks",
-        checks,
-        "--max-examples",
-        "20",
-        "--phases",
-        "examples,fuzzing",
-        "--request-timeout",
-        "120",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "schemathesis.cli",
-        "run",
-        f"{address}/openapi.json",
-        "--url",
-        address,
-        *options,
-    ]
+    (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS_CONFIG)
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json"]
+    command += ["--url", address]
+    command += ["--checks", ",".join(SCHEMATHESIS_CHECKS)]
+    command += ["--max-examples", "20"]
+    command += ["--phases", "examples,fuzzing"]
+    command += ["--request-timeout", "120"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 0, found.stdout[-3000:]

@@ -1,4 +1,8 @@
-"""Client of a CRMA Server: `Client` and `AsyncClient`; what they return is in `types`, what they raise in `errors`."""
+"""Python client for CRMA Server.
+
+`Client` blocks and `AsyncClient` is awaited; both have the same methods. The module `types` has the
+classes they return, and `errors` the exceptions they raise.
+"""
 
 from crma_client import errors, types
 from crma_client.client import AsyncClient, Client

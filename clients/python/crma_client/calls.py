@@ -1,26 +1,27 @@
-"""What is sent to the server, and how the answer is read. No input or output happens here."""
+"""Builds requests and reads answers, for both clients. Pure functions: nothing here does I/O."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
 from typing import Any, TypedDict
+from urllib.parse import quote
 
 import httpx
 
-from crma_client.errors import InvalidArgument, ProtocolError, status_error, stream_error
-from crma_client.sse import EventParser
-from crma_client.types import Choice, Generation, Token, read, read_generation
+from crma_client.errors import (
+    ConnectionFailed,
+    InvalidArgument,
+    ProtocolError,
+    TimedOut,
+    status_error,
+)
+from crma_client.types import Generation, read, read_generation
 
 
 class GenerateOptions(TypedDict, total=False):
-    """What `generate` and `stream` take beside the prompt; what is left out, or None, is left to the server.
+    """Options of `generate` and `stream`, which `Client.generate` documents.
 
-    task: a task adapter's name, `name@version` for one version; none = the base model.
-    crma: True or False; left out, on exactly if the task adapter was trained with CRMA.
-    raw: send the prompt as it is, without the adapter's prompt format.
-    temperature 0 is greedy; sampled choice i of n draws from seed + i.
-    ignore_eos: go on to max_tokens past the end of the answer; for measurements.
-    timeout_s: the server's deadline for this request, in seconds.
+    An option that is absent or None is not sent: the server decides.
     """
 
     task: str | None
@@ -38,9 +39,90 @@ class GenerateOptions(TypedDict, total=False):
     timeout_s: float | None
 
 
-def checked(response: httpx.Response, *accepts: int) -> httpx.Response:
-    """The response, if its status is 200, 202 or one of `accepts`; else StatusError (its content must be there)."""
-    if response.status_code in (200, 202, *accepts):
+def server_url(base_url: str) -> httpx.URL:
+    """Parse the address of a server.
+
+    Raises:
+        InvalidArgument: it is not a URL. A missing or unknown scheme shows at the first request.
+    """
+    with transport_errors():
+        return httpx.URL(str(base_url))
+
+
+def headers(api_key: str | None) -> dict[str, str]:
+    """Headers of every request, with `api_key` as bearer token.
+
+    Raises:
+        InvalidArgument: a header cannot carry the key. The error does not contain the key.
+    """
+    fields = {"Content-Type": "application/json"}
+    if api_key is not None:
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise InvalidArgument("api_key must be printable ASCII", field="api_key")
+        fields["Authorization"] = f"Bearer {api_key}"
+    return fields
+
+
+def generate_body(prompt: str, options: Mapping[str, Any], *, stream: bool = False) -> bytes:
+    """The body of POST /generate; raises as `write_body`."""
+    fields = {**options, "prompt": prompt}
+    if stream:
+        fields["stream"] = True
+    return write_body(fields)
+
+
+def ablation_path(id: str) -> str:
+    """The path of one ablation job."""
+    return f"/ablation/{quote(id, safe='')}"
+
+
+def question_set_path(name: str) -> str:
+    """The path of one question set."""
+    return f"/question_sets/{quote(name, safe='')}"
+
+
+def write_body(fields: Mapping[str, Any]) -> bytes:
+    """Write the fields that are not None as JSON. The server judges their names and values.
+
+    Raises:
+        InvalidArgument: a value has no form in JSON.
+    """
+    body = {name: value for name, value in fields.items() if value is not None}
+    try:
+        return json.dumps(body).encode()
+    except (TypeError, ValueError) as error:
+        message = f"an argument cannot be written as JSON: {error}"
+        raise InvalidArgument(message, field="body", value=body) from error
+
+
+@contextmanager
+def transport_errors() -> Iterator[None]:
+    """Turn the errors that httpx raises in the block, and only those, into errors of this package.
+
+    Raises:
+        TimedOut: the client's timeout expired.
+        InvalidArgument: `base_url` is not the address of a server.
+        ConnectionFailed: any other failure of the connection.
+    """
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        raise TimedOut(f"the server did not answer in time ({type(error).__name__})") from error
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        message = f"base_url must be the http or https address of a server: {error}"
+        raise InvalidArgument(message, field="base_url") from error
+    except (httpx.RequestError, httpx.StreamError) as error:
+        reason = str(error) or type(error).__name__
+        raise ConnectionFailed(f"no complete answer from the server: {reason}") from error
+
+
+def checked(response: httpx.Response, *accepted: int) -> httpx.Response:
+    """Return the response if its status is 200, 202 or one of `accepted`.
+
+    Raises:
+        StatusError: any other status. The body of the response must have been read.
+    """
+    if response.status_code in (200, 202, *accepted):
         return response
     try:
         body = response.json()
@@ -49,83 +131,34 @@ def checked(response: httpx.Response, *accepts: int) -> httpx.Response:
     raise status_error(response.status_code, body, response.headers.get("retry-after"))
 
 
-def read_answer(response: httpx.Response) -> Generation:
-    """The answer of POST /generate."""
-    return read_generation(_json(checked(response).content))
-
-
-def read_object(response: httpx.Response) -> dict[str, Any]:
-    """An answer that is a JSON object."""
-    return read(dict, _json(checked(response).content))
-
-
-def read_list(response: httpx.Response) -> list[Any]:
-    """An answer that is a JSON array."""
-    return read(list, _json(checked(response).content))
-
-
-def read_text(response: httpx.Response) -> str:
-    """An answer that is text."""
-    return checked(response).text
-
-
-def read_probe(response: httpx.Response) -> bool:
-    """Whether GET /healthz or /readyz says yes; 503 is no."""
-    return checked(response, 503).status_code == 200
-
-
-class TokenReader:
-    """One streamed answer: bytes in, tokens out; after the `done` event `result` is the whole Generation."""
-
-    def __init__(self, response: httpx.Response) -> None:
-        self._response = response
-        self._events = EventParser()
-        self._seen: list[Token] = []
-        self._result: Generation | None = None
-
-    @property
-    def result(self) -> Generation:
-        """The whole answer, texts included; raises ProtocolError before the stream has been read to its end."""
-        if self._result is None:
-            raise ProtocolError("there is no result: the stream has not brought its done event")
-        return self._result
-
-    def _feed(self, chunk: bytes) -> Iterator[Token]:
-        """The tokens that `chunk` completes, one by one: those before an `error` event come before GenerationFailed.
-        Events this version does not know are passed over."""
-        for name, data in self._events.feed(chunk):
-            if name == "error":
-                raise stream_error(_json(data))
-            if name == "done":
-                answer = read_generation(_json(data))
-                self._result = replace(answer, choices=tuple(map(self._with_text, answer.choices)))
-            if name == "token":
-                self._seen.append(read(Token, _json(data)))
-                yield self._seen[-1]
-
-    def _with_text(self, choice: Choice) -> Choice:
-        """The choice of a `done` event, which has no text, with what its tokens brought."""
-        tokens = [token for token in self._seen if token.index == choice.index]
-        logprobs = tuple(token.logprob for token in tokens if token.logprob is not None)
-        return replace(
-            choice, text="".join(token.text for token in tokens), logprobs=logprobs or None
-        )
-
-
-def _json(text: str | bytes) -> object:
+def read_json(text: str | bytes) -> object:
+    """Decode JSON; raises ProtocolError if it is none."""
     try:
         return json.loads(text)
     except ValueError as error:
         raise ProtocolError(f"the answer is not JSON: {error}", value=text[:200]) from error
 
 
-def write_body(fields: Mapping[str, Any]) -> bytes:
-    """The JSON to send: what is not None. Raises InvalidArgument for a value that JSON does not have; all else, names
-    included, is the server's to judge."""
-    body = {name: value for name, value in fields.items() if value is not None}
-    try:
-        return json.dumps(body).encode()
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument(
-            f"an argument cannot be written as JSON: {error}", field="body", value=body
-        ) from error
+def read_answer(response: httpx.Response) -> Generation:
+    """Read the answer of POST /generate."""
+    return read_generation(read_json(checked(response).content))
+
+
+def read_object(response: httpx.Response) -> dict[str, Any]:
+    """Read an answer that is a JSON object."""
+    return read(dict, read_json(checked(response).content))
+
+
+def read_list(response: httpx.Response) -> list[Any]:
+    """Read an answer that is a JSON array."""
+    return read(list, read_json(checked(response).content))
+
+
+def read_text(response: httpx.Response) -> str:
+    """Read an answer that is plain text."""
+    return checked(response).text
+
+
+def read_probe(response: httpx.Response) -> bool:
+    """Read the answer of GET /healthz or /readyz: 503 means no."""
+    return checked(response, 503).status_code == 200

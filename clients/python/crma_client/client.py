@@ -2,77 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import (
-    AsyncExitStack,
-    ExitStack,
-    aclosing,
-    asynccontextmanager,
-    closing,
-    contextmanager,
-)
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
-from urllib.parse import quote
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from crma_client import calls
-from crma_client.calls import GenerateOptions, TokenReader
-from crma_client.errors import ConnectionFailed, InvalidArgument, TimedOut
-from crma_client.types import Generation, Token
+from crma_client.streams import AsyncTokenStream, TokenStream
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-H = TypeVar("H", httpx.Client, httpx.AsyncClient)
-G = TypeVar("G")  # Generation
-D = TypeVar("D")  # dict, JSON as it came
-L = TypeVar("L")  # list, JSON as it came
-B = TypeVar("B")  # bool
-S = TypeVar("S")  # str
-
-Read = Callable[[httpx.Response], Any]
-Body = Mapping[str, Any] | bytes | None
+    from crma_client.calls import GenerateOptions
+    from crma_client.types import Generation
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-class TokenStream(TokenReader):
-    """The tokens of one answer as they come: iterate once, then `result` is the whole Generation."""
+class Client:
+    """A blocking client of one CRMA Server.
 
-    def __iter__(self) -> Iterator[Token]:
-        return self._tokens
-
-    @cached_property
-    def _tokens(self) -> Iterator[Token]:
-        with _transport_errors():
-            for chunk in self._response.iter_bytes():
-                yield from self._feed(chunk)
-        _ = self.result  # raises if the stream broke off
-
-
-class AsyncTokenStream(TokenReader):
-    """As TokenStream, for `async for`."""
-
-    def __aiter__(self) -> AsyncIterator[Token]:
-        return self._tokens
-
-    @cached_property
-    async def _tokens(self) -> AsyncIterator[Token]:
-        with _transport_errors():
-            async for chunk in self._response.aiter_bytes():
-                for token in self._feed(chunk):
-                    yield token
-        _ = self.result  # raises if the stream broke off
-
-
-class _Calls(Generic[H, G, D, L, B, S]):
-    """What both clients do alike. The type arguments are their httpx client, and what they return: the answers, or
-    awaitables of them. Every method raises from the tree in `crma_client.errors`, and nothing else.
+    Use it as a context manager, or call `close()`. Threads may share it. Every method raises a
+    class of `crma_client.errors` and nothing else.
     """
-
-    _http_client: type[H]
 
     def __init__(
         self,
@@ -82,103 +35,148 @@ class _Calls(Generic[H, G, D, L, B, S]):
         timeout: float | None = 60.0,
         **http: Any,
     ) -> None:
-        """
+        """Prepare a client; it connects at the first request.
+
         Args:
-            base_url: where the server listens.
+            base_url: the address of the server.
             api_key: sent as a bearer token.
-            timeout: seconds to wait for a connection, and for each part of an answer (a stream's next token; all of it
-                where nothing streams). None waits for ever.
-            http: what else an httpx client takes: verify, proxy, transport, ….
+            timeout: seconds to wait for a connection and for each part of an answer: the next token
+                of a stream, or else the whole answer. None waits for ever.
+            http: further arguments of `httpx.Client`, such as verify, proxy or transport.
 
         Raises:
-            InvalidArgument: which never shows the key.
+            InvalidArgument: `base_url` is not a URL, or a header cannot carry `api_key`.
         """
-        headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            if not (api_key.isascii() and api_key.isprintable()):
-                raise InvalidArgument("api_key must be printable ASCII", field="api_key")
-            headers["Authorization"] = f"Bearer {api_key}"
-        with _transport_errors():
-            url = httpx.URL(str(base_url))
-        self._http: H = self._http_client(base_url=url, headers=headers, timeout=timeout, **http)
+        headers = calls.headers(api_key)
+        url = calls.server_url(base_url)
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, **http)
 
-    def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> G:
-        """Generate an answer to `prompt`; see GenerateOptions."""
-        return self._send("/generate", calls.read_answer, {**options, "prompt": prompt})
+    def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> Generation:
+        """Generate an answer to a prompt and wait for all of it.
 
-    def ablation(self, **body: Any) -> D:
-        """Compare variants on a question set and wait for the report; mind `timeout`, which it must fit in.
+        Args:
+            prompt: the question; the server puts it into the prompt format of the task.
+            task: a task adapter, as `name` or `name@version`. Default: the base model.
+            crma: whether to use the CRMA backbone. Default: on exactly if the task adapter was
+                trained with CRMA.
+            raw: send the prompt to the model as it is, without the task's prompt format.
+            max_tokens: length limit of the answer.
+            temperature: 0 is greedy.
+            top_p: sample from the most probable tokens that together have this probability.
+            top_k: sample from this many of the most probable tokens.
+            seed: seed of the sampling; choice i of n draws from seed + i.
+            n: number of answers.
+            stop: one text or several, each of which ends the answer.
+            logprobs: return the log-probability of each token.
+            ignore_eos: continue to max_tokens past the end of the answer; for benchmarks.
+            timeout_s: deadline of this request on the server, in seconds.
 
-        `body` is that of POST /ablation, which the server judges: question_set (one it knows by name) or questions
-        (each {"id", "task", "question", "answers"}, perhaps with "choices"; any of its answers is right), tasks,
-        variants (base, task, crma, task+crma, or of versions: task@v2+crma@v1), scorer, tolerance and
-        relative_tolerance (numeric's), max_tokens, temperature, seed, margin (the difference in accuracy within which
-        two variants count as equivalent), repeat (run variants that resolve to the same adapters apart), timeout_s (the
-        deadline of each item), background (answer at once with an id), provenance (refuse what has changed since).
+        An option that is absent or None is not sent, and the server's default applies.
+
+        Returns:
+            The answer, with what produced it and how long it took.
+
+        Raises:
+            InvalidArgument: an option has no form in JSON.
+            StatusError: the server refused the request (see its subclasses).
+            ConnectionFailed: there was no complete answer.
+            ProtocolError: the answer is not in the documented format.
         """
-        return self._send("/ablation", calls.read_object, body)
-
-    def ablation_job(self, id: str) -> D:
-        """A job in the background: its status, progress, request, and once it is done its result."""
-        return self._send(f"/ablation/{quote(id, safe='')}", calls.read_object)
-
-    def cancel_ablation(self, id: str) -> D:
-        """Cancel a job where it runs still; its record stays."""
-        return self._send(f"/ablation/{quote(id, safe='')}", calls.read_object, method="DELETE")
-
-    def question_sets(self) -> L:
-        """Name, digest and number of items of every set the server knows by name."""
-        return self._send("/question_sets", calls.read_list)
-
-    def upload_question_set(self, name: str, lines: bytes) -> D:
-        """Keep a set of JSON Lines on the server under a name; needs the admin key."""
-        return self._send(
-            f"/question_sets/{quote(name, safe='')}", calls.read_object, lines, method="PUT"
-        )
-
-    def adapters(self) -> D:
-        """The base model, the CRMA backbone and the task adapters that the server serves."""
-        return self._send("/adapters", calls.read_object)
-
-    def health(self) -> B:
-        """Whether the process lives."""
-        return self._send("/healthz", calls.read_probe)
-
-    def ready(self) -> B:
-        """Whether it has verified its store and run a step: False while it starts or drains."""
-        return self._send("/readyz", calls.read_probe)
-
-    def metrics(self) -> S:
-        """The metrics in Prometheus' text format."""
-        return self._send("/metrics", calls.read_text)
-
-    def _send(self, path: str, read: Read, body: Body = None, method: str | None = None) -> Any:
-        """What `read` makes of the answer to `_request`."""
-        raise NotImplementedError
-
-    def _request(self, path: str, body: Body, method: str | None = None) -> httpx.Request:
-        """POST with fields as its JSON, GET without, unless another method is named; bytes are sent as they are."""
-        content = calls.write_body(body) if isinstance(body, Mapping) else body
-        return self._http.build_request(
-            method or ("GET" if body is None else "POST"), path, content=content
-        )
-
-
-class Client(_Calls[httpx.Client, Generation, dict[str, Any], list[Any], bool, str]):
-    """A CRMA Server, blocking. Use it as a context manager, or call `close()`. Safe to share between threads."""
-
-    _http_client = httpx.Client
+        response = self._send("POST", "/generate", calls.generate_body(prompt, options))
+        return calls.read_answer(response)
 
     @contextmanager
     def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> Iterator[TokenStream]:
-        """As `generate`, token by token. Leaving the block before the end cancels the request on the server."""
-        request = self._request("/generate", {**options, "prompt": prompt, "stream": True})
-        with ExitStack() as stack:
-            with _transport_errors():
-                response = stack.enter_context(closing(self._http.send(request, stream=True)))
-                if response.status_code != 200:
+        """Generate an answer token by token, in a `with` block; the options are `generate`'s.
+
+        Leaving the block before the end cancels the request on the server.
+
+        Returns:
+            An iterable of tokens, whose `result` is the whole answer after the last token.
+
+        Raises:
+            GenerationFailed: while iterating, if the server fails after the stream has begun;
+                otherwise as `generate`.
+        """
+        body = calls.generate_body(prompt, options, stream=True)
+        request = self._http.build_request("POST", "/generate", content=body)
+        with calls.transport_errors():
+            response = self._http.send(request, stream=True)
+        with closing(response):
+            if response.status_code != 200:
+                with calls.transport_errors():
                     response.read()
             yield TokenStream(calls.checked(response))
+
+    def ablation(self, **body: Any) -> dict[str, Any]:
+        """Compare variants on a question set and wait for the report, for at most `timeout`.
+
+        The server judges the arguments, which are the fields of POST /ablation.
+
+        Args:
+            question_set: name of a set on the server. Give either this or `questions`.
+            questions: objects with id, task, question, answers (each of them is right) and,
+                optionally, choices.
+            tasks: ask only the questions of these tasks.
+            variants: base, task, crma or task+crma; versions are named as task@v2+crma@v1.
+            scorer: how an answer is compared with the right ones.
+            tolerance: largest absolute error that the scorer `numeric` accepts.
+            relative_tolerance: largest relative error that it accepts.
+            max_tokens: length limit of each answer.
+            temperature: 0 is greedy.
+            seed: seed of the bootstrap and, unless temperature is 0, of the sampling.
+            margin: difference in accuracy within which two variants count as equivalent.
+            repeat: run each variant separately, even those that resolve to the same adapters.
+            timeout_s: deadline of each question, in seconds.
+            background: return at once with the id of a job, which `ablation_job` takes.
+            provenance: the provenance of an earlier report; the server answers 409 (Conflict) if
+                anything in it has changed since.
+
+        Returns:
+            The report, or the started job, as the server sent it.
+        """
+        response = self._send("POST", "/ablation", calls.write_body(body))
+        return calls.read_object(response)
+
+    def ablation_job(self, id: str) -> dict[str, Any]:
+        """Get the status, progress and request of a background job and, once done, its result."""
+        response = self._send("GET", calls.ablation_path(id))
+        return calls.read_object(response)
+
+    def cancel_ablation(self, id: str) -> dict[str, Any]:
+        """Cancel a background job if it is still running; its record stays."""
+        response = self._send("DELETE", calls.ablation_path(id))
+        return calls.read_object(response)
+
+    def question_sets(self) -> list[Any]:
+        """List name, digest and number of items of every question set on the server."""
+        response = self._send("GET", "/question_sets")
+        return calls.read_list(response)
+
+    def upload_question_set(self, name: str, lines: bytes) -> dict[str, Any]:
+        """Store a question set, given as JSON Lines, on the server. Needs the admin key."""
+        response = self._send("PUT", calls.question_set_path(name), lines)
+        return calls.read_object(response)
+
+    def adapters(self) -> dict[str, Any]:
+        """List the base model, the CRMA backbone and the task adapters that the server serves."""
+        response = self._send("GET", "/adapters")
+        return calls.read_object(response)
+
+    def health(self) -> bool:
+        """Whether the server process is alive."""
+        response = self._send("GET", "/healthz")
+        return calls.read_probe(response)
+
+    def ready(self) -> bool:
+        """Whether the server accepts requests: False while it starts or drains."""
+        response = self._send("GET", "/readyz")
+        return calls.read_probe(response)
+
+    def metrics(self) -> str:
+        """Get the server's metrics in the Prometheus text format."""
+        response = self._send("GET", "/metrics")
+        return calls.read_text(response)
 
     def close(self) -> None:
         """Close the connections."""
@@ -190,40 +188,96 @@ class Client(_Calls[httpx.Client, Generation, dict[str, Any], list[Any], bool, s
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _send(self, path: str, read: Read, body: Body = None, method: str | None = None) -> Any:
-        with _transport_errors():
-            response = self._http.send(self._request(path, body, method))
-        return read(response)
+    def _send(self, method: str, path: str, content: bytes | None = None) -> httpx.Response:
+        """Send a request and read the whole response, whatever its status."""
+        with calls.transport_errors():
+            return self._http.request(method, path, content=content)
 
 
-class AsyncClient(
-    _Calls[
-        httpx.AsyncClient,
-        Awaitable[Generation],
-        Awaitable[dict[str, Any]],
-        Awaitable[list[Any]],
-        Awaitable[bool],
-        Awaitable[str],
-    ]
-):
-    """As Client, awaited. Use it as an async context manager, or call `aclose()`."""
+class AsyncClient:
+    """An async client of one CRMA Server.
 
-    _http_client = httpx.AsyncClient
+    Use it as an async context manager, or call `aclose()`. Its methods are those of `Client`,
+    awaited; `Client` documents their arguments, results and errors.
+    """
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout: float | None = 60.0,
+        **http: Any,
+    ) -> None:
+        """Take the arguments of `Client`; `http` are further arguments of `httpx.AsyncClient`."""
+        headers = calls.headers(api_key)
+        url = calls.server_url(base_url)
+        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, **http)
+
+    async def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> Generation:
+        """Generate an answer to a prompt; see `Client.generate` for the options."""
+        response = await self._send("POST", "/generate", calls.generate_body(prompt, options))
+        return calls.read_answer(response)
 
     @asynccontextmanager
     async def stream(
         self, prompt: str, **options: Unpack[GenerateOptions]
     ) -> AsyncIterator[AsyncTokenStream]:
-        """As `generate`, token by token. Leaving the block before the end cancels the request on the server."""
-        request = self._request("/generate", {**options, "prompt": prompt, "stream": True})
-        async with AsyncExitStack() as stack:
-            with _transport_errors():
-                response = await stack.enter_async_context(
-                    aclosing(await self._http.send(request, stream=True))
-                )
-                if response.status_code != 200:
+        """Generate an answer token by token, in an `async with` block; see `Client.stream`."""
+        body = calls.generate_body(prompt, options, stream=True)
+        request = self._http.build_request("POST", "/generate", content=body)
+        with calls.transport_errors():
+            response = await self._http.send(request, stream=True)
+        async with aclosing(response):
+            if response.status_code != 200:
+                with calls.transport_errors():
                     await response.aread()
             yield AsyncTokenStream(calls.checked(response))
+
+    async def ablation(self, **body: Any) -> dict[str, Any]:
+        """Compare variants on a question set; see `Client.ablation` for the arguments."""
+        response = await self._send("POST", "/ablation", calls.write_body(body))
+        return calls.read_object(response)
+
+    async def ablation_job(self, id: str) -> dict[str, Any]:
+        """Get the status, progress and request of a background job and, once done, its result."""
+        response = await self._send("GET", calls.ablation_path(id))
+        return calls.read_object(response)
+
+    async def cancel_ablation(self, id: str) -> dict[str, Any]:
+        """Cancel a background job if it is still running; its record stays."""
+        response = await self._send("DELETE", calls.ablation_path(id))
+        return calls.read_object(response)
+
+    async def question_sets(self) -> list[Any]:
+        """List name, digest and number of items of every question set on the server."""
+        response = await self._send("GET", "/question_sets")
+        return calls.read_list(response)
+
+    async def upload_question_set(self, name: str, lines: bytes) -> dict[str, Any]:
+        """Store a question set, given as JSON Lines, on the server. Needs the admin key."""
+        response = await self._send("PUT", calls.question_set_path(name), lines)
+        return calls.read_object(response)
+
+    async def adapters(self) -> dict[str, Any]:
+        """List the base model, the CRMA backbone and the task adapters that the server serves."""
+        response = await self._send("GET", "/adapters")
+        return calls.read_object(response)
+
+    async def health(self) -> bool:
+        """Whether the server process is alive."""
+        response = await self._send("GET", "/healthz")
+        return calls.read_probe(response)
+
+    async def ready(self) -> bool:
+        """Whether the server accepts requests: False while it starts or drains."""
+        response = await self._send("GET", "/readyz")
+        return calls.read_probe(response)
+
+    async def metrics(self) -> str:
+        """Get the server's metrics in the Prometheus text format."""
+        response = await self._send("GET", "/metrics")
+        return calls.read_text(response)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -235,26 +289,7 @@ class AsyncClient(
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    async def _send(
-        self, path: str, read: Read, body: Body = None, method: str | None = None
-    ) -> Any:
-        with _transport_errors():
-            response = await self._http.send(self._request(path, body, method))
-        return read(response)
-
-
-@contextmanager
-def _transport_errors() -> Iterator[None]:
-    """httpx's errors, and only those, as this package's."""
-    try:
-        yield
-    except httpx.TimeoutException as error:
-        raise TimedOut(f"the server did not answer in time ({type(error).__name__})") from error
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-        raise InvalidArgument(
-            f"base_url is not that of a server: {error}", field="base_url"
-        ) from error
-    except (httpx.RequestError, httpx.StreamError) as error:
-        raise ConnectionFailed(
-            f"no complete answer from the server: {error or type(error).__name__}"
-        ) from error
+    async def _send(self, method: str, path: str, content: bytes | None = None) -> httpx.Response:
+        """Send a request and read the whole response, whatever its status."""
+        with calls.transport_errors():
+            return await self._http.request(method, path, content=content)

@@ -1,22 +1,22 @@
-"""The error tree of `crma_client`. Catch CrmaClientError to catch all of it.
+"""The errors that `crma_client` raises. Catch CrmaClientError to catch all of them.
 
 CrmaClientError
-├── InvalidArgument      an argument this client will not send (ValueError); nothing left the machine
+├── InvalidArgument      the client cannot send this argument (also a ValueError); nothing was sent
 ├── ConnectionFailed     no connection, or it broke before the answer was complete
-│   └── TimedOut         the client's own `timeout` ran out
-├── ProtocolError        an answer that is not what the contract says
-├── GenerationFailed     an `error` event after a stream had begun
-└── StatusError          the server refused or failed; `status` is set
-    ├── InvalidRequest       400, 413, 422   not JSON, body too large, unknown or invalid field, prompt over the context
-    ├── NotAuthorized        401, 403        API key missing, unknown, or not allowed this
-    ├── NotFound             404             unknown task, version or question set
-    ├── Conflict             409             wrong base model, wrong CRMA lineage, or no backbone loaded
-    ├── Overloaded           429             the queue is full; `retry_after` says when to try again
-    ├── Unavailable          503             draining or not ready
+│   └── TimedOut         the client's own `timeout` expired
+├── ProtocolError        the answer does not follow the server's documented format
+├── GenerationFailed     the server sent an `error` event after a stream had begun
+└── StatusError          the server refused the request or failed; `status` is set
+    ├── InvalidRequest       400, 413, 422   not JSON, body too large, or a field is invalid
+    ├── NotAuthorized        401, 403        API key missing, unknown or without permission
+    ├── NotFound             404             unknown task, version, question set or job
+    ├── Conflict             409             wrong base model or CRMA lineage, or no backbone
+    ├── Overloaded           429             the queue is full; see `retry_after`
+    ├── Unavailable          503             the server is starting or draining
     └── DeadlineExceeded     504             the request's deadline passed
 
-A status without a class of its own is a plain StatusError. To add one: derive it here, add its line above and its
-status to `_BY_STATUS`.
+Any other status raises a plain StatusError. To add a class, derive it below, add its line to the
+tree above and its status to `_BY_STATUS`.
 """
 
 from collections.abc import Mapping
@@ -26,16 +26,18 @@ from typing import Any
 
 @dataclass(eq=False)
 class CrmaClientError(Exception):
-    """Base of the tree; whatever the server did not say is None.
+    """Base class of all errors of this package.
 
     Args:
-        message: one sentence for a person.
+        message: one sentence for a person to read.
         status: HTTP status of the answer.
-        code: the server's machine-readable name of the error.
-        field: the request field it is about.
-        value: the offending value.
-        allowed: what would have been accepted.
-        retry_after: seconds to wait before trying again.
+        code: the server's machine-readable name for the error.
+        field: the request field that caused it.
+        value: the value that was refused.
+        allowed: the values that would have been accepted.
+        retry_after: seconds to wait before another attempt.
+
+    Every attribute but `message` is None unless the server (or this client) gave it.
     """
 
     message: str
@@ -52,62 +54,65 @@ class CrmaClientError(Exception):
 
 
 class InvalidArgument(CrmaClientError, ValueError):
-    """An argument this client will not send; nothing left the machine."""
+    """The client cannot send this argument; nothing was sent."""
 
 
 class ConnectionFailed(CrmaClientError):
-    """No connection, or it broke before the answer was complete."""
+    """There was no connection, or it broke before the answer was complete."""
 
 
 class TimedOut(ConnectionFailed):
-    """The client's own `timeout` ran out."""
+    """The client's own `timeout` expired."""
 
 
 class ProtocolError(CrmaClientError):
-    """An answer that is not what the contract says."""
+    """The answer does not follow the server's documented format."""
 
 
 class GenerationFailed(CrmaClientError):
-    """An `error` event after a stream had begun."""
+    """The server sent an `error` event after a stream had begun."""
 
 
 class StatusError(CrmaClientError):
-    """The server refused or failed."""
+    """The server refused the request or failed."""
 
 
 class InvalidRequest(StatusError):
-    """400, 413, 422: not JSON, body too large, unknown or invalid field, prompt over the context."""
+    """400, 413, 422: not JSON, body too large, a field unknown or invalid, or prompt too long."""
 
 
 class NotAuthorized(StatusError):
-    """401, 403: API key missing, unknown, or not allowed this."""
+    """401, 403: API key missing, unknown or without permission."""
 
 
 class NotFound(StatusError):
-    """404: unknown task, version or question set."""
+    """404: unknown task, version, question set or job."""
 
 
 class Conflict(StatusError):
-    """409: wrong base model, wrong CRMA lineage, or no backbone loaded."""
+    """409: wrong base model or CRMA lineage, or no backbone is loaded."""
 
 
 class Overloaded(StatusError):
-    """429: the queue is full."""
+    """429: the queue is full; wait `retry_after` seconds before another attempt."""
 
 
 class Unavailable(StatusError):
-    """503: draining or not ready."""
+    """503: the server is starting or draining."""
 
 
 class DeadlineExceeded(StatusError):
     """504: the request's deadline passed."""
 
 
-_BY_STATUS: dict[int, type[StatusError]] = dict.fromkeys((400, 413, 422), InvalidRequest)
-_BY_STATUS |= dict.fromkeys((401, 403), NotAuthorized)
-_BY_STATUS |= {
+_BY_STATUS: dict[int, type[StatusError]] = {
+    400: InvalidRequest,
+    401: NotAuthorized,
+    403: NotAuthorized,
     404: NotFound,
     409: Conflict,
+    413: InvalidRequest,
+    422: InvalidRequest,
     429: Overloaded,
     503: Unavailable,
     504: DeadlineExceeded,
@@ -115,28 +120,34 @@ _BY_STATUS |= {
 
 
 def status_error(status: int, body: object, retry_after: str | None) -> StatusError:
-    """The error for an answer of `status`; `body` is its JSON, or None where it had none (a proxy's page).
+    """Build the error for an answer with an HTTP status of failure.
 
-    `retry_after` is the header's text; its other form, a date, is left out.
+    Args:
+        status: the HTTP status.
+        body: the JSON of the answer; None if it is not JSON, such as a proxy's error page.
+        retry_after: the Retry-After header. Only its form in seconds is read, not a date.
+
+    Returns:
+        The error, of the class that belongs to `status`.
     """
-    seconds = float(retry_after) if retry_after and retry_after.isdecimal() else None
-    details = _details(body, f"the server answered {status} without saying why")
-    return _BY_STATUS.get(status, StatusError)(**details, status=status, retry_after=seconds)
+    details = _details(body, default_message=f"the server answered {status} without a message")
+    seconds = None
+    if retry_after is not None and retry_after.isdecimal():
+        seconds = float(retry_after)
+    error_class = _BY_STATUS.get(status, StatusError)
+    return error_class(**details, status=status, retry_after=seconds)
 
 
 def stream_error(body: object) -> GenerationFailed:
-    """The error for the data of an `error` event."""
-    return GenerationFailed(
-        **_details(body, "the server ended the stream with an error without saying why")
-    )
+    """Build the error for an `error` event whose data is the JSON `body`."""
+    default_message = "the server ended the stream with an error without a message"
+    return GenerationFailed(**_details(body, default_message))
 
 
-def _details(body: object, otherwise: str) -> dict[str, Any]:
-    """What {"error": {…}} says, None for each thing it does not; `otherwise` is the message where it has none."""
+def _details(body: object, default_message: str) -> dict[str, Any]:
+    """The fields of `{"error": {...}}`; each that is absent is None, or the default message."""
     error = body.get("error") if isinstance(body, Mapping) else None
-    found = error if isinstance(error, Mapping) else {}
-    message = found.get("message") or otherwise
-    return {
-        "message": message,
-        **{key: found.get(key) for key in ("code", "field", "value", "allowed")},
-    }
+    given = error if isinstance(error, Mapping) else {}
+    details = {key: given.get(key) for key in ("code", "field", "value", "allowed")}
+    details["message"] = given.get("message") or default_message
+    return details

@@ -1,4 +1,4 @@
-"""Server-sent events from bytes, however the network cuts them."""
+"""Parses server-sent events from bytes, wherever the network splits them."""
 
 import codecs
 import io
@@ -6,24 +6,31 @@ from collections.abc import Iterator
 
 
 class EventParser:
-    """Feed bytes as they come; complete events come out, each as its name and its data.
+    """An incremental parser of the event-stream format (HTML standard, section 9.2).
 
-    Follows the event-stream format of the HTML standard (section 9.2): lines end with LF, CR or CR LF, a blank line
-    ends an event, lines that start with a colon are comments, the data lines of an event are joined by newlines, events
-    without data are dropped, the name is "message" if the server gives none. `id` and `retry` mean nothing here, since
-    a stream of tokens cannot be resumed. An unfinished event at the end of the stream is dropped. A CR that ends a
-    chunk waits for the next one, which may begin with its LF.
+    - A line ends with LF, CR or CR LF. A CR at the end of a chunk waits for the next chunk, which
+      may begin with its LF.
+    - A blank line ends an event. An event that the stream leaves unfinished is dropped.
+    - The data lines of an event are joined by newlines. An event without data is dropped.
+    - An event without a name is called "message".
+    - A line that starts with a colon is a comment.
+    - `id` and `retry` are ignored, since a stream of tokens cannot be resumed.
     """
 
     def __init__(self) -> None:
         utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-        self._rest = self._name = ""
+        self._unfinished_line = ""
+        self._name = ""
         self._data: list[str] = []
 
     def feed(self, chunk: bytes) -> Iterator[tuple[str, str]]:
-        """The events that `chunk` completes, in order. Invalid UTF-8 becomes U+FFFD, as the standard asks."""
-        *lines, self._rest = (self._rest + self._decoder.decode(chunk)).split("\n")
+        """Yield the name and data of each event that `chunk` completes, in order.
+
+        Invalid UTF-8 becomes U+FFFD, as the standard asks.
+        """
+        text = self._unfinished_line + self._decoder.decode(chunk)
+        *lines, self._unfinished_line = text.split("\n")
         for line in lines:
             field, _, value = line.partition(":")
             if field == "event":
@@ -31,6 +38,9 @@ class EventParser:
             elif field == "data":
                 self._data.append(value.removeprefix(" "))
             elif not line:
-                name, data, self._name, self._data = self._name, self._data, "", []
+                name = self._name or "message"
+                data = self._data
+                self._name = ""
+                self._data = []
                 if data:
-                    yield name or "message", "\n".join(data)
+                    yield name, "\n".join(data)

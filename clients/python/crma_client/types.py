@@ -1,7 +1,7 @@
-"""What the server answers to /generate, as frozen dataclasses, and the one reader that makes them from JSON.
+"""The answers of POST /generate as frozen dataclasses, and the reader that builds them from JSON.
 
-What the server only reports is left as the JSON it sent: usage, timings and provenance of an answer, an ablation's
-report, the listing of adapters. `/docs` of the server names every field of them.
+Parts that the server only reports stay plain JSON: usage, timings and provenance of an answer, the
+report of an ablation, the list of adapters. The server documents their fields at `/docs`.
 """
 
 from collections.abc import Mapping
@@ -17,21 +17,37 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the n answers. finish_reason: stop or length; logprobs: one per token, if asked for."""
+    """One of the n answers to a prompt.
+
+    Args:
+        index: position among the n answers.
+        finish_reason: "stop" or "length".
+        text: the generated text. The event that ends a stream omits it: the tokens carried it.
+        logprobs: log-probability of each token, if requested.
+    """
 
     index: int
     finish_reason: str
-    text: str = ""  # the event that ends a stream leaves it out: the tokens have brought it
+    text: str = ""
     logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The answer of /generate. `task` and `crma` are what the server resolved; `raw` is the whole JSON.
+    """A complete answer of POST /generate.
 
-    usage: prompt_tokens, completion_tokens, cached_tokens (of the prompt, from the prefix cache).
-    timings: queue_s, ttft_s, e2e_s: seconds from the request's arrival until scheduled, first token, end.
-    provenance: exactly what produced it: base, task, crma (digests; None = not used), engine, dtype, seed.
+    Args:
+        id: the server's name for the request.
+        choices: the n answers.
+        task: the task adapter that the server resolved; None for the base model.
+        crma: whether the CRMA backbone was on.
+        usage: prompt_tokens, completion_tokens, and cached_tokens (prompt tokens that came from the
+            prefix cache).
+        timings: queue_s, ttft_s and e2e_s: seconds from the arrival of the request until it was
+            scheduled, gave its first token, and ended.
+        provenance: what produced the answer: digests of base, task and crma (None if not used),
+            engine, dtype, seed.
+        raw: the whole answer as JSON, with any field that this version does not know.
     """
 
     id: str
@@ -45,7 +61,7 @@ class Generation:
 
     @property
     def text(self) -> str:
-        """The text of the first choice: the only one unless n > 1."""
+        """The text of the first choice, which is the only one unless n > 1."""
         return self.choices[0].text
 
     @property
@@ -56,7 +72,13 @@ class Generation:
 
 @dataclass(frozen=True)
 class Token:
-    """New text of choice `index`; may be empty while the server holds back part of a character or stop string."""
+    """New text of one choice of a streamed answer.
+
+    Args:
+        index: the choice it belongs to.
+        text: empty while the server holds back part of a character or of a stop string.
+        logprob: log-probability of the token, if requested.
+    """
 
     index: int
     text: str
@@ -64,45 +86,59 @@ class Token:
 
 
 def read(cls: type[T], data: object) -> T:
-    """JSON as an instance of `cls`, a dataclass of this module or `dict`. Keys this version does not know are left
-    alone; raises ProtocolError that names the place where it is something else."""
-    return _value(cls, data, cls.__name__)
+    """Check that JSON has the shape of `cls` and return it as an instance.
+
+    Args:
+        cls: a dataclass of this module, `dict` or `list`.
+        data: decoded JSON. Keys that `cls` does not have are ignored.
+
+    Raises:
+        ProtocolError: a value has the wrong type; `field` is its path in the answer.
+    """
+    return _read_value(cls, data, cls.__name__)
 
 
 def read_generation(data: object) -> Generation:
-    """As `read`, for both forms of the answer: its one choice at the top, or a list of `choices`."""
+    """Read an answer of POST /generate in either of its forms.
+
+    With n > 1 the answer has a list of `choices`; otherwise its only choice is at the top level.
+
+    Raises:
+        ProtocolError: the JSON is not such an answer.
+    """
     body = read(dict, data)
     choices = body.get("choices") or [{**body, "index": 0}]
     return read(Generation, {**body, "choices": choices, "raw": body})
 
 
-_hints = cache(get_type_hints)
+_type_hints = cache(get_type_hints)
 
 
-def _value(kind: Any, data: Any, where: str) -> Any:
-    """`data` as `kind`: a dataclass, X | None, tuple of one type, or a plain type."""
-    origin, args = get_origin(kind) or kind, get_args(kind)
+def _read_value(kind: Any, data: Any, path: str) -> Any:
+    """Read `data`, found at `path`, as `kind`: X | None, tuple[X, ...], a dataclass or a class."""
+    origin = get_origin(kind) or kind
     if origin is UnionType:  # always X | None
-        return None if data is None else _value(args[0], data, where)
+        inner = get_args(kind)[0]
+        return None if data is None else _read_value(inner, data, path)
     if origin is tuple:
-        return tuple(
-            _value(args[0], item, f"{where}[{i}]")
-            for i, item in enumerate(_value(list, data, where))
-        )
-    if is_dataclass(
-        kind
-    ):  # a field that is not given has its default; without one it is None, or refused
-        hints, given = _hints(origin), _value(dict, data, where)
-        values = {name: given.get(name, getattr(origin, name, None)) for name in hints}
-        return origin(
-            **{
-                name: _value(hints[name], value, f"{where}.{name}")
-                for name, value in values.items()
-            }
-        )
-    if not isinstance(data, (int, float) if kind is float else origin):
+        item_kind = get_args(kind)[0]
+        items = _read_value(list, data, path)
+        return tuple(_read_value(item_kind, item, f"{path}[{i}]") for i, item in enumerate(items))
+    if is_dataclass(kind):
+        return _read_dataclass(origin, data, path)
+    accepted = (int, float) if kind is float else origin
+    if not isinstance(data, accepted):
         name = origin.__name__
-        raise ProtocolError(
-            f"the answer has no {where} of type {name}", field=where, value=data, allowed=name
-        )
+        message = f"the answer should have a {name} at {path}, not {data!r:.100}"
+        raise ProtocolError(message, field=path, value=data, allowed=name)
     return data
+
+
+def _read_dataclass(cls: Any, data: Any, path: str) -> Any:
+    """Read an object as `cls`. An absent key takes the field's default, or is read as None."""
+    given = _read_value(dict, data, path)
+    fields = {}
+    for name, kind in _type_hints(cls).items():
+        value = given.get(name, getattr(cls, name, None))
+        fields[name] = _read_value(kind, value, f"{path}.{name}")
+    return cls(**fields)
