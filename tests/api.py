@@ -1,4 +1,4 @@
-"""The real app over ASGI on a scripted engine: what the tests of the routes share."""
+"""A client of the app under test, and the check that a bad request is refused well."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,40 +14,48 @@ from crma.models.base_model import BaseModel
 JSON = {"content-type": "application/json"}
 SCOPE = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": []}
 BASE = BaseModel(TINY.name, TINY.digest, Path("nowhere"), {})
+OUR_FIELDS = ["code", "message", "field", "value", "allowed"]
+OPENAI_FIELDS = ["message", "type", "param", "code"]
 
 
 @dataclass
 class Served:
-    """One running app and what stands around it."""
+    """A running app, a client that talks to it over ASGI, and its engine."""
 
     app: FastAPI
     client: httpx.AsyncClient
     engine: ScriptedEngine
 
     async def generate(self, **body: Any) -> httpx.Response:
+        """The answer of POST /generate."""
         return await self.client.post("/generate", json={"prompt": "Hi", **body})
 
     async def error(self, **body: Any) -> tuple[int, str]:
+        """Status and error code of a request to /generate that fails."""
         response = await self.generate(**body)
         return response.status_code, response.json()["error"]["code"]
 
     async def metrics(self) -> str:
+        """The text of GET /metrics."""
         return (await self.client.get("/metrics")).text
 
 
 async def refused(served: Served, status: int, code: str, **request: Any) -> dict[str, Any]:
-    """The error of a request that must be refused, in the shape of its path; after it a good one
-    must work.
+    """Send a request that must be refused, then check that a good one still works.
+
+    Args:
+        request: arguments of httpx's `post`, and `path` ("/generate" by default).
+
+    Returns:
+        The error. Its fields are checked to be those of the path: OpenAI's under /v1/, else ours.
     """
     path = request.pop("path", "/generate")
     response = await served.client.post(path, **{"headers": JSON, **request})
     assert response.status_code == status, response.text
     error = response.json()["error"]
-    openai, ours = (
-        ["message", "type", "param", "code"],
-        ["code", "message", "field", "value", "allowed"],
-    )
-    assert (list(error), error["code"]) == (openai if path.startswith("/v1/") else ours, code)
+    fields = OPENAI_FIELDS if path.startswith("/v1/") else OUR_FIELDS
+    assert list(error) == fields
+    assert error["code"] == code
     served.engine.refusal = None
     if status != 401:
         assert (await served.generate()).status_code == 200
@@ -55,3 +63,4 @@ async def refused(served: Served, status: int, code: str, **request: Any) -> dic
 
 
 Serve = Callable[..., Any]
+"""Starts an app with the settings given and returns its `Served`: the fixture `serve`."""

@@ -1,4 +1,7 @@
-"""Fixtures that more than one folder of tests uses. What they are made of is in `tiny.py`."""
+"""Fixtures that more than one folder of tests uses; `tiny.py` makes them.
+
+`tiny` imports torch and transformers, so the fixtures import it only when a test needs them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    """The tiny Llama with its tokenizer, pulled into a cache of its own; read only."""
+    """The tiny Llama with its tokenizer, pulled into a cache of its own. Read only."""
     from tiny import pulled_base
 
     return pulled_base(tmp_path_factory.mktemp("base"))
@@ -24,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 @pytest.fixture
 def store(base: BaseModel, tmp_path: Path) -> AdapterStore:
-    """As `tiny.filled_store`."""
+    """A store with two tasks, a backbone and a question set: `tiny.filled_store`."""
     from tiny import filled_store
 
     return filled_store(tmp_path / "store", base)
@@ -32,16 +35,15 @@ def store(base: BaseModel, tmp_path: Path) -> AdapterStore:
 
 @pytest.fixture(scope="session")
 def write_task() -> Callable[[Path, tuple[str, str]], None]:
-    """Writes a task into a new folder: twelve examples a split, with two answers in turn."""
+    """Writes the data of a task: twelve examples per split, whose answers alternate between two."""
 
     def write(folder: Path, answers: tuple[str, str]) -> None:
         folder.mkdir(parents=True)
         for split in ("train", "validation", "holdout"):
-            lines = [
-                {"prompt": f"{split} {i * 37}?", "completion": answers[i % 2]} for i in range(12)
-            ]
-            (folder / f"{split}.jsonl").write_text(
-                "".join(json.dumps(line) + "\n" for line in lines)
-            )
+            lines = []
+            for number in range(12):
+                example = {"prompt": f"{split} {number * 37}?", "completion": answers[number % 2]}
+                lines.append(json.dumps(example) + "\n")
+            (folder / f"{split}.jsonl").write_text("".join(lines))
 
     return write

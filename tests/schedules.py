@@ -1,5 +1,6 @@
-"""Any mix of requests through the engine, and what each gets alone: shared by the numerics, e2e
-and GPU tests.
+"""Random schedules of requests, run through the engine and compared with the oracle.
+
+The oracle, `crma.models.reference`, answers one request at a time with transformers' own modules.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,18 +25,26 @@ from server.engine.native.engine import Engine
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
 
 SELECTIONS = [
-    AdapterSelection(task, crma)
-    for task in (None, "task-0", "task-1", "task-2")
-    for crma in (None, "crma-0")
+    AdapterSelection(None, None),
+    AdapterSelection(None, "crma-0"),
+    AdapterSelection("task-0", None),
+    AdapterSelection("task-0", "crma-0"),
+    AdapterSelection("task-1", None),
+    AdapterSelection("task-1", "crma-0"),
+    AdapterSelection("task-2", None),
+    AdapterSelection("task-2", "crma-0"),
+    AdapterSelection(None, "crma-1"),
+    AdapterSelection("task-1", "crma-1"),
 ]
-SELECTIONS += [AdapterSelection(None, "crma-1"), AdapterSelection("task-1", "crma-1")]
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request of a schedule: when it comes and goes, and what it asks.
+    """One request of a schedule.
 
-    `stop_at`: its token of that number ends.
+    stop_at: its stop token is the one that greedy decoding gives at this position; None: no stop
+    token. arrival: the step before which it is added. patience: steps from then until it is
+    aborted; None: never.
     """
 
     selection: AdapterSelection
@@ -49,7 +58,7 @@ class Call:
 
 @dataclass
 class Answer:
-    """What came back of one sequence."""
+    """What the engine returned for one sequence."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -64,11 +73,12 @@ class Answer:
         self.prompt_logprobs += output.prompt_logprobs
         self.text += output.text
         self.reason = output.finish_reason
-        assert self.reason is None or output.completion_tokens == len(self.tokens)
+        if self.reason is not None:
+            assert output.completion_tokens == len(self.tokens)
 
 
 class Loads(Executor):
-    """Loads that end when the test says so."""
+    """An executor that runs the oldest load of an adapter when `end_one` is called."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[Future, Any]] = []
@@ -86,7 +96,7 @@ class Loads(Executor):
 
 @dataclass(eq=False)
 class World:
-    """A model and its adapters; what the oracle says is kept."""
+    """A model with its adapters, and the answers of the oracle, each computed once."""
 
     injection: Injection
     adapters: Mapping[str, Lora | Backbone]
@@ -95,49 +105,65 @@ class World:
 
     @cached_property
     def loaded(self) -> tuple[dict[str, Lora], dict[str, Any]]:
-        where = self.injection.model.device, self.injection.model.dtype
-        loras = {d: a.to(*where) for d, a in self.adapters.items() if isinstance(a, Lora)}
-        return loras, {
-            d: a.folded(*where) for d, a in self.adapters.items() if isinstance(a, Backbone)
-        }
+        """The LoRAs and the folded backbones by digest, in the model's dtype, on its device."""
+        device, dtype = self.injection.model.device, self.injection.model.dtype
+        loras: dict[str, Lora] = {}
+        backbones: dict[str, Any] = {}
+        for digest, adapter in self.adapters.items():
+            if isinstance(adapter, Lora):
+                loras[digest] = adapter.to(device, dtype)
+            else:
+                backbones[digest] = adapter.folded(device, dtype)
+        return loras, backbones
 
     def plan(self, selection: AdapterSelection) -> Plan:
         return plan_rows([selection], *self.loaded)
 
     def alone(self, call: Call, index: int, stop_ids: tuple[int, ...]) -> Generation:
-        """The model by itself, transformers' own cache and masks, one row."""
+        """The oracle's answer for sequence `index`: one row, transformers' own cache and masks."""
         key = call.selection, call.prompt, call.sampling, index, stop_ids
         if key not in self._known:
-            options: Any = {"max_tokens": call.sampling.max_tokens, "stop_ids": stop_ids}
-            options["choose"] = chooser(call.sampling, call.prompt, index)
             self._known[key] = generate(
-                self.injection, call.prompt, self.plan(call.selection), **options
+                self.injection,
+                call.prompt,
+                self.plan(call.selection),
+                max_tokens=call.sampling.max_tokens,
+                stop_ids=stop_ids,
+                choose=chooser(call.sampling, call.prompt, index),
             )
         return self._known[key]
 
     def distribution(self, call: Call, tokens: Sequence[int]) -> Tensor:
-        """Log-probabilities [prompt + tokens - 1, vocab] of each next token, in one pass over all
-        of it.
-        """
+        """Log-probabilities [prompt + tokens - 1, vocab] of each next token, from one pass."""
         ids = torch.tensor([[*call.prompt, *tokens]], device=self.injection.model.device)
         with torch.inference_mode(), self.injection.active(self.plan(call.selection)):
-            return self.injection.model(input_ids=ids).logits[0, :-1].float().log_softmax(-1).cpu()
+            logits = self.injection.model(input_ids=ids).logits[0, :-1]
+            return logits.float().log_softmax(-1).cpu()
 
     def request(self, name: str, call: Call) -> Request:
-        stop = () if call.stop_at is None else self.alone(call, 0, ()).token_ids[call.stop_at :][:1]
+        """The call as a request to the engine."""
+        stop_ids: tuple[int, ...] = ()
+        if call.stop_at is not None:
+            unstopped = self.alone(call, 0, ()).token_ids
+            stop_ids = unstopped[call.stop_at : call.stop_at + 1]
         return Request(
-            name, call.prompt, stop, call.sampling, call.selection, interactive=call.interactive
+            id=name,
+            prompt_ids=call.prompt,
+            stop_token_ids=stop_ids,
+            sampling=call.sampling,
+            selection=call.selection,
+            interactive=call.interactive,
         )
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
-    """Prompts of one seed begin alike."""
+    """A random prompt of `length` tokens. Prompts of one seed share their first tokens."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(2, tiny.VOCAB, (length,), generator=generator).tolist())
 
 
 def samplings(most_tokens: int) -> st.SearchStrategy[SamplingParams]:
-    """Mostly greedy; sampled ones with every option of their own."""
+    """Mostly greedy sampling; one in three draws every sampling option at random."""
     greedy = st.builds(
         SamplingParams,
         max_tokens=st.integers(1, most_tokens),
@@ -146,7 +172,7 @@ def samplings(most_tokens: int) -> st.SearchStrategy[SamplingParams]:
         prompt_logprobs=st.sampled_from([None, None, None, 1]),
         prompt_logprobs_from=st.sampled_from([1, 1, 9]),
     )
-    other = {
+    options = {
         "temperature": st.sampled_from([0.0, 0.7, 1.5]),
         "top_k": st.sampled_from([0, 0, 5]),
         "top_p": st.sampled_from([1.0, 0.8]),
@@ -157,13 +183,13 @@ def samplings(most_tokens: int) -> st.SearchStrategy[SamplingParams]:
         "seed": st.integers(0, 3),
     }
     sampled = st.builds(
-        lambda params, options: replace(params, **options), greedy, st.fixed_dictionaries(other)
+        lambda params, drawn: replace(params, **drawn), greedy, st.fixed_dictionaries(options)
     )
     return st.one_of(greedy, greedy, sampled)
 
 
 def calls(prompts: st.SearchStrategy[tuple[int, ...]], most_tokens: int) -> st.SearchStrategy[Call]:
-    """Any selection, sampling, arrival and patience."""
+    """Calls with any selection, sampling, arrival and patience."""
     return st.builds(
         Call,
         selection=st.sampled_from(SELECTIONS),
@@ -179,9 +205,16 @@ def calls(prompts: st.SearchStrategy[tuple[int, ...]], most_tokens: int) -> st.S
 def run(
     world: World, schedule: Sequence[Call], *, room: int = 160, block_size: int = 8, **limits: int
 ) -> tuple[list[tuple[Call, int, Answer]], Engine]:
-    """(call, index, answer) of every sequence, and the engine, whose KV cache holds `room` tokens.
+    """Run a schedule until every sequence has ended; check the engine's integrity at every step.
 
-    Steps until nothing is left; loads of adapters end between steps, one a step.
+    After each step one load of an adapter ends.
+
+    Args:
+        room: tokens that the KV cache holds.
+        limits: further arguments of `tiny.make_engine`.
+
+    Returns:
+        (call, index, answer) of every sequence, and the engine.
     """
     options = {
         "num_blocks": room // block_size,
@@ -192,56 +225,95 @@ def run(
     loads = Loads()
     engine, _ = tiny.make_engine(world.injection, world.adapters, executor=loads, **options)
     engine.tokenizer = world.tokenizer
-    requests = [world.request(str(i), call) for i, call in enumerate(schedule)]
-    answers = {(r.id, i): Answer() for r in requests for i in range(r.sampling.n)}
+    requests = [world.request(str(number), call) for number, call in enumerate(schedule)]
+    answers: dict[tuple[str, int], Answer] = {}
+    for request in requests:
+        for index in range(request.sampling.n):
+            answers[request.id, index] = Answer()
     for step in range(2000):
-        outputs: list[RequestOutput] = []
-        for request, call in zip(requests, schedule, strict=True):
-            if call.arrival == step:
-                engine.add(request)
-            if call.patience is not None and call.arrival + call.patience == step:
-                outputs += engine.abort(request.id)
+        outputs = _come_and_go(engine, requests, schedule, step)
         outputs += engine.step()
         for output in outputs:
             answers[output.request_id, output.index].take(output)
         engine.check_integrity()
         loads.end_one()
         if all(answer.reason for answer in answers.values()):
-            assert not engine.scheduler.unfinished()
-            assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.capacity
-            assert engine.pool.num_users() == 0
-            return [
-                (schedule[int(name)], index, answer) for (name, index), answer in answers.items()
-            ], engine
-    raise AssertionError("a request starves")
+            break
+    else:
+        raise AssertionError("a request starves")
+    assert not engine.scheduler.unfinished()
+    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.capacity
+    assert engine.pool.num_users() == 0
+    ended = [(schedule[int(name)], index, answer) for (name, index), answer in answers.items()]
+    return ended, engine
+
+
+def _come_and_go(
+    engine: Engine, requests: Sequence[Request], schedule: Sequence[Call], step: int
+) -> list[RequestOutput]:
+    """Add the requests that arrive before a step, and abort those whose patience ends there."""
+    outputs: list[RequestOutput] = []
+    for request, call in zip(requests, schedule, strict=True):
+        if call.arrival == step:
+            engine.add(request)
+        if call.patience is not None and call.arrival + call.patience == step:
+            outputs += engine.abort(request.id)
+    return outputs
 
 
 def mismatches(world: World, answer: Answer, call: Call, index: int, tolerance: float) -> list[str]:
-    """What is not as the oracle has it; a cancelled sequence has as much of it as it had time for."""
+    """What differs from the oracle's answer, by name; empty if nothing does.
+
+    An aborted sequence must equal the beginning of the oracle's.
+    """
     oracle = world.alone(call, index, world.request("", call).stop_token_ids)
     cancelled = answer.reason is FinishReason.ABORT and call.patience is not None
     wanted = oracle.token_ids[: len(answer.tokens)] if cancelled else oracle.token_ids
-    errors = [abs(a.logprob - b) for a, b in zip(answer.logprobs, oracle.logprobs, strict=False)]
+    errors = [
+        abs(ours.logprob - theirs)
+        for ours, theirs in zip(answer.logprobs, oracle.logprobs, strict=False)
+    ]
+    complete = len(answer.logprobs) == len(wanted)
+    text = world.tokenizer.decode(answer.tokens, skip_special_tokens=True)
     checks = {
         "tokens": tuple(answer.tokens) == wanted,
-        "log-probabilities": len(answer.logprobs) == len(wanted)
-        and max(errors, default=0.0) <= tolerance,
-        "top": all(
-            one.top[0][1] >= one.top[1][1] and one.top[0][1] >= one.logprob
-            for one in answer.logprobs
-        ),
-        "text": answer.text == world.tokenizer.decode(answer.tokens, skip_special_tokens=True),
+        "log-probabilities": complete and max(errors, default=0.0) <= tolerance,
+        "top": all(_top_is_in_order(token) for token in answer.logprobs),
+        "text": answer.text == text,
         "reason": cancelled or answer.reason == oracle.finish_reason,
+        "prompt": _prompt_logprobs_are_right(world, answer, call, tolerance),
+        "prompt asked for": cancelled or len(answer.prompt_logprobs) == _num_asked(call, index),
     }
-    first = call.sampling.prompt_logprobs_from
-    if answer.prompt_logprobs:  # it may have been cancelled in the prompt
-        rows = world.distribution(call, [])[first - 1 :][: len(answer.prompt_logprobs)]
-        asked = torch.tensor([one.logprob for one in answer.prompt_logprobs])
-        best = torch.tensor([one.top[0][1] for one in answer.prompt_logprobs])
-        own = rows.gather(-1, torch.tensor(call.prompt[first : first + len(rows)])[:, None])[:, 0]
-        found, expected = torch.stack([asked, best]), torch.stack([own, rows.amax(-1)])
-        checks["prompt"] = torch.allclose(found, expected, rtol=0, atol=tolerance)
-    asks = call.sampling.prompt_logprobs is not None and index == 0
-    num_asked = max(0, len(call.prompt) - first) if asks else 0
-    checks["prompt asked for"] = cancelled or len(answer.prompt_logprobs) == num_asked
     return [name for name, right in checks.items() if not right]
+
+
+def _top_is_in_order(token: TokenLogprob) -> bool:
+    """The most probable token comes first, and the chosen one is no more probable."""
+    best, second = token.top[0][1], token.top[1][1]
+    return best >= second and best >= token.logprob
+
+
+def _num_asked(call: Call, index: int) -> int:
+    """How many tokens of the prompt must come with a log-probability."""
+    if call.sampling.prompt_logprobs is None or index > 0:
+        return 0
+    return max(0, len(call.prompt) - call.sampling.prompt_logprobs_from)
+
+
+def _prompt_logprobs_are_right(world: World, answer: Answer, call: Call, tolerance: float) -> bool:
+    """The prompt's log-probabilities, and the best at each place, are those of one pass.
+
+    A sequence that was aborted during its prompt may have only some of them, or none.
+    """
+    num = len(answer.prompt_logprobs)
+    if num == 0:
+        return True
+    first = call.sampling.prompt_logprobs_from
+    rows = world.distribution(call, [])[first - 1 :][:num]
+    tokens = torch.tensor(call.prompt[first : first + len(rows)])
+    own = rows.gather(-1, tokens[:, None])[:, 0]
+    found_own = torch.tensor([token.logprob for token in answer.prompt_logprobs])
+    found_best = torch.tensor([token.top[0][1] for token in answer.prompt_logprobs])
+    found = torch.stack([found_own, found_best])
+    expected = torch.stack([own, rows.amax(-1)])
+    return torch.allclose(found, expected, rtol=0, atol=tolerance)

@@ -1,6 +1,6 @@
-"""An `InferenceEngine` that follows a script: it refuses, fails or ends a request as a test says.
+"""An `InferenceEngine` that follows a script: a test tells it to answer, refuse, fail or be late.
 
-Its adapters are real: they load into the native pool, on the tiny model.
+Its adapters are real: they are loaded into a native adapter pool, for the tiny model.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ Ending = tuple[FinishReason, str | None]
 
 
 def logprobs(num_top: int | None, *values: float) -> tuple[TokenLogprob, ...]:
-    """Log-probabilities of tokens, where they are asked for; the k-th most probable one has -k."""
+    """One log-probability per value, each with `num_top` alternatives; the k-th of those has -k."""
     if num_top is None:
         return ()
     top = tuple((token, -float(token)) for token in range(num_top))
@@ -38,12 +38,19 @@ def logprobs(num_top: int | None, *values: float) -> tuple[TokenLogprob, ...]:
 
 @dataclass(eq=False)
 class ScriptedEngine:
-    """Two tokens and an end for every sequence, unless the script says otherwise.
+    """Answers every sequence with two tokens, unless the script says otherwise.
 
-    answer: the text of a request: its first word is the first token, the rest the second.
-    max_length: most tokens of a prompt and its answer. refusal: raised by `submit`. ending: finish
-    reason and error of the last output. fail_at_once: the first token is left out. on_cancel:
-    called with the digest by `unload(cancel=True)`; by default the requests that use it end.
+    Attributes:
+        max_queue: sequences that may be open at once.
+        max_length: most tokens of a prompt and its answer.
+        answer: the text for a request; its first word is the first token, the rest the second.
+        refusal: raised by `submit`.
+        ending: finish reason and error of the last output.
+        fail_at_once: end without the tokens before the last output.
+        on_cancel: called with the digest by `unload(cancel=True)`; by default the requests that
+            use it end.
+        requests: every request that was accepted.
+        most_running: the most requests that ever ran at once.
     """
 
     model: ServedModel = TINY
@@ -74,7 +81,7 @@ class ScriptedEngine:
         return [first, text[len(first) :]]
 
     def last(self, request: Request) -> Ending:
-        """How a sequence ends that was not ended before."""
+        """How a sequence ends that nothing ended early."""
         return self.ending
 
     # Requests ----------------------------------------------------------------------------------
@@ -141,9 +148,10 @@ class ScriptedEngine:
         sampling = request.sampling
         pieces = self.pieces(request, index)
         output = RequestOutput(request.id, index)
-        if not index:
-            prompt = logprobs(sampling.prompt_logprobs, *[-1.0] * (len(request.prompt_ids) - 1))
-            output = replace(output, prompt_logprobs=prompt)
+        if index == 0:
+            values = [-1.0] * (len(request.prompt_ids) - 1)
+            prompt_logprobs = logprobs(sampling.prompt_logprobs, *values)
+            output = replace(output, prompt_logprobs=prompt_logprobs)
         for position, text in enumerate(pieces):
             await asyncio.sleep(0)
             early = self._early_ending(request)
@@ -163,10 +171,11 @@ class ScriptedEngine:
             output = RequestOutput(request.id, index)
 
     def _finished(self, output: RequestOutput, ending: Ending, num_tokens: int) -> RequestOutput:
+        finish_reason, error = ending
         return replace(
             output,
-            finish_reason=ending[0],
-            error=ending[1],
+            finish_reason=finish_reason,
+            error=error,
             completion_tokens=num_tokens,
             cached_tokens=1,
             timings=Timings(0.1, 0.2, 0.3),
@@ -190,7 +199,8 @@ class ScriptedEngine:
 
     async def unload(self, digest: str, *, wait_s: float = 0.0, cancel: bool = False) -> None:
         if cancel and digest not in self.pool.pinned:
-            (self.on_cancel or self._cancel)(digest)
+            cancel_users = self.on_cancel or self._cancel_users
+            cancel_users(digest)
         await asyncio.to_thread(self.pool.unload, digest, wait_s=wait_s)
 
     async def pin(self, digest: str) -> None:
@@ -202,7 +212,7 @@ class ScriptedEngine:
     def resident(self) -> tuple[str, ...]:
         return self.pool.resident()
 
-    def _cancel(self, digest: str) -> None:
+    def _cancel_users(self, digest: str) -> None:
         for request in self._open.values():
             if digest in request.selection:
                 self._ended[request.id] = (FinishReason.ABORT, "unloaded")

@@ -1,8 +1,10 @@
-"""Tiny real models of every family, adapters for them, an engine on one, and a whole app: shared
-by several tests.
+"""Tiny real models of every family, with adapters, a store, an engine and a whole app for them.
+
+The weights are random; the classes, tokenizers and files are those of real models.
 """
 
 import atexit
+import json
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Executor
@@ -37,11 +39,19 @@ from server.engine.native.scheduler import Scheduler
 from server.engine.request import Request, SamplingParams
 
 VOCAB = 300
-# A wide initializer: logits as far apart as a trained model's, so that rounding does not decide an
-# argmax.
-SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.3}
-SIZES |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    # Wide: logits as far apart as a trained model's, so that rounding does not decide an argmax.
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 GQA = {"num_key_value_heads": 2}
 GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
 SOFT_CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0}
@@ -66,13 +76,14 @@ FORMAT = PromptFormat("<|im_start|>", "[answer]", "<|im_end|>")
 
 @cache
 def injection(family: str = "llama") -> Injection:
-    """One random fp32 model of a family a process, with its hooks; as
-    `crma.models.loading.load_model` sets it up.
+    """A random fp32 model of a family with its hooks, set up as `load_model` does.
+
+    One per process: tests that change the model take a `fresh` copy.
     """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval().requires_grad_(False)
     for parameter in model.parameters():
-        if parameter.dim() == 1:  # else norms are all 1, and biases 0
+        if parameter.dim() == 1:  # norms start at 1 and biases at 0, which would hide mistakes
             parameter.uniform_(0.5, 1.5)
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
@@ -80,7 +91,7 @@ def injection(family: str = "llama") -> Injection:
 
 
 def fresh(inj: Injection) -> nn.Module:
-    """The same model again, without hooks, to be changed."""
+    """A copy of the model without hooks, for a test that changes it."""
     config = inj.model.config
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation=config._attn_implementation
@@ -91,34 +102,40 @@ def fresh(inj: Injection) -> nn.Module:
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of VOCAB tokens with a chat template; some tokens are parts of characters."""
+    """A byte-level BPE of VOCAB tokens with a chat template.
+
+    Some of its tokens are parts of a character.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special, alphabet = ["<|im_start|>", "<|im_end|>"], sorted(pre_tokenizers.ByteLevel.alphabet())
-    options = {"initial_alphabet": alphabet, "special_tokens": special, "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, **options)
-    backend.train_from_iterator(
-        ["the naïve café costs 3 € in 日本 and the 🙂 is free, the other answers"], trainer
+    start, end = "<|im_start|>", "<|im_end|>"
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[start, end],
+        show_progress=False,
     )
+    text = "the naïve café costs 3 € in 日本 and the 🙂 is free, the other answers"
+    backend.train_from_iterator([text], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=CHATML,
-        eos_token=special[1],
-        additional_special_tokens=special[:1],
+        eos_token=end,
+        additional_special_tokens=[start],
     )
 
 
 def lora(inj: Injection, rank: int, which: str, seed: int = 0) -> Lora:
-    """A random LoRA large enough to change the answer;
+    """A random LoRA, large enough to change the answer.
 
-    `which` as in `target_names`, or "first": one linear a block.
+    Args:
+        which: as in `target_names`; or "first": only the first linear of each block.
     """
-    targets = (
-        target_names(inj.model, "all-linear")[:1]
-        if which == "first"
-        else target_names(inj.model, which)
-    )
+    if which == "first":
+        targets = target_names(inj.model, "all-linear")[:1]
+    else:
+        targets = target_names(inj.model, which)
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
     for path in match_targets(targets, inj.shapes):
@@ -130,7 +147,7 @@ def lora(inj: Injection, rank: int, which: str, seed: int = 0) -> Lora:
 
 
 def overflowing() -> Lora:
-    """For the tiny Llama; its weights are finite and give NaN."""
+    """A LoRA for the tiny Llama with finite weights so large that the logits become NaN."""
     made = lora(injection(), 2, "all-linear")
     for pair in made.pairs.values():
         pair.B.fill_(1e30)
@@ -138,11 +155,10 @@ def overflowing() -> Lora:
 
 
 def backbone(inj: Injection, seed: int = 0) -> Backbone:
-    """A random backbone; its W is not zero, so it changes the answer."""
+    """A random backbone. Unlike a new one its W is not zero, so it changes the answer."""
     generator = torch.Generator().manual_seed(seed)
-    made = Backbone(
-        CrmaConfig(len(inj.blocks), inj.hidden_size, num_streams=2, stream_rank=2), generator
-    )
+    config = CrmaConfig(len(inj.blocks), inj.hidden_size, num_streams=2, stream_rank=2)
+    made = Backbone(config, generator)
     with torch.no_grad():
         made.W.normal_(generator=generator)
     return made
@@ -150,16 +166,18 @@ def backbone(inj: Injection, seed: int = 0) -> Backbone:
 
 def adapters(inj: Injection) -> dict[str, Lora | Backbone]:
     """Three tasks of different ranks and targets, and two backbones, by digest."""
-    tasks = [(2, "attention"), (5, "all-linear"), (8, "first")]
-    made: dict[str, Lora | Backbone] = {
-        f"task-{i}": lora(inj, *task, seed=i) for i, task in enumerate(tasks)
+    return {
+        "task-0": lora(inj, 2, "attention", seed=0),
+        "task-1": lora(inj, 5, "all-linear", seed=1),
+        "task-2": lora(inj, 8, "first", seed=2),
+        "crma-0": backbone(inj, seed=0),
+        "crma-1": backbone(inj, seed=1),
     }
-    return made | {f"crma-{i}": backbone(inj, seed=i) for i in range(2)}
 
 
 @cache
 def library() -> Path | None:
-    """Built once a process; None: no compiler."""
+    """The native kernel's library, built once per process; None without a compiler."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     try:
@@ -169,9 +187,11 @@ def library() -> Path | None:
 
 
 def kernel(inj: Injection) -> Kernel | None:
-    """The native kernel for the model's dtype, if it can be had."""
-    found = library() if inj.model.device.type == "cpu" else None
-    return Kernel(inj.model.dtype, found.parent) if found else None
+    """The native kernel for the model's dtype; None off the CPU or without a compiler."""
+    if inj.model.device.type != "cpu":
+        return None
+    found = library()
+    return None if found is None else Kernel(inj.model.dtype, found.parent)
 
 
 def make_engine(
@@ -190,10 +210,19 @@ def make_engine(
     native: bool = True,
     int8: bool = False,
 ) -> tuple[Engine, AdapterPool]:
-    """An engine without end tokens of its own, with the native kernel where there is one, and its
-    pool, in which `known` is registered and nothing resident."""
+    """An engine and its adapter pool. Only the stop tokens of a request end an answer.
+
+    Args:
+        known: adapters to register, by digest; none of them is resident yet.
+        num_blocks: blocks of the KV cache that requests can use.
+        executor: runs the loads of adapters instead of the pool's own.
+        take_weights: as in `ModelRunner`.
+        native: use the native kernel where it can be built.
+        int8: quantize the base's weights to 8 bits.
+    """
     pool = AdapterPool(inj, max_resident)
-    pool.executor = executor or pool.executor
+    if executor is not None:
+        pool.executor = executor
     for digest, adapter in known.items():
         pool.register(digest, lambda adapter=adapter: adapter)
     blocks = BlockPool(num_blocks + 1, block_size)
@@ -217,16 +246,14 @@ def ask(
     prompt: tuple[int, ...] = PROMPT,
     **options: Any,
 ) -> Request:
-    """A request for six tokens; options of sampling, or a deadline."""
-    deadline, sampling = (
-        options.pop("deadline", None),
-        SamplingParams(**{"max_tokens": 6, **options}),
-    )
+    """A request for six tokens. Options: fields of SamplingParams, or `deadline`."""
+    deadline = options.pop("deadline", None)
+    sampling = SamplingParams(**{"max_tokens": 6, **options})
     return Request(name, prompt, sampling=sampling, selection=selection, deadline=deadline)
 
 
 def pulled_base(folder: Path) -> BaseModel:
-    """The tiny Llama and the tokenizer, saved and pulled into `folder/home` under the name "tiny"."""
+    """The tiny Llama and its tokenizer, pulled into `folder/home` under the name "tiny"."""
     model = injection().model
     model.save_pretrained(folder / "tiny")
     tokenizer().save_pretrained(folder / "tiny")
@@ -234,7 +261,7 @@ def pulled_base(folder: Path) -> BaseModel:
 
 
 def flip_bit(file: Path) -> None:
-    """Damages a file in its last bit; a second time, mends it."""
+    """Flip the last bit of a file: this damages it, and a second time repairs it."""
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
@@ -243,7 +270,7 @@ def flip_bit(file: Path) -> None:
 def publish_backbone(
     store: AdapterStore, base: BaseModel, seed: int = 0, /, **changes: Any
 ) -> BackboneEntry:
-    """A random backbone in the store, serving."""
+    """Publish a random backbone; it serves."""
     fields = {"base": base, "lineage": (), **PROVENANCE, **changes}
     return store.publish_backbone(backbone(injection(), seed), **fields)
 
@@ -258,10 +285,9 @@ def publish(
     family: str = "llama",
     **changes: Any,
 ) -> TaskEntry:
-    """A random task adapter in the store, serving, made without a backbone."""
-    made = lora(injection(family), 4, "all-linear", seed)
+    """Publish a random task adapter, trained without a backbone; it serves."""
     fields = {
-        "lora": made,
+        "lora": lora(injection(family), 4, "all-linear", seed),
         "base": base,
         "backbone": None,
         "prompt_format": FORMAT,
@@ -272,36 +298,46 @@ def publish(
 
 
 def filled_store(root: Path, base: BaseModel) -> AdapterStore:
-    """medical, trained with CRMA; legal, an import without; their backbone; and six questions, the
-    set "public".
+    """A store with two tasks, a backbone and the question set "public".
+
+    "medical" was trained with the backbone, "legal" without one. The set asks three questions of
+    each task.
     """
     store = AdapterStore(root)
     publish(store, base, "medical", 1, backbone=publish_backbone(store, base).digest)
     publish(store, base, "legal", 2)
+    lines = []
+    for task in ("medical", "legal"):
+        for number in range(3):
+            question = {
+                "id": f"{task}{number}",
+                "task": task,
+                "question": f"Question {number}?",
+                "answers": ["one two"],
+            }
+            lines.append(json.dumps(question) + "\n")
     (root / "question_sets").mkdir()
-    line = (
-        '{{"id": "{0}{1}", "task": "{0}", "question": "Question {1}?", "answers": ["one two"]}}\n'
-    )
-    lines = (line.format(task, i) for task in ("medical", "legal") for i in range(3))
     (root / "question_sets" / "public.jsonl").write_text("".join(lines))
     return store
 
 
 @asynccontextmanager
 async def serving(base: BaseModel, store: Path, **options: Any) -> AsyncIterator[FastAPI]:
-    """The app as `python -m server` builds it, on the CPU in fp32: ready, and stopped afterwards."""
+    """The app as `python -m server` builds it, on the CPU in fp32: ready, then stopped."""
     from server.__main__ import build
     from server.settings import Settings
 
-    where = {"home": base.path.parents[1], "model": base.name, "store": store}
-    options = {
+    settings: dict[str, Any] = {
+        "home": base.path.parents[1],
+        "model": base.name,
+        "store": store,
         "device": "cpu",
         "dtype": "float32",
         "num_threads": 1,
         "admin_key": "admin",
         **options,
     }
-    app = build(Settings(**where, **options))
+    app = build(Settings(**settings))
     async with app.router.lifespan_context(app):
         await app.state.starting
         yield app

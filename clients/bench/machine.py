@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from crma.core.provenance import commit, hardware
-from crma.method.injection import shapes_of_folder
 from crma.models.base_model import DEFAULT_MODEL, find_base
+from crma.models.model_shape import read_shape
 from crma.store.adapter_store import AdapterStore
 
 
@@ -36,11 +36,9 @@ def describe() -> dict[str, Any]:
 def publish(folder: Path, store: Path) -> None:
     """Import every PEFT adapter `folder/lora-*` into the store, under its folder's name."""
     base = find_base(DEFAULT_MODEL)
-    shapes = shapes_of_folder(base.path)
+    shape = read_shape(base)
     for adapter in sorted(folder.glob("lora-*")):
-        AdapterStore(store).import_peft(
-            adapter, adapter.name, base, licence="unknown", shapes=shapes
-        )
+        AdapterStore(store).import_peft(adapter, adapter.name, base, licence="unknown", shape=shape)
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ from shipped import server
 from crma.data.splits import load_split
 from crma.evaluation.offline import Served
 from crma.evaluation.scorers import exact
-from crma.method.injection import shapes_of_folder
 from crma.models.base_model import find_base
 from crma.models.model_shape import read_shape
 from crma.store.adapter_store import AdapterStore

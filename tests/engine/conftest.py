@@ -1,6 +1,6 @@
 """The engines that the conformance suite runs against.
 
-To add one: a function here, and its name in ENGINES.
+To add an engine, write a function that makes one and put it into ENGINES.
 """
 
 import random
@@ -19,7 +19,7 @@ WORDS = ("the ", "naïve ", "café ", "is ", "free ", "and ", "the other ", "ans
 
 
 class DrawnEngine(ScriptedEngine):
-    """A scripted engine whose text follows from the prompt, the adapters and the seed."""
+    """A scripted engine whose text depends on the prompt, the adapters and the seed only."""
 
     def pieces(self, request: Request, index: int) -> list[str]:
         sampling = request.sampling
@@ -31,20 +31,22 @@ class DrawnEngine(ScriptedEngine):
         return _cut("".join(words), words, sampling.stop)
 
     def last(self, request: Request) -> Ending:
-        return (FinishReason.STOP if request.sampling.stop else FinishReason.LENGTH), None
+        if request.sampling.stop:
+            return FinishReason.STOP, None
+        return FinishReason.LENGTH, None
 
 
 def _cut(text: str, words: list[str], stop: tuple[str, ...]) -> list[str]:
-    """The words up to the first stop string, which is not among them."""
+    """The words of a text up to its first stop string; that is left out."""
     found = [text.index(each) for each in stop if each in text]
     if not found:
         return words
     kept: list[str] = []
-    left = min(found)
+    num_left = min(found)  # characters
     for word in words:
-        kept.append(word[:left])
-        left -= len(kept[-1])
-        if not left:
+        kept.append(word[:num_left])
+        num_left -= len(kept[-1])
+        if num_left == 0:
             break
     return kept
 
@@ -56,7 +58,7 @@ def native_engine() -> InferenceEngine:
 
 
 def scripted_engine() -> InferenceEngine:
-    """The engine of the API tests."""
+    """The engine that the tests of the routes use."""
     return DrawnEngine(max_queue=MAX_QUEUE, max_length=400)
 
 

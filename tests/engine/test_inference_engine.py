@@ -1,4 +1,4 @@
-"""server.engine.inference_engine: what every implementation of the seam must do."""
+"""server.engine.inference_engine: how every implementation must behave."""
 
 import asyncio
 import time
@@ -16,9 +16,9 @@ from server.engine.request import FinishReason, Request, RequestOutput
 TASK = AdapterSelection("task-0")
 BOTH = AdapterSelection("task-1", "crma-0")
 BROKEN = AdapterSelection("broken")
-Received = list[RequestOutput]
+LONG = 300  # tokens: enough for a request to be still running when a test acts on it
 
-LONG = 300  # tokens: a request that is still running when a test acts on it
+Received = list[RequestOutput]
 
 
 async def read(stream: Outputs) -> Received:
@@ -46,13 +46,13 @@ def ending(outputs: Received) -> tuple[FinishReason | None, str | None]:
 
 
 async def begin(engine: InferenceEngine, request: Request) -> tuple[Outputs, RequestOutput]:
-    """A request that runs: its stream and its first output."""
+    """Submit a request and wait for its first output; returns the stream and that output."""
     stream = engine.submit(request)
     return stream, await asyncio.wait_for(anext(stream), 30)
 
 
 async def is_well(engine: InferenceEngine) -> None:
-    """A later request is answered, and no request runs after it."""
+    """Check that a later request is answered in full."""
     outputs = await run(engine, ask("later", BOTH))
     assert ending(outputs) == (FinishReason.LENGTH, None)
     assert len(tokens_of(outputs)) == 6
@@ -66,8 +66,8 @@ async def test_a_batch_gives_every_request_what_it_gets_alone(engine: InferenceE
     sampled = {"temperature": 1.2, "seed": 4}
     requests = []
     for index, selection in enumerate(selections):
-        greedy = ask(f"greedy-{index}", selection, logprobs=0, max_tokens=4 + index)
-        requests += [greedy, ask(f"sampled-{index}", selection, logprobs=0, **sampled)]
+        requests.append(ask(f"greedy-{index}", selection, logprobs=0, max_tokens=4 + index))
+        requests.append(ask(f"sampled-{index}", selection, logprobs=0, **sampled))
     alone = [await run(engine, request) for request in requests]
     together = await asyncio.gather(*(run(engine, request) for request in requests))
     for single, batched in zip(alone, together, strict=True):
@@ -75,22 +75,23 @@ async def test_a_batch_gives_every_request_what_it_gets_alone(engine: InferenceE
         assert text_of(batched) == text_of(single)
         assert ending(batched) == ending(single) == (FinishReason.LENGTH, None)
         assert logprobs_of(batched) == pytest.approx(logprobs_of(single), abs=1e-4)
-    assert len({text_of(outputs) for outputs in alone[::2]}) == len(selections)
+    greedy_texts = {text_of(outputs) for outputs in alone[::2]}
+    assert len(greedy_texts) == len(selections)
 
 
-async def test_a_seed_belongs_to_its_request_and_sequence_i_of_n_draws_from_seed_plus_i(
+async def test_sequence_i_of_n_draws_as_a_request_with_seed_plus_i_does(
     engine: InferenceEngine,
 ) -> None:
     sampled: dict[str, Any] = {"temperature": 1.5, "max_tokens": 12}
-    both = await run(engine, ask("both", TASK, seed=5, n=2, **sampled))
+    pair = await run(engine, ask("pair", TASK, seed=5, n=2, **sampled))
     for index in range(2):
-        single = await run(engine, ask(f"one-{index}", TASK, seed=5 + index, **sampled))
-        assert tokens_of(single) == tokens_of(both, index)
-        assert text_of(single) == text_of(both, index)
-    assert text_of(both, 0) != text_of(both, 1)
+        single = await run(engine, ask(f"single-{index}", TASK, seed=5 + index, **sampled))
+        assert tokens_of(single) == tokens_of(pair, index)
+        assert text_of(single) == text_of(pair, index)
+    assert text_of(pair, 0) != text_of(pair, 1)
 
 
-async def test_a_stream_brings_the_text_in_parts_and_the_totals_at_the_end(
+async def test_a_stream_has_the_text_in_parts_and_the_totals_at_the_end(
     engine: InferenceEngine,
 ) -> None:
     outputs = await run(engine, ask(max_tokens=12, logprobs=2))
@@ -105,7 +106,7 @@ async def test_a_stream_brings_the_text_in_parts_and_the_totals_at_the_end(
     assert [len(each.top) for output in outputs for each in output.logprobs] == [2] * 12
 
 
-async def test_text_ends_before_a_stop_string(engine: InferenceEngine) -> None:
+async def test_the_text_ends_before_a_stop_string(engine: InferenceEngine) -> None:
     whole = text_of(await run(engine, ask("whole", max_tokens=12)))
     stop = whole[5:8]
     stopped = await run(engine, ask("stopped", max_tokens=12, stop=(stop,)))
@@ -122,7 +123,7 @@ async def test_warming_up_runs_a_step(engine: InferenceEngine) -> None:
 # Requests that do not finish --------------------------------------------------------------------
 
 
-async def test_an_aborted_request_ends_and_its_neighbour_goes_on(engine: InferenceEngine) -> None:
+async def test_an_aborted_request_ends_and_its_neighbour_continues(engine: InferenceEngine) -> None:
     neighbour = asyncio.create_task(run(engine, ask("neighbour", BOTH)))
     stream, _ = await begin(engine, ask("aborted", TASK, max_tokens=LONG))
     engine.abort("aborted")
@@ -171,7 +172,8 @@ async def test_an_adapter_that_cannot_be_loaded_fails_its_own_request_only(
 
 async def test_a_request_that_cannot_run_is_refused_at_once(engine: InferenceEngine) -> None:
     too_long = (5,) * 1000
-    for prompt in ((), too_long):
+    empty = ()
+    for prompt in (empty, too_long):
         with pytest.raises(PromptTooLong):
             engine.submit(ask("long", prompt=prompt))
     flood = [ask(f"flood-{index}", max_tokens=LONG) for index in range(1000)]
@@ -187,7 +189,7 @@ async def test_a_request_that_cannot_run_is_refused_at_once(engine: InferenceEng
         engine.abort(request.id)
 
 
-async def test_closing_ends_what_runs_and_takes_no_more(engine: InferenceEngine) -> None:
+async def test_closing_ends_running_requests_and_refuses_new_ones(engine: InferenceEngine) -> None:
     stream, _ = await begin(engine, ask("running", TASK, max_tokens=LONG))
     rest, _ = await asyncio.gather(read(stream), engine.close())
     assert ending(rest) == (FinishReason.ABORT, None)
@@ -204,11 +206,12 @@ async def test_an_adapter_is_resident_from_load_to_unload(engine: InferenceEngin
     await engine.load("crma-0")
     assert set(engine.resident()) == {"task-0", "crma-0"}
     await engine.unload("task-0")
-    await engine.unload("task-0")  # it is not there: nothing happens
+    await engine.unload("task-0")  # no longer resident: nothing happens
     assert engine.resident() == ("crma-0",)
     with pytest.raises(NotFound):
         await engine.load("nowhere")
-    assert ending(await run(engine, ask("loads it again", TASK))) == (FinishReason.LENGTH, None)
+    outputs = await run(engine, ask("loads it again", TASK))
+    assert ending(outputs) == (FinishReason.LENGTH, None)
     assert "task-0" in engine.resident()
 
 

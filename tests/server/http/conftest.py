@@ -1,6 +1,7 @@
-"""The real app over ASGI, with the real store and tokenizer, on a scripted engine.
+"""The real app over ASGI, with a real store and tokenizer, on a scripted engine.
 
-A real engine cannot be told to refuse, fail or be late. `test_real_engine.py` has everything else.
+A test can tell a scripted engine to refuse, fail or be late. `test_real_engine.py` tests the app
+on a real one.
 """
 
 from collections.abc import AsyncIterator
@@ -27,13 +28,13 @@ from server.settings import Settings
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `tiny.filled_store`; read only."""
+    """The root of a store with two tasks and a backbone (`tiny.filled_store`). Read only."""
     return tiny.filled_store(tmp_path_factory.mktemp("store"), BASE).root
 
 
 @pytest.fixture
 async def serve(root: Path) -> AsyncIterator[Serve]:
-    """Starts an app with the settings given, and waits until it is ready unless told not to."""
+    """Starts an app with the settings given; waits until it is ready unless `wait=False`."""
     async with AsyncExitStack() as stack:
 
         async def start(*, wait: bool = True, **options: Any) -> Served:
@@ -61,5 +62,5 @@ async def serve(root: Path) -> AsyncIterator[Serve]:
 
 @pytest.fixture
 async def served(serve: Serve) -> Served:
-    """An app with the default settings, ready."""
+    """A ready app with the default settings."""
     return await serve()

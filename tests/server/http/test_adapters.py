@@ -1,4 +1,4 @@
-"""GET /adapters and the admin routes: what is shown, and who may do what."""
+"""GET /adapters and the admin routes: the listing, the keys, and unloading while in use."""
 
 from pathlib import Path
 
@@ -11,10 +11,11 @@ ADMIN = {"Authorization": "Bearer root"}
 USER = {"Authorization": "Bearer user"}
 
 
-async def test_the_listing_is_as_the_contract_says(served: Served) -> None:
+async def test_the_listing_has_the_documented_fields_and_the_stores_values(served: Served) -> None:
     body = (await served.client.get("/adapters")).json()
     example = EXAMPLES["/adapters"]["answers"]["application/json"]["example"]
-    assert [list(body), list(body["tasks"][0])] == [list(example), list(example["tasks"][0])]
+    assert list(body) == list(example)
+    assert list(body["tasks"][0]) == list(example["tasks"][0])
     assert body["base"] == {
         "name": "tiny",
         "digest": BASE.digest,
@@ -23,27 +24,31 @@ async def test_the_listing_is_as_the_contract_says(served: Served) -> None:
     }
     assert body["backbone"]["certificate"]["holds"] is True
     legal, medical = body["tasks"]
-    assert (legal["name"], legal["lineage"]) == ("legal", None)
-    assert (medical["version"], medical["lineage"]) == ("v1", body["backbone"]["digest"])
-    assert (medical["rank"], medical["scaling"], "q_proj" in medical["target_modules"]) == (
-        4,
-        2.0,
-        True,
-    )
-    assert (medical["measured"], medical["resident"]) == ({"accuracy": 0.5}, False)
+    assert legal["name"] == "legal"
+    assert legal["lineage"] is None
+    assert medical["version"] == "v1"
+    assert medical["lineage"] == body["backbone"]["digest"]
+    assert medical["rank"] == 4
+    assert medical["scaling"] == 2.0
+    assert "q_proj" in medical["target_modules"]
+    assert medical["measured"] == {"accuracy": 0.5}
+    assert medical["resident"] is False
 
 
-async def test_api_keys(serve: Serve) -> None:
+async def test_every_route_but_health_metrics_and_documentation_needs_an_api_key(
+    serve: Serve,
+) -> None:
     served = await serve(api_keys="user,other", admin_key="root")
+    prompt = {"prompt": "Hi"}
     for headers in ({}, {"Authorization": "Bearer nobody"}, {"Authorization": "Basic user"}):
-        response = await served.client.post("/generate", json={"prompt": "Hi"}, headers=headers)
-        assert (response.status_code, response.json()["error"]["code"]) == (401, "unauthorized")
+        response = await served.client.post("/generate", json=prompt, headers=headers)
+        assert response.status_code == 401
+        assert response.json()["error"]["code"] == "unauthorized"
         assert response.headers["WWW-Authenticate"] == "Bearer"
         assert (await served.client.get("/adapters", headers=headers)).status_code == 401
     for headers in (USER, ADMIN, {"Authorization": "Bearer other"}):
-        assert (
-            await served.client.post("/generate", json={"prompt": "Hi"}, headers=headers)
-        ).status_code == 200
+        response = await served.client.post("/generate", json=prompt, headers=headers)
+        assert response.status_code == 200
     for path in ("/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"):
         assert (await served.client.get(path)).status_code == 200
 
@@ -51,14 +56,11 @@ async def test_api_keys(serve: Serve) -> None:
 @pytest.mark.parametrize("action", ["load", "unload", "pin", "unpin"])
 async def test_admin_routes_need_the_admin_key(serve: Serve, action: str) -> None:
     path = f"/adapters/medical/{action}"
-    assert (await (await serve()).client.post(path, headers=ADMIN)).status_code == 403
+    keyless = await serve()
+    assert (await keyless.client.post(path, headers=ADMIN)).status_code == 403
     served = await serve(api_keys="user", admin_key="root")
-    for headers, status in (
-        ({}, 401),
-        ({"Authorization": "Bearer x"}, 401),
-        (USER, 403),
-        (ADMIN, 200),
-    ):
+    unknown_key = {"Authorization": "Bearer x"}
+    for headers, status in (({}, 401), (unknown_key, 401), (USER, 403), (ADMIN, 200)):
         assert served.engine.resident() == ()
         assert (await served.client.post(path, headers=headers)).status_code == status
     assert (await served.client.post(f"/adapters/x/{action}", headers=ADMIN)).status_code == 404
@@ -66,43 +68,47 @@ async def test_admin_routes_need_the_admin_key(serve: Serve, action: str) -> Non
     assert counted in await served.metrics()
 
 
-async def test_an_adapter_in_use_is_unloaded_as_asked(serve: Serve) -> None:
-    """A request uses it until the engine is told to cancel those that do."""
+async def test_an_adapter_in_use_is_unloaded_only_as_when_in_use_says(serve: Serve) -> None:
+    """The adapter stays in use until the engine is told to cancel the requests that use it."""
     served = await serve(admin_key="root", request_timeout_s=0.01)
-    registry, cancelled = served.app.state.frontend.registry, []
-    pool, selection = served.engine.pool, registry.resolve("medical", False).selection
+    pool = served.engine.pool
+    selection = served.app.state.frontend.registry.resolve("medical", False).selection
+    cancelled: list[str] = []
 
     def cancel(digest: str) -> None:
         cancelled.append(digest)
         pool.release(selection)
 
-    async def post(action: str) -> tuple[int, str]:
+    async def post(action: str) -> tuple[int, str | bool]:
+        """The status, and the error's code or whether the adapter is resident."""
         response = await served.client.post(f"/adapters/medical/{action}", headers=ADMIN)
         body = response.json()
-        return response.status_code, body["error"]["code"] if "error" in body else str(
-            body["resident"]
-        )
+        if "error" in body:
+            return response.status_code, body["error"]["code"]
+        return response.status_code, body["resident"]
 
     served.engine.on_cancel = cancel
-    assert await post("load") == (200, "True")
+    assert await post("load") == (200, True)
     assert pool.acquire(selection)
     for query in ("", "?when_in_use=refuse", "?when_in_use=wait"):
         assert await post(f"unload{query}") == (409, "adapter_in_use")
     assert await post("unload?when_in_use=Wait") == (422, "invalid_field")
     assert await post("unload?when_used=wait") == (422, "invalid_field")
-    assert (await post("pin"), cancelled) == ((200, "True"), [])
+    assert await post("pin") == (200, True)
     assert await post("unload?when_in_use=cancel") == (409, "adapter_in_use")
-    assert (await post("unpin"), cancelled) == ((200, "True"), []), (
-        "nobody is cancelled for what is pinned"
-    )
-    assert await post("unload?when_in_use=cancel") == (200, "False")
+    assert await post("unpin") == (200, True)
+    assert cancelled == [], "a pin protects the requests that use the adapter"
+    assert await post("unload?when_in_use=cancel") == (200, False)
     assert cancelled == [selection.task_digest]
 
 
-async def test_an_empty_store_serves_the_base(serve: Serve, tmp_path: Path) -> None:
+async def test_an_empty_store_serves_the_base_model(serve: Serve, tmp_path: Path) -> None:
     served = await serve(store=tmp_path / "nothing")
     body = (await served.client.get("/adapters")).json()
-    assert (body["backbone"], body["tasks"]) == (None, [])
+    assert body["backbone"] is None
+    assert body["tasks"] == []
     assert (await served.generate()).status_code == 200
     error = (await served.generate(crma=True)).json()["error"]
-    assert (error["code"], error["field"], error["allowed"]) == ("no_backbone", "crma", False)
+    assert error["code"] == "no_backbone"
+    assert error["field"] == "crma"
+    assert error["allowed"] is False

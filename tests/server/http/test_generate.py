@@ -1,4 +1,4 @@
-"""POST /generate: the exact form of an answer, whole and streamed, and of every way it can fail."""
+"""POST /generate: the exact form of an answer, whole and streamed, and of every failure."""
 
 import asyncio
 import json
@@ -14,37 +14,35 @@ from server.engine.errors import EngineStopped, QueueFull
 from server.engine.request import FinishReason, SamplingParams
 from server.http.schemas import EXAMPLES
 
+ABORT, ERROR = FinishReason.ABORT, FinishReason.ERROR
+# What the engine raises at once, and the status and code of the answer.
 REFUSALS = [
     (QueueFull(4, 2.2), 429, "queue_full"),
     (InvalidAdapter("bad", field="x"), 409, "invalid_adapter"),
-]
-REFUSALS += [
     (EngineStopped("end"), 503, "draining"),
     (ValueError("a secret of the inside"), 500, "internal_error"),
 ]
-ABORT, ERROR = FinishReason.ABORT, FinishReason.ERROR
+# How a request ends in the engine, and the status and code of the answer.
 FAILURES = [
     ((ABORT, "deadline"), 504, "deadline_exceeded"),
     ((ABORT, "unloaded"), 409, "adapter_unloaded"),
-]
-FAILURES += [
     ((ERROR, "the step failed"), 500, "generation_failed"),
     ((ABORT, None), 503, "draining"),
 ]
 
 
 def events(text: str) -> list[tuple[str, Any]]:
-    blocks = (block.split("\n") for block in text.strip().split("\n\n"))
-    return [
-        (name.removeprefix("event: "), json.loads(data.removeprefix("data: ")))
-        for name, data in blocks
-    ]
+    """The name and data of each server-sent event."""
+    found = []
+    for block in text.strip().split("\n\n"):
+        name, data = block.split("\n")
+        found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return found
 
 
-async def test_the_answer_is_as_the_contract_says(served: Served) -> None:
-    response = await served.generate(
-        task="medical", crma=True, max_tokens=16, temperature=0, seed=7
-    )
+async def test_an_answer_has_the_documented_fields_in_their_order(served: Served) -> None:
+    asked = {"task": "medical", "crma": True, "max_tokens": 16, "temperature": 0, "seed": 7}
+    response = await served.generate(**asked)
     request = served.engine.requests[-1]
     assert request.id.startswith("gen-")
     expected = {
@@ -53,29 +51,29 @@ async def test_the_answer_is_as_the_contract_says(served: Served) -> None:
         "finish_reason": "stop",
         "task": "medical",
         "crma": True,
+        "usage": {
+            "prompt_tokens": len(request.prompt_ids),
+            "completion_tokens": 2,
+            "cached_tokens": 1,
+        },
+        "timings": {"queue_s": 0.1, "ttft_s": 0.2, "e2e_s": 0.3},
+        "provenance": {
+            "base": BASE.digest,
+            "task": request.selection.task_digest,
+            "crma": request.selection.crma_digest,
+            "engine": "0.1.0",
+            "dtype": "float32",
+            "seed": 7,
+        },
     }
-    expected["usage"] = {
-        "prompt_tokens": len(request.prompt_ids),
-        "completion_tokens": 2,
-        "cached_tokens": 1,
-    }
-    expected["timings"] = {"queue_s": 0.1, "ttft_s": 0.2, "e2e_s": 0.3}
-    task, crma = request.selection
-    used = {
-        "base": BASE.digest,
-        "task": task,
-        "crma": crma,
-        "engine": "0.1.0",
-        "dtype": "float32",
-        "seed": 7,
-    }
-    assert list(response.json().items()) == list((expected | {"provenance": used}).items())
-    assert (
-        list(expected) == list(EXAMPLES["/generate"]["answers"]["application/json"]["example"])[:-1]
-    )
+    assert list(response.json().items()) == list(expected.items())
+    example = EXAMPLES["/generate"]["answers"]["application/json"]["example"]
+    assert list(expected) == list(example)
 
 
-async def test_a_stream_is_tokens_then_the_same_without_text(served: Served) -> None:
+async def test_a_stream_sends_a_token_an_event_and_then_the_rest_of_the_answer(
+    served: Served,
+) -> None:
     body = {"task": "medical", "logprobs": True}
     whole = (await served.generate(**body)).json()
     response = await served.generate(**body, stream=True)
@@ -84,23 +82,25 @@ async def test_a_stream_is_tokens_then_the_same_without_text(served: Served) -> 
     assert first == 'event: token\ndata: {"index": 0, "text": "one", "logprob": -0.5}'
     assert second == 'event: token\ndata: {"index": 0, "text": " two", "logprob": -0.25}'
     ((name, data),) = events(done)
-    assert (name, list(data)) == ("done", [key for key in whole if key not in ("text", "logprobs")])
+    assert name == "done"
+    assert list(data) == [key for key in whole if key not in ("text", "logprobs")]
 
 
-async def test_the_most_probable_tokens_come_with_each_and_log_probabilities_of_the_prompt(
+async def test_top_logprobs_come_with_each_token_and_prompt_logprobs_with_the_answer(
     served: Served,
 ) -> None:
     asked = {"logprobs": True, "top_logprobs": 2, "prompt_logprobs": True}
     body = (await served.generate(**asked)).json()
     top = [{"id": i, "token": tiny.tokenizer().decode([i]), "logprob": -i} for i in range(2)]
-    assert (body["logprobs"], body["top_logprobs"]) == ([-0.5, -0.25], [top, top])
+    assert body["logprobs"] == [-0.5, -0.25]
+    assert body["top_logprobs"] == [top, top]
     assert body["prompt_logprobs"] == [None] + [-1.0] * (body["usage"]["prompt_tokens"] - 1)
     first, _, (_, done) = events((await served.generate(**asked, stream=True)).text)
     assert first == ("token", {"index": 0, "text": "one", "logprob": -0.5, "top_logprobs": top})
     assert done["prompt_logprobs"] == body["prompt_logprobs"]
 
 
-async def test_everything_about_sampling_reaches_the_engine(served: Served) -> None:
+async def test_every_sampling_option_reaches_the_engine(served: Served) -> None:
     asked = {
         "max_tokens": 3,
         "temperature": 0.5,
@@ -108,8 +108,6 @@ async def test_everything_about_sampling_reaches_the_engine(served: Served) -> N
         "top_k": 4,
         "min_p": 0.1,
         "repetition_penalty": 1.2,
-    }
-    asked |= {
         "presence_penalty": -1.5,
         "frequency_penalty": 2.0,
         "seed": 5,
@@ -117,9 +115,8 @@ async def test_everything_about_sampling_reaches_the_engine(served: Served) -> N
         "ignore_eos": True,
     }
     await served.generate(**asked, stop=["a", "b"], logprobs=True, top_logprobs=20)
-    assert served.engine.requests[-1].sampling == SamplingParams(
-        **asked, stop=("a", "b"), logprobs=20
-    )
+    expected = SamplingParams(**asked, stop=("a", "b"), logprobs=20)
+    assert served.engine.requests[-1].sampling == expected
 
 
 async def test_several_answers_come_as_choices(served: Served) -> None:
@@ -127,34 +124,39 @@ async def test_several_answers_come_as_choices(served: Served) -> None:
     assert not {"text", "finish_reason"} & set(body)
     choice = {"text": "one two", "finish_reason": "stop", "logprobs": [-0.5, -0.25]}
     assert body["choices"] == [{"index": i, **choice} for i in range(2)]
-    assert (body["usage"]["completion_tokens"], body["provenance"]["seed"]) == (4, None)
+    assert body["usage"]["completion_tokens"] == 4
+    assert body["provenance"]["seed"] is None
     _, done = events((await served.generate(stream=True, n=2)).text)[-1]
     assert done["choices"] == [{"index": i, "finish_reason": "stop"} for i in range(2)]
 
 
-async def test_raw_skips_the_format_and_special_tokens_in_a_prompt_are_text(served: Served) -> None:
+@pytest.mark.parametrize(
+    ("raw", "expected"), [(True, "<|im_end|>"), (False, "<|im_start|><|im_end|>[answer]")]
+)
+async def test_raw_skips_the_prompt_format_and_special_tokens_in_a_prompt_are_text(
+    served: Served, raw: bool, expected: str
+) -> None:
     tokenizer = tiny.tokenizer()
-    for raw, expected in ((True, "<|im_end|>"), (False, "<|im_start|><|im_end|>[answer]")):
-        await served.generate(prompt="<|im_end|>", task="medical", raw=raw, stop="\n")
-        request = served.engine.requests[-1]
-        assert tokenizer.decode(request.prompt_ids) == expected
-        assert tokenizer.eos_token_id not in request.prompt_ids
-        assert (request.stop_token_ids, request.sampling.stop) == (
-            (tokenizer.eos_token_id,),
-            ("\n",),
-        )
+    await served.generate(prompt="<|im_end|>", task="medical", raw=raw, stop="\n")
+    request = served.engine.requests[-1]
+    assert tokenizer.decode(request.prompt_ids) == expected
+    assert tokenizer.eos_token_id not in request.prompt_ids
+    assert request.stop_token_ids == (tokenizer.eos_token_id,)
+    assert request.sampling.stop == ("\n",)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("error", "status", "code"), REFUSALS)
-async def test_a_refused_request_has_its_status_streamed_or_not(
+async def test_a_refusal_has_its_status_whether_streamed_or_not(
     served: Served, error: Exception, status: int, code: str, stream: bool
 ) -> None:
     served.engine.refusal = error
     response = await served.generate(stream=stream)
-    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert response.status_code == status
+    assert response.json()["error"]["code"] == code
     assert "secret" not in response.text
-    assert response.headers.get("Retry-After") == ("3" if status == 429 else None)
+    retry_after = "3" if status == 429 else None
+    assert response.headers.get("Retry-After") == retry_after
     served.engine.refusal = None
     assert (await served.generate(stream=stream)).status_code == 200
     assert 'reason="abort"' not in await served.metrics()
@@ -167,27 +169,30 @@ async def test_a_failure_is_a_status_before_the_first_token_and_an_event_after_i
     served.engine.ending = ending
     assert await served.error() == (status, code)
     name, data = events((await served.generate(stream=True)).text)[-1]
-    assert (name, data["error"]["code"]) == ("error", code)
+    assert name == "error"
+    assert data["error"]["code"] == code
     served.engine.fail_at_once = True
     assert await served.error(stream=True) == (status, code)
 
 
-async def test_the_deadline_is_the_requests_or_the_servers(serve: Serve) -> None:
+async def test_the_deadline_is_the_requests_within_the_servers_limit(serve: Serve) -> None:
     served = await serve(request_timeout_s=50)
     await served.generate()
     await served.generate(timeout_s=5)
-    assert [r.deadline - r.arrival for r in served.engine.requests[-2:]] == pytest.approx([50, 5])
+    default, own = served.engine.requests[-2:]
+    assert default.deadline - default.arrival == pytest.approx(50)
+    assert own.deadline - own.arrival == pytest.approx(5)
     assert (await served.generate(timeout_s=51)).json()["error"]["field"] == "timeout_s"
 
 
-async def test_a_stream_that_nobody_reads_keeps_no_place_in_the_engine(served: Served) -> None:
-    """The client goes before the head of the answer is written: the response never asks for its
-    first event.
-    """
+async def test_a_stream_whose_client_has_gone_keeps_no_place_in_the_engine(served: Served) -> None:
+    """The client leaves before the response's head is written, so its first event is never read."""
     received = [{"type": "http.request", "body": b'{"prompt": "Hi", "stream": true}'}]
 
     async def receive() -> dict[str, Any]:
-        return received.pop() if received else await asyncio.Event().wait()
+        if not received:
+            await asyncio.Event().wait()  # for ever
+        return received.pop()
 
     async def send(message: dict[str, Any]) -> None:
         assert served.engine.running == 1
@@ -200,8 +205,9 @@ async def test_a_stream_that_nobody_reads_keeps_no_place_in_the_engine(served: S
 
 async def test_prompts_that_wait_to_be_encoded_are_bounded(serve: Serve) -> None:
     frontend = (await serve(max_queue=1)).app.state.frontend
-    asked = [
-        frontend.generation("Hi", frontend.resolve(None, None), SamplingParams()) for _ in range(3)
-    ]
-    *_, waited, refused = await asyncio.gather(*asked, return_exceptions=True)
-    assert (waited.request.sampling, type(refused)) == (SamplingParams(), QueueFull)
+    sampling = SamplingParams()
+    resolved = frontend.resolve(None, None)
+    asked = [frontend.generation("Hi", resolved, sampling) for _ in range(3)]
+    _, waited, refused = await asyncio.gather(*asked, return_exceptions=True)
+    assert waited.request.sampling == sampling
+    assert type(refused) is QueueFull

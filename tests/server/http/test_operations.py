@@ -1,4 +1,4 @@
-"""Health, metrics, documentation, request ids and logs."""
+"""Health, metrics, documentation, request ids and the access log."""
 
 import json
 import logging
@@ -14,20 +14,22 @@ from crma.store.adapter_store import AdapterStore
 from server.http.log import Format
 
 
-async def test_ready_once_the_store_is_verified_and_a_step_ran(
+async def test_the_server_is_ready_once_the_store_is_verified_and_a_step_has_run(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go, verify = threading.Event(), AdapterStore.verify
+    go = threading.Event()
+    verify = AdapterStore.verify
 
-    def held(self: AdapterStore, **options: Any) -> list[StoreError]:
+    def wait_and_verify(self: AdapterStore, **options: Any) -> list[StoreError]:
         assert go.wait(60)
         return verify(self, **options)
 
-    monkeypatch.setattr(AdapterStore, "verify", held)
+    monkeypatch.setattr(AdapterStore, "verify", wait_and_verify)
     served = await serve(wait=False)
     assert (await served.client.get("/healthz")).status_code == 200
     early = await served.client.get("/readyz")
-    assert (early.status_code, early.json()["status"]) == (503, "not_ready")
+    assert early.status_code == 503
+    assert early.json()["status"] == "not_ready"
     assert await served.error() == (503, "not_ready")
     go.set()
     await served.app.state.starting
@@ -40,24 +42,22 @@ async def test_ready_once_the_store_is_verified_and_a_step_ran(
     assert await served.error() == (503, "draining")
 
 
-async def test_metrics_are_by_adapter_and_crma(served: Served) -> None:
+async def test_metrics_are_labelled_by_adapter_and_crma(served: Served) -> None:
     await served.generate(task="medical", crma=True)
     await served.generate(task="legal")
     text = await served.metrics()
-    assert (
-        'crma_request_success_total{adapter="medical",crma="on",finished_reason="stop"} 1.0' in text
-    )
-    assert (
-        'crma_request_success_total{adapter="legal",crma="off",finished_reason="stop"} 1.0' in text
-    )
+    successes = "crma_request_success_total"
+    assert f'{successes}{{adapter="medical",crma="on",finished_reason="stop"}} 1.0' in text
+    assert f'{successes}{{adapter="legal",crma="off",finished_reason="stop"}} 1.0' in text
     assert 'crma_time_to_first_token_seconds_count{adapter="medical",crma="on"} 1.0' in text
     assert 'crma_inter_token_latency_seconds_count{adapter="medical",crma="on"} 1.0' in text
     assert 'running_lora_adapters="legal,medical"' in text
     assert 'crma_adapter_resident{adapter="medical"} 1.0' in text
-    assert float(re.search(r"^crma_spectral_bound (\S+)", text, re.MULTILINE).group(1)) >= 1.0
+    bound = re.search(r"^crma_spectral_bound (\S+)", text, re.MULTILINE)
+    assert float(bound.group(1)) >= 1.0
 
 
-async def test_labels_are_bounded_whatever_clients_ask_for(serve: Serve) -> None:
+async def test_the_number_of_labels_is_bounded_whatever_clients_ask_for(serve: Serve) -> None:
     served = await serve(max_adapter_labels=1)
     for task in ("legal", "medical", "nowhere"):
         await served.generate(task=task)
@@ -68,34 +68,37 @@ async def test_labels_are_bounded_whatever_clients_ask_for(serve: Serve) -> None
     assert 'crma_http_responses_total{route="unknown",status="404"} 1.0' in text
 
 
-async def test_the_documentation_needs_nothing_from_elsewhere(served: Served) -> None:
+async def test_the_documentation_page_loads_nothing_from_other_hosts(served: Served) -> None:
     page = (await served.client.get("/docs")).text
-    assert ("openapi.json" in page, re.search(r"https?://", page)) == (True, None)
-    script, style = (re.findall(rf'"([^"]+[.]{kind})"', page)[0] for kind in ("js", "css"))
-    assert [(await served.client.get(needed)).status_code for needed in (script, style)] == [
-        200,
-        200,
-    ]
+    assert "openapi.json" in page
+    assert re.search(r"https?://", page) is None
+    for kind in ("js", "css"):
+        address = re.findall(rf'"([^"]+[.]{kind})"', page)[0]
+        assert (await served.client.get(address)).status_code == 200
+
+
+async def test_the_openapi_document_describes_every_route_and_answer(served: Served) -> None:
     schema = (await served.client.get("/openapi.json")).json()
     generate = schema["paths"]["/generate"]["post"]
-    assert set(generate["responses"]) == {
-        "200",
-        *map(str, (400, 401, 404, 409, 413, 422, 429, 500, 503, 504)),
-    }
+    statuses = (200, 400, 401, 404, 409, 413, 422, 429, 500, 503, 504)
+    assert set(generate["responses"]) == {str(status) for status in statuses}
     assert "lineage_mismatch" in generate["responses"]["409"]["description"]
     assert schema["components"]["schemas"]["GenerateRequest"]["examples"][0]["task"] == "medical"
-    assert all(op["description"] for path in schema["paths"].values() for op in path.values())
+    for path in schema["paths"].values():
+        assert all(operation["description"] for operation in path.values())
 
 
-async def test_a_request_id_comes_back_if_it_is_plain(served: Served) -> None:
-    for sent in ("abc-1.2", "", "a b", "x" * 65, "a\tb"):
-        answered = (await served.client.get("/healthz", headers={"X-Request-Id": sent})).headers[
-            "X-Request-Id"
-        ]
-        assert answered == sent if sent == "abc-1.2" else re.fullmatch(r"[0-9a-f]{32}", answered)
+async def test_a_plain_request_id_comes_back_and_any_other_is_replaced(served: Served) -> None:
+    async def answered(sent: str) -> str:
+        response = await served.client.get("/healthz", headers={"X-Request-Id": sent})
+        return response.headers["X-Request-Id"]
+
+    assert await answered("abc-1.2") == "abc-1.2"
+    for sent in ("", "a b", "x" * 65, "a\tb"):
+        assert re.fullmatch(r"[0-9a-f]{32}", await answered(sent))
 
 
-async def test_the_log_has_id_and_digest_and_never_the_prompt(
+async def test_the_access_log_has_the_request_id_and_digest_and_never_the_prompt(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -103,18 +106,17 @@ async def test_the_log_has_id_and_digest_and_never_the_prompt(
         await served.generate(prompt="my secret", **body)
     served.engine.refusal = ValueError("inside")
     await served.generate(prompt="my secret")
-    lines = [
-        json.loads(Format("json").format(record))
-        for record in caplog.records
-        if record.name == "server.access"
-    ]
+    access = [record for record in caplog.records if record.name == "server.access"]
+    lines = [json.loads(Format("json").format(record)) for record in access]
     assert [line["status"] for line in lines] == [200, 200, 422, 500]
     assert lines[1]["task"] == served.engine.requests[-1].selection.task_digest
-    assert (lines[1]["crma"], lines[1]["path"]) == (True, "/generate")
-    assert len({line["request_id"] for line in lines}) == 4
-    everything = [
-        Format(form).format(record) for record in caplog.records for form in ("json", "text")
-    ]
-    assert all(f"request_id={line['request_id']}" in "\n".join(everything) for line in lines)
+    assert lines[1]["crma"] is True
+    assert lines[1]["path"] == "/generate"
+    request_ids = {line["request_id"] for line in lines}
+    assert len(request_ids) == 4
+    texts = [Format("text").format(record) for record in caplog.records]
+    everything = [*texts, *(Format("json").format(record) for record in caplog.records)]
+    for request_id in request_ids:
+        assert f"request_id={request_id}" in "\n".join(texts)
     assert any("Traceback" in line and "inside" in line for line in everything)
     assert not any("secret" in line for line in everything)

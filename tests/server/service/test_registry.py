@@ -1,4 +1,4 @@
-"""Which adapters a request means, and a store that changes while it serves."""
+"""server.service.registry: names resolve to adapters while the store changes underneath."""
 
 import asyncio
 from pathlib import Path
@@ -25,28 +25,33 @@ def store(tmp_path: Path) -> AdapterStore:
 
 
 def registry(store: AdapterStore, **options: Any) -> Registry:
+    """A registry of a store for the tiny base, on a scripted engine; not started."""
     metrics = Metrics(CollectorRegistry())
     options = {"shape": SHAPE, "poll_s": 0.005, **options}
     return Registry(store, BASE, ScriptedEngine(), BASE_FORMAT, metrics, **options)
 
 
 async def started(store: AdapterStore, **options: Any) -> Registry:
+    """A registry that has read its store and no longer watches it."""
     made = registry(store, **options)
     await made.start()
     await made.stop()
     return made
 
 
-async def test_crma_is_the_backbone_that_serves_a_descendant_of_the_one_a_task_records(
+async def test_a_task_runs_with_the_serving_backbone_that_descends_from_its_own(
     store: AdapterStore,
 ) -> None:
     recorded = publish_backbone(store).digest
     task = publish(store, "with", backbone=recorded).digest
     serving = publish_backbone(store, 1, lineage=(recorded,)).digest
-    assert (await started(store)).resolve("with", None).selection == (task, serving)
+    made = await started(store)
+    assert made.resolve("with", None).selection == (task, serving)
 
 
-async def test_names_versions_and_formats(store: AdapterStore) -> None:
+async def test_a_name_resolves_to_its_serving_or_given_version_and_prompt_format(
+    store: AdapterStore,
+) -> None:
     first = publish(store, "task", 0).digest
     second = publish(store, "task", 1, prompt_format=None).digest
     third = publish(store, "task", 2, serve=False).digest
@@ -56,50 +61,55 @@ async def test_names_versions_and_formats(store: AdapterStore) -> None:
     assert [each.prompt_format for each in resolved] == [BASE_FORMAT, FORMAT, BASE_FORMAT, FORMAT]
     assert made.resolve(None, None).prompt_format == BASE_FORMAT
     assert [entry.version for entry in made.serving_tasks()] == ["v2"]
-    with pytest.raises(
-        NotFound, check=lambda error: error.allowed == ["task@v1", "task@v2", "task@v3"]
-    ):
+    with pytest.raises(NotFound) as caught:
         made.resolve("task@v4", None)
+    assert caught.value.allowed == ["task@v1", "task@v2", "task@v3"]
 
 
-async def test_what_is_published_while_it_serves_appears_by_itself(store: AdapterStore) -> None:
+async def test_versions_published_while_serving_appear_without_a_restart(
+    store: AdapterStore,
+) -> None:
     first = publish(store, "task", 0).digest
     made = registry(store)
     await made.start()
     before = made.resolve("task", None)
     second = publish(store, "task", 1).digest
-    hidden = publish(store, "task", 2, serve=False).digest  # channels.json stays as it is
+    hidden = publish(store, "task", 2, serve=False).digest  # does not change channels.json
     async with asyncio.timeout(10):
         while set(made.names()) != {first, second, hidden}:
             await asyncio.sleep(0.001)
     await made.stop()
     assert before.selection.task_digest == first
     assert made.resolve("task", None).selection.task_digest == second
-    estimate = made.engine.pool._sizes[hidden]
-    made.engine.pool.load(hidden)
-    assert (
-        estimate == sum(tensor.nbytes for tensor in made.engine.pool.loras[hidden].parameters()) > 0
-    )
+    pool = made.engine.pool
+    estimate = pool._sizes[hidden]
+    pool.load(hidden)
+    num_bytes = sum(tensor.nbytes for tensor in pool.loras[hidden].parameters())
+    assert estimate == num_bytes
+    assert num_bytes > 0
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "adapter_model.safetensors"])
-async def test_a_bad_version_is_refused_and_the_others_serve(
+async def test_a_damaged_version_is_refused_and_the_others_serve(
     store: AdapterStore, file: str
 ) -> None:
     publish(store, "good", 0)
     made = await started(store)
     flip_bit(publish(store, "bad", 1).path / file)
     await made.refresh()
-    for _ in range(2):
+    for _ in range(2):  # the same error object again: its traceback must not grow
         with pytest.raises(StoreError) as caught:
             made.resolve("bad", None)
         assert len(caught.traceback) < 8
     assert made.resolve("good", None).selection.task_digest is not None
-    assert made.metrics.registry.get_sample_value("crma_adapter_verification_failures_total") == 1
+    failures = made.metrics.registry.get_sample_value("crma_adapter_verification_failures_total")
+    assert failures == 1
 
 
 @pytest.mark.parametrize("served_before", [True, False])
-async def test_damaged_channels_leave_what_serves(store: AdapterStore, served_before: bool) -> None:
+async def test_a_damaged_channels_file_changes_nothing_until_it_is_repaired(
+    store: AdapterStore, served_before: bool
+) -> None:
     publish(store, "task")
     channels = (store.root / "channels.json").read_text()
     made = registry(store)
@@ -110,36 +120,49 @@ async def test_damaged_channels_leave_what_serves(store: AdapterStore, served_be
     await made.stop()
     assert made.verified
     assert made.resolve(None, None).selection.variant == "base"
-    assert list(made.names().values()) == ["task"] * served_before
+    expected = ["task"] if served_before else []
+    assert list(made.names().values()) == expected
     (store.root / "channels.json").write_text(channels)
     await made.refresh()
     assert made.resolve("task", None).task is not None
 
 
-async def test_what_replaces_a_resident_version_is_loaded_before_it_serves(
-    store: AdapterStore, caplog: Any
+async def test_the_successor_of_a_resident_version_is_loaded_before_it_serves(
+    store: AdapterStore,
 ) -> None:
-    old = [publish(store, "warm", 0).digest, publish_backbone(store).digest]
+    old_task = publish(store, "warm", 0).digest
+    old_backbone = publish_backbone(store).digest
     publish(store, "cold", 1)
     made = await started(store)
-    for digest in old:
-        made.engine.pool.load(digest)
-    new = [publish(store, "warm", 2).digest, publish_backbone(store, 1).digest]
+    pool = made.engine.pool
+    pool.load(old_task)
+    pool.load(old_backbone)
+    new_task = publish(store, "warm", 2).digest
+    new_backbone = publish_backbone(store, 1).digest
     publish(store, "cold", 3)
-    changed: list[str] = []
-    made.engine.pool.on_change = lambda: changed.append(
-        str(made.resolve("warm", None).selection.task_digest)
-    )
+    serving_at_load: list[str | None] = []
+
+    def record() -> None:
+        serving_at_load.append(made.resolve("warm", None).selection.task_digest)
+
+    pool.on_change = record
     await made.refresh()
-    assert (set(made.engine.pool.resident()), changed) == ({*old, *new}, [old[0]] * 2)
-    assert [
-        made.resolve("warm", None).selection.task_digest,
-        made.resolve(None, True).selection.crma_digest,
-    ] == new
-    made.engine.pool.pin(new[0])
-    made.engine.pool.max_resident = (
-        1  # so that there is no room for its successor, which serves all the same
-    )
+    assert set(pool.resident()) == {old_task, old_backbone, new_task, new_backbone}
+    assert serving_at_load == [old_task, old_task]
+    assert made.resolve("warm", None).selection.task_digest == new_task
+    assert made.resolve(None, True).selection.crma_digest == new_backbone
+
+
+async def test_a_successor_that_finds_no_room_serves_all_the_same(
+    store: AdapterStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = publish(store, "warm", 0).digest
+    publish(store, "warm", 2)
+    made = await started(store)
+    serving = made.resolve("warm", None).selection.task_digest
+    assert serving not in (None, first)
+    made.engine.pool.pin(serving)
+    made.engine.pool.max_resident = 1
     last = publish(store, "warm", 4).digest
     await made.refresh()
     assert made.resolve("warm", None).selection.task_digest == last

@@ -1,7 +1,7 @@
-"""server.engine.native.async_engine: whoever comes, waits, leaves or fails, the others go on and
-nothing is left behind.
+"""server.engine.native.async_engine: requests are queued, aborted, timed out and failed separately.
 
-Every wait is for an event, or for a later request: commands reach the engine in order.
+Whatever happens to one request, the others continue, and nothing is held afterwards. Every wait is
+for an event or for a later request: commands reach the engine in order.
 """
 
 import asyncio
@@ -30,40 +30,57 @@ async def read(stream: AsyncIterator[RequestOutput]) -> list[RequestOutput]:
 
 
 async def happens(event: threading.Event) -> None:
-    assert await asyncio.to_thread(event.wait, 10), "it does not happen"
+    """Wait for an event that another thread sets."""
+    assert await asyncio.to_thread(event.wait, 10), "the event was not set"
 
 
 class Running:
-    """A started engine. Forward passes, and the load of "slow", wait for `go`; `at_step` and
-    `at_load` say that one does. A forward pass raises what is in `failures`."""
+    """A started engine whose progress a test controls.
+
+    Attributes:
+        go: every forward pass, and the load of the adapter "slow", waits until it is set.
+        at_step: set when a forward pass begins to wait.
+        at_load: set when the load of "slow" begins to wait.
+        failures: the next forward pass raises the first of them.
+    """
 
     def __init__(self, max_queue: int = 8, go: bool = True, **limits: int) -> None:
-        self.core, self.pool = tiny.make_engine(
-            tiny.injection(), ADAPTERS, **{"max_num_seqs": 2, **limits}
-        )
-        self.go, self.at_step, self.at_load = (threading.Event() for _ in range(3))
+        limits = {"max_num_seqs": 2, **limits}
+        self.core, self.pool = tiny.make_engine(tiny.injection(), ADAPTERS, **limits)
+        self.go = threading.Event()
+        self.at_step = threading.Event()
+        self.at_load = threading.Event()
         self.failures: list[Exception] = []
-        run = self.core.runner.run
-        self.core.runner.run = lambda *step: self.wait(self.at_step) or run(*step)
-        self.pool.register("slow", lambda: self.wait(self.at_load) or ADAPTERS["task-1"])
+        forward = self.core.runner.run
+
+        def run(*step: Any) -> Any:
+            self._wait(self.at_step)
+            return forward(*step)
+
+        def load() -> Any:
+            self._wait(self.at_load)
+            return ADAPTERS["task-1"]
+
+        self.core.runner.run = run
+        self.pool.register("slow", load)
         self.engine = AsyncEngine(self.core, TINY, max_queue)
         if go:
             self.go.set()
 
-    def wait(self, reached: threading.Event) -> None:
+    def _wait(self, reached: threading.Event) -> None:
         reached.set()
         assert self.go.wait(10)
         if self.failures:
-            raise self.failures.pop()
+            raise self.failures.pop(0)
 
     async def outputs(self, request: Request) -> list[RequestOutput]:
         return await read(self.engine.submit(request))
 
-    def take(self, *requests: Request) -> list[asyncio.Task[list[RequestOutput]]]:
+    def start(self, *requests: Request) -> list[asyncio.Task[list[RequestOutput]]]:
         return [asyncio.create_task(self.outputs(request)) for request in requests]
 
     async def settled(self) -> None:
-        """All that was asked for is done: a later request has been answered, and nothing is held."""
+        """Wait until a later request is answered, then check that nothing is held."""
         self.go.set()
         ended = await asyncio.wait_for(self.outputs(ask("later")), 10)
         assert tokens(ended) == generate(tiny.injection(), PROMPT, max_tokens=6).token_ids
@@ -72,24 +89,22 @@ class Running:
     def check_empty(self) -> None:
         self.core.check_integrity()
         self.pool.check_integrity()
-        assert (self.pool.num_users(), self.core.scheduler.unfinished(), self.engine._streams) == (
-            0,
-            [],
-            {},
-        )
+        assert self.pool.num_users() == 0
+        assert self.core.scheduler.unfinished() == []
+        assert self.engine._streams == {}
 
 
 def tokens(outputs: list[RequestOutput]) -> tuple[int, ...]:
-    return sum((output.token_ids for output in outputs), ())
+    return tuple(token for output in outputs for token in output.token_ids)
 
 
-def reason(outputs: list[RequestOutput]) -> tuple[FinishReason | None, str | None]:
+def ending(outputs: list[RequestOutput]) -> tuple[FinishReason | None, str | None]:
     return outputs[-1].finish_reason, outputs[-1].error
 
 
 @pytest.fixture
 async def start() -> AsyncIterator[Callable[..., Running]]:
-    """`Running`; at the end each must still answer, hold nothing, and stop."""
+    """Makes `Running` engines. At the end each must still answer, hold nothing, and stop."""
     started: list[Running] = []
 
     def start(**options: Any) -> Running:
@@ -103,88 +118,110 @@ async def start() -> AsyncIterator[Callable[..., Running]]:
             await asyncio.wait_for(each.engine.close(), 10)
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-async def test_aborted_or_stopped_wherever_it_is(start: Any, stopped: bool) -> None:
-    """While its adapter loads; while it waits for a slot; before it is read at all.
+async def begin_at_every_stage(
+    served: Running,
+) -> tuple[list[asyncio.Task[list[RequestOutput]]], AsyncIterator[RequestOutput]]:
+    """Four requests: one's adapter loads, one runs, one waits for a slot; the last was not read.
 
-    Stopping ends what runs as well.
+    Returns:
+        The tasks that collect the outputs of "loads", "runs" and "waits"; the stream of "unread".
     """
-    served = start(go=False, max_num_seqs=1)
-    taken = served.take(ask("loads", SLOW))
+    tasks = served.start(ask("loads", SLOW))
     await happens(served.at_load)
-    taken += served.take(ask("runs", max_tokens=300), ask("waits"))
+    tasks += served.start(ask("runs", max_tokens=300), ask("waits"))
     unread = served.engine.submit(ask("unread", BOTH, n=2))
     await happens(served.at_step)
-    if stopped:
-        ending = asyncio.create_task(served.engine.close())
-        await happens(served.at_step)  # again: the stopping begins meanwhile
-        with pytest.raises(EngineStopped):
-            served.engine.submit(ask("late"))
-    for name in () if stopped else ("waits", "loads", "waits", "unread", "nobody"):
+    return tasks, unread
+
+
+async def check_unread_was_aborted(unread: AsyncIterator[RequestOutput]) -> None:
+    outputs = await read(unread)
+    assert [output.index for output in outputs] == [0, 1]
+    assert [output.finish_reason for output in outputs] == [FinishReason.ABORT] * 2
+
+
+async def test_a_request_can_be_aborted_at_every_stage(start: Any) -> None:
+    served = start(go=False, max_num_seqs=1)
+    tasks, unread = await begin_at_every_stage(served)
+    for name in ("waits", "loads", "waits", "unread", "nobody"):
         served.engine.abort(name)
     served.go.set()
-    if stopped:
-        await asyncio.wait_for(ending, 10)
-        served.check_empty()
-    assert [(o.index, o.finish_reason) for o in await read(unread)] == [
-        (i, FinishReason.ABORT) for i in range(2)
-    ]
-    runs = FinishReason.ABORT if stopped else FinishReason.LENGTH
-    ends = [FinishReason.ABORT, runs, FinishReason.ABORT]
-    assert [reason(await each) for each in taken] == [(end, None) for end in ends]
+    await check_unread_was_aborted(unread)
+    loads, runs, waits = [ending(await task) for task in tasks]
+    assert loads == (FinishReason.ABORT, None)
+    assert runs == (FinishReason.LENGTH, None)
+    assert waits == (FinishReason.ABORT, None)
 
 
-async def test_what_cannot_be_taken_is_refused_at_once_and_takes_nothing(start: Any) -> None:
+async def test_closing_aborts_requests_at_every_stage_and_refuses_new_ones(start: Any) -> None:
+    served = start(go=False, max_num_seqs=1)
+    tasks, unread = await begin_at_every_stage(served)
+    closing = asyncio.create_task(served.engine.close())
+    await asyncio.sleep(0)  # the closing begins
+    with pytest.raises(EngineStopped):
+        served.engine.submit(ask("late"))
+    served.go.set()
+    await asyncio.wait_for(closing, 10)
+    served.check_empty()
+    await check_unread_was_aborted(unread)
+    endings = [ending(await task) for task in tasks]
+    assert endings == [(FinishReason.ABORT, None)] * 3
+
+
+async def test_a_request_that_cannot_run_is_refused_at_once_and_takes_no_place(start: Any) -> None:
     served = start(go=False, max_num_seqs=1, max_queue=2, max_model_len=10)
     for num_prompt, max_tokens in ((0, 1), (8, 3), (11, 1)):
         with pytest.raises(PromptTooLong):
             served.engine.submit(ask("long", prompt=(5,) * num_prompt, max_tokens=max_tokens))
-    taken = served.take(*(ask(str(i), prompt=(5,) * 8, max_tokens=2) for i in range(3)))
+    fitting = [ask(str(number), prompt=(5,) * 8, max_tokens=2) for number in range(3)]
+    tasks = served.start(*fitting)
     await happens(served.at_step)
-    with pytest.raises(
-        QueueFull, check=lambda error: error.allowed == 2 and error.retry_after >= 1
-    ):
+    with pytest.raises(QueueFull) as caught:
         served.engine.submit(ask("over"))
+    assert caught.value.allowed == 2
+    assert caught.value.retry_after >= 1
     served.go.set()
-    assert [reason(outputs)[0] for outputs in await asyncio.gather(*taken)] == [
-        FinishReason.LENGTH
-    ] * 3
+    reasons = [ending(outputs)[0] for outputs in await asyncio.gather(*tasks)]
+    assert reasons == [FinishReason.LENGTH] * 3
 
 
-async def test_a_deadline_is_an_abort_that_says_so_running_or_waiting(start: Any) -> None:
-    served, now = start(go=False, max_num_seqs=1), [0.0]
-    served.core.clock = lambda: now[0]
-    late = [ask(name, BOTH, deadline=1.0, max_tokens=300) for name in "ab"]
-    taken = served.take(*late, ask("in time", deadline=9.0))
+async def test_a_deadline_aborts_a_running_or_waiting_request_and_is_its_error(start: Any) -> None:
+    served = start(go=False, max_num_seqs=1)
+    now = 0.0
+    served.core.clock = lambda: now
+    runs = ask("runs", BOTH, deadline=1.0, max_tokens=300)
+    waits = ask("waits", BOTH, deadline=1.0, max_tokens=300)
+    tasks = served.start(runs, waits, ask("in time", deadline=9.0))
     await happens(served.at_step)
-    now[0] = 1.0
+    now = 1.0
     served.go.set()
-    ends = [reason(outputs) for outputs in await asyncio.gather(*taken)]
-    assert ends == [(FinishReason.ABORT, "deadline")] * 2 + [(FinishReason.LENGTH, None)]
+    endings = [ending(outputs) for outputs in await asyncio.gather(*tasks)]
+    late = (FinishReason.ABORT, "deadline")
+    assert endings == [late, late, (FinishReason.LENGTH, None)]
 
 
 async def test_a_failing_step_ends_its_own_sequences_only(start: Any) -> None:
     served = start(go=False)
-    taken = served.take(ask("unlucky", n=2))
+    tasks = served.start(ask("unlucky", n=2))
     await happens(served.at_step)
-    taken += served.take(ask("waits", BOTH))
+    tasks += served.start(ask("waits", BOTH))
     served.failures.append(RuntimeError("out of memory"))
     served.go.set()
-    unlucky, waited = await asyncio.gather(*taken)
-    assert [(o.finish_reason, o.error) for o in unlucky] == [
-        (FinishReason.ERROR, "the step failed")
-    ] * 2
-    assert (reason(waited)[0], len(tokens(waited))) == (FinishReason.LENGTH, 6)
+    unlucky, waited = await asyncio.gather(*tasks)
+    failure = (FinishReason.ERROR, "the step failed")
+    assert [(output.finish_reason, output.error) for output in unlucky] == [failure] * 2
+    assert ending(waited)[0] is FinishReason.LENGTH
+    assert len(tokens(waited)) == 6
 
 
-async def test_an_unforeseen_failure_of_the_engine_leaves_nobody_waiting(start: Any) -> None:
+async def test_an_unexpected_failure_of_the_engine_ends_every_request(start: Any) -> None:
     served = start(go=False)
-    taken = served.take(ask("runs", n=2), ask("waits", BOTH))
+    tasks = served.start(ask("runs", n=2), ask("waits", BOTH))
     await happens(served.at_step)
-    served.core.scheduler.schedule = None
+    served.core.scheduler.schedule = None  # the next step raises a TypeError
     served.go.set()
-    for outputs in await asyncio.wait_for(asyncio.gather(*taken), 10):
-        assert reason(outputs)[0] is FinishReason.ERROR
+    for outputs in await asyncio.wait_for(asyncio.gather(*tasks), 10):
+        assert ending(outputs)[0] is FinishReason.ERROR
     with pytest.raises(EngineStopped):
         served.engine.submit(ask("later"))
     assert served.engine.stats().has_failed

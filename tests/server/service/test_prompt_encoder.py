@@ -1,0 +1,156 @@
+"""server.service.prompt_encoder: text, token ids and turns become token ids, a few at a time."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import tiny
+from tiny import FORMAT, VOCAB
+
+from crma.core.errors import ConfigError
+from crma.models.prompts import Turn
+from server.engine.errors import QueueFull
+from server.service.errors import InvalidField
+from server.service.prompt_encoder import EncodedPrompt, PromptEncoder
+
+MARKUP = "<|im_end|>"  # a special token; where a user writes it, it is text
+STOP_ID = tiny.tokenizer().eos_token_id
+
+
+class PausedTokenizer:
+    """The tiny tokenizer, which encodes only while `go` is set."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.go.set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tiny.tokenizer(), name)
+
+    def encode(self, *arguments: Any, **options: Any) -> list[int]:
+        assert self.go.wait(10)
+        return tiny.tokenizer().encode(*arguments, **options)
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., PromptEncoder]]:
+    """Makes encoders and closes them."""
+    made: list[PromptEncoder] = []
+
+    def start(
+        tokenizer: Any = None, *, num_tokens: int = VOCAB, max_waiting: int = 4
+    ) -> PromptEncoder:
+        encoder = PromptEncoder(tokenizer or tiny.tokenizer(), num_tokens, max_waiting)
+        made.append(encoder)
+        return encoder
+
+    yield start
+    for encoder in made:
+        encoder.close()
+
+
+async def encode(
+    encoder: PromptEncoder, prompt: Any, *, raw: bool = False, answer: str | None = None
+) -> EncodedPrompt:
+    return await encoder.encode(prompt, FORMAT, raw=raw, answer=answer)
+
+
+def as_text(token_ids: tuple[int, ...]) -> str:
+    return tiny.tokenizer().decode(list(token_ids))
+
+
+async def test_text_goes_through_the_prompt_format_unless_it_is_raw(make: Any) -> None:
+    encoder = make()
+    formatted = await encode(encoder, "the café")
+    raw = await encode(encoder, "the café", raw=True)
+    assert as_text(formatted.prompt_ids) == "<|im_start|>the café[answer]"
+    assert as_text(raw.prompt_ids) == "the café"
+    assert formatted.stop_id == raw.stop_id == STOP_ID
+
+
+@pytest.mark.parametrize("raw", [False, True])
+async def test_a_special_token_written_in_text_stays_text(make: Any, raw: bool) -> None:
+    encoded = await encode(make(), MARKUP, raw=raw, answer=MARKUP)
+    assert STOP_ID not in encoded.prompt_ids
+    assert STOP_ID not in encoded.answer_ids
+    assert as_text(encoded.answer_ids) == MARKUP
+
+
+async def test_without_a_prompt_format_text_is_raw(make: Any) -> None:
+    encoded = await make().encode("the café", None, raw=False, answer=None)
+    assert as_text(encoded.prompt_ids) == "the café"
+    assert encoded.stop_id == STOP_ID
+
+
+async def test_a_given_answer_is_encoded_apart_from_the_prompt(make: Any) -> None:
+    encoder = make()
+    alone = await encode(encoder, "the café")
+    followed = await encode(encoder, "the café", answer="is free")
+    assert alone.answer_ids == ()
+    assert followed.prompt_ids == alone.prompt_ids
+    assert as_text(followed.answer_ids) == "is free"
+
+
+async def test_token_ids_pass_unchanged(make: Any) -> None:
+    encoded = await encode(make(), [5, STOP_ID, VOCAB - 1])
+    assert encoded.prompt_ids == (5, STOP_ID, VOCAB - 1)
+
+
+@pytest.mark.parametrize("token_id", [-1, 40])
+async def test_a_token_id_out_of_range_is_named_by_its_position(make: Any, token_id: int) -> None:
+    encoder = make(num_tokens=40)
+    with pytest.raises(InvalidField) as caught:
+        await encode(encoder, [0, 39, token_id])
+    assert caught.value.field == "prompt.2"
+    assert caught.value.value == token_id
+    assert caught.value.allowed == "0 to 39"
+    assert (await encode(encoder, [0, 39])).prompt_ids == (0, 39)
+
+
+async def test_turns_go_through_the_chat_template(make: Any) -> None:
+    turns = [Turn("system", "the café"), Turn("user", f"is free{MARKUP}")]
+    encoded = await encode(make(), turns)
+    assert as_text(encoded.prompt_ids) == (
+        "<|im_start|>system\nthe café<|im_end|>\n"
+        "<|im_start|>user\nis free<|im_end|><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert encoded.prompt_ids.count(STOP_ID) == 2  # the template's own, not the user's
+
+
+async def test_turns_that_the_template_refuses_are_a_config_error_and_free_the_place(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = make(max_waiting=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny.tokenizer(), "chat_template", "{{ raise_exception('no turns') }}")
+        with pytest.raises(ConfigError, match="no turns") as caught:
+            await encode(encoder, [Turn("user", "the")])
+    assert caught.value.field == "messages"
+    assert as_text((await encode(encoder, "the", raw=True)).prompt_ids) == "the"
+
+
+async def test_one_more_than_max_waiting_is_refused_and_the_others_are_encoded(make: Any) -> None:
+    tokenizer = PausedTokenizer()
+    encoder = make(tokenizer, max_waiting=2)
+    tokenizer.go.clear()
+    accepted = [asyncio.create_task(encode(encoder, text)) for text in ("the", "café", "is")]
+    await asyncio.sleep(0)  # each takes its place: one is encoded, two wait
+    with pytest.raises(QueueFull) as caught:
+        await encode(encoder, "free")
+    assert caught.value.allowed == 2
+    assert caught.value.retry_after >= 1
+    tokenizer.go.set()
+    encoded = await asyncio.gather(*accepted)
+    texts = [as_text(each.prompt_ids) for each in encoded]
+    assert texts == [f"<|im_start|>{text}[answer]" for text in ("the", "café", "is")]
+    assert (await encode(encoder, "free")).prompt_ids != ()
+
+
+def test_the_text_of_tokens_shows_special_tokens_and_incomplete_characters(make: Any) -> None:
+    encoder = make()
+    first_byte = tiny.tokenizer().encode("本")[:1]
+    assert encoder.text([STOP_ID, *tiny.tokenizer().encode(" café")]) == f"{MARKUP} café"
+    assert encoder.text(first_byte) == "�"
