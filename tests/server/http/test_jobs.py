@@ -1,5 +1,6 @@
 """Background ablations and named question sets: what is kept, read back, and refused."""
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -58,6 +59,14 @@ def record_file(folder: Path, url: str) -> Path:
     return folder / "ablations" / f"{url.removeprefix('/ablation/')}.json"
 
 
+async def first_record(file: Path) -> bytes:
+    """Return the record that a job writes in its own task, after its id was answered."""
+    async with asyncio.timeout(30):
+        while not file.exists():
+            await asyncio.sleep(0)
+    return file.read_bytes()
+
+
 async def test_a_job_reports_progress_gives_the_direct_answer_and_survives_a_restart(
     serve: Serve, tmp_path: Path
 ) -> None:
@@ -87,7 +96,7 @@ async def test_a_job_can_be_cancelled_and_a_stopped_or_killed_server_interrupts_
     body = {"question_set": None, "tasks": None, "questions": questions}
     cancelled, left, killed = [await start(served, **body) for _ in range(3)]
     assert (await served.client.delete(cancelled)).json()["status"] == "cancelled"
-    snapshot = record_file(tmp_path, killed).read_bytes()
+    snapshot = await first_record(record_file(tmp_path, killed))
     await served.app.state.ablations.jobs.stop()
     assert served.engine.running == 0
     for url, status in ((cancelled, "cancelled"), (left, "interrupted")):
