@@ -56,9 +56,9 @@ def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
         CrmaError: the model cannot be served with this configuration.
     """
     num_threads = config.num_threads or torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # of this thread: the engine's thread sets its own number (model_runner.py)
+    # One thread for everything but the engine's own thread, which sets its number in a step
+    # (model_runner.py).
+    torch.set_num_threads(1)
     device = resolve_device(config.device)
     injection = Injection(load_model(base, device, resolve_dtype(config.dtype, device)))
     model = injection.model
