@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from crma.core.errors import ConfigError
-from server.engine.native import kernel as kernel_module
+from server.engine.native import kernel_build
 from server.engine.native.kernel import Int8Weight, Kernel
 
 H, HKV, E, Z = 6, 2, 24, 4  # no multiple of a vector's width
@@ -100,7 +100,7 @@ def test_a_nan_stays_in_its_row(kernel: Kernel) -> None:
 def test_what_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = tmp_path / "kernel.cpp"
     source.write_text("no C++")
-    monkeypatch.setattr(kernel_module, "SOURCE", source)
+    monkeypatch.setattr(kernel_build, "SOURCE", source)
     with pytest.raises(ConfigError, match=r"does not build the kernel|no C\+\+ compiler"):
         Kernel(torch.float32, tmp_path / "kernels")
     assert not list((tmp_path / "kernels").glob("*"))

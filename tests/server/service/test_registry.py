@@ -76,7 +76,7 @@ async def test_what_is_published_while_it_serves_appears_by_itself(store: Adapte
     await made.stop()
     assert before.selection.task_digest == first
     assert made.resolve("task", None).selection.task_digest == second
-    estimate = made.pool._sizes[hidden]
+    estimate = made.pool._residents.sizes[hidden]
     made.pool.load(hidden)
     assert estimate == sum(tensor.nbytes for tensor in made.pool.loras[hidden].parameters()) > 0
 
@@ -136,7 +136,7 @@ async def test_what_replaces_a_resident_version_is_loaded_before_it_serves(
         made.resolve(None, True).selection.crma_digest,
     ] == new
     made.pool.pin(new[0])
-    made.pool.max_resident = (
+    made.pool._residents.max_resident = (
         1  # so that there is no room for its successor, which serves all the same
     )
     last = publish(store, "warm", 4).digest

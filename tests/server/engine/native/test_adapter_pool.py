@@ -184,7 +184,7 @@ class PoolMachine(RuleBasedStateMachine):
             for _ in range(2):  # what turns out to be larger than estimated is tried again
                 self.pool.prefetch([selection])
                 self.loads.end_all()
-            fits = sum(SIZES[digest] for digest in selection if digest) <= self.pool.max_bytes
+            fits = sum(SIZES[digest] for digest in selection if digest) <= self.pool._residents.max_bytes
             assert self.pool.acquire(selection) is fits
             assert [type(error) for error in self.pool.take_failures().values()] == [
                 AdapterPoolFull
