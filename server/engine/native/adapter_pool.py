@@ -262,8 +262,8 @@ class AdapterPool:
 
     def _start_missing(self, digests: list[str], keep: Set[str]) -> bool:
         """Start the loads that a waiting request needs. Returns False if one finds no room."""
-        had = self._residents.by_digest.keys() | self._loading.keys()
-        missing = [digest for digest in digests if digest not in had]
+        present = self._residents.by_digest.keys() | self._loading.keys()
+        missing = [digest for digest in digests if digest not in present]
         has_failed = not self._failures.keys().isdisjoint(digests)
         if not missing or has_failed:
             return True

@@ -1,4 +1,4 @@
-"""Which adapters are in memory, who keeps them there, and which must go to make room.
+"""Which adapters are in memory, which of them must stay, and which go first to make room.
 
 Plain data without a lock: `AdapterPool` holds its own lock around every call.
 """
