@@ -33,7 +33,8 @@ from crma.store.entry import BackboneEntry, TaskEntry
 from server.engine.native.adapter_pool import AdapterPool
 from server.engine.native.block_pool import BlockPool, root_key
 from server.engine.native.engine import Engine
-from server.engine.native.kernel import Kernel, build
+from server.engine.native.kernel import Kernel
+from server.engine.native.kernel_build import build
 from server.engine.native.model_runner import ModelRunner
 from server.engine.native.scheduler import Scheduler
 from server.engine.request import Request, SamplingParams

@@ -1,4 +1,4 @@
-"""On a CUDA device: the same equalities as on the CPU."""
+"""The engine on a CUDA device against the oracle on the CPU."""
 
 import pytest
 import tiny
@@ -12,18 +12,18 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+GREEDY = SamplingParams(12, logprobs=2, prompt_logprobs=1)
+SAMPLED = SamplingParams(
+    12, temperature=0.8, top_p=0.9, top_k=20, seed=3, repetition_penalty=1.2, n=2, logprobs=2
+)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_schedule_on_cuda_is_each_request_alone_on_the_cpu(family: str) -> None:
-    """fp32; prompts that begin alike, chunks, preemption, more adapters than fit, greedy and sampled."""
+def test_every_request_on_cuda_gets_what_it_gets_alone_on_the_cpu(family: str) -> None:
+    """In fp32: shared prefixes, chunked prompts, preemption and more adapters than fit."""
     world = World(tiny.injection(family), tiny.adapters(tiny.injection(family)))
-    greedy = SamplingParams(12, logprobs=2, prompt_logprobs=1)
-    sampled = SamplingParams(
-        12, temperature=0.8, top_p=0.9, top_k=20, seed=3, repetition_penalty=1.2, n=2, logprobs=2
-    )
     schedule = [
-        Call(selection, prompt(5 + 4 * i, i % 2), sampled if i % 3 == 2 else greedy, arrival=i)
+        Call(selection, prompt(5 + 4 * i, i % 2), SAMPLED if i % 3 == 2 else GREEDY, arrival=i)
         for i, selection in enumerate(SELECTIONS)
     ]
     on_cuda = Injection(tiny.fresh(world.injection).to("cuda"))

@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from crma.core.errors import ConfigError
-from server.engine.native import kernel as kernel_module
+from server.engine.native import kernel_build
 from server.engine.native.kernel import Int8Weight, Kernel
 
-H, HKV, E, Z = 6, 2, 24, 4  # no multiple of a vector's width
+# Query heads, key-value heads, head size and block size: no multiples of a vector's width.
+H, HKV, E, Z = 6, 2, 24, 4
+SCALING = 0.3
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
@@ -22,85 +25,91 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
     return Kernel(request.param, library.parent)
 
 
-def draw(kernel: Kernel, *shape: int) -> torch.Tensor:
+def draw(kernel: Kernel, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(kernel.dtype)
+
+
+def relative_tolerance(kernel: Kernel, fp32: float) -> float:
+    return fp32 if kernel.dtype == torch.float32 else 2**-7
+
+
+def attention(query: Tensor, kv: Tensor) -> Tensor:
+    """Attention of one row [H, e] over [positions, 2h, e] in fp32, by torch."""
+    repeated = kv.float().repeat_interleave(H // HKV, dim=1)
+    k, v = repeated.transpose(0, 1).chunk(2)
+    return scaled_dot_product_attention(query[:, None].float(), k, v, scale=SCALING)[:, 0]
 
 
 def test_norm_and_gate_round_as_torch_does(kernel: Kernel) -> None:
     x, weight = draw(kernel, 5, 50), draw(kernel, 50)
-    tight = {"rtol": 2e-6 if kernel.dtype == torch.float32 else 2**-7, "atol": 1e-6}
-    torch.testing.assert_close(
-        kernel.norm(x, weight, 1e-5), rms_norm(x, (50,), None, 1e-5) * weight, **tight
-    )
-    wide = torch.cat([x * 40, x], dim=-1)  # both ends of the sigmoid
-    torch.testing.assert_close(kernel.gate(wide), silu(x * 40) * x, **tight)
+    tight = {"rtol": relative_tolerance(kernel, 2e-6), "atol": 1e-6}
+    normed = rms_norm(x, (50,), None, 1e-5) * weight
+    torch.testing.assert_close(kernel.norm(x, weight, 1e-5), normed, **tight)
+    both_ends = x * 40  # of the sigmoid
+    gate_up = torch.cat([both_ends, x], dim=-1)
+    torch.testing.assert_close(kernel.gate(gate_up), silu(both_ends) * x, **tight)
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_attention_is_of_the_rows_own_blocks_and_window(kernel: Kernel, window: int | None) -> None:
+def test_a_row_attends_to_its_own_blocks_and_window(kernel: Kernel, window: int | None) -> None:
     lengths = [1, 4, 13, 30]
+    # Every position behind a row's own is NaN: reading it would show.
     cache = torch.full((40, Z, 2 * HKV, E), torch.nan, dtype=kernel.dtype)
     blocks = torch.randperm(40, generator=torch.Generator().manual_seed(0))[: 4 * 8].view(4, 8)
-    query, out = draw(kernel, 4, H, E), torch.empty(4, H, E, dtype=kernel.dtype)
+    query = draw(kernel, 4, H, E)
     expected = torch.empty(4, H, E)
     for row, length in enumerate(lengths):
         kv = draw(kernel, length, 2 * HKV, E)
         for p in range(length):
             cache[blocks[row, p // Z], p % Z] = kv[p]
-        k, v = (
-            kv[-(window or length) :]
-            .float()
-            .repeat_interleave(H // HKV, dim=1)
-            .transpose(0, 1)
-            .chunk(2)
-        )
-        expected[row] = scaled_dot_product_attention(query[row, :, None].float(), k, v, scale=0.3)[
-            :, 0
-        ]
+        expected[row] = attention(query[row], kv[-(window or length) :])
     positions = torch.tensor(lengths)[:, None] - 1
-    kernel.attend(
-        query, cache, blocks, positions, out, 0.3, window
-    )  # what is behind a row's end is NaN
-    torch.testing.assert_close(
-        out.float(), expected, rtol=1e-5 if kernel.dtype == torch.float32 else 2**-7, atol=1e-5
-    )
+    out = torch.empty(4, H, E, dtype=kernel.dtype)
+    kernel.attend(query, cache, blocks, positions, out, SCALING, window)
+    rtol = relative_tolerance(kernel, 1e-5)
+    torch.testing.assert_close(out.float(), expected, rtol=rtol, atol=1e-5)
     alone = torch.empty(1, H, E, dtype=kernel.dtype)
-    kernel.attend(query[2:3], cache, blocks[2:3], positions[2:3], alone, 0.3, window)
+    kernel.attend(query[2:3], cache, blocks[2:3], positions[2:3], alone, SCALING, window)
     assert torch.equal(alone[0], out[2])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 9])
-def test_a_product_in_int8_is_that_of_the_rounded_row_and_weight(kernel: Kernel, rows: int) -> None:
+def test_an_int8_product_is_that_of_the_rounded_row_and_weight(kernel: Kernel, rows: int) -> None:
     x, weight = draw(kernel, rows, 100), draw(kernel, 36, 100)
-    steps = x.float().abs().amax(1, keepdim=True) / 127
     int8 = Int8Weight.of(weight)
-    rounded = int8.values[:, :100].float() * int8.scales[:, None]
-    assert (rounded - weight.float()).abs().amax() <= int8.scales.amax() / 2 * 1.0001
+    rounded_weight = int8.values[:, :100].float() * int8.scales[:, None]
+    error = (rounded_weight - weight.float()).abs()
+    assert error.amax() <= int8.scales.amax() / 2 * 1.0001
+    steps = x.float().abs().amax(1, keepdim=True) / 127
+    rounded_x = (x.float() / steps).round() * steps
     found = kernel.product(x, int8)
-    expected = (x.float() / steps).round() * steps @ rounded.T
-    torch.testing.assert_close(
-        found.float(), expected, rtol=2**-7 if kernel.dtype == torch.bfloat16 else 1e-5, atol=1e-4
-    )
+    rtol = relative_tolerance(kernel, 1e-5)
+    torch.testing.assert_close(found.float(), rounded_x @ rounded_weight.T, rtol=rtol, atol=1e-4)
     assert torch.equal(found[-1:], kernel.product(x[-1:], int8))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_a_row_that_is_not_finite_has_an_int8_product_of_nan(kernel: Kernel, rows: int) -> None:
+    x = draw(kernel, rows, 100)
     x[0, 3] = torch.inf
-    assert kernel.product(x, int8).isnan().all(-1).tolist() == [True] + [False] * (rows - 1)
+    product = kernel.product(x, Int8Weight.of(draw(kernel, 36, 100)))
+    assert product.isnan().all(-1).tolist() == [True] + [False] * (rows - 1)
 
 
 def test_a_nan_stays_in_its_row(kernel: Kernel) -> None:
     x = draw(kernel, 3, 32)
     x[1, 7] = torch.nan
-    assert kernel.norm(x, torch.ones(32, dtype=kernel.dtype), 1e-5).isnan().any(-1).tolist() == [
-        False,
-        True,
-        False,
-    ]
+    normed = kernel.norm(x, torch.ones(32, dtype=kernel.dtype), 1e-5)
+    assert normed.isnan().any(-1).tolist() == [False, True, False]
     assert kernel.gate(x).isnan().sum(-1).tolist() == [0, 1, 0]
 
 
-def test_what_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_error_says_why_the_kernel_cannot_be_built(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     source = tmp_path / "kernel.cpp"
     source.write_text("no C++")
-    monkeypatch.setattr(kernel_module, "SOURCE", source)
+    monkeypatch.setattr(kernel_build, "SOURCE", source)
     with pytest.raises(ConfigError, match=r"does not build the kernel|no C\+\+ compiler"):
         Kernel(torch.float32, tmp_path / "kernels")
     assert not list((tmp_path / "kernels").glob("*"))

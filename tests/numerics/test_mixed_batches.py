@@ -1,5 +1,7 @@
-"""Solo = batched: any mix of selections, lengths, arrivals, chunks, preemptions and cancellations gives each request
-what it gets alone."""
+"""Solo = batched: whatever else the engine runs, a request gets what it gets alone.
+
+That holds for any mix of selections, lengths, arrivals, chunks, preemptions and cancellations.
+"""
 
 from dataclasses import replace
 from functools import cache
@@ -13,19 +15,20 @@ from schedules import SELECTIONS, Answer, Call, World, calls, mismatches, prompt
 from crma.core.selection import BASE, AdapterSelection
 from server.engine.request import FinishReason, SamplingParams
 
-TOLERANCE = 1e-4  # of a log-probability, fp32
+TOLERANCE = 1e-4  # of a log-probability, in fp32
 PLAIN = SamplingParams(6, logprobs=2)
-PROMPTS = st.builds(prompt, st.integers(1, 24), st.integers(0, 1))  # many of which begin alike
+PROMPTS = st.builds(prompt, st.integers(1, 24), st.integers(0, 1))  # many share a prefix
 LIMITS = {
     "max_num_seqs": st.integers(1, 4),
     "max_num_batched_tokens": st.sampled_from([4, 9, 24, 64]),
     "block_size": st.sampled_from([1, 4, 8]),
-    "room": st.sampled_from(
-        [48, 56, 160]
-    ),  # tokens in the KV cache: one long sequence, hardly two, or all
+    # Tokens in the KV cache: room for one long sequence, for barely two, or for all.
+    "room": st.sampled_from([48, 56, 160]),
     "max_resident": st.integers(2, 5),
     "prefix_caching": st.sampled_from([True, True, False]),
 }
+# Without shrinking, which takes minutes.
+EXAMPLES = settings(derandomize=True, max_examples=25, deadline=None, phases=[Phase.generate])
 
 
 @cache
@@ -40,9 +43,7 @@ def check(world: World, answered: list[tuple[Call, int, Answer]]) -> None:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@settings(
-    derandomize=True, max_examples=25, deadline=None, phases=[Phase.generate]
-)  # shrinking takes minutes
+@EXAMPLES
 @given(
     schedule=st.lists(calls(PROMPTS, 20), min_size=4, max_size=9),
     limits=st.fixed_dictionaries(LIMITS),
@@ -50,49 +51,55 @@ def check(world: World, answered: list[tuple[Call, int, Answer]]) -> None:
 def test_every_request_gets_what_it_gets_alone(
     family: str, schedule: list[Call], limits: dict[str, int]
 ) -> None:
-    """Greedy ties are not excused: rounding is about 1e-6 and the best two logits of these models are half a unit apart
-    on average, so that rounding decides one token in some 300,000. These fixed examples have 3,000."""
-    check(world(family), run(world(family), schedule, **limits)[0])
+    """Ties of greedy decoding are no excuse for another token.
+
+    Rounding is about 1e-6, and the two best logits of these models are half a unit apart on
+    average, so rounding decides one token in some 300,000. These fixed examples have 3,000.
+    """
+    answered, _ = run(world(family), schedule, **limits)
+    check(world(family), answered)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_long_sequence_beside_short_ones(family: str) -> None:
-    lengths = [(5, 0), (253, 1), (305, 3)]
+def test_a_long_sequence_runs_beside_short_ones(family: str) -> None:
+    prompts = [(5, 0), (253, 1), (305, 3)]  # length, arrival
+    sampling = replace(PLAIN, max_tokens=7)
     schedule = [
-        Call(SELECTIONS[i + 1], prompt(n), replace(PLAIN, max_tokens=7), arrival=at)
-        for i, (n, at) in enumerate(lengths)
+        Call(SELECTIONS[i + 1], prompt(length), sampling, arrival=arrival)
+        for i, (length, arrival) in enumerate(prompts)
     ]
-    check(world(family), run(world(family), schedule, room=720, max_num_seqs=3, max_resident=5)[0])
+    answered, _ = run(world(family), schedule, room=720, max_num_seqs=3, max_resident=5)
+    check(world(family), answered)
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
-def test_nothing_stays_behind_when_only_the_adapter_changes(prefix_caching: bool) -> None:
-    """The same prompt again and again: other tasks, CRMA on and off, a task published anew under another digest, and
-    the first ones once more, which find their own KV."""
+def test_no_keys_and_values_are_shared_between_selections(prefix_caching: bool) -> None:
+    """The same prompt under every selection, one after the other.
+
+    They differ in the task, in CRMA on or off, or only in the digest of a task published anew. The
+    first ones come once more at the end, and may find their own keys and values.
+    """
     selections = [*SELECTIONS, AdapterSelection("task-0", "crma-1"), SELECTIONS[0], SELECTIONS[2]]
     schedule = [Call(s, prompt(30), PLAIN, arrival=20 * i) for i, s in enumerate(selections)]
-    answered, _ = run(
-        world("llama"), schedule, room=800, max_num_seqs=1, prefix_caching=prefix_caching
-    )
+    limits = {"room": 800, "max_num_seqs": 1, "prefix_caching": prefix_caching}
+    answered, _ = run(world("llama"), schedule, **limits)
     check(world("llama"), answered)
-    seen = {
-        call.selection: tuple(one.logprob for one in answer.logprobs)
-        for call, _, answer in answered
-    }
-    assert len({tuple(round(p, 3) for p in each) for each in seen.values()}) == len(set(selections))
+    seen: dict[AdapterSelection, tuple[float, ...]] = {}
+    for call, _, answer in answered:
+        seen[call.selection] = tuple(round(one.logprob, 3) for one in answer.logprobs)
+    assert len(set(seen.values())) == len(set(selections))
 
 
-def test_an_adapter_that_overflows_harms_nobody_beside_it_or_after_it() -> None:
-    """Finite weights can give NaN. That is an error and no answer; and a masked NaN in a block must not stay there for
-    the next sequence: 0 · NaN is NaN."""
+def test_an_adapter_that_overflows_harms_no_other_request() -> None:
+    """Finite weights can give NaN: an error, and no answer.
+
+    Nor may the NaN stay in a block for the next sequence, even masked: 0 · NaN is NaN.
+    """
     there = World(tiny.injection(), {"broken": tiny.overflowing()})
-    bad = [
-        Call(AdapterSelection("broken"), prompt(n), PLAIN, arrival=at)
-        for n, at in ((20, 0), (9, 1))
-    ]
+    broken = AdapterSelection("broken")
+    bad = [Call(broken, prompt(20), PLAIN, arrival=0), Call(broken, prompt(9), PLAIN, arrival=1)]
     good = [Call(BASE, prompt(n), PLAIN, arrival=at) for n, at in ((7, 0), (1, 2), (4, 9))]
     answered, _ = run(there, bad + good, room=40, block_size=4, max_num_seqs=2)
-    assert [(answer.reason, answer.tokens) for _, _, answer in answered[:2]] == [
-        (FinishReason.ERROR, [])
-    ] * 2
+    for _, _, answer in answered[:2]:
+        assert (answer.reason, answer.tokens) == (FinishReason.ERROR, [])
     check(there, answered[2:])

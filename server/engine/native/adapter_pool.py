@@ -1,59 +1,54 @@
-"""Adapters in memory, by digest: thousands registered, a bounded number resident, pinned while requests use them.
+"""Adapters in memory, by digest: any number registered, a bounded number resident.
 
-Thread-safe, and the lock is never held while an adapter loads: that is done one at a time, in a thread of the pool's
-own. Requests wait for adapters in the engine's queue: nothing that the engine's thread calls loads or waits.
+A running sequence *uses* its adapters, and an administrator may *pin* one; every other resident
+may be evicted to make room.
+
+The pool is thread-safe. Adapters load one at a time in a thread of its own, and the lock is never
+held meanwhile. Requests wait for adapters in the engine's queue: nothing that the engine's thread
+calls (`acquire`, `release`, `prefetch`, `stack`, `is_loading`, `take_failures`) loads or waits.
 """
 
 import logging
 import math
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
-import torch
-
-from crma.core.errors import CrmaError, InvalidAdapter, NotFound
+from crma.core.errors import CrmaError, NotFound
 from crma.core.selection import AdapterSelection
 from crma.method.backbone import Backbone, FoldedPair
 from crma.method.injection import Injection
 from crma.method.lora import Lora
 from crma.models.loading import compute_alone
-from server.engine.errors import AdapterInUse, AdapterPoolFull
+from server.engine.errors import AdapterPoolFull
+from server.engine.native.adapter_residents import AdapterResidents, digests_of
+from server.engine.native.adapter_weights import Weights, prepare, size_in_bytes
 from server.engine.native.lora_stack import LoraStack, Site
 from server.engine.request import PoolCounters
 
 logger = logging.getLogger(__name__)
 
 Loader = Callable[[], Lora | Backbone]
-Weights = Lora | list[FoldedPair]
-
-
-@dataclass(eq=False)
-class _Resident:
-    """`users`: running sequences that use it; `leaving`: unloads that wait for those to end."""
-
-    weights: Weights
-    users: int = 0
-    leaving: int = 0
+Loading = Future[Exception | None]  # of a load: the error, or None
 
 
 class AdapterPool:
-    """What is registered (a digest and how to load it) and what is resident (its weights, as they serve).
+    """The registered adapters (a digest and its loader) and the resident ones (their weights).
 
     Args:
-        injection: checks every adapter against the model and says device and dtype.
-        max_resident: most residents, task adapters and backbones together; what is being loaded counts.
-        max_bytes: most bytes of weights as they serve, of the same; None: no limit.
+        injection: checks every adapter against the model.
+        max_resident: limit on residents, task adapters and backbones together, and on what is
+            being loaded beside them.
+        max_bytes: limit on their weights in memory; None: no limit.
 
     Attributes:
-        on_change: called without the lock, by any thread, when what the engine waits for may have come: a load ended,
-            well or badly, an unload or a hold is over, or there is a failure to take.
-        loras, backbones: the residents. Read by the engine's thread without the lock; replaced, never changed.
-        executor: runs the loads, one at a time and in order, never inside `submit`. `close` ends it.
-        pinned: what administrators keep resident.
+        on_change: called without the lock, from any thread, when the engine may have something to
+            do: a load, an unload or a pin has ended, or there are failures to take.
+        loras: the resident task adapters; replaced, never changed, so that the engine's thread can
+            read them without the lock.
+        backbones: the resident backbones, likewise.
+        executor: runs the loads in order, one at a time, and never inside `submit`.
         counters: since the start.
     """
 
@@ -61,325 +56,308 @@ class AdapterPool:
         self, injection: Injection, max_resident: int, max_bytes: int | None = None
     ) -> None:
         self.injection = injection
-        self.max_resident = max_resident
-        self.max_bytes = math.inf if max_bytes is None else max_bytes
         self.on_change: Callable[[], None] = lambda: None
         self.loras: Mapping[str, Lora] = {}
         self.backbones: Mapping[str, list[FoldedPair]] = {}
         self.executor: Executor = ThreadPoolExecutor(1, "adapters", compute_alone)
-        self.pinned: set[str] = set()
-        self._changed = (
-            threading.Condition()
-        )  # the one lock; notified when pins are given back and holds are taken
+        self.counters = PoolCounters()
+        # The only lock. It is notified when a user leaves or an adapter is pinned.
+        self._lock = threading.Condition()
         self._loaders: dict[str, Loader] = {}
-        self._sizes: dict[
-            str, int
-        ] = {}  # bytes: an estimate until a load has shown the true number
-        self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
-        self._loading: dict[str, Future[Exception | None]] = {}  # room for them is made
-        self._wanted: dict[str, int] = {}  # digest -> its place in the queue
+        max_size = math.inf if max_bytes is None else max_bytes
+        self._residents = AdapterResidents(max_resident, max_size)
+        self._loading: dict[str, Loading] = {}  # there is room for all of them
+        self._wanted: dict[str, int] = {}  # digest -> place in the queue of waiting requests
         self._failures: dict[str, Exception] = {}
         self._stack: LoraStack | None = None
-        self.counters = PoolCounters()
+
+    @property
+    def pinned(self) -> Set[str]:
+        """The digests that administrators pinned; all of them are resident."""
+        return self._residents.pinned
 
     def register(self, digest: str, loader: Loader, num_bytes: int = 0) -> None:
-        """Make a digest loadable. Its content never changes, but where it lies may: the last loader counts.
+        """Make an adapter loadable, or replace its loader.
+
+        A digest's content never changes, but the place to load it from may.
 
         Args:
-            num_bytes: about what it takes as it serves; the true number is known once it has been loaded.
+            num_bytes: an estimate of its memory, used until it has been loaded once.
         """
-        with self._changed:
+        with self._lock:
             self._loaders[digest] = loader
-            self._sizes.setdefault(digest, num_bytes)
+            self._residents.sizes.setdefault(digest, num_bytes)
 
     def acquire(self, selection: AdapterSelection) -> bool:
-        """Pin both adapters of a selection if they are resident and none is being unloaded; else take nothing."""
-        digests = _digests(selection)
-        with self._changed:
-            found = [self._resident.get(digest) for digest in digests]
-            if any(resident is None or resident.leaving for resident in found):
+        """Let a sequence use the adapters of its selection; to be undone by `release`.
+
+        Returns:
+            False, and nothing has changed, if one of them is not resident or is being unloaded.
+        """
+        digests = digests_of(selection)
+        with self._lock:
+            if not all(self._residents.is_usable(digest) for digest in digests):
                 return False
             for digest in digests:
-                self._resident[digest].users += 1
-                self._resident.move_to_end(digest)
+                self._residents.by_digest[digest].users += 1
+                self._residents.touch(digest)
             return True
 
     def release(self, selection: AdapterSelection) -> None:
-        """Give back what `acquire` took."""
-        with self._changed:
-            for digest in _digests(selection):
-                assert self._resident[digest].users > 0
-                self._resident[digest].users -= 1
-            self._changed.notify_all()
+        """End a sequence's use of its adapters."""
+        with self._lock:
+            for digest in digests_of(selection):
+                resident = self._residents.by_digest[digest]
+                assert resident.users > 0
+                resident.users -= 1
+            self._lock.notify_all()
 
     def prefetch(self, selections: Iterable[AdapterSelection]) -> None:
-        """Say all that waits, in the queue's order: what is missing begins to load as far as there is room.
+        """Start the loads that waiting requests need, as far as there is room.
 
-        What is not pinned makes room, but not for what waits behind, or with, its own user. Where the first that is
-        missing finds no room, those behind it wait too: they would take its room.
+        Residents that are neither used nor pinned make room, except those that the request itself
+        or one before it needs. If there is no room for a request, those behind it wait as well:
+        they would take the room that it waits for.
+
+        Args:
+            selections: of all waiting requests, in the queue's order.
         """
-        with self._changed:
-            in_order = [_digests(selection) for selection in dict.fromkeys(selections)]
-            self._wanted = {
-                d: i
-                for i, d in enumerate(dict.fromkeys(d for digests in in_order for d in digests))
-            }
+        with self._lock:
+            in_order = [digests_of(selection) for selection in dict.fromkeys(selections)]
+            distinct = dict.fromkeys(digest for digests in in_order for digest in digests)
+            self._wanted = {digest: place for place, digest in enumerate(distinct)}
             keep: set[str] = set()
             for digests in in_order:
                 keep.update(digests)
-                missing = [d for d in digests if d not in self._resident and d not in self._loading]
-                if not missing or not self._failures.keys().isdisjoint(digests):
-                    continue
-                if error := self._refusal([*missing, *digests]):
-                    self._failures[str(error.value)] = error
-                elif not all(self._begin(digest, keep) for digest in missing):
+                if not self._start_missing(digests, keep):
                     break
         if self._failures:
             self.on_change()
 
     def stack(self, digests: Set[str], sites: Iterable[Site]) -> LoraStack:
-        """Copies, beyond `max_bytes`, of these pinned task adapters side by side; the last made, if it has them all."""
-        if (stack := self._stack) is None or not digests <= stack.index.keys():
+        """Return a stack of task adapters that running sequences use.
+
+        It is the last one that was made, if that has all of them. Its copies of the weights do not
+        count towards `max_bytes`.
+        """
+        stack = self._stack
+        if stack is None or not digests <= stack.index.keys():
             loras = {digest: self.loras[digest] for digest in sorted(digests)}
-            stack = self._stack = LoraStack(loras, sites, self.injection.shapes)
+            stack = LoraStack(loras, sites, self.injection.shapes)
+            self._stack = stack
         return stack
 
     def is_loading(self, selection: AdapterSelection) -> bool:
-        """Whether an adapter of it is being loaded: then it is not for want of room that it waits."""
-        return any(digest in self._loading for digest in _digests(selection))
+        """Whether an adapter of the selection is being loaded, rather than waiting for room."""
+        return any(digest in self._loading for digest in digests_of(selection))
 
     def take_failures(self) -> dict[str, Exception]:
-        """Digest -> why what waits for it waits in vain, each given once; the next `prefetch` of it tries again.
+        """Return and forget the failures: digest -> NotFound, AdapterPoolFull or the load's error.
 
-        NotFound, AdapterPoolFull (no room beside what is held), or what the load raised.
+        While a failure is not taken, `prefetch` does not try its adapter again.
         """
-        with self._changed:
-            failures, self._failures = self._failures, {}
+        with self._lock:
+            failures = self._failures
+            self._failures = {}
             return failures
 
     def load(self, digest: str) -> None:
-        """Make an adapter resident; blocks. What is not pinned makes room, what is waited for last.
+        """Make an adapter resident, and wait until it is.
+
+        Residents that are neither used nor pinned make room; those that waiting requests need go
+        last.
 
         Raises:
-            NotFound, AdapterPoolFull: it cannot be had, or not now.
-            Exception: what the loader raises; InvalidAdapter if it does not fit the model or the dtype that serves.
+            NotFound: it is not registered.
+            AdapterPoolFull: there is no room now.
+            InvalidAdapter: it does not fit the model or its dtype.
+            Exception: whatever the loader raises.
         """
-        with self._changed:
-            if digest in self._resident:
-                self._resident.move_to_end(digest)
+        with self._lock:
+            if digest in self._residents.by_digest:
+                self._residents.touch(digest)
                 return
-            if error := self._refusal([digest]):
+            error = self._refusal([digest])
+            if error is not None:
                 raise error
-            loading = self._loading.get(digest) or self._begin(digest, ())
+            loading = self._loading.get(digest)
             if loading is None:
-                raise self._full([digest])
-        if failure := loading.result():
+                loading = self._start(digest, keep=())
+            if loading is None:
+                raise self._residents.full([digest])
+        failure = loading.result()
+        if failure is not None:
             raise failure
 
     def pin(self, digest: str) -> None:
-        """An administrator's pin: load, and keep until `unpin`. Once is enough. Raises as `load`."""
+        """Load an adapter and keep it resident until `unpin`; pinning twice is pinning once.
+
+        Raises:
+            Exception: as `load`.
+        """
         while True:
             self.load(digest)
-            with self._changed:
-                if digest in self._resident:  # not evicted again before it was held
-                    self.pinned.add(digest)
-                    return self._changed.notify_all()
+            with self._lock:
+                if digest in self._residents.by_digest:  # it may have been evicted since
+                    self._residents.pinned.add(digest)
+                    self._lock.notify_all()
+                    return
 
     def unpin(self, digest: str) -> None:
-        """Take back `pin`, never a request's own pin."""
-        with self._changed:
-            self.pinned.discard(digest)
+        """Undo `pin`. Sequences that use the adapter keep it."""
+        with self._lock:
+            self._residents.pinned.discard(digest)
         self.on_change()
 
     def unload(self, digest: str, *, wait_s: float = 0.0) -> None:
-        """Free a resident adapter; no-op if it is not resident, or on its way.
+        """Free a resident adapter; does nothing if it is not resident.
 
         Args:
-            wait_s: longest wait for requests that use it; meanwhile no other can `acquire` it.
+            wait_s: seconds to wait for the sequences that use it; no other can `acquire` it then.
 
         Raises:
-            AdapterInUse: at once if it is held, after the wait if it is pinned; it stays as it was.
+            AdapterInUse: it is pinned, or still used after the wait; it stays resident.
         """
-        with self._changed:
-            if (resident := self._resident.get(digest)) is None:
+        with self._lock:
+            resident = self._residents.by_digest.get(digest)
+            if resident is None:
                 return
-            resident.leaving += 1
-            self._changed.wait_for(lambda: not resident.users or digest in self.pinned, wait_s)
-            resident.leaving -= 1
-            in_use = resident.users > 0 or digest in self.pinned
-            if (
-                not in_use and self._resident.get(digest) is resident
-            ):  # else another freed it meanwhile
-                del self._resident[digest]
+            resident.unloads += 1
+            self._lock.wait_for(lambda: not resident.users or digest in self.pinned, wait_s)
+            resident.unloads -= 1
+            error = self._residents.in_use(digest, resident)
+            still_resident = self._residents.by_digest.get(digest) is resident
+            if error is None and still_resident:  # else another call has freed it meanwhile
+                del self._residents.by_digest[digest]
                 self._publish()
         self.on_change()
-        if in_use:
-            message = f"adapter {digest} is in use by {resident.users} sequences, or held"
-            raise AdapterInUse(
-                message, field="digest", value=digest, allowed="an adapter that is not in use"
-            )
+        if error is not None:
+            raise error
 
     def close(self) -> None:
-        """Load nothing more; waits for the load under way and ends the thread. For when the engine has ended."""
+        """Cancel waiting loads and wait for the one that runs. The engine must have ended."""
         self.executor.shutdown(cancel_futures=True)
 
     def resident(self) -> tuple[str, ...]:
         """Digests in memory, least recently used first."""
-        with self._changed:
-            return tuple(self._resident)
+        with self._lock:
+            return tuple(self._residents.by_digest)
 
     def num_users(self) -> int:
-        """Pins of running sequences, which take one on each adapter that they use."""
-        with self._changed:
-            return sum(resident.users for resident in self._resident.values())
+        """Uses by running sequences; a sequence with a task adapter and a backbone counts twice."""
+        with self._lock:
+            return sum(resident.users for resident in self._residents.by_digest.values())
 
     def check_integrity(self) -> None:
-        """AssertionError unless limits hold, with what loads, sizes are true, and the engine sees what is resident."""
-        with self._changed:
-            weights = {digest: resident.weights for digest, resident in self._resident.items()}
-            assert all(
-                resident.users >= 0 and resident.leaving >= 0
-                for resident in self._resident.values()
-            )
-            assert {**self.loras, **self.backbones} == weights
-            assert {digest: self._sizes[digest] for digest in weights} == {
-                d: _num_bytes(w) for d, w in weights.items()
-            }
-            assert not weights.keys() & (self._loading.keys() | self._failures.keys())
-            assert self.pinned <= weights.keys()
-            assert (
-                weights.keys() | self._loading.keys() <= self._loaders.keys() == self._sizes.keys()
-            )
-            assert not self._over([*weights, *self._loading])
+        """Check the pool's invariants. Raises AssertionError."""
+        with self._lock:
+            self._residents.check_integrity(self._loading.keys())
+            assert {**self.loras, **self.backbones} == self._weights()
+            resident = self._residents.by_digest.keys()
+            assert not resident & self._failures.keys()
+            assert resident | self._loading.keys() <= self._loaders.keys()
+            assert self._loaders.keys() == self._residents.sizes.keys()
 
-    # With the lock held ----------------------------------------------------------------------------------------------
+    # The caller of the following holds the lock.
 
-    def _begin(self, digest: str, keep: Collection[str]) -> Future[Exception | None] | None:
-        """Make room, without what is to be kept, and load; None: no room."""
+    def _start_missing(self, digests: list[str], keep: Set[str]) -> bool:
+        """Start the loads that a waiting request needs. Returns False if one finds no room."""
+        present = self._residents.by_digest.keys() | self._loading.keys()
+        missing = [digest for digest in digests if digest not in present]
+        has_failed = not self._failures.keys().isdisjoint(digests)
+        if not missing or has_failed:
+            return True
+        error = self._refusal([*missing, *digests])  # the first is blamed: name a missing one
+        if error is not None:
+            self._failures[str(error.value)] = error
+            return True
+        return all(self._start(digest, keep) is not None for digest in missing)
+
+    def _start(self, digest: str, keep: Collection[str]) -> Loading | None:
+        """Make room and start a load. Returns None if there is no room."""
         if not self._make_room(digest, keep):
             return None
-        self._loading[digest] = self.executor.submit(self._load, digest, frozenset(keep))
-        return self._loading[digest]
+        loading = self.executor.submit(self._load, digest, frozenset(keep))
+        self._loading[digest] = loading
+        return loading
 
     def _make_room(self, digest: str, keep: Collection[str]) -> bool:
-        """Evict what must go for a digest, and nothing in vain.
-
-        First what nobody waits for, the least recently used first; then what is needed last.
-        """
-        evictable = [
-            d for d, r in self._resident.items() if not (r.users or d in self.pinned or d in keep)
-        ]
-        staying, victims = {*self._resident, *self._loading, digest}, []
-        for victim in sorted(evictable, key=lambda d: -self._wanted.get(d, math.inf)):
-            if not self._over(staying):
-                break
-            staying.remove(victim)
-            victims.append(victim)
-        if self._over(staying):
+        """Evict residents, but none of `keep`, until an adapter fits; none if it cannot fit."""
+        victims = self._residents.victims({*self._loading, digest}, keep, self._wanted)
+        if victims is None:
             return False
         for victim in victims:
-            del self._resident[victim]
+            del self._residents.by_digest[victim]
         self.counters.adapter_evictions += len(victims)
         self._publish()
         return True
 
-    def _over(self, digests: Collection[str]) -> bool:
-        """Whether so many, or so large ones, must not be resident together."""
-        return (
-            len(digests) > self.max_resident
-            or sum(self._sizes[d] for d in digests) > self.max_bytes
-        )
-
     def _refusal(self, digests: Collection[str]) -> NotFound | AdapterPoolFull | None:
-        """Why these cannot all be resident, even if no request ran; its `value` is the one to blame."""
+        """Say why adapters cannot be resident together, even if no sequence ran.
+
+        Returns:
+            An error whose `value` is the digest to blame; None: they can.
+        """
         for digest in digests:
             if digest not in self._loaders:
                 message = f"adapter {digest} is not registered"
                 return NotFound(
                     message, field="digest", value=digest, allowed="a registered digest"
                 )
-        return self._full(digests) if self._over({*digests, *self.pinned}) else None
+        if self._residents.exceeds_limits({*digests, *self.pinned}):
+            return self._residents.full(digests)
+        return None
 
-    def _full(self, digests: Collection[str]) -> AdapterPoolFull:
-        digests = list(dict.fromkeys(digests))
-        size = sum(self._sizes[digest] for digest in digests)
-        message = f"no room for {' + '.join(digests)}, {size} bytes, beside what is in use or held"
-        limits = f"at most {self.max_resident} adapters of {self.max_bytes} bytes together"
-        return AdapterPoolFull(message, field="digest", value=digests[0], allowed=limits)
+    def _weights(self) -> dict[str, Weights]:
+        return {d: resident.weights for d, resident in self._residents.by_digest.items()}
 
     def _publish(self) -> None:
-        """The one place where residency changes for the engine's thread."""
-        self.loras = {
-            d: r.weights for d, r in self._resident.items() if isinstance(r.weights, Lora)
-        }
-        self.backbones = {
-            d: r.weights for d, r in self._resident.items() if isinstance(r.weights, list)
-        }
+        """Show the engine's thread what is resident; to be called after every change of it."""
+        weights = self._weights()
+        self.loras = {d: served for d, served in weights.items() if isinstance(served, Lora)}
+        self.backbones = {d: served for d, served in weights.items() if isinstance(served, list)}
         if self._stack is not None and not self._stack.index.keys() <= self.loras.keys():
-            self._stack = None  # it holds a copy of what is gone
+            self._stack = None  # else its copy of a freed adapter would stay in memory
 
-    # In the thread of the loads --------------------------------------------------------------------------------------
+    # In the thread of the loads, without the lock.
 
     def _load(self, digest: str, keep: frozenset[str]) -> Exception | None:
-        """What went wrong; None: it is resident. Finding no room after all is for `prefetch` to try again."""
-        started, weights = time.perf_counter(), None
-        error: Exception | None = None
-        try:
-            weights = self._as_served(self._loaders[digest]())
-        except Exception as caught:
-            logger.warning(
-                "adapter %s: %s", digest, caught, exc_info=not isinstance(caught, CrmaError)
-            )
-            error = caught.with_traceback(None)  # its frames would keep what was read
-        with self._changed:
+        """Load an adapter and make it resident.
+
+        Returns:
+            The error, if any. AdapterPoolFull, for an adapter larger than its estimate, is not
+            kept for `take_failures`: the next `prefetch` knows its size and decides.
+        """
+        started = time.perf_counter()
+        result = self._read(digest)
+        with self._lock:
             del self._loading[digest]
-            if weights is not None:
-                self._sizes[digest] = _num_bytes(weights)
-                if self._make_room(digest, keep):
-                    self._resident[digest] = _Resident(weights)
-                    self.counters.adapter_loads += 1
-                    self.counters.adapter_load_seconds += time.perf_counter() - started
-                    self._failures.pop(digest, None)
-                    self._publish()
-                else:
-                    error = self._full([digest])
-            elif error is not None:
-                self._failures[digest] = error
+            if isinstance(result, Exception):
+                self._failures[digest] = result
+                error: Exception | None = result
+            else:
+                error = self._admit(digest, result, keep, started)
         self.on_change()
         return error
 
-    def _as_served(self, adapter: Lora | Backbone) -> Weights:
-        """On the model's device, in its dtype. Raises InvalidAdapter for what does not fit."""
-        weights: Weights
-        model = self.injection.model
-        if isinstance(adapter, Backbone):
-            self.injection.check_backbone(adapter.config.num_layers, adapter.config.hidden_size)
-            weights = adapter.folded(model.device, model.dtype)
-        else:
-            self.injection.check(adapter)
-            weights = adapter.to(model.device, model.dtype)
-        if not all(tensor.isfinite().all() for tensor in _tensors(weights)):
-            message, limit = (
-                f"weights overflow in {model.dtype}, which serves",
-                torch.finfo(model.dtype).max,
-            )
-            raise InvalidAdapter(
-                message, field="weights", value="infinite", allowed=f"-{limit:.3g} to {limit:.3g}"
-            )
-        return weights
+    def _read(self, digest: str) -> Weights | Exception:
+        try:
+            return prepare(self._loaders[digest](), self.injection)
+        except Exception as error:
+            unexpected = not isinstance(error, CrmaError)
+            logger.warning("adapter %s: %s", digest, error, exc_info=unexpected)
+            return error.with_traceback(None)  # its frames would keep the weights in memory
 
-
-def _digests(selection: AdapterSelection) -> list[str]:
-    return [digest for digest in selection if digest is not None]
-
-
-def _tensors(weights: Weights) -> list[torch.Tensor]:
-    return (
-        weights.parameters()
-        if isinstance(weights, Lora)
-        else [tensor for pair in weights for tensor in pair]
-    )
-
-
-def _num_bytes(weights: Weights) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(weights))
+    def _admit(
+        self, digest: str, weights: Weights, keep: frozenset[str], started: float
+    ) -> AdapterPoolFull | None:
+        """Make loaded weights resident, with the lock held. Returns an error if they do not fit."""
+        self._residents.sizes[digest] = size_in_bytes(weights)
+        if not self._make_room(digest, keep):
+            return self._residents.full([digest])
+        self._residents.add(digest, weights)
+        self._failures.pop(digest, None)
+        self._publish()
+        self.counters.adapter_loads += 1
+        self.counters.adapter_load_seconds += time.perf_counter() - started
+        return None

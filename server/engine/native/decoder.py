@@ -1,13 +1,14 @@
-"""A lean forward pass of Llama-like models, from the configuration and weights of the Hugging Face model.
+"""A lean forward pass for Llama-like models, from a Hugging Face model's configuration and weights.
 
-What it saves against transformers' modules: linears that read the same input are one product, weights lie as the CPU's
-matrix unit reads them, and a layer is some twenty operations. The arithmetic is the modules' own, which are its oracle;
-roundings of bf16 are theirs too, but for the sum of a linear and its adapters.
+It saves three things against transformers' modules: linears that read the same input are one
+product, weights are laid out as the CPU's matrix unit reads them, and a layer takes some twenty
+operations. It computes what the modules compute, and they are its oracle. In bf16 it also rounds
+where they round, except in the sum of a linear and its adapters.
 
-Shapes as in kv_cache.py; T tokens, d the hidden size.
+Shapes: as in kv_cache.py; T tokens; d hidden size; f intermediate size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,33 +22,58 @@ from crma.method.backbone import FoldedPair
 from crma.method.injection import Plan, decoder_blocks
 from server.engine.native.kernel import Int8Weight, Kernel
 from server.engine.native.kv_cache import PagedKv, attend
-from server.engine.native.lora_stack import Site
+from server.engine.native.lora_stack import NO_ADAPTER, Site
 
 Linear = Callable[[Tensor], Tensor]  # [T, in] -> [T, out]
+Join = Callable[[list[nn.Linear]], Linear]  # linears on the same input -> one linear
+Rotation = tuple[Tensor, Tensor]  # cosines and sines [T, 1, e], the first half of the sines negated
+AddDelta = Callable[[int], None]  # adds a backbone's delta of the layer with this index
 
-FEW_ROWS = (
-    64  # up to so many the kernel adds a backbone's deltas, row by row; beyond, two products do
-)
 COVERED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-SITES = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
+MAX_KERNEL_ROWS = 64  # up to so many rows the kernel adds a backbone faster than two products do
+
+# Linears of a block that read the same input, by their paths in it.
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+ATTENTION_OUT = ("self_attn.o_proj",)
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+DOWN = ("mlp.down_proj",)
 
 
 def covers(model: PreTrainedModel) -> bool:
-    """Whether a `Decoder` computes what the model does."""
+    """Whether a `Decoder` can take the place of the model."""
     return type(model).__name__ in COVERED and model.config.hidden_act == "silu"
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """One linear a site; norms [d]; head_norms [H + h, e] of queries and keys (Qwen 3); window: positions it sees."""
+class _Projection:
+    """The linears of one site as a single product, and the site's name to its adapters."""
 
-    sites: tuple[Site, ...]
-    linears: tuple[Linear, ...]
+    site: Site
+    linear: Linear
+
+    def __call__(self, x: Tensor, plan: Plan) -> Tensor:
+        """The linear and the rows' adapters: [T, in] -> [T, out]."""
+        y = self.linear(x)
+        if plan.stacked is not None:
+            plan.stacked.add_(self.site, y, x)
+        return y
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The weights of one block.
+
+    Attributes:
+        attention_norm: [d], before the attention.
+        mlp_norm: [d], before the MLP.
+        head_norms: [H + h, e], of queries and keys (Qwen 3); None: they are not normed.
+        window: how many positions a token sees, the last ones; None: all up to its own.
+    """
+
+    qkv: _Projection
+    attention_out: _Projection
+    gate_up: _Projection
+    down: _Projection
     attention_norm: Tensor
     mlp_norm: Tensor
     head_norms: Tensor | None
@@ -58,10 +84,11 @@ class Decoder:
     """The forward pass of a model that it `covers`, over the paged KV cache.
 
     Args:
-        take_weights: leave the model none, so that nothing is in memory twice: only the decoder can run it then. Else
-            both compute with the same weights.
-        kernel: computes what is not a product, if there is one.
-        int8: it computes the products too, of weights in 8 bits.
+        model: gives configuration and weights, which both share.
+        take_weights: empty the model, so that no weight is in memory twice; afterwards only the
+            decoder can compute.
+        kernel: computes everything except the products; None: torch does.
+        int8: round the linears' weights to 8 bits and let the kernel compute their products.
     """
 
     @torch.no_grad()
@@ -73,166 +100,228 @@ class Decoder:
         kernel: Kernel | None = None,
         int8: bool = False,
     ) -> None:
-        self.config = model.config
+        config = model.config
+        self.config = config
         self.kernel = kernel
-        joined = partial(_in_int8, kernel) if int8 and kernel is not None else _joined
-        self.head_size: int = getattr(model.config, "head_dim", None) or (
-            model.config.hidden_size // model.config.num_attention_heads
+        self.head_size: int = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
         )
         path, blocks = decoder_blocks(model)
         inner = model.get_submodule(path.rpartition(".")[0])
-        words: nn.Embedding = model.get_input_embeddings()
-        if (
-            take_weights
-        ):  # what is used as it lies must not hold the file in memory that all of it was read from
-            for parameter in (words.weight, *(p for p in model.parameters() if p.dim() == 1)):
-                parameter.data = parameter.data.clone()
+        tokens: nn.Embedding = model.get_input_embeddings()
+        if take_weights:
+            _own_unpacked_weights(model, tokens)
+        join: Join = _join
+        if int8 and kernel is not None:
+            join = partial(_join_in_int8, kernel)
         self._rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = inner.rotary_emb
-        self._embedding, self._norm = words.weight.data, inner.norm.weight.data
-        self._layers = [self._layer(f"{path}.{i}", block, joined) for i, block in enumerate(blocks)]
-        self._head = joined([model.get_output_embeddings()])
+        self._embedding = tokens.weight.data
+        self._norm = inner.norm.weight.data
+        self._layers = [self._layer(f"{path}.{i}", block, join) for i, block in enumerate(blocks)]
+        self._head = join([model.get_output_embeddings()])
         if take_weights:
             for parameter in model.parameters():
                 parameter.data = parameter.data.new_empty(0)
 
     @property
     def sites(self) -> list[Site]:
-        """Of all layers: the linears whose outputs are one product."""
-        return [site for layer in self._layers for site in layer.sites]
+        """The sites of all layers, each a group of linears that are one product."""
+        return list(self._sites())
 
-    def _layer(self, path: str, block: Any, joined: Callable[[list[nn.Linear]], Linear]) -> _Layer:
-        config, attention = self.config, block.self_attn
-        norms = None
-        if hasattr(attention, "q_norm"):
-            pairs = (
-                (attention.q_norm, config.num_attention_heads),
-                (attention.k_norm, config.num_key_value_heads),
-            )
-            norms = torch.cat([norm.weight.data.expand(count, -1) for norm, count in pairs])
+    def _sites(self) -> Iterator[Site]:
+        for layer in self._layers:
+            for projection in (layer.qkv, layer.attention_out, layer.gate_up, layer.down):
+                yield projection.site
+
+    def _layer(self, path: str, block: Any, join: Join) -> _Layer:
+        def projection(names: tuple[str, ...]) -> _Projection:
+            site = tuple(f"{path}.{name}" for name in names)
+            return _Projection(site, join([block.get_submodule(name) for name in names]))
+
+        shared_window = getattr(self.config, "sliding_window", None)
         return _Layer(
-            sites=tuple(tuple(f"{path}.{name}" for name in site) for site in SITES),
-            linears=tuple(joined([block.get_submodule(name) for name in site]) for site in SITES),
+            qkv=projection(QKV),
+            attention_out=projection(ATTENTION_OUT),
+            gate_up=projection(GATE_UP),
+            down=projection(DOWN),
             attention_norm=block.input_layernorm.weight.data,
             mlp_norm=block.post_attention_layernorm.weight.data,
-            head_norms=norms,
-            window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
+            head_norms=self._head_norms(block.self_attn),
+            window=getattr(block.self_attn, "sliding_window", shared_window),
         )
 
+    def _head_norms(self, attention: Any) -> Tensor | None:
+        if not hasattr(attention, "q_norm"):
+            return None
+        of_queries = attention.q_norm.weight.data.expand(self.config.num_attention_heads, -1)
+        of_keys = attention.k_norm.weight.data.expand(self.config.num_key_value_heads, -1)
+        return torch.cat([of_queries, of_keys])
+
     def forward(self, input_ids: Tensor, positions: Tensor, paged: PagedKv, plan: Plan) -> Tensor:
-        """Logits [rows, vocab] of the plan's head rows; input_ids, positions [T]. No gradients."""
+        """Run the model without gradients and store the tokens' keys and values in the cache.
+
+        Args:
+            input_ids: [T].
+            positions: [T].
+
+        Returns:
+            Logits [rows, vocab] of the plan's `head_rows`.
+        """
         h = embedding(input_ids, self._embedding)
-        cos, sin = (table[0, :, None] for table in self._rotary(h, positions[None]))
-        half = self.head_size // 2
-        rotation = cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-        inject = [self._injected(h, rows, pairs) for rows, pairs in plan.backbones]
+        rotation = self._rotation(h, positions)
+        add_deltas = [self._backbone(h, rows, pairs) for rows, pairs in plan.backbones]
         for index, layer in enumerate(self._layers):
-            self._run(index, layer, h, rotation, paged, plan)
-            for add in inject:
-                add(index)
-        h = h if plan.head_rows is None else h[plan.head_rows]
+            self._attention(index, layer, h, rotation, paged, plan)
+            self._mlp(layer, h, plan)
+            for add_delta in add_deltas:
+                add_delta(index)
+        if plan.head_rows is not None:
+            h = h[plan.head_rows]
         return self._head(self._normed(h, self._norm))
 
-    def _injected(
-        self, h: Tensor, rows: Tensor | None, pairs: Sequence[FoldedPair]
-    ) -> Callable[[int], None]:
-        """What adds a backbone's delta of a layer to its rows (None: all) of h [T, d], in place."""
-        on = torch.full((len(h),), 0 if rows is None else -1, device=h.device)
-        on = on if rows is None else on.index_fill_(0, rows, 0)
-        if (kernel := self.kernel) is not None and len(h) <= FEW_ROWS:
-            rank, d = pairs[0].A.shape
-            first, spans = torch.tensor([0, rank]), torch.tensor([[0, d]] * rank)
-            assert pairs[0].B.mT.is_contiguous()
-            return lambda index: kernel.add_lora(
-                h, h, pairs[index].A, pairs[index].B.mT, first, spans, on
-            )
-        off = on[:, None] < 0
+    def _rotation(self, h: Tensor, positions: Tensor) -> Rotation:
+        cos, sin = (table[0, :, None] for table in self._rotary(h, positions[None]))
+        half = self.head_size // 2
+        return cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
 
-        def add(index: int) -> None:
-            # All rows are read and some add nothing: cheaper than to take the others out and put them back.
-            A, B = pairs[index]
-            h.add_(linear(linear(h, A).masked_fill_(off, 0), B))
+    def _backbone(self, h: Tensor, rows: Tensor | None, pairs: Sequence[FoldedPair]) -> AddDelta:
+        """Make the function that adds a backbone's delta to h in place, layer by layer.
 
-        return add
+        Args:
+            h: [T, d], the residual stream.
+            rows: of h; None: all.
+            pairs: one a layer.
+        """
+        # To the kernel a backbone is a stack of one LoRA, which some rows use.
+        if rows is None:
+            adapters = torch.full((len(h),), 0, device=h.device)
+        else:
+            adapters = torch.full((len(h),), NO_ADAPTER, device=h.device).index_fill_(0, rows, 0)
+        if self.kernel is not None and len(h) <= MAX_KERNEL_ROWS:
+            return _backbone_in_kernel(self.kernel, h, adapters, pairs)
+        unused = adapters[:, None] == NO_ADAPTER
 
-    def _run(
+        def add_delta(layer: int) -> None:
+            # Multiply all rows and blank the unused ones: cheaper than to gather and scatter.
+            A, B = pairs[layer]
+            h.add_(linear(linear(h, A).masked_fill_(unused, 0), B))
+
+        return add_delta
+
+    def _attention(
         self,
         index: int,
         layer: _Layer,
         h: Tensor,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Rotation,
         paged: PagedKv,
         plan: Plan,
     ) -> None:
-        """One block on the residual stream h [T, d], in place."""
-
-        def product(site: int, x: Tensor, y: Tensor | None = None) -> Tensor:
-            """The linear and adapters of a site; added to y, if there is one."""
-            z = layer.linears[site](x)
-            if plan.stacked is not None:
-                plan.stacked.add_(layer.sites[site], z, x)
-            return z if y is None else y.add_(z)
-
-        T, queries, e = len(h), self.config.num_attention_heads, self.head_size
-        heads = product(0, self._normed(h, layer.attention_norm)).view(
-            T, -1, e
-        )  # queries, keys, values
+        """Add the block's attention to the residual stream h [T, d], in place."""
+        num_tokens = len(h)
+        qkv = layer.qkv(self._normed(h, layer.attention_norm), plan)
+        heads = qkv.view(num_tokens, -1, self.head_size)  # [T, H + 2h, e]: queries, keys, values
         if self.kernel is not None:
-            eps = self.config.rms_norm_eps
-            self.kernel.rotate(
-                heads, layer.head_norms, eps, rotation, paged.cache[index], paged.slots
-            )
+            eps, cache = self.config.rms_norm_eps, paged.cache[index]
+            self.kernel.rotate(heads, layer.head_norms, eps, rotation, cache, paged.slots)
         else:
-            turned = heads[:, : queries + self.config.num_key_value_heads]
-            if layer.head_norms is not None:
-                turned.copy_(self._normed(turned, layer.head_norms))
-            cos, sin = rotation
-            torch.add(turned * cos, turned.roll(e // 2, -1) * sin, out=turned)
-            paged.store(index, heads[:, queries:])
-        mixed = attend(paged, index, heads[:, :queries], e**-0.5, layer.window)
-        product(1, mixed.view(T, -1), h)
-        gate_up = product(2, self._normed(h, layer.mlp_norm))
+            self._rotate_and_store(index, layer, heads, rotation, paged)
+        query = heads[:, : self.config.num_attention_heads]
+        attended = attend(paged, index, query, self.head_size**-0.5, layer.window)
+        h.add_(layer.attention_out(attended.view(num_tokens, -1), plan))
+
+    def _rotate_and_store(
+        self, index: int, layer: _Layer, heads: Tensor, rotation: Rotation, paged: PagedKv
+    ) -> None:
+        """`Kernel.rotate` in torch: turn queries and keys in place, store keys and values."""
+        num_queries = self.config.num_attention_heads
+        num_turned = num_queries + self.config.num_key_value_heads
+        turned = heads[:, :num_turned]  # queries and keys
+        if layer.head_norms is not None:
+            turned.copy_(self._normed(turned, layer.head_norms))
+        cos, sin = rotation
+        torch.add(turned * cos, turned.roll(self.head_size // 2, -1) * sin, out=turned)
+        paged.store(index, heads[:, num_queries:])
+
+    def _mlp(self, layer: _Layer, h: Tensor, plan: Plan) -> None:
+        """Add the block's MLP to the residual stream h [T, d], in place."""
+        gate_up = layer.gate_up(self._normed(h, layer.mlp_norm), plan)  # [T, 2f]
         if self.kernel is not None:
-            y = self.kernel.gate(gate_up)
+            gated = self.kernel.gate(gate_up)
         else:
             gate, up = gate_up.chunk(2, dim=-1)
-            y = silu(gate).mul_(up)
-        product(3, y, h)
+            gated = silu(gate).mul_(up)
+        h.add_(layer.down(gated, plan))
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        eps = self.config.rms_norm_eps
         if self.kernel is not None and x.dim() == 2:
-            return self.kernel.norm(x, weight, self.config.rms_norm_eps)
-        return rms_norm(x, x.shape[-1:], None, self.config.rms_norm_eps).mul_(
-            weight
-        )  # rounded twice, as the modules do
+            return self.kernel.norm(x, weight, eps)
+        # Without its weight in the norm, the result is rounded twice, as in the modules.
+        return rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
 
 
-def _in_int8(kernel: Kernel, linears: list[nn.Linear]) -> Linear:
-    """`_joined` in 8 bits."""
-    weight = Int8Weight.of(torch.cat([one.weight for one in linears]))
-    bias = torch.cat([one.bias for one in linears]) if linears[0].bias is not None else None
-    return lambda x: (
-        kernel.product(x, weight) if bias is None else kernel.product(x, weight).add_(bias)
-    )
+def _backbone_in_kernel(
+    kernel: Kernel, h: Tensor, adapters: Tensor, pairs: Sequence[FoldedPair]
+) -> AddDelta:
+    rank, d = pairs[0].A.shape
+    offsets = torch.tensor([0, rank])
+    spans = torch.tensor([[0, d]] * rank)
+    assert pairs[0].B.mT.is_contiguous()
+
+    def add_delta(layer: int) -> None:
+        A, B = pairs[layer]
+        kernel.add_lora(h, h, A, B.mT, offsets, spans, adapters)
+
+    return add_delta
 
 
-def _joined(linears: list[nn.Linear]) -> Linear:
-    """Linears on the same input as one, outputs side by side.
+def _own_unpacked_weights(model: PreTrainedModel, tokens: nn.Embedding) -> None:
+    """Copy the weights that the decoder uses unpacked: embeddings, norms and biases.
 
-    In bf16 on a CPU the weights are packed once instead of in each product; else the linears' weights become views.
+    They are views of the file that all weights were read from, and would keep it in memory.
     """
-    weight = (
-        linears[0].weight.data if len(linears) == 1 else torch.cat([one.weight for one in linears])
-    )
-    bias = torch.cat([one.bias for one in linears]) if linears[0].bias is not None else None
-    if (
-        weight.dtype == torch.bfloat16
-        and weight.device.type == "cpu"
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ):
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    for parameter in (tokens.weight, *vectors):
+        parameter.data = parameter.data.clone()
+
+
+def _join(linears: list[nn.Linear]) -> Linear:
+    """Join linears on the same input into one, with their outputs side by side.
+
+    In bf16 on a CPU the weights are packed once, for all products. Otherwise the linears' own
+    weights become views of the joined one.
+    """
+    if len(linears) == 1:
+        weight = linears[0].weight.data
+    else:
+        weight = torch.cat([one.weight for one in linears])
+    bias = _joined_bias(linears)
+    if _can_pack(weight):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    for one, rows in zip(
-        linears, torch.split(weight, [one.out_features for one in linears]), strict=True
-    ):
-        one.weight.data = rows
+    views = torch.split(weight, [one.out_features for one in linears])
+    for one, view in zip(linears, views, strict=True):
+        one.weight.data = view
     return partial(linear, weight=weight, bias=bias)
+
+
+def _join_in_int8(kernel: Kernel, linears: list[nn.Linear]) -> Linear:
+    """`_join` with weights of 8 bits."""
+    weight = Int8Weight.of(torch.cat([one.weight for one in linears]))
+    bias = _joined_bias(linears)
+    if bias is None:
+        return lambda x: kernel.product(x, weight)
+    return lambda x: kernel.product(x, weight).add_(bias)
+
+
+def _joined_bias(linears: list[nn.Linear]) -> Tensor | None:
+    """The biases of linears that all have one, or none."""
+    if linears[0].bias is None:
+        return None
+    return torch.cat([one.bias for one in linears])
+
+
+def _can_pack(weight: Tensor) -> bool:
+    in_bf16_on_cpu = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    return in_bf16_on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,6 +1,12 @@
-// What lies between a decoder's matrix products, for rows that are looked at one by one: each row gets the same bits
-// whatever is beside it. Built and called by kernel.py, which says what the shapes are. T: float or bfloat16; sums are
-// float, and where transformers' modules round to T on the way, so does this.
+// Everything in a decoder step except the matrix products, row by row: a row's result has the same
+// bits whatever other rows are in the batch. kernel_build.py compiles this file; kernel.py calls it
+// and documents each function. The exception is `product`, a matrix product of 8-bit weights.
+//
+// T is float or bfloat16. Sums are float. Intermediate results are rounded to T where transformers'
+// modules round them.
+//
+// Shapes: rows of one token each; H query heads over h key-value heads of size e; blocks of z
+// positions. Tensors are contiguous unless there is a stride.
 
 #include <algorithm>
 #include <bit>
@@ -20,20 +26,30 @@ inline float load(bfloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 
 
 template <typename T> inline T store(float x);
 template <> inline float store<float>(float x) { return x; }
-template <> inline bfloat16 store<bfloat16>(float x) {  // to nearest, ties to even; a NaN stays one
-    uint32_t u = std::bit_cast<uint32_t>(x), rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-    return {uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
+template <> inline bfloat16 store<bfloat16>(float x) {  // to nearest, ties to even; NaN stays NaN
+    uint32_t bits = std::bit_cast<uint32_t>(x);
+    uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    return {uint16_t(is_nan ? 0x7fc0 : nearest)};
 }
 
 template <typename T> inline float rounded(float x) { return load(store<T>(x)); }
 
-// exp to 2 ulp (Cephes' polynomial), in a form that compilers turn into vectors; 0 below -87.
+// exp(x) within 2 units in the last place, by Cephes' polynomial. It has no branches, so loops that
+// call it become vector code. Below -87 the result is 0.
 inline float exponential(float x) {
-    float k = std::rint(std::min(x, 88.0f) * 1.44269504f), r = std::min(x, 88.0f) - k * 0.693359375f + k * 2.12194440e-4f;
-    float p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
-               1.6666665459e-1f) * r + 5.0000001201e-1f;
-    float y = (p * r * r + r + 1.0f) * std::bit_cast<float>((int32_t(std::max(k, -126.0f)) + 127) << 23);
-    return x < -87.0f ? 0.0f : y;  // NaN: y
+    float clamped = std::min(x, 88.0f);
+    float k = std::rint(clamped * 1.44269504f);  // x / ln 2
+    float r = clamped - k * 0.693359375f + k * 2.12194440e-4f;  // x - k ln 2
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    float power_of_2 = std::bit_cast<float>((int32_t(std::max(k, -126.0f)) + 127) << 23);
+    float y = (p * r * r + r + 1.0f) * power_of_2;
+    return x < -87.0f ? 0.0f : y;  // the comparison is false for NaN, which y keeps
 }
 
 template <typename T> inline float dot(const float* a, const T* b, int64_t n) {
@@ -48,10 +64,12 @@ template <typename T> inline void add_scaled(float* y, float scale, const T* x, 
     for (int64_t i = 0; i < n; i++) y[i] += scale * load(x[i]);
 }
 
-// Little work is done by one thread: to meet the others costs some microseconds, and milliseconds where a core has more
-// to do than this. (No `if` clause: libgomp ends the threads that a team of one leaves over, and makes them anew.)
-template <typename F> void each_row(int64_t rows, int64_t operations, F visit) {
-    if (rows == 1 || rows * operations < 100000) {
+// Call visit(row) for each row. One thread does little work alone: meeting the other threads costs
+// microseconds, or milliseconds when another program is using their cores. An `if` clause would not
+// do: after a team of one thread, libgomp ends its other threads and later starts new ones.
+constexpr int64_t MIN_PARALLEL_OPERATIONS = 100000;
+template <typename F> void each_row(int64_t rows, int64_t operations_per_row, F visit) {
+    if (rows == 1 || rows * operations_per_row < MIN_PARALLEL_OPERATIONS) {
         for (int64_t r = 0; r < rows; r++) visit(r);
     } else {
 #pragma omp parallel for schedule(dynamic)
@@ -65,77 +83,111 @@ template <typename T> void norm_row(const T* x, const T* weight, float eps, T* y
     for (int64_t i = 0; i < d; i++) squares += load(x[i]) * load(x[i]);
     float scale = 1.0f / std::sqrt(squares / float(d) + eps);
 #pragma omp simd
-    for (int64_t i = 0; i < d; i++) y[i] = store<T>(rounded<T>(load(x[i]) * scale) * load(weight[i]));
+    for (int64_t i = 0; i < d; i++)
+        y[i] = store<T>(rounded<T>(load(x[i]) * scale) * load(weight[i]));
 }
 
-template <typename T> void norm(const T* x, const T* weight, float eps, T* y, int64_t rows, int64_t d) {
+template <typename T>
+void norm(const T* x, const T* weight, float eps, T* y, int64_t rows, int64_t d) {
     each_row(rows, 2 * d, [&](int64_t r) { norm_row(x + r * d, weight, eps, y + r * d, d); });
 }
 
 template <typename T> void gate(const T* x, T* y, int64_t rows, int64_t d) {
     each_row(rows, 4 * d, [&](int64_t r) {
-        const T *a = x + r * 2 * d, *b = a + d;
+        const T* gates = x + r * 2 * d;
+        const T* ups = gates + d;
 #pragma omp simd
         for (int64_t i = 0; i < d; i++) {
-            float v = load(a[i]);
-            y[r * d + i] = store<T>(rounded<T>(v / (1.0f + exponential(-v))) * load(b[i]));
+            float v = load(gates[i]);
+            float silu = v / (1.0f + exponential(-v));
+            y[r * d + i] = store<T>(rounded<T>(silu) * load(ups[i]));
         }
     });
+}
+
+// Turn one head in place. The first half of `sin` is negated.
+template <typename T> inline void rotate_head(T* x, const T* cos, const T* sin, int64_t e) {
+    int64_t half = e / 2;
+#pragma omp simd
+    for (int64_t j = 0; j < half; j++) {
+        float a = load(x[j]);
+        float b = load(x[j + half]);
+        float a_cos = rounded<T>(a * load(cos[j]));
+        float b_sin = rounded<T>(b * load(sin[j]));
+        float b_cos = rounded<T>(b * load(cos[j + half]));
+        float a_sin = rounded<T>(a * load(sin[j + half]));
+        x[j] = store<T>(a_cos + b_sin);
+        x[j + half] = store<T>(b_cos + a_sin);
+    }
 }
 
 template <typename T>
-void rotate(T* heads, const T* head_norms, float eps, const T* cos, const T* sin, T* cache, const int64_t* slots,
-            int64_t rows, int64_t H, int64_t h, int64_t e) {
+void rotate(T* heads, const T* head_norms, float eps, const T* cos, const T* sin, T* cache,
+            const int64_t* slots, int64_t rows, int64_t H, int64_t h, int64_t e) {
     each_row(rows, 4 * (H + h) * e, [&](int64_t r) {
         T* row = heads + r * (H + 2 * h) * e;
         for (int64_t i = 0; i < H + h; i++) {
-            T* x = row + i * e;
-            if (head_norms) norm_row(x, head_norms + i * e, eps, x, e);
-#pragma omp simd
-            for (int64_t j = 0; j < e / 2; j++) {
-                float a = load(x[j]), b = load(x[j + e / 2]);
-                float ac = rounded<T>(a * load(cos[r * e + j])), bs = rounded<T>(b * load(sin[r * e + j]));
-                float bc = rounded<T>(b * load(cos[r * e + j + e / 2])), as = rounded<T>(a * load(sin[r * e + j + e / 2]));
-                x[j] = store<T>(ac + bs);
-                x[j + e / 2] = store<T>(bc + as);
-            }
+            T* head = row + i * e;
+            if (head_norms) norm_row(head, head_norms + i * e, eps, head, e);
+            rotate_head(head, cos + r * e, sin + r * e, e);
         }
-        std::copy_n(row + H * e, 2 * h * e, cache + slots[r] * 2 * h * e);
+        const T* keys_and_values = row + H * e;
+        std::copy_n(keys_and_values, 2 * h * e, cache + slots[r] * 2 * h * e);
     });
 }
 
-// One row over the blocks of its sequence, each read once: the softmax so far is scaled when a larger score comes. E: the
-// size of a head, where the compiler may know it (0: it does not).
+// Ask the processor for a block ahead of its use: each head reads too little of each position for
+// the processor to see a pattern.
+inline void prefetch(const void* block, size_t num_bytes) {
+    constexpr size_t cache_line = 64;
+    const char* bytes = reinterpret_cast<const char*>(block);
+    for (size_t at = 0; at < num_bytes; at += cache_line) __builtin_prefetch(bytes + at, 0, 2);
+}
+
+// Attention of one row to positions [first, length) of its sequence. Each block is read once: when
+// a larger score comes, the sums so far are scaled down to it (online softmax). E is the size of a
+// head where the compiler may know it, else 0.
 template <typename T, int64_t E>
-void attend_row(const T* query, const T* cache, const int64_t* blocks, T* out, int64_t first, int64_t length,
-                float scaling, int64_t H, int64_t h, int64_t size, int64_t z) {
-    const int64_t e = E ? E : size;
+void attend_row(const T* query, const T* cache, const int64_t* blocks, T* out, int64_t first,
+                int64_t length, float scaling, int64_t H, int64_t h, int64_t head_size, int64_t z) {
+    const int64_t e = E ? E : head_size;
+    const int64_t position_size = 2 * h * e;
+    const int64_t block_size = z * position_size;
     std::vector<float> memory(2 * H * e + 2 * H + z);
-    float *q = memory.data(), *sums = q + H * e, *tops = sums + H * e, *totals = tops + H, *scores = totals + H;
-    for (int64_t i = 0; i < H * e; i++) q[i] = load(query[i]) * scaling;
-    std::fill_n(tops, H, -INFINITY);
+    float* scaled_query = memory.data();    // [H, e]
+    float* sums = scaled_query + H * e;     // [H, e], weighted values
+    float* maxima = sums + H * e;           // [H], the largest score so far
+    float* totals = maxima + H;             // [H], the sum of the weights
+    float* weights = totals + H;            // [z], scores of a block and then their exponentials
+    for (int64_t i = 0; i < H * e; i++) scaled_query[i] = load(query[i]) * scaling;
+    std::fill_n(maxima, H, -INFINITY);
     for (int64_t b = first / z; b * z < length; b++) {
-        int64_t start = std::max(first - b * z, int64_t(0)), stop = std::min(length - b * z, z);
-        const T* block = cache + blocks[b] * z * 2 * h * e;
-        if ((b + 1) * z < length) {  // a head's part of each position is too little for the processor to see a stream
-            const char* next = reinterpret_cast<const char*>(cache + blocks[b + 1] * z * 2 * h * e);
-            for (size_t at = 0; at < z * 2 * h * e * sizeof(T); at += 64) __builtin_prefetch(next + at, 0, 2);
-        }
+        int64_t start = std::max(first - b * z, int64_t(0));
+        int64_t stop = std::min(length - b * z, z);
+        const T* block = cache + blocks[b] * block_size;
+        bool is_last = (b + 1) * z >= length;
+        if (!is_last) prefetch(cache + blocks[b + 1] * block_size, block_size * sizeof(T));
         for (int64_t i = 0; i < H; i++) {
-            const T *keys = block + i / (H / h) * e, *values = keys + h * e;
-            float top = tops[i], total = 0;
+            const T* keys = block + i / (H / h) * e;
+            const T* values = keys + h * e;
+            float maximum = maxima[i];
+            float total = 0;
             for (int64_t p = start; p < stop; p++) {
-                scores[p] = dot(q + i * e, keys + p * 2 * h * e, e);
-                top = std::max(top, scores[p]);
+                weights[p] = dot(scaled_query + i * e, keys + p * position_size, e);
+                maximum = std::max(maximum, weights[p]);
             }
 #pragma omp simd reduction(+ : total)
-            for (int64_t p = start; p < stop; p++) total += scores[p] = exponential(scores[p] - top);
-            float scale = exponential(tops[i] - top);
+            for (int64_t p = start; p < stop; p++) {
+                weights[p] = exponential(weights[p] - maximum);
+                total += weights[p];
+            }
+            float scale = exponential(maxima[i] - maximum);
             float* __restrict sum = sums + i * e;
             for (int64_t j = 0; j < e; j++) sum[j] *= scale;
-            for (int64_t p = start; p < stop; p++) add_scaled(sum, scores[p], values + p * 2 * h * e, e);
+            for (int64_t p = start; p < stop; p++)
+                add_scaled(sum, weights[p], values + p * position_size, e);
             totals[i] = totals[i] * scale + total;
-            tops[i] = top;
+            maxima[i] = maximum;
         }
     }
     for (int64_t i = 0; i < H; i++)
@@ -143,90 +195,127 @@ void attend_row(const T* query, const T* cache, const int64_t* blocks, T* out, i
 }
 
 template <typename T>
-void attend(const T* query, int64_t stride, const T* cache, const int64_t* blocks, int64_t width,
-            const int64_t* positions, T* out, int64_t window, float scaling, int64_t rows, int64_t H, int64_t h,
-            int64_t e, int64_t z) {
-    auto of_size = e == 64 ? attend_row<T, 64> : e == 128 ? attend_row<T, 128> : attend_row<T, 0>;
-    each_row(rows, 2 * H * e * z * width, [&](int64_t r) {
-        int64_t length = positions[r] + 1, first = window > 0 ? std::max<int64_t>(0, length - window) : 0;
-        of_size(query + r * stride, cache, blocks + r * width, out + r * H * e, first, length, scaling, H, h, e, z);
+void attend(const T* query, int64_t query_stride, const T* cache, const int64_t* blocks,
+            int64_t blocks_per_row, const int64_t* positions, T* out, int64_t window, float scaling,
+            int64_t rows, int64_t H, int64_t h, int64_t e, int64_t z) {
+    auto attend_one = e == 64    ? attend_row<T, 64>
+                      : e == 128 ? attend_row<T, 128>
+                                 : attend_row<T, 0>;
+    each_row(rows, 2 * H * e * z * blocks_per_row, [&](int64_t r) {
+        int64_t length = positions[r] + 1;
+        int64_t first = window > 0 ? std::max<int64_t>(0, length - window) : 0;
+        attend_one(query + r * query_stride, cache, blocks + r * blocks_per_row, out + r * H * e,
+                   first, length, scaling, H, h, e, z);
     });
 }
 
 template <typename T>
-void add_lora(T* y, const T* x, const T* A, const T* B, const int64_t* first, const int64_t* spans,
-              const int64_t* adapters, int64_t rows, int64_t in, int64_t out) {
+void add_lora(T* y, const T* x, const T* A, const T* B, const int64_t* offsets,
+              const int64_t* spans, const int64_t* adapters, int64_t rows, int64_t in,
+              int64_t out) {
     each_row(rows, 8 * (in + out), [&](int64_t r) {
-        if (adapters[r] < 0) return;
-        std::vector<float> wide(in), sums(out);
-        for (int64_t i = 0; i < in; i++) wide[i] = load(x[r * in + i]);
+        int64_t adapter = adapters[r];
+        if (adapter < 0) return;
+        std::vector<float> inputs(in), sums(out);
+        for (int64_t i = 0; i < in; i++) inputs[i] = load(x[r * in + i]);
         for (int64_t i = 0; i < out; i++) sums[i] = load(y[r * out + i]);
-        for (int64_t j = first[adapters[r]]; j < first[adapters[r] + 1]; j++) {
-            float read = dot(wide.data(), A + j * in, in);
+        for (int64_t j = offsets[adapter]; j < offsets[adapter + 1]; j++) {
+            float z = dot(inputs.data(), A + j * in, in);
             int64_t start = spans[2 * j], stop = spans[2 * j + 1];
-            add_scaled(sums.data() + start, read, B + j * out + start, stop - start);
+            add_scaled(sums.data() + start, z, B + j * out + start, stop - start);
         }
         for (int64_t i = 0; i < out; i++) y[r * out + i] = store<T>(sums[i]);
     });
 }
 
-// sums[r * 4 + c] = dot of row r of x and row c of w, both of K bytes, a multiple of 64.
-template <int R> inline void tile(const uint8_t* x, const int8_t* w, int64_t K, int32_t* sums) {
+// Products in 8 bits. x_bytes [rows, width] and w [out, width] are padded to `width`, a multiple
+// of 64; outputs are computed in tiles of TILE columns and up to TILE rows.
+
+constexpr int64_t TILE = 4;
+
+// AVX-512's product of bytes takes one factor unsigned, so x is shifted by this much: 128 is 0.
+constexpr int32_t ZERO_POINT = 128;
+
+// sums[r * TILE + c] = dot of row r of x_bytes and row c of w.
+template <int ROWS>
+inline void multiply_tile(const uint8_t* x_bytes, const int8_t* w, int64_t width, int32_t* sums) {
 #ifdef __AVX512VNNI__
-    __m512i dots[R][4] = {};
-    for (int64_t i = 0; i < K; i += 64)
-        for (int r = 0; r < R; r++)
-            for (int c = 0; c < 4; c++)
-                dots[r][c] = _mm512_dpbusd_epi32(dots[r][c], _mm512_loadu_si512(x + r * K + i),
-                                                 _mm512_loadu_si512(w + c * K + i));
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < 4; c++) sums[r * 4 + c] = _mm512_reduce_add_epi32(dots[r][c]);
+    __m512i dots[ROWS][TILE] = {};
+    for (int64_t i = 0; i < width; i += 64)
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < TILE; c++)
+                dots[r][c] =
+                    _mm512_dpbusd_epi32(dots[r][c], _mm512_loadu_si512(x_bytes + r * width + i),
+                                        _mm512_loadu_si512(w + c * width + i));
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < TILE; c++) sums[r * TILE + c] = _mm512_reduce_add_epi32(dots[r][c]);
 #else
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < 4; c++) {
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < TILE; c++) {
             int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < K; i++) sum += int32_t(x[r * K + i]) * w[c * K + i];
-            sums[r * 4 + c] = sum;
+            for (int64_t i = 0; i < width; i++)
+                sum += int32_t(x_bytes[r * width + i]) * w[c * width + i];
+            sums[r * TILE + c] = sum;
         }
 #endif
 }
 
+// Round a row to bytes around ZERO_POINT and return its scale, which is NaN for a row that is not
+// finite.
+template <typename T> inline float quantise_row(const T* x, uint8_t* x_bytes, int64_t in) {
+    float largest = 0;
+    float zero_or_nan = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : zero_or_nan)
+    for (int64_t i = 0; i < in; i++) {
+        float v = load(x[i]);
+        largest = std::max(largest, std::abs(v));
+        zero_or_nan += v * 0.0f;
+    }
+    float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+#pragma omp simd
+    for (int64_t i = 0; i < in; i++)
+        x_bytes[i] = uint8_t(int32_t(std::rint(load(x[i]) * inverse)) + ZERO_POINT);
+    return largest / 127.0f + zero_or_nan;
+}
+
 template <typename T>
-void product(const T* x, const int8_t* w, const float* scales, const int32_t* w_sums, T* y, int64_t rows, int64_t in,
-             int64_t K, int64_t N) {
-    std::vector<uint8_t> quantised(rows * K, 128);  // 128 is 0: signed bytes, but for an instruction that has none
+void product(const T* x, const int8_t* w, const float* w_scales, const int32_t* w_sums, T* y,
+             int64_t rows, int64_t in, int64_t width, int64_t out) {
+    std::vector<uint8_t> x_bytes(rows * width, ZERO_POINT);
     std::vector<float> x_scales(rows);
     each_row(rows, 8 * in, [&](int64_t r) {
-        float largest = 0, zero = 0;  // or NaN, where the row is not finite
-#pragma omp simd reduction(max : largest) reduction(+ : zero)
-        for (int64_t i = 0; i < in; i++) {
-            float v = load(x[r * in + i]);
-            largest = std::max(largest, std::abs(v));
-            zero += v * 0.0f;
-        }
-        float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        x_scales[r] = largest / 127.0f + zero;
-#pragma omp simd
-        for (int64_t i = 0; i < in; i++)
-            quantised[r * K + i] = uint8_t(int32_t(std::rint(load(x[r * in + i]) * inverse)) + 128);
+        x_scales[r] = quantise_row(x + r * in, &x_bytes[r * width], in);
     });
-    auto write = [&](int64_t first, int64_t count, int64_t n, const int32_t* sums) {
-        for (int64_t r = first; r < first + count; r++)
-            for (int64_t c = n; c < n + 4; c++)
-                y[r * N + c] = store<T>(x_scales[r] * scales[c] * float(sums[(r - first) * 4 + c - n] - 128 * w_sums[c]));
+    auto write_tile = [&](int64_t first_row, int64_t num_rows, int64_t column,
+                          const int32_t* sums) {
+        for (int64_t r = 0; r < num_rows; r++)
+            for (int64_t c = 0; c < TILE; c++) {
+                int32_t sum = sums[r * TILE + c] - ZERO_POINT * w_sums[column + c];
+                float scale = x_scales[first_row + r] * w_scales[column + c];
+                y[(first_row + r) * out + column + c] = store<T>(scale * float(sum));
+            }
     };
-    each_row((N + 31) / 32, 32 * rows * K, [&](int64_t block) {
-        for (int64_t n = block * 32; n < std::min(N, block * 32 + 32); n += 4) {
+    constexpr int64_t strip = 32;  // columns that a thread takes at a time
+    each_row((out + strip - 1) / strip, strip * rows * width, [&](int64_t s) {
+        int64_t stop = std::min(out, (s + 1) * strip);
+        int32_t sums[TILE * TILE];
+        for (int64_t column = s * strip; column < stop; column += TILE) {
+            const int8_t* columns = w + column * width;
             int64_t r = 0;
-            int32_t sums[16];
-            for (; r + 4 <= rows; r += 4) tile<4>(&quantised[r * K], w + n * K, K, sums), write(r, 4, n, sums);
-            for (; r < rows; r++) tile<1>(&quantised[r * K], w + n * K, K, sums), write(r, 1, n, sums);
+            for (; r + TILE <= rows; r += TILE) {
+                multiply_tile<TILE>(&x_bytes[r * width], columns, width, sums);
+                write_tile(r, TILE, column, sums);
+            }
+            for (; r < rows; r++) {
+                multiply_tile<1>(&x_bytes[r * width], columns, width, sums);
+                write_tile(r, 1, column, sums);
+            }
         }
     });
 }
 
-// A pointer to each, under its name and type.
+// Each function's address for each type, under a name that kernel.py finds: norm_float32.
 #define EXPORT(name) auto* name##_float32 = &name<float>; auto* name##_bfloat16 = &name<bfloat16>;
 extern "C" {
 EXPORT(norm)

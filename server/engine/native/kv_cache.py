@@ -1,11 +1,14 @@
-"""Keys and values in blocks, and attention over them: for the decoder, and for transformers' models through their
-attention interface.
+"""Keys and values in blocks, and attention over them.
 
-A batch is T tokens, each a row of its own: all but attention looks at one token at a time, so sequences of any lengths,
-chunks of prompts and single new tokens lie side by side without padding.
+The decoder calls `attend`; transformers' models come through their attention interface.
 
-Shapes: L layers; N blocks of z tokens; T tokens of a batch; H query heads over h key-value heads, g = H / h; e head
-size. A group is n sequences with s new tokens each and up to m blocks; p = m z positions.
+A batch is T tokens, each a row of its own. All operations but attention look at one token at a
+time, so sequences of any length, chunks of prompts and single new tokens share a batch without
+padding.
+
+Shapes: L layers; N blocks of z positions; T tokens of a batch; H query heads over h key-value
+heads, g = H / h; e head size. A group is n sequences with s new tokens each and up to m blocks;
+p = m · z positions.
 """
 
 from dataclasses import dataclass, field
@@ -24,12 +27,17 @@ ATTENTION = "crma_paged"
 
 
 def make_cache(model: PreTrainedModel, num_blocks: int, block_size: int) -> Tensor:
-    """[L, N, z, 2h, e], keys before values, of uninitialised memory but for the null block. What a sequence gets of it
-    is made zero before its first use: a masked position still enters a product, and another's NaN · 0 is NaN."""
+    """Allocate a cache [L, N, z, 2h, e] in which the keys of a position lie before its values.
+
+    Only the null block is zero. The caller must zero a sequence's blocks before their first use:
+    masked positions still enter a product, where a NaN left in memory would spread (NaN · 0 = NaN).
+    """
     config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (config.num_hidden_layers, num_blocks, block_size, 2 * heads, size)
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None)
+    if not head_size:
+        head_size = config.hidden_size // config.num_attention_heads
+    shape = (config.num_hidden_layers, num_blocks, block_size, 2 * num_kv_heads, head_size)
     cache = torch.empty(shape, dtype=model.dtype, device=model.device)
     cache[:, NULL_BLOCK] = 0
     return cache
@@ -39,8 +47,10 @@ def make_cache(model: PreTrainedModel, num_blocks: int, block_size: int) -> Tens
 class AttentionGroup:
     """n sequences with s new tokens each.
 
-    rows: where their n · s tokens lie in the batch, sequence by sequence. blocks [n · m]: theirs, sequence by sequence,
-    padded with the null block. positions [n, s].
+    Attributes:
+        rows: the n · s rows of the batch that hold their tokens, sequence by sequence.
+        blocks: [n · m], their blocks, sequence by sequence, padded with the null block.
+        positions: [n, s].
     """
 
     rows: slice
@@ -49,23 +59,39 @@ class AttentionGroup:
     _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
     def mask(self, keys: Tensor, window: int | None, repeats: int) -> Tensor:
-        """[n, 1, s · repeats, p], added to scores: a token sees positions up to its own; with a window only the last
-        of them. keys [.., p, e]."""
-        if (known := self._masks.get((window, repeats))) is None:
+        """The causal mask, to be added to scores; made once and kept for the other layers.
+
+        Args:
+            keys: [.., p, e]; their number and dtype count.
+            window: how many positions a token sees, the last ones; None: all up to its own.
+            repeats: how many queries in a row belong to one token.
+
+        Returns:
+            [n, 1, s · repeats, p], 0 or minus infinity.
+        """
+        known = self._masks.get((window, repeats))
+        if known is None:
             own = self.positions.repeat_interleave(repeats, dim=1)[:, None, :, None]
             other = torch.arange(keys.shape[-2], device=own.device)
-            unseen = other > own if window is None else (other > own) | (other <= own - window)
-            known = torch.zeros(unseen.shape, dtype=keys.dtype, device=own.device).masked_fill_(
-                unseen, -torch.inf
-            )
+            hidden = other > own
+            if window is not None:
+                hidden |= other <= own - window
+            zeros = torch.zeros(hidden.shape, dtype=keys.dtype, device=own.device)
+            known = zeros.masked_fill_(hidden, -torch.inf)
             self._masks[window, repeats] = known
         return known
 
 
 @dataclass(frozen=True)
 class PagedKv:
-    """The cache [L, N, z, 2h, e] as one forward pass sees it: slots [T] say where each token's keys and values go.
-    kernel: computes the attention of single tokens, if there is one."""
+    """The cache as one forward pass sees it.
+
+    Attributes:
+        cache: [L, N, z, 2h, e].
+        slots: [T], the place in the cache of each token's keys and values, of N · z.
+        groups: together all rows of the batch.
+        kernel: computes the attention of single tokens; None: torch does.
+    """
 
     cache: Tensor
     slots: Tensor
@@ -73,7 +99,7 @@ class PagedKv:
     kernel: Kernel | None = None
 
     def store(self, layer: int, new: Tensor) -> None:
-        """Puts the keys and values [T, 2h, e] of the batch into the cache."""
+        """Write the batch's keys and values [T, 2h, e] to the cache."""
         self.cache[layer].flatten(0, 1).index_copy_(0, self.slots, new)
 
 
@@ -85,41 +111,77 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """query [T, H, e] -> [T, H, e], over what the cache has."""
+    """Attend from each token to the positions of its sequence that the cache holds.
+
+    Args:
+        query: [T, H, e].
+        scaling: of the scores.
+        window: how many positions a token sees, the last ones; None: all up to its own.
+        softcap: c bounds a score x to c · tanh(x / c), as in Gemma 2; None: no bound.
+
+    Returns:
+        [T, H, e].
+    """
     cache = paged.cache[layer]
-    (_, H, e), h = query.shape, cache.shape[-2] // 2
     output = query.new_empty(query.shape)
+    kernel_can = softcap is None and query[0].is_contiguous()
     for group in paged.groups:
-        n, s = group.positions.shape
-        if paged.kernel is not None and s == 1 and softcap is None and query[0].is_contiguous():
-            # To cut rows out, where they are all, would take as long as a short sequence.
-            q, out = (query, output) if n == len(query) else (query[group.rows], output[group.rows])
-            paged.kernel.attend(
-                q, cache, group.blocks.view(n, -1), group.positions, out, scaling, window
-            )
-            continue
-        # The g query heads of a key-value head are g more queries of it: no copies.
-        q = (
-            query[group.rows]
-            .view(n, s, h, H // h, e)
-            .permute(0, 2, 1, 3, 4)
-            .reshape(n, h, s * H // h, e)
-        )
-        # index_select copies block by block; indexing with a table takes five times as long.
-        k, v = (
-            cache.index_select(0, group.blocks)
-            .view(n, -1, 2 * h, e)
-            .transpose(1, 2)
-            .chunk(2, dim=1)
-        )
-        mask = group.mask(k, window, H // h)
-        if softcap is None:
-            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-        else:  # a soft cap (Gemma 2) on the scores; the fused attention has none
-            scores = torch.tanh(q @ k.mT * scaling / softcap) * softcap + mask
-            out = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
-        output[group.rows] = out.view(n, h, s, H // h, e).transpose(1, 2).reshape(n * s, H, e)
+        is_single = group.positions.shape[1] == 1
+        if paged.kernel is not None and is_single and kernel_can:
+            _attend_in_kernel(paged.kernel, group, cache, query, output, scaling, window)
+        else:
+            attended = _attend_gathered(group, cache, query[group.rows], scaling, window, softcap)
+            output[group.rows] = attended
     return output
+
+
+def _attend_in_kernel(
+    kernel: Kernel,
+    group: AttentionGroup,
+    cache: Tensor,
+    query: Tensor,
+    output: Tensor,
+    scaling: float,
+    window: int | None,
+) -> None:
+    """Attention of a group's single tokens, from query to output, both of the whole batch."""
+    n = len(group.positions)
+    if n < len(query):  # else skip the slicing: it takes as long as a short sequence's attention
+        query = query[group.rows]
+        output = output[group.rows]
+    blocks = group.blocks.view(n, -1)
+    kernel.attend(query, cache, blocks, group.positions, output, scaling, window)
+
+
+def _attend_gathered(
+    group: AttentionGroup,
+    cache: Tensor,
+    query: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of a group over a copy of its blocks: cache [N, z, 2h, e], query [n · s, H, e].
+
+    Returns:
+        [n · s, H, e].
+    """
+    n, s = group.positions.shape
+    _, H, e = query.shape
+    h = cache.shape[-2] // 2
+    g = H // h
+    # The g query heads of a key-value head become g more queries of it: keys are not repeated.
+    q = query.view(n, s, h, g, e).permute(0, 2, 1, 3, 4).reshape(n, h, s * g, e)
+    # index_select copies block by block; indexing with a table takes five times as long.
+    blocks = cache.index_select(0, group.blocks)
+    k, v = blocks.view(n, -1, 2 * h, e).transpose(1, 2).chunk(2, dim=1)
+    mask = group.mask(k, window, g)
+    if softcap is None:
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    else:  # torch's fused attention has no soft cap
+        scores = torch.tanh(q @ k.mT * scaling / softcap) * softcap + mask
+        attended = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+    return attended.view(n, h, s, g, e).transpose(1, 2).reshape(n * s, H, e)
 
 
 def paged_attention(
@@ -135,13 +197,24 @@ def paged_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: query [T, H, 1, e], key and value [T, h, 1, e] -> [T, 1, H, e]. `paged` comes through
-    the model's keyword arguments."""
-    assert isinstance(module.layer_idx, int)
-    paged.store(module.layer_idx, torch.cat((key, value), dim=1)[:, :, 0])
-    return attend(paged, module.layer_idx, query[:, :, 0], scaling, sliding_window, softcap)[
-        :, None
-    ], None
+    """transformers' attention interface, with one token a row.
+
+    Args:
+        module: the attention module, which knows its layer.
+        query: [T, H, 1, e].
+        key: [T, h, 1, e], stored in the cache.
+        value: [T, h, 1, e], likewise.
+        paged: comes through the model's keyword arguments.
+
+    Returns:
+        [T, 1, H, e], and no attention weights.
+    """
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    new = torch.cat((key, value), dim=1)
+    paged.store(layer, new[:, :, 0])
+    attended = attend(paged, layer, query[:, :, 0], scaling, sliding_window, softcap)
+    return attended[:, None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, paged_attention)

@@ -1,6 +1,11 @@
-"""One forward pass of a mixed batch: through the lean decoder, or the Hugging Face modules where it does not cover
-them."""
+"""One forward pass of a mixed batch.
 
+It goes through the lean decoder, or through the Hugging Face modules of a model that the decoder
+does not cover.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -14,19 +19,25 @@ from server.engine.native.batch import Batch
 from server.engine.native.block_pool import BlockPool
 from server.engine.native.decoder import COVERED, Decoder, covers
 from server.engine.native.kernel import Kernel
-from server.engine.native.kv_cache import ATTENTION, make_cache
+from server.engine.native.kv_cache import ATTENTION, PagedKv, make_cache
 from server.engine.native.lora_stack import StackedRows
 
 
 class ModelRunner:
-    """Holds the injected model and the KV cache; `run` is the only thing that touches either.
+    """Owns the model and the KV cache; nothing but `run` touches either.
 
     Args:
-        take_weights, kernel, int8: as in `Decoder`.
+        injection: the model with its hooks.
+        pool: holds the adapters of every batch that is run.
+        blocks: says how many blocks the KV cache has, and of what size.
+        num_threads: CPU threads for a step.
+        take_weights: as in `Decoder`.
+        kernel: as in `Decoder`.
+        int8: as in `Decoder`.
 
     Raises:
-        UnsupportedModel: the model's attention can't be replaced.
-        ConfigError: int8 without a kernel or the decoder.
+        UnsupportedModel: the model's attention cannot be replaced.
+        ConfigError: int8 without the kernel or the decoder.
     """
 
     def __init__(
@@ -41,9 +52,12 @@ class ModelRunner:
         int8: bool = False,
     ) -> None:
         model = injection.model
+        name = type(model).__name__
         if not getattr(model, "_supports_attention_backend", False):
-            name = type(model).__name__
-            message = f"{name} cannot be served: its attention does not go through transformers' attention interface"
+            message = (
+                f"{name} cannot be served: "
+                "its attention does not go through transformers' attention interface"
+            )
             raise UnsupportedModel(
                 message, field="model", value=name, allowed="_supports_attention_backend"
             )
@@ -51,51 +65,75 @@ class ModelRunner:
         self.pool = pool
         self.num_threads = num_threads
         self.kernel = kernel
-        self.decoder = (
-            Decoder(model, take_weights=take_weights, kernel=kernel, int8=int8)
-            if covers(model)
-            else None
-        )
+        self.decoder: Decoder | None = None
+        if covers(model):
+            self.decoder = Decoder(model, take_weights=take_weights, kernel=kernel, int8=int8)
         if int8 and (kernel is None or self.decoder is None):
-            name = type(model).__name__
             allowed = f"a CPU with the native kernel, and one of {', '.join(sorted(COVERED))}"
             raise ConfigError(
-                "int8 cannot be had", field="quantization", value=name, allowed=allowed
+                "int8 needs the native kernel and a model that the decoder covers",
+                field="quantization",
+                value=name,
+                allowed=allowed,
             )
-        self.sites = self.decoder.sites if self.decoder else [(path,) for path in injection.shapes]
+        if self.decoder is not None:
+            self.sites = self.decoder.sites
+        else:
+            self.sites = [(path,) for path in injection.shapes]
         self.kv = make_cache(model, blocks.num_blocks, blocks.block_size)
 
     @torch.inference_mode()
     def run(self, batch: Batch, new_blocks: list[int]) -> Tensor:
-        """fp32 logits of the batch's `logit_rows`: [rows, vocab]."""
-        # Every other thread of the server has one, or OpenMP, once its teams outnumber the cores, stops spinning at its
-        # barriers, and a step takes twice as long. Here and each time, because MKL's number is the whole process's.
+        """Compute a batch, whose tokens' keys and values go to the cache.
+
+        Args:
+            batch: every adapter that it selects is resident.
+            new_blocks: blocks that hold nothing of a sequence yet, to be zeroed.
+
+        Returns:
+            fp32 logits [rows, vocab] of the batch's `logit_rows`.
+        """
+        # Every other thread of the server computes alone: once OpenMP's threads outnumber the
+        # cores, they no longer spin at barriers, and a step takes twice as long. Set the number in
+        # every step, because MKL has one number for the whole process.
         torch.set_num_threads(self.num_threads)
         self.kv[:, new_blocks] = 0
-        plan, paged = self._plan(batch), replace(batch.paged, kernel=self.kernel)
+        plan = self._plan(batch)
+        paged = replace(batch.paged, kernel=self.kernel)
         if self.decoder is not None:
             return self.decoder.forward(batch.input_ids, batch.positions, paged, plan).float()
-        ids, positions, model = (
-            batch.input_ids[:, None],
-            batch.positions[:, None],
-            self.injection.model,
-        )
-        # Only for the time of a step: outside it the model is what transformers made it.
-        before, model.config._attn_implementation = model.config._attn_implementation, ATTENTION
+        return self._run_modules(batch, paged, plan).float()
+
+    def _run_modules(self, batch: Batch, paged: PagedKv, plan: Plan) -> Tensor:
+        """Run the Hugging Face model, with every token a sequence of its own."""
+        with self._paged_attention(), self.injection.active(plan):
+            output = self.injection.model(
+                input_ids=batch.input_ids[:, None],
+                position_ids=batch.positions[:, None],
+                use_cache=False,
+                paged=paged,
+            )
+        return output.logits[:, -1]
+
+    @contextmanager
+    def _paged_attention(self) -> Iterator[None]:
+        """Replace the model's attention for one step; between steps the model has its own."""
+        config = self.injection.model.config
+        original = config._attn_implementation
+        config._attn_implementation = ATTENTION
         try:
-            with self.injection.active(plan):
-                output = model(input_ids=ids, position_ids=positions, use_cache=False, paged=paged)
+            yield
         finally:
-            model.config._attn_implementation = before
-        return output.logits[:, -1].float()
+            config._attn_implementation = original
 
     def _plan(self, batch: Batch) -> Plan:
+        """Say which rows use which backbone and LoRA, and whose logits are needed."""
         crma = [AdapterSelection(None, selection.crma_digest) for selection in batch.selections]
         plan = plan_rows(crma, {}, self.pool.backbones, self.kv.device)
         tasks = [selection.task_digest for selection in batch.selections]
+        digests = {digest for digest in tasks if digest is not None}
         stacked = None
-        if digests := {digest for digest in tasks if digest is not None}:
-            stacked = StackedRows(
-                self.pool.stack(digests, self.sites), tasks, batch.num_single, self.kernel
-            )
+        if digests:
+            stack = self.pool.stack(digests, self.sites)
+            stacked = StackedRows(stack, tasks, batch.num_single, self.kernel)
         return replace(plan, stacked=stacked, head_rows=batch.logit_rows)

@@ -82,7 +82,7 @@ async def test_versions_published_while_serving_appear_without_a_restart(
     assert before.selection.task_digest == first
     assert made.resolve("task", None).selection.task_digest == second
     pool = made.engine.pool
-    estimate = pool._sizes[hidden]
+    estimate = pool._residents.sizes[hidden]
     pool.load(hidden)
     num_bytes = sum(tensor.nbytes for tensor in pool.loras[hidden].parameters())
     assert estimate == num_bytes
@@ -162,7 +162,7 @@ async def test_a_successor_that_finds_no_room_serves_all_the_same(
     serving = made.resolve("warm", None).selection.task_digest
     assert serving not in (None, first)
     made.engine.pool.pin(serving)
-    made.engine.pool.max_resident = 1
+    made.engine.pool._residents.max_resident = 1
     last = publish(store, "warm", 4).digest
     await made.refresh()
     assert made.resolve("warm", None).selection.task_digest == last

@@ -1,4 +1,4 @@
-"""server.engine.native.adapter_pool: what is pinned stays, what is not may go, limits hold, and nothing is half there."""
+"""server.engine.native.adapter_pool: used and pinned adapters stay, others may go, limits hold."""
 
 import copy
 import threading
@@ -30,19 +30,24 @@ TASKS = [AdapterSelection(f"task-{i}") for i in range(3)]
 SELECTIONS = [*TASKS, AdapterSelection(), AdapterSelection(None, "crma-0")]
 SELECTIONS += [AdapterSelection(f"task-{i}", "crma-0") for i in range(3)]
 UNKNOWN = [AdapterSelection("unknown"), AdapterSelection("task-0", "unknown")]
-known = st.sampled_from(sorted(ADAPTERS))
+registered = st.sampled_from(sorted(ADAPTERS))
 
 
 def broken() -> Lora:
     raise DigestMismatch("not what its manifest says", field="adapter_model.safetensors")
 
 
-class Driven(Loads):
-    """Loads that end when the test says so, or when somebody blocks for one."""
+class ManualLoads(Loads):
+    """Loads that end when the test says so, or when a caller blocks on one."""
 
     def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future:
         future = super().submit(function, *args, **kwargs)
-        future.result = lambda: self.end_all() or Future.result(future)
+
+        def result() -> Any:
+            self.end_all()
+            return Future.result(future)
+
+        future.result = result
         return future
 
     def end_all(self) -> None:
@@ -51,11 +56,10 @@ class Driven(Loads):
 
 
 def size(adapter: Lora | Backbone) -> int:
-    pairs = (
-        adapter.pairs.values()
-        if isinstance(adapter, Lora)
-        else adapter.folded("cpu", torch.float32)
-    )
+    if isinstance(adapter, Lora):
+        pairs = list(adapter.pairs.values())
+    else:
+        pairs = adapter.folded("cpu", torch.float32)
     return sum(pair.A.nbytes + pair.B.nbytes for pair in pairs)
 
 
@@ -63,45 +67,50 @@ SIZES = {digest: size(adapter) for digest, adapter in ADAPTERS.items()}
 
 
 def make_pool(
-    max_resident: int, max_bytes: int | None = None, *, known: bool = True
-) -> tuple[AdapterPool, Driven]:
-    """`known`: the true sizes are, before a load."""
-    pool, loads = AdapterPool(tiny.injection(), max_resident, max_bytes), Driven()
+    max_resident: int, max_bytes: int | None = None, *, sizes_known: bool = True
+) -> tuple[AdapterPool, ManualLoads]:
+    """A pool with all of ADAPTERS registered, with their true sizes or with 0 as an estimate."""
+    pool = AdapterPool(tiny.injection(), max_resident, max_bytes)
+    loads = ManualLoads()
     pool.executor = loads
     for digest, adapter in ADAPTERS.items():
-        pool.register(digest, lambda adapter=adapter: adapter, known * SIZES[digest])
+        estimate = SIZES[digest] if sizes_known else 0
+        pool.register(digest, lambda adapter=adapter: adapter, estimate)
     return pool, loads
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """What is pinned, held or failing, in plain Python, beside the pool."""
+    """The pool beside a model of it in plain Python: users, pinned and failing adapters."""
 
     @initialize(
-        most=st.integers(2, 4), share=st.sampled_from([None, 0.4, 0.7]), known=st.booleans()
+        max_resident=st.integers(2, 4),
+        share=st.sampled_from([None, 0.4, 0.7]),
+        sizes_known=st.booleans(),
     )
-    def start(self, most: int, share: float | None, known: bool) -> None:
-        self.pool, self.loads = make_pool(
-            most, share and int(share * sum(SIZES.values())), known=known
-        )
-        self.pins: Counter[str] = Counter()
-        self.held: set[str] = set()
+    def start(self, max_resident: int, share: float | None, sizes_known: bool) -> None:
+        """`share`: of the bytes of all adapters, as the limit."""
+        self.max_bytes = None if share is None else int(share * sum(SIZES.values()))
+        self.pool, self.loads = make_pool(max_resident, self.max_bytes, sizes_known=sizes_known)
+        self.users: Counter[str] = Counter()
+        self.pinned: set[str] = set()
         self.failing: set[str] = set()
 
-    @rule(digest=known)
-    def register_again_broken_or_mended(self, digest: str) -> None:
+    @rule(digest=registered)
+    def register_again_broken_or_repaired(self, digest: str) -> None:
         self.failing ^= {digest}
         self.pool.register(digest, broken if digest in self.failing else lambda: ADAPTERS[digest])
 
     @rule(selections=st.lists(st.sampled_from(SELECTIONS + UNKNOWN), max_size=4))
     def prefetch(self, selections: list[AdapterSelection]) -> None:
-        before, under_way = set(self.pool.resident()), len(self.loads.waiting)
+        resident, num_loads = set(self.pool.resident()), len(self.loads.waiting)
         self.pool.prefetch(selections)
-        gone = before - set(self.pool.resident())
-        begun = [i for i, selection in enumerate(selections) if self.pool.is_loading(selection)]
-        assert bool(gone) <= (len(self.loads.waiting) > under_way)
-        assert all(
-            min(begun) < i for i, selection in enumerate(selections) if gone & set(selection)
-        )
+        evicted = resident - set(self.pool.resident())
+        if evicted:
+            assert len(self.loads.waiting) > num_loads, "evicted in vain"
+            loading = [i for i, each in enumerate(selections) if self.pool.is_loading(each)]
+            for i, selection in enumerate(selections):
+                if evicted & set(selection):
+                    assert min(loading) < i, "evicted for a request behind its own"
 
     @precondition(lambda self: self.loads.waiting)
     @rule()
@@ -114,66 +123,63 @@ class PoolMachine(RuleBasedStateMachine):
         resident = set(digests) <= set(self.pool.resident())
         assert self.pool.acquire(selection) is resident
         if resident:
-            self.pins.update(digests)
-            assert set(self.pool.resident()[::-1][: len(digests)]) == set(digests), (
-                "not the most recently used"
-            )
+            self.users.update(digests)
+            most_recent = self.pool.resident()[::-1][: len(digests)]
+            assert set(most_recent) == set(digests), "not the most recently used"
 
-    @precondition(lambda self: self.pins.total())
+    @precondition(lambda self: self.users.total())
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        digest = data.draw(st.sampled_from(sorted(self.pins.elements())))
+        digest = data.draw(st.sampled_from(sorted(self.users.elements())))
         self.pool.release(AdapterSelection(digest))
-        self.pins[digest] -= 1
+        self.users[digest] -= 1
 
-    @rule(digest=known | st.just("unknown"), hold=st.booleans())
-    def load(self, digest: str, hold: bool) -> None:
+    @rule(digest=registered | st.just("unknown"), pin=st.booleans())
+    def load_or_pin(self, digest: str, pin: bool) -> None:
         failure: Exception | None = None
+        make_resident = self.pool.pin if pin else self.pool.load
         try:
-            (self.pool.pin if hold else self.pool.load)(digest)
-            self.held |= {digest} if hold else set()
+            make_resident(digest)
         except (NotFound, DigestMismatch, AdapterPoolFull) as error:
             failure = error
+        if pin and failure is None:
+            self.pinned.add(digest)
         assert isinstance(failure, NotFound) == (digest == "unknown")
         assert (failure is None) == (digest in self.pool.resident())
 
-    @rule(digest=known)
-    def unhold(self, digest: str) -> None:
+    @rule(digest=registered)
+    def unpin(self, digest: str) -> None:
         self.pool.unpin(digest)
-        self.held.discard(digest)
+        self.pinned.discard(digest)
 
-    @rule(digest=known | st.just("unknown"))
+    @rule(digest=registered | st.just("unknown"))
     def unload(self, digest: str) -> None:
-        with (
-            pytest.raises(AdapterInUse)
-            if self.pins[digest] or digest in self.held
-            else nullcontext()
-        ):
+        in_use = self.users[digest] > 0 or digest in self.pinned
+        with pytest.raises(AdapterInUse) if in_use else nullcontext():
             self.pool.unload(digest)
             assert digest not in self.pool.resident()
 
     @rule()
     def take_failures(self) -> None:
         for digest, error in self.pool.take_failures().items():
-            assert isinstance(
-                error, NotFound if digest == "unknown" else DigestMismatch | AdapterPoolFull
-            )
+            if digest == "unknown":
+                assert isinstance(error, NotFound)
+            else:
+                assert isinstance(error, DigestMismatch | AdapterPoolFull)
 
     @invariant()
     def agrees_with_the_model(self) -> None:
         self.pool.check_integrity()
-        assert (self.pool.num_users(), self.pool.pinned) == (self.pins.total(), self.held)
-        assert set(self.pool.resident()) >= {*self.pins.elements(), *self.held}, (
-            "a pinned adapter is gone"
-        )
-        assert all(
-            torch.equal(lora.pairs[PATH].B, ADAPTERS[d].pairs[PATH].B)
-            for d, lora in self.pool.loras.items()
-        )
+        assert self.pool.num_users() == self.users.total()
+        assert self.pool.pinned == self.pinned
+        in_use = {*self.users.elements(), *self.pinned}
+        assert in_use <= set(self.pool.resident()), "an adapter in use is gone"
+        for digest, lora in self.pool.loras.items():
+            assert torch.equal(lora.pairs[PATH].B, ADAPTERS[digest].pairs[PATH].B)
 
     def teardown(self) -> None:
-        """However it went: once all is given back, whatever fits can be had."""
-        for digest in self.pins.elements():
+        """Whatever happened: once nothing is used or pinned, every selection that fits loads."""
+        for digest in self.users.elements():
             self.pool.release(AdapterSelection(digest))
         for digest in ADAPTERS:
             self.pool.unpin(digest)
@@ -181,15 +187,21 @@ class PoolMachine(RuleBasedStateMachine):
         self.loads.end_all()
         self.pool.take_failures()
         for selection in SELECTIONS:
-            for _ in range(2):  # what turns out to be larger than estimated is tried again
-                self.pool.prefetch([selection])
-                self.loads.end_all()
-            fits = sum(SIZES[digest] for digest in selection if digest) <= self.pool.max_bytes
-            assert self.pool.acquire(selection) is fits
-            assert [type(error) for error in self.pool.take_failures().values()] == [
-                AdapterPoolFull
-            ] * (not fits)
-            self.pool.release(selection if fits else AdapterSelection())
+            self.check_that_it_loads_if_it_fits(selection)
+
+    def check_that_it_loads_if_it_fits(self, selection: AdapterSelection) -> None:
+        for _ in range(2):  # an adapter that is larger than estimated is tried again
+            self.pool.prefetch([selection])
+            self.loads.end_all()
+        size = sum(SIZES[digest] for digest in selection if digest is not None)
+        fits = self.max_bytes is None or size <= self.max_bytes
+        assert self.pool.acquire(selection) is fits
+        failures = [type(error) for error in self.pool.take_failures().values()]
+        if fits:
+            assert failures == []
+            self.pool.release(selection)
+        else:
+            assert failures == [AdapterPoolFull]
 
 
 TestPool = PoolMachine.TestCase
@@ -198,27 +210,30 @@ TestPool.settings = settings(
 )
 
 
-def test_the_least_recently_used_goes_and_never_for_what_waits_behind_its_own_user() -> None:
+def test_the_least_recently_used_adapter_goes_but_not_for_a_request_behind_its_own() -> None:
     pool, loads = make_pool(2)
     pool.load("task-0")
     pool.load("task-1")
     assert pool.acquire(TASKS[0])
     pool.release(TASKS[0])
     pool.prefetch([TASKS[0], TASKS[2]])
-    assert (pool.resident(), pool.is_loading(TASKS[2])) == (("task-0",), True)
+    assert pool.resident() == ("task-0",)
+    assert pool.is_loading(TASKS[2])
     pool.prefetch([TASKS[0], TASKS[2], TASKS[1]])
     loads.end_all()
     pool.prefetch([TASKS[0], TASKS[2], TASKS[1]])
-    assert (pool.resident(), loads.waiting, pool.counters.adapter_evictions) == (
-        ("task-0", "task-2"),
-        [],
-        1,
-    )
+    assert pool.resident() == ("task-0", "task-2")
+    assert loads.waiting == []
+    assert pool.counters.adapter_evictions == 1
+
+
+def test_of_the_adapters_that_requests_wait_for_the_one_needed_last_goes_first() -> None:
+    pool, loads = make_pool(2)
+    pool.load("task-0")
+    pool.load("task-2")
     pool.prefetch([TASKS[1], TASKS[0], TASKS[2]])
     loads.end_all()
-    assert pool.resident() == ("task-0", "task-1"), (
-        "of those that are waited for, what is needed last goes"
-    )
+    assert pool.resident() == ("task-0", "task-1")
 
 
 def heavy(value: float) -> Lora:
@@ -227,90 +242,110 @@ def heavy(value: float) -> Lora:
     return Lora(LoraConfig(1, 1.0, ("q_proj",)), {PATH: pair})
 
 
-def test_weights_that_overflow_in_the_dtype_that_serves_are_refused_and_leave_nothing() -> None:
+def test_weights_that_overflow_in_the_dtype_that_serves_are_refused_and_freed() -> None:
     pool, loads = make_pool(2)
     adapter = heavy(1e300)
-    gone = weakref.ref(adapter.pairs[PATH].B)
-    pool.register("heavy", lambda held=[adapter]: held.pop())
+    freed = weakref.ref(adapter.pairs[PATH].B)
+    pool.register("heavy", lambda only=[adapter]: only.pop())
     del adapter
     pool.prefetch([AdapterSelection("heavy")])
     loads.end_all()
     error = copy.copy(pool.take_failures()["heavy"])
     assert isinstance(error, InvalidAdapter)
-    assert (error.field, error.value, error.allowed) == (
-        "weights",
-        "infinite",
-        "-3.4e+38 to 3.4e+38",
-    )
-    assert (pool.resident(), gone()) == ((), None)
+    assert error.field == "weights"
+    assert error.value == "infinite"
+    assert error.allowed == "-3.4e+38 to 3.4e+38"
+    assert pool.resident() == ()
+    assert freed() is None
 
 
 @pytest.mark.parametrize("way", ["unload", "evict"])
-def test_what_is_unloaded_or_evicted_is_really_freed(way: str) -> None:
+def test_an_unloaded_or_evicted_adapter_leaves_memory(way: str) -> None:
     pool, _ = make_pool(1)
     pool.register("copy", lambda: heavy(1.0))
     pool.load("copy")
-    gone = weakref.ref(pool.loras["copy"].pairs[PATH].B)
+    freed = weakref.ref(pool.loras["copy"].pairs[PATH].B)
     pool.stack({"copy"}, [])
-    assert gone() is not None
-    pool.unload("copy") if way == "unload" else pool.load("task-0")
-    assert gone() is None
+    assert freed() is not None
+    if way == "unload":
+        pool.unload("copy")
+    else:
+        pool.load("task-0")
+    assert freed() is None
     assert pool._stack is None
 
 
 @contextmanager
 def unloading(pool: AdapterPool, wait_s: float) -> Iterator[Future]:
-    """task-0, which a request uses, is unloaded; begins once newcomers are refused."""
+    """While task-0, which a sequence uses, is being unloaded and refuses new users."""
     pool.load("task-0")
     assert pool.acquire(TASKS[0])
     with ThreadPoolExecutor(1) as thread:
-        ended = thread.submit(pool.unload, "task-0", wait_s=wait_s)
+        unload = thread.submit(pool.unload, "task-0", wait_s=wait_s)
         while pool.acquire(TASKS[0]):
             pool.release(TASKS[0])
-        yield ended
+        yield unload
 
 
-def test_an_unload_waits_for_those_who_use_it_and_lets_no_other_in() -> None:
+def test_an_unload_waits_for_the_users_and_lets_no_new_one_in() -> None:
     pool, _ = make_pool(2)
-    woken: list[tuple[str, ...]] = []
-    pool.on_change = lambda: woken.append(pool.resident())
-    with unloading(pool, 10.0) as ended:
-        assert not ended.done()
+    changes: list[tuple[str, ...]] = []
+    pool.on_change = lambda: changes.append(pool.resident())
+    with unloading(pool, 10.0) as unload:
+        assert not unload.done()
         pool.release(TASKS[0])
-        ended.result(10)
-    assert (pool.resident(), woken[-1]) == ((), ())
-    with unloading(pool, 10.0) as ended:
-        pool.pin("task-0")  # an administrator who wants to keep it wins, and at once
-        with pytest.raises(AdapterInUse):
-            ended.result(10)
-    pool.unpin("task-0")
+        unload.result(10)
+    assert pool.resident() == ()
+    assert changes[-1] == ()
+
+
+def test_an_unload_gives_up_at_once_when_the_adapter_is_pinned() -> None:
+    pool, _ = make_pool(2)
+    with unloading(pool, 10.0) as unload:
+        pool.pin("task-0")
+        with pytest.raises(AdapterInUse, match="is pinned"):
+            unload.result(10)
+
+
+def test_an_adapter_still_in_use_after_the_wait_stays_and_takes_new_users() -> None:
+    pool, _ = make_pool(2)
+    pool.load("task-0")
+    assert pool.acquire(TASKS[0])
     with pytest.raises(AdapterInUse, match="1 sequences"):
         pool.unload("task-0", wait_s=0.01)
-    assert pool.acquire(TASKS[0]), "newcomers are let in again"
+    assert pool.acquire(TASKS[0])
 
 
-def test_many_who_want_one_adapter_wait_for_one_load_and_nobody_else_does() -> None:
+def test_callers_that_want_the_same_adapter_share_one_load_and_hold_up_no_other() -> None:
     with closing(AdapterPool(tiny.injection(), 3)) as pool, ThreadPoolExecutor(8) as threads:
-        go, loads = threading.Event(), []
-        pool.register("slow", lambda: loads.append(1) or (go.wait(10) and ADAPTERS["task-0"]))
+        may_end = threading.Event()
+        loads: list[str] = []
+
+        def load_slowly() -> Lora:
+            loads.append("slow")
+            assert may_end.wait(10)
+            return ADAPTERS["task-0"]
+
+        slow = AdapterSelection("slow")
+        pool.register("slow", load_slowly)
         pool.register("task-1", lambda: ADAPTERS["task-1"])
         pool.load("task-1")
-        pool.prefetch([AdapterSelection("slow")])
-        wanted = [threads.submit(pool.load, "slow") for _ in range(8)]
-        assert (pool.acquire(TASKS[1]), pool.acquire(AdapterSelection("slow"))) == (True, False)
-        go.set()
-        for each in wanted:
-            each.result(10)
-        assert (len(loads), pool.acquire(AdapterSelection("slow")), pool.num_users()) == (
-            1,
-            True,
-            2,
-        )
+        pool.prefetch([slow])
+        callers = [threads.submit(pool.load, "slow") for _ in range(8)]
+        assert pool.acquire(TASKS[1])
+        assert not pool.acquire(slow)
+        may_end.set()
+        for caller in callers:
+            caller.result(10)
+        assert loads == ["slow"]
+        assert pool.acquire(slow)
+        assert pool.num_users() == 2
 
 
-def test_loads_compute_alone_whatever_number_of_threads_the_engine_sets() -> None:
-    pool, before = AdapterPool(tiny.injection(), 1), torch.get_num_threads()
-    pool.executor.submit(int).result()  # it has started, and has not computed yet
+def test_loads_compute_in_one_thread_whatever_the_engine_sets() -> None:
+    pool = AdapterPool(tiny.injection(), 1)
+    before = torch.get_num_threads()
+    pool.executor.submit(int).result()  # the thread has started, and has not computed yet
     try:
         torch.set_num_threads(before + 1)
         assert pool.executor.submit(torch.get_num_threads).result() == 1

@@ -1,0 +1,48 @@
+"""An adapter's weights as the engine serves them: checked, on the model's device, in its dtype."""
+
+import torch
+from torch import Tensor
+
+from crma.core.errors import InvalidAdapter
+from crma.method.backbone import Backbone, FoldedPair
+from crma.method.injection import Injection
+from crma.method.lora import Lora
+
+Weights = Lora | list[FoldedPair]
+"""A task adapter, or a backbone folded into one pair a layer."""
+
+
+def prepare(adapter: Lora | Backbone, injection: Injection) -> Weights:
+    """Check an adapter against the model and convert it for serving.
+
+    Raises:
+        InvalidAdapter: it does not fit the model, or its weights overflow in the model's dtype.
+    """
+    weights: Weights
+    model = injection.model
+    if isinstance(adapter, Backbone):
+        injection.check_backbone(adapter.config.num_layers, adapter.config.hidden_size)
+        weights = adapter.folded(model.device, model.dtype)
+    else:
+        injection.check(adapter)
+        weights = adapter.to(model.device, model.dtype)
+    if not all(tensor.isfinite().all() for tensor in _tensors(weights)):
+        limit = torch.finfo(model.dtype).max
+        raise InvalidAdapter(
+            f"weights overflow in {model.dtype}, the dtype that serves",
+            field="weights",
+            value="infinite",
+            allowed=f"-{limit:.3g} to {limit:.3g}",
+        )
+    return weights
+
+
+def size_in_bytes(weights: Weights) -> int:
+    """Memory that the weights take, in bytes."""
+    return sum(tensor.nbytes for tensor in _tensors(weights))
+
+
+def _tensors(weights: Weights) -> list[Tensor]:
+    if isinstance(weights, Lora):
+        return weights.parameters()
+    return [tensor for pair in weights for tensor in pair]
