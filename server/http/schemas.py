@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from crma.core.errors import ConfigError
 from crma.core.selection import read_cell
 from crma.evaluation.question_set import MAX_ITEMS, Question
 from crma.evaluation.scorers import SCORERS
@@ -99,7 +100,10 @@ def _list_texts(value: Any) -> Any:
 
 
 def _check_variant(name: str) -> str:
-    read_cell(name)
+    try:
+        read_cell(name)
+    except ConfigError as error:
+        raise ValueError(f"Input should be a variant: {error.allowed}") from error
     return name
 
 
