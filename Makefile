@@ -22,7 +22,8 @@ serve: setup  ## pull the base model if it is not there, verify the adapters, se
 
 check: setup  ## lint, format, types, imports between rooms
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
-	PYTHONPATH=clients/python:clients $(BIN)/lint-imports --no-cache
+	$(BIN)/lint-imports --no-cache
+	PYTHONPATH=clients/python:clients $(BIN)/lint-imports --no-cache --config clients/importlinter.toml
 
 test: setup  ## all tests except the long ones and those that need a GPU
 	$(PYTEST) -n 2 -m "not e2e and not gpu"
