@@ -287,6 +287,20 @@ def mismatches(world: World, answer: Answer, call: Call, index: int, tolerance: 
     return [name for name, right in checks.items() if not right]
 
 
+def is_at_border(world: World, answer: Answer, call: Call, index: int, tolerance: float) -> bool:
+    """Whether the oracle gives a sampled answer at a minimally other temperature.
+
+    A draw can fall on the border between two tokens, within the rounding of fp32. That is no rare
+    case where thousands of tokens are about equally probable.
+    """
+    for shift in (1e-6, -1e-6, 1e-5, -1e-5, 1e-4, -1e-4):
+        temperature = call.sampling.temperature * (1 + shift)
+        nudged = replace(call, sampling=replace(call.sampling, temperature=temperature))
+        if not mismatches(world, answer, nudged, index, tolerance):
+            return True
+    return False
+
+
 def _top_is_in_order(token: TokenLogprob) -> bool:
     """The most probable token comes first, and the chosen one is no more probable."""
     best, second = token.top[0][1], token.top[1][1]

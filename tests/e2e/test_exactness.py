@@ -1,6 +1,7 @@
 """Solo = batched on the real base model and the shipped adapters.
 
-fp32 agrees to the token; bf16 agrees except where the oracle sees a near tie.
+fp32 agrees to the token, except where a draw falls on the border between two; bf16 agrees except
+where the oracle sees a near tie.
 """
 
 import operator
@@ -14,7 +15,7 @@ import tiny
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from schedules import Answer, Call, World, calls, mismatches, run
+from schedules import Answer, Call, World, calls, is_at_border, mismatches, run
 
 from crma.evaluation.question_set import read_question_set
 from crma.method.injection import Injection
@@ -108,10 +109,17 @@ class Comparison:
         return self.world.injection.model.dtype
 
     def check(self, answered: list[tuple[Call, int, Answer]], engine: Engine) -> None:
-        """Check every answer of one schedule. In bf16, mismatches are only counted."""
+        """Check every answer of one schedule.
+
+        In fp32 only a draw at the border of two tokens may differ. In bf16, differences are
+        counted.
+        """
         for call, index, answer in answered:
             wrong = mismatches(self.world, answer, call, index, TOLERANCE[self.dtype])
-            assert not wrong or self.dtype == torch.bfloat16, (wrong, call, index, answer)
+            if wrong and self.dtype == torch.float32:
+                at_border = is_at_border(self.world, answer, call, index, TOLERANCE[self.dtype])
+                assert at_border, (wrong, call, index, answer)
+                self.counts["at a border"] += 1
             assert answer.reason is not FinishReason.ERROR
             if is_greedy(call) and answer.tokens:
                 difference, gap = compare(self.world, call, answer)
@@ -151,5 +159,6 @@ def test_random_schedules_give_the_oracles_answers(
         )
     assert counts["preemptions"] > 0, "the schedules must include preemptions"
     assert counts["cached tokens"] > 0, "the schedules must hit the prefix cache"
+    assert counts["at a border"] <= counts["sequences"] / 50
     assert comparison.max_difference <= TOLERANCE[comparison.dtype]
     assert comparison.max_gap <= TOLERANCE[comparison.dtype]
