@@ -8,7 +8,6 @@ import typer
 from crma.cli.output import note
 from crma.core.errors import UnsupportedModel
 from crma.models.base_model import DEFAULT_MODEL
-from crma.models.model_shape import read_shape
 
 group = typer.Typer()
 
@@ -20,6 +19,7 @@ def pull(
     ] = DEFAULT_MODEL,
 ) -> None:
     """Fetch a base model and convert it into the cache, unless it is there already."""
+    from crma.models.model_shape import read_shape
     from crma.models.pull import pull as fetch
 
     base = fetch(source)
