@@ -18,7 +18,7 @@ from crma.data import splits as data
 from crma.models.base_model import BaseModel
 from crma.store.adapter_store import AdapterStore
 
-HEAVY = ("torch", "transformers", "numpy", "scipy", "matplotlib", "pydantic")
+HEAVY = ("torch", "transformers", "numpy", "scipy", "matplotlib")
 
 
 def crma(*arguments: object) -> tuple[int, str, str]:
