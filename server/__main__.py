@@ -93,6 +93,13 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def explain(error: CrmaError) -> str:
+    """What stopped the start, in a line: the variable if it is a setting, and what is allowed."""
+    variable = f"CRMA_{error.field.upper()}: " if error.field in Settings.model_fields else ""
+    allowed = f" (allowed: {error.allowed})" if error.allowed else ""
+    return f"{variable}{error.message}{allowed}"
+
+
 def main() -> int:
     """Serve until told to stop. The exit code is 2 for a setting or model that cannot be used."""
     try:
@@ -100,8 +107,7 @@ def main() -> int:
         configure_logs(settings.log_format)
         app = build(settings)
     except CrmaError as error:
-        allowed = f" (allowed: {error.allowed})" if error.allowed else ""
-        sys.stderr.write(f"{error.message}{allowed}\n")
+        sys.stderr.write(explain(error) + "\n")
         return 2
     # A server whose engine has failed ends, so that its supervisor starts another.
     app.state.frontend.engine.on_failure = partial(os.kill, os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Every setting of the server, in one list. The only place in `server` that reads the environment.
+"""Every setting of the server, in one list. No other module reads settings.
 
 A setting `x` comes from the environment variable `CRMA_X`. An unknown `CRMA_` variable is an error:
 a mistyped limit must not be silently off.
@@ -72,7 +72,7 @@ class Settings(BaseSettings):
         32, "Tasks and backbones in memory; the least recently used is evicted.", ge=2
     )
     max_adapter_mib: int | None = _setting(
-        None, "Their weights in MiB, as they serve; unset: no limit.", ge=1
+        None, "Limit on the weights of resident adapters, in MiB; unset: no limit.", ge=1
     )
     max_queue: int = _setting(
         256, "Sequences that may wait, and prompts to encode; one more gets 429.", ge=1

@@ -130,10 +130,9 @@ class ScriptedEngine:
         self.most_running = max(self.most_running, self.running)
         uses_adapters = False
         try:
-            for digest in request.selection:
-                if digest is not None:
-                    await self.load(digest)
-            uses_adapters = self.pool.acquire(request.selection)
+            while not uses_adapters and self._early_ending(request) is None:
+                await self._load(request)
+                uses_adapters = self.pool.acquire(request.selection)
             for index in range(request.sampling.n):
                 async for output in self._sequence(request, index):
                     yield output
@@ -143,6 +142,12 @@ class ScriptedEngine:
             self._ended.pop(request.id, None)
             if uses_adapters:
                 self.pool.release(request.selection)
+
+    async def _load(self, request: Request) -> None:
+        await asyncio.sleep(0)
+        for digest in request.selection:
+            if digest is not None:
+                await self.load(digest)
 
     async def _sequence(self, request: Request, index: int) -> Outputs:
         sampling = request.sampling

@@ -305,7 +305,7 @@ class AdapterStore:
     def verify(
         self, *, base: BaseModel | None = None, shape: ModelShape | None = None
     ) -> list[StoreError]:
-        """Every problem of the store; empty if it is sound. Raises nothing for what it holds.
+        """Every problem of the store; empty if it is sound. Damage is reported, not raised.
 
         Args:
             base: if given, every entry must be made for this base model.

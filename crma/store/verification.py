@@ -18,7 +18,7 @@ Entry = TaskEntry | BackboneEntry
 
 
 def find_problems(root: Path, base: BaseModel | None, shape: ModelShape | None) -> list[StoreError]:
-    """Every problem of a store; empty if it is sound. Raises nothing for what the store holds.
+    """Every problem of a store; empty if it is sound. Damage is reported, not raised.
 
     Args:
         root: of the store.

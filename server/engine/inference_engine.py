@@ -48,14 +48,18 @@ class InferenceEngine(Protocol):
 
     Attributes:
         model: what is served.
-        on_failure: called once, in any thread, when the engine can run no more requests.
+        on_failure: ends the server. Called in any thread when the engine can run no more requests;
+            the server calls it too if it cannot start.
     """
 
     model: ServedModel
     on_failure: Callable[[], None]
 
     def submit(self, request: Request) -> Outputs:
-        """Queue a request; its outputs follow. Closing the generator aborts the request.
+        """Queue a request; its outputs follow.
+
+        Closing the generator aborts the request, once its first output has been asked for. Before
+        that only `abort` ends it.
 
         Raises:
             EngineStopped, QueueFull, PromptTooLong: at once; nothing was queued.
@@ -103,7 +107,8 @@ class InferenceEngine(Protocol):
         Args:
             wait_s: longest wait for the requests that use it; meanwhile no other request can start
                 with it.
-            cancel: abort those requests first, with the error "unloaded".
+            cancel: abort the running ones first, with the error "unloaded". Requests that have not
+                started may run later: they load the adapter again.
 
         Raises:
             AdapterInUse: it is pinned, or still in use after the wait; it stays resident.

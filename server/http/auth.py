@@ -26,7 +26,7 @@ def require_key(frontend: TheFrontend, credentials: Credentials) -> None:
     if not settings.api_keys:
         return
     if not _is_one_of(credentials, (*settings.api_keys, settings.admin_key)):
-        message = "an API key that this server knows is needed"
+        message = "a valid API key is required"
         raise Unauthorized(message, field="Authorization", allowed="Bearer <key>")
 
 

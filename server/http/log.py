@@ -33,7 +33,7 @@ class RequestLog:
     """ASGI middleware, the outermost: gives every request an id, logs it and counts its answer.
 
     An `X-Request-Id` that was sent is kept if it is plain. An exception that no handler caught
-    becomes a 500 that says nothing of the inside. A route puts the adapters that it resolved into
+    becomes a 500 that reveals no internals. A route puts the adapters that it resolved into
     `request.state.selection`; the log has the task by digest.
     """
 

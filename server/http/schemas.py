@@ -311,12 +311,15 @@ class AblationRequest(_Body):
     )
     variants: list[VariantName] = Field(default=["task+crma", "task"], min_length=1, max_length=8)
     scorer: str = Field("exact", description="One of " + ", ".join(SCORERS))
-    tolerance: float = Field(0, ge=0, description="Of numeric: |text - answer| at most this, or")
-    relative_tolerance: float = Field(0, ge=0, description="at most this share of |answer|.")
+    tolerance: float = Field(0, ge=0, description="Absolute tolerance of the numeric scorer.")
+    relative_tolerance: float = Field(
+        0, ge=0, description="Relative tolerance of the numeric scorer, a share of |answer|."
+    )
     max_tokens: int = Field(16, ge=1)
     temperature: Temperature = 0
     seed: Seed = Field(
-        0, description="Of the bootstrap; and of each item, where temperature is not 0."
+        0,
+        description="Seeds the bootstrap and, if temperature is above 0, each item.",
     )
     margin: float = Field(
         0.02, gt=0, lt=1, description="Difference within which two variants are equivalent."

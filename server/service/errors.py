@@ -1,7 +1,7 @@
 """The errors that an answer can carry, and the one table of their statuses and codes.
 
 Errors of `crma` and of the engine get their status from `STATUS_OF`. Any other exception is a 500
-that says nothing of the inside. To add an error: derive it from ApiError here.
+that reveals no internals. To add an error: derive it from ApiError here.
 """
 
 import math

@@ -56,10 +56,6 @@ class BlockPool:
         """Blocks without users, whether or not their content is still known."""
         return len(self._free)
 
-    def is_free(self, block: int) -> bool:
-        """Return whether the block has no users."""
-        return self._num_users[block] == 0
-
     def blocks_for(self, num_tokens: int) -> int:
         """Return the number of blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)

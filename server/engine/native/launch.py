@@ -124,7 +124,7 @@ def _dtype_name(model: PreTrainedModel, quantization: str) -> str:
 
 
 def _native_kernel(model: PreTrainedModel, config: EngineConfig) -> Kernel | None:
-    """The kernel for the model's dtype; None where it is off, or "auto" and not to be had.
+    """The kernel for the model's dtype; None if off, or if "auto" and it cannot be built.
 
     Raises:
         ConfigError: it is "on" and cannot be built, or the model is not on a CPU.

@@ -70,7 +70,7 @@ async def load(task: str, frontend: TheFrontend) -> dict[str, Any]:
 async def unload(
     task: str, frontend: TheFrontend, query: Annotated[UnloadQuery, Query()]
 ) -> dict[str, Any]:
-    """Frees its memory; it loads again when a request needs it.
+    """Unload an adapter; the next request that needs it loads it again.
 
     409 if requests still use it, or while it is pinned.
     """
@@ -86,7 +86,7 @@ async def unload(
 
 @admin.post("/pin")
 async def pin(task: str, frontend: TheFrontend) -> dict[str, Any]:
-    """Loads it, and keeps it in memory until it is unpinned. Once is enough.
+    """Load an adapter and keep it in memory until it is unpinned. Pinning twice changes nothing.
 
     A later version is another adapter.
     """

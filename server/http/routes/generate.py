@@ -51,7 +51,7 @@ async def generate(
 
 
 class GenerateAnswer(Answer[GenerateRequest]):
-    """One body; or `token` events, then `done`: the body without what the tokens brought."""
+    """One body; or `token` events, then `done`: the body without the text and logprobs."""
 
     error_event = "error"
 

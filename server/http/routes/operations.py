@@ -27,6 +27,6 @@ async def readyz(frontend: TheFrontend, response: Response) -> dict[str, str | N
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-def metrics(frontend: TheFrontend) -> Response:
+async def metrics(frontend: TheFrontend) -> Response:
     """Prometheus text."""
     return Response(generate_latest(frontend.metrics.registry), media_type=CONTENT_TYPE_LATEST)

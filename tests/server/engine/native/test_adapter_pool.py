@@ -301,7 +301,7 @@ def test_an_unload_waits_for_the_users_and_lets_no_new_one_in() -> None:
 
 def test_an_unload_gives_up_at_once_when_the_adapter_is_pinned() -> None:
     pool, _ = make_pool(2)
-    with unloading(pool, 10.0) as unload:
+    with unloading(pool, 600.0) as unload:
         pool.pin("task-0")
         with pytest.raises(AdapterInUse, match="is pinned"):
             unload.result(10)

@@ -283,6 +283,17 @@ def test_a_background_request_is_preempted_by_an_interactive_one_and_resumes_aft
     assert scheduler.running == [background[0], background[1]]
 
 
+def test_the_tokens_of_a_preempted_sequence_go_to_the_one_that_takes_its_place() -> None:
+    scheduler = make(max_num_seqs=1, budget=4)
+    background = sequence(2, interactive=False)
+    scheduler.add(background)
+    run(scheduler, scheduler.schedule(now))
+    interactive = sequence(4, first=20)
+    scheduler.add(interactive)
+    step = scheduler.schedule(now)
+    assert [(chunk.sequence, chunk.count) for chunk in step.chunks] == [(interactive, 4)]
+
+
 def test_a_sequence_whose_adapter_is_not_resident_preempts_nobody() -> None:
     scheduler = make(max_num_seqs=1)
     background = sequence(interactive=False)
