@@ -23,7 +23,7 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How the tokens of a request are chosen.
 
-    The HTTP edge (server/http/schemas.py) validates the values; the engine trusts them.
+    The HTTP edge (server/http/sampling_fields.py) validates the values; the engine trusts them.
 
     Attributes:
         max_tokens: the most tokens to generate in each sequence.

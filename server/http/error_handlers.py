@@ -16,7 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from crma.core.errors import CrmaError
-from server.http.schemas import EXAMPLES, ErrorBody
+from server.http.body import EXAMPLES
+from server.http.schemas import ErrorBody
 from server.service.errors import (
     CODES,
     ApiError,

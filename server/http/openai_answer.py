@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from server.engine.request import RequestOutput, TokenLogprob
 from server.http.answer import Answer, event, tokens
-from server.http.schemas import ChatRequest, CompletionRequest, OpenAIRequest
+from server.http.openai_schemas import ChatRequest, CompletionRequest, OpenAIRequest
 from server.service.generation import Generation, SequenceResult
 
 Body = TypeVar("Body", bound=OpenAIRequest)

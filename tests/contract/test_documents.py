@@ -146,13 +146,13 @@ def test_settings_exist() -> None:
 
 
 def test_bodies_of_curl_commands_are_accepted_by_the_schemas() -> None:
-    from server.http import schemas
+    from server.http import openai_schemas, schemas
 
     bodies: dict[str, Any] = {
         "/generate": schemas.GenerateRequest,
         "/ablation": schemas.AblationRequest,
-        "/v1/completions": schemas.CompletionRequest,
-        "/v1/chat/completions": schemas.ChatRequest,
+        "/v1/completions": openai_schemas.CompletionRequest,
+        "/v1/chat/completions": openai_schemas.ChatRequest,
     }
     joined = all_text().replace("\\\n", " ")
     curls = [shlex.split(line) for line in joined.splitlines() if line.startswith("curl ")]

@@ -15,7 +15,12 @@ from server.http.auth import require_key
 from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
 from server.http.openai_answer import ChatAnswer, CompletionAnswer
-from server.http.schemas import ChatRequest, CompletionRequest, OpenAIErrorBody, OpenAIRequest
+from server.http.openai_schemas import (
+    ChatRequest,
+    CompletionRequest,
+    OpenAIErrorBody,
+    OpenAIRequest,
+)
 from server.service.errors import InvalidField, ModelNotFound
 from server.service.frontend import Frontend
 from server.service.registry import Resolved

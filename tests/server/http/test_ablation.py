@@ -9,7 +9,7 @@ from api import BASE, Serve, Served
 
 from server.engine.errors import EngineStopped, QueueFull
 from server.engine.request import FinishReason, Request
-from server.http.schemas import EXAMPLES
+from server.http.body import EXAMPLES
 
 
 def question(i: int = 0, **change: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from api import BASE, Serve, Served
 
-from server.http.schemas import EXAMPLES
+from server.http.body import EXAMPLES
 
 ADMIN = {"Authorization": "Bearer root"}
 USER = {"Authorization": "Bearer user"}

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from crma.core.errors import InvalidAdapter
 from server.engine.errors import EngineStopped, QueueFull
 from server.engine.request import FinishReason, SamplingParams
-from server.http.schemas import EXAMPLES
+from server.http.body import EXAMPLES
 
 ABORT, ERROR = FinishReason.ABORT, FinishReason.ERROR
 # What the engine raises at once, and the status and code of the answer.
