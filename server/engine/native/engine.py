@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -13,19 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from server.engine.native.batch import Batch, build_batch
 from server.engine.native.detokenizer import Detokenizer
 from server.engine.native.model_runner import ModelRunner
-from server.engine.native.sampler import SamplingRow, sample, token_logprobs
+from server.engine.native.output import last_output, take_output
 from server.engine.native.scheduler import Scheduler
 from server.engine.native.sequence import Sequence
 from server.engine.native.step import Step
 from server.engine.native.step_planner import Admission
-from server.engine.request import (
-    EngineCounters,
-    FinishReason,
-    Request,
-    RequestOutput,
-    Timings,
-    TokenLogprob,
-)
+from server.engine.native.step_results import NewToken, StepResults
+from server.engine.request import EngineCounters, FinishReason, Request, RequestOutput
 
 logger = logging.getLogger(__name__)
 
@@ -192,31 +186,19 @@ class Engine:
         return [self._finish(s, FinishReason.ERROR, error="the step failed") for s in sequences]
 
     def _update(self, batch: Batch, logits: Tensor) -> list[RequestOutput]:
-        """Sample the next token of every sequence whose chunk ends at its newest one.
+        """Give every sequence what a step's logits have for it.
 
         Args:
             logits: [rows, vocab] fp32, those of `batch.logit_rows`.
         """
-        # The largest value of a row that has a NaN or +inf, neither of which the sampler takes, is
-        # not finite.
-        is_valid = logits.amax(-1).isfinite().tolist()
-        sampled_rows: list[int] = []
-        sampled: list[Sequence] = []
-        overflown: list[Sequence] = []
-        first_row = 0
-        for chunk, num_rows in zip(batch.chunks, batch.num_logits, strict=True):
-            rows = slice(first_row, first_row + num_rows)
-            first_row += num_rows
-            if not all(is_valid[rows]):
-                overflown.append(chunk.sequence)
-                continue
-            if chunk.sequence.wants_prompt_logprobs:
-                self._add_prompt_logprobs(chunk.sequence, chunk.stop - num_rows, logits[rows])
-            if chunk.samples:
-                sampled_rows.append(rows.stop - 1)
-                sampled.append(chunk.sequence)
-        outputs = self._sample(logits[sampled_rows], sampled) if sampled else []
-        return outputs + self._end_overflown(overflown)
+        now = self.clock()
+        results = StepResults.of(batch, logits)
+        outputs = []
+        for new in results.tokens:
+            if new.sequence.first_token is None:
+                new.sequence.first_token = now
+            outputs.append(self._append(new))
+        return outputs + self._end_overflown(results.overflown)
 
     def _end_overflown(self, sequences: list[Sequence]) -> list[RequestOutput]:
         """End sequences whose logits are not numbers: finite weights can overflow."""
@@ -226,45 +208,9 @@ class Engine:
         error = "the model and adapters overflow on this prompt"
         return [self._finish(s, FinishReason.ERROR, error=error) for s in sequences]
 
-    def _sample(self, logits: Tensor, sequences: list[Sequence]) -> list[RequestOutput]:
-        """Give each sequence its next token, with its log-probability where asked for.
-
-        Args:
-            logits: [b, vocab] fp32, a row for each sequence.
-        """
-        now = self.clock()
-        rows = [
-            SamplingRow(s.request.sampling, s.request.prompt_ids, s.output_ids, s.generator)
-            for s in sequences
-        ]
-        tokens = sample(logits, rows)
-        logprobs = _sampled_logprobs(logits, sequences, tokens)
-        outputs = []
-        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
-            if sequence.first_token is None:
-                sequence.first_token = now
-            outputs.append(self._append(sequence, token, logprob))
-        return outputs
-
-    def _add_prompt_logprobs(self, sequence: Sequence, start: int, logits: Tensor) -> None:
-        """Keep the log-probabilities of prompt tokens for the sequence's first output.
-
-        Args:
-            start: the position of the first row.
-            logits: [rows, vocab] fp32. Those at a position are of the token after it, so that the
-                last prompt token's say nothing about the prompt.
-        """
-        sampling = sequence.request.sampling
-        # A preempted sequence computes positions again: drop what it had from here on.
-        del sequence.prompt_logprobs[max(0, start + 1 - sampling.prompt_logprobs_from) :]
-        targets = sequence.request.prompt_ids[start + 1 : start + 1 + len(logits)]
-        num_top = [sampling.prompt_logprobs or 0] * len(targets)
-        sequence.prompt_logprobs += token_logprobs(logits[: len(targets)], targets, num_top)
-
-    def _append(
-        self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...]
-    ) -> RequestOutput:
+    def _append(self, new: NewToken) -> RequestOutput:
         """Give a sequence its next token, and end it if that token ends it."""
+        sequence, token, logprobs = new
         request = sequence.request
         is_end = token in self.stop_ids or token in request.stop_token_ids
         if is_end and not request.sampling.ignore_eos:
@@ -272,7 +218,7 @@ class Engine:
         sequence.token_ids.append(token)
         self.counters.generation_tokens += 1
         text = sequence.detokenizer.add(token)
-        output = _take_output(sequence, (token,), text, logprobs)
+        output = take_output(sequence, (token,), text, logprobs)
         if sequence.detokenizer.stopped:
             return self._finish(sequence, FinishReason.STOP, output)
         if sequence.num_output_tokens >= request.sampling.max_tokens:
@@ -295,62 +241,11 @@ class Engine:
         Returns:
             The sequence's last output: `output`, the text that was held back, and the totals.
         """
-        request = sequence.request
         if output is None:
-            output = _take_output(sequence)
+            output = take_output(sequence)
         if self.scheduler.remove(sequence):
-            self.pool.release(request.selection)
-        return replace(
-            output,
-            text=output.text + sequence.detokenizer.flush(),
-            finish_reason=reason,
-            error=None if error is None else str(error),
-            cause=error if isinstance(error, Exception) else None,
-            completion_tokens=sequence.num_output_tokens,
-            cached_tokens=sequence.num_cached_tokens,
-            timings=_timings(sequence, self.clock()),
-        )
-
-
-def _sampled_logprobs(
-    logits: Tensor, sequences: list[Sequence], tokens: list[int]
-) -> list[tuple[TokenLogprob, ...]]:
-    """Return one log-probability for each sequence that asks for them, none for the others."""
-    logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(sequences)
-    rows: list[int] = []
-    num_top: list[int] = []
-    for row, sequence in enumerate(sequences):
-        k = sequence.request.sampling.logprobs
-        if k is not None:
-            rows.append(row)
-            num_top.append(k)
-    if rows:
-        found = token_logprobs(logits[rows], [tokens[row] for row in rows], num_top)
-        for row, logprob in zip(rows, found, strict=True):
-            logprobs[row] = (logprob,)
-    return logprobs
-
-
-def _take_output(
-    sequence: Sequence,
-    token_ids: tuple[int, ...] = (),
-    text: str = "",
-    logprobs: tuple[TokenLogprob, ...] = (),
-) -> RequestOutput:
-    """Make an output of new tokens, and of the prompt's log-probabilities if it is the first."""
-    prompt_logprobs = tuple(sequence.prompt_logprobs)
-    sequence.prompt_logprobs = []
-    return RequestOutput(
-        sequence.request.id, sequence.index, token_ids, text, logprobs, prompt_logprobs
-    )
-
-
-def _timings(sequence: Sequence, now: float) -> Timings:
-    """The timings of a sequence that ends now; one that never ran was queued all the time."""
-    arrival = sequence.request.arrival
-    first_scheduled = now if sequence.first_scheduled is None else sequence.first_scheduled
-    ttft_s = None if sequence.first_token is None else sequence.first_token - arrival
-    return Timings(queue_s=first_scheduled - arrival, ttft_s=ttft_s, e2e_s=now - arrival)
+            self.pool.release(sequence.request.selection)
+        return last_output(sequence, output, reason, error, self.clock())
 
 
 def model_stop_ids(
