@@ -27,6 +27,7 @@ async def readyz(frontend: TheFrontend, response: Response) -> dict[str, str | N
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-async def metrics(frontend: TheFrontend) -> Response:
+def metrics(frontend: TheFrontend) -> Response:
     """Prometheus text."""
+    # A plain function runs in a thread: the text of many series would hold up the event loop.
     return Response(generate_latest(frontend.metrics.registry), media_type=CONTENT_TYPE_LATEST)
