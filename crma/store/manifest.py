@@ -6,6 +6,7 @@ and its numbers with the weights (`crma/store/entry.py`).
 
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -98,7 +99,7 @@ class Blend(Record):
     weight: float = Field(alias="lambda", ge=0, le=1)
 
 
-class _Manifest(Record):
+class _Manifest(Record, ABC):
     """The fields that both kinds share. Raises DigestMismatch if `digest` is not that of `files`.
 
     Each kind names its `FILES`: the config, then the weights.
@@ -127,9 +128,9 @@ class _Manifest(Record):
         return self
 
     @property
+    @abstractmethod
     def place(self) -> str:
         """Its folder, relative to the store's root."""
-        raise NotImplementedError
 
 
 class TaskManifest(_Manifest):
