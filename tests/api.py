@@ -1,6 +1,7 @@
 """A client of the app under test, and the check that a bad request is refused well."""
 
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,19 @@ OPENAI_FIELDS = ["message", "type", "param", "code"]
 
 @dataclass
 class Served:
-    """A running app, a client that talks to it over ASGI, and its engine."""
+    """A running app, a client that talks to it over ASGI, and its engine.
+
+    running: ends the client and the app's lifespan.
+    """
 
     app: FastAPI
     client: httpx.AsyncClient
     engine: ScriptedEngine
+    running: AsyncExitStack
+
+    async def stop(self) -> None:
+        """Stop the app as an orderly end of the server does."""
+        await self.running.aclose()
 
     async def generate(self, **body: Any) -> httpx.Response:
         """The answer of POST /generate."""

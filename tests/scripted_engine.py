@@ -6,7 +6,9 @@ Its adapters are real: they are loaded into a native adapter pool, for the tiny 
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import tiny
 
@@ -114,8 +116,10 @@ class ScriptedEngine:
         )
 
     async def warm_up(self) -> None:
-        async for _ in self.submit(Request("warm-up", (FIRST_TOKEN,))):
-            pass
+        async with aclosing(self.submit(Request("warm-up", (FIRST_TOKEN,)))) as outputs:
+            async for output in outputs:
+                if output.error is not None:
+                    raise EngineStopped(f"the first step failed: {output.error}")
 
     async def close(self) -> None:
         self.closed = True
@@ -203,10 +207,12 @@ class ScriptedEngine:
         await asyncio.to_thread(self.pool.load, digest)
 
     async def unload(self, digest: str, *, wait_s: float = 0.0, cancel: bool = False) -> None:
-        if cancel and digest not in self.pool.pinned:
+        abort = None
+        if cancel:
+            loop = asyncio.get_running_loop()
             cancel_users = self.on_cancel or self._cancel_users
-            cancel_users(digest)
-        await asyncio.to_thread(self.pool.unload, digest, wait_s=wait_s)
+            abort = partial(loop.call_soon_threadsafe, cancel_users, digest)
+        await asyncio.to_thread(self.pool.unload, digest, wait_s=wait_s, abort=abort)
 
     async def pin(self, digest: str) -> None:
         await asyncio.to_thread(self.pool.pin, digest)

@@ -44,7 +44,8 @@ class InferenceEngine(Protocol):
 
     A request selects adapters by digest (`Request.selection`). An adapter is registered first,
     then loaded when a request needs it or an administrator asks for it; least recently used ones
-    make room. The methods are called on the event loop and do not block it.
+    make room. The methods are called on the event loop and do not block it; `stats` may be called
+    in any thread.
 
     Attributes:
         model: what is served.
@@ -77,7 +78,11 @@ class InferenceEngine(Protocol):
         ...
 
     async def warm_up(self) -> None:
-        """Run the first step, so that the first user does not wait for it."""
+        """Run the first step, so that the first user does not wait for it.
+
+        Raises:
+            EngineStopped: the step failed.
+        """
         ...
 
     async def close(self) -> None:
@@ -107,8 +112,8 @@ class InferenceEngine(Protocol):
         Args:
             wait_s: longest wait for the requests that use it; meanwhile no other request can start
                 with it.
-            cancel: abort the running ones first, with the error "unloaded". Requests that have not
-                started may run later: they load the adapter again.
+            cancel: abort the running ones, with the error "unloaded", once no other can start.
+                Requests that have not started may run later: they load the adapter again.
 
         Raises:
             AdapterInUse: it is pinned, or still in use after the wait; it stays resident.

@@ -209,11 +209,15 @@ class AdapterPool:
             self._residents.pinned.discard(digest)
         self.on_change()
 
-    def unload(self, digest: str, *, wait_s: float = 0.0) -> None:
+    def unload(
+        self, digest: str, *, wait_s: float = 0.0, abort: Callable[[], None] | None = None
+    ) -> None:
         """Free a resident adapter; does nothing if it is not resident.
 
         Args:
             wait_s: seconds to wait for the sequences that use it; no other can `acquire` it then.
+            abort: makes these sequences end. Called once no other can `acquire` the adapter, unless
+                it is pinned; without the lock.
 
         Raises:
             AdapterInUse: it is pinned, or still used after the wait; it stays resident.
@@ -223,6 +227,10 @@ class AdapterPool:
             if resident is None:
                 return
             resident.unloads += 1
+            is_pinned = digest in self.pinned
+        if abort is not None and not is_pinned:
+            abort()
+        with self._lock:
             self._lock.wait_for(lambda: not resident.users or digest in self.pinned, wait_s)
             resident.unloads -= 1
             error = self._residents.in_use(digest, resident)

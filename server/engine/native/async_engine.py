@@ -6,7 +6,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from server.engine.errors import EngineStopped, PromptTooLong, QueueFull
 from server.engine.inference_engine import Outputs, ServedModel
@@ -91,11 +93,13 @@ class AsyncEngine:
         return self._stats
 
     async def warm_up(self) -> None:
-        """Run one token of the base model."""
+        """Run one token of the base model. See `InferenceEngine.warm_up`."""
         prompt_ids = tuple(self.engine.tokenizer.encode("Hello"))
         request = Request("warm-up", prompt_ids, sampling=SamplingParams(max_tokens=1))
-        async for _ in self.submit(request):
-            pass
+        async with aclosing(self.submit(request)) as outputs:
+            async for output in outputs:
+                if output.error is not None:
+                    raise EngineStopped(f"the first step failed: {output.error}")
 
     async def close(self) -> None:
         """Take nothing new, abort what has not finished, and end both threads."""
@@ -120,9 +124,8 @@ class AsyncEngine:
 
     async def unload(self, digest: str, *, wait_s: float = 0.0, cancel: bool = False) -> None:
         """Free a resident adapter. See `InferenceEngine.unload`."""
-        if cancel and digest not in self.pool.pinned:
-            self._send(lambda: self.engine.abort_adapter(digest))
-        await asyncio.to_thread(self.pool.unload, digest, wait_s=wait_s)
+        abort = partial(self._abort_adapter, digest) if cancel else None
+        await asyncio.to_thread(self.pool.unload, digest, wait_s=wait_s, abort=abort)
 
     async def pin(self, digest: str) -> None:
         """Load an adapter and keep it resident until `unpin`."""
@@ -135,6 +138,9 @@ class AsyncEngine:
     def resident(self) -> tuple[str, ...]:
         """Digests of the adapters in memory, least recently used first."""
         return self.pool.resident()
+
+    def _abort_adapter(self, digest: str) -> None:
+        self._send(lambda: self.engine.abort_adapter(digest))
 
     # On the event loop -------------------------------------------------------------------------
 

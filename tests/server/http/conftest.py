@@ -37,9 +37,11 @@ async def serve(root: Path) -> AsyncIterator[Serve]:
     """Starts an app with the settings given; waits until it is ready unless `wait=False`."""
     async with AsyncExitStack() as stack:
 
-        async def start(*, wait: bool = True, **options: Any) -> Served:
+        async def start(
+            *, wait: bool = True, engine: ScriptedEngine | None = None, **options: Any
+        ) -> Served:
             settings = Settings(**{"store": root, **options})
-            engine = ScriptedEngine()
+            engine = engine or ScriptedEngine()
             metrics = Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
             tokenizer = tiny.tokenizer()
             registry = Registry(
@@ -51,11 +53,12 @@ async def serve(root: Path) -> AsyncIterator[Serve]:
                 shape=ModelShape.of(tiny.injection().model),
             )
             app = create_app(Frontend(settings, engine, registry, tokenizer, metrics))
-            await stack.enter_async_context(app.router.lifespan_context(app))
+            running = await stack.enter_async_context(AsyncExitStack())
+            await running.enter_async_context(app.router.lifespan_context(app))
             if wait:
                 await app.state.starting
             client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
-            return Served(app, await stack.enter_async_context(client), engine)
+            return Served(app, await running.enter_async_context(client), engine, running)
 
         yield start
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from api import Serve, Served
+from scripted_engine import ScriptedEngine
 
 from crma.core.errors import StoreError
 from crma.store.adapter_store import AdapterStore
+from server.engine.request import FinishReason
 from server.http.log import Format
 
 
@@ -40,6 +42,14 @@ async def test_the_server_is_ready_once_the_store_is_verified_and_a_step_has_run
     served.app.state.frontend.draining = True
     assert (await served.client.get("/readyz")).json()["reason"] == "stopping"
     assert await served.error() == (503, "draining")
+
+
+async def test_a_server_whose_first_step_fails_ends(serve: Serve) -> None:
+    ended: list[bool] = []
+    engine = ScriptedEngine(ending=(FinishReason.ERROR, "the step failed"))
+    engine.on_failure = lambda: ended.append(True)
+    await serve(engine=engine)
+    assert ended == [True]
 
 
 async def test_metrics_are_labelled_by_adapter_and_crma(served: Served) -> None:

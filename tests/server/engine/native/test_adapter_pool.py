@@ -299,6 +299,41 @@ def test_an_unload_waits_for_the_users_and_lets_no_new_one_in() -> None:
     assert changes[-1] == ()
 
 
+def test_an_unload_aborts_the_users_once_no_new_one_can_start() -> None:
+    pool, _ = make_pool(2)
+    pool.load("task-0")
+    assert pool.acquire(TASKS[0])
+    starts: list[bool] = []
+
+    def abort() -> None:
+        starts.append(pool.acquire(TASKS[0]))
+        pool.release(TASKS[0])
+
+    pool.unload("task-0", wait_s=10.0, abort=abort)
+    assert starts == [False]
+    assert pool.resident() == ()
+
+
+def test_an_unload_of_a_pinned_adapter_aborts_nobody() -> None:
+    pool, _ = make_pool(2)
+    pool.pin("task-0")
+    aborted: list[bool] = []
+    with pytest.raises(AdapterInUse, match="is pinned"):
+        pool.unload("task-0", abort=lambda: aborted.append(True))
+    assert aborted == []
+
+
+def test_a_prefetch_that_fails_tells_the_engine_to_take_the_failure() -> None:
+    pool, _ = make_pool(2)
+    changes: list[bool] = []
+    pool.on_change = lambda: changes.append(True)
+    pool.prefetch([TASKS[0]])
+    assert changes == []
+    pool.prefetch([UNKNOWN[0]])
+    assert changes == [True]
+    assert list(pool.take_failures()) == ["unknown"]
+
+
 def test_an_unload_gives_up_at_once_when_the_adapter_is_pinned() -> None:
     pool, _ = make_pool(2)
     with unloading(pool, 600.0) as unload:

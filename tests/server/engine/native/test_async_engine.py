@@ -14,6 +14,7 @@ import tiny
 from scripted_engine import TINY
 from tiny import PROMPT, ask
 
+from crma.core.errors import InvalidAdapter
 from crma.core.selection import AdapterSelection
 from crma.models.reference import generate
 from server.engine.errors import EngineStopped, PromptTooLong, QueueFull
@@ -226,3 +227,25 @@ async def test_an_unexpected_failure_of_the_engine_ends_every_request(start: Any
         served.engine.submit(ask("later"))
     assert served.engine.stats().has_failed
     await asyncio.wait_for(served.engine.close(), 10)
+
+
+async def test_a_warm_up_whose_step_fails_raises(start: Any) -> None:
+    served = start()
+    served.failures.append(RuntimeError("out of memory"))
+    with pytest.raises(EngineStopped, match="the first step failed: the step failed"):
+        await served.engine.warm_up()
+    await served.engine.warm_up()
+
+
+async def test_requests_that_wait_for_one_failing_load_raise_errors_of_their_own(
+    start: Any,
+) -> None:
+    served = start(go=False)
+    tasks = served.start(ask("first", SLOW), ask("second", SLOW))
+    await happens(served.at_load)
+    served.failures.append(InvalidAdapter("not what its manifest says"))
+    served.go.set()
+    errors = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [str(error) for error in errors] == ["not what its manifest says"] * 2
+    assert errors[0] is not errors[1]
+    served.pool.register("slow", lambda: ADAPTERS["task-1"])

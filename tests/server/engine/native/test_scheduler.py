@@ -321,3 +321,18 @@ def test_prompt_log_probabilities_from_a_later_token_reuse_the_cached_prefix() -
             run(scheduler, scheduler.schedule(now))
         scheduler.remove(asked)
     assert found == [[(0, 8)], [(0, 8)], [(4, 5)], [(4, 4)]]
+
+
+def test_a_start_leaves_a_free_block_for_every_running_sequence() -> None:
+    def starts_beside_two_others(num_blocks: int) -> bool:
+        scheduler = make(num_blocks)
+        for first in (100, 200):
+            scheduler.add(sequence(1, first=first))
+        run(scheduler, scheduler.schedule(now))  # each has one block, with room for a token
+        third = sequence(4)
+        scheduler.add(third)
+        scheduler.schedule(now)
+        return third in scheduler.running
+
+    assert starts_beside_two_others(6)
+    assert not starts_beside_two_others(5)
