@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crma.core.errors import ConfigError
 
@@ -61,13 +61,39 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 class Turn(NamedTuple):
-    """One message of a conversation."""
+    """One message of a conversation, as chat templates read it.
+
+    Args:
+        role: system, user, assistant, or what else the template knows.
+        content: its text; None for an assistant's message of tool calls only.
+        name: tells speakers of one role apart.
+        tool_calls: of an assistant's message.
+        tool_call_id: the call that a tool's message answers.
+    """
 
     role: str
-    content: str
+    content: str | None
+    name: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] | None = None
+    tool_call_id: str | None = None
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[int]:
+@dataclass(frozen=True)
+class Conversation:
+    """Everything that a chat template is given.
+
+    Args:
+        turns: the messages.
+        tools: JSON schemas of the functions that the model may call; None: none.
+        template_kwargs: further variables of the template, such as enable_thinking.
+    """
+
+    turns: tuple[Turn, ...]
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
     """Token ids of a conversation by the model's own chat template, up to the next answer.
 
     The template is given a numbered mark in place of each text, and the marks are replaced after
@@ -77,23 +103,25 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> li
         ConfigError: there is no template, it refuses these turns, or it does not show each text
             exactly once.
     """
-    marked = [Turn(turn.role, f"⟦{index}⟧") for index, turn in enumerate(turns)]
+    turns = conversation.turns
+    texts = {f"⟦{index}⟧": each.content for index, each in enumerate(turns) if each.content}
+    marks = iter(texts)
+    marked = [turn._replace(content=next(marks)) if turn.content else turn for turn in turns]
     roles = [turn.role for turn in turns]
     try:
-        rendered = _render(tokenizer, *marked)
+        rendered = _render(tokenizer, replace(conversation, turns=tuple(marked)))
     except Exception as error:  # a template may raise anything
         message = f"the chat template refuses these messages: {error}"
         raise ConfigError(message, field="messages", value=roles) from error
-    parts = re.split(r"⟦(\d+)⟧", rendered)  # markup, number, markup, number, …, markup
-    shown = sorted(int(number) for number in parts[1::2])
-    if shown != list(range(len(turns))):
+    parts = re.split(r"(⟦\d+⟧)", rendered)  # markup, mark, markup, mark, …, markup
+    if sorted(parts[1::2]) != sorted(texts):
         message = "the chat template does not show each message once"
         raise ConfigError(message, field="messages", value=roles)
     ids: list[int] = []
-    for position, part in enumerate(parts):
-        is_number = position % 2 == 1
-        if is_number:
-            ids += encode_text(tokenizer, turns[int(part)].content)
+    for part in parts:
+        text = texts.get(part)
+        if text is not None:
+            ids += encode_text(tokenizer, text)
         else:
             ids += tokenizer.encode(part, add_special_tokens=False)
     return ids
@@ -116,21 +144,31 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
         message = "the tokenizer has no chat template"
         allowed = "a template; or raw prompts"
         raise ConfigError(message, field="chat_template", value=None, allowed=allowed)
-    rendered = _render(tokenizer, Turn("user", _USER))
+    rendered = _render(tokenizer, Conversation((Turn("user", _USER),)))
     if rendered.count(_USER) != 1:
         message = "the chat template changes the user's text"
         raise ConfigError(message, field="chat_template", value=rendered, allowed="the text once")
     head, tail = rendered.split(_USER)
-    turn_end = _render(tokenizer, Turn("user", _USER), generate=False).split(_USER)[1]
+    turn_end = _render(tokenizer, Conversation((Turn("user", _USER),)), generate=False).split(
+        _USER
+    )[1]
     head = _without_system_turn(tokenizer, head, turn_end)
     return PromptFormat(head=head, tail=tail, stop=_stop_token(tokenizer, turn_end))
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, *turns: Turn, generate: bool = True) -> str:
-    """The chat template's text for some turns; `generate`: up to where the answer begins."""
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+def _render(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, *, generate: bool = True
+) -> str:
+    """The chat template's text for a conversation; `generate`: up to where the answer begins."""
+    tools = conversation.tools
     return str(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        tokenizer.apply_chat_template(
+            [turn._asdict() for turn in conversation.turns],
+            tools=list(tools) if tools else None,
+            tokenize=False,
+            add_generation_prompt=generate,
+            **conversation.template_kwargs,
+        )
     )
 
 
@@ -145,8 +183,9 @@ def _without_system_turn(tokenizer: PreTrainedTokenizerBase, head: str, turn_end
         head: the markup before the text of a single user turn.
         turn_end: the markup that ends a turn.
     """
+    turns = (Turn("system", _SYSTEM), Turn("user", _USER))
     try:
-        rendered = _render(tokenizer, Turn("system", _SYSTEM), Turn("user", _USER))
+        rendered = _render(tokenizer, Conversation(turns))
     except Exception:  # a template without system turns (Gemma) may raise anything
         return head
     before_system, _, rest = rendered.partition(_SYSTEM)

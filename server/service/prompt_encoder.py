@@ -7,12 +7,18 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from crma.models.prompts import PromptFormat, Turn, encode_chat, encode_text, raw_format
+from crma.models.prompts import (
+    Conversation,
+    PromptFormat,
+    encode_chat,
+    encode_text,
+    raw_format,
+)
 from server.engine.errors import QueueFull
 from server.service.errors import InvalidField
 
-Prompt = str | Sequence[int] | Sequence[Turn]
-"""Text; or token ids; or the turns of a conversation."""
+Prompt = str | Sequence[int] | Conversation
+"""Text; or token ids; or a conversation."""
 
 
 class EncodedPrompt(NamedTuple):
@@ -48,7 +54,8 @@ class PromptEncoder:
         """Encode a prompt and, where one is given, the answer that follows it.
 
         Args:
-            prompt: text goes through `prompt_format` unless `raw`; turns through the chat template.
+            prompt: text goes through `prompt_format` unless `raw`; a conversation through the
+                chat template.
             prompt_format: None: the raw format. It also says which token ends an answer.
 
         Raises:
@@ -56,7 +63,7 @@ class PromptEncoder:
             ConfigError: the chat template refuses these turns.
             QueueFull: `max_waiting` prompts wait already.
         """
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, str | Conversation):
             self._check_ids(prompt)
         if self._slots.locked():
             raise QueueFull(self.max_waiting, retry_after=1.0)
@@ -80,10 +87,10 @@ class PromptEncoder:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _check_ids(self, prompt: Sequence[int] | Sequence[Turn]) -> None:
+    def _check_ids(self, prompt: Sequence[int]) -> None:
         """Raises InvalidField that names the first token id out of range."""
         for position, token_id in enumerate(prompt):
-            if isinstance(token_id, int) and not 0 <= token_id < self.num_tokens:
+            if not 0 <= token_id < self.num_tokens:
                 field = f"prompt.{position}"
                 allowed = f"0 to {self.num_tokens - 1}"
                 message = f"{field}: no such token"
@@ -92,7 +99,6 @@ class PromptEncoder:
     def _prompt_ids(self, prompt: Prompt, prompt_format: PromptFormat) -> Sequence[int]:
         if isinstance(prompt, str):
             return prompt_format.encode(self.tokenizer, prompt)
-        turns = [turn for turn in prompt if isinstance(turn, Turn)]
-        if turns:
-            return encode_chat(self.tokenizer, turns)
-        return [token_id for token_id in prompt if isinstance(token_id, int)]
+        if isinstance(prompt, Conversation):
+            return encode_chat(self.tokenizer, prompt)
+        return prompt

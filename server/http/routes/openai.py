@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from crma.core.errors import NotFound
+from crma.models.prompts import Conversation
 from crma.store.entry import TaskEntry
 from server.http.auth import require_key
 from server.http.dependencies import AfterResponse, TheFrontend
@@ -23,6 +24,7 @@ from server.http.openai_schemas import (
 )
 from server.service.errors import InvalidField, ModelNotFound
 from server.service.frontend import Frontend
+from server.service.prompt_encoder import Prompt
 from server.service.registry import Resolved
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
@@ -95,9 +97,11 @@ async def chat(
         raise InvalidField(message, field="top_logprobs", value=body.top_logprobs, allowed=0)
     resolved = _resolve_body(body, request, frontend)
     turns = body.turns()
+    prompt: Prompt = Conversation(turns)
     has_format = resolved.task is not None and resolved.task.prompt_format is not None
     is_one_question = len(turns) == 1 and turns[0].role == "user"
-    prompt = turns[0].content if has_format and is_one_question else turns
+    if has_format and is_one_question:
+        prompt = turns[0].content or ""
     sampling = body.sampling(logprobs=body.top_logprobs if body.logprobs else None)
     generation = await frontend.generation(prompt, resolved, sampling, prefix="chatcmpl")
     answer = ChatAnswer(body, [generation], frontend)

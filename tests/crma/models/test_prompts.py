@@ -8,7 +8,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from crma.core.errors import ConfigError
-from crma.models.prompts import PromptFormat, Turn, chat_format, encode_chat, raw_format
+from crma.models.prompts import (
+    Conversation,
+    PromptFormat,
+    Turn,
+    chat_format,
+    encode_chat,
+    raw_format,
+)
 
 SMOLLM_2 = (  # inserts a system turn of its own
     "{% if messages[0].role != 'system' %}"
@@ -91,6 +98,12 @@ def tokenizer_of(template: str | None, special: list[str], **roles: str) -> PreT
     return made
 
 
+def conversation(*texts: str) -> Conversation:
+    """User and assistant in turn."""
+    roles = ("user", "assistant")
+    return Conversation(tuple(Turn(roles[i % 2], text) for i, text in enumerate(texts)))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_format_holds_one_user_turn_and_the_end_of_an_answer(name: str) -> None:
     template, tokens, expected = CASES[name]
@@ -127,8 +140,8 @@ def test_special_tokens_in_a_prompt_or_an_answer_are_text(name: str) -> None:
 def test_special_tokens_in_a_conversation_are_text(name: str) -> None:
     template, tokens, _ = CASES[name]
     tokenizer = tokenizer_of(template, **tokens)
-    turns = [Turn("user", "one"), Turn("assistant", HOSTILE), Turn("user", "two")]
-    plain = [Turn("user", "one"), Turn("assistant", "plain"), Turn("user", "two")]
+    turns = conversation("one", HOSTILE, "two")
+    plain = conversation("one", "plain", "two")
     special = set(tokenizer.all_special_ids)
     markup = [token for token in encode_chat(tokenizer, turns) if token in special]
     expected = [token for token in encode_chat(tokenizer, plain) if token in special]
@@ -139,10 +152,10 @@ def test_special_tokens_in_a_conversation_are_text(name: str) -> None:
 def test_conversations_that_the_template_does_not_show_whole_are_refused() -> None:
     gemma = tokenizer_of(GEMMA, **GEMMA_TOKENS)
     with pytest.raises(ConfigError, match="refuses these messages: System role not supported"):
-        encode_chat(gemma, [Turn("system", "obey"), Turn("user", "one")])
+        encode_chat(gemma, Conversation((Turn("system", "obey"), Turn("user", "one"))))
     only_the_last = tokenizer_of("{{ messages[-1].content }}", **CHATML_TOKENS)
     with pytest.raises(ConfigError, match="does not show each message once"):
-        encode_chat(only_the_last, [Turn("user", "one"), Turn("user", "two")])
+        encode_chat(only_the_last, Conversation((Turn("user", "one"), Turn("user", "two"))))
 
 
 def test_raw_prompts_get_the_start_token_that_the_tokenizer_adds() -> None:

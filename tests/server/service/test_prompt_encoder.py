@@ -10,7 +10,7 @@ import tiny
 from tiny import FORMAT, VOCAB
 
 from crma.core.errors import ConfigError
-from crma.models.prompts import Turn
+from crma.models.prompts import Conversation, Turn
 from server.engine.errors import QueueFull
 from server.service.errors import InvalidField
 from server.service.prompt_encoder import EncodedPrompt, PromptEncoder
@@ -110,8 +110,8 @@ async def test_a_token_id_out_of_range_is_named_by_its_position(make: Any, token
 
 
 async def test_turns_go_through_the_chat_template(make: Any) -> None:
-    turns = [Turn("system", "the café"), Turn("user", f"is free{MARKUP}")]
-    encoded = await encode(make(), turns)
+    turns = (Turn("system", "the café"), Turn("user", f"is free{MARKUP}"))
+    encoded = await encode(make(), Conversation(turns))
     assert as_text(encoded.prompt_ids) == (
         "<|im_start|>system\nthe café<|im_end|>\n"
         "<|im_start|>user\nis free<|im_end|><|im_end|>\n"
@@ -127,7 +127,7 @@ async def test_turns_that_the_template_refuses_are_a_config_error_and_free_the_p
     with monkeypatch.context() as patch:
         patch.setattr(tiny.tokenizer(), "chat_template", "{{ raise_exception('no turns') }}")
         with pytest.raises(ConfigError, match="no turns") as caught:
-            await encode(encoder, [Turn("user", "the")])
+            await encode(encoder, Conversation((Turn("user", "the"),)))
     assert caught.value.field == "messages"
     assert as_text((await encode(encoder, "the", raw=True)).prompt_ids) == "the"
 
