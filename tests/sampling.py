@@ -27,12 +27,15 @@ def chooser(params: SamplingParams, prompt: Sequence[int], index: int = 0) -> Ch
 
 
 def penalised(logits: Tensor, row: SamplingRow) -> Tensor:
-    """Apply the repetition penalty to logits [vocab], then the presence and frequency penalties.
+    """Apply to logits [vocab] the biases, the penalties, and the ban of forbidden tokens.
 
-    The first is on tokens of prompt and output, the other two on tokens of the output only.
+    The repetition penalty comes first, on tokens of prompt and output; then the presence and
+    frequency penalties, on tokens of the output only.
     """
     params = row.params
     scores = logits.tolist()
+    for token, bias in params.logit_bias:
+        scores[token] = torch.tensor(scores[token] + bias).item()  # a logit again: fp32
     for token in {*row.prompt_ids, *row.output_ids}:
         if scores[token] > 0:
             scores[token] /= params.repetition_penalty
@@ -40,6 +43,8 @@ def penalised(logits: Tensor, row: SamplingRow) -> Tensor:
             scores[token] *= params.repetition_penalty
     for token, count in Counter(row.output_ids).items():
         scores[token] -= params.presence_penalty + params.frequency_penalty * count
+    for token in row.forbidden:
+        scores[token] = min(scores[token], -LARGEST_FP32)
     return torch.tensor(scores).clamp(max=LARGEST_FP32)  # inf - inf would be NaN
 
 

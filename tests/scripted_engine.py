@@ -82,6 +82,12 @@ class ScriptedEngine:
         first = text.split(" ")[0]
         return [first, text[len(first) :]]
 
+    def tokens(self, request: Request, index: int) -> list[tuple[int, str]]:
+        """The tokens of a sequence, each with its text."""
+        if request.sampling.max_tokens == 0:
+            return []
+        return list(enumerate(self.pieces(request, index), FIRST_TOKEN))
+
     def last(self, request: Request) -> Ending:
         """How a sequence ends that nothing ended early."""
         return self.ending
@@ -94,8 +100,9 @@ class ScriptedEngine:
         if self.closed:
             raise EngineStopped("the server is stopping and takes no new requests")
         length = len(request.prompt_ids)
-        if not 0 < length <= self.max_length - request.sampling.max_tokens:
-            raise PromptTooLong("too long", field="prompt", value=length, allowed="less")
+        max_tokens = request.sampling.max_tokens
+        if not 0 < length <= self.max_length - max_tokens:
+            raise PromptTooLong(length, max_tokens, self.max_length)
         if self._num_open() + request.sampling.n > self.max_queue:
             raise QueueFull(self.max_queue, retry_after=1.0)
         self.requests.append(request)
@@ -155,13 +162,15 @@ class ScriptedEngine:
 
     async def _sequence(self, request: Request, index: int) -> Outputs:
         sampling = request.sampling
-        pieces = self.pieces(request, index)
+        tokens = self.tokens(request, index)
         output = RequestOutput(request.id, index)
         if index == 0:
             values = [-1.0] * (len(request.prompt_ids) - 1)
             prompt_logprobs = logprobs(sampling.prompt_logprobs, *values)
             output = replace(output, prompt_logprobs=prompt_logprobs)
-        for position, text in enumerate(pieces):
+        if not tokens:
+            yield self._finished(output, self.last(request), 0)
+        for position, (token_id, text) in enumerate(tokens):
             await asyncio.sleep(0)
             early = self._early_ending(request)
             if early is not None:
@@ -169,12 +178,12 @@ class ScriptedEngine:
                 return
             token = replace(
                 output,
-                token_ids=(FIRST_TOKEN + position,),
+                token_ids=(token_id,),
                 text=text,
                 logprobs=logprobs(sampling.logprobs, -0.5 / 2**position),
             )
-            if position == len(pieces) - 1:
-                yield self._finished(token, self.last(request), len(pieces))
+            if position == len(tokens) - 1:
+                yield self._finished(token, self.last(request), len(tokens))
             elif not self.fail_at_once:
                 yield token
             output = RequestOutput(request.id, index)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from fastapi import FastAPI
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
@@ -125,6 +125,30 @@ def tokenizer() -> PreTrainedTokenizerFast:
         eos_token=end,
         additional_special_tokens=[start],
     )
+
+
+@cache
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer like that of Llama 2, Gemma and Mistral.
+
+    ▁ stands for a space, and characters outside the vocabulary are spelled in byte tokens.
+    """
+    vocab = {f"<0x{i:02X}>": i for i in range(256)}
+    for word in ("▁", *"abct€", "▁the"):
+        vocab[word] = len(vocab)
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
 
 
 def lora(inj: Injection, rank: int, which: str, seed: int = 0) -> Lora:

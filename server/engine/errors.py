@@ -29,7 +29,24 @@ class EngineStopped(EngineError):
 
 
 class PromptTooLong(EngineError):
-    """Prompt and max_tokens do not fit the model's context or the KV cache together."""
+    """Prompt and max_tokens do not fit the model's context together.
+
+    Clients of OpenAI look for the words "maximum context length is N tokens", and read N.
+
+    Args:
+        num_prompt_tokens: the length of the prompt.
+        max_tokens: the most tokens that were to be generated.
+        max_model_len: the limit on both together.
+    """
+
+    def __init__(self, num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
+        message = (
+            f"This model's maximum context length is {max_model_len} tokens. "
+            f"However, you requested {num_prompt_tokens + max_tokens} tokens "
+            f"({num_prompt_tokens} in the prompt, {max_tokens} in the completion)."
+        )
+        allowed = f"prompt tokens + max_tokens <= {max_model_len}"
+        super().__init__(message, field="prompt", value=num_prompt_tokens, allowed=allowed)
 
 
 class AdapterInUse(EngineError):

@@ -26,7 +26,8 @@ class SamplingParams:
     The HTTP edge (server/http/sampling_fields.py) validates the values; the engine trusts them.
 
     Attributes:
-        max_tokens: the most tokens to generate in each sequence.
+        max_tokens: the most tokens to generate in each sequence. With 0 the prompt is computed, for
+            its log-probabilities, and nothing is generated.
         temperature: 0 is greedy.
         top_p: sample only from the most probable tokens that hold this share together; 1 is off.
         top_k: sample only from the k most probable tokens; 0 is off. No upper limit.
@@ -38,12 +39,20 @@ class SamplingParams:
         seed: makes a sampled request repeatable: sequence i of n draws from seed + i.
         n: sequences to generate.
         stop: strings that end a sequence; they are no part of its text.
+        stop_token_ids: tokens that end a sequence, even with `ignore_eos`, and are no part of it.
+        include_stop_str_in_output: what ends a sequence is a part of it: the stop string, or the
+            end token, whose text is empty if it is special and `skip_special_tokens`.
+        min_tokens: until a sequence has so many, no token may end it, and no stop string that is
+            complete by then does.
+        logit_bias: (token id, number) pairs: the number is added to the token's logit, before the
+            penalties.
+        skip_special_tokens: special tokens have no text.
         logprobs: for every sampled token, return its log-probability and the k most probable
             tokens, under the model's unmodified distribution; None is off.
         prompt_logprobs: the same for the tokens of the prompt; None is off.
         prompt_logprobs_from: the first prompt token that `prompt_logprobs` covers, at least 1: the
             token at position 0 has no log-probability.
-        ignore_eos: go on to max_tokens past the tokens that would end the sequence.
+        ignore_eos: go on to max_tokens past the end tokens of model and prompt format.
     """
 
     max_tokens: int = 16
@@ -57,6 +66,11 @@ class SamplingParams:
     seed: int | None = None
     n: int = 1
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     prompt_logprobs_from: int = 1
@@ -82,8 +96,8 @@ class Request:
     Attributes:
         id: unique among the unfinished requests.
         prompt_ids: at least one token.
-        stop_token_ids: tokens that end a sequence, beside the model's own end tokens; the prompt
-            format of an adapter has one.
+        stop_token_ids: tokens that end a sequence, beside the model's own end tokens: that of the
+            prompt format. `SamplingParams.stop_token_ids` are those that its user names.
         sampling: how its tokens are chosen.
         selection: its adapters, by digest.
         arrival: when it arrived.

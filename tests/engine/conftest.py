@@ -8,44 +8,71 @@ from collections.abc import AsyncIterator
 
 import pytest
 import tiny
-from scripted_engine import TINY, Ending, ScriptedEngine
+from scripted_engine import FIRST_TOKEN, TINY, Ending, ScriptedEngine
 
 from server.engine.inference_engine import InferenceEngine
 from server.engine.native.async_engine import AsyncEngine
-from server.engine.request import FinishReason, Request
+from server.engine.request import FinishReason, Request, SamplingParams
 
 MAX_QUEUE = 8
+OTHER_TOKEN = 299
+Token = tuple[int, str]
 WORDS = ("the ", "naïve ", "café ", "is ", "free ", "and ", "the other ", "answers ")
 
 
 class DrawnEngine(ScriptedEngine):
-    """A scripted engine whose text depends on the prompt, the adapters and the seed only."""
+    """A scripted engine whose text depends on the prompt, the adapters and the seed only.
 
-    def pieces(self, request: Request, index: int) -> list[str]:
+    Its tokens are words. Biases make one token of all, whose text is the first word.
+    """
+
+    def tokens(self, request: Request, index: int) -> list[tuple[int, str]]:
         sampling = request.sampling
         seed = None
         if sampling.temperature > 0:
             seed = (sampling.seed or 0) + index
         draw = random.Random(repr((request.prompt_ids, request.selection, seed)))
         words = [draw.choice(WORDS) for _ in range(sampling.max_tokens)]
-        return _cut("".join(words), words, sampling.stop)
+        tokens = list(enumerate(words, FIRST_TOKEN))
+        if sampling.logit_bias:
+            likeliest, _ = max(sampling.logit_bias, key=lambda pair: pair[1])
+            tokens = [(likeliest, WORDS[0])] * sampling.max_tokens
+        return _cut_at_text(_cut_at_token(tokens, sampling), sampling)
 
     def last(self, request: Request) -> Ending:
-        if request.sampling.stop:
+        if request.sampling.stop or request.sampling.stop_token_ids:
             return FinishReason.STOP, None
         return FinishReason.LENGTH, None
 
 
-def _cut(text: str, words: list[str], stop: tuple[str, ...]) -> list[str]:
-    """The words of a text up to its first stop string; that is left out."""
-    found = [text.index(each) for each in stop if each in text]
+def _cut_at_token(tokens: list[Token], sampling: SamplingParams) -> list[Token]:
+    """The tokens up to the first that ends them; before `min_tokens` none may."""
+    for position, (token_id, _) in enumerate(tokens):
+        if token_id not in sampling.stop_token_ids:
+            continue
+        if position >= sampling.min_tokens:
+            return tokens[: position + sampling.include_stop_str_in_output]
+        tokens[position] = (OTHER_TOKEN, WORDS[0])
+    return tokens
+
+
+def _cut_at_text(tokens: list[Token], sampling: SamplingParams) -> list[Token]:
+    """The tokens up to the first stop string that ends after `min_tokens` of them."""
+    texts = [text for _, text in tokens]
+    text = "".join(texts)
+    num_exempt = len("".join(texts[: sampling.min_tokens]))  # characters
+    found = []
+    for stop in sampling.stop:
+        start = text.find(stop, max(0, num_exempt - len(stop) + 1))
+        if start >= 0:
+            found.append(start + len(stop) * sampling.include_stop_str_in_output)
     if not found:
-        return words
-    kept: list[str] = []
+        return tokens
+    kept: list[Token] = []
     num_left = min(found)  # characters
-    for word in words:
-        kept.append(word[:num_left])
-        num_left -= len(kept[-1])
+    for token_id, word in tokens:
+        kept.append((token_id, word[:num_left]))
+        num_left -= len(kept[-1][1])
         if num_left == 0:
             break
     return kept

@@ -41,6 +41,10 @@ def logprobs_of(outputs: Received) -> list[float]:
     return [each.logprob for output in outputs for each in output.logprobs]
 
 
+def prompt_logprobs_of(outputs: Received) -> list[float]:
+    return [each.logprob for output in outputs for each in output.prompt_logprobs]
+
+
 def ending(outputs: Received) -> tuple[FinishReason | None, str | None]:
     return outputs[-1].finish_reason, outputs[-1].error
 
@@ -112,6 +116,58 @@ async def test_the_text_ends_before_a_stop_string(engine: InferenceEngine) -> No
     stopped = await run(engine, ask("stopped", max_tokens=12, stop=(stop,)))
     assert text_of(stopped) == whole.partition(stop)[0]
     assert ending(stopped) == (FinishReason.STOP, None)
+
+
+async def test_a_stop_string_is_part_of_the_text_if_asked_for(engine: InferenceEngine) -> None:
+    whole = text_of(await run(engine, ask("whole", max_tokens=12)))
+    stop = whole[5:8]
+    options = {"stop": (stop,), "include_stop_str_in_output": True}
+    stopped = await run(engine, ask("stopped", max_tokens=12, **options))
+    assert text_of(stopped) == whole.partition(stop)[0] + stop
+
+
+async def test_a_stop_token_ends_an_answer_and_is_part_of_it_only_if_asked_for(
+    engine: InferenceEngine,
+) -> None:
+    whole = tokens_of(await run(engine, ask("whole", max_tokens=12)))
+    stop = whole[4]
+    first = whole.index(stop)
+    for is_included in (False, True):
+        options = {"stop_token_ids": (stop,), "include_stop_str_in_output": is_included}
+        name = f"included-{is_included}"
+        stopped = await run(engine, ask(name, max_tokens=12, ignore_eos=True, **options))
+        assert tokens_of(stopped) == whole[: first + is_included]
+        assert ending(stopped) == (FinishReason.STOP, None)
+
+
+async def test_nothing_ends_an_answer_before_it_has_min_tokens(engine: InferenceEngine) -> None:
+    outputs = await run(engine, ask("whole", max_tokens=12))
+    stop = tokens_of(outputs)[2]
+    options = {"stop_token_ids": (stop,), "min_tokens": 5}
+    stopped = tokens_of(await run(engine, ask("by token", max_tokens=12, **options)))
+    assert stop not in stopped
+    assert len(stopped) >= 5
+    text = text_of(outputs)
+    options = {"stop": (text[1:3],), "min_tokens": 12}
+    assert text_of(await run(engine, ask("by text", max_tokens=12, **options))) == text
+
+
+async def test_a_bias_can_choose_the_tokens(engine: InferenceEngine) -> None:
+    biased = await run(engine, ask("biased", logit_bias=((7, 100.0), (8, -100.0))))
+    assert tokens_of(biased) == [7] * 6
+
+
+async def test_without_tokens_to_generate_the_prompt_is_measured(engine: InferenceEngine) -> None:
+    longer = await run(engine, ask("longer", prompt_logprobs=1))
+    outputs = await run(engine, ask("none", max_tokens=0, prompt_logprobs=1, n=2))
+    assert tokens_of(outputs) == []
+    reasons = [output.finish_reason for output in outputs if output.finish_reason]
+    assert reasons == [FinishReason.LENGTH] * 2
+    measured = prompt_logprobs_of(outputs)
+    assert len(measured) == 2
+    assert measured == pytest.approx(prompt_logprobs_of(longer), abs=1e-4)
+    full = ask("full", prompt=(5,) * 400, max_tokens=0)
+    assert ending(await run(engine, full)) == (FinishReason.LENGTH, None)
 
 
 async def test_warming_up_runs_a_step(engine: InferenceEngine) -> None:

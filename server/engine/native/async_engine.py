@@ -150,12 +150,7 @@ class AsyncEngine:
         max_tokens = request.sampling.max_tokens
         limit = self.engine.max_model_len
         if not 0 < length <= limit - max_tokens:
-            message = (
-                f"a prompt of {length} tokens and max_tokens {max_tokens} "
-                f"exceed max_model_len {limit}"
-            )
-            allowed = f"prompt tokens + max_tokens <= {limit}"
-            raise PromptTooLong(message, field="prompt", value=length, allowed=allowed)
+            raise PromptTooLong(length, max_tokens, limit)
 
     def _num_open_sequences(self) -> int:
         return sum(len(stream.open) for stream in self._streams.values())

@@ -64,8 +64,8 @@ class Engine:
         """
         sampling = request.sampling
         for index in range(sampling.n):
-            sequence = Sequence(request, index)
-            sequence.detokenizer = Detokenizer(self.tokenizer, sampling.stop)
+            sequence = Sequence(request, index, self.stop_ids)
+            sequence.detokenizer = Detokenizer(self.tokenizer, sampling)
             sequence.generator = torch.Generator()
             if sampling.seed is None:
                 sequence.generator.seed()
@@ -198,6 +198,7 @@ class Engine:
             if new.sequence.first_token is None:
                 new.sequence.first_token = now
             outputs.append(self._append(new))
+        outputs += [self._finish(s, FinishReason.LENGTH) for s in results.measured]
         return outputs + self._end_overflown(results.overflown)
 
     def _end_overflown(self, sequences: list[Sequence]) -> list[RequestOutput]:
@@ -211,17 +212,17 @@ class Engine:
     def _append(self, new: NewToken) -> RequestOutput:
         """Give a sequence its next token, and end it if that token ends it."""
         sequence, token, logprobs = new
-        request = sequence.request
-        is_end = token in self.stop_ids or token in request.stop_token_ids
-        if is_end and not request.sampling.ignore_eos:
+        sampling = sequence.request.sampling
+        is_end = sequence.ends_with(token)
+        if is_end and not sampling.include_stop_str_in_output:
             return self._finish(sequence, FinishReason.STOP)
         sequence.token_ids.append(token)
         self.counters.generation_tokens += 1
         text = sequence.detokenizer.add(token)
         output = take_output(sequence, (token,), text, logprobs)
-        if sequence.detokenizer.stopped:
+        if is_end or sequence.detokenizer.stopped:
             return self._finish(sequence, FinishReason.STOP, output)
-        if sequence.num_output_tokens >= request.sampling.max_tokens:
+        if sequence.num_output_tokens >= sampling.max_tokens:
             return self._finish(sequence, FinishReason.LENGTH, output)
         return output
 

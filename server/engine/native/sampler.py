@@ -13,7 +13,7 @@ settle the matter.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from server.engine.request import SamplingParams, TokenLogprob
 
+LARGEST = torch.finfo(torch.float32).max
 MOST_PROBABLE_MASS = 2.0**32
 ROOM_FOR_TIES = 64
 NUM_CANDIDATES = (128, 2048)  # for top-k and top-p, before the whole vocabulary is sorted
@@ -30,27 +31,31 @@ NUM_CANDIDATES = (128, 2048)  # for top-k and top-p, before the whole vocabulary
 class SamplingRow(NamedTuple):
     """Everything that belongs to one row of logits.
 
-    Only a sampled row (temperature above 0) draws from its CPU generator.
+    Only a sampled row (temperature above 0) draws from its CPU generator. A forbidden token is
+    chosen only where no other has a finite logit.
     """
 
     params: SamplingParams
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
     generator: torch.Generator
+    forbidden: Collection[int] = ()
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     """Choose one token for each row.
 
-    Penalties come first. A greedy row (temperature 0) then takes the largest score, and among ties
-    the lowest id. A sampled row applies temperature, min-p, top-k and top-p, and draws. Top-k keeps
-    exactly k tokens, of ties the lowest ids; top-p keeps the token that crosses the threshold.
+    Biases come first, then penalties. A greedy row (temperature 0) then takes the largest score,
+    and among ties the lowest id. A sampled row applies temperature, min-p, top-k and top-p, and
+    draws. Top-k keeps exactly k tokens, of ties the lowest ids; top-p keeps the token that crosses
+    the threshold.
 
     Args:
         logits: [b, vocab] fp32, not changed; no NaN, no +inf, and a finite value in each row.
         rows: one for each row of logits. No row affects the token of another.
     """
-    scores = _penalised(logits, rows)
+    scores = _penalised(_biased(logits, rows), rows)
+    scores = _without_forbidden(scores, rows)
     sampled = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if len(sampled) == len(rows):
         return _draw(scores, rows)
@@ -93,6 +98,43 @@ def token_logprobs(
     return found
 
 
+def _biased(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Add the biases of each row to its logits (OpenAI).
+
+    Returns:
+        [b, vocab] fp32; `logits` itself if no row has a bias.
+    """
+    biases = [dict(row.params.logit_bias) for row in rows]
+    if not any(biases):
+        return logits
+    cells = _cells(biases, logits.device)
+    values = list(chain.from_iterable(found.values() for found in biases))
+    added = torch.tensor(values, dtype=torch.float64, device=logits.device)
+    return logits.index_put(cells, (logits[cells].double() + added).float())
+
+
+def _without_forbidden(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Put the forbidden tokens of each row below all others.
+
+    Their score stays finite where it was: a row of constrained logits may have nothing else.
+
+    Returns:
+        [b, vocab] fp32; `scores` itself if no row forbids a token.
+    """
+    forbidden = [row.forbidden for row in rows]
+    if not any(forbidden):
+        return scores
+    cells = _cells(forbidden, scores.device)
+    return scores.index_put(cells, scores[cells].clamp(max=-LARGEST))
+
+
+def _cells(token_ids: Sequence[Collection[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The index of every token that a row names, row after row: rows [cells], ids [cells]."""
+    num_cells = torch.tensor([len(found) for found in token_ids], device=device)
+    row_index = torch.arange(len(token_ids), device=device).repeat_interleave(num_cells)
+    return row_index, torch.tensor(list(chain.from_iterable(token_ids)), device=device)
+
+
 def _penalised(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Apply the penalties: repetition first, then presence and frequency together.
 
@@ -106,19 +148,16 @@ def _penalised(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         return logits
 
     device = logits.device
-    num_cells = torch.tensor([len(found) for found in occurrences], device=device)
-    row_index = torch.arange(len(rows), device=device).repeat_interleave(num_cells)
-    token_id = torch.tensor(list(chain.from_iterable(occurrences)), device=device)
+    cells = _cells(occurrences, device)
     count_lists = [found.values() for found in occurrences]
     count = torch.tensor(list(chain.from_iterable(count_lists)), device=device)
     penalties = [_penalties(row.params) for row in rows]
-    by_cell = torch.tensor(penalties, dtype=torch.float64, device=device)[row_index]
+    by_cell = torch.tensor(penalties, dtype=torch.float64, device=device)[cells[0]]
     repetition, presence, frequency = by_cell.unbind(-1)
-    cells = (row_index, token_id)
     scores = _after_repetition(logits[cells].double(), repetition)
     scores -= _for_presence(count, presence) + _for_frequency(count, frequency)
     # Not beyond the largest fp32: an infinite score would make every probability NaN.
-    scores.clamp_(max=torch.finfo(torch.float32).max)
+    scores.clamp_(max=LARGEST)
     return logits.index_put(cells, scores.float())
 
 

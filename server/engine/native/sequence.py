@@ -18,6 +18,7 @@ class Sequence:
 
     Attributes:
         index: its number among the n.
+        model_end_ids: tokens that end every sequence (the model's own).
         token_ids: the prompt, and the answer so far.
         num_computed_tokens: how many of them have keys and values in the blocks of `block_table`.
         num_cached_tokens: how many of them it found in the prefix cache when it first started.
@@ -33,6 +34,7 @@ class Sequence:
 
     request: Request
     index: int
+    model_end_ids: frozenset[int] = frozenset()
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
@@ -57,6 +59,22 @@ class Sequence:
     def output_ids(self) -> list[int]:
         """The answer so far."""
         return self.token_ids[len(self.request.prompt_ids) :]
+
+    @property
+    def forbidden_ids(self) -> frozenset[int]:
+        """Tokens that may not come next: those that would end the answer before `min_tokens`."""
+        sampling = self.request.sampling
+        if self.num_output_tokens >= sampling.min_tokens:
+            return frozenset()
+        return self.model_end_ids.union(self.request.stop_token_ids, sampling.stop_token_ids)
+
+    def ends_with(self, token: int) -> bool:
+        """Whether this token ends the answer."""
+        request = self.request
+        if token in request.sampling.stop_token_ids:
+            return True
+        is_end = token in self.model_end_ids or token in request.stop_token_ids
+        return is_end and not request.sampling.ignore_eos
 
     @property
     def num_pending_tokens(self) -> int:

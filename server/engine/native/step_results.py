@@ -25,10 +25,12 @@ class StepResults:
 
     Attributes:
         tokens: one for every sequence whose chunk ends at its newest token.
+        measured: sequences that are to get no token (`max_tokens` 0), and whose prompt is computed.
         overflown: sequences whose logits are not numbers; they get no token.
     """
 
     tokens: list[NewToken]
+    measured: list[Sequence]
     overflown: list[Sequence]
 
     @classmethod
@@ -43,6 +45,7 @@ class StepResults:
         is_valid = logits.amax(-1).isfinite().tolist()
         sampled_rows: list[int] = []
         sampled: list[Sequence] = []
+        measured: list[Sequence] = []
         overflown: list[Sequence] = []
         first_row = 0
         for chunk, num_rows in zip(batch.chunks, batch.num_logits, strict=True):
@@ -53,11 +56,13 @@ class StepResults:
                 continue
             if chunk.sequence.wants_prompt_logprobs:
                 _add_prompt_logprobs(chunk.sequence, chunk.stop - num_rows, logits[rows])
-            if chunk.samples:
+            if chunk.samples and chunk.sequence.request.sampling.max_tokens == 0:
+                measured.append(chunk.sequence)
+            elif chunk.samples:
                 sampled_rows.append(rows.stop - 1)
                 sampled.append(chunk.sequence)
         tokens = _new_tokens(logits[sampled_rows], sampled) if sampled else []
-        return cls(tokens, overflown)
+        return cls(tokens, measured, overflown)
 
 
 def _new_tokens(logits: Tensor, sequences: list[Sequence]) -> list[NewToken]:
@@ -67,7 +72,9 @@ def _new_tokens(logits: Tensor, sequences: list[Sequence]) -> list[NewToken]:
         logits: [b, vocab] fp32, a row for each sequence.
     """
     rows = [
-        SamplingRow(s.request.sampling, s.request.prompt_ids, s.output_ids, s.generator)
+        SamplingRow(
+            s.request.sampling, s.request.prompt_ids, s.output_ids, s.generator, s.forbidden_ids
+        )
         for s in sequences
     ]
     tokens = sample(logits, rows)

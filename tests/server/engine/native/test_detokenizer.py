@@ -1,42 +1,18 @@
 """server.engine.native.detokenizer: the text equals decoding at once, cut at stop strings."""
 
 from collections.abc import Sequence
-from functools import cache
+from typing import Any
 
 import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.native.detokenizer import Detokenizer
+from server.engine.request import SamplingParams
 
 LETTERS = st.sampled_from("abc the€日🙂é�")
 TEXTS = st.text(st.one_of(LETTERS, st.characters(exclude_categories=("Cs",))), max_size=12)
-
-
-@cache
-def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer like that of Llama 2, Gemma and Mistral.
-
-    ▁ stands for a space, and characters outside the vocabulary are spelled in byte tokens.
-    """
-    vocab = {f"<0x{i:02X}>": i for i in range(256)}
-    for word in ("▁", *"abct€", "▁the"):
-        vocab[word] = len(vocab)
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
 
 
 # Special tokens, and ids beyond the vocabulary, among them.
@@ -48,9 +24,11 @@ def deltas(
     token_ids: Sequence[int],
     stop: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerFast | None = None,
+    **options: Any,
 ) -> list[str]:
     """The text returned for each token, until a stop string, and at the end."""
-    detokenizer = Detokenizer(tokenizer or tiny.tokenizer(), tuple(stop))
+    sampling = SamplingParams(stop=tuple(stop), **options)
+    detokenizer = Detokenizer(tokenizer or tiny.tokenizer(), sampling)
     returned = []
     for token_id in token_ids:
         returned.append(detokenizer.add(token_id))
@@ -62,20 +40,51 @@ def deltas(
 @settings(derandomize=True, max_examples=300, deadline=None)
 @given(token_ids=IDS, text=TEXTS)
 def test_the_text_is_the_one_that_decoding_at_once_gives(token_ids: list[int], text: str) -> None:
-    spelled = byte_fallback_tokenizer()
+    spelled = tiny.byte_fallback_tokenizer()
     for tokenizer, ids in ((tiny.tokenizer(), token_ids), (spelled, spelled.encode(text))):
         at_once = tokenizer.decode(ids, skip_special_tokens=True)
         assert "".join(deltas(ids, tokenizer=tokenizer)) == at_once
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)
-@given(token_ids=st.lists(st.integers(0, len(byte_fallback_tokenizer())), max_size=10))
+@given(token_ids=st.lists(st.integers(0, len(tiny.byte_fallback_tokenizer())), max_size=10))
 @example([ord("r"), 0xA1, 262])
 def test_bytes_that_spell_no_character_are_no_error(token_ids: list[int]) -> None:
     """They change the characters before them, which were returned already and stay as they are."""
-    text = "".join(deltas(token_ids, tokenizer=byte_fallback_tokenizer()))
+    text = "".join(deltas(token_ids, tokenizer=tiny.byte_fallback_tokenizer()))
     if token_ids and token_ids[-1] == 262:  # " the"
         assert text.endswith("the")
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(token_ids=IDS)
+@example([0, 34, 1, 35])
+def test_special_tokens_have_a_text_if_asked_for(token_ids: list[int]) -> None:
+    at_once = tiny.tokenizer().decode(token_ids, skip_special_tokens=False)
+    assert "".join(deltas(token_ids, skip_special_tokens=False)) == at_once
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(
+    text=st.text("ab", max_size=9),
+    stop=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    min_tokens=st.integers(0, 9),
+    is_included=st.booleans(),
+)
+@example("xabd".replace("x", "b").replace("d", "b"), ["ab", "babb"], 3, False)
+def test_a_stop_string_counts_only_once_there_are_min_tokens_and_may_be_included(
+    text: str, stop: list[str], min_tokens: int, is_included: bool
+) -> None:
+    """Each token is one letter. Of those that end first, the one that begins earliest counts."""
+    token_ids = [tiny.tokenizer().convert_tokens_to_ids(letter) for letter in text]
+    expected = text
+    for end in range(min_tokens + 1, len(text) + 1):
+        starts = [end - len(each) for each in stop if text[:end].endswith(each)]
+        if starts:
+            expected = text[: end if is_included else min(starts)]
+            break
+    options = {"min_tokens": min_tokens, "include_stop_str_in_output": is_included}
+    assert "".join(deltas(token_ids, stop, **options)) == expected
 
 
 @settings(derandomize=True, max_examples=300, deadline=None)
@@ -113,7 +122,7 @@ def test_the_first_complete_stop_string_ends_the_text_where_the_earliest_begins(
 
 
 def test_text_is_returned_as_soon_as_it_is_certain() -> None:
-    for tokenizer in (tiny.tokenizer(), byte_fallback_tokenizer()):
+    for tokenizer in (tiny.tokenizer(), tiny.byte_fallback_tokenizer()):
         token_ids = tokenizer.convert_tokens_to_ids([*"abcat"])
         assert deltas(token_ids, ("cb",), tokenizer) == ["a", "b", "", "ca", "t", ""]
 

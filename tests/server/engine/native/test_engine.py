@@ -57,6 +57,28 @@ def test_an_end_token_of_the_model_ends_a_sequence_unless_it_is_ignored() -> Non
         assert not any(o.logprobs for o in outputs), "they were not asked for"
 
 
+def test_min_tokens_forbids_every_end_token_and_log_probabilities_do_not_show_it() -> None:
+    """Though it would have come third, and whether the model or the prompt format names it."""
+    end = oracle()[2]
+    plain = [p for o in run(make(), ask(logprobs=1)) for p in o.logprobs]
+    for name in ("model", "format", "caller"):
+        engine = make()
+        request = ask(min_tokens=4, logprobs=1)
+        if name == "model":
+            engine.stop_ids = frozenset([end])
+        elif name == "format":
+            request = replace(request, stop_token_ids=(end,))
+        else:
+            request = ask(min_tokens=4, logprobs=1, stop_token_ids=(end,))
+        outputs = run(engine, request)
+        token_ids = [token for output in outputs for token in output.token_ids]
+        logprobs = [p for output in outputs for p in output.logprobs]
+        assert token_ids[:2] == list(oracle()[:2])
+        assert end not in token_ids[:4]
+        assert last(outputs).completion_tokens >= 4
+        assert logprobs[2].top == plain[2].top, "they are of the unmodified distribution"
+
+
 def test_a_stop_string_ends_a_sequence_and_is_no_part_of_its_text() -> None:
     text = tiny.tokenizer().decode(oracle())
     stop = text[2:4]

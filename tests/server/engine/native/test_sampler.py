@@ -20,15 +20,17 @@ from server.engine.request import SamplingParams, TokenLogprob
 NO_FLOAT_HOLDS_IT = 10**309
 PARAMS = st.builds(
     SamplingParams,
-    temperature=st.sampled_from([0.0, 1e-40, 0.5, 1.0, 30.0]),
+    temperature=st.sampled_from([0.0, 5e-324, 1e-40, 0.009, 0.5, 1.0, 30.0]),
     top_p=st.sampled_from([1.0, 0.3, 0.9, 1e-30]),
     top_k=st.sampled_from([0, 1, 128, 200, 5000, NO_FLOAT_HOLDS_IT]),
     min_p=st.sampled_from([0.0, 0.0, 0.05, 1.0]),
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.3, 0.4]),
     presence_penalty=st.sampled_from([0.0, 0.0, 0.7, -2.0]),
     frequency_penalty=st.sampled_from([0.0, 0.0, 0.3]),
+    logit_bias=st.sampled_from([(), (), ((2, 0.1), (5, -100.0)), ((9, 100.0),), ((7, -1.5),)]),
     seed=st.integers(0, 3),
 )
+FORBIDDEN = st.sampled_from([(), (), (7,), (0, 5, 9), tuple(range(1, 40))])
 
 
 def few(noise: Tensor) -> Tensor:
@@ -51,25 +53,29 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def row(
-    params: SamplingParams, prompt: tuple[int, ...] = (), output: tuple[int, ...] = ()
+    params: SamplingParams,
+    prompt: tuple[int, ...] = (),
+    output: tuple[int, ...] = (),
+    forbidden: tuple[int, ...] = (),
 ) -> SamplingRow:
-    return SamplingRow(params, prompt, output, seeded(params.seed or 0))
+    return SamplingRow(params, prompt, output, seeded(params.seed or 0), forbidden)
 
 
 @settings(derandomize=True, max_examples=80, deadline=None)
 @given(
-    st.lists(st.tuples(PARAMS, st.sampled_from([*SHAPES])), min_size=1),
+    st.lists(st.tuples(PARAMS, st.sampled_from([*SHAPES]), FORBIDDEN), min_size=1),
     st.sampled_from([40, 300, 3000]),
 )
 def test_a_row_gets_the_oracles_tokens_whatever_rows_are_beside_it(
-    wanted: list[tuple[SamplingParams, str]], vocab: int
+    wanted: list[tuple[SamplingParams, str, tuple[int, ...]]], vocab: int
 ) -> None:
     """Over several steps: no row draws from another's generator. The logits are not changed."""
-    rows = [row(params, (1, 2, 2, 9), (2, 5, 5)) for params, _ in wanted]
-    alone = [row(params, (1, 2, 2, 9), (2, 5, 5)) for params, _ in wanted]
+    seen = (1, 2, 2, 9), (2, 5, 5)
+    rows = [row(params, *seen, forbidden) for params, _, forbidden in wanted]
+    alone = [row(params, *seen, forbidden) for params, _, forbidden in wanted]
     for step in range(3):
         noise = torch.randn(len(rows), vocab, generator=seeded(step))
-        shaped = [SHAPES[shape](x) for x, (_, shape) in zip(noise, wanted, strict=True)]
+        shaped = [SHAPES[shape](x) for x, (_, shape, _) in zip(noise, wanted, strict=True)]
         logits = torch.stack(shaped)
         before = logits.clone()
         expected = [chosen(x, each) for x, each in zip(before, alone, strict=True)]
@@ -85,7 +91,10 @@ def test_draws_invert_the_distribution_that_transformers_computes(
     """For uniform numbers from 0 to almost 1: no draw falls on a token that was cut off."""
     logits = torch.randn(1, 400, generator=seeded(seed))
     prompt = tuple(range(0, 200, 3))
-    penalised = Repetition(params.repetition_penalty)(torch.tensor([prompt]), logits)
+    biased = logits.clone()
+    for token, bias in params.logit_bias:
+        biased[0, token] += bias
+    penalised = Repetition(params.repetition_penalty)(torch.tensor([prompt]), biased)
     scores = penalised.double() / temperature
     for warp in (TopK(params.top_k or 400), MinP(params.min_p), TopP(params.top_p)):
         scores = warp(None, scores)
@@ -124,6 +133,14 @@ def test_penalties_have_known_results() -> None:
             logits.append([logit, rival])
             rows.append(row(SamplingParams(**penalties), (0, 0), (0, 0)))
     assert sample(torch.tensor(logits), rows) == [0, 1] * len(PENALISED)
+
+
+def test_a_forbidden_token_is_chosen_only_where_nothing_else_is_possible() -> None:
+    """A grammar may leave only the end of the answer, which min_tokens forbids."""
+    logits = torch.tensor([[5.0, 1.0, 0.0], [-torch.inf, 1.0, -torch.inf]])
+    for temperature in (0.0, 0.001, 2.0):
+        rows = [row(SamplingParams(temperature=temperature), forbidden=(0, 1)) for _ in range(2)]
+        assert sample(logits, rows) == [2, 1]
 
 
 def test_log_probabilities_are_those_of_the_unmodified_distribution() -> None:
