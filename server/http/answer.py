@@ -16,12 +16,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from server.engine.inference_engine import Outputs
 from server.engine.request import RequestOutput, TokenLogprob
 from server.http.error_handlers import error_body
 from server.service.errors import ApiError, ClientGone, to_api_error
 from server.service.frontend import Frontend
-from server.service.generation import Generation, all_of
+from server.service.generation import Generation, NumberedOutputs, all_of, outputs_of
 
 log = logging.getLogger("server")
 
@@ -44,7 +43,7 @@ class Answer(ABC, Generic[Body]):
 
     @property
     def generation(self) -> Generation:
-        """The first generation; a stream has no other."""
+        """The first generation."""
         return self.generations[0]
 
     @abstractmethod
@@ -52,8 +51,8 @@ class Answer(ABC, Generic[Body]):
         """The whole answer, once every generation has ended."""
 
     @abstractmethod
-    def events(self, output: RequestOutput) -> Iterator[str]:
-        """The events of an output: one for each of its tokens (see `tokens`)."""
+    def events(self, number: int, output: RequestOutput) -> Iterator[str]:
+        """The events of an output of generation `number`: one a token (see `tokens`)."""
 
     @abstractmethod
     def done(self) -> Iterator[str]:
@@ -65,13 +64,13 @@ class Answer(ABC, Generic[Body]):
         """The response.
 
         A stream waits for its first output, so that a refused request is answered with its own
-        status. However the response ends, `after_response` closes the generation.
+        status. However the response ends, `after_response` closes the generations.
         """
         if not stream:
             finished = all_of(each.finished() for each in self.generations)
             await unless_gone(request, finished)
             return JSONResponse(self.body())
-        outputs = self.generation.outputs()
+        outputs = outputs_of(self.generations)
         after_response.push_async_callback(outputs.aclose)
         first = await unless_gone(request, anext(outputs))
         events = self._events(first, outputs, request.scope["path"])
@@ -79,14 +78,14 @@ class Answer(ABC, Generic[Body]):
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
     async def _events(
-        self, first: RequestOutput, rest: Outputs, path: str
+        self, first: tuple[int, RequestOutput], rest: NumberedOutputs, path: str
     ) -> AsyncGenerator[str, None]:
-        output: RequestOutput | None = first
+        numbered: tuple[int, RequestOutput] | None = first
         try:
-            while output is not None:
-                for text in self.events(output):
+            while numbered is not None:
+                for text in self.events(*numbered):
                     yield text
-                output = await anext(rest, None)
+                numbered = await anext(rest, None)
             for text in self.done():
                 yield text
         except Exception as error:  # the status is sent already: an error can only be an event
@@ -110,7 +109,8 @@ class Answer(ABC, Generic[Body]):
         """The most probable tokens, most probable first, each with its own text."""
         top = []
         for token_id, value in logprob.top:
-            top.append({"id": token_id, "token": self.text([token_id]), "logprob": value})
+            token = self.frontend.texts.text_of(token_id)
+            top.append({"id": token_id, "token": token, "logprob": value})
         return top
 
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,13 +19,9 @@ def example(path: str) -> ConfigDict:
 
 
 class Body(BaseModel):
-    """A JSON object whose unknown fields are refused by name.
-
-    drops_nulls: a field that is null counts as left out.
-    """
+    """A JSON object whose unknown fields are refused by name. A field that is null is left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-    drops_nulls: ClassVar[bool] = False
 
     @model_validator(mode="before")
     @classmethod
@@ -39,6 +35,4 @@ class Body(BaseModel):
                 name = str(key).encode("utf-8", "backslashreplace").decode()
                 context = {"key": name, "allowed": sorted(cls.model_fields)}
                 raise PydanticCustomError("unknown_field", "unknown field", context)
-        if not cls.drops_nulls:
-            return data
         return {key: value for key, value in data.items() if value is not None}

@@ -83,7 +83,7 @@ def error_body(error: ApiError, path: str) -> dict[str, Any]:
     """
     parts = {name: shown(getattr(error, name), limit) for name, limit in MAX_SHOWN.items()}
     if path.startswith("/v1/"):
-        return {"error": _openai_error(error, parts)}
+        return {"error": _openai_error(error, parts, path)}
     return {"error": {"code": error.code, **parts}}
 
 
@@ -101,7 +101,7 @@ def shown(value: object, limit: int) -> Any:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _openai_error(error: ApiError, parts: Mapping[str, Any]) -> dict[str, Any]:
+def _openai_error(error: ApiError, parts: Mapping[str, Any], path: str) -> dict[str, Any]:
     message = parts["message"]
     allowed = parts["allowed"]
     if allowed is not None and str(allowed) not in message:  # OpenAI's shape has no field for it
@@ -109,9 +109,17 @@ def _openai_error(error: ApiError, parts: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "message": message,
         "type": "invalid_request_error" if error.status < 500 else "server_error",
-        "param": "model" if parts["field"] == "task" else parts["field"],
+        "param": _openai_field(parts["field"], path),
         "code": error.code,
     }
+
+
+def _openai_field(field: str | None, path: str) -> str | None:
+    """The name that a field has in OpenAI's request, if it is another."""
+    if field == "task":
+        return "model"
+    is_chat = path == "/v1/chat/completions"
+    return "messages" if is_chat and field == "prompt" else field
 
 
 def _as_api_error(request: Request, error: Exception) -> ApiError:

@@ -2,51 +2,59 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, ClassVar, TypeVar
 
 from server.engine.request import RequestOutput, TokenLogprob
 from server.http.answer import Answer, event, tokens
+from server.http.openai_logprobs import CompletionLogprobs, chat_logprob
 from server.http.openai_schemas import ChatRequest, CompletionRequest, OpenAIRequest
-from server.service.generation import Generation, SequenceResult
+from server.service.generation import SequenceResult
 
 Body = TypeVar("Body", bound=OpenAIRequest)
 
 
+@dataclass
 class OpenAIAnswer(Answer[Body]):
-    """One body; or chunks: one a token, one with the finish_reason, one with the usage if asked
+    """One body; or chunks: one a token, one with the finish_reason, and one with the usage if asked
     for.
+
+    The choices of several prompts are numbered through: n for the first prompt, then n for the
+    second, and so on.
 
     kind, chunk_kind: the `object` of the body, and of a chunk.
     """
 
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
+    _begun: set[int] = field(default_factory=set, init=False)  # choices that have had a chunk
+    _num_streamed: int = field(default=0, init=False)  # tokens, of all choices
 
     @abstractmethod
-    def choice(self, generation: Generation, sequence: SequenceResult) -> dict[str, Any]:
+    def choice(self, index: int, sequence: SequenceResult) -> dict[str, Any]:
         """A finished choice, without its index and finish_reason."""
 
     @abstractmethod
     def delta(
-        self, token_id: int | None, text: str, logprob: TokenLogprob | None
+        self, index: int, token_id: int | None, text: str, logprob: TokenLogprob | None
     ) -> dict[str, Any]:
-        """The part of a choice that one token brings, without index and finish_reason."""
+        """What one token adds to a choice, without index and finish_reason."""
 
     @abstractmethod
-    def last_delta(self) -> dict[str, Any]:
-        """The part of a choice in the chunk that has its finish_reason."""
+    def last_delta(self, index: int) -> dict[str, Any]:
+        """What the chunk with the finish_reason adds to a choice."""
 
     def body(self) -> dict[str, Any]:
         """The whole answer: the choices of all generations, one after the other."""
         choices: list[dict[str, Any]] = []
         for generation in self.generations:
             for sequence in generation.sequences:
+                index = len(choices)
                 choice = {
-                    "index": len(choices),
-                    **self.choice(generation, sequence),
+                    "index": index,
+                    **self.choice(index, sequence),
                     "finish_reason": sequence.last.finish_reason,
                 }
                 choices.append(choice)
@@ -57,24 +65,39 @@ class OpenAIAnswer(Answer[Body]):
             "provenance": self.provenance(),
         }
 
-    def events(self, output: RequestOutput) -> Iterator[str]:
+    def events(self, number: int, output: RequestOutput) -> Iterator[str]:
         """A chunk for each new token, and one for the finish reason."""
+        index = self.index(number, output)
         for token_id, text, logprob in tokens(output):
-            delta = self.delta(token_id, text, logprob)
-            yield self._chunk([{"index": output.index, **delta, "finish_reason": None}])
+            self._num_streamed += token_id is not None
+            yield self.chunk(index, self.delta(index, token_id, text, logprob))
         if output.finish_reason is not None:
-            last = {
-                "index": output.index,
-                **self.last_delta(),
-                "finish_reason": output.finish_reason,
-            }
-            yield self._chunk([last], provenance=self.provenance())
+            last = self.last_delta(index)
+            yield self.chunk(index, last, output.finish_reason, provenance=self.provenance())
 
     def done(self) -> Iterator[str]:
         """The usage, where it was asked for, and the end of the stream."""
         if self.asked.stream_options.include_usage:
             yield self._chunk([], usage=self._usage())
         yield "data: [DONE]\n\n"
+
+    def index(self, number: int, output: RequestOutput) -> int:
+        """The choice to which an output of generation `number` belongs."""
+        return number * self.asked.n + output.index
+
+    def begins(self, index: int) -> bool:
+        """Whether a choice has had no chunk before; from now on it has."""
+        if index in self._begun:
+            return False
+        self._begun.add(index)
+        return True
+
+    def chunk(
+        self, index: int, delta: dict[str, Any], finish_reason: str | None = None, **more: Any
+    ) -> str:
+        """The event of a chunk that adds to one choice."""
+        choice = {"index": index, **delta, "finish_reason": finish_reason}
+        return self._chunk([choice], **more)
 
     @cached_property
     def _created(self) -> int:
@@ -89,15 +112,21 @@ class OpenAIAnswer(Answer[Body]):
         }
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        options = self.asked.stream_options
         chunk = {**self._head(self.chunk_kind), "choices": choices}
-        if self.asked.stream_options.include_usage:
+        if options.continuous_usage_stats:
+            chunk["usage"] = self._usage(self._num_streamed)
+        elif options.include_usage:
             chunk["usage"] = None  # as OpenAI has it in every chunk but the last
         return event({**chunk, **more})
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self, num_streamed: int | None = None) -> dict[str, Any]:
+        """The token counts of all prompts; in the middle of a stream, of the tokens so far."""
         usages = [generation.usage() for generation in self.generations]
         prompt_tokens = sum(usage["prompt_tokens"] for usage in usages)
         completion_tokens = sum(usage["completion_tokens"] for usage in usages)
+        if num_streamed is not None:
+            completion_tokens = num_streamed
         cached_tokens = sum(usage["cached_tokens"] for usage in usages)
         return {
             "prompt_tokens": prompt_tokens,
@@ -107,102 +136,128 @@ class OpenAIAnswer(Answer[Body]):
         }
 
 
+@dataclass
 class CompletionAnswer(OpenAIAnswer[CompletionRequest]):
-    """The answer of /v1/completions."""
+    """The answer of /v1/completions. With `echo` each choice begins with its prompt."""
 
     kind = "text_completion"
     chunk_kind = "text_completion"
+    _logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict, init=False)
+    _held: dict[int, list[RequestOutput]] = field(default_factory=dict, init=False)
 
-    def choice(self, generation: Generation, sequence: SequenceResult) -> dict[str, Any]:
-        """The text, after the prompt where `echo` asks for it."""
-        token_ids = list(sequence.token_ids)
-        logprobs: list[TokenLogprob | None] = list(sequence.logprobs)
-        text = sequence.text
-        if self.asked.echo:
-            prompt_ids = generation.request.prompt_ids
-            token_ids = [*prompt_ids, *token_ids]
-            logprobs = [None, *generation.prompt_logprobs, *logprobs]
-            text = self.text(prompt_ids) + text
-        return {"text": text, "logprobs": self._logprobs(token_ids, logprobs)}
+    def choice(self, index: int, sequence: SequenceResult) -> dict[str, Any]:
+        """The text, and the log-probabilities of its tokens where asked for."""
+        echo = self._echo(index)
+        answer = self._part(index, sequence.text, sequence.token_ids, sequence.logprobs)
+        return answer if echo is None else _joined(echo, answer)
 
     def delta(
-        self, token_id: int | None, text: str, logprob: TokenLogprob | None
+        self, index: int, token_id: int | None, text: str, logprob: TokenLogprob | None
     ) -> dict[str, Any]:
         """The token's text and its log-probability."""
-        logprobs = None
-        if token_id is not None and logprob is not None:
-            logprobs = self._logprobs([token_id], [logprob])
-        return {"text": text, "logprobs": logprobs}
+        if token_id is None or logprob is None:
+            return {"text": text, "logprobs": None}
+        return self._part(index, text, [token_id], [logprob])
 
-    def last_delta(self) -> dict[str, Any]:
+    def last_delta(self, _: int) -> dict[str, Any]:
         """No more text."""
         return {"text": "", "logprobs": None}
 
-    def _logprobs(
-        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]
-    ) -> dict[str, Any] | None:
-        """OpenAI's legacy form: four lists with one entry a token.
+    def events(self, number: int, output: RequestOutput) -> Iterator[str]:
+        """As in `OpenAIAnswer`; a choice begins with a chunk of its prompt where `echo` asks for
+        it. Outputs wait until the prompt's log-probabilities have come."""
+        held = self._held.setdefault(number, [])
+        held.append(output)
+        if not self._has_prompt_logprobs(number):
+            return
+        for each in held:
+            index = self.index(number, each)
+            echo = self._echo(index) if self.begins(index) else None
+            if echo is not None:
+                yield self.chunk(index, echo)
+            yield from super().events(number, each)
+        held.clear()
 
-        The first token of a prompt has no log-probability.
-        """
-        if self.asked.logprobs is None:
+    def _has_prompt_logprobs(self, number: int) -> bool:
+        """Whether those of a prompt are there, or none are asked for."""
+        sampling = self.generations[number].request.sampling
+        if sampling.prompt_logprobs is None:
+            return True
+        num_expected = len(self.generations[number].request.prompt_ids) - 1
+        return len(self.generations[number].prompt_logprobs) == num_expected
+
+    def _echo(self, index: int) -> dict[str, Any] | None:
+        """The prompt of a choice, as it was sent; None without `echo`."""
+        if not self.asked.echo:
             return None
-        texts = [self.text([token_id]) for token_id in token_ids]
-        offsets = accumulate((len(text) for text in texts), initial=0)
+        number = index // self.asked.n
+        generation = self.generations[number]
+        prompt_ids = generation.request.prompt_ids
+        sent = self.asked.prompt[number]
+        text = sent if isinstance(sent, str) else self.text(prompt_ids)
+        if self.asked.logprobs is None:
+            return {"text": text, "logprobs": None}
+        logprobs = self._logprobs_of(index).of_prompt(prompt_ids, generation.prompt_logprobs, text)
+        return {"text": text, "logprobs": logprobs}
+
+    def _part(
+        self, index: int, text: str, token_ids: list[int], logprobs: list[TokenLogprob]
+    ) -> dict[str, Any]:
+        """The next tokens of a choice's answer."""
+        if self.asked.logprobs is None:
+            return {"text": text, "logprobs": None}
         return {
-            "tokens": texts,
-            "token_logprobs": [None if each is None else each.logprob for each in logprobs],
-            "top_logprobs": [self._top(each) for each in logprobs],
-            "text_offset": list(offsets)[: len(texts)],
+            "text": text,
+            "logprobs": self._logprobs_of(index).of_answer(token_ids, logprobs),
         }
 
-    def _top(self, logprob: TokenLogprob | None) -> dict[str, float] | None:
-        """Token text to log-probability. Of tokens with one text, the most probable counts."""
-        if logprob is None:
-            return None
-        top = {}
-        for token in reversed(self.top_tokens(logprob)):
-            top[token["token"]] = token["logprob"]
-        return top
+    def _logprobs_of(self, index: int) -> CompletionLogprobs:
+        if index not in self._logprobs:
+            skips_special = self.asked.skip_special_tokens
+            made = CompletionLogprobs(self.frontend.texts, skips_special=skips_special)
+            self._logprobs[index] = made
+        return self._logprobs[index]
 
 
+def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Two parts of a choice of /v1/completions, one after the other."""
+    logprobs = first["logprobs"]
+    if logprobs is not None:
+        logprobs = {name: logprobs[name] + second["logprobs"][name] for name in logprobs}
+    return {"text": first["text"] + second["text"], "logprobs": logprobs}
+
+
+@dataclass
 class ChatAnswer(OpenAIAnswer[ChatRequest]):
     """The answer of /v1/chat/completions."""
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def choice(self, _: Generation, sequence: SequenceResult) -> dict[str, Any]:
+    def choice(self, _: int, sequence: SequenceResult) -> dict[str, Any]:
         """The assistant's message."""
         message = {"role": "assistant", "content": sequence.text, "refusal": None}
-        logprobs = None
-        if self.asked.logprobs:
-            pairs = zip(sequence.token_ids, sequence.logprobs, strict=False)
-            logprobs = {"content": [self._logprob(*pair) for pair in pairs]}
-        return {"message": message, "logprobs": logprobs}
+        pairs = zip(sequence.token_ids, sequence.logprobs, strict=False)
+        return {"message": message, "logprobs": self._logprobs(pairs)}
 
     def delta(
-        self, token_id: int | None, text: str, logprob: TokenLogprob | None
+        self, index: int, token_id: int | None, text: str, logprob: TokenLogprob | None
     ) -> dict[str, Any]:
-        """The token's text and its log-probability."""
+        """The token's text and its log-probability; at first, the role too."""
+        role = {"role": "assistant"} if self.begins(index) else {}
         logprobs = None
         if token_id is not None and logprob is not None:
-            logprobs = {"content": [self._logprob(token_id, logprob)]}
-        return {"delta": {"role": "assistant", "content": text}, "logprobs": logprobs}
+            logprobs = self._logprobs([(token_id, logprob)])
+        return {"delta": {**role, "content": text}, "logprobs": logprobs}
 
-    def last_delta(self) -> dict[str, Any]:
-        """No more text."""
-        return {"delta": {}, "logprobs": None}
+    def last_delta(self, index: int) -> dict[str, Any]:
+        """No more text; of an answer without any token, the role."""
+        empty = {"role": "assistant", "content": ""}
+        return {"delta": empty if self.begins(index) else {}, "logprobs": None}
 
-    def _logprob(self, token_id: int, logprob: TokenLogprob) -> dict[str, Any]:
-        top = [self._entry(each["token"], each["logprob"]) for each in self.top_tokens(logprob)]
-        return {**self._entry(self.text([token_id]), logprob.logprob), "top_logprobs": top}
-
-    def _entry(self, text: str, logprob: float) -> dict[str, Any]:
-        """A token. Part of a character has no text of its own, and so no bytes."""
-        has_text = "�" not in text
-        return {
-            "token": text,
-            "logprob": logprob,
-            "bytes": list(text.encode()) if has_text else None,
-        }
+    def _logprobs(self, pairs: Iterable[tuple[int, TokenLogprob]]) -> dict[str, Any] | None:
+        """Those of tokens, given with their ids; None unless they were asked for."""
+        if not self.asked.logprobs:
+            return None
+        content = [chat_logprob(self.frontend.texts, *pair) for pair in pairs]
+        return {"content": content, "refusal": None}

@@ -1,12 +1,18 @@
 """Bodies of the routes under /v1: OpenAI's, and their errors."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
 from crma.models.prompts import Turn
-from server.engine.request import SamplingParams
 from server.http.body import Body, example
+from server.http.neutral_fields import (
+    Neutral,
+    NeutralChatFields,
+    NeutralCompletionFields,
+    NeutralFields,
+)
+from server.http.openai_message import Message
 from server.http.sampling_fields import Sampled, Temperature
 
 
@@ -33,20 +39,6 @@ def _list_prompts(value: Any) -> Any:
     return prompts
 
 
-def _join_parts(content: Any) -> Any:
-    """The text of a message that OpenAI's clients may send in parts; other parts are refused."""
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        is_text = isinstance(part, dict) and part.keys() == {"type", "text"}
-        if not is_text or part["type"] != "text":
-            raise ValueError('Input should be a text, or a list of {"type": "text", "text": …}')
-    texts = [part["text"] for part in content]
-    if not all(isinstance(text, str) for text in texts):
-        return None  # which is no text: the field refuses it by name
-    return "".join(texts)
-
-
 Prompt = str | list[int]
 Prompts = Annotated[
     list[Prompt],
@@ -60,28 +52,27 @@ class StreamOptions(Body):
     include_usage: bool = Field(
         False, description="The last chunk, without choices, has the usage; needs stream."
     )
+    continuous_usage_stats: bool = Field(
+        False, description="Every chunk has the usage so far; vLLM's."
+    )
+    include_obfuscation: Annotated[JsonValue, Neutral(False)] = None
 
 
-class OpenAIRequest(Sampled):
-    """The fields that OpenAI's generating routes have in common. Null counts as left out.
+class OpenAIRequest(NeutralFields, Sampled):
+    """The fields that OpenAI's generating routes have in common.
 
     A stream is one chunk a token, one with the finish_reason, and `[DONE]`; or a chunk with
     `error`.
     """
-
-    drops_nulls = True
 
     model: str = Field(
         description="`base` or `name[@version]`; `:crma-on` or `:crma-off` may follow."
     )
     temperature: Temperature = 1
     stream_options: StreamOptions = StreamOptions()
-    user: str | None = Field(
-        None, description="Ignored, as its definition allows: it names the caller's user."
-    )
 
 
-class CompletionRequest(OpenAIRequest):
+class CompletionRequest(NeutralCompletionFields, OpenAIRequest):
     """OpenAI's legacy completion.
 
     `prompt` is a text, a list of token ids, or a list of such prompts; it is never formatted.
@@ -90,43 +81,37 @@ class CompletionRequest(OpenAIRequest):
     model_config = example("/v1/completions")
 
     prompt: Prompts
+    max_tokens: int | None = Field(
+        16, ge=0, description="Most tokens to generate; 0 only with echo."
+    )
+    best_of: int | None = Field(None, ge=1, description="Has to be n: every answer is returned.")
     echo: bool = Field(False, description="Answer with the prompt before the text.")
     logprobs: int | None = Field(
         None, ge=0, le=20, description="Most probable tokens to list with each token."
     )
 
 
-class Message(Body):
-    """One turn of a conversation."""
-
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_join_parts)]
-    type: Literal["text"] = Field("text", description="Ignored; lm-eval sends it.")
-
-
-class ChatRequest(OpenAIRequest):
+class ChatRequest(NeutralChatFields, OpenAIRequest):
     """OpenAI's chat completion."""
 
     model_config = example("/v1/chat/completions")
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(
-        None, ge=1, description="The newer name of max_tokens."
+    max_tokens: int | None = Field(
+        None, ge=1, description="Most tokens to generate; null: what is left of the context."
     )
     logprobs: bool = Field(False, description="Log-probability of every token.")
     top_logprobs: int = Field(
         0, ge=0, le=20, description="Most probable tokens to list with each; needs logprobs."
     )
 
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        {}, description="Further variables of the chat template, such as enable_thinking."
+    )
+
     def turns(self) -> tuple[Turn, ...]:
         """The messages."""
-        return tuple(Turn(each.role, each.content) for each in self.messages)
-
-    def sampling(self, **more: int | bool | None) -> SamplingParams:
-        """As in `Sampled`; max_completion_tokens replaces max_tokens where it is given."""
-        if self.max_completion_tokens is not None:
-            more["max_tokens"] = self.max_completion_tokens
-        return super().sampling(**more)
+        return tuple(message.turn() for message in self.messages)
 
 
 class OpenAIErrorBody(BaseModel):

@@ -12,16 +12,19 @@ from server.engine.request import SamplingParams
 from server.http.body import Body
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON client keeps exact
-
-
-def _check_temperature(temperature: float) -> float:
-    if 0 < temperature < 0.01:
-        raise ValueError("Input should be 0, or from 0.01 to 2")
-    return temperature
+MAX_NAMED_TOKENS = 1024  # in one field; every step looks them up
 
 
 def _list_texts(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _check_token_ids(biases: dict[str, float]) -> dict[str, float]:
+    for token_id in biases:
+        is_number = token_id.isascii() and token_id.isdecimal()
+        if not is_number or len(token_id) > 9:
+            raise ValueError(f"Input should have token ids as keys, not {token_id[:20]!r}")
+    return biases
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
@@ -30,10 +33,11 @@ StopTexts = Annotated[
     BeforeValidator(_list_texts, json_schema_input_type=StopText | list[StopText]),
 ]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-Temperature = Annotated[
-    float,
-    AfterValidator(_check_temperature),
-    Field(ge=0, le=2, description="0, or from 0.01."),
+Temperature = Annotated[float, Field(ge=0, le=2, description="0: greedy.")]
+TopK = Annotated[int, Field(ge=-1), AfterValidator(lambda k: max(k, 0))]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[
+    dict[str, Bias], Field(max_length=MAX_NAMED_TOKENS), AfterValidator(_check_token_ids)
 ]
 
 
@@ -43,13 +47,29 @@ class Sampled(Body):
     crma: bool | None = Field(
         None, description="CRMA backbone on or off; null: as the adapter was trained."
     )
-    max_tokens: int = Field(16, ge=1, description="Most tokens to generate.")
-    top_p: float = Field(1.0, ge=1e-6, le=1)
+    max_tokens: int | None = Field(16, ge=1, description="Most tokens to generate.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="The newer name of max_tokens, and counts before it."
+    )
+    min_tokens: int = Field(
+        0, ge=0, description="Nothing ends the answer before it has so many tokens."
+    )
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: TopK = Field(0, description="0 or -1: off.")
+    min_p: float = Field(
+        0, ge=0, le=1, description="Least probability, as a share of the most probable token's."
+    )
+    repetition_penalty: float = Field(
+        1, ge=0.01, le=2, description="Over tokens of prompt and answer; 1: off."
+    )
     presence_penalty: float = Field(
         0, ge=-2, le=2, description="Subtracted from the logits of tokens that the answer has."
     )
     frequency_penalty: float = Field(
         0, ge=-2, le=2, description="The same, once for each time that the answer has them."
+    )
+    logit_bias: LogitBias = Field(
+        {}, description="Token ids, and what is added to their logits, from -100 to 100."
     )
     seed: Seed | None = Field(
         None, description="Answer i of n draws from seed + i; null: drawn, and in the answer."
@@ -58,14 +78,38 @@ class Sampled(Body):
     stop: StopTexts = Field(
         [], description="Texts that end an answer and are not part of it; one, or a list."
     )
-    stream: bool = Field(False, description="Answer as server-sent events.")
+    stop_token_ids: list[int] = Field(
+        [], max_length=MAX_NAMED_TOKENS, description="Tokens that end an answer, likewise."
+    )
+    include_stop_str_in_output: bool = Field(
+        False, description="What ends the answer is part of it."
+    )
     ignore_eos: bool = Field(
-        False, description="Go on to max_tokens past the end of the answer; for measurements."
+        False, description="Go on past the model's end of the answer; for measurements."
+    )
+    skip_special_tokens: bool = Field(True, description="Special tokens have no text.")
+    stream: bool = Field(False, description="Answer as server-sent events.")
+    timeout_s: float | None = Field(
+        None, gt=0, description="Deadline of this request in seconds; null: the server's."
     )
 
+    @property
+    def token_limit(self) -> int | None:
+        """Most tokens to generate; None: as many as the context has room for."""
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens
+        return self.max_tokens
+
     def sampling(self, **more: int | bool | None) -> SamplingParams:
-        """The fields that the engine knows by the same name, and `more` of its fields."""
+        """The fields that the engine knows by the same name, and `more` of its fields.
+
+        Without a `token_limit`, `max_tokens` still has to be set.
+        """
         known = {each.name for each in dataclasses.fields(SamplingParams)}
         fields = self.model_dump(include=known)
+        fields["max_tokens"] = self.token_limit or 0
         fields["stop"] = tuple(self.stop)
+        fields["stop_token_ids"] = tuple(self.stop_token_ids)
+        biases = self.logit_bias.items()
+        fields["logit_bias"] = tuple((int(token_id), bias) for token_id, bias in biases)
         return SamplingParams(**{**fields, **more})

@@ -47,13 +47,6 @@ class GenerateRequest(Sampled):
         None, description="Task adapter: `name` or `name@version`; null: the base model."
     )
     temperature: Temperature = 0
-    top_k: int = Field(0, ge=0, description="0: off.")
-    min_p: float = Field(
-        0, ge=0, le=1, description="Least probability, as a share of the most probable token's."
-    )
-    repetition_penalty: float = Field(
-        1, ge=0.01, le=2, description="Over tokens of prompt and answer; 1: off."
-    )
     logprobs: bool = Field(
         False, description="Log-probability of every token, under the unmodified distribution."
     )
@@ -64,9 +57,6 @@ class GenerateRequest(Sampled):
         False, description="Log-probabilities of the prompt's tokens; that of the first is null."
     )
     raw: bool = Field(False, description="Send the prompt as it is, without the prompt format.")
-    timeout_s: float | None = Field(
-        None, gt=0, description="Deadline of this request; null: the server's."
-    )
 
 
 class QuestionBody(Body, Question):

@@ -115,7 +115,7 @@ class Ablations:
         )
 
     async def start(self, ablation: "Ablation") -> jobs.Job:
-        """Run an ablation in the background. Raises TooManyJobs."""
+        """Run an ablation in the background. Raises as `Jobs.start`."""
         total = len(ablation.plan.jobs)
         return await self.jobs.start(ablation.id, ablation.request(), total, ablation.run)
 

@@ -36,6 +36,10 @@ class MalformedBody(ApiError, status=400, code="malformed_body"):
     """Not UTF-8, or not JSON."""
 
 
+class RequestTooLarge(ApiError, status=400, code="request_too_large"):
+    """More sequences than the server ever has room for: waiting does not help."""
+
+
 class Unauthorized(
     ApiError, status=401, code="unauthorized", headers={"WWW-Authenticate": "Bearer"}
 ):
@@ -116,7 +120,7 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
     (InvalidAdapter, 409, "invalid_adapter"),
     (AdapterPoolFull, 409, "adapter_pool_full"),
     (ConfigError, 422, "invalid_field"),
-    (PromptTooLong, 422, "prompt_too_long"),
+    (PromptTooLong, 400, "context_length_exceeded"),
     (QueueFull, 429, "queue_full"),
     (EngineStopped, 503, "draining"),
 )

@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from server import __version__
 from server.engine.inference_engine import InferenceEngine
 from server.engine.request import Request, SamplingParams
-from server.service.errors import Draining, InvalidField, NotReady
+from server.service.errors import Draining, InvalidField, NotReady, RequestTooLarge
 from server.service.generation import Generation
 from server.service.metrics import Metrics
 from server.service.prompt_encoder import Prompt, PromptEncoder
 from server.service.registry import Registry, Resolved
+from server.service.token_texts import TokenTexts
 from server.settings import Settings
 
 
@@ -44,6 +45,7 @@ class Frontend:
         self.model = self.engine.model
         max_queue = self.settings.max_queue
         self.encoder = PromptEncoder(self.tokenizer, self.model.num_tokens, max_queue)
+        self.texts = TokenTexts(self.tokenizer)
 
     def resolve(
         self, task: str | None, crma: bool | None, crma_version: str | None = None
@@ -66,8 +68,9 @@ class Frontend:
         """Check a request against this server's limits.
 
         Raises:
-            InvalidField: n, stop or timeout_s over its limit, or a prompt that needs a prompt
-                format where the model has none.
+            InvalidField: n, stop or timeout_s over its limit, a token id that does not exist, or a
+                prompt that needs a prompt format where the model has none.
+            RequestTooLarge: as `check_room`.
         """
         limits = (
             ("n", sampling.n, self.settings.max_n),
@@ -78,9 +81,30 @@ class Frontend:
             if value > limit:
                 message = f"{name}: over the limit"
                 raise InvalidField(message, field=name, value=value, allowed=f"<= {limit}")
+        self._check_token_ids(sampling)
+        self.check_room(sampling.n, field="n")
         if needs_format and resolved.prompt_format is None:
             message = "this model has no chat template: send raw prompts"
             raise InvalidField(message, field="raw", value=False, allowed=True)
+
+    def check_room(self, num_sequences: int, *, field: str) -> None:
+        """Raises RequestTooLarge for more sequences than may run and wait at once."""
+        room = self.settings.max_num_seqs + self.settings.max_queue
+        if num_sequences > room:
+            message = f"{field}: {num_sequences} answers are more than this server has room for"
+            allowed = f"n x prompts <= {room}"
+            raise RequestTooLarge(message, field=field, value=num_sequences, allowed=allowed)
+
+    def _check_token_ids(self, sampling: SamplingParams) -> None:
+        """Raises InvalidField that names the first token id out of range."""
+        num_tokens = self.model.num_tokens
+        biased = [(f"logit_bias.{token_id}", token_id) for token_id, _ in sampling.logit_bias]
+        ending = [(f"stop_token_ids.{i}", each) for i, each in enumerate(sampling.stop_token_ids)]
+        for field, token_id in biased + ending:
+            if not 0 <= token_id < num_tokens:
+                message = f"{field}: no such token"
+                allowed = f"0 to {num_tokens - 1}"
+                raise InvalidField(message, field=field, value=token_id, allowed=allowed)
 
     async def generation(
         self,
@@ -89,6 +113,7 @@ class Frontend:
         sampling: SamplingParams,
         *,
         raw: bool = False,
+        fills_context: bool = False,
         timeout_s: float | None = None,
         prefix: str = "gen",
         answer: str | None = None,
@@ -100,12 +125,14 @@ class Frontend:
 
         Args:
             prompt: text goes through the prompt format of `resolved` unless `raw`.
+            fills_context: generate up to the end of the context, whatever `sampling.max_tokens`.
             prefix: of the request's id.
             answer: a given answer; the log-probabilities of its tokens become `prompt_logprobs`.
             interactive: False: it may be preempted by requests that are.
 
         Raises:
-            InvalidField: as `check`; or a token id that does not exist.
+            InvalidField: as `check`; a token id of the prompt that does not exist; or more
+                min_tokens than max_tokens.
             ConfigError: the chat template refuses these turns.
             QueueFull: `max_queue` prompts wait to be encoded.
         """
@@ -118,6 +145,10 @@ class Frontend:
         if answer is not None:
             first = len(encoded.prompt_ids)
             sampling = replace(sampling, prompt_logprobs=0, prompt_logprobs_from=first)
+        if fills_context:
+            num_left = self.model.max_model_len - len(encoded.prompt_ids)
+            sampling = replace(sampling, max_tokens=max(1, num_left))
+        _check_min_tokens(sampling)
         request = Request(
             id=f"{prefix}-{uuid.uuid4().hex}",
             prompt_ids=encoded.prompt_ids + encoded.answer_ids,
@@ -164,3 +195,11 @@ class Frontend:
     def close(self) -> None:
         """End the encoding thread."""
         self.encoder.close()
+
+
+def _check_min_tokens(sampling: SamplingParams) -> None:
+    """Raises InvalidField if an answer cannot have as many tokens as it has to."""
+    if sampling.min_tokens > sampling.max_tokens:
+        message = "min_tokens: more than max_tokens"
+        allowed = f"<= {sampling.max_tokens}"
+        raise InvalidField(message, field="min_tokens", value=sampling.min_tokens, allowed=allowed)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,8 @@ from server.service.errors import AdapterUnloaded, DeadlineExceeded, Draining, G
 from server.service.metrics import Labels, Metrics
 
 T = TypeVar("T")
+NumberedOutputs = AsyncGenerator[tuple[int, RequestOutput], None]
+"""Outputs of several requests, each with the number of its request."""
 
 
 @dataclass
@@ -133,6 +135,50 @@ def _raise_failure(output: RequestOutput) -> None:
     if output.error == "unloaded":
         raise AdapterUnloaded("its adapter was unloaded by an administrator", field="task")
     raise Draining("the request was aborted: the server is stopping")
+
+
+async def outputs_of(generations: Sequence[Generation]) -> NumberedOutputs:
+    """Submit requests, and yield the outputs of all as they come.
+
+    The first failure ends the others, as closing the generator does. Raises as
+    `Generation.outputs`.
+    """
+    if len(generations) == 1:
+        async with aclosing(generations[0].outputs()) as outputs:
+            async for output in outputs:
+                yield 0, output
+        return
+    arrived: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue()
+    readers = [asyncio.create_task(_read(*each, arrived)) for each in enumerate(generations)]
+    try:
+        num_open = len(readers)
+        while num_open:
+            number, arrival = await arrived.get()
+            if isinstance(arrival, Exception):
+                raise arrival
+            if arrival is None:
+                num_open -= 1
+            else:
+                yield number, arrival
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+
+
+async def _read(
+    number: int,
+    generation: Generation,
+    arrived: asyncio.Queue[tuple[int, RequestOutput | Exception | None]],
+) -> None:
+    """Put the outputs of a request into a queue as they come, then its error, or None."""
+    try:
+        async for output in generation.outputs():
+            arrived.put_nowait((number, output))
+    except Exception as error:
+        arrived.put_nowait((number, error))
+    else:
+        arrived.put_nowait((number, None))
 
 
 async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from crma.core.errors import CrmaError, NotFound
 from crma.core.files import locked, replace_file, to_json
-from server.service.errors import TooManyJobs
+from server.service.errors import InvalidField, TooManyJobs
 
 log = logging.getLogger("server")
 
@@ -91,8 +91,12 @@ class Jobs:
             work: runs the job and returns its result.
 
         Raises:
+            InvalidField: this server runs no jobs at all.
             TooManyJobs: `max_running` jobs are running.
         """
+        if self.max_running == 0:
+            message = "background: this server runs no background jobs (CRMA_MAX_ABLATION_JOBS=0)"
+            raise InvalidField(message, field="background", value=True, allowed=False)
         num_running = len(self._tasks)
         if num_running >= self.max_running:
             message = f"{num_running} jobs are already running"

@@ -76,7 +76,7 @@ class GenerateAnswer(Answer[GenerateRequest]):
             "provenance": self.provenance(),
         }
 
-    def events(self, output: RequestOutput) -> Iterator[str]:
+    def events(self, _number: int, output: RequestOutput) -> Iterator[str]:
         """A `token` event for each new token."""
         for _, text, logprob in tokens(output):
             data: dict[str, Any] = {"index": output.index, "text": text}

@@ -64,7 +64,7 @@ async def completions(
     `text_completion`, and `provenance`: what `model` was resolved to, and the seed. With `echo` and
     `logprobs` it has the log-probabilities of the prompt's tokens, as lm-eval asks for them.
     """
-    _check_prompts(body, frontend)
+    _check_counts(body, frontend)
     resolved = _resolve_body(body, request, frontend)
     sampling = body.sampling(
         logprobs=body.logprobs,
@@ -73,7 +73,9 @@ async def completions(
     )
     generations = []
     for prompt in body.prompt:
-        generation = await frontend.generation(prompt, resolved, sampling, raw=True, prefix="cmpl")
+        generation = await frontend.generation(
+            prompt, resolved, sampling, raw=True, timeout_s=body.timeout_s, prefix="cmpl"
+        )
         generations.append(generation)
     answer = CompletionAnswer(body, generations, frontend)
     return await answer.respond(request, after_response, stream=body.stream)
@@ -95,6 +97,9 @@ async def chat(
     if body.top_logprobs and not body.logprobs:
         message = "top_logprobs: needs logprobs"
         raise InvalidField(message, field="top_logprobs", value=body.top_logprobs, allowed=0)
+    if body.chat_template_kwargs:
+        message = "chat_template_kwargs: not honoured yet"
+        raise InvalidField(message, field="chat_template_kwargs", allowed={})
     resolved = _resolve_body(body, request, frontend)
     turns = body.turns()
     prompt: Prompt = Conversation(turns)
@@ -103,22 +108,32 @@ async def chat(
     if has_format and is_one_question:
         prompt = turns[0].content or ""
     sampling = body.sampling(logprobs=body.top_logprobs if body.logprobs else None)
-    generation = await frontend.generation(prompt, resolved, sampling, prefix="chatcmpl")
+    generation = await frontend.generation(
+        prompt,
+        resolved,
+        sampling,
+        fills_context=body.token_limit is None,
+        timeout_s=body.timeout_s,
+        prefix="chatcmpl",
+    )
     answer = ChatAnswer(body, [generation], frontend)
     return await answer.respond(request, after_response, stream=body.stream)
 
 
-def _check_prompts(body: CompletionRequest, frontend: Frontend) -> None:
-    """Raises InvalidField for a stream of several prompts or an echo, or for too many prompts."""
-    num_prompts = len(body.prompt)
-    if body.stream and (num_prompts > 1 or body.echo):
-        message = "stream: takes one prompt, without echo"
-        raise InvalidField(message, field="stream", value=True, allowed=False)
-    limit = frontend.settings.max_queue
-    if num_prompts > limit:
-        message = "prompt: more prompts than the queue holds"
-        allowed = f"<= {limit} prompts"
-        raise InvalidField(message, field="prompt", value=num_prompts, allowed=allowed)
+def _check_counts(body: CompletionRequest, frontend: Frontend) -> None:
+    """Raises for counts that do not fit each other or the server.
+
+    Raises:
+        InvalidField: other than n answers of n, or no token where no echo is asked for.
+        RequestTooLarge: as `Frontend.check_room`.
+    """
+    if body.best_of not in (None, body.n):
+        message = "best_of: every answer is returned"
+        raise InvalidField(message, field="best_of", value=body.best_of, allowed=body.n)
+    if body.token_limit == 0 and not body.echo:
+        message = "max_tokens: 0 is for echo, which returns the prompt alone"
+        raise InvalidField(message, field="max_tokens", value=0, allowed=">= 1, or 0 with echo")
+    frontend.check_room(body.n * len(body.prompt), field="prompt")
 
 
 def _scores_prompt(body: CompletionRequest) -> bool:
@@ -126,7 +141,7 @@ def _scores_prompt(body: CompletionRequest) -> bool:
 
     lm-eval cuts that token off, so there must be one even where the model would end its answer.
     """
-    return body.echo and body.max_tokens == 1
+    return body.echo and body.token_limit == 1
 
 
 def _resolve_body(body: OpenAIRequest, request: Request, frontend: Frontend) -> Resolved:

@@ -13,6 +13,7 @@ from crma.core.errors import InvalidAdapter
 from server.engine.errors import EngineStopped, QueueFull
 from server.engine.request import FinishReason, SamplingParams
 from server.http.body import EXAMPLES
+from server.http.schemas import GenerateRequest
 
 ABORT, ERROR = FinishReason.ABORT, FinishReason.ERROR
 # What the engine raises at once, and the status and code of the answer.
@@ -113,10 +114,46 @@ async def test_every_sampling_option_reaches_the_engine(served: Served) -> None:
         "seed": 5,
         "n": 2,
         "ignore_eos": True,
+        "min_tokens": 2,
+        "skip_special_tokens": False,
+        "include_stop_str_in_output": True,
     }
-    await served.generate(**asked, stop=["a", "b"], logprobs=True, top_logprobs=20)
-    expected = SamplingParams(**asked, stop=("a", "b"), logprobs=20)
-    assert served.engine.requests[-1].sampling == expected
+    listed = {"stop": ["a", "b"], "stop_token_ids": [5, 6], "logit_bias": {"7": -100, "8": 0.5}}
+    expected = SamplingParams(
+        **asked,
+        stop=("a", "b"),
+        stop_token_ids=(5, 6),
+        logit_bias=((7, -100), (8, 0.5)),
+        logprobs=20,
+    )
+    body = {**asked, **listed, "timeout_s": 5}
+    messages = [{"role": "user", "content": "Hi"}]
+    requests: list[tuple[str, dict[str, Any]]] = [
+        ("/generate", {"prompt": "Hi", "logprobs": True, "top_logprobs": 20}),
+        ("/v1/completions", {"model": "base", "prompt": "Hi", "logprobs": 20}),
+        (
+            "/v1/chat/completions",
+            {"model": "base", "messages": messages, "logprobs": True, "top_logprobs": 20},
+        ),
+    ]
+    for path, more in requests:
+        response = await served.client.post(path, json=body | more)
+        assert response.status_code == 200, response.text
+        request = served.engine.requests[-1]
+        assert request.sampling == expected
+        assert request.deadline - request.arrival == pytest.approx(5)
+
+
+async def test_a_temperature_may_be_tiny_and_minus_one_turns_top_k_off(served: Served) -> None:
+    await served.generate(temperature=0.001, top_k=-1)
+    sampling = served.engine.requests[-1].sampling
+    assert (sampling.temperature, sampling.top_k) == (0.001, 0)
+
+
+async def test_a_field_that_is_null_is_left_out(served: Served) -> None:
+    names = [name for name in GenerateRequest.model_fields if name not in ("prompt", "seed")]
+    assert (await served.generate(**dict.fromkeys(names))).status_code == 200
+    assert served.engine.requests[-1].sampling == SamplingParams()
 
 
 async def test_several_answers_come_as_choices(served: Served) -> None:

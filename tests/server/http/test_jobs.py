@@ -173,6 +173,15 @@ async def test_variants_may_name_versions_that_no_longer_serve(
     assert error_of(foreign) == (409, "lineage_mismatch")
 
 
+async def test_a_server_without_jobs_says_so_instead_of_asking_to_try_again(
+    serve: Serve, tmp_path: Path
+) -> None:
+    served = await serve(evaluations=tmp_path, max_ablation_jobs=0)
+    refused = await served.client.post("/ablation", json={**BODY, "background": True})
+    assert error_of(refused) == (422, "invalid_field")
+    assert "Retry-After" not in refused.headers
+
+
 async def test_running_and_kept_jobs_are_limited_and_only_the_servers_ids_are_known(
     serve: Serve, tmp_path: Path
 ) -> None:

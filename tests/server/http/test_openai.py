@@ -38,36 +38,23 @@ REFUSED_COMPLETIONS = [
     ("prompt", [1, tiny.VOCAB], "prompt.1"),
     ("prompt", [-1], "prompt.0"),
     ("temperature", 2.1, "temperature"),
-    ("best_of", 1, "best_of"),
-    ("suffix", 1, "suffix"),
-    ("logit_bias", 1, "logit_bias"),
-    ("top_k", 1, "top_k"),
-    ("response_format", 1, "response_format"),
+    ("max_tokens", 0, "max_tokens"),
+    ("best_of", 2, "best_of"),
     ("logprobs", 21, "logprobs"),
     ("echo", "yes", "echo"),
     ("stream_options", {"include_usage": True}, "stream_options"),
     ("stream_options", {"more": True}, "stream_options.more"),
 ]
 REFUSED_CHATS = [
-    ("tools", [], "tools"),
-    ("response_format", {}, "response_format"),
+    ("max_tokens", 0, "max_tokens"),
     ("top_logprobs", 1, "top_logprobs"),
     ("messages", [], "messages"),
-    ("messages", says("x", role="tool"), "messages.0.role"),
+    ("messages", says("x", role="function"), "messages.0.role"),
     ("messages", says([IMAGE]), "messages.0.content"),
     ("messages", says([NUMBER_AS_TEXT]), "messages.0.content"),
-    ("messages", says("Hi", tool_calls=[]), "messages.0.tool_calls"),
+    ("messages", says("Hi", more=1), "messages.0.more"),
 ]
-UNKNOWN_FIELDS = {
-    "best_of",
-    "suffix",
-    "logit_bias",
-    "top_k",
-    "response_format",
-    "stream_options.more",
-    "tools",
-    "messages.0.tool_calls",
-}
+UNKNOWN_FIELDS = {"stream_options.more", "messages.0.more"}
 
 
 def openai_client(served: Served) -> openai.AsyncOpenAI:
@@ -136,46 +123,49 @@ async def test_a_failure_in_a_stream_reaches_openais_client_as_an_error(served: 
         [chunk async for chunk in chunks]
 
 
-async def test_prompts_are_echoed_with_the_log_probabilities_of_their_tokens(
-    served: Served,
-) -> None:
-    answer = await complete(served, prompt=[[5, 9, 40], [7, 8]], echo=True, logprobs=1, n=2)
-    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
-    assert [len(each.prompt_ids) for each in served.engine.requests[-2:]] == [3, 2]
-    assert answer.usage.prompt_tokens == 5
-    first, second = [5, 9, 40, 5, 6], [7, 8, 5, 6]  # prompt and answer
-    most_probable = {text_of(0): 0.0}
-    for choice, ids in zip(answer.choices, [first, first, second, second], strict=True):
-        texts = [text_of(token_id) for token_id in ids]
-        assert choice.logprobs.tokens == texts
-        assert choice.text == "".join(texts[:-2]) + "one two"
-        assert choice.logprobs.token_logprobs == [None, *[-1.0] * (len(ids) - 3), -0.5, -0.25]
-        assert choice.logprobs.top_logprobs[0] is None
-        assert choice.logprobs.top_logprobs[1:] == [most_probable] * (len(ids) - 1)
-        assert choice.logprobs.text_offset[-1] == len("".join(texts[:-1]))
-
-
-async def test_a_stream_brings_the_log_probability_of_each_token(served: Served) -> None:
-    chunks = [chunk async for chunk in await complete(served, logprobs=0, stream=True)]
-    first, second, last = [choice.logprobs for chunk in chunks for choice in chunk.choices]
-    assert (first.token_logprobs, second.token_logprobs, last) == ([-0.5], [-0.25], None)
-    assert first.top_logprobs == [{}], "an object, as OpenAI's clients read it, not a list"
-
-
 async def test_an_echo_always_has_a_token_after_the_prompt(served: Served) -> None:
     """lm-eval asks for one token and cuts it off: it must not end at once."""
     await complete(served, prompt=[5, 9], echo=True, max_tokens=1)
     assert served.engine.requests[-1].sampling.ignore_eos
 
 
-async def test_too_many_prompts_are_refused_and_only_one_can_be_streamed(served: Served) -> None:
-    many = GOOD | {"prompt": ["a"] * 257}
-    error = await completion_refused(served, 422, "invalid_field", json=many)
-    assert error["param"] == "prompt"
-    for wrong in ({"echo": True}, {"prompt": ["a", "b"]}):
-        body = GOOD | {"stream": True} | wrong
-        error = await completion_refused(served, 422, "invalid_field", json=body)
-        assert error["param"] == "stream"
+async def test_more_answers_than_there_is_ever_room_for_are_refused(serve: Serve) -> None:
+    """They were a 429 with Retry-After, for ever."""
+    served = await serve(max_queue=6, max_num_seqs=2)
+    for fitting in ({"prompt": ["a"] * 8}, {"prompt": ["a"] * 4, "n": 2}, {"n": 8}):
+        response = await served.client.post("/v1/completions", json=GOOD | fitting)
+        assert response.status_code == 200
+    for wrong in ({"prompt": ["a"] * 9}, {"prompt": ["a"] * 5, "n": 2}):
+        error = await completion_refused(served, 400, "request_too_large", json=GOOD | wrong)
+        assert error["param"] == "prompt"
+        assert "<= 8" in error["message"]
+    small = await serve(max_queue=1, max_num_seqs=2)
+    response = await small.generate(n=4)
+    assert response.status_code == 400
+    assert response.json()["error"]["field"] == "n"
+    assert "Retry-After" not in response.headers
+
+
+async def test_the_choices_of_several_prompts_are_streamed_under_their_own_numbers(
+    served: Served,
+) -> None:
+    served.engine.answer = lambda request: f"one {request.prompt_ids[0]}"
+    asked = {"prompt": [[5], [7], [9]], "n": 2}
+    whole = await complete(served, **asked)
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = [c async for c in await complete(served, **asked, stream=True, stream_options=usage)]
+    texts = [""] * 6
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in whole.choices]
+    assert texts == ["one 5", "one 5", "one 7", "one 7", "one 9", "one 9"]
+    assert [chunk.usage.completion_tokens for chunk in chunks][-1] == 12
+    assert chunks[0].usage.completion_tokens < chunks[-2].usage.completion_tokens
+    served.engine.ending = (FinishReason.ERROR, "overflow")
+    with pytest.raises(openai.APIError, match="overflow"):
+        [chunk async for chunk in await complete(served, **asked, stream=True)]
+    assert served.engine.running == 0
 
 
 async def test_the_first_of_several_prompts_that_fails_ends_the_others(served: Served) -> None:
@@ -216,6 +206,7 @@ async def test_openais_client_reads_a_chat_completion(served: Served) -> None:
     assert request.sampling.max_tokens == 7
     assert request.sampling.temperature == 1
     assert answer.object == "chat.completion"
+    assert answer.choices[0].logprobs.refusal is None
     choices = [(c.index, c.message.role, c.message.content) for c in answer.choices]
     assert choices == [(0, "assistant", "one two"), (1, "assistant", "one two")]
     first = answer.choices[0].logprobs.content[0]
@@ -244,9 +235,56 @@ async def test_a_chat_streams_its_deltas(served: Served) -> None:
     assert [choice.delta.content for choice in choices] == ["one", " two", None]
     assert [choice.finish_reason for choice in choices] == [None, None, "stop"]
     assert [bool(choice.logprobs) for choice in choices] == [True, True, False]
-    assert choices[0].delta.role == "assistant"
     assert chunks[0].object == "chat.completion.chunk"
     assert chunks[-1].usage.completion_tokens == 2
+
+
+async def test_only_the_first_delta_of_a_choice_has_the_role(served: Served) -> None:
+    """OpenAI's client joins the deltas: the role was "assistantassistant…"."""
+    async with openai_client(served).chat.completions.stream(**CHAT, n=2) as stream:
+        answer = await stream.get_final_completion()
+    messages = [(c.message.role, c.message.content) for c in answer.choices]
+    assert messages == [("assistant", "one two")] * 2
+    served.engine.pieces = lambda *_: []  # ends before any token
+    chunks = [chunk async for chunk in await chat(served, stream=True)]
+    assert [(c.delta.role, c.delta.content) for c in chunks[0].choices] == [("assistant", "")]
+
+
+async def test_a_chat_without_max_tokens_has_what_is_left_of_the_context(served: Served) -> None:
+    """16 tokens, the default of /v1/completions, cut answers short without a word."""
+    for limits in ({}, {"max_tokens": None}):
+        await chat(served, **limits)
+        request = served.engine.requests[-1]
+        left = served.engine.model.max_model_len - len(request.prompt_ids)
+        assert request.sampling.max_tokens == left
+    for limits in ({"max_tokens": 3}, {"max_completion_tokens": 3, "max_tokens": 5}):
+        await chat(served, **limits)
+        assert served.engine.requests[-1].sampling.max_tokens == 3
+    for limits in ({}, {"max_tokens": None}):
+        await complete(served, **limits)
+        assert served.engine.requests[-1].sampling.max_tokens == 16
+        await served.generate(**limits)
+        assert served.engine.requests[-1].sampling.max_tokens == 16
+
+
+async def test_a_context_that_is_too_short_is_named_as_openais_clients_expect(
+    served: Served,
+) -> None:
+    served.engine.max_length = 20
+    long = CHAT | {"messages": says("x" * 40), "max_tokens": 4}
+    requests = [
+        ("/v1/chat/completions", long, "messages"),
+        ("/v1/chat/completions", {**long, "max_tokens": None}, "messages"),
+        ("/v1/completions", GOOD | {"prompt": [5] * 17, "max_tokens": 4}, "prompt"),
+    ]
+    for path, body, field in requests:
+        response = await served.client.post(path, json=body)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert error["param"] == field
+        assert "maximum context length is 20 tokens" in error["message"]
+    assert "21 tokens (17 in the prompt, 4 in the completion)" in error["message"]
 
 
 async def test_the_models_are_the_base_and_the_tasks_that_serve(served: Served) -> None:
