@@ -16,12 +16,19 @@ from server.engine.request import SamplingParams
 LARGEST_FP32 = torch.finfo(torch.float32).max
 
 
-def chooser(params: SamplingParams, prompt: Sequence[int], index: int = 0) -> Choose:
-    """Return how sequence `index` of a request chooses its tokens, for `generate`."""
+def chooser(
+    params: SamplingParams, prompt: Sequence[int], index: int = 0, stop_ids: Sequence[int] = ()
+) -> Choose:
+    """Return how sequence `index` of a request chooses its tokens, for `generate`.
+
+    Args:
+        stop_ids: tokens that end an answer, and that none may have before `min_tokens`.
+    """
     generator = torch.Generator().manual_seed((params.seed or 0) + index)
 
     def choose(logits: Tensor, output: Sequence[int]) -> int:
-        return chosen(logits, SamplingRow(params, prompt, output, generator))
+        forbidden = stop_ids if len(output) < params.min_tokens else ()
+        return chosen(logits, SamplingRow(params, prompt, output, generator, forbidden))
 
     return choose
 

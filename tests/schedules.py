@@ -129,7 +129,7 @@ class World:
                 self.plan(call.selection),
                 max_tokens=call.sampling.max_tokens,
                 stop_ids=stop_ids,
-                choose=chooser(call.sampling, call.prompt, index),
+                choose=chooser(call.sampling, call.prompt, index, stop_ids),
             )
         return self._known[key]
 
@@ -166,7 +166,7 @@ def samplings(most_tokens: int) -> st.SearchStrategy[SamplingParams]:
     """Mostly greedy sampling; one in three draws every sampling option at random."""
     greedy = st.builds(
         SamplingParams,
-        max_tokens=st.integers(1, most_tokens),
+        max_tokens=st.integers(0, most_tokens),
         n=st.sampled_from([1, 1, 1, 2]),
         logprobs=st.just(2),
         prompt_logprobs=st.sampled_from([None, None, None, 1]),
@@ -180,6 +180,8 @@ def samplings(most_tokens: int) -> st.SearchStrategy[SamplingParams]:
         "repetition_penalty": st.sampled_from([1.0, 1.3]),
         "presence_penalty": st.sampled_from([0.0, 0.5]),
         "frequency_penalty": st.sampled_from([0.0, -0.5]),
+        "logit_bias": st.sampled_from([(), ((7, 3.0), (40, -100.0))]),
+        "min_tokens": st.sampled_from([0, 5]),
         "seed": st.integers(0, 3),
     }
     sampled = st.builds(

@@ -10,10 +10,12 @@ import httpx
 import pytest
 import tiny
 from crma_client import AsyncClient, Client, errors
+from crma_client.calls import GenerateOptions
 from crma_client.types import read_generation
 
 from crma.models.base_model import BaseModel
 from crma.store.adapter_store import AdapterStore
+from server.http.schemas import GenerateRequest
 
 OPTIONS: dict[str, Any] = {
     "task": "medical",
@@ -47,6 +49,32 @@ async def test_a_stream_ends_in_the_answer_that_generate_gives(client: AsyncClie
     assert stream.result.usage == whole.usage
     assert stream.result.provenance == whole.provenance
     assert len(whole.choices[0].logprobs or ()) == 6
+
+
+async def test_every_option_of_generate_can_be_sent(client: AsyncClient) -> None:
+    not_options = {"prompt", "stream", "max_completion_tokens"}  # the last has another name
+    assert (
+        GenerateOptions.__annotations__.keys() == GenerateRequest.model_fields.keys() - not_options
+    )
+    answer = await client.generate(
+        "Hi",
+        max_tokens=4,
+        min_tokens=2,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        presence_penalty=0.1,
+        frequency_penalty=0.1,
+        logit_bias={34: 100.0},
+        stop_token_ids=[5],
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+        logprobs=True,
+        top_logprobs=1,
+        prompt_logprobs=True,
+    )
+    assert answer.text == "AAAA"
+    assert len(answer.raw["top_logprobs"]) == 4
+    assert answer.raw["prompt_logprobs"][0] is None
 
 
 async def test_an_answer_names_the_adapters_that_produced_it(client: AsyncClient) -> None:

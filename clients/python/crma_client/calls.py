@@ -28,14 +28,25 @@ class GenerateOptions(TypedDict, total=False):
     crma: bool | None
     raw: bool | None
     max_tokens: int | None
+    min_tokens: int | None
     temperature: float | None
     top_p: float | None
     top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
     seed: int | None
     n: int | None
     stop: str | Sequence[str] | None
-    logprobs: bool | None
+    stop_token_ids: Sequence[int] | None
+    include_stop_str_in_output: bool | None
     ignore_eos: bool | None
+    skip_special_tokens: bool | None
+    logprobs: bool | None
+    top_logprobs: int | None
+    prompt_logprobs: bool | None
     timeout_s: float | None
 
 

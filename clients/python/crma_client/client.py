@@ -61,14 +61,25 @@ class Client:
                 trained with CRMA.
             raw: send the prompt to the model as it is, without the task's prompt format.
             max_tokens: length limit of the answer.
+            min_tokens: nothing ends the answer before it has so many tokens.
             temperature: 0 is greedy.
             top_p: sample from the most probable tokens that together have this probability.
             top_k: sample from this many of the most probable tokens.
+            min_p: sample from tokens with this share of the most probable token's probability.
+            repetition_penalty: above 1, makes tokens of prompt and answer less probable.
+            presence_penalty: subtracted from the logits of tokens that the answer has.
+            frequency_penalty: the same, once for each time that the answer has them.
+            logit_bias: token ids, and what is added to their logits, from -100 to 100.
             seed: seed of the sampling; choice i of n draws from seed + i.
             n: number of answers.
             stop: one text or several, each of which ends the answer.
-            logprobs: return the log-probability of each token.
+            stop_token_ids: tokens that end the answer.
+            include_stop_str_in_output: what ends the answer is part of it.
             ignore_eos: continue to max_tokens past the end of the answer; for benchmarks.
+            skip_special_tokens: special tokens have no text. Default: true.
+            logprobs: return the log-probability of each token.
+            top_logprobs: most probable tokens to list with each, in `raw`; needs logprobs.
+            prompt_logprobs: return the log-probabilities of the prompt's tokens, in `raw`.
             timeout_s: deadline of this request on the server, in seconds.
 
         An option that is absent or None is not sent, and the server's default applies.

@@ -88,6 +88,17 @@ def test_a_stop_string_ends_a_sequence_and_is_no_part_of_its_text() -> None:
     assert last(outputs).completion_tokens < 6
 
 
+def test_an_answer_that_may_fill_the_context_keeps_no_room_that_it_does_not_use() -> None:
+    """Chats without max_tokens may: four of them run beside each other in room for one at most."""
+    engine = make(max_num_seqs=4, num_blocks=50, block_size=8, max_model_len=400)
+    for name in "abcd":
+        engine.add(ask(name, max_tokens=397))
+    engine.step()
+    assert len(engine.scheduler.running) == 4
+    for name in "abcd":
+        engine.abort(name)
+
+
 def test_timings_are_seconds_from_arrival_and_counters_count() -> None:
     engine = make(max_num_seqs=1)
     now = 0.0
