@@ -9,6 +9,7 @@ from crma.models.prompts import Turn
 from server.http.body import Body
 from server.http.neutral_fields import Ignored, Neutral
 
+TEXT = 'a text, or a list of {"type": "text", "text": …}'
 # Beside its text, a part may say where a cached prompt ends, which changes no answer.
 TEXT_PART = {"type", "text", "prompt_cache_breakpoint", "cache_control"}
 
@@ -18,13 +19,10 @@ def _join_parts(content: Any) -> Any:
     if not isinstance(content, list):
         return content
     for part in content:
-        is_text = isinstance(part, dict) and part.get("type") == "text" and "text" in part
-        if not is_text or not part.keys() <= TEXT_PART:
-            raise ValueError('Input should be a text, or a list of {"type": "text", "text": …}')
-    texts = [part["text"] for part in content]
-    if not all(isinstance(text, str) for text in texts):
-        return None  # which is no text: the field refuses it by name
-    return "".join(texts)
+        is_text = isinstance(part, dict) and part.get("type") == "text"
+        if not is_text or not isinstance(part.get("text"), str) or not part.keys() <= TEXT_PART:
+            raise ValueError(f"Input should be {TEXT}")
+    return "".join(part["text"] for part in content)
 
 
 class FunctionCall(Body):
@@ -70,8 +68,8 @@ class Message(Body):
         description="developer is another name of system."
     )
     tool_calls: list[ToolCall] = Field([], description="Of an assistant's message.")
-    content: str = Field(
-        default=None,
+    content: str | None = Field(
+        None,
         validate_default=True,
         description="A text, or a list of text parts; null only beside tool_calls.",
     )
@@ -98,9 +96,10 @@ class Message(Body):
     @classmethod
     def _read_content(cls, content: Any, info: ValidationInfo) -> Any:
         is_optional = info.data.get("role") == "assistant" and info.data.get("tool_calls")
-        if content is None and is_optional:
-            return ""
-        return _join_parts(content)
+        text = _join_parts(content)
+        if text is None and not is_optional:
+            raise ValueError(f"Input should be {TEXT}")
+        return text
 
     @field_validator("tool_call_id")
     @classmethod

@@ -1,10 +1,12 @@
 """Bodies of the routes under /v1: OpenAI's, and their errors."""
 
+import inspect
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue
+from transformers import PreTrainedTokenizerBase
 
-from crma.models.prompts import Turn
+from crma.models.prompts import Conversation
 from server.http.body import Body, example
 from server.http.neutral_fields import (
     Neutral,
@@ -39,11 +41,24 @@ def _list_prompts(value: Any) -> Any:
     return prompts
 
 
+# What the server itself gives the template, and how it is rendered.
+RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+
+
+def _check_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    for name in variables:
+        if name in RESERVED or name == "messages":
+            raise ValueError(f"Input should not have {name!r}, which the server sets itself")
+    return variables
+
+
 Prompt = str | list[int]
 Prompts = Annotated[
     list[Prompt],
     BeforeValidator(_list_prompts, json_schema_input_type=Prompt | list[Prompt]),
 ]
+
+TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_check_variables)]
 
 
 class StreamOptions(Body):
@@ -105,13 +120,14 @@ class ChatRequest(NeutralChatFields, OpenAIRequest):
         0, ge=0, le=20, description="Most probable tokens to list with each; needs logprobs."
     )
 
-    chat_template_kwargs: dict[str, JsonValue] = Field(
+    chat_template_kwargs: TemplateVariables = Field(
         {}, description="Further variables of the chat template, such as enable_thinking."
     )
 
-    def turns(self) -> tuple[Turn, ...]:
-        """The messages."""
-        return tuple(message.turn() for message in self.messages)
+    def conversation(self) -> Conversation:
+        """Everything that the chat template is given."""
+        turns = tuple(message.turn() for message in self.messages)
+        return Conversation(turns, template_kwargs=self.chat_template_kwargs)
 
 
 class OpenAIErrorBody(BaseModel):

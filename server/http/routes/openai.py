@@ -10,7 +10,6 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from crma.core.errors import NotFound
-from crma.models.prompts import Conversation
 from crma.store.entry import TaskEntry
 from server.http.auth import require_key
 from server.http.dependencies import AfterResponse, TheFrontend
@@ -97,19 +96,10 @@ async def chat(
     if body.top_logprobs and not body.logprobs:
         message = "top_logprobs: needs logprobs"
         raise InvalidField(message, field="top_logprobs", value=body.top_logprobs, allowed=0)
-    if body.chat_template_kwargs:
-        message = "chat_template_kwargs: not honoured yet"
-        raise InvalidField(message, field="chat_template_kwargs", allowed={})
     resolved = _resolve_body(body, request, frontend)
-    turns = body.turns()
-    prompt: Prompt = Conversation(turns)
-    has_format = resolved.task is not None and resolved.task.prompt_format is not None
-    is_one_question = len(turns) == 1 and turns[0].role == "user"
-    if has_format and is_one_question:
-        prompt = turns[0].content or ""
     sampling = body.sampling(logprobs=body.top_logprobs if body.logprobs else None)
     generation = await frontend.generation(
-        prompt,
+        _chat_prompt(body, resolved),
         resolved,
         sampling,
         fills_context=body.token_limit is None,
@@ -118,6 +108,25 @@ async def chat(
     )
     answer = ChatAnswer(body, [generation], frontend)
     return await answer.respond(request, after_response, stream=body.stream)
+
+
+def _chat_prompt(body: ChatRequest, resolved: Resolved) -> Prompt:
+    """One user turn to a task as text, for its adapter's format; else a conversation.
+
+    Raises InvalidField for variables of a template where no template is used.
+    """
+    conversation = body.conversation()
+    turns = conversation.turns
+    has_format = resolved.task is not None and resolved.task.prompt_format is not None
+    is_one_question = len(turns) == 1 and turns[0].role == "user"
+    if not (has_format and is_one_question):
+        return conversation
+    if conversation.template_kwargs:
+        field = "chat_template_kwargs"
+        message = f"{field}: one user turn to this task goes through its adapter's own format"
+        value = dict(conversation.template_kwargs)
+        raise InvalidField(message, field=field, value=value, allowed={})
+    return turns[0].content or ""
 
 
 def _check_counts(body: CompletionRequest, frontend: Frontend) -> None:

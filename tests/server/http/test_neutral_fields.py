@@ -66,6 +66,7 @@ REFUSED_CHAT = {
     "moderation": [{}],
     "continue_final_message": [True],
     "chat_template": ["{{ messages }}"],
+    "chat_template_kwargs": [{"chat_template": "x"}, {"tools": []}, {"messages": []}],
 }
 
 

@@ -199,6 +199,20 @@ async def test_a_conversation_goes_through_the_chat_template_and_its_texts_stay_
     assert served.engine.requests[-1].prompt_ids == tuple(expected)
 
 
+async def test_variables_of_the_chat_template_reach_it(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{{ messages[0].content }}{% if enable_thinking %}<|im_end|>{% endif %}"
+    monkeypatch.setattr(served.app.state.frontend.tokenizer, "chat_template", template)
+    for value in (True, False):
+        more = {"chat_template_kwargs": {"enable_thinking": value}}
+        await chat(served, extra_body=more)
+        end = tiny.tokenizer().eos_token_id
+        assert (served.engine.requests[-1].prompt_ids[-1] == end) == value
+    with pytest.raises(openai.UnprocessableEntityError, match="its adapter's own format"):
+        await chat(served, model="medical", extra_body=more)
+
+
 async def test_openais_client_reads_a_chat_completion(served: Served) -> None:
     options = {"n": 2, "max_completion_tokens": 7, "logprobs": True, "top_logprobs": 2}
     answer = await chat(served, **options)

@@ -29,7 +29,7 @@ TURNS: list[tuple[dict[str, Any], Turn]] = [
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         Turn(
             "assistant",
-            "",
+            None,
             tool_calls=(
                 {
                     "id": "call-1",
