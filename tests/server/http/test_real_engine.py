@@ -8,8 +8,9 @@ import json
 import re
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import httpx
@@ -80,7 +81,7 @@ async def serve(base: BaseModel, store: AdapterStore, **options: Any) -> AsyncIt
     async with tiny.serving(base, store.root, **options) as app:
         client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
         alone = Alone(base, store, device="cpu", dtype="float32")
-        yield Real(app, client, app.state.frontend.engine, alone)
+        yield Real(app, client, app.state.frontend.engine, AsyncExitStack(), alone)
 
 
 @pytest.fixture
@@ -303,3 +304,27 @@ async def test_a_client_that_goes_away_leaves_nothing_behind(
     assert served.engine.stats().generation_tokens < 100
     aborted = 'request_success_total{adapter="medical",crma="on",finished_reason="abort"}'
     assert await served.measured(aborted) == [1]
+
+
+async def test_a_streamed_echo_adds_up_to_the_whole_answer(served: Real) -> None:
+    """With characters of several tokens in prompt and answer, and parts of them."""
+    body: dict[str, Any] = {
+        "model": "medical",
+        "prompt": ["A 😀 B", [34, 248, 224]],
+        "max_tokens": 9,
+        "echo": True,
+        "logprobs": 2,
+        "temperature": 0,
+    }
+    whole = (await served.client.post("/v1/completions", json=body)).json()["choices"]
+    response = await served.client.post("/v1/completions", json=body | {"stream": True})
+    lines = [line for line in response.text.splitlines() if line.startswith("data: {")]
+    parts = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+    for choice in whole:
+        own = [part for part in parts if part["index"] == choice["index"]]
+        assert "".join(part["text"] for part in own) == choice["text"]
+        assert own[-1]["finish_reason"] == choice["finish_reason"]
+        for name, values in choice["logprobs"].items():
+            lists = [part["logprobs"][name] for part in own if part["logprobs"]]
+            assert [*chain.from_iterable(lists)] == values
+    await served.settled()
