@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from api import Served, refused
+from openai.types.chat import ChatCompletionMessage
 
 from crma.models.prompts import Turn
 from server.http.openai_message import Message
@@ -82,6 +83,11 @@ async def test_our_own_message_can_be_sent_back(served: Served) -> None:
     body: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "Hi"}]}
     answer = (await served.client.post(path, json=body)).json()
     message = answer["choices"][0]["message"]
+    of_the_client = ChatCompletionMessage.model_validate(message)
+    for sent in (of_the_client.model_dump(), of_the_client.model_dump(exclude_unset=True)):
+        messages = [*body["messages"], sent, *body["messages"]]
+        response = await served.client.post(path, json=body | {"messages": messages})
+        assert response.status_code == 200, response.text
     for name, values in EMPTY.items():
         for value in values:
             messages = [*body["messages"], message | {name: value}, *body["messages"]]
