@@ -104,11 +104,15 @@ class CompletionLogprobs:
         }
 
     def _top(self, token_id: int, logprob: TokenLogprob | None) -> dict[str, float] | None:
-        """The most probable tokens, and the chosen one, which may be one more than asked for."""
+        """The most probable tokens, and the chosen one, which may be one more than asked for.
+
+        Of tokens with one name, the most probable counts.
+        """
         if logprob is None:
             return None
-        top = {self._name(each): shown(value) for each, value in logprob.top}
-        top.setdefault(self._name(token_id), shown(logprob.logprob))
+        top: dict[str, float] = {}
+        for each, value in (*logprob.top, (token_id, logprob.logprob)):
+            top.setdefault(self._name(each), shown(value))
         return top
 
     def _name(self, token_id: int) -> str:

@@ -17,6 +17,9 @@ from server.http.neutral_fields import (
 from server.http.openai_message import Message
 from server.http.sampling_fields import Sampled, Temperature
 
+# What the server itself gives the template, and how it is rendered.
+RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+
 
 def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(each) is int for each in value)
@@ -41,10 +44,6 @@ def _list_prompts(value: Any) -> Any:
     return prompts
 
 
-# What the server itself gives the template, and how it is rendered.
-RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-
-
 def _check_variables(variables: dict[str, Any]) -> dict[str, Any]:
     for name in variables:
         if name in RESERVED or name == "messages":
@@ -57,7 +56,6 @@ Prompts = Annotated[
     list[Prompt],
     BeforeValidator(_list_prompts, json_schema_input_type=Prompt | list[Prompt]),
 ]
-
 TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_check_variables)]
 
 

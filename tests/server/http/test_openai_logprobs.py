@@ -188,3 +188,10 @@ def test_an_impossible_token_has_openais_least_log_probability() -> None:
     lists = CompletionLogprobs(texts, skips_special=True).of_answer([5], [impossible])
     assert lists["token_logprobs"] == [LEAST]
     assert list(lists["top_logprobs"][0].values()) == [LEAST, LEAST]
+
+
+def test_of_two_tokens_without_a_text_the_most_probable_counts() -> None:
+    nowhere = tiny.VOCAB + 5  # as any other id beyond the vocabulary, it has no text
+    logprob = TokenLogprob(-3.0, ((nowhere, -1.0), (nowhere + 1, -2.0)))
+    logprobs = CompletionLogprobs(TokenTexts(tiny.tokenizer()), skips_special=True)
+    assert logprobs.of_answer([nowhere + 2], [logprob])["top_logprobs"] == [{"": -1.0}]
