@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crma.method.injection import Injection, Plan
+from crma.models.rope import rope_scaling
 
 Choose = Callable[[Tensor, Sequence[int]], int]
 """Chooses the next token from its fp32 logits [vocab] and the tokens generated so far."""
@@ -36,6 +37,17 @@ def likeliest(logits: Tensor, _: Sequence[int]) -> int:
     return scores.index(max(scores))
 
 
+def forget_lengths(model: nn.Module) -> None:
+    """Give a model the rotary frequencies back that it was loaded with.
+
+    transformers' dynamic ones stay those of the longest sequence until a short one comes.
+    """
+    for module in model.modules():
+        if isinstance(getattr(module, "rope_type", None), str):
+            module.inv_freq = module.original_inv_freq.clone()
+            module.max_seq_len_cached = module.original_max_seq_len
+
+
 def generate(
     injection: Injection,
     prompt_ids: Sequence[int],
@@ -58,6 +70,8 @@ def generate(
     device = next(injection.model.parameters()).device
     ids = torch.tensor([list(prompt_ids)], device=device)
     cache = None
+    rope = rope_scaling(injection.model.config)
+    forget_lengths(injection.model)
     tokens: list[int] = []
     logprobs: list[float] = []
     with torch.inference_mode(), injection.active(plan or Plan()):
@@ -71,4 +85,7 @@ def generate(
             tokens.append(token)
             logprobs.append(torch.log_softmax(logits, -1)[token].item())
             ids = torch.tensor([[token]], device=device)
+            if rope is not None and rope.is_outgrown(len(prompt_ids) + len(tokens)):
+                cache = None
+                ids = torch.tensor([[*prompt_ids, *tokens]], device=device)
     return Generation(tuple(tokens), tuple(logprobs), "length")

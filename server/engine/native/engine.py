@@ -224,6 +224,7 @@ class Engine:
             return self._finish(sequence, FinishReason.STOP, output)
         if sequence.num_output_tokens >= sampling.max_tokens:
             return self._finish(sequence, FinishReason.LENGTH, output)
+        self.scheduler.grown(sequence)
         return output
 
     def _finish(

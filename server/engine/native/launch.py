@@ -12,6 +12,7 @@ from crma.core.errors import ConfigError
 from crma.method.injection import Injection
 from crma.models.base_model import BaseModel
 from crma.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from crma.models.rope import RopeScaling, context_length, rope_scaling
 from server.engine.inference_engine import ServedModel
 from server.engine.native.adapter_pool import AdapterPool
 from server.engine.native.async_engine import AsyncEngine
@@ -63,8 +64,9 @@ def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
     injection = Injection(load_model(base, device, resolve_dtype(config.dtype, device)))
     model = injection.model
     tokenizer = load_tokenizer(base)
-    max_model_len = min(config.max_model_len, model.config.max_position_embeddings)
+    max_model_len = min(config.max_model_len, context_length(model.config))
     _check_limits(config, max_model_len)
+    rope = _rope_beyond(model, max_model_len)
     dtype = _dtype_name(model, config.quantization)
     blocks = BlockPool(1 + -(-config.kv_cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
     pool = AdapterPool(injection, config.max_loaded_adapters, config.max_adapter_bytes)
@@ -76,13 +78,14 @@ def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
         take_weights=True,
         kernel=_native_kernel(model, config),
         int8=config.quantization == "int8",
+        rope=rope,
     )
     root_of = (
         (lambda selection: root_key(base.digest, dtype, *selection))
         if config.prefix_caching
         else None
     )
-    scheduler = Scheduler(blocks, config.max_num_seqs, config.max_num_batched_tokens, root_of)
+    scheduler = Scheduler(blocks, config.max_num_seqs, config.max_num_batched_tokens, root_of, rope)
     stop_ids = model_stop_ids(tokenizer, model.generation_config.eos_token_id)
     engine = Engine(runner, scheduler, tokenizer, stop_ids, max_model_len)
     served = ServedModel(
@@ -93,6 +96,14 @@ def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
         num_tokens=min(len(tokenizer), model.config.vocab_size),
     )
     return AsyncEngine(engine, served, config.max_queue)
+
+
+def _rope_beyond(model: PreTrainedModel, max_model_len: int) -> RopeScaling | None:
+    """How frequencies depend on the length; None if no sequence is long enough for that."""
+    scaling = rope_scaling(model.config)
+    if scaling is None or max_model_len <= scaling.original:
+        return None
+    return scaling
 
 
 def _check_limits(config: EngineConfig, max_model_len: int) -> None:

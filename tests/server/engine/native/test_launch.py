@@ -90,6 +90,19 @@ async def test_the_context_is_no_longer_than_the_models_own(
     assert engine.model.max_model_len == 512
 
 
+@pytest.mark.parametrize(("max_model_len", "is_scaled"), [(12, False), (64, True)])
+async def test_frequencies_are_followed_only_where_a_sequence_can_outgrow_them(
+    tmp_path: Path, config: EngineConfig, max_model_len: int, is_scaled: bool
+) -> None:
+    """The context of a dynamic model was cut to the length up to which nothing is scaled."""
+    dynamic = tiny.pulled_base(tmp_path / "base", "llama_dynamic")
+    engine = start_engine(dynamic, replace(config, max_model_len=max_model_len))
+    outputs = await answer(engine)
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    assert engine.model.max_model_len == max_model_len
+    assert (engine.engine.scheduler.rope is not None) == is_scaled
+
+
 def test_a_step_smaller_than_the_running_sequences_is_refused(
     base: BaseModel, config: EngineConfig
 ) -> None:
