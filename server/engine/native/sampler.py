@@ -68,6 +68,13 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     return tokens
 
 
+def rewind(generator: torch.Generator, num_draws: int) -> None:
+    """Put a generator back to where it is after so many sampled tokens: each takes one draw."""
+    generator.manual_seed(generator.initial_seed())
+    for _ in range(num_draws):
+        _uniform(generator)
+
+
 def token_logprobs(
     logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]
 ) -> list[TokenLogprob]:

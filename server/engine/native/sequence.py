@@ -87,6 +87,11 @@ class Sequence:
         return self.num_pending_tokens > 1
 
     @property
+    def first_logits(self) -> int:
+        """The first position whose logits say something about a token that is asked for."""
+        return self.request.sampling.prompt_logprobs_from - 1
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether log-probabilities of prompt tokens are still to be computed.
 

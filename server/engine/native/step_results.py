@@ -1,14 +1,18 @@
 """What the logits of a step say: new tokens, log-probabilities, and which sequences overflow."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
 from server.engine.native.batch import Batch
-from server.engine.native.sampler import SamplingRow, sample, token_logprobs
+from server.engine.native.sampler import SamplingRow, rewind, sample, token_logprobs
 from server.engine.native.sequence import Sequence
+from server.engine.native.step import Chunk
 from server.engine.request import TokenLogprob
+
+logger = logging.getLogger(__name__)
 
 
 class NewToken(NamedTuple):
@@ -21,17 +25,21 @@ class NewToken(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResults:
-    """The results of a step.
+    """The results of a step, or of a part of it.
 
     Attributes:
+        computed: the chunks whose keys and values are in the cache.
         tokens: one for every sequence whose chunk ends at its newest token.
         measured: sequences that are to get no token (`max_tokens` 0), and whose prompt is computed.
         overflown: sequences whose logits are not numbers; they get no token.
+        failed: sequences in whose computation something raised; they get no token.
     """
 
-    tokens: list[NewToken]
-    measured: list[Sequence]
-    overflown: list[Sequence]
+    computed: list[Chunk] = field(default_factory=list)
+    tokens: list[NewToken] = field(default_factory=list)
+    measured: list[Sequence] = field(default_factory=list)
+    overflown: list[Sequence] = field(default_factory=list)
+    failed: list[Sequence] = field(default_factory=list)
 
     @classmethod
     def of(cls, batch: Batch, logits: Tensor) -> "StepResults":
@@ -40,29 +48,72 @@ class StepResults:
         Args:
             logits: [rows, vocab] fp32, those of `batch.logit_rows`.
         """
+        results = cls(batch.chunks)
         # The largest value of a row that has a NaN or +inf, neither of which the sampler takes, is
         # not finite.
         is_valid = logits.amax(-1).isfinite().tolist()
         sampled_rows: list[int] = []
         sampled: list[Sequence] = []
-        measured: list[Sequence] = []
-        overflown: list[Sequence] = []
         first_row = 0
         for chunk, num_rows in zip(batch.chunks, batch.num_logits, strict=True):
             rows = slice(first_row, first_row + num_rows)
             first_row += num_rows
             if not all(is_valid[rows]):
-                overflown.append(chunk.sequence)
-                continue
-            if chunk.sequence.wants_prompt_logprobs:
-                _add_prompt_logprobs(chunk.sequence, chunk.stop - num_rows, logits[rows])
-            if chunk.samples and chunk.sequence.request.sampling.max_tokens == 0:
-                measured.append(chunk.sequence)
+                results.overflown.append(chunk.sequence)
+            elif not _took_prompt_logprobs(chunk, num_rows, logits[rows]):
+                results.failed.append(chunk.sequence)
+            elif chunk.samples and chunk.sequence.request.sampling.max_tokens == 0:
+                results.measured.append(chunk.sequence)
             elif chunk.samples:
                 sampled_rows.append(rows.stop - 1)
                 sampled.append(chunk.sequence)
-        tokens = _new_tokens(logits[sampled_rows], sampled) if sampled else []
-        return cls(tokens, measured, overflown)
+        if sampled:
+            results._sample(logits, sampled_rows, sampled)
+        return results
+
+    def __add__(self, other: "StepResults") -> "StepResults":
+        """The results of two parts of a step."""
+        return StepResults(
+            self.computed + other.computed,
+            self.tokens + other.tokens,
+            self.measured + other.measured,
+            self.overflown + other.overflown,
+            self.failed + other.failed,
+        )
+
+    def _sample(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> None:
+        """Add the next token of each sequence: of all at once, or after a fault one by one.
+
+        Args:
+            logits: [rows, vocab] fp32.
+            rows: one of them for each sequence.
+        """
+        try:
+            self.tokens.extend(_new_tokens(logits[rows], sequences))
+        except Exception:
+            logger.exception("%d sequences could not be sampled together", len(sequences))
+        else:
+            return
+        for row, sequence in zip(rows, sequences, strict=True):
+            try:
+                rewind(sequence.generator, sequence.num_output_tokens)
+                self.tokens.extend(_new_tokens(logits[[row]], [sequence]))
+            except Exception:
+                logger.exception("request %s could not be sampled", sequence.request.id)
+                self.failed.append(sequence)
+
+
+def _took_prompt_logprobs(chunk: Chunk, num_rows: int, logits: Tensor) -> bool:
+    """Keep the log-probabilities of a chunk's prompt tokens if it wants them; False: it failed."""
+    sequence = chunk.sequence
+    if not sequence.wants_prompt_logprobs:
+        return True
+    try:
+        _add_prompt_logprobs(sequence, chunk.stop - num_rows, logits)
+    except Exception:
+        logger.exception("request %s: no log-probabilities of its prompt", sequence.request.id)
+        return False
+    return True
 
 
 def _new_tokens(logits: Tensor, sequences: list[Sequence]) -> list[NewToken]:
