@@ -298,7 +298,8 @@ def make_engine(
         int8=int8,
         rope=rope,
     )
-    return Engine(runner, scheduler, tokenizer(), frozenset(), max_model_len), pool
+    num_tokens = inj.model.config.vocab_size
+    return Engine(runner, scheduler, tokenizer(), frozenset(), max_model_len, num_tokens), pool
 
 
 def ask(

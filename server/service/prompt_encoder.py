@@ -59,7 +59,7 @@ class PromptEncoder:
             prompt_format: None: the raw format. It also says which token ends an answer.
 
         Raises:
-            InvalidField: a token id that does not exist.
+            InvalidField: a token id that does not exist, or text with a token that the model lacks.
             ConfigError: the chat template refuses these turns.
             QueueFull: `max_waiting` prompts wait already.
         """
@@ -72,6 +72,7 @@ class PromptEncoder:
         def encode() -> EncodedPrompt:
             prompt_ids = self._prompt_ids(prompt, self._raw if raw else trained)
             answer_ids = [] if answer is None else encode_text(self.tokenizer, answer)
+            self._check_rows((*prompt_ids, *answer_ids))
             stop_id = trained.stop_id(self.tokenizer)
             return EncodedPrompt(tuple(prompt_ids), tuple(answer_ids), stop_id)
 
@@ -95,6 +96,15 @@ class PromptEncoder:
                 allowed = f"0 to {self.num_tokens - 1}"
                 message = f"{field}: no such token"
                 raise InvalidField(message, field=field, value=token_id, allowed=allowed)
+
+    def _check_rows(self, token_ids: Sequence[int]) -> None:
+        """Raises InvalidField for a token of the tokenizer that the model has no row for."""
+        unknown = [token_id for token_id in token_ids if token_id >= self.num_tokens]
+        if unknown:
+            text = self.text(unknown[:1])
+            message = f"the base model has no embedding for the token {text!r}"
+            allowed = f"text whose token ids are below {self.num_tokens}"
+            raise InvalidField(message, field="prompt", value=text, allowed=allowed)
 
     def _prompt_ids(self, prompt: Prompt, prompt_format: PromptFormat) -> Sequence[int]:
         if isinstance(prompt, str):

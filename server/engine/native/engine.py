@@ -38,6 +38,8 @@ class Engine:
         tokenizer: turns the tokens of an answer into text.
         stop_ids: tokens that end every sequence (the model's own).
         max_model_len: the limit on prompt and answer together, in tokens; it fits the KV cache.
+        num_tokens: token ids lie below it, those of prompts and those that are sampled. A model may
+            have more rows than its tokenizer has tokens.
         clock: seconds; deadlines and arrivals are times of this clock.
         counters: totals since the start.
     """
@@ -47,6 +49,7 @@ class Engine:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
     max_model_len: int
+    num_tokens: int
     clock: Callable[[], float] = time.monotonic
     counters: EngineCounters = field(default_factory=EngineCounters)
 
@@ -67,6 +70,7 @@ class Engine:
         """
         indices = range(request.sampling.n)
         try:
+            self._check_ids(request)
             sequences = [self._new_sequence(request, index) for index in indices]
         except Exception:
             logger.exception("request %s cannot begin", request.id)
@@ -97,7 +101,7 @@ class Engine:
         self._not_admitted = []
         if not step.chunks:
             return outputs
-        results = StepRunner(self.runner).run(step)
+        results = StepRunner(self.runner, self.num_tokens).run(step)
         self.scheduler.computed(results.computed)
         return outputs + self._update(results)
 
@@ -122,6 +126,11 @@ class Engine:
             used = [digest for digest in sequence.request.selection if digest is not None]
             num_users += len(used)
         assert self.pool.num_users() == num_users
+
+    def _check_ids(self, request: Request) -> None:
+        """Raises ValueError for a token that the model has not; the edge refuses it before."""
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.num_tokens:
+            raise ValueError(f"a token id of the prompt is not in 0 to {self.num_tokens - 1}")
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
         """Make one of a request's n sequences."""

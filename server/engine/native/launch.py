@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from crma.core.errors import ConfigError
 from crma.method.injection import Injection
@@ -87,15 +87,24 @@ def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
     )
     scheduler = Scheduler(blocks, config.max_num_seqs, config.max_num_batched_tokens, root_of, rope)
     stop_ids = model_stop_ids(tokenizer, model.generation_config.eos_token_id)
-    engine = Engine(runner, scheduler, tokenizer, stop_ids, max_model_len)
+    num_tokens = _num_tokens(model, tokenizer)
+    engine = Engine(runner, scheduler, tokenizer, stop_ids, max_model_len, num_tokens)
     served = ServedModel(
         name=base.name,
         digest=base.digest,
         dtype=dtype,
         max_model_len=max_model_len,
-        num_tokens=min(len(tokenizer), model.config.vocab_size),
+        num_tokens=num_tokens,
     )
     return AsyncEngine(engine, served, config.max_queue)
+
+
+def _num_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many token ids exist: both for the tokenizer and as rows of the model."""
+    # The tokenizer's length is less than its last id where ids are left out.
+    num_known: int = max(tokenizer.get_vocab().values()) + 1
+    num_rows: int = model.get_input_embeddings().num_embeddings
+    return min(num_known, num_rows, model.get_output_embeddings().out_features)
 
 
 def _rope_beyond(model: PreTrainedModel, max_model_len: int) -> RopeScaling | None:

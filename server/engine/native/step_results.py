@@ -42,11 +42,12 @@ class StepResults:
     failed: list[Sequence] = field(default_factory=list)
 
     @classmethod
-    def of(cls, batch: Batch, logits: Tensor) -> "StepResults":
+    def of(cls, batch: Batch, logits: Tensor, num_tokens: int) -> "StepResults":
         """Sample, and keep the log-probabilities of prompt tokens in their sequences.
 
         Args:
             logits: [rows, vocab] fp32, those of `batch.logit_rows`.
+            num_tokens: only token ids below it are sampled.
         """
         results = cls(batch.chunks)
         # The largest value of a row that has a NaN or +inf, neither of which the sampler takes, is
@@ -60,7 +61,7 @@ class StepResults:
             first_row += num_rows
             if not all(is_valid[rows]):
                 results.overflown.append(chunk.sequence)
-            elif not _took_prompt_logprobs(chunk, num_rows, logits[rows]):
+            elif not _took_prompt_logprobs(chunk, num_rows, logits[rows], num_tokens):
                 results.failed.append(chunk.sequence)
             elif chunk.samples and chunk.sequence.request.sampling.max_tokens == 0:
                 results.measured.append(chunk.sequence)
@@ -68,7 +69,7 @@ class StepResults:
                 sampled_rows.append(rows.stop - 1)
                 sampled.append(chunk.sequence)
         if sampled:
-            results._sample(logits, sampled_rows, sampled)
+            results._sample(logits, sampled_rows, sampled, num_tokens)
         return results
 
     def __add__(self, other: "StepResults") -> "StepResults":
@@ -81,7 +82,9 @@ class StepResults:
             self.failed + other.failed,
         )
 
-    def _sample(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> None:
+    def _sample(
+        self, logits: Tensor, rows: list[int], sequences: list[Sequence], num_tokens: int
+    ) -> None:
         """Add the next token of each sequence: of all at once, or after a fault one by one.
 
         Args:
@@ -89,7 +92,7 @@ class StepResults:
             rows: one of them for each sequence.
         """
         try:
-            self.tokens.extend(_new_tokens(logits[rows], sequences))
+            self.tokens.extend(_new_tokens(logits[rows], sequences, num_tokens))
         except Exception:
             logger.exception("%d sequences could not be sampled together", len(sequences))
         else:
@@ -97,26 +100,26 @@ class StepResults:
         for row, sequence in zip(rows, sequences, strict=True):
             try:
                 rewind(sequence.generator, sequence.num_output_tokens)
-                self.tokens.extend(_new_tokens(logits[[row]], [sequence]))
+                self.tokens.extend(_new_tokens(logits[[row]], [sequence], num_tokens))
             except Exception:
                 logger.exception("request %s could not be sampled", sequence.request.id)
                 self.failed.append(sequence)
 
 
-def _took_prompt_logprobs(chunk: Chunk, num_rows: int, logits: Tensor) -> bool:
+def _took_prompt_logprobs(chunk: Chunk, num_rows: int, logits: Tensor, num_tokens: int) -> bool:
     """Keep the log-probabilities of a chunk's prompt tokens if it wants them; False: it failed."""
     sequence = chunk.sequence
     if not sequence.wants_prompt_logprobs:
         return True
     try:
-        _add_prompt_logprobs(sequence, chunk.stop - num_rows, logits)
+        _add_prompt_logprobs(sequence, chunk.stop - num_rows, logits, num_tokens)
     except Exception:
         logger.exception("request %s: no log-probabilities of its prompt", sequence.request.id)
         return False
     return True
 
 
-def _new_tokens(logits: Tensor, sequences: list[Sequence]) -> list[NewToken]:
+def _new_tokens(logits: Tensor, sequences: list[Sequence], num_tokens: int) -> list[NewToken]:
     """Choose the next token of each sequence.
 
     Args:
@@ -128,12 +131,12 @@ def _new_tokens(logits: Tensor, sequences: list[Sequence]) -> list[NewToken]:
         )
         for s in sequences
     ]
-    tokens = sample(logits, rows)
-    logprobs = _sampled_logprobs(logits, sequences, tokens)
+    tokens = sample(logits[:, :num_tokens], rows)
+    logprobs = _sampled_logprobs(logits, sequences, tokens, num_tokens)
     return [NewToken(*new) for new in zip(sequences, tokens, logprobs, strict=True)]
 
 
-def _add_prompt_logprobs(sequence: Sequence, start: int, logits: Tensor) -> None:
+def _add_prompt_logprobs(sequence: Sequence, start: int, logits: Tensor, num_tokens: int) -> None:
     """Keep the log-probabilities of prompt tokens for the sequence's first output.
 
     Args:
@@ -146,11 +149,11 @@ def _add_prompt_logprobs(sequence: Sequence, start: int, logits: Tensor) -> None
     del sequence.prompt_logprobs[max(0, start + 1 - sampling.prompt_logprobs_from) :]
     targets = sequence.request.prompt_ids[start + 1 : start + 1 + len(logits)]
     num_top = [sampling.prompt_logprobs or 0] * len(targets)
-    sequence.prompt_logprobs += token_logprobs(logits[: len(targets)], targets, num_top)
+    sequence.prompt_logprobs += token_logprobs(logits[: len(targets)], targets, num_top, num_tokens)
 
 
 def _sampled_logprobs(
-    logits: Tensor, sequences: list[Sequence], tokens: list[int]
+    logits: Tensor, sequences: list[Sequence], tokens: list[int], num_tokens: int
 ) -> list[tuple[TokenLogprob, ...]]:
     """Return one log-probability for each sequence that asks for them, none for the others."""
     logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(sequences)
@@ -162,7 +165,7 @@ def _sampled_logprobs(
             rows.append(row)
             num_top.append(k)
     if rows:
-        found = token_logprobs(logits[rows], [tokens[row] for row in rows], num_top)
+        found = token_logprobs(logits[rows], [tokens[row] for row in rows], num_top, num_tokens)
         for row, logprob in zip(rows, found, strict=True):
             logprobs[row] = (logprob,)
     return logprobs

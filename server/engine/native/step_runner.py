@@ -17,9 +17,11 @@ class StepRunner:
 
     Args:
         runner: computes each chunk's tokens from the KV cache; computing them twice gives the same.
+        num_tokens: only token ids below it are sampled.
     """
 
     runner: ModelRunner
+    num_tokens: int
 
     def run(self, step: Step) -> StepResults:
         """Run a step of n chunks in one pass, or after a fault in at most 2 n - 1.
@@ -37,7 +39,7 @@ class StepRunner:
             # Without this the frames of the fault keep its tensors until all parts have run.
             error.__traceback__ = None
         else:
-            return StepResults.of(batch, logits)
+            return StepResults.of(batch, logits, self.num_tokens)
         middle = len(step.chunks) // 2
         first = self.run(_part(step, step.chunks[:middle]))
         return first + self.run(_part(step, step.chunks[middle:]))

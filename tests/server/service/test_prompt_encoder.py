@@ -1,6 +1,7 @@
 """server.service.prompt_encoder: text, token ids and turns become token ids, a few at a time."""
 
 import asyncio
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -107,6 +108,20 @@ async def test_a_token_id_out_of_range_is_named_by_its_position(make: Any, token
     assert caught.value.value == token_id
     assert caught.value.allowed == "0 to 39"
     assert (await encode(encoder, [0, 39])).prompt_ids == (0, 39)
+
+
+async def test_text_with_a_token_that_the_model_has_no_row_for_is_refused_by_name(
+    make: Any,
+) -> None:
+    """An added token, of which the embedding knows nothing, failed the step of its neighbours."""
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.add_tokens(["<new>"])
+    encoder = make(tokenizer)
+    with pytest.raises(InvalidField) as caught:
+        await encode(encoder, "the café <new>", raw=True)
+    assert (caught.value.field, caught.value.value) == ("prompt", "<new>")
+    assert caught.value.allowed == f"text whose token ids are below {VOCAB}"
+    assert (await encode(encoder, "the café", raw=True)).prompt_ids
 
 
 async def test_turns_go_through_the_chat_template(make: Any) -> None:
