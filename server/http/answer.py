@@ -94,12 +94,15 @@ class Answer(ABC, Generic[Body]):
             yield event(error_body(to_api_error(error), path), self.error_event)
 
     def provenance(self) -> dict[str, Any]:
-        """Exactly what answered, and with which seed."""
+        """Exactly what answered, and with which seed; `seeds` has those of several prompts."""
         request = self.generation.request
         selection = request.selection
-        return self.frontend.provenance(
+        found = self.frontend.provenance(
             request.sampling.seed, selection.crma_digest, task=selection.task_digest
         )
+        if len(self.generations) > 1:
+            found["seeds"] = [each.request.sampling.seed for each in self.generations]
+        return found
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of tokens."""

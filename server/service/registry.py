@@ -68,6 +68,11 @@ class _View:
             found += [entry for entry in versions.values() if isinstance(entry, TaskEntry)]
         return found
 
+    def num_refused(self) -> int:
+        """How many versions may not serve."""
+        entries = [entry for versions in self.tasks.values() for entry in versions.values()]
+        return sum(isinstance(entry, StoreError) for entry in (*entries, *self.backbones.values()))
+
     def sound_backbones(self) -> list[BackboneEntry]:
         """Every version of the backbone that may serve."""
         return [entry for entry in self.backbones.values() if isinstance(entry, BackboneEntry)]
@@ -139,11 +144,14 @@ class Registry:
         fingerprint = await asyncio.to_thread(self._fingerprint)
         if fingerprint == self._fingerprint_read:
             return
+        num_damaged_files = 0
         try:
             view = await asyncio.to_thread(self._read)
         except StoreError as error:  # channels.json is damaged: keep serving the last view
             self._report(error)
             view = self._view
+            num_damaged_files = 1
+        self.metrics.store_problems.set(view.num_refused() + num_damaged_files)
         sound: list[TaskEntry | BackboneEntry] = [*view.sound_tasks(), *view.sound_backbones()]
         for entry in sound:
             loader = partial(entry.load, self.shape)

@@ -123,6 +123,16 @@ async def test_a_failure_in_a_stream_reaches_openais_client_as_an_error(served: 
         [chunk async for chunk in chunks]
 
 
+async def test_every_prompt_of_a_request_reports_its_own_seed(served: Served) -> None:
+    """Only the first one's was reported, so the others could not be repeated."""
+    answer = await complete(served, prompt=[[5, 9], [7, 8]], temperature=1.0)
+    seeds = [request.sampling.seed for request in served.engine.requests[-2:]]
+    assert answer.provenance["seeds"] == seeds
+    assert answer.provenance["seed"] == seeds[0] != seeds[1]
+    alone = await complete(served, prompt=[5, 9], temperature=1.0)
+    assert "seeds" not in alone.provenance
+
+
 async def test_an_echo_always_has_a_token_after_the_prompt(served: Served) -> None:
     """lm-eval asks for one token and cuts it off: it must not end at once."""
     await complete(served, prompt=[5, 9], echo=True, max_tokens=1)

@@ -67,6 +67,19 @@ async def test_metrics_are_labelled_by_adapter_and_crma(served: Served) -> None:
     assert float(bound.group(1)) >= 1.0
 
 
+async def test_labels_belong_to_the_tasks_that_are_used_first(serve: Serve) -> None:
+    """A scrape gave them to the first names of the alphabet, and hot tasks became `_other`."""
+    served = await serve(max_adapter_labels=1)
+    before = await served.metrics()
+    assert set(re.findall(r'adapter_resident{adapter="([^"]*)"', before)) == {"_other"}
+    for task in ("medical", "legal", "medical"):
+        await served.generate(task=task)
+        text = await served.metrics()
+    counts = dict(re.findall(r'_latency_seconds_count{adapter="([^"]*)",crma="\w+"} (\S+)', text))
+    assert counts == {"medical": "2.0", "_other": "1.0"}
+    assert set(re.findall(r'adapter_resident{adapter="([^"]*)"', text)) == {"medical", "_other"}
+
+
 async def test_the_number_of_labels_is_bounded_whatever_clients_ask_for(serve: Serve) -> None:
     served = await serve(max_adapter_labels=1)
     for task in ("legal", "medical", "nowhere"):

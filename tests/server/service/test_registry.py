@@ -104,6 +104,22 @@ async def test_a_damaged_version_is_refused_and_the_others_serve(
     assert made.resolve("good", None).selection.task_digest is not None
     failures = made.metrics.registry.get_sample_value("crma_adapter_verification_failures_total")
     assert failures == 1
+    assert made.metrics.registry.get_sample_value("crma_store_problems") == 1
+
+
+async def test_the_number_of_problems_falls_once_they_are_mended(store: AdapterStore) -> None:
+    """The alert read a counter, and never cleared."""
+    file = publish(store, "bad", 1).path / "manifest.json"
+    flip_bit(file)
+    made = await started(store)
+    channels = (store.root / "channels.json").read_text()
+    problems = [made.metrics.registry.get_sample_value("crma_store_problems")]
+    flip_bit(file)
+    for text in ("{", channels):
+        (store.root / "channels.json").write_text(text)
+        await made.refresh()
+        problems.append(made.metrics.registry.get_sample_value("crma_store_problems"))
+    assert problems == [1, 2, 0]
 
 
 @pytest.mark.parametrize("served_before", [True, False])
