@@ -125,15 +125,18 @@ def _new_tokens(logits: Tensor, sequences: list[Sequence], num_tokens: int) -> l
     Args:
         logits: [b, vocab] fp32, a row for each sequence.
     """
-    rows = [
-        SamplingRow(
-            s.request.sampling, s.request.prompt_ids, s.output_ids, s.generator, s.forbidden_ids
-        )
-        for s in sequences
-    ]
+    rows = [_sampling_row(sequence, num_tokens) for sequence in sequences]
     tokens = sample(logits[:, :num_tokens], rows)
     logprobs = _sampled_logprobs(logits, sequences, tokens, num_tokens)
     return [NewToken(*new) for new in zip(sequences, tokens, logprobs, strict=True)]
+
+
+def _sampling_row(sequence: Sequence, num_tokens: int) -> SamplingRow:
+    request = sequence.request
+    forbidden = [token for token in sequence.forbidden_ids if token < num_tokens]
+    return SamplingRow(
+        request.sampling, request.prompt_ids, sequence.output_ids, sequence.generator, forbidden
+    )
 
 
 def _add_prompt_logprobs(sequence: Sequence, start: int, logits: Tensor, num_tokens: int) -> None:

@@ -85,7 +85,8 @@ def test_a_row_of_the_model_that_is_no_token_is_never_sampled() -> None:
     engine = make()
     engine.num_tokens = 100
     greedy = run(engine, ask("greedy", logprobs=5, prompt_logprobs=5))
-    drawn = run(engine, ask("drawn", temperature=50.0, max_tokens=60, seed=1))
+    engine.stop_ids = frozenset([290])  # no such token either, so that nothing forbids it
+    drawn = run(engine, ask("drawn", temperature=50.0, max_tokens=60, min_tokens=60, seed=1))
     tokens = [token for output in [*greedy, *drawn] for token in output.token_ids]
     assert len(tokens) == 66
     assert max(tokens) < 100 <= max(oracle())
