@@ -76,29 +76,13 @@ LONGROPE = {
     "original_max_position_embeddings": 12,
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
+LONG = {**SIZES, **GQA, "rope_parameters": LONGROPE}
+SHORT = {**SIZES, **GQA, "rope_parameters": DYNAMIC, "max_position_embeddings": 12}
 SCALED: dict[str, partial[PretrainedConfig]] = {
-    "phi3_longrope": partial(
-        transformers.Phi3Config,
-        **SIZES,
-        **GQA,
-        rope_parameters=LONGROPE,
-        original_max_position_embeddings=12,
-    ),
-    "llama_longrope": partial(transformers.LlamaConfig, **SIZES, **GQA, rope_parameters=LONGROPE),
-    "llama_dynamic": partial(
-        transformers.LlamaConfig,
-        **{**SIZES, "max_position_embeddings": 12},
-        **GQA,
-        rope_parameters=DYNAMIC,
-    ),
-    "gemma2_dynamic": partial(
-        transformers.Gemma2Config,
-        **{**SIZES, "max_position_embeddings": 12},
-        **GQA,
-        **GEMMA,
-        **SOFT_CAPS,
-        rope_parameters=DYNAMIC,
-    ),
+    "phi3_longrope": partial(transformers.Phi3Config, **LONG, original_max_position_embeddings=12),
+    "llama_longrope": partial(transformers.LlamaConfig, **LONG),
+    "llama_dynamic": partial(transformers.LlamaConfig, **SHORT),
+    "gemma2_dynamic": partial(transformers.Gemma2Config, **SHORT, **GEMMA, **SOFT_CAPS),
 }
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

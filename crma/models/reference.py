@@ -3,8 +3,9 @@
 It is slow on purpose, so that it stays simple.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ def forget_lengths(model: nn.Module) -> None:
 
     transformers' dynamic ones stay those of the longest sequence until a short one comes.
     """
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if isinstance(getattr(module, "rope_type", None), str):
             module.inv_freq = module.original_inv_freq.clone()
             module.max_seq_len_cached = module.original_max_seq_len

@@ -74,8 +74,7 @@ class Engine:
             sequences = [self._new_sequence(request, index) for index in indices]
         except Exception:
             logger.exception("request %s cannot begin", request.id)
-            end = {"finish_reason": FinishReason.ERROR, "error": STEP_FAILED}
-            return [RequestOutput(request.id, index, **end) for index in indices]
+            return [_not_begun(request, index) for index in indices]
         for sequence in sequences:
             self.scheduler.add(sequence)
         return []
@@ -273,6 +272,11 @@ class Engine:
         if self.scheduler.remove(sequence):
             self.pool.release(sequence.request.selection)
         return last_output(sequence, output, reason, error, self.clock())
+
+
+def _not_begun(request: Request, index: int) -> RequestOutput:
+    """The only output of a sequence that could not be made."""
+    return RequestOutput(request.id, index, finish_reason=FinishReason.ERROR, error=STEP_FAILED)
 
 
 def model_stop_ids(
