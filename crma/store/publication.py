@@ -132,14 +132,16 @@ def _publish(
     kind = BackboneManifest if channel == BACKBONE else TaskManifest
     base = {"name": origin["base"].name, "digest": origin["base"].digest}
     with locked(root):
-        taken = versions_in(root, channel)
-        newest = int(taken[-1].removeprefix("v")) if taken else 0
+        channels = read_channels(root)
+        # Not the number of a removed version either: it would be another adapter by now.
+        taken = {*versions_in(root, channel), *channels.versions_named(channel)}
+        newest = max((int(version.removeprefix("v")) for version in taken), default=0)
         version = f"v{newest + 1}"
         described = {**origin, **fields, "base": base, "version": version, "created": now()}
         folder = root / channel_folder(channel) / version
         publish_folder(root, folder, add_manifest(kind, files, **described))
         if serve:
-            write_channels(root, read_channels(root).serve(channel, version))
+            write_channels(root, channels.serve(channel, version))
     return version
 
 
