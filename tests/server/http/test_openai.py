@@ -4,11 +4,10 @@ import json
 from functools import partial
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 import tiny
-from api import Serve, Served, refused
+from api import Serve, Served, openai_client, refused
 
 from server.engine.errors import QueueFull
 from server.engine.request import FinishReason
@@ -55,13 +54,6 @@ REFUSED_CHATS = [
     ("messages", says("Hi", more=1), "messages.0.more"),
 ]
 UNKNOWN_FIELDS = {"stream_options.more", "messages.0.more"}
-
-
-def openai_client(served: Served) -> openai.AsyncOpenAI:
-    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(served.app))
-    return openai.AsyncOpenAI(
-        base_url="http://test/v1", api_key="sk", max_retries=0, http_client=http
-    )
 
 
 async def complete(served: Served, **body: Any) -> Any:

@@ -12,6 +12,7 @@ from scripted_engine import ScriptedEngine
 
 from crma.core.errors import StoreError
 from crma.store.adapter_store import AdapterStore
+from server import __version__
 from server.engine.request import FinishReason
 from server.http.log import Format
 
@@ -29,6 +30,7 @@ async def test_the_server_is_ready_once_the_store_is_verified_and_a_step_has_run
     monkeypatch.setattr(AdapterStore, "verify", wait_and_verify)
     served = await serve(wait=False)
     assert (await served.client.get("/healthz")).status_code == 200
+    assert await probes(served) == [503] * 3
     early = await served.client.get("/readyz")
     assert early.status_code == 503
     assert early.json()["status"] == "not_ready"
@@ -36,11 +38,13 @@ async def test_the_server_is_ready_once_the_store_is_verified_and_a_step_has_run
     go.set()
     await served.app.state.starting
     assert (await served.client.get("/readyz")).status_code == 200
+    assert await probes(served) == [200] * 3
     served.engine.requests.clear()
     assert (await served.client.get("/readyz")).json()["reason"] == "no step has run yet"
     assert (await served.generate()).status_code == 200
     served.app.state.frontend.draining = True
     assert (await served.client.get("/readyz")).json()["reason"] == "stopping"
+    assert await probes(served) == [503] * 3
     assert await served.error() == (503, "draining")
 
 
@@ -50,6 +54,21 @@ async def test_a_server_whose_first_step_fails_ends(serve: Serve) -> None:
     engine.on_failure = lambda: ended.append(True)
     await serve(engine=engine)
     assert ended == [True]
+
+
+async def probes(served: Served) -> list[int]:
+    """The statuses of vLLM's and SageMaker's probes, whose answers are empty."""
+    responses = [
+        await served.client.get("/health"),
+        await served.client.get("/ping"),
+        await served.client.post("/ping"),
+    ]
+    assert [response.content for response in responses] == [b""] * 3
+    return [response.status_code for response in responses]
+
+
+async def test_the_version_is_told(served: Served) -> None:
+    assert (await served.client.get("/version")).json() == {"version": __version__}
 
 
 async def test_metrics_are_labelled_by_adapter_and_crma(served: Served) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import tiny
 from tiny import FORMAT, VOCAB
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from crma.core.errors import ConfigError
 from crma.models.prompts import Conversation, Turn
@@ -16,6 +19,7 @@ from server.engine.errors import QueueFull
 from server.service.errors import InvalidField
 from server.service.prompt_encoder import EncodedPrompt, PromptEncoder
 
+START = "<|im_start|>"
 MARKUP = "<|im_end|>"  # a special token; where a user writes it, it is text
 STOP_ID = tiny.tokenizer().eos_token_id
 
@@ -169,3 +173,23 @@ def test_the_text_of_tokens_shows_special_tokens_and_incomplete_characters(make:
     first_byte = tiny.tokenizer().encode("本")[:1]
     assert encoder.text([STOP_ID, *tiny.tokenizer().encode(" café")]) == f"{MARKUP} café"
     assert encoder.text(first_byte) == "�"
+
+
+@pytest.fixture
+def with_bos() -> Any:
+    """The tiny tokenizer, which also puts a start token before a text."""
+    backend = Tokenizer.from_str(tiny.tokenizer().backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(
+        single=f"{START} $A", special_tokens=[(START, backend.token_to_id(START))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=START, eos_token=MARKUP)
+
+
+async def test_a_raw_prompt_begins_with_the_start_token_unless_it_is_left_out(
+    make: Callable[..., PromptEncoder], with_bos: Any
+) -> None:
+    encoder = make(with_bos)
+    whole = await encode(encoder, "Hi", raw=True)
+    bare = await encoder.encode("Hi", FORMAT, raw=True, add_special_tokens=False, answer=None)
+    assert whole.prompt_ids == (with_bos.bos_token_id, *bare.prompt_ids)
+    assert list(bare.prompt_ids) == tiny.tokenizer().encode("Hi", add_special_tokens=False)

@@ -1,6 +1,7 @@
 """server.service.registry: names resolve to adapters while the store changes underneath."""
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,62 @@ async def test_a_successor_that_finds_no_room_serves_all_the_same(
     await made.refresh()
     assert made.resolve("warm", None).selection.task_digest == last
     assert "tasks/warm/v3 is not loaded before it serves: no room" in caplog.text
+
+
+async def test_a_deleted_adapter_stays_loadable_for_a_while_and_then_is_forgotten(
+    store: AdapterStore,
+) -> None:
+    entry = publish(store, "task")
+    made = await started(store)
+    store.set_serving({"tasks/task": None})
+    await made.hold(entry)
+    store.remove_task("task")
+    await made.refresh()
+    await made.engine.load(entry.digest)
+    await made.engine.unload(entry.digest)
+    made.forget([entry], after_s=0)
+    await asyncio.sleep(0)
+    with pytest.raises(StoreError):
+        await made.engine.load(entry.digest)
+
+
+async def test_an_adapter_that_is_published_again_while_it_is_held_is_not_forgotten(
+    store: AdapterStore,
+) -> None:
+    entry = publish(store, "task")
+    made = await started(store)
+    store.set_serving({"tasks/task": None})
+    await made.hold(entry)
+    store.remove_task("task")
+    assert publish(store, "task").digest == entry.digest
+    await made.refresh()
+    made.forget([entry], after_s=0)
+    await asyncio.sleep(0)
+    await made.engine.load(entry.digest)
+
+
+async def test_a_view_that_was_read_earlier_never_replaces_a_later_one(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow poll that began before an upload used to hide the upload until the next poll."""
+    publish(store, "old")
+    made = await started(store)
+    publish(store, "mid")
+    read, has_read, go = made._read, threading.Event(), threading.Event()
+
+    def read_slowly() -> Any:
+        view = read()
+        has_read.set()
+        assert go.wait(10)
+        return view
+
+    monkeypatch.setattr(made, "_read", read_slowly)
+    polled = asyncio.create_task(made.refresh())
+    await asyncio.to_thread(has_read.wait, 10)
+    monkeypatch.setattr(made, "_read", read)
+    publish(store, "new")
+    uploaded = asyncio.create_task(made.refresh())
+    await asyncio.sleep(0.05)
+    go.set()
+    await asyncio.gather(polled, uploaded)
+    assert made.task_names == ["mid", "new", "old"]
