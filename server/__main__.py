@@ -18,7 +18,7 @@ from crma.core.errors import ConfigError, CrmaError
 from crma.models.base_model import BaseModel, find_base
 from crma.models.loading import load_tokenizer
 from crma.models.model_shape import read_shape
-from crma.models.prompts import PromptFormat, chat_format
+from crma.models.prompts import Format, base_format
 from crma.store.adapter_store import AdapterStore
 from server.app import create_app
 from server.engine.native.async_engine import AsyncEngine
@@ -73,10 +73,10 @@ def _start_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
     return start_engine(base, config)
 
 
-def _base_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat | None:
-    """The base model's chat format; None where it has none, and takes raw prompts only."""
+def _base_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
+    """The base model's chat template; None where it has none, and takes raw prompts only."""
     try:
-        return chat_format(tokenizer)
+        return base_format(tokenizer)
     except ConfigError as error:
         log.warning("only raw prompts for the base model: %s", error.message)
         return None

@@ -31,6 +31,7 @@ _Tolerance = Annotated[float, typer.Option(help="Absolute tolerance of the numer
 _Relative = Annotated[float, typer.Option(help="Relative tolerance of the numeric scorer.")]
 _MaxTokens = Annotated[int, typer.Option(help="Length limit of an answer.")]
 _Margin = Annotated[float, typer.Option(help="Variants this close are equivalent; in (0, 1).")]
+_Raw = Annotated[bool, typer.Option("--raw", help="Ask raw questions, without the prompt format.")]
 _Seed = Annotated[int, typer.Option(help="Seed of the bootstrap.")]
 
 
@@ -49,6 +50,7 @@ def ablate(
     max_tokens: _MaxTokens = 16,
     margin: _Margin = 0.02,
     seed: _Seed = 0,
+    raw: _Raw = False,
     as_json: Json = False,
 ) -> None:
     """Ask the same questions with and without CRMA: accuracies, intervals and flips.
@@ -68,6 +70,7 @@ def ablate(
         margin=margin,
         seed=seed,
         max_tokens=max_tokens,
+        raw=raw,
     )
     served = offline.Served(find_base(model), AdapterStore(store))
     file = questions or store / "question_sets" / "public.jsonl"

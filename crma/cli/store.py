@@ -53,6 +53,14 @@ def import_adapter(
     licence: Annotated[
         str, typer.Option(help="Licence of the adapter, such as Apache-2.0.")
     ] = "unknown",
+    prompt_format: Annotated[
+        str | None,
+        typer.Option(
+            help="raw, chat (the base model's chat template) or template (the adapter's own). "
+            "Default: the adapter's own if it has one, else chat if the base model has one, "
+            "else raw."
+        ),
+    ] = None,
 ) -> None:
     """Publish a PEFT LoRA from a local folder as a task, and serve it.
 
@@ -60,11 +68,19 @@ def import_adapter(
     """
     from crma.models.model_shape import read_shape
     from crma.store.adapter_store import AdapterStore
+    from crma.store.import_format import describe
 
     base = find_base(model)
-    shape = read_shape(base)
-    entry = AdapterStore(store).import_peft(folder, name, base, licence=licence, shape=shape)
+    entry = AdapterStore(store).import_peft(
+        folder,
+        name,
+        base,
+        licence=licence,
+        shape=read_shape(base),
+        prompt_format=prompt_format,
+    )
     note(f"{entry.name}@{entry.version} {entry.digest}")
+    note(f"prompt format {describe(entry.prompt_format)}")
 
 
 @group.command()

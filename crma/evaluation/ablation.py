@@ -43,6 +43,7 @@ class AblationSettings:
         seed: seed of the bootstrap, and of sampled answers.
         max_tokens: length limit of an answer.
         repeat: run variants of the same selection separately, to see nondeterminism.
+        raw: ask the questions as raw prompts, without the prompt format.
     """
 
     variants: tuple[str, ...] = ("task+crma", "task")
@@ -53,6 +54,7 @@ class AblationSettings:
     seed: int = 0
     max_tokens: int = 16
     repeat: bool = False
+    raw: bool = False
 
     def judge(self) -> Scorer:
         """Return the scorer with its tolerances. Raises ConfigError for an unknown scorer."""

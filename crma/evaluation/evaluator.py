@@ -14,7 +14,7 @@ from crma.data.examples import Example
 from crma.evaluation.scorers import Likelihood
 from crma.evaluation.statistics import wilson
 from crma.method.injection import Injection, Plan
-from crma.models.prompts import PromptFormat
+from crma.models.prompts import Format
 
 IGNORED = -100
 
@@ -129,7 +129,7 @@ class Evaluator:
 
     injection: Injection
     tokenizer: PreTrainedTokenizerBase
-    fmt: PromptFormat
+    fmt: Format
     batch_size: int = 50
 
     @property

@@ -20,7 +20,7 @@ from crma.method.lora import Lora
 from crma.models.base_model import BaseModel
 from crma.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from crma.models.model_shape import ModelShape
-from crma.models.prompts import chat_format, encode_text
+from crma.models.prompts import AsSent, base_format, encode_text
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry
 
@@ -112,22 +112,36 @@ class Served:
             pairs = [FoldedPair(pair.A, pair.B * strength) for pair in pairs]
         return Plan(loras, [(None, pairs)])
 
-    def evaluator(self, task: str | TaskEntry) -> Evaluator:
+    def evaluator(self, task: str | TaskEntry, *, raw: bool = False) -> Evaluator:
         """Return an evaluator in the prompt format of the task.
 
         It is the format the task was trained with, or the chat template if the store has no such
         task or no format for it.
+
+        Args:
+            task: its name, or one version of it.
+            raw: send prompts as they are; answers still end as they do in that format.
+
+        Raises:
+            ConfigError: there is neither a format nor a chat template, and not `raw`.
         """
         try:
             entry = self.store.task(task) if isinstance(task, str) else task
             recorded = entry.prompt_format
         except NotFound:
             recorded = None
-        return Evaluator(self.injection, self.tokenizer, recorded or chat_format(self.tokenizer))
+        try:
+            fmt = recorded or base_format(self.tokenizer, raw=raw)
+        except ConfigError as error:
+            message = f"{error.message}: ask raw questions (--raw)"
+            raise ConfigError(message, field="raw", value=raw, allowed=True) from error
+        return Evaluator(self.injection, self.tokenizer, AsSent(fmt) if raw else fmt)
 
-    def answers(self, task: str, plan: Plan, prompts: Sequence[str], max_tokens: int) -> list[str]:
-        """Return the greedy answers to prompts of a task under one plan."""
-        return self.evaluator(task).answers(plan, prompts, max_tokens=max_tokens)
+    def answers(
+        self, task: str, plan: Plan, prompts: Sequence[str], max_tokens: int, *, raw: bool = False
+    ) -> list[str]:
+        """Return the greedy answers to prompts of a task under one plan. Raises as `evaluator`."""
+        return self.evaluator(task, raw=raw).answers(plan, prompts, max_tokens=max_tokens)
 
     def outcomes(
         self, task: str, plan: Plan, questions: Sequence[Question], settings: AblationSettings
@@ -141,9 +155,9 @@ class Served:
         texts = [continuations(scorer, each.answers, each.choices) for each in questions]
         if not any(texts):
             prompts = [question.question for question in questions]
-            answers = self.answers(task, plan, prompts, settings.max_tokens)
+            answers = self.answers(task, plan, prompts, settings.max_tokens, raw=settings.raw)
             return [ItemResult("scored", answer) for answer in answers]
-        evaluator = self.evaluator(task)
+        evaluator = self.evaluator(task, raw=settings.raw)
         rows = []
         for question, texts_of_question in zip(questions, texts, strict=True):
             prompt = evaluator.fmt.encode(self.tokenizer, question.question)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import re
+import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from crma.core.errors import ConfigError
+from crma.models.inert_text import encode_rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,49 +18,6 @@ if TYPE_CHECKING:
 # Stand-ins for texts while a template is taken apart; no real template contains them.
 _SYSTEM = "⟦system⟧"
 _USER = "⟦user⟧"
-
-
-@dataclass(frozen=True)
-class PromptFormat:
-    """How a user's text becomes a prompt: the model reads head + text + tail.
-
-    Args:
-        head: the markup before the text.
-        tail: the markup after it, up to where the answer begins.
-        stop: the text of the one special token that ends an answer.
-    """
-
-    head: str
-    tail: str
-    stop: str
-
-    def encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-        """Token ids of one user turn. Special tokens written in `prompt` are encoded as text."""
-        head = tokenizer.encode(self.head, add_special_tokens=False)
-        tail = tokenizer.encode(self.tail, add_special_tokens=False)
-        return head + encode_text(tokenizer, prompt) + tail
-
-    def encode_answer(self, tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-        """Token ids that training teaches the model to generate: the answer and the stop token."""
-        return [*encode_text(tokenizer, answer), self.stop_id(tokenizer)]
-
-    def stop_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The id of the stop token.
-
-        Raises:
-            ConfigError: `stop` is not one token of this tokenizer.
-        """
-        ids = tokenizer.encode(self.stop, add_special_tokens=False)
-        if len(ids) != 1:
-            message = f"prompt_format.stop: {self.stop!r} is not one token of this tokenizer"
-            field = "prompt_format.stop"
-            raise ConfigError(message, field=field, value=self.stop, allowed="one token")
-        return ids[0]
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of user text: no special token is added, and none written in it is recognised."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 class Turn(NamedTuple):
@@ -92,100 +52,311 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def question(self) -> str | None:
+        """The text, if this is one user turn without tools."""
+        turn = self.turns[0]
+        is_question = len(self.turns) == 1 and turn.role == "user" and not self.tools
+        return turn.content if is_question else None
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
-    """Token ids of a conversation by the model's own chat template, up to the next answer.
 
-    The template is given a numbered mark in place of each text, and the marks are replaced after
-    encoding its markup. Special tokens written in a text are therefore encoded as text.
+_QUESTION = Conversation((Turn("user", _USER),))
+
+
+class Format(ABC):
+    """How text that is not raw becomes a prompt, and which token ends an answer to it."""
+
+    @abstractmethod
+    def encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+        """Token ids of one user turn. Special tokens written in `prompt` are encoded as text."""
+
+    @abstractmethod
+    def stop_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The id of the token that ends an answer.
+
+        Raises:
+            ConfigError: it is not one token of this tokenizer.
+        """
+
+    def encode_conversation(
+        self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation
+    ) -> list[int]:
+        """Token ids of a conversation.
+
+        One user turn is encoded as in training; what training never saw goes through the base
+        model's chat template. Raises ConfigError as `encode_chat`, and for variables of a template
+        where none is used.
+        """
+        if conversation.question is None:
+            return encode_chat(tokenizer, conversation)
+        if conversation.template_kwargs:
+            name = "chat_template_kwargs"
+            message = f"{name}: one user turn to this task goes through its adapter's own format"
+            value = dict(conversation.template_kwargs)
+            raise ConfigError(message, field=name, value=value, allowed={})
+        return self.encode(tokenizer, conversation.question)
+
+    def encode_answer(self, tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+        """Token ids that training teaches the model to generate: the answer and the stop token."""
+        return [*encode_text(tokenizer, answer), self.stop_id(tokenizer)]
+
+
+@dataclass(frozen=True)
+class PromptFormat(Format):
+    """Markup around a user's text: the model reads head + text + tail, encoded whole.
+
+    Args:
+        head: the markup before the text.
+        tail: the markup after it, up to where the answer begins.
+        stop: the text of the one special token that ends an answer.
+    """
+
+    head: str
+    tail: str
+    stop: str
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+        """As `Format.encode`."""
+        return encode_rendered(tokenizer, self._render, prompt)
+
+    def stop_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """As `Format.stop_id`."""
+        return _one_token(tokenizer, self.stop)
+
+    def _render(self, prompt: str) -> str:
+        return self.head + prompt + self.tail
+
+
+@dataclass(frozen=True)
+class RawFormat(Format):
+    """No markup: the text, after the start token if the tokenizer adds one; eos ends an answer."""
+
+    raw: Literal[True]
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+        """As `Format.encode`."""
+        return tokenizer.encode(prompt, split_special_tokens=True)
+
+    def stop_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """As `Format.stop_id`."""
+        return _one_token(tokenizer, str(tokenizer.eos_token))
+
+
+@dataclass(frozen=True)
+class TemplateFormat(Format):
+    """A chat template, exactly as transformers applies it to one user turn.
+
+    It keeps the system turn that some templates (SmolLM2, Qwen2) insert by themselves.
+
+    Args:
+        template: its text; None: the base model's own.
+    """
+
+    template: str | None
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+        """As `Format.encode`. Raises ConfigError as `encode_chat`."""
+        return encode_chat(tokenizer, Conversation((Turn("user", prompt),)), self.template)
+
+    def encode_conversation(
+        self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation
+    ) -> list[int]:
+        """Token ids of a conversation in this template. Raises ConfigError as `encode_chat`."""
+        return encode_chat(tokenizer, conversation, self.template)
+
+    def stop_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """As `Format.stop_id`. Raises ConfigError too if there is no usable template."""
+        return _one_token(tokenizer, _template_stop(tokenizer, self.template))
+
+
+@dataclass(frozen=True)
+class AsSent(Format):
+    """Raw prompts: nothing is put around the text, and special tokens in it are recognised.
+
+    That is how transformers and vLLM encode a prompt that is not a chat.
+
+    Args:
+        ends_as: answers end with the stop token of this format.
+        add_special_tokens: add those that the tokenizer adds to a text, such as a start token.
+    """
+
+    ends_as: Format
+    add_special_tokens: bool = True
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+        """Token ids of a raw prompt."""
+        return tokenizer.encode(prompt, add_special_tokens=self.add_special_tokens)
+
+    def stop_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """As `Format.stop_id`."""
+        return self.ends_as.stop_id(tokenizer)
+
+
+RAW_FORMAT = RawFormat(True)
+BASE_TEMPLATE = TemplateFormat(None)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of user text: no special token is added, and none written in it is recognised."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, template: str | None = None
+) -> list[int]:
+    """Token ids of a conversation, up to the next answer, as `apply_chat_template` gives them.
+
+    Special tokens that a message, a tool or a variable spells are text (`encode_rendered`).
+
+    Args:
+        template: the chat template; None: the tokenizer's own.
 
     Raises:
-        ConfigError: there is no template, it refuses these turns, or it does not show each text
-            exactly once.
+        ConfigError: there is no template, it refuses this conversation, or a variable is reserved.
     """
-    turns = conversation.turns
-    texts = {f"⟦{index}⟧": each.content for index, each in enumerate(turns) if each.content}
-    marks = iter(texts)
-    marked = [turn._replace(content=next(marks)) if turn.content else turn for turn in turns]
-    roles = [turn.role for turn in turns]
-    try:
-        rendered = _render(tokenizer, replace(conversation, turns=tuple(marked)))
-    except Exception as error:  # a template may raise anything
-        message = f"the chat template refuses these messages: {error}"
-        raise ConfigError(message, field="messages", value=roles) from error
-    parts = re.split(r"(⟦\d+⟧)", rendered)  # markup, mark, markup, mark, …, markup
-    if sorted(parts[1::2]) != sorted(texts):
-        message = "the chat template does not show each message once"
-        raise ConfigError(message, field="messages", value=roles)
-    ids: list[int] = []
-    for part in parts:
-        text = texts.get(part)
-        if text is not None:
-            ids += encode_text(tokenizer, text)
-        else:
-            ids += tokenizer.encode(part, add_special_tokens=False)
-    return ids
+    _check_there_is(tokenizer, template)
+    _check_variables(tokenizer, conversation.template_kwargs)
+
+    def render(given: Mapping[str, Any]) -> str:
+        try:
+            return _render(tokenizer, template, given)
+        except Exception as error:  # a template may raise anything
+            message = f"the chat template refuses these messages: {error}"
+            roles = [turn.role for turn in conversation.turns]
+            raise ConfigError(message, field="messages", value=roles) from error
+
+    return encode_rendered(tokenizer, render, _template_input(conversation))
 
 
-def raw_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-    """The format of raw prompts: it adds only the start token that the tokenizer itself adds."""
-    adds_bos = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
-    head = str(tokenizer.bos_token) if adds_bos else ""
-    return PromptFormat(head=head, tail="", stop=str(tokenizer.eos_token))
+def chat_format(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> PromptFormat:
+    """The format of one user turn in a chat template, without a system turn, to train with.
 
-
-def chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-    """The format of one user turn in the model's chat template, without a system turn.
+    Args:
+        template: the chat template; None: the tokenizer's own.
 
     Raises:
-        ConfigError: the tokenizer has no chat template, or its template changes the user's text.
+        ConfigError: there is no template, or it changes the user's text.
     """
-    if not tokenizer.chat_template:
-        message = "the tokenizer has no chat template"
-        allowed = "a template; or raw prompts"
-        raise ConfigError(message, field="chat_template", value=None, allowed=allowed)
-    rendered = _render(tokenizer, Conversation((Turn("user", _USER),)))
+    rendered = _render_question(tokenizer, template)
     if rendered.count(_USER) != 1:
         message = "the chat template changes the user's text"
         raise ConfigError(message, field="chat_template", value=rendered, allowed="the text once")
     head, tail = rendered.split(_USER)
-    turn_end = _render(tokenizer, Conversation((Turn("user", _USER),)), generate=False).split(
-        _USER
-    )[1]
-    head = _without_system_turn(tokenizer, head, turn_end)
+    turn_end = _turn_end(tokenizer, template)
+    head = _without_system_turn(tokenizer, template, head, turn_end)
     return PromptFormat(head=head, tail=tail, stop=_stop_token(tokenizer, turn_end))
 
 
+def check_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    """Whether a template serves one user turn.
+
+    Raises ConfigError if there is none, it refuses the turn, or it does not show its text.
+    """
+    if _USER not in _render_question(tokenizer, template):
+        message = "the chat template does not show the user's text"
+        raise ConfigError(message, field="chat_template", value=template, allowed="the text")
+
+
+def _render_question(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
+    """What a template makes of one user turn. Raises ConfigError if it makes nothing of it."""
+    _check_there_is(tokenizer, template)
+    try:
+        return _render(tokenizer, template, _template_input(_QUESTION))
+    except Exception as error:  # a template may raise anything
+        message = f"the chat template refuses one user turn: {error}"
+        raise ConfigError(message, field="chat_template", value=template) from error
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
+    """The markup that ends a user turn."""
+    shown = _render(tokenizer, template, _template_input(_QUESTION), generate=False)
+    return shown.partition(_USER)[2]
+
+
+def base_format(tokenizer: PreTrainedTokenizerBase, *, raw: bool = False) -> Format:
+    """The format of the base model itself: its chat template.
+
+    Args:
+        raw: prompts are raw, so that a base model without a usable template will do.
+
+    Raises:
+        ConfigError: as `check_template`.
+    """
+    try:
+        check_template(tokenizer, None)
+    except ConfigError:
+        if raw:
+            return RAW_FORMAT
+        raise
+    return BASE_TEMPLATE
+
+
+def _check_there_is(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    if not template and not tokenizer.chat_template:
+        message = "the base model has no chat template"
+        allowed = "a model with one; or raw prompts"
+        raise ConfigError(message, field="chat_template", value=None, allowed=allowed)
+
+
+def _check_variables(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError for a variable that the server itself gives to templates."""
+    parameters = inspect.signature(tokenizer.apply_chat_template).parameters
+    reserved = {"messages", *parameters, *tokenizer.special_tokens_map} - {"documents"}
+    for name in template_kwargs:
+        if name in reserved:
+            where = "chat_template_kwargs"
+            message = f"{where}: the server itself sets {name!r}"
+            allowed = "variables of the template's own, such as enable_thinking"
+            raise ConfigError(message, field=where, value=name, allowed=allowed)
+
+
+def _template_input(conversation: Conversation) -> dict[str, Any]:
+    """The arguments of `apply_chat_template`, which drops the keys of a message that are None."""
+    messages = [turn._asdict() for turn in conversation.turns]
+    tools = list(conversation.tools) if conversation.tools else None
+    return {"conversation": messages, "tools": tools, **conversation.template_kwargs}
+
+
 def _render(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, *, generate: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    given: Mapping[str, Any],
+    *,
+    generate: bool = True,
 ) -> str:
-    """The chat template's text for a conversation; `generate`: up to where the answer begins."""
-    tools = conversation.tools
+    """The text that a template makes of `given`; `generate`: up to where the answer begins."""
     return str(
         tokenizer.apply_chat_template(
-            [turn._asdict() for turn in conversation.turns],
-            tools=list(tools) if tools else None,
-            tokenize=False,
-            add_generation_prompt=generate,
-            **conversation.template_kwargs,
+            **given, chat_template=template, tokenize=False, add_generation_prompt=generate
         )
     )
 
 
-def _without_system_turn(tokenizer: PreTrainedTokenizerBase, head: str, turn_end: str) -> str:
+@lru_cache(maxsize=64)
+def _template_stop(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
+    """The token that ends a turn of a template. Raises ConfigError as `check_template`."""
+    check_template(tokenizer, template)
+    return _stop_token(tokenizer, _turn_end(tokenizer, template))
+
+
+def _without_system_turn(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, head: str, turn_end: str
+) -> str:
     """The head without the system turn that some templates (SmolLM2, Qwen2) insert by themselves.
 
     Its place is found by rendering a system turn of our own: between its text and the user's stand
     the end of the system turn and the markup that opens the user turn.
 
     Args:
-        tokenizer: its chat template is rendered.
+        template: as in `chat_format`.
         head: the markup before the text of a single user turn.
         turn_end: the markup that ends a turn.
     """
-    turns = (Turn("system", _SYSTEM), Turn("user", _USER))
+    conversation = Conversation((Turn("system", _SYSTEM), Turn("user", _USER)))
     try:
-        rendered = _render(tokenizer, Conversation(turns))
+        rendered = _render(tokenizer, template, _template_input(conversation))
     except Exception:  # a template without system turns (Gemma) may raise anything
         return head
     before_system, _, rest = rendered.partition(_SYSTEM)
@@ -211,3 +382,12 @@ def _stop_token(tokenizer: PreTrainedTokenizerBase, turn_end: str) -> str:
     """The first special token in the markup that ends a turn; if there is none, the eos token."""
     specials = [token for token in tokenizer.all_special_tokens if token and token in turn_end]
     return min(specials, key=turn_end.index) if specials else str(tokenizer.eos_token)
+
+
+def _one_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """The id of a token that is the whole text. Raises ConfigError if there is none."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        message = f"prompt_format.stop: {text!r} is not one token of this tokenizer"
+        raise ConfigError(message, field="prompt_format.stop", value=text, allowed="one token")
+    return ids[0]

@@ -14,7 +14,7 @@ from crma.core.errors import LineageMismatch, NotFound, StoreError
 from crma.core.files import about, locked, names_in
 from crma.models.base_model import BaseModel
 from crma.models.model_shape import ModelShape
-from crma.models.prompts import PromptFormat
+from crma.models.prompts import Format
 from crma.store import publication
 from crma.store.channels import BACKBONE, Channels, read_channels, task_channel, write_channels
 from crma.store.entry import (
@@ -26,6 +26,7 @@ from crma.store.entry import (
     read_weights,
     versions_in,
 )
+from crma.store.import_format import check_vocabulary, import_format
 from crma.store.manifest import TASK_FILES, Blend
 from crma.store.peft_format import StoredLora, check_fits, lora_from_peft
 from crma.store.publication import Origin
@@ -147,7 +148,7 @@ class AdapterStore:
         lora: Lora,
         *,
         backbone: str | None,
-        prompt_format: PromptFormat | None,
+        prompt_format: Format | None,
         serve: bool = True,
         **origin: Unpack[Origin],
     ) -> TaskEntry:
@@ -180,12 +181,13 @@ class AdapterStore:
         *,
         licence: str = "unknown",
         shape: ModelShape | None = None,
+        prompt_format: str | None = None,
     ) -> TaskEntry:
         """Publishes a PEFT LoRA from a local folder, its tensors in their own dtype.
 
-        It has no CRMA lineage. Only `adapter_config.json` and `adapter_model.safetensors` are
-        opened. Links are followed, because the Hub's cache is made of them: `path` must come from
-        the operator, never from a request.
+        It has no CRMA lineage. Only `adapter_config.json`, `adapter_model.safetensors` and the
+        tokenizer's files are opened. Links are followed, because the Hub's cache is made of them:
+        `path` must come from the operator, never from a request.
 
         Args:
             path: the folder.
@@ -193,16 +195,21 @@ class AdapterStore:
             base: the base model that it was made for.
             licence: SPDX identifier where there is one.
             shape: of the base model; if given, the adapter must fit it.
+            prompt_format: as the name in `import_format.import_format`.
 
         Raises:
-            InvalidAdapter: as `peft_format.lora_from_peft` and `peft_format.check_fits`.
+            ConfigError: as `import_format.import_format`.
+            InvalidAdapter: as that, `import_format.check_vocabulary`, `peft_format.lora_from_peft`
+                and `peft_format.check_fits`.
         """
         with about(str(path)):
             config, tensors = read_weights([(path / file).resolve() for file in TASK_FILES])
             lora = lora_from_peft(config, tensors)
             if shape is not None:
                 check_fits(config, lora, shape)
-        fields = {"backbone": None, "prompt_format": None}
+            check_vocabulary(path, base)
+            chosen = import_format(path, base, prompt_format)
+        fields = {"backbone": None, "prompt_format": chosen}
         origin: Origin = {"base": base, "trained_on": None, "measured": {}, "licence": licence}
         return publication.publish_lora(self.root, name, lora, fields, origin, serve=True)
 

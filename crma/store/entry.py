@@ -12,7 +12,7 @@ from crma.core.digests import bytes_digest
 from crma.core.errors import BaseMismatch, ConfigError, DigestMismatch
 from crma.core.files import MAX_JSON_BYTES, about, invalid, names_in, parse_json, read_regular
 from crma.models.model_shape import ModelShape
-from crma.models.prompts import PromptFormat
+from crma.models.prompts import Format
 from crma.store.channels import BACKBONE, channel_folder, channel_task, task_channel
 from crma.store.manifest import (
     VERSION_PATTERN,
@@ -72,7 +72,7 @@ class TaskEntry(_Entry[TaskManifest]):
         return self.manifest.name
 
     @property
-    def prompt_format(self) -> PromptFormat | None:
+    def prompt_format(self) -> Format | None:
         """The format it was trained with; None for an import, which records none."""
         return self.manifest.prompt_format
 

@@ -25,7 +25,7 @@ from crma.core.files import (
     to_json,
 )
 from crma.core.json_lines import checked
-from crma.models.prompts import PromptFormat
+from crma.models.prompts import PromptFormat, RawFormat, TemplateFormat
 
 MANIFEST = "manifest.json"
 TASK_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -145,7 +145,7 @@ class TaskManifest(_Manifest):
 
     kind: Literal["task"] = "task"
     name: Name
-    prompt_format: PromptFormat | None
+    prompt_format: PromptFormat | RawFormat | TemplateFormat | None
     rank: int = Field(ge=1)
     alpha: float
     scaling: float

@@ -69,6 +69,9 @@ class TrainConfig(Settings):
         warmup: share of the steps in which the learning rate rises.
         clip: largest gradient norm of a parameter group.
         weight_decay: AdamW's; never applied to S and gamma.
+        prompt_format: how prompts are put to the model, recorded with every adapter: "chat" is one
+            user turn in the base model's chat template, without a system turn; "raw" is the text
+            alone; anything else is the file of a chat template, taken as "chat".
         start: an adapter store whose serving backbone goes on learning. Every task then trains as a
             later one, and the result is a candidate for `crma promote`. Empty: a new backbone.
         measure: the split that the record reports: "validation" for every choice, "holdout" once
@@ -87,6 +90,7 @@ class TrainConfig(Settings):
     warmup: float = Field(0.06, ge=0, lt=1)
     clip: float = Field(1.0, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    prompt_format: str = Field("chat", min_length=1)
     start: str = ""
     measure: Literal["validation", "holdout"] = "holdout"
     dtype: str = Field("auto", pattern="^(auto|bfloat16|float32)$")

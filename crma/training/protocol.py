@@ -21,7 +21,6 @@ from crma.method.lora import Lora, new_lora
 from crma.models.base_model import BaseModel
 from crma.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from crma.models.model_shape import ModelShape
-from crma.models.prompts import chat_format
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry
 from crma.store.manifest import check_name
@@ -30,6 +29,7 @@ from crma.training.arms import ARMS
 from crma.training.config import TrainConfig, task_name
 from crma.training.initial_adapters import backbone_shape, generator, lora_config, new_backbone
 from crma.training.loop import LOG_FILE, TaskTrainer
+from crma.training.prompt_format import format_of
 from crma.training.record import Progress, make_record, measure_stages, read_logs
 from crma.training.snapshots import Snapshots
 
@@ -55,6 +55,7 @@ class Run:
     Raises:
         InvalidAdapter: a task's folder does not have the name of a task.
         BaseMismatch, ConfigError: the backbone in `config.start` cannot continue in this run.
+        ConfigError: as `prompt_format.format_of`.
         DataError: a split is missing.
     """
 
@@ -77,7 +78,8 @@ class Run:
             self.model.set_attn_implementation("eager")
         self.injection = Injection(self.model)
         tokenizer = load_tokenizer(base)
-        self.evaluator = Evaluator(self.injection, tokenizer, chat_format(tokenizer))
+        prompt_format = format_of(config, tokenizer)
+        self.evaluator = Evaluator(self.injection, tokenizer, prompt_format)
         self.train_rows = self._rows("train", config.train_items or None)
         self.measure_rows = self._rows(config.measure)
         self.snapshots = Snapshots(folder / "store", config, base, self.evaluator.fmt, self.start)

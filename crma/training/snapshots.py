@@ -18,7 +18,7 @@ from crma.method.backbone import Backbone
 from crma.method.injection import Plan
 from crma.method.lora import Lora
 from crma.models.base_model import BaseModel
-from crma.models.prompts import PromptFormat
+from crma.models.prompts import Format
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from crma.store.manifest import TrainedOn
@@ -66,7 +66,7 @@ class Snapshots:
         root: Path,
         config: TrainConfig,
         base: BaseModel,
-        prompt_format: PromptFormat,
+        prompt_format: Format,
         start: BackboneEntry | None,
     ) -> None:
         self.store = AdapterStore(root)

@@ -1,10 +1,8 @@
 """Bodies of the routes under /v1: OpenAI's, and their errors."""
 
-import inspect
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue
-from transformers import PreTrainedTokenizerBase
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
 from crma.models.prompts import Conversation
 from server.http.body import Body, example
@@ -16,9 +14,6 @@ from server.http.neutral_fields import (
 )
 from server.http.openai_message import Message
 from server.http.sampling_fields import Sampled, Temperature
-
-# What the server itself gives the template, and how it is rendered.
-RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 
 def _is_token_ids(value: Any) -> bool:
@@ -44,19 +39,11 @@ def _list_prompts(value: Any) -> Any:
     return prompts
 
 
-def _check_variables(variables: dict[str, Any]) -> dict[str, Any]:
-    for name in variables:
-        if name in RESERVED or name == "messages":
-            raise ValueError(f"Input should not have {name!r}, which the server sets itself")
-    return variables
-
-
 Prompt = str | list[int]
 Prompts = Annotated[
     list[Prompt],
     BeforeValidator(_list_prompts, json_schema_input_type=Prompt | list[Prompt]),
 ]
-TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_check_variables)]
 
 
 class StreamOptions(Body):
@@ -98,6 +85,9 @@ class CompletionRequest(NeutralCompletionFields, OpenAIRequest):
         16, ge=0, description="Most tokens to generate; 0 only with echo."
     )
     best_of: int | None = Field(None, ge=1, description="Has to be n: every answer is returned.")
+    add_special_tokens: bool = Field(
+        True, description="Begin a text with the token that the tokenizer adds, if any; vLLM's."
+    )
     echo: bool = Field(False, description="Answer with the prompt before the text.")
     logprobs: int | None = Field(
         None, ge=0, le=20, description="Most probable tokens to list with each token."
@@ -118,7 +108,7 @@ class ChatRequest(NeutralChatFields, OpenAIRequest):
         0, ge=0, le=20, description="Most probable tokens to list with each; needs logprobs."
     )
 
-    chat_template_kwargs: TemplateVariables = Field(
+    chat_template_kwargs: dict[str, JsonValue] = Field(
         {}, description="Further variables of the chat template, such as enable_thinking."
     )
 

@@ -56,7 +56,15 @@ class GenerateRequest(Sampled):
     prompt_logprobs: bool = Field(
         False, description="Log-probabilities of the prompt's tokens; that of the first is null."
     )
-    raw: bool = Field(False, description="Send the prompt as it is, without the prompt format.")
+    raw: bool = Field(
+        False,
+        description="Send the prompt as it is, without the prompt format; special tokens in it are "
+        "recognised.",
+    )
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Of a raw prompt: begin with the token that the tokenizer adds; null: yes.",
+    )
 
 
 class QuestionBody(Body, Question):
@@ -97,6 +105,9 @@ class AblationRequest(Body):
     )
     timeout_s: float | None = Field(
         None, gt=0, description="Deadline of each item; null: the server's."
+    )
+    raw: bool = Field(
+        False, description="Send the questions as they are, without the prompt format."
     )
     background: bool = Field(False, description="Answer at once with 202 and a status URL.")
     provenance: dict[str, JsonValue] | None = Field(

@@ -5,10 +5,10 @@ import hashlib
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from crma.core.errors import DigestMismatch
+from crma.core.errors import DigestMismatch, StoreError
 from crma.core.selection import AdapterSelection, read_cell
 from crma.evaluation.ablation import (
     AblationPlan,
@@ -21,6 +21,7 @@ from crma.evaluation.ablation import (
 from crma.evaluation.question_set import Question, QuestionSet, inline_question_set
 from crma.evaluation.report import body
 from crma.evaluation.scorers import Likelihood, continuations
+from crma.models.prompts import Format
 from server.engine.errors import PromptTooLong, QueueFull
 from server.engine.request import SamplingParams
 from server.service import jobs
@@ -102,7 +103,7 @@ class Ablations:
         question_set = await asyncio.to_thread(self._question_set, spec)
         questions = question_set.questions
         await asyncio.to_thread(spec.settings.check, questions)
-        adapters = _Adapters(self._frontend, spec.timeout_s)
+        adapters = _Adapters(self._frontend, spec)
         work = plan(questions, spec.settings, adapters.select)
         if not spec.background:
             num_item_variants = len(questions) * len(spec.settings.variants)
@@ -194,6 +195,7 @@ class Ablation:
             self.frontend,
             question.question,
             self.resolved[question.task, job.selection],
+            raw=self.spec.settings.raw,
             deadline=time.monotonic() + timeout_s,
         )
         texts = continuations(scorer, question.answers, question.choices)
@@ -224,12 +226,14 @@ class _Item:
         frontend: submits the generations.
         prompt: the question.
         resolved: the adapters, and the prompt format.
+        raw: whether the question is sent without that format.
         deadline: in seconds of time.monotonic().
     """
 
     frontend: Frontend
     prompt: str
     resolved: Resolved
+    raw: bool
     deadline: float
 
     async def text(self, sampling: SamplingParams) -> str:
@@ -261,6 +265,7 @@ class _Item:
                     self.prompt,
                     self.resolved,
                     sampling,
+                    raw=self.raw,
                     timeout_s=left,
                     prefix="abl",
                     answer=answer,
@@ -279,10 +284,10 @@ class _Adapters:
         resolved: (task, selection) -> the adapters, in the task's prompt format.
     """
 
-    def __init__(self, frontend: Frontend, timeout_s: float | None) -> None:
+    def __init__(self, frontend: Frontend, spec: AblationSpec) -> None:
         self.resolved: dict[tuple[str, AdapterSelection], Resolved] = {}
         self._frontend = frontend
-        self._timeout_s = timeout_s
+        self._spec = spec
         self._tasks: dict[str, str | None] = {}  # name, or name@version -> digest
         self._backbones: dict[str, str | None] = {}  # "crma", or "crma@version" -> digest
 
@@ -291,7 +296,11 @@ class _Adapters:
         cell = read_cell(variant)
         name = f"{task}@{cell.task_version}" if cell.task_version else task
         found = self._frontend.resolve(name if cell.task else None, cell.crma, cell.crma_version)
-        self._frontend.check(found, SamplingParams(), self._timeout_s, needs_format=True)
+        if not cell.task:
+            found = replace(found, prompt_format=self._format_of(task) or found.prompt_format)
+        needs_format = not self._spec.settings.raw
+        timeout_s = self._spec.timeout_s
+        self._frontend.check(found, SamplingParams(), timeout_s, needs_format=needs_format)
         self.resolved[task, found.selection] = found
         if cell.task:
             self._tasks[name] = found.selection.task_digest
@@ -299,6 +308,16 @@ class _Adapters:
             backbone = f"crma@{cell.crma_version}" if cell.crma_version else "crma"
             self._backbones[backbone] = found.selection.crma_digest
         return found.selection
+
+    def _format_of(self, task: str) -> Format | None:
+        """Return the format in which every variant is asked about a task; None if it has none.
+
+        Otherwise variants without the task's adapter would differ from it by the prompt too.
+        """
+        try:
+            return self._frontend.registry.task(task).prompt_format
+        except StoreError:  # no such task, or a damaged one: variants without it can still answer
+            return None
 
     def provenance(self, seed: int, question_set: str) -> dict[str, Any]:
         """Return the digests of everything that was selected, and of the question set."""

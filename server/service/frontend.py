@@ -90,7 +90,7 @@ class Frontend:
         self._check_token_ids(sampling)
         self.check_room(sampling.n, field="n")
         if needs_format and resolved.prompt_format is None:
-            message = "this model has no chat template: send raw prompts"
+            message = 'the base model has no chat template: send a raw prompt, "raw": true'
             raise InvalidField(message, field="raw", value=False, allowed=True)
 
     def check_room(self, num_sequences: int, *, field: str) -> None:
@@ -120,6 +120,7 @@ class Frontend:
         *,
         raw: bool = False,
         fills_context: bool = False,
+        add_special_tokens: bool = True,
         timeout_s: float | None = None,
         prefix: str = "gen",
         answer: str | None = None,
@@ -132,6 +133,7 @@ class Frontend:
         Args:
             prompt: text goes through the prompt format of `resolved` unless `raw`.
             fills_context: generate up to the end of the context, whatever `sampling.max_tokens`.
+            add_special_tokens: raw text gets those that the tokenizer adds, such as a start token.
             prefix: of the request's id.
             answer: a given answer; the log-probabilities of its tokens become `prompt_logprobs`.
             interactive: False: it may be preempted by requests that are.
@@ -147,7 +149,13 @@ class Frontend:
         self.check(resolved, sampling, timeout_s, needs_format=needs_format)
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(31))
-        encoded = await self.encoder.encode(prompt, resolved.prompt_format, raw=raw, answer=answer)
+        encoded = await self.encoder.encode(
+            prompt,
+            resolved.prompt_format,
+            raw=raw,
+            add_special_tokens=add_special_tokens,
+            answer=answer,
+        )
         if answer is not None:
             first = len(encoded.prompt_ids)
             sampling = replace(sampling, prompt_logprobs=0, prompt_logprobs_from=first)

@@ -3,17 +3,17 @@
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from crma.models.prompts import (
+    BASE_TEMPLATE,
+    RAW_FORMAT,
+    AsSent,
     Conversation,
-    PromptFormat,
-    encode_chat,
+    Format,
     encode_text,
-    raw_format,
 )
 from server.engine.errors import QueueFull
 from server.service.errors import InvalidField
@@ -45,14 +45,13 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.num_tokens = num_tokens
         self.max_waiting = max_waiting
-        self._raw = raw_format(tokenizer)
         self._thread = ThreadPoolExecutor(1, "encode")
         self._slots = asyncio.Semaphore(max_waiting + 1)  # one is encoded, the others wait
 
     async def encode(
         self,
         prompt: Prompt,
-        prompt_format: PromptFormat | None,
+        prompt_format: Format | None,
         *,
         raw: bool,
         add_special_tokens: bool = True,
@@ -61,28 +60,32 @@ class PromptEncoder:
         """Encode a prompt and, where one is given, the answer that follows it.
 
         Args:
-            prompt: text goes through `prompt_format` unless `raw`; a conversation through the
-                chat template.
-            prompt_format: None: the raw format. It also says which token ends an answer.
+            prompt: text and conversations go through `prompt_format`.
+            prompt_format: it also says which token ends an answer. None: the base model has no chat
+                template.
+            raw: the text is encoded as it is (`AsSent`).
             add_special_tokens: whether raw text gets those that the tokenizer adds.
 
         Raises:
             InvalidField: a token id that does not exist, or text with a token that the model lacks.
-            ConfigError: the chat template refuses these turns.
+            ConfigError: the chat template refuses this conversation.
             QueueFull: `max_waiting` prompts wait already.
         """
         if not isinstance(prompt, str | Conversation):
             self.check_ids(prompt, "prompt")
         if self._slots.locked():
             raise QueueFull(self.max_waiting, retry_after=1.0)
-        trained = prompt_format or self._raw
-        as_sent = self._raw if add_special_tokens else replace(self._raw, head="")
+
+        default = BASE_TEMPLATE if isinstance(prompt, Conversation) else RAW_FORMAT
+        used = prompt_format or default
+        if raw:
+            used = AsSent(used, add_special_tokens)
 
         def encode() -> EncodedPrompt:
-            prompt_ids = self._prompt_ids(prompt, as_sent if raw else trained)
+            prompt_ids = self._prompt_ids(prompt, used)
             answer_ids = [] if answer is None else encode_text(self.tokenizer, answer)
             self._check_rows((*prompt_ids, *answer_ids))
-            stop_id = trained.stop_id(self.tokenizer)
+            stop_id = used.stop_id(self.tokenizer)
             return EncodedPrompt(tuple(prompt_ids), tuple(answer_ids), stop_id)
 
         async with self._slots:
@@ -119,9 +122,9 @@ class PromptEncoder:
             allowed = f"text whose token ids are below {self.num_tokens}"
             raise InvalidField(message, field="prompt", value=text, allowed=allowed)
 
-    def _prompt_ids(self, prompt: Prompt, prompt_format: PromptFormat) -> Sequence[int]:
+    def _prompt_ids(self, prompt: Prompt, prompt_format: Format) -> Sequence[int]:
         if isinstance(prompt, str):
             return prompt_format.encode(self.tokenizer, prompt)
         if isinstance(prompt, Conversation):
-            return encode_chat(self.tokenizer, prompt)
+            return prompt_format.encode_conversation(self.tokenizer, prompt)
         return prompt

@@ -18,7 +18,7 @@ from crma.core.errors import NotFound, StoreError
 from crma.core.selection import AdapterSelection
 from crma.models.base_model import BaseModel
 from crma.models.model_shape import ModelShape
-from crma.models.prompts import PromptFormat
+from crma.models.prompts import Format
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from server.engine.inference_engine import InferenceEngine
@@ -42,7 +42,7 @@ class Resolved:
 
     task: TaskEntry | None
     selection: AdapterSelection
-    prompt_format: PromptFormat | None
+    prompt_format: Format | None
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Registry:
         store: looked at every `poll_s` seconds.
         base: the model that serves.
         engine: is told how to load every adapter that may serve.
-        base_format: the chat format of the base; also for adapters that recorded no format.
+        base_format: the chat template of the base; also for adapters that recorded no format.
         shape: of the base; adapters must fit it.
         load_backbone: False: backbones are never read, and requests that need one are refused.
     """
@@ -110,7 +110,7 @@ class Registry:
     store: AdapterStore
     base: BaseModel
     engine: InferenceEngine
-    base_format: PromptFormat | None
+    base_format: Format | None
     metrics: Metrics
     shape: ModelShape | None = None
     load_backbone: bool = True

@@ -28,7 +28,7 @@ from schedules import Call, World
 
 from crma.core.selection import AdapterSelection
 from crma.models.base_model import BaseModel
-from crma.models.prompts import chat_format
+from crma.models.prompts import BASE_TEMPLATE
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry
 from server.__main__ import build
@@ -226,7 +226,7 @@ def oracle_text(world: World, body: dict[str, Any], provenance: dict[str, Any]) 
     names = ("temperature", "seed", "top_k", "max_tokens")
     sampling = SamplingParams(**{name: body[name] for name in names if name in body})
     tokenizer = tiny.tokenizer()
-    prompt_format = tiny.FORMAT if provenance["task"] else chat_format(tokenizer)
+    prompt_format = tiny.FORMAT if provenance["task"] else BASE_TEMPLATE
     prompt = tuple(prompt_format.encode(tokenizer, body["prompt"]))
     selection = AdapterSelection(provenance["task"], provenance["crma"])
     alone = world.alone(Call(selection, prompt, sampling), 0, (1,))

@@ -41,6 +41,7 @@ class GenerateOptions(TypedDict, total=False):
     task: str | None
     crma: bool | None
     raw: bool | None
+    add_special_tokens: bool | None
     max_tokens: int | None
     min_tokens: int | None
     temperature: float | None

@@ -63,6 +63,8 @@ class Client:
             crma: whether to use the CRMA backbone. Default: on exactly if the task adapter was
                 trained with CRMA.
             raw: send the prompt to the model as it is, without the task's prompt format.
+            add_special_tokens: begin a raw prompt with the token that the tokenizer adds, if any.
+                Default: true.
             max_tokens: length limit of the answer.
             min_tokens: nothing ends the answer before it has so many tokens.
             temperature: 0 is greedy.

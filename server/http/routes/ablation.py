@@ -59,6 +59,7 @@ def _spec(body: AblationRequest) -> AblationSpec:
         seed=body.seed,
         max_tokens=body.max_tokens,
         repeat=body.repeat,
+        raw=body.raw,
     )
     return AblationSpec(
         settings=settings,

@@ -37,6 +37,10 @@ async def generate(
     if body.top_logprobs and not body.logprobs:
         message = "top_logprobs: needs logprobs"
         raise InvalidField(message, field="top_logprobs", value=body.top_logprobs, allowed=0)
+    if body.add_special_tokens is not None and not body.raw:
+        message = "add_special_tokens: only a raw prompt has the choice"
+        value = body.add_special_tokens
+        raise InvalidField(message, field="add_special_tokens", value=value, allowed=None)
     resolved = frontend.resolve(body.task, body.crma)
     request.state.selection = resolved.selection
     sampling = body.sampling(
@@ -44,7 +48,12 @@ async def generate(
         prompt_logprobs=0 if body.prompt_logprobs else None,
     )
     generation = await frontend.generation(
-        body.prompt, resolved, sampling, raw=body.raw, timeout_s=body.timeout_s
+        body.prompt,
+        resolved,
+        sampling,
+        raw=body.raw,
+        add_special_tokens=body.add_special_tokens is not False,
+        timeout_s=body.timeout_s,
     )
     answer = GenerateAnswer(body, [generation], frontend)
     return await answer.respond(request, after_response, stream=body.stream)

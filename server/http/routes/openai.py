@@ -7,7 +7,6 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from server.http.auth import require_key
-from server.http.conversation import prompt_of
 from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
 from server.http.model_name import resolve_model
@@ -35,7 +34,7 @@ async def completions(
     frontend: TheFrontend,
     after_response: AfterResponse,
 ) -> Response:
-    """OpenAI's legacy completion of raw prompts.
+    """OpenAI's legacy completion of raw prompts, in which special tokens are recognised.
 
     `model` chooses the task adapter and whether CRMA is on. The answer is OpenAI's
     `text_completion`, and `provenance`: what `model` was resolved to, and the seed. With `echo` and
@@ -51,7 +50,13 @@ async def completions(
     generations = []
     for prompt in body.prompt:
         generation = await frontend.generation(
-            prompt, resolved, sampling, raw=True, timeout_s=body.timeout_s, prefix="cmpl"
+            prompt,
+            resolved,
+            sampling,
+            raw=True,
+            add_special_tokens=body.add_special_tokens,
+            timeout_s=body.timeout_s,
+            prefix="cmpl",
         )
         generations.append(generation)
     answer = CompletionAnswer(body, generations, frontend)
@@ -77,7 +82,7 @@ async def chat(
     resolved = _resolve_body(body, request, frontend)
     sampling = body.sampling(logprobs=body.top_logprobs if body.logprobs else None)
     generation = await frontend.generation(
-        prompt_of(body.conversation(), resolved),
+        body.conversation(),
         resolved,
         sampling,
         fills_context=body.token_limit is None,

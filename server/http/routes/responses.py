@@ -4,7 +4,6 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from server.http.auth import require_key
-from server.http.conversation import prompt_of
 from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
 from server.http.model_name import resolve_model
@@ -40,7 +39,7 @@ async def responses(
     resolved = resolve_model(body.model, body.crma, frontend)
     request.state.selection = resolved.selection
     generation = await frontend.generation(
-        prompt_of(body.messages(), resolved),
+        body.messages(),
         resolved,
         body.sampling(),
         timeout_s=body.timeout_s,

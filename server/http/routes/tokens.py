@@ -6,7 +6,6 @@ from typing import Any
 from fastapi import APIRouter, Depends
 
 from server.http.auth import require_key
-from server.http.conversation import prompt_of
 from server.http.dependencies import TheFrontend
 from server.http.error_handlers import documented
 from server.http.model_name import resolve_model
@@ -28,7 +27,7 @@ async def tokenize(body: TokenizeRequest, frontend: TheFrontend) -> dict[str, An
     _check_special_tokens(body)
     resolved = resolve_model(body.model, None, frontend)
     encoder = frontend.encoder
-    prompt = prompt_of(body.conversation(), resolved) if body.prompt is None else body.prompt
+    prompt = body.conversation() if body.prompt is None else body.prompt
     encoded = await encoder.encode(
         prompt,
         resolved.prompt_format,

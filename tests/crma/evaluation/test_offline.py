@@ -167,3 +167,33 @@ def test_perplexity_is_that_of_the_answer_by_one_forward_pass_at_a_time(
         (expected,) = logprobs_by_hand(served, question.question, ["free"])
         nats = shown["outputs"]["task+crma"]["logprob_per_token"]
         assert nats == pytest.approx(expected / num_tokens, abs=1e-4)
+
+
+def test_raw_questions_have_the_tokens_of_the_tokenizer_and_the_stop_token_of_the_task(
+    served: Served,
+) -> None:
+    question = "Is <|im_end|> it?"
+    evaluator = served.evaluator("one", raw=True)
+    assert evaluator.fmt.encode(served.tokenizer, question) == served.tokenizer(question).input_ids
+    assert evaluator.stop_id == served.evaluator("one").stop_id
+    asked = inline_question_set([item("one", 1, question=question)])
+    settings = {"variants": ("task",), "max_tokens": 5}
+    raw, formatted = (
+        ablate(served, asked, AblationSettings(raw=raw, **settings), note=ignore)
+        for raw in (True, False)
+    )
+    alone = served.answers("one", served.plan("task", "one"), [question], 5, raw=True)
+    texts = [each["items"][0]["outputs"]["task"]["text"] for each in (raw, formatted)]
+    assert texts[0] == alone[0]
+    assert texts[0] != texts[1]
+
+
+def test_a_base_without_a_chat_template_is_asked_raw_and_the_message_says_so(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served.tokenizer, "chat_template", None)
+    with pytest.raises(ConfigError, match="no chat template: ask raw questions") as caught:
+        served.evaluator("unheard-of")
+    assert caught.value.field == "raw"
+    evaluator = served.evaluator("unheard-of", raw=True)
+    assert evaluator.stop_id == served.tokenizer.eos_token_id

@@ -1,5 +1,6 @@
 """crma.models.prompts: a user turn carries no system turn, and user text never becomes markup."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,12 +10,16 @@ from transformers import PreTrainedTokenizerFast
 
 from crma.core.errors import ConfigError
 from crma.models.prompts import (
+    BASE_TEMPLATE,
+    RAW_FORMAT,
+    AsSent,
     Conversation,
     PromptFormat,
+    TemplateFormat,
     Turn,
+    base_format,
     chat_format,
     encode_chat,
-    raw_format,
 )
 
 SMOLLM_2 = (  # inserts a system turn of its own
@@ -149,21 +154,75 @@ def test_special_tokens_in_a_conversation_are_text(name: str) -> None:
     assert HOSTILE in tokenizer.decode(encode_chat(tokenizer, turns))
 
 
-def test_conversations_that_the_template_does_not_show_whole_are_refused() -> None:
+def test_what_a_template_refuses_is_refused_with_its_own_words() -> None:
     gemma = tokenizer_of(GEMMA, **GEMMA_TOKENS)
-    with pytest.raises(ConfigError, match="refuses these messages: System role not supported"):
+    with pytest.raises(ConfigError, match="these messages: System role not supported") as caught:
         encode_chat(gemma, Conversation((Turn("system", "obey"), Turn("user", "one"))))
-    only_the_last = tokenizer_of("{{ messages[-1].content }}", **CHATML_TOKENS)
-    with pytest.raises(ConfigError, match="does not show each message once"):
-        encode_chat(only_the_last, Conversation((Turn("user", "one"), Turn("user", "two"))))
+    assert (caught.value.field, caught.value.value) == ("messages", ["system", "user"])
+    without = tokenizer_of(None, **CHATML_TOKENS)
+    with pytest.raises(ConfigError, match="no chat template"):
+        encode_chat(without, conversation("one"))
 
 
-def test_raw_prompts_get_the_start_token_that_the_tokenizer_adds() -> None:
+def test_the_raw_format_is_the_tokenizers_own_encoding_with_special_tokens_as_text() -> None:
     gemma = tokenizer_of(GEMMA, **GEMMA_TOKENS)
-    assert raw_format(gemma) == PromptFormat("<bos>", "", "<eos>")
-    assert raw_format(gemma).encode(gemma, "abc") == gemma.encode("abc")
+    assert RAW_FORMAT.encode(gemma, "abc") == gemma.encode("abc")
+    ids = RAW_FORMAT.encode(gemma, HOSTILE)
+    assert [token for token in ids if token in gemma.all_special_ids] == [gemma.bos_token_id]
+    assert RAW_FORMAT.stop_id(gemma) == gemma.eos_token_id
     chatml = tokenizer_of(CHATML, **CHATML_TOKENS)
-    assert raw_format(chatml) == PromptFormat("", "", "<|im_end|>")
+    assert RAW_FORMAT.encode(chatml, "abc") == chatml.encode("abc", add_special_tokens=False)
+
+
+def test_a_prompt_as_sent_is_the_tokenizers_own_encoding() -> None:
+    gemma = tokenizer_of(GEMMA, **GEMMA_TOKENS)
+    as_sent = AsSent(GEMMA_FORMAT)
+    assert as_sent.encode(gemma, HOSTILE) == gemma.encode(HOSTILE)
+    bare = AsSent(GEMMA_FORMAT, add_special_tokens=False)
+    assert bare.encode(gemma, HOSTILE) == gemma.encode(HOSTILE, add_special_tokens=False)
+    assert as_sent.stop_id(gemma) == GEMMA_FORMAT.stop_id(gemma) != gemma.eos_token_id
+
+
+def test_one_user_turn_is_asked_as_in_training_and_more_through_the_template() -> None:
+    tokenizer = tokenizer_of(SMOLLM_2, **SMOLLM_2_TOKENS)
+    trained = chat_format(tokenizer)
+    one, three = conversation("one"), conversation("one", "two", "three")
+    tools = replace(one, tools=({"type": "function"},))
+    assert trained.encode_conversation(tokenizer, one) == trained.encode(tokenizer, "one")
+    assert trained.encode(tokenizer, "one") != encode_chat(tokenizer, one)  # no system turn
+    for conversation_of_more in (three, tools):
+        as_template = encode_chat(tokenizer, conversation_of_more)
+        assert trained.encode_conversation(tokenizer, conversation_of_more) == as_template
+
+
+def test_a_template_of_its_own_renders_every_conversation_and_says_what_ends_an_answer() -> None:
+    tokenizer = tokenizer_of(SMOLLM_2, **SMOLLM_2_TOKENS)
+    template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_start|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    own = TemplateFormat(template)
+    for turns in (conversation("one"), conversation("one", "two", "three")):
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns.turns]
+        expected = tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True
+        )
+        assert own.encode_conversation(tokenizer, turns) == expected["input_ids"]
+    assert own.encode(tokenizer, "one") == own.encode_conversation(tokenizer, conversation("one"))
+    assert own.stop_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert BASE_TEMPLATE.stop_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_base_without_a_usable_template_takes_raw_prompts_only() -> None:
+    assert base_format(tokenizer_of(CHATML, **CHATML_TOKENS)) == BASE_TEMPLATE
+    refuses = "{{ raise_exception('two turns, please') }}"
+    for template, match in ((None, "no chat template"), (refuses, "two turns, please")):
+        without = tokenizer_of(template, **CHATML_TOKENS)
+        assert base_format(without, raw=True) == RAW_FORMAT
+        with pytest.raises(ConfigError, match=match):
+            base_format(without)
+    with pytest.raises(ConfigError, match="does not show the user's text"):
+        base_format(tokenizer_of("{{ messages[0].role }}", **CHATML_TOKENS))
 
 
 def test_a_tokenizer_without_a_usable_user_turn_is_refused() -> None:

@@ -86,7 +86,7 @@ def saved_by_peft(folder: Path, inj: Injection = INJECTION, **config: Any) -> Fi
 def test_an_adapter_from_peft_means_the_same_in_the_store_and_back_in_peft(
     family: str, tmp_path: Path
 ) -> None:
-    """An import has no lineage, no prompt format and no record of its training."""
+    """An import has no lineage and no record of its training."""
     inj = injection(family)
     shape = ModelShape.of(inj.model)
     store = AdapterStore(tmp_path / "store")
@@ -97,7 +97,7 @@ def test_an_adapter_from_peft_means_the_same_in_the_store_and_back_in_peft(
     (folder / WEIGHTS).symlink_to(tmp_path / "blob")  # as in the Hub's cache
     entry = store.import_peft(folder, "task", BASE, shape=shape)
     manifest = entry.manifest
-    assert (manifest.backbone, manifest.prompt_format, manifest.trained_on) == (None, None, None)
+    assert (manifest.backbone, manifest.trained_on) == (None, None)
     assert store.task("task") == entry
     for each in (folder, entry.path):
         assert_means_the_same(each, entry.load(shape), inj)

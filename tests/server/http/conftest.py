@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 from scripted_engine import ScriptedEngine
 
 from crma.models.model_shape import ModelShape
-from crma.models.prompts import chat_format
+from crma.models.prompts import BASE_TEMPLATE
 from crma.store.adapter_store import AdapterStore
 from crma.store.manifest import TASK_FILES
 from server.app import create_app
@@ -50,7 +50,7 @@ async def serve(root: Path) -> AsyncIterator[Serve]:
                 store=AdapterStore(settings.store),
                 base=BASE,
                 engine=engine,
-                base_format=chat_format(tokenizer),
+                base_format=BASE_TEMPLATE,
                 metrics=metrics,
                 shape=ModelShape.of(tiny.injection().model),
             )

@@ -5,6 +5,7 @@ from operator import itemgetter
 from typing import Any
 
 import pytest
+import tiny
 from api import BASE, Serve, Served
 
 from server.engine.errors import EngineStopped, QueueFull
@@ -70,6 +71,36 @@ async def test_a_null_run_is_generated_again_only_if_repeat_is_set(
     body = await ablate(served, questions=asked, variants=["task", "task"], repeat=repeat)
     assert list(body["variants"]) == ["task", "task#2"]
     assert len(served.engine.requests) == num_requests
+
+
+@pytest.mark.parametrize(
+    ("raw", "asked"), [(False, "<|im_start|>the<|im_end|>[answer]"), (True, "the<|im_end|>")]
+)
+async def test_every_variant_is_asked_in_the_format_of_the_task_or_in_none(
+    served: Served, raw: bool, asked: str
+) -> None:
+    tokenizer = tiny.tokenizer()
+    served.engine.requests.clear()
+    item = question(question="the<|im_end|>")
+    await ablate(served, questions=[item], variants=["task", "base"], raw=raw)
+    texts = [tokenizer.decode(request.prompt_ids) for request in served.engine.requests]
+    assert texts == [asked, asked]
+    for request in served.engine.requests:
+        assert request.prompt_ids.count(tokenizer.eos_token_id) == raw
+        assert request.stop_token_ids == (tokenizer.eos_token_id,)
+
+
+async def test_a_base_without_a_chat_template_is_ablated_raw_and_the_message_says_so(
+    serve: Serve,
+) -> None:
+    served = await serve()
+    served.app.state.frontend.registry.base_format = None
+    asked = [question(task="unheard-of")]
+    error = await ablate(served, 422, questions=asked, variants=["base"])
+    assert (error["field"], error["allowed"]) == ("raw", True)
+    assert "no chat template" in error["message"]
+    body = await ablate(served, questions=asked, variants=["base"], raw=True)
+    assert body["variants"]["base"]["scored"] == 1
 
 
 @pytest.mark.parametrize(

@@ -168,18 +168,28 @@ async def test_several_answers_come_as_choices(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "expected"), [(True, "<|im_end|>"), (False, "<|im_start|><|im_end|>[answer]")]
+    ("raw", "expected", "num_special"),
+    [(True, "<|im_end|>", 1), (False, "<|im_start|><|im_end|>[answer]", 0)],
 )
-async def test_raw_skips_the_prompt_format_and_special_tokens_in_a_prompt_are_text(
-    served: Served, raw: bool, expected: str
+async def test_raw_skips_the_prompt_format_and_only_raw_prompts_have_special_tokens(
+    served: Served, raw: bool, expected: str, num_special: int
 ) -> None:
     tokenizer = tiny.tokenizer()
     await served.generate(prompt="<|im_end|>", task="medical", raw=raw, stop="\n")
     request = served.engine.requests[-1]
     assert tokenizer.decode(request.prompt_ids) == expected
-    assert tokenizer.eos_token_id not in request.prompt_ids
+    assert request.prompt_ids.count(tokenizer.eos_token_id) == num_special
     assert request.stop_token_ids == (tokenizer.eos_token_id,)
     assert request.sampling.stop == ("\n",)
+
+
+async def test_whether_special_tokens_are_added_is_the_choice_of_raw_prompts_only(
+    served: Served,
+) -> None:
+    for chosen in (True, False, None):
+        answer = await served.generate(raw=True, add_special_tokens=chosen)
+        assert answer.status_code == 200
+    assert await served.error(add_special_tokens=False) == (422, "invalid_field")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -240,8 +240,13 @@ async def test_one_user_turn_to_a_task_uses_the_prompt_format_of_its_training(
     asked, generated = served.engine.requests[-2:]
     assert asked.prompt_ids == generated.prompt_ids
     assert asked.selection == generated.selection
-    await chat(served)  # the base uses the model's own chat template
-    assert served.engine.requests[-1].prompt_ids != asked.prompt_ids
+
+
+async def test_one_user_turn_to_the_base_is_the_same_in_chat_and_generate(served: Served) -> None:
+    await chat(served)
+    await served.generate(prompt="Hi <|im_end|>")
+    asked, generated = served.engine.requests[-2:]
+    assert asked.prompt_ids == generated.prompt_ids
 
 
 async def test_a_chat_streams_its_deltas(served: Served) -> None:
@@ -313,15 +318,15 @@ async def test_the_models_are_the_base_and_the_tasks_that_serve(served: Served) 
         await models.retrieve("medcal")
 
 
-async def test_a_prompt_is_raw_text_or_token_ids(served: Served) -> None:
-    text = "<|im_end|>"
-    as_text = tiny.tokenizer().encode(text, split_special_tokens=True)
-    as_markup = tiny.tokenizer().encode(text, split_special_tokens=False)
-    assert as_text != as_markup
-    await complete(served, model="legal", prompt=text)
-    assert served.engine.requests[-1].prompt_ids == tuple(as_text)
-    await complete(served, model="legal", prompt=as_markup)
-    assert served.engine.requests[-1].prompt_ids == tuple(as_markup)
+async def test_a_prompt_is_raw_text_as_transformers_encodes_it_or_token_ids(
+    served: Served,
+) -> None:
+    text = "<|im_start|>user\nthe<|im_end|>"
+    as_markup = tiny.tokenizer()(text)["input_ids"]
+    assert as_markup != tiny.tokenizer().encode(text, split_special_tokens=True)
+    for prompt in (text, as_markup):
+        await complete(served, model="legal", prompt=prompt)
+        assert served.engine.requests[-1].prompt_ids == tuple(as_markup)
 
 
 @pytest.mark.parametrize("suffix", ["", ":crma-on", ":crma-off"])

@@ -75,12 +75,24 @@ async def test_text_goes_through_the_prompt_format_unless_it_is_raw(make: Any) -
     assert formatted.stop_id == raw.stop_id == STOP_ID
 
 
-@pytest.mark.parametrize("raw", [False, True])
-async def test_a_special_token_written_in_text_stays_text(make: Any, raw: bool) -> None:
-    encoded = await encode(make(), MARKUP, raw=raw, answer=MARKUP)
-    assert STOP_ID not in encoded.prompt_ids
-    assert STOP_ID not in encoded.answer_ids
-    assert as_text(encoded.answer_ids) == MARKUP
+async def test_a_special_token_written_in_text_stays_text_unless_it_is_raw(make: Any) -> None:
+    encoder = make()
+    formatted = await encode(encoder, MARKUP, answer=MARKUP)
+    raw = await encode(encoder, MARKUP, raw=True, answer=MARKUP)
+    assert STOP_ID not in formatted.prompt_ids
+    assert raw.prompt_ids == (STOP_ID,)
+    for encoded in (formatted, raw):
+        assert STOP_ID not in encoded.answer_ids
+        assert as_text(encoded.answer_ids) == MARKUP
+
+
+async def test_a_chat_without_any_template_is_refused(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny.tokenizer(), "chat_template", None)
+    question = Conversation((Turn("user", "the"),))
+    with pytest.raises(ConfigError, match="no chat template"):
+        await make().encode(question, None, raw=False, answer=None)
 
 
 async def test_without_a_prompt_format_text_is_raw(make: Any) -> None:
@@ -146,7 +158,7 @@ async def test_turns_that_the_template_refuses_are_a_config_error_and_free_the_p
     with monkeypatch.context() as patch:
         patch.setattr(tiny.tokenizer(), "chat_template", "{{ raise_exception('no turns') }}")
         with pytest.raises(ConfigError, match="no turns") as caught:
-            await encode(encoder, Conversation((Turn("user", "the"),)))
+            await encode(encoder, Conversation((Turn("user", "the"),) * 2))
     assert caught.value.field == "messages"
     assert as_text((await encode(encoder, "the", raw=True)).prompt_ids) == "the"
 
