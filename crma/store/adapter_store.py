@@ -29,6 +29,7 @@ from crma.store.entry import (
 from crma.store.manifest import TASK_FILES, Blend
 from crma.store.peft_format import StoredLora, check_fits, lora_from_peft
 from crma.store.publication import Origin
+from crma.store.serving import check_change
 from crma.store.verification import find_problems
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class AdapterStore:
 
         Raises:
             LineageMismatch: `backbone` is of another base model, or neither it nor a descendant is
-                in the store.
+                in the store, or, with `serve`, serves.
             InvalidAdapter: the name, the weights or a field of the manifest. Nothing is published.
         """
         import torch
@@ -226,7 +227,8 @@ class AdapterStore:
 
         Raises:
             BaseMismatch: an ancestor was made for another base model.
-            LineageMismatch: `lineage` lacks an ancestor's ancestor, whose LoRAs would stop serving.
+            LineageMismatch: `lineage` lacks an ancestor's ancestor, whose LoRAs would stop serving;
+                or, with `serve`, a task that serves could serve no more.
             InvalidAdapter: the weights or a field of the manifest. Nothing is published.
         """
         return publication.publish_backbone(self.root, backbone, lineage, blend, origin, serve)
@@ -253,10 +255,11 @@ class AdapterStore:
             NotFound: no such version.
             InvalidAdapter: no such channel, a damaged manifest, or evidence that is not finite
                 JSON.
+            LineageMismatch: a task that serves could serve no more.
             StoreError: something else serves than `since`.
         """
         with locked(self.root):
-            channels = read_channels(self.root)
+            before = channels = read_channels(self.root)
             if since is not None and channels.serving() != since.serving():
                 message = "Something else serves by now than when this was decided: decide again."
                 value, allowed = channels.serving(), since.serving()
@@ -266,7 +269,7 @@ class AdapterStore:
             for channel, version in moves.items():
                 channels = channels.serve(channel, version, evidence)
                 evidence = None
-            return self._write(moves, channels)
+            return self._write(moves, before, channels)
 
     def roll_back(self, channel: str, *, evidence: Mapping[str, Any] | None = None) -> Channels:
         """Moves a channel back to the version that it served before.
@@ -277,12 +280,13 @@ class AdapterStore:
         Raises:
             NotFound: the channel served nothing before, or no backbone served before this one.
             InvalidAdapter: no such channel, or a damaged manifest.
+            LineageMismatch: a task does not fit the serving backbone in its earlier version.
         """
         with locked(self.root):
             before = read_channels(self.root)
             channels = before.roll_back(channel, evidence)
             if channel != BACKBONE:
-                return self._write([channel], channels)
+                return self._write([channel], before, channels)
             if channels.backbone is None:
                 # Without a backbone, every task that was trained on one would be refused.
                 message = (
@@ -298,7 +302,7 @@ class AdapterStore:
                     channels = channels.roll_back(task_channel(name), evidence)
                     moved.append(task_channel(name))
                     version = channels.tasks.get(name)
-            return self._write(moved, channels)
+            return self._write(moved, before, channels)
 
     # Checking -----------------------------------------------------------------------------------
 
@@ -315,8 +319,8 @@ class AdapterStore:
 
     # --------------------------------------------------------------------------------------------
 
-    def _write(self, moved: Iterable[str], channels: Channels) -> Channels:
-        """Writes changed channels once their new versions are known to be sound.
+    def _write(self, moved: Iterable[str], before: Channels, channels: Channels) -> Channels:
+        """Writes changed channels once their new versions are known to be sound and to fit.
 
         Call it with the lock held.
         """
@@ -324,5 +328,6 @@ class AdapterStore:
             version = channels.version(channel)
             if version is not None:
                 read_entry(self.root, channel, version)
+        check_change(self.root, before, channels)
         write_channels(self.root, channels)
         return channels
