@@ -109,6 +109,9 @@ class Metrics(Collector):
         self.verification_failures = counter(
             "adapter_verification_failures", "Problems found in the store."
         )
+        self.tasks_unable = gauge(
+            "tasks_unable", "Serving tasks that cannot answer; /readyz says why."
+        )
         self.backbone_info = gauge(
             "backbone_info", "The CRMA backbone that serves; always 1.", ("version", "digest")
         )

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from crma.core.errors import NotFound, StoreError
+from crma.core.errors import LineageMismatch, NotFound, StoreError
 from crma.core.selection import AdapterSelection
 from crma.models.base_model import BaseModel
 from crma.models.model_shape import ModelShape
 from crma.models.prompts import PromptFormat
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
+from crma.store.serving import lineage_problem
 from server.engine.inference_engine import InferenceEngine
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
@@ -71,6 +72,16 @@ class _View:
     def sound_backbones(self) -> list[BackboneEntry]:
         """Every version of the backbone that may serve."""
         return [entry for entry in self.backbones.values() if isinstance(entry, BackboneEntry)]
+
+    def problem(self, name: str) -> StoreError | None:
+        """Why the serving version of a task cannot answer as it was trained; None if it can."""
+        entry = self.tasks[name][self.serving[name]]
+        if isinstance(entry, StoreError):
+            return entry
+        backbone = self.backbone
+        if not isinstance(backbone, StoreError):
+            return lineage_problem(entry, backbone)
+        return None if entry.manifest.backbone is None else backbone
 
     def serving_tasks(self) -> dict[str, TaskEntry]:
         """The serving version of each task, where it is sound, by name."""
@@ -149,9 +160,14 @@ class Registry:
             loader = partial(entry.load, self.shape)
             self.engine.register(entry.digest, loader, self._num_parameters[entry.digest])
         await self._preload(view)
+        problems = self.problems
         self._view = view
         self._fingerprint_read = fingerprint
         self.metrics.set_backbone(self.backbone)
+        self.metrics.tasks_unable.set(len(self.problems))
+        for name, message in self.problems.items():
+            if self.verified and problems.get(name) != message:
+                log.error("task %s cannot serve: %s", name, message)
 
     def resolve(
         self, task: str | None, crma: bool | None, crma_version: str | None = None
@@ -206,6 +222,20 @@ class Registry:
         """The backbone that serves; None if none does, or if it is damaged."""
         backbone = self._view.backbone
         return backbone if isinstance(backbone, BackboneEntry) else None
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """The tasks whose serving version cannot answer as it was trained: name -> reason.
+
+        A backbone that the operator left out (`load_backbone`) is no such reason.
+        """
+        problems = {}
+        for name in sorted(self._view.tasks):
+            problem = self._view.problem(name)
+            if problem is None or (not self.load_backbone and isinstance(problem, LineageMismatch)):
+                continue
+            problems[name] = problem.message
+        return problems
 
     def serving_tasks(self) -> list[TaskEntry]:
         """The serving version of every sound task, by name."""
