@@ -36,7 +36,7 @@ def promote(
     """
     from crma.evaluation.offline import Served
     from crma.store.adapter_store import AdapterStore
-    from crma.training.gate import promote as decide
+    from crma.training.promotion import promote as decide
 
     served = Served(find_base(model), AdapterStore(store))
     evidence = decide(

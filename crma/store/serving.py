@@ -28,7 +28,9 @@ def lineage_problem(task: TaskEntry, serving: BackboneEntry | None) -> LineageMi
         found = "no backbone serves"
     else:
         allowed = [serving.digest, *serving.manifest.lineage]
-        found = f"the serving backbone {serving.version} ({serving.digest}) does not descend from it"
+        found = (
+            f"the serving backbone {serving.version} ({serving.digest}) does not descend from it"
+        )
     message = (
         f"{task.manifest.place}: this LoRA ({task.digest}) serves, but cannot: "
         f"it was trained on backbone {trained_on}, and {found}."

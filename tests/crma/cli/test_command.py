@@ -38,6 +38,7 @@ class Trained(NamedTuple):
     control: Path  # trained without CRMA
     record: dict[str, Any]
     printed: dict[str, Any]
+    noted: str
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +63,42 @@ def trained(home: Path, base: BaseModel) -> Trained:
     settings = 'tasks = ["medical", "legal"]\nepochs = 1\nbatch_size = 5\ndtype = "float32"\n'
     backbone = "[crma]\nnum_streams = 2\nstream_rank = 2\n"
     config.write_text(f'{settings}model = "{base.path}"\n{backbone}')
-    code, out, _ = crma("train", config, "--out", home / "run", "--seed", 3, "--ship", store)
+    code, out, err = crma("train", config, "--out", home / "run", "--seed", 3, "--ship", store)
     assert code == 0
     frozen = ("--arm", "FROZEN", "--ship", control)
     assert crma("train", config, "--out", home / "off", *frozen)[0] == 0
     record = json.loads((home / "run" / "record.json").read_text())
-    return Trained(store, control, record, json.loads(out))
+    return Trained(store, control, record, json.loads(out), err)
 
 
 def test_train_writes_a_record_and_prints_its_summary(trained: Trained) -> None:
     assert trained.printed["loss"] == trained.record["loss"]
     assert trained.record["seed"] == 3
+
+
+def test_train_writes_plain_lines_of_progress_where_stderr_is_no_terminal(trained: Trained) -> None:
+    """A log was empty for minutes."""
+    lines = trained.noted.splitlines()
+    assert any(line.startswith("MODULAR seed 3: medical: 1 of ") for line in lines)
+    assert any(line.startswith("measuring the shipped adapters: 0 of 2") for line in lines)
+    assert not any("\x1b" in line or "━" in line for line in lines)
+
+
+def test_shipping_a_finished_run_again_publishes_nothing(trained: Trained, home: Path) -> None:
+    before = sorted(trained.store.rglob("*")), (trained.store / "channels.json").read_bytes()
+    arguments = ("train", home / "run.toml", "--out", home / "run", "--seed", 3)
+    code, _, err = crma(*arguments, "--ship", trained.store)
+    after = sorted(trained.store.rglob("*")), (trained.store / "channels.json").read_bytes()
+    assert (code, after) == (0, before)
+    assert "tasks/medical: already published as v1" in err
+    assert "backbone: already published as v1" in err
+
+
+def test_a_joint_run_is_not_trained_to_be_shipped(home: Path, tmp_path: Path) -> None:
+    arguments = ("train", home / "run.toml", "--out", tmp_path / "run", "--arm", "JOINT")
+    code, _, err = crma(*arguments, "--ship", tmp_path / "store")
+    assert (code, "a run of the arm JOINT has no per-task adapters to ship" in err) == (2, True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_shipped_store_verifies(trained: Trained, base: BaseModel) -> None:
