@@ -34,7 +34,7 @@ def train(
     ] = None,
 ) -> None:
     """Train task after task, measure, and write the run's record."""
-    from crma.store.adapter_store import AdapterStore
+    from crma.store.opening import writable_store
     from crma.training.arms import ARMS
     from crma.training.config import TrainConfig
     from crma.training.protocol import Run
@@ -42,13 +42,15 @@ def train(
     from crma.training.shipping import ship as publish
 
     settings = TrainConfig.read(config, arm=arm, seed=seed)
+    target = None
     if ship is not None:
         check_shippable(ARMS[settings.arm])
+        target = writable_store(ship)  # before the run, not after it
     folder = out or Path("runs") / f"{config.stem}-{settings.arm}-{settings.seed}"
     with progress() as report:
         run = Run(settings, find_base(settings.model), folder, report)
         record = run.execute()
-        shipment = None if ship is None else publish(run, AdapterStore(ship))
+        shipment = None if target is None else publish(run, target)
     if shipment is not None:
         _note_shipment(shipment, ship)
     note(f"record: {folder / 'record.json'}")

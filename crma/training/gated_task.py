@@ -11,7 +11,6 @@ from crma.evaluation.evaluator import Encoded
 from crma.evaluation.offline import Served
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
-from crma.store.manifest import TrainedOn
 from crma.training.config import TrainConfig, task_name
 
 MACHINE = ("cpu", "capability", "gpu")  # of `hardware`: what a loss depends on beside the dtype
@@ -44,7 +43,7 @@ class GatedTask(NamedTuple):
         recorded = measured.get("loss") if isinstance(measured, dict) else None
         if trained_on is None or not isinstance(recorded, float):
             raise DataError("it recorded no validation loss", field="task", value=name)
-        source = _source(trained_on, name)
+        source = task_source(entry)
         examples = load_split(source, "validation")
         path = split_path(source, "validation")
         found = file_digest(path)
@@ -109,10 +108,12 @@ def _is_of_one_run(backbone: BackboneEntry, task: TaskEntry) -> bool:
     return (made.config, made.seed, made.arm) == (trained.config, trained.seed, trained.arm)
 
 
-def _source(trained_on: TrainedOn, name: str) -> str:
+def task_source(entry: TaskEntry) -> str:
     """The domain or folder that a task was trained on. Raises DataError if it is not recorded."""
-    for task in TrainConfig.from_dict(trained_on.config).tasks:
-        if task_name(task) == name:
+    trained_on = entry.manifest.trained_on
+    tasks = TrainConfig.from_dict(trained_on.config).tasks if trained_on is not None else ()
+    for task in tasks:
+        if task_name(task) == entry.name:
             return task
-    message = "it does not say where its validation data is"
-    raise DataError(message, field="task", value=name)
+    message = "it does not say where its data is"
+    raise DataError(message, field="task", value=entry.name)
