@@ -117,11 +117,14 @@ class AdapterStore:
         if task is None or backbone is None:
             return
         trained_on = task.manifest.backbone
-        if trained_on is None or not backbone.descends_from(trained_on):
-            name = f"{task.name}@{task.version}"
-            message = f"{name} was not trained under this backbone: use it with CRMA off."
-            allowed = [backbone.digest, *backbone.manifest.lineage]
-            raise LineageMismatch(message, field="crma", value=trained_on, allowed=allowed)
+        if trained_on is not None and backbone.descends_from(trained_on):
+            return
+        reason = "was trained without CRMA"
+        if trained_on is not None:
+            other = f"{backbone.version} ({backbone.digest})"
+            reason = f"was trained on backbone {trained_on}, from which {other} does not descend"
+        message = f"{task.name}@{task.version} {reason}: use it with CRMA off."
+        raise LineageMismatch(message, field="crma", value=True, allowed=False)
 
     def newcomers(self, candidate: BackboneEntry) -> list[TaskEntry]:
         """The tasks that can serve under `candidate` but not under the serving backbone.

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from crma.core.errors import NotFound
+from crma.core.errors import LineageMismatch, NotFound
 from crma.store.entry import TaskEntry
 from server.http.auth import require_key
 from server.http.dependencies import AfterResponse, TheFrontend
@@ -21,7 +21,7 @@ from server.http.openai_schemas import (
     OpenAIErrorBody,
     OpenAIRequest,
 )
-from server.service.errors import InvalidField, ModelNotFound
+from server.service.errors import InvalidField, ModelNotFound, NoBackbone
 from server.service.frontend import Frontend
 from server.service.prompt_encoder import Prompt
 from server.service.registry import Resolved
@@ -180,8 +180,20 @@ def _resolve(model: str, asked: bool | None, frontend: Frontend) -> Resolved:
     try:
         return frontend.resolve(None if name == "base" else name, crma)
     except NotFound as error:
-        message = f"no model {name!r}"
-        raise ModelNotFound(message, field="model", value=name, allowed=error.allowed) from error
+        raise _unknown(name, error) from error
+    except (LineageMismatch, NoBackbone) as error:
+        if suffix not in SUFFIXES:
+            raise
+        allowed = [f"{name}:crma-off"]
+        raise type(error)(error.message, field="model", value=model, allowed=allowed) from error
+
+
+def _unknown(name: str, error: NotFound) -> ModelNotFound:
+    """The error for a model that is no task or version here: `base` is a model too."""
+    names = list(error.allowed) if isinstance(error.allowed, list) else []
+    are_versions = any("@" in each for each in names)
+    allowed = names if are_versions else ["base", *names]
+    return ModelNotFound(f"no model {name!r}", field="model", value=name, allowed=allowed)
 
 
 def _model(name: str, entry: TaskEntry | None, frontend: Frontend) -> dict[str, Any]:
