@@ -43,9 +43,12 @@ def test_what_kubernetes_set_is_named_in_the_log(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CRMA_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("CRMA_SERVICE_PORT", "8000")
     monkeypatch.setenv("CRMA_PORT", "tcp://10.0.0.1:8000")
     monkeypatch.setenv("CRMA_STORE", str(tmp_path / "typo"))
     assert main() == 2  # the store stops it, and not CRMA_PORT
     shown = capsys.readouterr().err
-    assert "Kubernetes set it for a Service: CRMA_PORT, CRMA_SERVICE_HOST" in shown
+    assert (
+        "Kubernetes set it for a Service: CRMA_PORT, CRMA_SERVICE_HOST, CRMA_SERVICE_PORT" in shown
+    )
     assert "CRMA_STORE: There is no folder" in shown

@@ -139,6 +139,15 @@ def test_a_mistyped_setting_is_no_service_and_is_refused(
     assert caught.value.field == name
 
 
+def test_a_port_that_the_operator_set_beside_a_service_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {**LINKS, "CRMA_PORT": "9000"}.items():
+        monkeypatch.setenv(name, value)
+    assert drop_service_links() == sorted(set(LINKS) - {"CRMA_PORT"})
+    assert Settings.load().port == 9000
+
+
 def test_a_mistyped_setting_beside_a_service_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**LINKS, "CRMA_PORT_HTTP": "1"}.items():
         monkeypatch.setenv(name, value)
