@@ -135,12 +135,14 @@ class Gate:
             backbone in percent, or None}}.
         """
         scores = {}
+        harmed = []
         for name, loss in self.score(blend(self.old or self.new, self.new, weight)).items():
             limit = self.limits[name]
             drift = _percent(loss, limit.at_publication)
             change = None if limit.serving is None else _percent(loss, limit.serving)
             scores[name] = {"loss": loss, "drift": drift, "change": change}
-        harmed = [name for name, each in scores.items() if each["loss"] > self.limits[name].limit]
+            if loss > limit.limit:
+                harmed.append(name)
         self._report(weight, scores, harmed)
         return {"lambda": weight, "harmed": harmed, "tasks": scores}
 
