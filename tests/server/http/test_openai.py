@@ -351,31 +351,6 @@ async def test_an_unknown_model_is_404_and_the_known_ones_are_listed(
     assert "medical" in error["message"]
 
 
-@pytest.mark.parametrize(
-    ("model", "allowed"),
-    [
-        ("medcal", "['base', 'legal', 'medical']"),
-        ("medical@v9", "['medical@v1']"),
-    ],
-)
-async def test_an_unknown_model_lists_what_model_may_name(
-    served: Served, model: str, allowed: str
-) -> None:
-    error = await completion_refused(served, 404, "model_not_found", json=GOOD | {"model": model})
-    assert error["message"].endswith(f"(allowed: {allowed})")
-
-
-async def test_a_suffix_that_an_adapter_cannot_have_lists_names_and_not_digests(
-    served: Served,
-) -> None:
-    body = GOOD | {"model": "legal:crma-on"}
-    error = await completion_refused(served, 409, "lineage_mismatch", json=body)
-    assert error["param"] == "model"
-    assert error["message"] == (
-        "legal@v1 was trained without CRMA: use it with CRMA off. (allowed: ['legal:crma-off'])"
-    )
-
-
 @pytest.mark.parametrize(("field", "value", "named"), REFUSED_COMPLETIONS)
 async def test_a_completion_is_refused_with_the_name_of_what_is_wrong(
     served: Served, field: str, value: Any, named: str
