@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
 from crma.models.loading import compute_alone
@@ -14,7 +15,17 @@ from server import __version__
 from server.http import error_handlers
 from server.http.body_limit import BodyLimit
 from server.http.log import RequestLog
-from server.http.routes import ablation, adapters, generate, openai, operations
+from server.http.routes import (
+    ablation,
+    adapters,
+    generate,
+    models,
+    openai,
+    operations,
+    publishing,
+    responses,
+    tokens,
+)
 from server.service.ablation import Ablations
 from server.service.frontend import Frontend
 
@@ -23,9 +34,14 @@ log = logging.getLogger("server")
 ROUTERS = (
     generate.router,
     openai.router,
+    responses.router,
+    models.router,
+    tokens.router,
     ablation.router,
     adapters.router,
     adapters.admin,
+    publishing.admin,
+    publishing.openai_admin,
     operations.router,
 )
 DESCRIPTION = (
@@ -70,9 +86,27 @@ def create_app(frontend: Frontend) -> FastAPI:
     error_handlers.install(app)
     for router in ROUTERS:
         app.include_router(router)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(RequestLog, metrics=metrics)  # the last added is the outermost
+    uploads = {publishing.UPLOAD_PATH: settings.max_upload_mib * 2**20}
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, uploads=uploads)
+    app.add_middleware(RequestLog, metrics=metrics)
+    _allow_origins(app, settings.cors_origins)  # the last added is the outermost: errors too
     return app
+
+
+def _allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    """Let web pages of these origins call the server; without any, browsers refuse them.
+
+    A browser asks before it sends a request, and without a key. Keys travel in a header of the
+    page's own, never in cookies.
+    """
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=("GET", "POST", "PUT", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=("X-Request-Id", "Retry-After"),
+        )
 
 
 async def _start(frontend: Frontend) -> None:

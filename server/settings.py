@@ -6,6 +6,7 @@ with `crma` is left aside (`server/service_links.py`).
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,6 +18,7 @@ from crma.core.errors import ConfigError
 from server.service_links import service_links
 
 PREFIX = "CRMA_"
+_ORIGIN = r"https?://[^\s/?#@*]+"  # as browsers send it: no path, not even a final slash
 
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:
@@ -116,18 +118,39 @@ class Settings(BaseSettings):
     )
     admin_key: SecretStr | None = _setting(None, "Key of the admin routes; unset: they answer 403.")
 
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = _setting(
+        (), "Comma-separated origins whose web pages may call this server, or `*`; empty: none."
+    )
+
+    import_roots: Annotated[tuple[Path, ...], NoDecode] = _setting(
+        (), "Comma-separated folders below which administrators may import; empty: none."
+    )
+    max_upload_mib: int = _setting(
+        512, "Largest upload of an adapter, in MiB; above it 413.", ge=1, le=8192
+    )
+
     log_format: Literal["text", "json"] = _setting("text", "Form of the log on standard error.")
     max_adapter_labels: int = _setting(
         64, "Adapters with a metrics label of their own; the rest share `_other`.", ge=0
     )
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "cors_origins", "import_roots", mode="before")
     @classmethod
-    def _split_keys(cls, value: Any) -> Any:
+    def _split_list(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        keys = (key.strip() for key in value.split(","))
-        return tuple(key for key in keys if key)
+        parts = (part.strip() for part in value.split(","))
+        return tuple(part for part in parts if part)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(_ORIGIN, origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: write https://host or https://host:port"
+                )
+        return origins
 
     @field_validator("*")
     @classmethod

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
+import openai
 from fastapi import FastAPI
 from scripted_engine import TINY, ScriptedEngine
 
@@ -47,6 +49,14 @@ class Served:
     async def metrics(self) -> str:
         """The text of GET /metrics."""
         return (await self.client.get("/metrics")).text
+
+
+def openai_client(served: Served) -> openai.AsyncOpenAI:
+    """OpenAI's own client, talking to the app over ASGI."""
+    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(served.app))
+    return openai.AsyncOpenAI(
+        base_url="http://test/v1", api_key="sk", max_retries=0, http_client=http
+    )
 
 
 async def refused(served: Served, status: int, code: str, **request: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from crma.core.selection import AdapterSelection
 from crma.method.backbone import Backbone
 from crma.method.injection import Injection, Plan, plan_rows
 from crma.method.lora import Lora
-from crma.models.reference import Generation, generate
+from crma.models.reference import Generation, forget_lengths, generate
 from server.engine.native.engine import Engine
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
 
@@ -136,6 +136,7 @@ class World:
     def distribution(self, call: Call, tokens: Sequence[int]) -> Tensor:
         """Log-probabilities [prompt + tokens - 1, vocab] of each next token, from one pass."""
         ids = torch.tensor([[*call.prompt, *tokens]], device=self.injection.model.device)
+        forget_lengths(self.injection.model)
         with torch.inference_mode(), self.injection.active(self.plan(call.selection)):
             logits = self.injection.model(input_ids=ids).logits[0, :-1]
             return logits.float().log_softmax(-1).cpu()

@@ -28,6 +28,7 @@ from crma.method.lora import Lora, LoraConfig, LoraPair, match_targets
 from crma.models.base_model import BaseModel
 from crma.models.prompts import PromptFormat
 from crma.models.pull import pull
+from crma.models.rope import rope_scaling
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry
 from server.engine.native.adapter_pool import AdapterPool
@@ -66,6 +67,23 @@ FAMILIES: dict[str, partial[PretrainedConfig]] = {
     "phi3": partial(transformers.Phi3Config, **SIZES, **GQA),
     "gpt_neox": partial(transformers.GPTNeoXConfig, **SIZES),
 }
+# Models whose rotary frequencies depend on the length of a sequence, from 13 tokens on.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 3.0, 6.0, 12.0],
+    "original_max_position_embeddings": 12,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
+LONG = {**SIZES, **GQA, "rope_parameters": LONGROPE}
+SHORT = {**SIZES, **GQA, "rope_parameters": DYNAMIC, "max_position_embeddings": 12}
+SCALED: dict[str, partial[PretrainedConfig]] = {
+    "phi3_longrope": partial(transformers.Phi3Config, **LONG, original_max_position_embeddings=12),
+    "llama_longrope": partial(transformers.LlamaConfig, **LONG),
+    "llama_dynamic": partial(transformers.LlamaConfig, **SHORT),
+    "gemma2_dynamic": partial(transformers.Gemma2Config, **SHORT, **GEMMA, **SOFT_CAPS),
+}
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -82,7 +100,8 @@ def injection(family: str = "llama") -> Injection:
     One per process: tests that change the model take a `fresh` copy.
     """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval().requires_grad_(False)
+    config = {**FAMILIES, **SCALED}[family]()
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() == 1:  # norms start at 1 and biases at 0, which would hide mistakes
             parameter.uniform_(0.5, 1.5)
@@ -252,7 +271,8 @@ def make_engine(
         pool.register(digest, lambda adapter=adapter: adapter)
     blocks = BlockPool(num_blocks + 1, block_size)
     root_of = (lambda selection: root_key(*selection)) if prefix_caching else None
-    scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, root_of)
+    rope = rope_scaling(inj.model.config)
+    scheduler = Scheduler(blocks, max_num_seqs, max_num_batched_tokens, root_of, rope)
     runner = ModelRunner(
         inj,
         pool,
@@ -260,8 +280,10 @@ def make_engine(
         take_weights=take_weights,
         kernel=kernel(inj) if native else None,
         int8=int8,
+        rope=rope,
     )
-    return Engine(runner, scheduler, tokenizer(), frozenset(), max_model_len), pool
+    num_tokens = inj.model.config.vocab_size
+    return Engine(runner, scheduler, tokenizer(), frozenset(), max_model_len, num_tokens), pool
 
 
 def ask(
@@ -277,9 +299,9 @@ def ask(
     return Request(name, prompt, sampling=sampling, selection=selection, deadline=deadline)
 
 
-def pulled_base(folder: Path) -> BaseModel:
-    """The tiny Llama and its tokenizer, pulled into `folder/home` under the name "tiny"."""
-    model = injection().model
+def pulled_base(folder: Path, family: str = "llama") -> BaseModel:
+    """A tiny model and its tokenizer, pulled into `folder/home` under the name "tiny"."""
+    model = injection(family).model
     model.save_pretrained(folder / "tiny")
     tokenizer().save_pretrained(folder / "tiny")
     return pull(str(folder / "tiny"), home=folder / "home")

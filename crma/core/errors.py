@@ -11,6 +11,7 @@ CrmaError
     ├── DigestMismatch   a file is not the one its manifest describes
     ├── BaseMismatch     an adapter was made for another base model
     ├── LineageMismatch  a LoRA meets a backbone other than its own or one of its descendants
+    ├── VersionServes    a version that serves cannot be removed
     └── InvalidAdapter   wrong shape, unknown or missing tensor, pickle, unsafe path, unknown field
 
 To add an error, derive it here and add its line above. If a request can cause it, also give it an
@@ -81,6 +82,10 @@ class BaseMismatch(StoreError):
 
 class LineageMismatch(StoreError):
     """A LoRA meets a backbone that is neither its own nor a descendant of its own."""
+
+
+class VersionServes(StoreError):
+    """A version that serves cannot be removed."""
 
 
 class InvalidAdapter(StoreError):

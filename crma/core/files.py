@@ -186,13 +186,13 @@ def publish_folder(root: Path, target: Path, files: Mapping[str, bytes]) -> None
         for name, data in files.items():
             _write_synced(temporary / name, data)
         os.chmod(temporary, 0o755)
-        _sync_folder(temporary)
+        sync_folder(temporary)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for folder in target.parents:
-        _sync_folder(folder)
+        sync_folder(folder)
         if folder == root:
             break
 
@@ -206,7 +206,7 @@ def replace_file(path: Path, data: bytes) -> None:
     temporary.unlink(missing_ok=True)
     _write_synced(temporary, data)
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -216,7 +216,8 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Make sure that the names in a folder survive a crash."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

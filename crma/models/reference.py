@@ -3,13 +3,15 @@
 It is slow on purpose, so that it stays simple.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crma.method.injection import Injection, Plan
+from crma.models.rope import rope_scaling
 
 Choose = Callable[[Tensor, Sequence[int]], int]
 """Chooses the next token from its fp32 logits [vocab] and the tokens generated so far."""
@@ -36,6 +38,18 @@ def likeliest(logits: Tensor, _: Sequence[int]) -> int:
     return scores.index(max(scores))
 
 
+def forget_lengths(model: nn.Module) -> None:
+    """Give a model the rotary frequencies back that it was loaded with.
+
+    transformers' dynamic ones stay those of the longest sequence until a short one comes.
+    """
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if isinstance(getattr(module, "rope_type", None), str):
+            module.inv_freq = module.original_inv_freq.clone()
+            module.max_seq_len_cached = module.original_max_seq_len
+
+
 def generate(
     injection: Injection,
     prompt_ids: Sequence[int],
@@ -58,6 +72,8 @@ def generate(
     device = next(injection.model.parameters()).device
     ids = torch.tensor([list(prompt_ids)], device=device)
     cache = None
+    rope = rope_scaling(injection.model.config)
+    forget_lengths(injection.model)
     tokens: list[int] = []
     logprobs: list[float] = []
     with torch.inference_mode(), injection.active(plan or Plan()):
@@ -71,4 +87,7 @@ def generate(
             tokens.append(token)
             logprobs.append(torch.log_softmax(logits, -1)[token].item())
             ids = torch.tensor([[token]], device=device)
+            if rope is not None and rope.is_outgrown(len(prompt_ids) + len(tokens)):
+                cache = None
+                ids = torch.tensor([[*prompt_ids, *tokens]], device=device)
     return Generation(tuple(tokens), tuple(logprobs), "length")

@@ -29,6 +29,7 @@ from crma.store.entry import (
 from crma.store.manifest import TASK_FILES, Blend
 from crma.store.peft_format import StoredLora, check_fits, lora_from_peft
 from crma.store.publication import Origin
+from crma.store.removal import remove_task
 from crma.store.serving import check_change
 from crma.store.verification import find_problems
 
@@ -306,6 +307,20 @@ class AdapterStore:
                     moved.append(task_channel(name))
                     version = channels.tasks.get(name)
             return self._write(moved, before, channels)
+
+    def remove_task(self, name: str, version: str | None = None) -> tuple[str, ...]:
+        """Removes one version of a task, or all of them, from the disk. Requests that run with one
+        are not concerned.
+
+        Returns:
+            The versions that were removed.
+
+        Raises:
+            NotFound: there is no such task or version.
+            VersionServes: a version to remove serves; nothing is removed.
+            InvalidAdapter: the name is not valid.
+        """
+        return remove_task(self.root, name, version)
 
     # Checking -----------------------------------------------------------------------------------
 

@@ -79,6 +79,12 @@ class Channels(Record):
         """
         return self.backbone if channel == BACKBONE else self.tasks.get(channel_task(channel))
 
+    def versions_named(self, channel: str) -> set[str]:
+        """Every version of a channel that the history names, published still or not."""
+        changes = [change for change in self.history if change.channel == channel]
+        named = {version for change in changes for version in (change.before, change.after)}
+        return {version for version in named if version is not None}
+
     def serve(
         self, channel: str, version: str | None, evidence: Mapping[str, Any] | None = None
     ) -> "Channels":

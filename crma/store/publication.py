@@ -135,8 +135,10 @@ def _publish(
     kind = BackboneManifest if channel == BACKBONE else TaskManifest
     base = {"name": origin["base"].name, "digest": origin["base"].digest}
     with locked(root):
-        taken = versions_in(root, channel)
-        newest = int(taken[-1].removeprefix("v")) if taken else 0
+        channels = read_channels(root)
+        # Not the number of a removed version either: it would be another adapter by now.
+        taken = {*versions_in(root, channel), *channels.versions_named(channel)}
+        newest = max((int(version.removeprefix("v")) for version in taken), default=0)
         version = f"v{newest + 1}"
         described = {**origin, **fields, "base": base, "version": version, "created": now()}
         folder = root / channel_folder(channel) / version
@@ -144,9 +146,8 @@ def _publish(
         if not serve:
             publish_folder(root, folder, complete)
             return version
-        before = read_channels(root)
-        after = before.serve(channel, version)
-        check_change(root, before, after, _entry_of(channel, folder, complete))
+        after = channels.serve(channel, version)
+        check_change(root, channels, after, _entry_of(channel, folder, complete))
         publish_folder(root, folder, complete)
         write_channels(root, after)
     return version

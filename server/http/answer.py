@@ -58,6 +58,10 @@ class Answer(ABC, Generic[Body]):
     def done(self) -> Iterator[str]:
         """The events after the last output."""
 
+    def failed(self, error: ApiError, path: str) -> Iterator[str]:
+        """The events that end a stream in which an error came up."""
+        yield event(error_body(error, path), self.error_event)
+
     async def respond(
         self, request: Request, after_response: AsyncExitStack, *, stream: bool
     ) -> Response:
@@ -91,15 +95,19 @@ class Answer(ABC, Generic[Body]):
         except Exception as error:  # the status is sent already: an error can only be an event
             if not isinstance(error, ApiError):
                 log.exception("unexpected %s in a stream", type(error).__name__)
-            yield event(error_body(to_api_error(error), path), self.error_event)
+            for text in self.failed(to_api_error(error), path):
+                yield text
 
     def provenance(self) -> dict[str, Any]:
-        """Exactly what answered, and with which seed."""
+        """Exactly what answered, and with which seed; `seeds` has those of several prompts."""
         request = self.generation.request
         selection = request.selection
-        return self.frontend.provenance(
+        found = self.frontend.provenance(
             request.sampling.seed, selection.crma_digest, task=selection.task_digest
         )
+        if len(self.generations) > 1:
+            found["seeds"] = [each.request.sampling.seed for each in self.generations]
+        return found
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of tokens."""

@@ -1,7 +1,8 @@
 """The limit of a request body."""
 
 import codecs
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -10,14 +11,23 @@ from server.service.errors import BodyTooLarge
 
 @dataclass
 class BodyLimit:
-    """ASGI middleware: stops reading a body that is over `max_bytes` or not UTF-8, and fails."""
+    """ASGI middleware: stops reading a body that is over `max_bytes` or not UTF-8, and fails.
+
+    uploads: limits of the paths whose POST takes files, in place of `max_bytes`; files may hold any
+        bytes.
+    """
 
     app: ASGIApp
     max_bytes: int
+    uploads: Mapping[str, int] = field(default_factory=dict)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         size = 0
         decoder = codecs.getincrementaldecoder("utf-8")()
+        max_bytes = self.max_bytes
+        is_upload = scope.get("method") == "POST" and scope["path"] in self.uploads
+        if is_upload:
+            max_bytes = self.uploads[scope["path"]]
 
         async def checked_receive() -> Message:
             nonlocal size
@@ -25,11 +35,12 @@ class BodyLimit:
             if message["type"] == "http.request":
                 part = message.get("body", b"")
                 size += len(part)
-                if size > self.max_bytes:
+                if size > max_bytes:
                     error = "the body is over the limit"
-                    limit = f"<= {self.max_bytes} bytes"
+                    limit = f"<= {max_bytes} bytes"
                     raise BodyTooLarge(error, field="body", value=size, allowed=limit)
-                decoder.decode(part, final=not message.get("more_body", False))
+                if not is_upload:
+                    decoder.decode(part, final=not message.get("more_body", False))
             return message
 
         await self.app(scope, checked_receive, send)

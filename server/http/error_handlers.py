@@ -38,6 +38,11 @@ GENERATING = (400, 401, 404, 409, 413, 422, 429, 500, 503, 504)
 MAX_SHOWN = {"message": 500, "field": 200, "value": 200, "allowed": 4000}
 """Characters of each part of an error that an answer shows."""
 
+PROMPT_FIELDS = {"/v1/chat/completions": "messages", "/v1/responses": "input"}
+"""Where a route of OpenAI's has its prompt."""
+
+TOO_LONG = "context_length_exceeded"
+
 Responses = dict[int | str, dict[str, Any]]
 
 
@@ -109,17 +114,18 @@ def _openai_error(error: ApiError, parts: Mapping[str, Any], path: str) -> dict[
     return {
         "message": message,
         "type": "invalid_request_error" if error.status < 500 else "server_error",
-        "param": _openai_field(parts["field"], path),
+        "param": _openai_field(error, parts["field"], path),
         "code": error.code,
     }
 
 
-def _openai_field(field: str | None, path: str) -> str | None:
+def _openai_field(error: ApiError, field: str | None, path: str) -> str | None:
     """The name that a field has in OpenAI's request, if it is another."""
     if field == "task":
         return "model"
-    is_chat = path == "/v1/chat/completions"
-    return "messages" if is_chat and field == "prompt" else field
+    # Of other errors, `prompt` is the field of that name that was sent.
+    is_prompt = field == "messages" or (field == "prompt" and error.code == TOO_LONG)
+    return PROMPT_FIELDS.get(path, field) if is_prompt else field
 
 
 def _as_api_error(request: Request, error: Exception) -> ApiError:

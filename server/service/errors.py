@@ -70,6 +70,14 @@ class AdapterBusy(ApiError, status=409, code="adapter_in_use"):
     """Requests use the adapter, or it is pinned."""
 
 
+class AdapterExists(ApiError, status=409, code="adapter_exists"):
+    """A task of this name serves, and the request does not say to replace it."""
+
+
+class AdapterServes(ApiError, status=409, code="adapter_serves"):
+    """A version that serves cannot be deleted."""
+
+
 class AdapterUnloaded(ApiError, status=409, code="adapter_unloaded"):
     """An administrator unloaded the request's adapter while it ran or waited."""
 
@@ -108,6 +116,10 @@ class Draining(ApiError, status=503, code="draining"):
 
 class DeadlineExceeded(ApiError, status=504, code="deadline_exceeded"):
     """The request's deadline passed."""
+
+
+class StoreNotWritable(ApiError, status=507, code="store_not_writable"):
+    """The store's folder is read-only, or its disk is full."""
 
 
 # The first line whose type matches counts. Errors that no request can cause, such as PullError,

@@ -15,6 +15,7 @@ from server.service.errors import Draining, InvalidField, NotReady, RequestTooLa
 from server.service.generation import Generation
 from server.service.metrics import Metrics
 from server.service.prompt_encoder import Prompt, PromptEncoder
+from server.service.publisher import Publisher
 from server.service.registry import Registry, Resolved
 from server.service.token_texts import TokenTexts
 from server.settings import Settings
@@ -46,16 +47,21 @@ class Frontend:
         max_queue = self.settings.max_queue
         self.encoder = PromptEncoder(self.tokenizer, self.model.num_tokens, max_queue)
         self.texts = TokenTexts(self.tokenizer)
+        self.publisher = Publisher(self.registry, self.engine, self.settings.request_timeout_s)
 
     def resolve(
         self, task: str | None, crma: bool | None, crma_version: str | None = None
     ) -> Resolved:
         """The adapters of a request. Raises NotReady, Draining, and what the registry raises."""
+        self.check_ready()
+        return self.registry.resolve(task, crma, crma_version)
+
+    def check_ready(self) -> None:
+        """Raises NotReady or Draining if the server takes no requests now."""
         if self.draining:
             raise Draining("the server is stopping and takes no new requests")
         if not self.registry.verified:
             raise NotReady("the adapter store is not verified yet; try again")
-        return self.registry.resolve(task, crma, crma_version)
 
     def check(
         self,

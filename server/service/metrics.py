@@ -2,8 +2,8 @@
 
 They have two sources. Histograms observe requests as they finish (`generation.py`); everything else
 is read from the engine's `stats()` when Prometheus asks. The `adapter` label takes names of the
-store, `base`, and `_other` for every adapter after the first `max_adapter_labels`: a client cannot
-create new series.
+store, `base`, and `_other`. The first `max_adapter_labels` adapters that requests use have a label
+of their own from then on; all others share `_other`. A client cannot create new series.
 """
 
 import math
@@ -109,6 +109,9 @@ class Metrics(Collector):
         self.verification_failures = counter(
             "adapter_verification_failures", "Problems found in the store."
         )
+        self.store_problems = gauge(
+            "store_problems", "Problems in the store as it was last read; 0 once they are mended."
+        )
         self.tasks_unable = gauge(
             "tasks_unable", "Serving tasks that cannot answer; /readyz says why."
         )
@@ -123,13 +126,16 @@ class Metrics(Collector):
         )
 
     def adapter_label(self, name: str | None) -> str:
-        """The bounded label of a store name; None is the base model."""
+        """The bounded label of a store name that a request uses; None is the base model."""
         if name is None:
             return "base"
-        if name not in self._labelled and len(self._labelled) >= self._max_adapter_labels:
-            return "_other"
-        self._labelled.add(name)
-        return name
+        if len(self._labelled) < self._max_adapter_labels:
+            self._labelled.add(name)
+        return self._known_label(name)
+
+    def _known_label(self, name: str) -> str:
+        """The label that requests have given to a store name."""
+        return name if name in self._labelled else "_other"
 
     def count_request(self, labels: Labels, reason: str, timings: Timings | None) -> None:
         """Count a request that has ended.
@@ -191,10 +197,10 @@ class Metrics(Collector):
         family = GaugeMetricFamily(
             "crma_adapter_resident", "Versions of the adapter in memory.", labels=("adapter",)
         )
-        counts = Counts({self.adapter_label(name): 0 for name in names.values()})
+        counts = Counts({self._known_label(name): 0 for name in names.values()})
         for digest, name in names.items():
             if digest in stats.resident:
-                counts[self.adapter_label(name)] += 1
+                counts[self._known_label(name)] += 1
         for label, count in counts.items():
             family.add_metric((label,), count)
         return family

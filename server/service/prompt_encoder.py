@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -49,7 +50,13 @@ class PromptEncoder:
         self._slots = asyncio.Semaphore(max_waiting + 1)  # one is encoded, the others wait
 
     async def encode(
-        self, prompt: Prompt, prompt_format: PromptFormat | None, *, raw: bool, answer: str | None
+        self,
+        prompt: Prompt,
+        prompt_format: PromptFormat | None,
+        *,
+        raw: bool,
+        add_special_tokens: bool = True,
+        answer: str | None,
     ) -> EncodedPrompt:
         """Encode a prompt and, where one is given, the answer that follows it.
 
@@ -57,21 +64,24 @@ class PromptEncoder:
             prompt: text goes through `prompt_format` unless `raw`; a conversation through the
                 chat template.
             prompt_format: None: the raw format. It also says which token ends an answer.
+            add_special_tokens: whether raw text gets those that the tokenizer adds.
 
         Raises:
-            InvalidField: a token id that does not exist.
+            InvalidField: a token id that does not exist, or text with a token that the model lacks.
             ConfigError: the chat template refuses these turns.
             QueueFull: `max_waiting` prompts wait already.
         """
         if not isinstance(prompt, str | Conversation):
-            self._check_ids(prompt)
+            self.check_ids(prompt, "prompt")
         if self._slots.locked():
             raise QueueFull(self.max_waiting, retry_after=1.0)
         trained = prompt_format or self._raw
+        as_sent = self._raw if add_special_tokens else replace(self._raw, head="")
 
         def encode() -> EncodedPrompt:
-            prompt_ids = self._prompt_ids(prompt, self._raw if raw else trained)
+            prompt_ids = self._prompt_ids(prompt, as_sent if raw else trained)
             answer_ids = [] if answer is None else encode_text(self.tokenizer, answer)
+            self._check_rows((*prompt_ids, *answer_ids))
             stop_id = trained.stop_id(self.tokenizer)
             return EncodedPrompt(tuple(prompt_ids), tuple(answer_ids), stop_id)
 
@@ -83,18 +93,31 @@ class PromptEncoder:
         # Decoding only reads the tokenizer, so it need not wait for the thread that encodes.
         return self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
 
+    def token_strs(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the tokenizer's vocabulary has it: "Ġthe", not " the"."""
+        return self.tokenizer.convert_ids_to_tokens(list(token_ids))
+
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _check_ids(self, prompt: Sequence[int]) -> None:
-        """Raises InvalidField that names the first token id out of range."""
-        for position, token_id in enumerate(prompt):
+    def check_ids(self, token_ids: Sequence[int], name: str) -> None:
+        """Raises InvalidField that names the first token id out of range, as `name.position`."""
+        for position, token_id in enumerate(token_ids):
             if not 0 <= token_id < self.num_tokens:
-                field = f"prompt.{position}"
+                field = f"{name}.{position}"
                 allowed = f"0 to {self.num_tokens - 1}"
                 message = f"{field}: no such token"
                 raise InvalidField(message, field=field, value=token_id, allowed=allowed)
+
+    def _check_rows(self, token_ids: Sequence[int]) -> None:
+        """Raises InvalidField for a token of the tokenizer that the model has no row for."""
+        unknown = [token_id for token_id in token_ids if token_id >= self.num_tokens]
+        if unknown:
+            text = self.text(unknown[:1])
+            message = f"the base model has no embedding for the token {text!r}"
+            allowed = f"text whose token ids are below {self.num_tokens}"
+            raise InvalidField(message, field="prompt", value=text, allowed=allowed)
 
     def _prompt_ids(self, prompt: Prompt, prompt_format: PromptFormat) -> Sequence[int]:
         if isinstance(prompt, str):

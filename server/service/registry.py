@@ -9,10 +9,10 @@ that they started with.
 import asyncio
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from crma.core.errors import LineageMismatch, NotFound, StoreError
 from crma.core.selection import AdapterSelection
@@ -25,6 +25,9 @@ from crma.store.serving import lineage_problem
 from server.engine.inference_engine import InferenceEngine
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
+
+if TYPE_CHECKING:
+    from server.engine.inference_engine import Loader
 
 log = logging.getLogger("server")
 
@@ -68,6 +71,11 @@ class _View:
         for _, versions in sorted(self.tasks.items()):
             found += [entry for entry in versions.values() if isinstance(entry, TaskEntry)]
         return found
+
+    def num_refused(self) -> int:
+        """How many versions may not serve."""
+        entries = [entry for versions in self.tasks.values() for entry in versions.values()]
+        return sum(isinstance(entry, StoreError) for entry in (*entries, *self.backbones.values()))
 
     def sound_backbones(self) -> list[BackboneEntry]:
         """Every version of the backbone that may serve."""
@@ -125,6 +133,7 @@ class Registry:
         self._num_parameters: dict[str, int] = {}  # by digest, of the adapters that were checked
         self._fingerprint_read: object = None
         self._watching: asyncio.Task[None] | None = None
+        self._refreshing = asyncio.Lock()  # else an older view could replace a newer one
 
     async def start(self) -> None:
         """Verify the whole store, log every problem, and start to watch it.
@@ -147,27 +156,8 @@ class Registry:
     async def refresh(self) -> None:
         """Read the store if it changed. New versions are checked, and loaded where they replace a
         resident one, before the view changes."""
-        fingerprint = await asyncio.to_thread(self._fingerprint)
-        if fingerprint == self._fingerprint_read:
-            return
-        try:
-            view = await asyncio.to_thread(self._read)
-        except StoreError as error:  # channels.json is damaged: keep serving the last view
-            self._report(error)
-            view = self._view
-        sound: list[TaskEntry | BackboneEntry] = [*view.sound_tasks(), *view.sound_backbones()]
-        for entry in sound:
-            loader = partial(entry.load, self.shape)
-            self.engine.register(entry.digest, loader, self._num_parameters[entry.digest])
-        await self._preload(view)
-        problems = self.problems
-        self._view = view
-        self._fingerprint_read = fingerprint
-        self.metrics.set_backbone(self.backbone)
-        self.metrics.tasks_unable.set(len(self.problems))
-        for name, message in self.problems.items():
-            if self.verified and problems.get(name) != message:
-                log.error("task %s cannot serve: %s", name, message)
+        async with self._refreshing:
+            await self._refresh()
 
     def resolve(
         self, task: str | None, crma: bool | None, crma_version: str | None = None
@@ -209,7 +199,7 @@ class Registry:
         if versions is None:
             hint = "; leave task out for the base model" if name == "base" else ""
             message = f"no task {name!r} in this server's store{hint}"
-            raise NotFound(message, field="task", value=task, allowed=sorted(self._view.tasks))
+            raise NotFound(message, field="task", value=task, allowed=self.task_names)
         entry = versions.get(version if at else self._view.serving[name])
         if entry is None:
             allowed = [f"{name}@{known}" for known in versions]
@@ -244,6 +234,64 @@ class Registry:
     def names(self) -> dict[str, str]:
         """Digest to name, of every sound version."""
         return {entry.digest: entry.name for entry in self._view.sound_tasks()}
+
+    @property
+    def task_names(self) -> list[str]:
+        """The names of the tasks that serve, sound or not, sorted."""
+        return sorted(self._view.tasks)
+
+    def versions(self, name: str) -> list[TaskEntry]:
+        """Every sound version of a task that serves."""
+        return [entry for entry in self._view.sound_tasks() if entry.name == name]
+
+    async def hold(self, entry: TaskEntry) -> None:
+        """Keep an adapter loadable from memory whose files are about to go, for requests that have
+        it already."""
+        try:
+            lora = await asyncio.to_thread(entry.load, self.shape)
+        except StoreError:  # damaged: no request has it
+            return
+        self._register(entry, lambda: lora)
+
+    def forget(self, entries: Sequence[TaskEntry], after_s: float) -> None:
+        """End `hold`, after seconds in which every request that has one of them ends."""
+
+        def forget() -> None:
+            named = self.names()
+            for entry in entries:
+                if entry.digest not in named:  # nor published again meanwhile
+                    self._register(entry, partial(entry.load, self.shape))
+
+        asyncio.get_running_loop().call_later(after_s, forget)
+
+    async def _refresh(self) -> None:
+        fingerprint = await asyncio.to_thread(self._fingerprint)
+        if fingerprint == self._fingerprint_read:
+            return
+        num_damaged_files = 0
+        try:
+            view = await asyncio.to_thread(self._read)
+        except StoreError as error:  # channels.json is damaged: keep serving the last view
+            self._report(error)
+            view = self._view
+            num_damaged_files = 1
+        self.metrics.store_problems.set(view.num_refused() + num_damaged_files)
+        sound: list[TaskEntry | BackboneEntry] = [*view.sound_tasks(), *view.sound_backbones()]
+        for entry in sound:
+            self._register(entry, partial(entry.load, self.shape))
+        await self._preload(view)
+        problems = self.problems
+        self._view = view
+        self._fingerprint_read = fingerprint
+        self.metrics.set_backbone(self.backbone)
+        self._show_problems(problems)
+
+    def _show_problems(self, before: Mapping[str, str]) -> None:
+        """Count the tasks that cannot serve, and log those that could `before`."""
+        self.metrics.tasks_unable.set(len(self.problems))
+        for name, message in self.problems.items():
+            if self.verified and before.get(name) != message:
+                log.error("task %s cannot serve: %s", name, message)
 
     async def _preload(self, view: _View) -> None:
         """Load new versions that replace a resident one, so that no request waits for them."""
@@ -293,6 +341,10 @@ class Registry:
                 if version is not None and version not in backbones:
                     backbones[version] = self._checked(read, version)
         return _View(tasks, dict(channels.tasks), backbones, channels.backbone)
+
+    def _register(self, entry: TaskEntry | BackboneEntry, loader: "Loader") -> None:
+        num_parameters = self._num_parameters.get(entry.digest, 0)  # an estimate until it is loaded
+        self.engine.register(entry.digest, loader, num_parameters)
 
     def _checked(self, read: Callable[[str], Entry], version: str) -> Entry | StoreError:
         """The entry, or the problem with it. Its weights are checked once in this process."""

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,6 +25,7 @@ OPTIONS: dict[str, Any] = {
     "seed": 3,
     "logprobs": True,
 }
+MESSAGES = [{"role": "user", "content": "Hi"}]
 QUESTION = {"id": "q1", "task": "medical", "question": "One?", "answers": ["x"]}
 ABLATION: dict[str, Any] = {"questions": [QUESTION], "max_tokens": 4}
 
@@ -105,6 +107,9 @@ def call_everything(client: Client) -> dict[str, Any]:
         "metrics": "# TYPE crma_" in client.metrics(),
         "variants": client.ablation(**ABLATION)["variants"],
         "adapters": client.adapters(),
+        "tokens of a prompt": client.tokenize("Hi", return_token_strs=True),
+        "tokens of a talk": client.tokenize(messages=MESSAGES, model="legal"),
+        "text": client.detokenize((5, 9)),
     }
 
 
@@ -123,30 +128,63 @@ async def call_everything_async(client: AsyncClient) -> dict[str, Any]:
         "metrics": "# TYPE crma_" in await client.metrics(),
         "variants": report["variants"],
         "adapters": await client.adapters(),
+        "tokens of a prompt": await client.tokenize("Hi", return_token_strs=True),
+        "tokens of a talk": await client.tokenize(messages=MESSAGES, model="legal"),
+        "text": await client.detokenize((5, 9)),
     }
+
+
+def blocking(client: AsyncClient, api_key: str) -> Client:
+    """A blocking client, for another thread, of the app that an async one talks to."""
+    loop = asyncio.get_running_loop()
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        """Hands the request to the loop in which the app runs."""
+        content = request.read()
+        again = httpx.Request(request.method, request.url, headers=request.headers, content=content)
+        sent = client._http.send(again)
+        answer = asyncio.run_coroutine_threadsafe(sent, loop).result()
+        return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
+
+    return Client("http://test", api_key=api_key, transport=httpx.MockTransport(handler))
 
 
 async def test_the_blocking_client_returns_the_same_as_the_async_client(
     client: AsyncClient,
 ) -> None:
-    loop = asyncio.get_running_loop()
-    http = client._http
-
-    def handler(request: httpx.Request) -> httpx.Response:
-        """Runs in a thread and hands the request to the loop in which the app runs."""
-        answer = asyncio.run_coroutine_threadsafe(http.send(request), loop).result()
-        return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
-
-    transport = httpx.MockTransport(handler)
-    with Client("http://test", api_key="key", transport=transport) as blocking_client:
-        blocking = await asyncio.to_thread(call_everything, blocking_client)
+    with blocking(client, "key") as blocking_client:
+        returned = await asyncio.to_thread(call_everything, blocking_client)
     awaited = await call_everything_async(client)
-    assert blocking == awaited
+    assert returned == awaited
     assert awaited["health"] is awaited["ready"] is awaited["metrics"] is True
     assert awaited["stream choices"] == awaited["choices"]
     (choice,) = awaited["choices"]
     assert choice.text == "".join(token.text for token in awaited["tokens"])
     assert choice.finish_reason == "length"
+
+
+async def test_a_folder_is_uploaded_and_deleted_by_either_client(
+    client: AsyncClient, store: AdapterStore, tmp_path: Path
+) -> None:
+    admin = AsyncClient("http://test", api_key="admin", transport=client._http._transport)
+    folder = store.task("legal").path
+    first = await admin.upload_adapter("new", folder, licence="MIT")
+    with blocking(client, "admin") as blocking_admin:
+        second = await asyncio.to_thread(blocking_admin.upload_adapter, "new", str(folder))
+    assert (first["version"], second["version"]) == ("v1", "v2")
+    assert store.task("new", "v1").manifest.licence == "MIT"
+    assert (await client.generate("Hi", task="new", max_tokens=2)).text
+    with pytest.raises(errors.Conflict, match="serves"):
+        await admin.delete_adapter("new@v2")
+    with blocking(client, "admin") as blocking_admin:
+        deleted = await asyncio.to_thread(blocking_admin.delete_adapter, "new@v1")
+    assert deleted == {"name": "new", "deleted": ["v1"]}
+    with pytest.raises(errors.NotFound):
+        await admin.delete_adapter("a/../b")
+    with pytest.raises(errors.InvalidArgument, check=lambda error: error.field == "folder"):
+        await admin.upload_adapter("new", tmp_path)
+    with pytest.raises(errors.StatusError, check=lambda error: error.status == 403):
+        await client.upload_adapter("new", folder)
 
 
 async def test_only_an_administrator_uploads_a_question_set(client: AsyncClient) -> None:

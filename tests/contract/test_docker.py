@@ -38,6 +38,16 @@ def test_dashboards_and_alerts_read_metrics_that_exist(path: str) -> None:
     assert read <= served_names()
 
 
+def test_no_alert_compares_a_counter_with_a_number() -> None:
+    """A counter never falls, so such an alert would never clear: take its rate or increase."""
+    alerts = (ROOT / "docker/alerts.yml").read_text("utf-8")
+    expressions = re.findall(r"^ +expr: (.*)$", alerts, re.MULTILINE)
+    assert expressions
+    counters = re.compile(r"(?<!rate\()(?<!increase\()\bcrma_\w+(?:_total|_bucket|_sum|_count)\b")
+    for expression in expressions:
+        assert not counters.search(expression), expression
+
+
 def test_the_image_and_compose_use_settings_that_exist() -> None:
     known = {f"CRMA_{name.upper()}" for name in Settings.model_fields}
     for path in ("Dockerfile", "docker/compose.yaml", "docker/alerts.yml", "Makefile"):

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_settings_exist() -> None:
 
 
 def test_bodies_of_curl_commands_are_accepted_by_the_schemas() -> None:
-    from server.http import openai_schemas, schemas
+    from server.http import openai_schemas, publishing_schemas, schemas
 
     bodies: dict[str, Any] = {
         "/generate": schemas.GenerateRequest,
@@ -160,6 +161,11 @@ def test_bodies_of_curl_commands_are_accepted_by_the_schemas() -> None:
     for words in curls:
         address = next(word for word in words if word.startswith("127.0.0.1:8000/"))
         path = address.removeprefix("127.0.0.1:8000")
+        if "-F" in words:
+            parts = [word.partition("=") for option, word in pairwise(words) if option == "-F"]
+            fields = {name: value for name, _, value in parts if not value.startswith("@")}
+            publishing_schemas.UploadForm.model_validate_strings(fields)
+            continue
         bodies[path].model_validate_json(words[words.index("-d") + 1])
         sent.add(path)
     assert sent == bodies.keys()

@@ -1,12 +1,13 @@
 """Solo = batched on the real base model and the shipped adapters.
 
-fp32 agrees to the token, except where a draw falls on the border between two; bf16 agrees except
-where the oracle sees a near tie.
+fp32 agrees to the token, except where a draw falls on the border between two. In bf16, our errors
+against fp32 are as large as those of transformers' modules.
 """
 
 import operator
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import paths
@@ -15,7 +16,9 @@ import tiny
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from rounding import MAX_RATIO, Rounding
 from schedules import Answer, Call, World, calls, is_at_border, mismatches, run
+from torch import Tensor
 
 from crma.evaluation.question_set import read_question_set
 from crma.method.injection import Injection
@@ -29,9 +32,9 @@ pytestmark = pytest.mark.e2e
 
 STORE = AdapterStore(paths.STORE)
 QUESTIONS = read_question_set(STORE.root / "question_sets" / "public.jsonl").questions
-# Of a log-probability. In bf16, logits near 20 are 1/8 apart, and the oracle itself differs by up
-# to 0.67 from what it gives in fp32.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.6}
+TOLERANCE = 1e-4  # of a log-probability, in fp32
+# Schedules. Many CPUs have no arithmetic for bf16, and take some thirty times as long for it.
+NUM_SCHEDULES = {torch.float32: 20, torch.bfloat16: 8}
 LIMITS = {
     "max_num_seqs": st.integers(2, 8),
     "max_num_batched_tokens": st.sampled_from([16, 48, 256]),
@@ -42,10 +45,10 @@ LIMITS = {
 }
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
-def world(request: pytest.FixtureRequest) -> World:
+def real_world(dtype: torch.dtype) -> World:
+    """The real base model and the shipped adapters."""
     base = find_base()
-    injection = Injection(load_model(base, torch.device("cpu"), request.param))
+    injection = Injection(load_model(base, torch.device("cpu"), dtype))
     adapters = {
         "task-0": STORE.task("medical").load(),
         "task-1": STORE.task("legal").load(),
@@ -54,6 +57,19 @@ def world(request: pytest.FixtureRequest) -> World:
         "crma-1": tiny.backbone(injection, seed=1),
     }
     return World(injection, adapters, load_tokenizer(base))
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def world(request: pytest.FixtureRequest) -> World:
+    return real_world(request.param)
+
+
+@pytest.fixture(scope="module")
+def exact(world: World) -> World:
+    """The same weights in fp32; the base model's are recorded in bf16."""
+    if world.injection.model.dtype == torch.float32:
+        return world
+    return real_world(torch.float32)
 
 
 def prompts(world: World) -> st.SearchStrategy[tuple[int, ...]]:
@@ -76,23 +92,25 @@ def is_greedy(call: Call) -> bool:
     return neutral == SamplingParams(max_tokens=1)
 
 
-def compare(world: World, call: Call, answer: Answer) -> tuple[float, float]:
-    """Compare a greedy answer with one pass of the oracle over the prompt and that answer.
+def of_answer(world: World, call: Call, answer: Answer) -> Tensor:
+    """The oracle's distribution [n, vocab] of each token of an answer, from one pass."""
+    return world.distribution(call, answer.tokens)[len(call.prompt) - 1 :]
+
+
+def gap_at_divergence(rows: Tensor, answer: Answer, alone: Sequence[int]) -> float:
+    """How far apart the first token that differs from the oracle's and the oracle's own are.
+
+    Args:
+        rows: [n, vocab] log-probabilities of each token of the answer.
+        alone: the oracle's answer.
 
     Returns:
-        The largest difference of a log-probability; and the gap, in the oracle's log-probabilities,
-        between the first token that differs from the oracle's and the oracle's own (0 if none).
+        0 if none differs.
     """
-    rows = world.distribution(call, answer.tokens)[len(call.prompt) - 1 :]
-    reported = torch.tensor([one.logprob for one in answer.logprobs])
-    tokens = torch.tensor(answer.tokens)
-    expected = rows.gather(-1, tokens[:, None])[:, 0]
-    difference = (reported - expected).abs().max().item()
-    alone = world.alone(call, 0, world.request("", call).stop_token_ids).token_ids
     for row, token, oracle_token in zip(rows, answer.tokens, alone, strict=False):
         if token != oracle_token:
-            return difference, abs(row[token] - row[oracle_token]).item()
-    return difference, 0.0
+            return abs(row[token] - row[oracle_token]).item()
+    return 0.0
 
 
 @dataclass
@@ -100,9 +118,10 @@ class Comparison:
     """Compares schedules with the oracle and counts what they covered."""
 
     world: World
+    exact: World  # in fp32
     counts: Counter[str] = field(default_factory=Counter)
-    max_difference: float = 0.0  # of a log-probability
-    max_gap: float = 0.0  # where a greedy token is not the oracle's
+    rounding: Rounding = field(default_factory=Rounding)
+    max_gap: float = 0.0  # in fp32, where a greedy token is not the oracle's
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,34 +134,48 @@ class Comparison:
         counted.
         """
         for call, index, answer in answered:
-            wrong = mismatches(self.world, answer, call, index, TOLERANCE[self.dtype])
-            if wrong and self.dtype == torch.float32:
-                at_border = is_at_border(self.world, answer, call, index, TOLERANCE[self.dtype])
-                assert at_border, (wrong, call, index, answer)
-                self.counts["at a border"] += 1
             assert answer.reason is not FinishReason.ERROR
-            if is_greedy(call) and answer.tokens:
-                difference, gap = compare(self.world, call, answer)
-                self.max_difference = max(self.max_difference, difference)
-                self.max_gap = max(self.max_gap, gap)
-                self.counts["greedy"] += 1
-                if "tokens" in wrong:
-                    self.counts["divergences"] += 1
+            if self.dtype == torch.float32:
+                self._check_equal(call, index, answer)
+            elif is_greedy(call) and answer.tokens:
+                self._compare_rounding(call, answer)
             self.counts["tokens"] += len(answer.tokens)
         self.counts["schedules"] += 1
         self.counts["sequences"] += len(answered)
         self.counts["preemptions"] += engine.counters.num_preemptions
         self.counts["cached tokens"] += engine.counters.prefix_cache_hits
 
+    def _check_equal(self, call: Call, index: int, answer: Answer) -> None:
+        wrong = mismatches(self.world, answer, call, index, TOLERANCE)
+        if wrong:
+            at_border = is_at_border(self.world, answer, call, index, TOLERANCE)
+            assert at_border, (wrong, call, index, answer)
+            self.counts["at a border"] += 1
+
+    def _compare_rounding(self, call: Call, answer: Answer) -> None:
+        """Compare a greedy answer's error with that of the modules in bf16, both against fp32."""
+        rows = of_answer(self.exact, call, answer)
+        tokens = torch.tensor(answer.tokens)[:, None]
+        theirs = of_answer(self.world, call, answer).gather(-1, tokens)[:, 0]
+        ours = torch.tensor([one.logprob for one in answer.logprobs])
+        self.rounding.add(ours, theirs, rows.gather(-1, tokens)[:, 0])
+        alone = self.world.alone(call, 0, self.world.request("", call).stop_token_ids).token_ids
+        gap = gap_at_divergence(rows, answer, alone)
+        self.max_gap = max(self.max_gap, gap)
+        self.counts["greedy"] += 1
+        self.counts["divergences"] += gap > 0
+
 
 def test_random_schedules_give_the_oracles_answers(
-    world: World, capsys: pytest.CaptureFixture[str]
+    world: World, exact: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In bf16, a greedy token may differ only where the oracle sees almost a tie. Prints counts."""
-    comparison = Comparison(world)
+    """In bf16 our error is that of the modules, and a greedy token differs only near a tie."""
+    comparison = Comparison(world, exact)
     schedules = st.lists(calls(prompts(world), 24), min_size=4, max_size=9)
 
-    @settings(derandomize=True, max_examples=20, deadline=None, phases=[Phase.generate])
+    num = NUM_SCHEDULES[comparison.dtype]
+
+    @settings(derandomize=True, max_examples=num, deadline=None, phases=[Phase.generate])
     @given(schedules, st.fixed_dictionaries(LIMITS))
     def compare_all(schedule: list[Call], limits: dict[str, int]) -> None:
         max_model_len = min(limits["room"], 256)
@@ -153,12 +186,15 @@ def test_random_schedules_give_the_oracles_answers(
     counts = comparison.counts
     with capsys.disabled():
         sys.stderr.write(
-            f"\n{comparison.dtype}: {dict(counts)}, largest: "
-            f"log-probability difference {comparison.max_difference}, "
-            f"gap at a divergence {comparison.max_gap}\n"
+            f"\n{comparison.dtype}: {dict(counts)}, largest gap {comparison.max_gap:.4f}, "
+            f"{comparison.rounding}\n"
         )
-    assert counts["preemptions"] > 0, "the schedules must include preemptions"
-    assert counts["cached tokens"] > 0, "the schedules must hit the prefix cache"
+    if comparison.dtype == torch.float32:
+        assert counts["preemptions"] > 0, "the schedules must include preemptions"
+        assert counts["cached tokens"] > 0, "the schedules must hit the prefix cache"
     assert counts["at a border"] <= counts["sequences"] / 50
-    assert comparison.max_difference <= TOLERANCE[comparison.dtype]
-    assert comparison.max_gap <= TOLERANCE[comparison.dtype]
+    if comparison.dtype == torch.bfloat16:
+        rounding = comparison.rounding
+        assert rounding.ratio <= MAX_RATIO, rounding
+        # Two log-probabilities change places only if their errors span the gap between them.
+        assert comparison.max_gap <= 2 * MAX_RATIO * rounding.largest, rounding

@@ -42,7 +42,7 @@ def check(world: World, answered: list[tuple[Call, int, Answer]]) -> None:
         assert not wrong, (wrong, call, index, answer)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.SCALED])
 @EXAMPLES
 @given(
     schedule=st.lists(calls(PROMPTS, 20), min_size=4, max_size=9),

@@ -1,9 +1,12 @@
-"""Builds requests and reads answers, for both clients. Pure functions: nothing here does I/O."""
+"""Builds requests and reads answers, for both clients. Nothing here uses the network."""
 
 import json
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TypedDict
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO, TypedDict
 from urllib.parse import quote
 
 import httpx
@@ -16,6 +19,17 @@ from crma_client.errors import (
     status_error,
 )
 from crma_client.types import Generation, read, read_generation
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What of a PEFT folder is uploaded."""
+
+
+class Form(TypedDict):
+    """Arguments of an httpx request."""
+
+    data: dict[str, str]
+    files: Sequence[tuple[str, BinaryIO]]
+    headers: dict[str, str]
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -92,6 +106,34 @@ def question_set_path(name: str) -> str:
     return f"/question_sets/{quote(name, safe='')}"
 
 
+def adapter_path(task: str) -> str:
+    """The path of one task adapter, as `name` or `name@version`."""
+    return f"/adapters/{quote(task, safe='@')}"
+
+
+@contextmanager
+def upload_form(folder: str | PathLike[str], fields: Mapping[str, str | None]) -> Iterator[Form]:
+    """The files of a PEFT folder and the fields that are not None, as httpx sends a form.
+
+    The files are open within the block, and read while they are sent.
+
+    Raises:
+        InvalidArgument: a file cannot be opened.
+    """
+    boundary = secrets.token_hex(16)
+    with ExitStack() as opened:
+        try:
+            files = [("files", opened.enter_context(open(Path(folder) / n, "rb"))) for n in FILES]
+        except OSError as error:
+            message = f"folder must hold {' and '.join(FILES)}: {error}"
+            raise InvalidArgument(message, field="folder", value=str(folder)) from error
+        yield {
+            "data": {name: value for name, value in fields.items() if value is not None},
+            "files": files,
+            "headers": {"Content-Type": f"multipart/form-data; boundary={boundary}"},
+        }
+
+
 def write_body(fields: Mapping[str, Any]) -> bytes:
     """Write the fields that are not None as JSON. The server judges their names and values.
 
@@ -128,12 +170,12 @@ def transport_errors() -> Iterator[None]:
 
 
 def checked(response: httpx.Response, *accepted: int) -> httpx.Response:
-    """Return the response if its status is 200, 202 or one of `accepted`.
+    """Return the response if its status is 200, 201, 202 or one of `accepted`.
 
     Raises:
         StatusError: any other status. The body of the response must have been read.
     """
-    if response.status_code in (200, 202, *accepted):
+    if response.status_code in (200, 201, 202, *accepted):
         return response
     try:
         body = response.json()

@@ -12,6 +12,9 @@ from crma_client import calls
 from crma_client.streams import AsyncTokenStream, TokenStream
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from os import PathLike
+
     from typing_extensions import Self, Unpack
 
     from crma_client.calls import GenerateOptions
@@ -174,6 +177,54 @@ class Client:
         response = self._send("GET", "/adapters")
         return calls.read_object(response)
 
+    def upload_adapter(
+        self, name: str, folder: str | PathLike[str], *, licence: str | None = None
+    ) -> dict[str, Any]:
+        """Publish a PEFT LoRA on the server as the next version of a task. Needs the admin key.
+
+        Args:
+            name: of the task, which serves this version from now on.
+            folder: holds adapter_config.json and adapter_model.safetensors.
+            licence: of the adapter, such as Apache-2.0, if you know it.
+
+        Returns:
+            The version, as `adapters` lists it.
+
+        Raises:
+            InvalidArgument: a file of the folder cannot be opened.
+        """
+        fields = {"name": name, "licence": licence}
+        with calls.upload_form(folder, fields) as form:
+            response = self._send("POST", "/adapters", **form)
+        return calls.read_object(response)
+
+    def delete_adapter(self, task: str) -> dict[str, Any]:
+        """Delete a version, `name@version`, or all of a task that no longer serves. Needs the admin
+        key.
+        """
+        response = self._send("DELETE", calls.adapter_path(task))
+        return calls.read_object(response)
+
+    def tokenize(self, prompt: str | None = None, **body: Any) -> dict[str, Any]:
+        """Encode a prompt, or with `messages=[…]` a conversation, as the server would to answer it.
+
+        Args:
+            prompt: a raw prompt, which no prompt format changes.
+            body: further fields of POST /tokenize, such as model and messages.
+
+        Returns:
+            Its tokens, their count, and max_model_len, as the server sent them.
+        """
+        content = calls.write_body({"prompt": prompt, **body})
+        response = self._send("POST", "/tokenize", content=content)
+        return calls.read_object(response)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of token ids."""
+        content = calls.write_body({"tokens": list(tokens)})
+        response = self._send("POST", "/detokenize", content=content)
+        return str(calls.read_object(response)["prompt"])
+
     def health(self) -> bool:
         """Whether the server process is alive."""
         response = self._send("GET", "/healthz")
@@ -199,10 +250,12 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _send(self, method: str, path: str, content: bytes | None = None) -> httpx.Response:
+    def _send(
+        self, method: str, path: str, content: bytes | None = None, **form: Any
+    ) -> httpx.Response:
         """Send a request and read the whole response, whatever its status."""
         with calls.transport_errors():
-            return self._http.request(method, path, content=content)
+            return self._http.request(method, path, content=content, **form)
 
 
 class AsyncClient:
@@ -275,6 +328,34 @@ class AsyncClient:
         response = await self._send("GET", "/adapters")
         return calls.read_object(response)
 
+    async def upload_adapter(
+        self, name: str, folder: str | PathLike[str], *, licence: str | None = None
+    ) -> dict[str, Any]:
+        """Publish a PEFT LoRA from a folder; see `Client.upload_adapter`."""
+        fields = {"name": name, "licence": licence}
+        with calls.upload_form(folder, fields) as form:
+            response = await self._send("POST", "/adapters", **form)
+        return calls.read_object(response)
+
+    async def delete_adapter(self, task: str) -> dict[str, Any]:
+        """Delete a version, `name@version`, or all of a task that no longer serves. Needs the admin
+        key.
+        """
+        response = await self._send("DELETE", calls.adapter_path(task))
+        return calls.read_object(response)
+
+    async def tokenize(self, prompt: str | None = None, **body: Any) -> dict[str, Any]:
+        """Encode a prompt or a conversation; see `Client.tokenize`."""
+        content = calls.write_body({"prompt": prompt, **body})
+        response = await self._send("POST", "/tokenize", content=content)
+        return calls.read_object(response)
+
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of token ids."""
+        content = calls.write_body({"tokens": list(tokens)})
+        response = await self._send("POST", "/detokenize", content=content)
+        return str(calls.read_object(response)["prompt"])
+
     async def health(self) -> bool:
         """Whether the server process is alive."""
         response = await self._send("GET", "/healthz")
@@ -300,7 +381,9 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    async def _send(self, method: str, path: str, content: bytes | None = None) -> httpx.Response:
+    async def _send(
+        self, method: str, path: str, content: bytes | None = None, **form: Any
+    ) -> httpx.Response:
         """Send a request and read the whole response, whatever its status."""
         with calls.transport_errors():
-            return await self._http.request(method, path, content=content)
+            return await self._http.request(method, path, content=content, **form)

@@ -25,6 +25,14 @@ def root_key(*identity: str | None) -> Key:
     return hashlib.sha256(b"root" + json.dumps(identity).encode()).digest()
 
 
+def scaled_key(previous: Key, length: int) -> Key:
+    """Return the start of the chains under the rotary frequencies of a length.
+
+    Its prefix differs too.
+    """
+    return hashlib.sha256(b"rope" + previous + array("q", [length]).tobytes()).digest()
+
+
 def next_key(previous: Key, token_ids: Sequence[int]) -> Key:
     """Return the key of the block that holds `token_ids` and follows the block `previous`."""
     return hashlib.sha256(b"block" + previous + array("q", token_ids).tobytes()).digest()

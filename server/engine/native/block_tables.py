@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from crma.core.selection import AdapterSelection
-from server.engine.native.block_pool import BlockPool, Key, next_key
+from crma.models.rope import RopeScaling
+from server.engine.native.block_pool import BlockPool, Key, next_key, scaled_key
 from server.engine.native.sequence import Sequence
 
 RootOf = Callable[[AdapterSelection], Key]
@@ -18,10 +19,12 @@ class BlockTables:
         pool: all blocks.
         root_of: the key from which the chains of a selection's blocks start; None turns the prefix
             cache off.
+        rope: how keys depend on a sequence's length; None: they do not.
     """
 
     pool: BlockPool
     root_of: RootOf | None
+    rope: RopeScaling | None = None
 
     def find_cached(self, sequence: Sequence) -> list[int]:
         """Return the blocks that already hold the beginning of a sequence, unchanged.
@@ -62,6 +65,11 @@ class BlockTables:
         sequence.block_table = []
         sequence.num_computed_tokens = 0
 
+    def forget(self, sequence: Sequence) -> None:
+        """`free` for a sequence whose keys and values would be others now."""
+        self.free(sequence)
+        sequence.block_keys = []
+
     def mark_computed(self, sequence: Sequence, num_tokens: int) -> None:
         """Record that the first `num_tokens` tokens are in the cache; full blocks can be found."""
         first_new = sequence.num_computed_tokens // self.pool.block_size
@@ -74,11 +82,21 @@ class BlockTables:
 
     def _key(self, sequence: Sequence, index: int) -> Key:
         """Return the key of block number `index` of a sequence, which has to be full."""
-        assert self.root_of is not None
         keys = sequence.block_keys
         size = self.pool.block_size
         while len(keys) <= index:
-            previous = keys[-1] if keys else self.root_of(sequence.request.selection)
+            previous = keys[-1] if keys else self._root(sequence)
             start = len(keys) * size
             keys.append(next_key(previous, sequence.token_ids[start : start + size]))
         return keys[index]
+
+    def _root(self, sequence: Sequence) -> Key:
+        """The start of a sequence's chain: all that its keys and values depend on, but tokens."""
+        assert self.root_of is not None
+        root = self.root_of(sequence.request.selection)
+        if self.rope is None:
+            return root
+        # The first token's frequencies decide those of all others at the same positions.
+        num_prompt_tokens = len(sequence.request.prompt_ids)
+        length = self.rope.length_at(0, num_prompt_tokens, len(sequence.token_ids))
+        return scaled_key(root, length)

@@ -27,6 +27,7 @@ from server.engine.native.lora_stack import NO_ADAPTER, Site
 Linear = Callable[[Tensor], Tensor]  # [T, in] -> [T, out]
 Join = Callable[[list[nn.Linear]], Linear]  # linears on the same input -> one linear
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [T, 1, e], the first half of the sines negated
+Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # h, positions -> cosines, sines
 AddDelta = Callable[[int], None]  # adds a backbone's delta of the layer with this index
 
 COVERED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -89,6 +90,7 @@ class Decoder:
             decoder can compute.
         kernel: computes everything except the products; None: torch does.
         int8: round the linears' weights to 8 bits and let the kernel compute their products.
+        rotary: takes the place of the model's rotary embedding.
     """
 
     @torch.no_grad()
@@ -99,6 +101,7 @@ class Decoder:
         take_weights: bool = False,
         kernel: Kernel | None = None,
         int8: bool = False,
+        rotary: Rotary | None = None,
     ) -> None:
         config = model.config
         self.config = config
@@ -114,7 +117,7 @@ class Decoder:
         join: Join = _join
         if int8 and kernel is not None:
             join = partial(_join_in_int8, kernel)
-        self._rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = inner.rotary_emb
+        self._rotary: Rotary = rotary or inner.rotary_emb
         self._embedding = tokens.weight.data
         self._norm = inner.norm.weight.data
         self._layers = [self._layer(f"{path}.{i}", block, join) for i, block in enumerate(blocks)]

@@ -7,18 +7,17 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from server.engine.native.batch import Batch, build_batch
 from server.engine.native.detokenizer import Detokenizer
 from server.engine.native.model_runner import ModelRunner
-from server.engine.native.output import last_output, take_output
+from server.engine.native.output import STEP_FAILED, last_output, take_output
 from server.engine.native.scheduler import Scheduler
 from server.engine.native.sequence import Sequence
 from server.engine.native.step import Step
 from server.engine.native.step_planner import Admission
 from server.engine.native.step_results import NewToken, StepResults
+from server.engine.native.step_runner import StepRunner
 from server.engine.request import EngineCounters, FinishReason, Request, RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -39,6 +38,8 @@ class Engine:
         tokenizer: turns the tokens of an answer into text.
         stop_ids: tokens that end every sequence (the model's own).
         max_model_len: the limit on prompt and answer together, in tokens; it fits the KV cache.
+        num_tokens: token ids lie below it, those of prompts and those that are sampled. A model may
+            have more rows than its tokenizer has tokens.
         clock: seconds; deadlines and arrivals are times of this clock.
         counters: totals since the start.
     """
@@ -48,6 +49,7 @@ class Engine:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
     max_model_len: int
+    num_tokens: int
     clock: Callable[[], float] = time.monotonic
     counters: EngineCounters = field(default_factory=EngineCounters)
 
@@ -55,23 +57,27 @@ class Engine:
         self.pool = self.runner.pool
         blocks = self.scheduler.blocks
         assert blocks.blocks_for(self.max_model_len) <= blocks.capacity
+        self._not_admitted: list[Sequence] = []
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request) -> list[RequestOutput]:
         """Queue the n sequences of a request.
 
         Args:
             request: its prompt and max_tokens fit max_model_len together.
+
+        Returns:
+            Nothing, or the last outputs of a request that cannot begin.
         """
-        sampling = request.sampling
-        for index in range(sampling.n):
-            sequence = Sequence(request, index, self.stop_ids)
-            sequence.detokenizer = Detokenizer(self.tokenizer, sampling)
-            sequence.generator = torch.Generator()
-            if sampling.seed is None:
-                sequence.generator.seed()
-            else:
-                sequence.generator.manual_seed(sampling.seed + index)
+        indices = range(request.sampling.n)
+        try:
+            self._check_ids(request)
+            sequences = [self._new_sequence(request, index) for index in indices]
+        except Exception:
+            logger.exception("request %s cannot begin", request.id)
+            return [_not_begun(request, index) for index in indices]
+        for sequence in sequences:
             self.scheduler.add(sequence)
+        return []
 
     def abort(self, request_id: str) -> list[RequestOutput]:
         """End every sequence of a request; its blocks are free for the next step."""
@@ -86,20 +92,17 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Schedule, run, update.
 
-        A failed forward pass ends the sequences that were in it, and no others.
+        A fault ends the sequences that it can be pinned to, and no others.
         """
         outputs = self._end_expired() + self._end_unloadable()
         step = self._schedule()
+        outputs += self._end_failed(self._not_admitted)
+        self._not_admitted = []
         if not step.chunks:
             return outputs
-        batch = build_batch(step, self.runner.kv)
-        try:
-            logits = self.runner.run(batch, step.new_blocks)
-        except Exception:
-            logger.exception("a step failed; its %d sequences end with an error", len(step.chunks))
-            return outputs + self._end_failed(step)
-        self.scheduler.computed(step)
-        return outputs + self._update(batch, logits)
+        results = StepRunner(self.runner, self.num_tokens).run(step)
+        self.scheduler.computed(results.computed)
+        return outputs + self._update(results)
 
     def seconds_left(self) -> float | None:
         """Return the seconds until the next deadline; None if no sequence has one."""
@@ -123,6 +126,23 @@ class Engine:
             num_users += len(used)
         assert self.pool.num_users() == num_users
 
+    def _check_ids(self, request: Request) -> None:
+        """Raises ValueError for a token that the model has not; the edge refuses it before."""
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.num_tokens:
+            raise ValueError(f"a token id of the prompt is not in 0 to {self.num_tokens - 1}")
+
+    def _new_sequence(self, request: Request, index: int) -> Sequence:
+        """Make one of a request's n sequences."""
+        sampling = request.sampling
+        sequence = Sequence(request, index, self.stop_ids)
+        sequence.detokenizer = Detokenizer(self.tokenizer, sampling)
+        sequence.generator = torch.Generator()
+        if sampling.seed is None:
+            sequence.generator.seed()
+        else:
+            sequence.generator.manual_seed(sampling.seed + index)
+        return sequence
+
     def _schedule(self) -> Step:
         """Plan the next step, load adapters ahead, and keep the accounts of both."""
         # Load in the order in which sequences start: an adapter loaded for an earlier background
@@ -138,7 +158,13 @@ class Engine:
     def _admit(self, sequence: Sequence) -> Admission:
         """Decide whether a sequence may start; if so, its adapters are in use from here on."""
         selection = sequence.request.selection
-        if self.pool.acquire(selection):
+        try:
+            is_in_use = self.pool.acquire(selection)
+        except Exception:
+            logger.exception("request %s cannot use its adapters", sequence.request.id)
+            self._not_admitted.append(sequence)
+            return Admission.LATER
+        if is_in_use:
             return Admission.NOW
         if sequence.num_overtaken < MAX_OVERTAKEN or self.pool.is_loading(selection):
             return Admission.LATER
@@ -180,26 +206,24 @@ class Engine:
             outputs += [self._finish(s, FinishReason.ERROR, error=cause) for s in sequences]
         return outputs
 
-    def _end_failed(self, step: Step) -> list[RequestOutput]:
-        """End the sequences of a step whose forward pass failed."""
-        sequences = [chunk.sequence for chunk in step.chunks]
-        return [self._finish(s, FinishReason.ERROR, error="the step failed") for s in sequences]
+    def _end_failed(self, sequences: list[Sequence]) -> list[RequestOutput]:
+        """End the sequences that a fault was pinned to."""
+        return [self._finish(s, FinishReason.ERROR, error=STEP_FAILED) for s in sequences]
 
-    def _update(self, batch: Batch, logits: Tensor) -> list[RequestOutput]:
-        """Give every sequence what a step's logits have for it.
-
-        Args:
-            logits: [rows, vocab] fp32, those of `batch.logit_rows`.
-        """
+    def _update(self, results: StepResults) -> list[RequestOutput]:
+        """Give every sequence what a step has for it."""
         now = self.clock()
-        results = StepResults.of(batch, logits)
         outputs = []
         for new in results.tokens:
             if new.sequence.first_token is None:
                 new.sequence.first_token = now
-            outputs.append(self._append(new))
+            try:
+                outputs.append(self._append(new))
+            except Exception:
+                logger.exception("request %s cannot take a token", new.sequence.request.id)
+                outputs += self._end_failed([new.sequence])
         outputs += [self._finish(s, FinishReason.LENGTH) for s in results.measured]
-        return outputs + self._end_overflown(results.overflown)
+        return outputs + self._end_overflown(results.overflown) + self._end_failed(results.failed)
 
     def _end_overflown(self, sequences: list[Sequence]) -> list[RequestOutput]:
         """End sequences whose logits are not numbers: finite weights can overflow."""
@@ -224,6 +248,7 @@ class Engine:
             return self._finish(sequence, FinishReason.STOP, output)
         if sequence.num_output_tokens >= sampling.max_tokens:
             return self._finish(sequence, FinishReason.LENGTH, output)
+        self.scheduler.grown(sequence)
         return output
 
     def _finish(
@@ -247,6 +272,11 @@ class Engine:
         if self.scheduler.remove(sequence):
             self.pool.release(sequence.request.selection)
         return last_output(sequence, output, reason, error, self.clock())
+
+
+def _not_begun(request: Request, index: int) -> RequestOutput:
+    """The only output of a sequence that could not be made."""
+    return RequestOutput(request.id, index, finish_reason=FinishReason.ERROR, error=STEP_FAILED)
 
 
 def model_stop_ids(

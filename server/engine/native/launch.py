@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from crma.core.errors import ConfigError
 from crma.method.injection import Injection
 from crma.models.base_model import BaseModel
 from crma.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from crma.models.rope import RopeScaling, context_length, rope_scaling
 from server.engine.inference_engine import ServedModel
 from server.engine.native.adapter_pool import AdapterPool
 from server.engine.native.async_engine import AsyncEngine
@@ -63,8 +64,9 @@ def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
     injection = Injection(load_model(base, device, resolve_dtype(config.dtype, device)))
     model = injection.model
     tokenizer = load_tokenizer(base)
-    max_model_len = min(config.max_model_len, model.config.max_position_embeddings)
+    max_model_len = min(config.max_model_len, context_length(model.config))
     _check_limits(config, max_model_len)
+    rope = _rope_beyond(model, max_model_len)
     dtype = _dtype_name(model, config.quantization)
     blocks = BlockPool(1 + -(-config.kv_cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
     pool = AdapterPool(injection, config.max_loaded_adapters, config.max_adapter_bytes)
@@ -76,23 +78,41 @@ def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
         take_weights=True,
         kernel=_native_kernel(model, config),
         int8=config.quantization == "int8",
+        rope=rope,
     )
     root_of = (
         (lambda selection: root_key(base.digest, dtype, *selection))
         if config.prefix_caching
         else None
     )
-    scheduler = Scheduler(blocks, config.max_num_seqs, config.max_num_batched_tokens, root_of)
+    scheduler = Scheduler(blocks, config.max_num_seqs, config.max_num_batched_tokens, root_of, rope)
     stop_ids = model_stop_ids(tokenizer, model.generation_config.eos_token_id)
-    engine = Engine(runner, scheduler, tokenizer, stop_ids, max_model_len)
+    num_tokens = _num_tokens(model, tokenizer)
+    engine = Engine(runner, scheduler, tokenizer, stop_ids, max_model_len, num_tokens)
     served = ServedModel(
         name=base.name,
         digest=base.digest,
         dtype=dtype,
         max_model_len=max_model_len,
-        num_tokens=min(len(tokenizer), model.config.vocab_size),
+        num_tokens=num_tokens,
     )
     return AsyncEngine(engine, served, config.max_queue)
+
+
+def _num_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many token ids exist: both for the tokenizer and as rows of the model."""
+    # The tokenizer's length is less than its last id where ids are left out.
+    num_known: int = max(tokenizer.get_vocab().values()) + 1
+    num_rows: int = model.get_input_embeddings().num_embeddings
+    return min(num_known, num_rows, model.get_output_embeddings().out_features)
+
+
+def _rope_beyond(model: PreTrainedModel, max_model_len: int) -> RopeScaling | None:
+    """How frequencies depend on the length; None if no sequence is long enough for that."""
+    scaling = rope_scaling(model.config)
+    if scaling is None or max_model_len <= scaling.original:
+        return None
+    return scaling
 
 
 def _check_limits(config: EngineConfig, max_model_len: int) -> None:

@@ -5,7 +5,7 @@ does not cover.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from crma.core.errors import ConfigError, UnsupportedModel
 from crma.core.selection import AdapterSelection
 from crma.method.injection import Injection, Plan, plan_rows
+from crma.models.rope import RopeScaling
 from server.engine.native.adapter_pool import AdapterPool
 from server.engine.native.batch import Batch
 from server.engine.native.block_pool import BlockPool
@@ -21,6 +22,7 @@ from server.engine.native.decoder import COVERED, Decoder, covers
 from server.engine.native.kernel import Kernel
 from server.engine.native.kv_cache import ATTENTION, PagedKv, make_cache
 from server.engine.native.lora_stack import StackedRows
+from server.engine.native.rotary import ScaledRotary
 
 
 class ModelRunner:
@@ -34,9 +36,10 @@ class ModelRunner:
         take_weights: as in `Decoder`.
         kernel: as in `Decoder`.
         int8: as in `Decoder`.
+        rope: how the frequencies depend on a sequence's length; None: they do not.
 
     Raises:
-        UnsupportedModel: the model's attention cannot be replaced.
+        UnsupportedModel: the model's attention or its rotary embedding cannot be replaced.
         ConfigError: int8 without the kernel or the decoder.
     """
 
@@ -50,6 +53,7 @@ class ModelRunner:
         take_weights: bool = False,
         kernel: Kernel | None = None,
         int8: bool = False,
+        rope: RopeScaling | None = None,
     ) -> None:
         model = injection.model
         name = type(model).__name__
@@ -65,9 +69,12 @@ class ModelRunner:
         self.pool = pool
         self.num_threads = num_threads
         self.kernel = kernel
+        self.rotary = None if rope is None else ScaledRotary(model, rope)
         self.decoder: Decoder | None = None
         if covers(model):
-            self.decoder = Decoder(model, take_weights=take_weights, kernel=kernel, int8=int8)
+            self.decoder = Decoder(
+                model, take_weights=take_weights, kernel=kernel, int8=int8, rotary=self.rotary
+            )
         if int8 and (kernel is None or self.decoder is None):
             allowed = f"a CPU with the native kernel, and one of {', '.join(sorted(COVERED))}"
             raise ConfigError(
@@ -99,6 +106,8 @@ class ModelRunner:
         torch.set_num_threads(self.num_threads)
         self.kv[:, new_blocks] = 0
         plan = self._plan(batch)
+        if self.rotary is not None:
+            self.rotary.set_rows(batch.chunks)
         paged = replace(batch.paged, kernel=self.kernel)
         if self.decoder is not None:
             return self.decoder.forward(batch.input_ids, batch.positions, paged, plan).float()
@@ -106,7 +115,8 @@ class ModelRunner:
 
     def _run_modules(self, batch: Batch, paged: PagedKv, plan: Plan) -> Tensor:
         """Run the Hugging Face model, with every token a sequence of its own."""
-        with self._paged_attention(), self.injection.active(plan):
+        rotary = nullcontext() if self.rotary is None else self.rotary.in_place()
+        with self._paged_attention(), rotary, self.injection.active(plan):
             output = self.injection.model(
                 input_ids=batch.input_ids[:, None],
                 position_ids=batch.positions[:, None],

@@ -1,9 +1,14 @@
 """What a sequence hands out: the output of a step, and the last one with its totals."""
 
+import logging
 from dataclasses import replace
 
 from server.engine.native.sequence import Sequence
 from server.engine.request import FinishReason, RequestOutput, Timings, TokenLogprob
+
+logger = logging.getLogger(__name__)
+
+STEP_FAILED = "the step failed"  # the error of a sequence that a fault of the engine ends
 
 
 def take_output(
@@ -34,9 +39,15 @@ def last_output(
         error: why it failed or was cut short; an exception is what loading its adapter raised.
         now: the engine's clock, in seconds.
     """
+    text = output.text
+    try:
+        text += sequence.detokenizer.flush()
+    except Exception:
+        logger.exception("request %s: its last text cannot be decoded", sequence.request.id)
+        reason, error = FinishReason.ERROR, STEP_FAILED
     return replace(
         output,
-        text=output.text + sequence.detokenizer.flush(),
+        text=text,
         finish_reason=reason,
         error=None if error is None else str(error),
         cause=error if isinstance(error, Exception) else None,

@@ -68,8 +68,15 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     return tokens
 
 
+def rewind(generator: torch.Generator, num_draws: int) -> None:
+    """Put a generator back to where it is after so many sampled tokens: each takes one draw."""
+    generator.manual_seed(generator.initial_seed())
+    for _ in range(num_draws):
+        _uniform(generator)
+
+
 def token_logprobs(
-    logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]
+    logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int], num_tokens: int | None = None
 ) -> list[TokenLogprob]:
     """Return log-probabilities under the unmodified distribution.
 
@@ -77,6 +84,7 @@ def token_logprobs(
         logits: [b, vocab] fp32.
         token_ids: one for each row: the token whose log-probability is wanted.
         num_top: one for each row: how many of the most probable tokens are wanted beside it.
+        num_tokens: only ids below it are among those; None: all.
 
     Returns:
         One for each row. Of ties the lower ids come first; where more than 64 tokens tie at the
@@ -88,7 +96,7 @@ def token_logprobs(
     width = max(num_top, default=0)
     if width == 0:
         return [TokenLogprob(value) for value in chosen]
-    ranked = _ranked(logits, width + ROOM_FOR_TIES)[:, :width]
+    ranked = _ranked(logits[:, :num_tokens], width + ROOM_FOR_TIES)[:, :width]
     top_ids = ranked.tolist()
     top_logprobs = logprobs.gather(-1, ranked).tolist()
     found = []

@@ -7,13 +7,19 @@ Interactive requests run first and may preempt the others.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from crma.models.rope import RopeScaling
 from server.engine.native.block_pool import BlockPool
 from server.engine.native.block_tables import BlockTables, RootOf
 from server.engine.native.sequence import Sequence
-from server.engine.native.step import Step
+from server.engine.native.step import Chunk, Step
 from server.engine.native.step_planner import Admit, StepPlanner
+
+# Logits of prompts in a step. With those of a vocabulary of 150,000 tokens they take 78 MB in fp32,
+# and as much again for their log-probabilities.
+MAX_PROMPT_LOGITS = 128
 
 
 @dataclass(eq=False)
@@ -27,6 +33,7 @@ class Scheduler:
             has a token for each sequence in decode.
         root_of: the key from which the chains of a selection's blocks start; None turns the prefix
             cache off.
+        rope: how keys depend on a sequence's length; None: they do not.
 
     Attributes:
         waiting: the queue; its head starts next.
@@ -37,13 +44,14 @@ class Scheduler:
     max_num_seqs: int
     max_num_batched_tokens: int
     root_of: RootOf | None = None
+    rope: RopeScaling | None = None
     waiting: deque[Sequence] = field(default_factory=deque, init=False)
     running: list[Sequence] = field(default_factory=list, init=False)
     _tables: BlockTables = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         assert self.max_num_seqs <= self.max_num_batched_tokens
-        self._tables = BlockTables(self.blocks, self.root_of)
+        self._tables = BlockTables(self.blocks, self.root_of, self.rope)
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence at the end of the queue."""
@@ -71,6 +79,7 @@ class Scheduler:
             self._tables,
             self.max_num_seqs,
             tokens_left=self.max_num_batched_tokens,
+            prompt_logits_left=MAX_PROMPT_LOGITS,
             admit=admit,
         )
         planner.continue_running(decodes + interactive_prefills)
@@ -79,10 +88,15 @@ class Scheduler:
         planner.start_waiting(other_waiting)
         return planner.step()
 
-    def computed(self, step: Step) -> None:
-        """Record that a step has run: its tokens are cached, and full blocks can be shared."""
-        for chunk in step.chunks:
+    def computed(self, chunks: Iterable[Chunk]) -> None:
+        """Record that chunks have run: their tokens are cached, and full blocks can be shared."""
+        for chunk in chunks:
             self._tables.mark_computed(chunk.sequence, chunk.stop)
+
+    def grown(self, sequence: Sequence) -> None:
+        """Record that a running sequence has a new token; it may have to be computed anew."""
+        if self.rope is not None and self.rope.is_outgrown(len(sequence.token_ids)):
+            self._tables.forget(sequence)
 
     def remove(self, sequence: Sequence) -> bool:
         """Take a finished sequence out of its queue and free its blocks.

@@ -23,7 +23,7 @@ class Sequence:
         num_computed_tokens: how many of them have keys and values in the blocks of `block_table`.
         num_cached_tokens: how many of them it found in the prefix cache when it first started.
         block_keys: keys of its full blocks, as far as they were needed. Tokens are only ever
-            appended, so the keys stay valid.
+            appended, so the keys stay valid as long as its rotary frequencies do.
         num_overtaken: sequences behind it that started while it waited for its adapters.
         prompt_logprobs: log-probabilities of prompt tokens that no output has carried yet.
         first_scheduled: the engine's clock when it first ran, in seconds.
@@ -85,6 +85,11 @@ class Sequence:
     def is_prefilling(self) -> bool:
         """Whether more than its newest token has still to be computed."""
         return self.num_pending_tokens > 1
+
+    @property
+    def first_logits(self) -> int:
+        """The first position whose logits say something about a token that is asked for."""
+        return self.request.sampling.prompt_logprobs_from - 1
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -34,10 +34,17 @@ class Chunk:
         token number k on need the logits from position k - 1 on.
         """
         num_sampled = 1 if self.samples else 0
+        return max(num_sampled, self.num_prompt_logits)
+
+    @property
+    def num_prompt_logits(self) -> int:
+        """How many tokens at the end of the chunk need logits for the prompt's log-probabilities.
+
+        The prompt's last token is one of them, although its logits say nothing about the prompt.
+        """
         if not self.sequence.wants_prompt_logprobs:
-            return num_sampled
-        first_position = self.sequence.request.sampling.prompt_logprobs_from - 1
-        return max(num_sampled, self.stop - max(self.start, first_position))
+            return 0
+        return max(0, self.stop - max(self.start, self.sequence.first_logits))
 
 
 @dataclass(frozen=True, slots=True)

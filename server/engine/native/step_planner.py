@@ -41,6 +41,8 @@ class StepPlanner:
         tables: the blocks of the running sequences.
         max_num_seqs: sequences that run at once.
         tokens_left: the budget of the step, less the tokens planned so far.
+        prompt_logits_left: how many logits of prompts are still computed, each as long as the
+            vocabulary. Log-probabilities of a long prompt take several steps.
         admit: asked for each sequence that there is room for, in order.
     """
 
@@ -49,6 +51,7 @@ class StepPlanner:
     tables: BlockTables
     max_num_seqs: int
     tokens_left: int
+    prompt_logits_left: int
     admit: Admit
     _chunks: dict[Sequence, Chunk] = field(default_factory=dict, init=False)
     _new_blocks: list[int] = field(default_factory=list, init=False)
@@ -63,7 +66,7 @@ class StepPlanner:
     def continue_running(self, sequences: list[Sequence]) -> None:
         """Plan the next tokens of running sequences, in order, as far as the budget goes."""
         for sequence in sequences:
-            count = min(sequence.num_pending_tokens, self.tokens_left)
+            count = self._most_tokens(sequence)
             if count == 0 or sequence in self._preempted:
                 continue
             if self._allocate_or_preempt(sequence, count):
@@ -77,7 +80,7 @@ class StepPlanner:
         if self._is_closed or self._preempted:
             return
         for sequence in sequences:
-            if self._is_prompt_in_progress(sequence):
+            if self._is_prompt_in_progress(sequence) or self._lacks_logits(sequence):
                 continue
             place = self._find_place(sequence)
             if place is None:
@@ -102,6 +105,18 @@ class StepPlanner:
         if len(sequence.request.prompt_ids) <= self.tables.pool.block_size:
             return False  # too short to share a block: the last token is always computed
         return any(s.request is sequence.request and s.is_prefilling for s in self.running)
+
+    def _lacks_logits(self, sequence: Sequence) -> bool:
+        """Whether the sequence needs logits of its prompt, and the step has none left."""
+        return sequence.wants_prompt_logprobs and self.prompt_logits_left == 0
+
+    def _most_tokens(self, sequence: Sequence) -> int:
+        """How many tokens of a sequence the step can still compute."""
+        count = min(sequence.num_pending_tokens, self.tokens_left)
+        if not sequence.wants_prompt_logprobs:
+            return count
+        num_without_logits = max(0, sequence.first_logits - sequence.num_computed_tokens)
+        return min(count, num_without_logits + self.prompt_logits_left)
 
     def _find_place(self, sequence: Sequence) -> _Place | None:
         """Find room for a waiting sequence; None if it has to wait."""
@@ -157,7 +172,7 @@ class StepPlanner:
         self.tables.share(sequence, place.cached)
         if sequence.first_scheduled is None:
             sequence.num_cached_tokens = sequence.num_computed_tokens
-        count = min(sequence.num_pending_tokens, self.tokens_left)
+        count = self._most_tokens(sequence)
         self._allocate(sequence, count)
         self._add_chunk(sequence, count)
 
@@ -183,8 +198,10 @@ class StepPlanner:
         return True
 
     def _add_chunk(self, sequence: Sequence, count: int) -> None:
-        self._chunks[sequence] = Chunk(sequence, sequence.num_computed_tokens, count)
+        chunk = Chunk(sequence, sequence.num_computed_tokens, count)
+        self._chunks[sequence] = chunk
         self.tokens_left -= count
+        self.prompt_logits_left -= chunk.num_prompt_logits
 
     def _preempt(self, victim: Sequence) -> None:
         """Move a running sequence to the head of the queue; its tokens go back to the budget."""
@@ -195,6 +212,7 @@ class StepPlanner:
         chunk = self._chunks.pop(victim, None)
         if chunk is not None:
             self.tokens_left += chunk.count
+            self.prompt_logits_left += chunk.num_prompt_logits
 
 
 def _first_to_preempt(running: list[Sequence]) -> Sequence:

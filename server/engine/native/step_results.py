@@ -1,14 +1,18 @@
 """What the logits of a step say: new tokens, log-probabilities, and which sequences overflow."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
 from server.engine.native.batch import Batch
-from server.engine.native.sampler import SamplingRow, sample, token_logprobs
+from server.engine.native.sampler import SamplingRow, rewind, sample, token_logprobs
 from server.engine.native.sequence import Sequence
+from server.engine.native.step import Chunk
 from server.engine.request import TokenLogprob
+
+logger = logging.getLogger(__name__)
 
 
 class NewToken(NamedTuple):
@@ -21,68 +25,121 @@ class NewToken(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResults:
-    """The results of a step.
+    """The results of a step, or of a part of it.
 
     Attributes:
+        computed: the chunks whose keys and values are in the cache.
         tokens: one for every sequence whose chunk ends at its newest token.
         measured: sequences that are to get no token (`max_tokens` 0), and whose prompt is computed.
         overflown: sequences whose logits are not numbers; they get no token.
+        failed: sequences in whose computation something raised; they get no token.
     """
 
-    tokens: list[NewToken]
-    measured: list[Sequence]
-    overflown: list[Sequence]
+    computed: list[Chunk] = field(default_factory=list)
+    tokens: list[NewToken] = field(default_factory=list)
+    measured: list[Sequence] = field(default_factory=list)
+    overflown: list[Sequence] = field(default_factory=list)
+    failed: list[Sequence] = field(default_factory=list)
 
     @classmethod
-    def of(cls, batch: Batch, logits: Tensor) -> "StepResults":
+    def of(cls, batch: Batch, logits: Tensor, num_tokens: int) -> "StepResults":
         """Sample, and keep the log-probabilities of prompt tokens in their sequences.
 
         Args:
             logits: [rows, vocab] fp32, those of `batch.logit_rows`.
+            num_tokens: only token ids below it are sampled.
         """
+        results = cls(batch.chunks)
         # The largest value of a row that has a NaN or +inf, neither of which the sampler takes, is
         # not finite.
         is_valid = logits.amax(-1).isfinite().tolist()
         sampled_rows: list[int] = []
         sampled: list[Sequence] = []
-        measured: list[Sequence] = []
-        overflown: list[Sequence] = []
         first_row = 0
         for chunk, num_rows in zip(batch.chunks, batch.num_logits, strict=True):
             rows = slice(first_row, first_row + num_rows)
             first_row += num_rows
             if not all(is_valid[rows]):
-                overflown.append(chunk.sequence)
-                continue
-            if chunk.sequence.wants_prompt_logprobs:
-                _add_prompt_logprobs(chunk.sequence, chunk.stop - num_rows, logits[rows])
-            if chunk.samples and chunk.sequence.request.sampling.max_tokens == 0:
-                measured.append(chunk.sequence)
+                results.overflown.append(chunk.sequence)
+            elif not _took_prompt_logprobs(chunk, num_rows, logits[rows], num_tokens):
+                results.failed.append(chunk.sequence)
+            elif chunk.samples and chunk.sequence.request.sampling.max_tokens == 0:
+                results.measured.append(chunk.sequence)
             elif chunk.samples:
                 sampled_rows.append(rows.stop - 1)
                 sampled.append(chunk.sequence)
-        tokens = _new_tokens(logits[sampled_rows], sampled) if sampled else []
-        return cls(tokens, measured, overflown)
+        if sampled:
+            results._sample(logits, sampled_rows, sampled, num_tokens)
+        return results
+
+    def __add__(self, other: "StepResults") -> "StepResults":
+        """The results of two parts of a step."""
+        return StepResults(
+            self.computed + other.computed,
+            self.tokens + other.tokens,
+            self.measured + other.measured,
+            self.overflown + other.overflown,
+            self.failed + other.failed,
+        )
+
+    def _sample(
+        self, logits: Tensor, rows: list[int], sequences: list[Sequence], num_tokens: int
+    ) -> None:
+        """Add the next token of each sequence: of all at once, or after a fault one by one.
+
+        Args:
+            logits: [rows, vocab] fp32.
+            rows: one of them for each sequence.
+        """
+        try:
+            self.tokens.extend(_new_tokens(logits[rows], sequences, num_tokens))
+        except Exception:
+            logger.exception("%d sequences could not be sampled together", len(sequences))
+        else:
+            return
+        for row, sequence in zip(rows, sequences, strict=True):
+            try:
+                rewind(sequence.generator, sequence.num_output_tokens)
+                self.tokens.extend(_new_tokens(logits[[row]], [sequence], num_tokens))
+            except Exception:
+                logger.exception("request %s could not be sampled", sequence.request.id)
+                self.failed.append(sequence)
 
 
-def _new_tokens(logits: Tensor, sequences: list[Sequence]) -> list[NewToken]:
+def _took_prompt_logprobs(chunk: Chunk, num_rows: int, logits: Tensor, num_tokens: int) -> bool:
+    """Keep the log-probabilities of a chunk's prompt tokens if it wants them; False: it failed."""
+    sequence = chunk.sequence
+    if not sequence.wants_prompt_logprobs:
+        return True
+    try:
+        _add_prompt_logprobs(sequence, chunk.stop - num_rows, logits, num_tokens)
+    except Exception:
+        logger.exception("request %s: no log-probabilities of its prompt", sequence.request.id)
+        return False
+    return True
+
+
+def _new_tokens(logits: Tensor, sequences: list[Sequence], num_tokens: int) -> list[NewToken]:
     """Choose the next token of each sequence.
 
     Args:
         logits: [b, vocab] fp32, a row for each sequence.
     """
-    rows = [
-        SamplingRow(
-            s.request.sampling, s.request.prompt_ids, s.output_ids, s.generator, s.forbidden_ids
-        )
-        for s in sequences
-    ]
-    tokens = sample(logits, rows)
-    logprobs = _sampled_logprobs(logits, sequences, tokens)
+    rows = [_sampling_row(sequence, num_tokens) for sequence in sequences]
+    tokens = sample(logits[:, :num_tokens], rows)
+    logprobs = _sampled_logprobs(logits, sequences, tokens, num_tokens)
     return [NewToken(*new) for new in zip(sequences, tokens, logprobs, strict=True)]
 
 
-def _add_prompt_logprobs(sequence: Sequence, start: int, logits: Tensor) -> None:
+def _sampling_row(sequence: Sequence, num_tokens: int) -> SamplingRow:
+    request = sequence.request
+    forbidden = [token for token in sequence.forbidden_ids if token < num_tokens]
+    return SamplingRow(
+        request.sampling, request.prompt_ids, sequence.output_ids, sequence.generator, forbidden
+    )
+
+
+def _add_prompt_logprobs(sequence: Sequence, start: int, logits: Tensor, num_tokens: int) -> None:
     """Keep the log-probabilities of prompt tokens for the sequence's first output.
 
     Args:
@@ -95,11 +152,11 @@ def _add_prompt_logprobs(sequence: Sequence, start: int, logits: Tensor) -> None
     del sequence.prompt_logprobs[max(0, start + 1 - sampling.prompt_logprobs_from) :]
     targets = sequence.request.prompt_ids[start + 1 : start + 1 + len(logits)]
     num_top = [sampling.prompt_logprobs or 0] * len(targets)
-    sequence.prompt_logprobs += token_logprobs(logits[: len(targets)], targets, num_top)
+    sequence.prompt_logprobs += token_logprobs(logits[: len(targets)], targets, num_top, num_tokens)
 
 
 def _sampled_logprobs(
-    logits: Tensor, sequences: list[Sequence], tokens: list[int]
+    logits: Tensor, sequences: list[Sequence], tokens: list[int], num_tokens: int
 ) -> list[tuple[TokenLogprob, ...]]:
     """Return one log-probability for each sequence that asks for them, none for the others."""
     logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(sequences)
@@ -111,7 +168,7 @@ def _sampled_logprobs(
             rows.append(row)
             num_top.append(k)
     if rows:
-        found = token_logprobs(logits[rows], [tokens[row] for row in rows], num_top)
+        found = token_logprobs(logits[rows], [tokens[row] for row in rows], num_top, num_tokens)
         for row, logprob in zip(rows, found, strict=True):
             logprobs[row] = (logprob,)
     return logprobs

@@ -54,7 +54,7 @@ async def adapters(frontend: TheFrontend) -> dict[str, Any]:
     shown = None
     if backbone is not None:
         shown = backbone.manifest.model_dump(include={"version", "digest", "certificate"})
-    tasks = [_task_info(entry, frontend) for entry in frontend.registry.serving_tasks()]
+    tasks = [task_info(entry, frontend) for entry in frontend.registry.serving_tasks()]
     return {"base": base, "backbone": shown, "tasks": tasks}
 
 
@@ -63,7 +63,7 @@ async def load(task: str, frontend: TheFrontend) -> dict[str, Any]:
     """Brings an adapter (`name` or `name@version`) into memory before a request needs it."""
     entry = _entry(task, frontend)
     await frontend.engine.load(entry.digest)
-    return _task_info(entry, frontend)
+    return task_info(entry, frontend)
 
 
 @admin.post("/unload", responses=documented(422))
@@ -81,7 +81,7 @@ async def unload(
         await frontend.engine.unload(entry.digest, wait_s=wait_s, cancel=cancel)
     except AdapterInUse as error:
         raise AdapterBusy(str(error), field="task", value=task, allowed=error.allowed) from error
-    return _task_info(entry, frontend)
+    return task_info(entry, frontend)
 
 
 @admin.post("/pin")
@@ -92,7 +92,7 @@ async def pin(task: str, frontend: TheFrontend) -> dict[str, Any]:
     """
     entry = _entry(task, frontend)
     await frontend.engine.pin(entry.digest)
-    return _task_info(entry, frontend)
+    return task_info(entry, frontend)
 
 
 @admin.post("/unpin")
@@ -103,7 +103,7 @@ async def unpin(task: str, frontend: TheFrontend) -> dict[str, Any]:
     """
     entry = _entry(task, frontend)
     frontend.engine.unpin(entry.digest)
-    return _task_info(entry, frontend)
+    return task_info(entry, frontend)
 
 
 def _entry(task: str, frontend: Frontend) -> TaskEntry:
@@ -113,7 +113,8 @@ def _entry(task: str, frontend: Frontend) -> TaskEntry:
     return entry
 
 
-def _task_info(entry: TaskEntry, frontend: Frontend) -> dict[str, Any]:
+def task_info(entry: TaskEntry, frontend: Frontend) -> dict[str, Any]:
+    """What an administrator sees of a version of a task."""
     manifest = entry.manifest
     return {
         "name": manifest.name,

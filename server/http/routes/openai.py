@@ -3,17 +3,14 @@
 Refusals have OpenAI's form (`server/http/error_handlers.py`).
 """
 
-from datetime import datetime
-from typing import Any
-
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from crma.core.errors import LineageMismatch, NotFound
-from crma.store.entry import TaskEntry
 from server.http.auth import require_key
+from server.http.conversation import prompt_of
 from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
+from server.http.model_name import resolve_model
 from server.http.openai_answer import ChatAnswer, CompletionAnswer
 from server.http.openai_schemas import (
     ChatRequest,
@@ -21,33 +18,14 @@ from server.http.openai_schemas import (
     OpenAIErrorBody,
     OpenAIRequest,
 )
-from server.service.errors import InvalidField, ModelNotFound, NoBackbone
+from server.service.errors import InvalidField
 from server.service.frontend import Frontend
-from server.service.prompt_encoder import Prompt
 from server.service.registry import Resolved
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
 
-MODEL_ERRORS = documented(401, 404, 503, body=OpenAIErrorBody)
 COMPLETION_ERRORS = documented(*GENERATING, body=OpenAIErrorBody, example_of="/v1/completions")
 CHAT_ERRORS = documented(*GENERATING, body=OpenAIErrorBody, example_of="/v1/chat/completions")
-SUFFIXES = {"crma-on": True, "crma-off": False}
-
-
-@router.get("/models", responses=MODEL_ERRORS)
-async def models(frontend: TheFrontend) -> dict[str, Any]:
-    """What `model` may name: the base model and every serving task.
-
-    `:crma-on` or `:crma-off` may follow the name.
-    """
-    tasks = [_model(each.name, each, frontend) for each in frontend.registry.serving_tasks()]
-    return {"object": "list", "data": [_model("base", None, frontend), *tasks]}
-
-
-@router.get("/models/{model}", responses=MODEL_ERRORS)
-async def model(model: str, frontend: TheFrontend) -> dict[str, Any]:
-    """One of the models, or a version of it."""
-    return _model(model, _resolve(model, None, frontend).task, frontend)
 
 
 @router.post("/completions", responses=COMPLETION_ERRORS)
@@ -99,7 +77,7 @@ async def chat(
     resolved = _resolve_body(body, request, frontend)
     sampling = body.sampling(logprobs=body.top_logprobs if body.logprobs else None)
     generation = await frontend.generation(
-        _chat_prompt(body, resolved),
+        prompt_of(body.conversation(), resolved),
         resolved,
         sampling,
         fills_context=body.token_limit is None,
@@ -108,25 +86,6 @@ async def chat(
     )
     answer = ChatAnswer(body, [generation], frontend)
     return await answer.respond(request, after_response, stream=body.stream)
-
-
-def _chat_prompt(body: ChatRequest, resolved: Resolved) -> Prompt:
-    """One user turn to a task as text, for its adapter's format; else a conversation.
-
-    Raises InvalidField for variables of a template where no template is used.
-    """
-    conversation = body.conversation()
-    turns = conversation.turns
-    has_format = resolved.task is not None and resolved.task.prompt_format is not None
-    is_one_question = len(turns) == 1 and turns[0].role == "user"
-    if not (has_format and is_one_question):
-        return conversation
-    if conversation.template_kwargs:
-        field = "chat_template_kwargs"
-        message = f"{field}: one user turn to this task goes through its adapter's own format"
-        value = dict(conversation.template_kwargs)
-        raise InvalidField(message, field=field, value=value, allowed={})
-    return turns[0].content or ""
 
 
 def _check_counts(body: CompletionRequest, frontend: Frontend) -> None:
@@ -158,46 +117,6 @@ def _resolve_body(body: OpenAIRequest, request: Request, frontend: Frontend) -> 
     if body.stream_options.include_usage and not body.stream:
         message = "stream_options: needs stream"
         raise InvalidField(message, field="stream_options", value="include_usage", allowed=None)
-    resolved = _resolve(body.model, body.crma, frontend)
+    resolved = resolve_model(body.model, body.crma, frontend)
     request.state.selection = resolved.selection
     return resolved
-
-
-def _resolve(model: str, asked: bool | None, frontend: Frontend) -> Resolved:
-    """The adapters of `model` and `crma`.
-
-    Raises:
-        InvalidField: they contradict each other.
-        ModelNotFound: no such task or version.
-    """
-    name, _, suffix = model.rpartition(":")
-    if suffix not in SUFFIXES:
-        name = model
-    crma = SUFFIXES.get(suffix, asked)
-    if asked is not None and asked != crma:
-        message = "crma: contradicts the suffix of model"
-        raise InvalidField(message, field="crma", value=asked, allowed=crma)
-    try:
-        return frontend.resolve(None if name == "base" else name, crma)
-    except NotFound as error:
-        raise _unknown(name, error) from error
-    except (LineageMismatch, NoBackbone) as error:
-        if suffix not in SUFFIXES:
-            raise
-        allowed = [f"{name}:crma-off"]
-        raise type(error)(error.message, field="model", value=model, allowed=allowed) from error
-
-
-def _unknown(name: str, error: NotFound) -> ModelNotFound:
-    """The error for a model that is no task or version here: `base` is a model too."""
-    names = list(error.allowed) if isinstance(error.allowed, list) else []
-    are_versions = any("@" in each for each in names)
-    allowed = names if are_versions else ["base", *names]
-    return ModelNotFound(f"no model {name!r}", field="model", value=name, allowed=allowed)
-
-
-def _model(name: str, entry: TaskEntry | None, frontend: Frontend) -> dict[str, Any]:
-    created = 0
-    if entry is not None:
-        created = int(datetime.fromisoformat(entry.manifest.created).timestamp())
-    return {"id": name, "object": "model", "created": created, "owned_by": frontend.model.name}

@@ -1,4 +1,5 @@
-"""Health, readiness and metrics. Open whatever keys are set: they say nothing of any request."""
+"""Health, readiness, version and metrics. Open whatever keys are set: they say nothing of any
+request."""
 
 from typing import Any
 
@@ -6,9 +7,15 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from server import __version__
 from server.http.dependencies import TheFrontend
 
 router = APIRouter()
+
+_EMPTY: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Ready.", "content": {}},
+    503: {"description": "Not ready: /readyz says why."},
+}
 
 
 @router.get("/healthz")
@@ -28,6 +35,33 @@ async def readyz(frontend: TheFrontend, response: Response) -> dict[str, Any]:
     response.status_code = 503 if reason else 200
     status = "not_ready" if reason else "ready"
     return {"status": status, "reason": reason, "problems": frontend.registry.problems}
+
+
+@router.get("/health", response_class=Response, responses=_EMPTY)
+async def health(frontend: TheFrontend) -> Response:
+    """As /readyz, for vLLM's clients and routers: the answer is empty.
+
+    A vLLM server listens only once it can answer, so its /health is about readiness too.
+    """
+    return Response(status_code=503 if frontend.not_ready() else 200)
+
+
+@router.get("/ping", response_class=Response, responses=_EMPTY)
+async def ping(frontend: TheFrontend) -> Response:
+    """As /health, for Amazon SageMaker, which sends requests once this is 200."""
+    return await health(frontend)
+
+
+@router.post("/ping", response_class=Response, responses=_EMPTY)
+async def post_ping(frontend: TheFrontend) -> Response:
+    """As GET /ping."""
+    return await health(frontend)
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """The version of CRMA Server."""
+    return {"version": __version__}
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -1,6 +1,7 @@
 """crma.evaluation.statistics: published values, scipy's own functions, and simulated coverage."""
 
 import math
+import tracemalloc
 from bisect import bisect_right
 from functools import cache
 from typing import Any
@@ -95,6 +96,24 @@ def test_the_bootstrap_of_two_items_follows_the_distribution_known_by_hand() -> 
 def test_the_bootstrap_depends_on_its_seed() -> None:
     many = np.random.default_rng(0).normal(size=50).tolist()
     assert statistics.paired_bootstrap(many, seed=0) != statistics.paired_bootstrap(many, seed=1)
+
+
+def test_the_bootstrap_draws_in_blocks_whose_size_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All draws at once took 1.6 GB for 10,000 items."""
+    differences = np.random.default_rng(0).normal(size=300).tolist()
+    intervals = []
+    for numbers in (1, 48 * 300, 300 * statistics.RESAMPLES):
+        monkeypatch.setattr(statistics, "BLOCK_NUMBERS", numbers)
+        intervals.append(statistics.paired_bootstrap(differences, seed=3))
+    assert len(set(intervals)) == 1
+    monkeypatch.setattr(statistics, "BLOCK_NUMBERS", 100_000)
+    tracemalloc.start()
+    assert statistics.paired_bootstrap(differences, seed=3) == intervals[0]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4e6, "counts, and once more as floats: 1.6 MB"
 
 
 def test_the_bootstrap_agrees_with_scipys_on_continuous_differences() -> None:

@@ -4,6 +4,7 @@ A test can tell a scripted engine to refuse, fail or be late. `test_real_engine.
 on a real one.
 """
 
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -19,6 +20,7 @@ from scripted_engine import ScriptedEngine
 from crma.models.model_shape import ModelShape
 from crma.models.prompts import chat_format
 from crma.store.adapter_store import AdapterStore
+from crma.store.manifest import TASK_FILES
 from server.app import create_app
 from server.service.frontend import Frontend
 from server.service.metrics import Metrics
@@ -67,3 +69,21 @@ async def serve(root: Path) -> AsyncIterator[Serve]:
 async def served(serve: Serve) -> Served:
     """A ready app with the default settings."""
     return await serve()
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> AdapterStore:
+    """A store of the test's own: `tiny.filled_store`."""
+    return tiny.filled_store(tmp_path / "store", BASE)
+
+
+@pytest.fixture
+def peft(tmp_path: Path) -> Path:
+    """A PEFT folder below the import root "imports", with other weights than the store has."""
+    store = AdapterStore(tmp_path / "elsewhere")
+    entry = tiny.publish(store, BASE, "other", 9)
+    folder = tmp_path / "imports" / "new"
+    folder.mkdir(parents=True)
+    for name in TASK_FILES:
+        shutil.copy(entry.path / name, folder / name)
+    return folder

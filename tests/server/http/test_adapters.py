@@ -49,7 +49,8 @@ async def test_every_route_but_health_metrics_and_documentation_needs_an_api_key
     for headers in (USER, ADMIN, {"Authorization": "Bearer other"}):
         response = await served.client.post("/generate", json=prompt, headers=headers)
         assert response.status_code == 200
-    for path in ("/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"):
+    open_paths = ("/healthz", "/readyz", "/health", "/ping", "/version")
+    for path in (*open_paths, "/metrics", "/docs", "/openapi.json"):
         assert (await served.client.get(path)).status_code == 200
 
 

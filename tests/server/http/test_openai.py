@@ -4,11 +4,10 @@ import json
 from functools import partial
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 import tiny
-from api import Serve, Served, refused
+from api import Serve, Served, openai_client, refused
 
 from server.engine.errors import QueueFull
 from server.engine.request import FinishReason
@@ -55,13 +54,6 @@ REFUSED_CHATS = [
     ("messages", says("Hi", more=1), "messages.0.more"),
 ]
 UNKNOWN_FIELDS = {"stream_options.more", "messages.0.more"}
-
-
-def openai_client(served: Served) -> openai.AsyncOpenAI:
-    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(served.app))
-    return openai.AsyncOpenAI(
-        base_url="http://test/v1", api_key="sk", max_retries=0, http_client=http
-    )
 
 
 async def complete(served: Served, **body: Any) -> Any:
@@ -121,6 +113,16 @@ async def test_a_failure_in_a_stream_reaches_openais_client_as_an_error(served: 
     chunks = await complete(served, stream=True)
     with pytest.raises(openai.APIError, match="unloaded"):
         [chunk async for chunk in chunks]
+
+
+async def test_every_prompt_of_a_request_reports_its_own_seed(served: Served) -> None:
+    """Only the first one's was reported, so the others could not be repeated."""
+    answer = await complete(served, prompt=[[5, 9], [7, 8]], temperature=1.0)
+    seeds = [request.sampling.seed for request in served.engine.requests[-2:]]
+    assert answer.provenance["seeds"] == seeds
+    assert answer.provenance["seed"] == seeds[0] != seeds[1]
+    alone = await complete(served, prompt=[5, 9], temperature=1.0)
+    assert "seeds" not in alone.provenance
 
 
 async def test_an_echo_always_has_a_token_after_the_prompt(served: Served) -> None:

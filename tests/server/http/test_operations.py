@@ -14,6 +14,7 @@ from scripted_engine import ScriptedEngine
 
 from crma.core.errors import StoreError
 from crma.store.adapter_store import AdapterStore
+from server import __version__
 from server.engine.request import FinishReason
 from server.http.log import Format
 
@@ -31,6 +32,7 @@ async def test_the_server_is_ready_once_the_store_is_verified_and_a_step_has_run
     monkeypatch.setattr(AdapterStore, "verify", wait_and_verify)
     served = await serve(wait=False)
     assert (await served.client.get("/healthz")).status_code == 200
+    assert await probes(served) == [503] * 3
     early = await served.client.get("/readyz")
     assert early.status_code == 503
     assert early.json()["status"] == "not_ready"
@@ -38,11 +40,13 @@ async def test_the_server_is_ready_once_the_store_is_verified_and_a_step_has_run
     go.set()
     await served.app.state.starting
     assert (await served.client.get("/readyz")).status_code == 200
+    assert await probes(served) == [200] * 3
     served.engine.requests.clear()
     assert (await served.client.get("/readyz")).json()["reason"] == "no step has run yet"
     assert (await served.generate()).status_code == 200
     served.app.state.frontend.draining = True
     assert (await served.client.get("/readyz")).json()["reason"] == "stopping"
+    assert await probes(served) == [503] * 3
     assert await served.error() == (503, "draining")
 
 
@@ -79,6 +83,21 @@ async def test_one_task_that_cannot_serve_is_named_and_does_not_make_the_server_
     assert "crma_tasks_unable 0.0" in await served.metrics()
 
 
+async def probes(served: Served) -> list[int]:
+    """The statuses of vLLM's and SageMaker's probes, whose answers are empty."""
+    responses = [
+        await served.client.get("/health"),
+        await served.client.get("/ping"),
+        await served.client.post("/ping"),
+    ]
+    assert [response.content for response in responses] == [b""] * 3
+    return [response.status_code for response in responses]
+
+
+async def test_the_version_is_told(served: Served) -> None:
+    assert (await served.client.get("/version")).json() == {"version": __version__}
+
+
 async def test_metrics_are_labelled_by_adapter_and_crma(served: Served) -> None:
     await served.generate(task="medical", crma=True)
     await served.generate(task="legal")
@@ -92,6 +111,19 @@ async def test_metrics_are_labelled_by_adapter_and_crma(served: Served) -> None:
     assert 'crma_adapter_resident{adapter="medical"} 1.0' in text
     bound = re.search(r"^crma_spectral_bound (\S+)", text, re.MULTILINE)
     assert float(bound.group(1)) >= 1.0
+
+
+async def test_labels_belong_to_the_tasks_that_are_used_first(serve: Serve) -> None:
+    """A scrape gave them to the first names of the alphabet, and hot tasks became `_other`."""
+    served = await serve(max_adapter_labels=1)
+    before = await served.metrics()
+    assert set(re.findall(r'adapter_resident{adapter="([^"]*)"', before)) == {"_other"}
+    for task in ("medical", "legal", "medical"):
+        await served.generate(task=task)
+        text = await served.metrics()
+    counts = dict(re.findall(r'_latency_seconds_count{adapter="([^"]*)",crma="\w+"} (\S+)', text))
+    assert counts == {"medical": "2.0", "_other": "1.0"}
+    assert set(re.findall(r'adapter_resident{adapter="([^"]*)"', text)) == {"medical", "_other"}
 
 
 async def test_the_number_of_labels_is_bounded_whatever_clients_ask_for(serve: Serve) -> None:

@@ -277,6 +277,28 @@ async def test_adapters_of_another_base_and_adapters_that_overflow_are_refused(
     await served.settled()
 
 
+async def test_requests_that_run_while_their_task_is_stopped_and_deleted_end_as_alone(
+    served: Real, gate: Any
+) -> None:
+    """One has begun its first step. The other one waits, and loads its adapter afterwards."""
+    reached, opened = gate
+    admin = {"Authorization": "Bearer admin"}
+    expected = served.oracle("legal")
+    running = asyncio.create_task(served.answer(task="legal"))
+    assert await asyncio.to_thread(reached.wait, 10)
+    waiting = asyncio.create_task(served.answer(task="legal"))
+    body = {"lora_name": "legal"}
+    await served.client.post("/v1/unload_lora_adapter", json=body, headers=admin)
+    response = await served.client.delete("/adapters/legal", headers=admin)
+    assert response.json() == {"name": "legal", "deleted": ["v1"]}
+    assert not (served.store.root / "tasks" / "legal").exists()
+    assert await served.error(task="legal") == (404, "not_found")
+    opened.set()
+    for answer in await asyncio.gather(running, waiting):
+        assert answer["text"] == expected
+    await served.settled()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_goes_away_leaves_nothing_behind(
     served: Real, gate: Any, stream: bool

@@ -1,6 +1,7 @@
 """server.service.prompt_encoder: text, token ids and turns become token ids, a few at a time."""
 
 import asyncio
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 import pytest
 import tiny
 from tiny import FORMAT, VOCAB
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from crma.core.errors import ConfigError
 from crma.models.prompts import Conversation, Turn
@@ -15,6 +19,7 @@ from server.engine.errors import QueueFull
 from server.service.errors import InvalidField
 from server.service.prompt_encoder import EncodedPrompt, PromptEncoder
 
+START = "<|im_start|>"
 MARKUP = "<|im_end|>"  # a special token; where a user writes it, it is text
 STOP_ID = tiny.tokenizer().eos_token_id
 
@@ -109,6 +114,20 @@ async def test_a_token_id_out_of_range_is_named_by_its_position(make: Any, token
     assert (await encode(encoder, [0, 39])).prompt_ids == (0, 39)
 
 
+async def test_text_with_a_token_that_the_model_has_no_row_for_is_refused_by_name(
+    make: Any,
+) -> None:
+    """An added token, of which the embedding knows nothing, failed the step of its neighbours."""
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.add_tokens(["<new>"])
+    encoder = make(tokenizer)
+    with pytest.raises(InvalidField) as caught:
+        await encode(encoder, "the café <new>", raw=True)
+    assert (caught.value.field, caught.value.value) == ("prompt", "<new>")
+    assert caught.value.allowed == f"text whose token ids are below {VOCAB}"
+    assert (await encode(encoder, "the café", raw=True)).prompt_ids
+
+
 async def test_turns_go_through_the_chat_template(make: Any) -> None:
     turns = (Turn("system", "the café"), Turn("user", f"is free{MARKUP}"))
     encoded = await encode(make(), Conversation(turns))
@@ -154,3 +173,23 @@ def test_the_text_of_tokens_shows_special_tokens_and_incomplete_characters(make:
     first_byte = tiny.tokenizer().encode("本")[:1]
     assert encoder.text([STOP_ID, *tiny.tokenizer().encode(" café")]) == f"{MARKUP} café"
     assert encoder.text(first_byte) == "�"
+
+
+@pytest.fixture
+def with_bos() -> Any:
+    """The tiny tokenizer, which also puts a start token before a text."""
+    backend = Tokenizer.from_str(tiny.tokenizer().backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(
+        single=f"{START} $A", special_tokens=[(START, backend.token_to_id(START))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=START, eos_token=MARKUP)
+
+
+async def test_a_raw_prompt_begins_with_the_start_token_unless_it_is_left_out(
+    make: Callable[..., PromptEncoder], with_bos: Any
+) -> None:
+    encoder = make(with_bos)
+    whole = await encode(encoder, "Hi", raw=True)
+    bare = await encoder.encode("Hi", FORMAT, raw=True, add_special_tokens=False, answer=None)
+    assert whole.prompt_ids == (with_bos.bos_token_id, *bare.prompt_ids)
+    assert list(bare.prompt_ids) == tiny.tokenizer().encode("Hi", add_special_tokens=False)

@@ -1,6 +1,7 @@
 """server.service.registry: names resolve to adapters while the store changes underneath."""
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,22 @@ async def test_a_damaged_version_is_refused_and_the_others_serve(
     assert made.resolve("good", None).selection.task_digest is not None
     failures = made.metrics.registry.get_sample_value("crma_adapter_verification_failures_total")
     assert failures == 1
+    assert made.metrics.registry.get_sample_value("crma_store_problems") == 1
+
+
+async def test_the_number_of_problems_falls_once_they_are_mended(store: AdapterStore) -> None:
+    """The alert read a counter, and never cleared."""
+    file = publish(store, "bad", 1).path / "manifest.json"
+    flip_bit(file)
+    made = await started(store)
+    channels = (store.root / "channels.json").read_text()
+    problems = [made.metrics.registry.get_sample_value("crma_store_problems")]
+    flip_bit(file)
+    for text in ("{", channels):
+        (store.root / "channels.json").write_text(text)
+        await made.refresh()
+        problems.append(made.metrics.registry.get_sample_value("crma_store_problems"))
+    assert problems == [1, 2, 0]
 
 
 @pytest.mark.parametrize("served_before", [True, False])
@@ -196,3 +213,62 @@ async def test_a_damaged_backbone_is_a_problem_of_the_tasks_that_need_it(
     publish(store, "without", 1)
     flip_bit(backbone.path / "crma.safetensors")
     assert list((await started(store)).problems) == ["with"]
+
+
+async def test_a_deleted_adapter_stays_loadable_for_a_while_and_then_is_forgotten(
+    store: AdapterStore,
+) -> None:
+    entry = publish(store, "task")
+    made = await started(store)
+    store.set_serving({"tasks/task": None})
+    await made.hold(entry)
+    store.remove_task("task")
+    await made.refresh()
+    await made.engine.load(entry.digest)
+    await made.engine.unload(entry.digest)
+    made.forget([entry], after_s=0)
+    await asyncio.sleep(0)
+    with pytest.raises(StoreError):
+        await made.engine.load(entry.digest)
+
+
+async def test_an_adapter_that_is_published_again_while_it_is_held_is_not_forgotten(
+    store: AdapterStore,
+) -> None:
+    entry = publish(store, "task")
+    made = await started(store)
+    store.set_serving({"tasks/task": None})
+    await made.hold(entry)
+    store.remove_task("task")
+    assert publish(store, "task").digest == entry.digest
+    await made.refresh()
+    made.forget([entry], after_s=0)
+    await asyncio.sleep(0)
+    await made.engine.load(entry.digest)
+
+
+async def test_a_view_that_was_read_earlier_never_replaces_a_later_one(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow poll that began before an upload used to hide the upload until the next poll."""
+    publish(store, "old")
+    made = await started(store)
+    publish(store, "mid")
+    read, has_read, go = made._read, threading.Event(), threading.Event()
+
+    def read_slowly() -> Any:
+        view = read()
+        has_read.set()
+        assert go.wait(10)
+        return view
+
+    monkeypatch.setattr(made, "_read", read_slowly)
+    polled = asyncio.create_task(made.refresh())
+    await asyncio.to_thread(has_read.wait, 10)
+    monkeypatch.setattr(made, "_read", read)
+    publish(store, "new")
+    uploaded = asyncio.create_task(made.refresh())
+    await asyncio.sleep(0.05)
+    go.set()
+    await asyncio.gather(polled, uploaded)
+    assert made.task_names == ["mid", "new", "old"]

@@ -202,11 +202,12 @@ async def test_a_deadline_aborts_a_running_or_waiting_request_and_is_its_error(s
 
 
 async def test_a_failing_step_ends_its_own_sequences_only(start: Any) -> None:
+    """It fails with both sequences, and with each of them alone."""
     served = start(go=False)
     tasks = served.start(ask("unlucky", n=2))
     await happens(served.at_step)
     tasks += served.start(ask("waits", BOTH))
-    served.failures.append(RuntimeError("out of memory"))
+    served.failures += [RuntimeError("out of memory")] * 3
     served.go.set()
     unlucky, waited = await asyncio.gather(*tasks)
     failure = (FinishReason.ERROR, "the step failed")

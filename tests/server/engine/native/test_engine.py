@@ -79,6 +79,22 @@ def test_min_tokens_forbids_every_end_token_and_log_probabilities_do_not_show_it
         assert logprobs[2].top == plain[2].top, "they are of the unmodified distribution"
 
 
+def test_a_row_of_the_model_that_is_no_token_is_never_sampled() -> None:
+    """Log-probabilities stay those of the model; such a row is not among the most probable."""
+    plain = run(make(), ask(logprobs=0))
+    engine = make()
+    engine.num_tokens = 100
+    greedy = run(engine, ask("greedy", logprobs=5, prompt_logprobs=5))
+    engine.stop_ids = frozenset([290])  # no such token either, so that nothing forbids it
+    drawn = run(engine, ask("drawn", temperature=50.0, max_tokens=60, min_tokens=60, seed=1))
+    tokens = [token for output in [*greedy, *drawn] for token in output.token_ids]
+    assert len(tokens) == 66
+    assert max(tokens) < 100 <= max(oracle())
+    logprobs = [one for output in greedy for one in (*output.logprobs, *output.prompt_logprobs)]
+    assert all(token < 100 for one in logprobs for token, _ in one.top)
+    assert greedy[0].logprobs[0].logprob == plain[0].logprobs[0].logprob
+
+
 def test_a_stop_string_ends_a_sequence_and_is_no_part_of_its_text() -> None:
     text = tiny.tokenizer().decode(oracle())
     stop = text[2:4]

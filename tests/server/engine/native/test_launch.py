@@ -1,5 +1,6 @@
 """server.engine.native.launch: which settings the engine starts with, and which it refuses."""
 
+import copy
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+from transformers import AutoModelForCausalLM
 
 from crma.core.errors import ConfigError
 from crma.core.selection import BASE
@@ -88,6 +90,30 @@ async def test_the_context_is_no_longer_than_the_models_own(
     engine = start_engine(base, replace(config, max_model_len=4096, kv_cache_tokens=512))
     await engine.close()
     assert engine.model.max_model_len == 512
+
+
+@pytest.mark.parametrize(("num_rows", "num_tokens"), [(280, 280), (320, 301)])
+def test_token_ids_are_those_of_tokenizer_and_embedding_both(
+    num_rows: int, num_tokens: int
+) -> None:
+    """The tokenizer's length counted: one with ids left out, or more of them than the model."""
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.add_tokens(["<new>"])
+    model = AutoModelForCausalLM.from_config(tiny.FAMILIES["llama"](vocab_size=num_rows))
+    assert launch._num_tokens(model, tokenizer) == num_tokens
+
+
+@pytest.mark.parametrize(("max_model_len", "is_scaled"), [(12, False), (64, True)])
+async def test_frequencies_are_followed_only_where_a_sequence_can_outgrow_them(
+    tmp_path: Path, config: EngineConfig, max_model_len: int, is_scaled: bool
+) -> None:
+    """The context of a dynamic model was cut to the length up to which nothing is scaled."""
+    dynamic = tiny.pulled_base(tmp_path / "base", "llama_dynamic")
+    engine = start_engine(dynamic, replace(config, max_model_len=max_model_len))
+    outputs = await answer(engine)
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    assert engine.model.max_model_len == max_model_len
+    assert (engine.engine.scheduler.rope is not None) == is_scaled
 
 
 def test_a_step_smaller_than_the_running_sequences_is_refused(

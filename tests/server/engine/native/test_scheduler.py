@@ -45,7 +45,7 @@ def sequence(
 
 def run(scheduler: Scheduler, step: Step) -> None:
     """Do as the engine does after a forward pass: each chunk that samples gets one more token."""
-    scheduler.computed(step)
+    scheduler.computed(step.chunks)
     for chunk in step.chunks:
         if chunk.sequence.num_pending_tokens == 0:
             chunk.sequence.token_ids.append(7)

@@ -1,0 +1,51 @@
+"""Runs a step. A fault in it ends the sequences that it can be pinned to, and no others."""
+
+import logging
+from dataclasses import dataclass
+
+from server.engine.native.batch import build_batch
+from server.engine.native.model_runner import ModelRunner
+from server.engine.native.step import Chunk, Step
+from server.engine.native.step_results import StepResults
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepRunner:
+    """A forward pass and its results, tried again without the sequences that fail.
+
+    Args:
+        runner: computes each chunk's tokens from the KV cache; computing them twice gives the same.
+        num_tokens: only token ids below it are sampled.
+    """
+
+    runner: ModelRunner
+    num_tokens: int
+
+    def run(self, step: Step) -> StepResults:
+        """Run a step of n chunks in one pass, or after a fault in at most 2 n - 1.
+
+        A part that fails is halved until the fault is that of one sequence. If every part fails,
+        every sequence of the step ends, and the next step is tried as usual.
+        """
+        try:
+            batch = build_batch(step, self.runner.kv)
+            logits = self.runner.run(batch, step.new_blocks)
+        except Exception as error:
+            logger.exception("a pass over %d sequences failed", len(step.chunks))
+            if len(step.chunks) == 1:
+                return StepResults(failed=[step.chunks[0].sequence])
+            # Without this the frames of the fault keep its tensors until all parts have run.
+            error.__traceback__ = None
+        else:
+            return StepResults.of(batch, logits, self.num_tokens)
+        middle = len(step.chunks) // 2
+        first = self.run(_part(step, step.chunks[:middle]))
+        return first + self.run(_part(step, step.chunks[middle:]))
+
+
+def _part(step: Step, chunks: list[Chunk]) -> Step:
+    """A step of some of another's chunks, and of the new blocks that are theirs."""
+    owned = {block for chunk in chunks for block in chunk.sequence.block_table}
+    return Step(chunks, [block for block in step.new_blocks if block in owned])

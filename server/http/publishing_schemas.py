@@ -1,0 +1,45 @@
+"""Bodies of the routes by which an administrator publishes adapters."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, JsonValue
+
+from crma.core.errors import InvalidAdapter
+from crma.store.manifest import check_name
+from server.http.body import Body
+from server.http.neutral_fields import Ignored, Neutral
+
+
+def _check_name(name: str) -> str:
+    try:
+        return check_name(name)
+    except InvalidAdapter as error:
+        raise ValueError(f"Input should be a task name: {error.allowed}") from error
+
+
+TaskName = Annotated[str, AfterValidator(_check_name)]
+
+
+class UploadForm(Body):
+    """The fields of an upload beside its files."""
+
+    name: TaskName
+    licence: str = Field("unknown", min_length=1, max_length=200)
+
+
+class LoadLoraRequest(Body):
+    """vLLM's request to add a LoRA."""
+
+    lora_name: TaskName = Field(description="The task to publish it under.")
+    lora_path: str = Field(
+        min_length=1, description="A PEFT folder, absolute or relative to an import root."
+    )
+    load_inplace: bool = Field(False, description="Replace the task if it serves already.")
+    is_3d_lora_weight: Annotated[JsonValue, Neutral(False)] = None
+
+
+class UnloadLoraRequest(Body):
+    """vLLM's request to take a LoRA out."""
+
+    lora_name: str
+    lora_int_id: Ignored = None

@@ -1,0 +1,139 @@
+"""What an administrator publishes and deletes: uploads, imports from a path, vLLM's LoRA routes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse
+from pydantic import ValidationError
+
+from crma.core.errors import StoreError
+from crma.store.incoming import incoming_folder
+from crma.store.manifest import TASK_FILES
+from server.http.auth import require_admin
+from server.http.dependencies import TheFrontend
+from server.http.error_handlers import documented
+from server.http.openai_schemas import OpenAIErrorBody
+from server.http.publishing_schemas import LoadLoraRequest, UnloadLoraRequest, UploadForm
+from server.http.routes.adapters import task_info
+from server.http.upload import receive_form
+from server.service.import_roots import find_folder
+from server.service.publisher import writing
+
+admin = APIRouter(dependencies=[Depends(require_admin)])
+openai_admin = APIRouter(prefix="/v1", dependencies=[Depends(require_admin)])
+
+UPLOAD_PATH = "/adapters"
+
+_FORM = {
+    "requestBody": {
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name", "files"],
+                    "properties": {
+                        "name": {"type": "string"},
+                        "licence": {"type": "string"},
+                        "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                    },
+                }
+            }
+        },
+        "required": True,
+    }
+}
+_LORA_ERRORS = (400, 401, 403, 404, 409, 413, 422, 503, 507)
+_LORA_ANSWERS = documented(*_LORA_ERRORS, body=OpenAIErrorBody)
+
+
+@admin.post(
+    UPLOAD_PATH,
+    status_code=201,
+    responses=documented(400, 401, 403, 409, 413, 422, 503, 507),
+    openapi_extra=_FORM,
+)
+async def upload_adapter(request: Request, frontend: TheFrontend) -> dict[str, Any]:
+    """Publish a PEFT LoRA from its files, and serve it.
+
+    A form with `name`, the task's; `licence` if you know it; and `files`: adapter_config.json and
+    adapter_model.safetensors. It is the task's next version, as `crma import` makes it. Nothing
+    remains of an upload that is refused.
+    """
+    frontend.check_ready()
+    with writing():
+        async with _incoming(frontend.settings.store) as folder:
+            fields = await receive_form(request, folder, TASK_FILES, UploadForm.model_fields)
+            form = _checked(fields)
+            entry = await frontend.publisher.publish(folder, form.name, licence=form.licence)
+    return task_info(entry, frontend)
+
+
+@admin.delete(UPLOAD_PATH + "/{task}", responses=documented(401, 403, 404, 409, 503, 507))
+async def delete_adapter(task: str, frontend: TheFrontend) -> dict[str, Any]:
+    """Delete a version, `name@version`, or with `name` all versions of a task, from the disk.
+
+    409 for what serves: publish or roll back to another version first, or stop the task with
+    /v1/unload_lora_adapter. Requests that run with a deleted version end as they would have.
+    """
+    frontend.check_ready()
+    name, at, version = task.partition("@")
+    removed = await frontend.publisher.delete(name, version if at else None)
+    return {"name": name, "deleted": removed}
+
+
+@openai_admin.post("/load_lora_adapter", responses=_LORA_ANSWERS, response_class=PlainTextResponse)
+async def load_lora_adapter(body: LoadLoraRequest, frontend: TheFrontend) -> str:
+    """vLLM's way to add a LoRA: publish the PEFT folder `lora_path`, and serve it as `lora_name`.
+
+    The path must be below one of this server's import roots; links may not lead out of them.
+    """
+    frontend.check_ready()
+    folder = await asyncio.to_thread(find_folder, body.lora_path, frontend.settings.import_roots)
+    await frontend.publisher.publish(folder, body.lora_name, replace=body.load_inplace)
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+
+@openai_admin.post(
+    "/unload_lora_adapter", responses=_LORA_ANSWERS, response_class=PlainTextResponse
+)
+async def unload_lora_adapter(body: UnloadLoraRequest, frontend: TheFrontend) -> str:
+    """vLLM's way to take a LoRA out: the task serves no more.
+
+    Its versions stay in the store. Requests that run with it end as they would have.
+    """
+    frontend.check_ready()
+    await frontend.publisher.stop(body.lora_name)
+    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+
+
+@asynccontextmanager
+async def _incoming(store: Path) -> AsyncIterator[Path]:
+    """`incoming_folder`, whose work on files is done off the event loop.
+
+    Errors do not name the folder, which whoever uploads has never seen.
+    """
+    manager = incoming_folder(store)
+    folder = await asyncio.to_thread(manager.__enter__)
+    try:
+        yield folder
+    except StoreError as error:
+        error.message = error.message.replace(f"{folder}: ", "")
+        if str(folder) in str(error.value):
+            error.value = None
+        raise
+    finally:
+        await asyncio.to_thread(manager.__exit__, None, None, None)
+
+
+def _checked(fields: dict[str, str]) -> UploadForm:
+    """The form. Raises RequestValidationError for a field, as for those of a JSON body."""
+    try:
+        return UploadForm.model_validate_strings(fields)
+    except ValidationError as error:
+        problems = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        raise RequestValidationError(problems) from error

@@ -1,0 +1,226 @@
+"""Imports from a path, vLLM's LoRA routes and deletion, on a real store; and who may use them."""
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from admin import ADMIN, contents, delete, lora, upload
+from api import BASE, Serve, Served
+
+from crma.store.adapter_store import AdapterStore
+from crma.store.manifest import TASK_FILES
+
+WEIGHTS = TASK_FILES[1]
+
+
+@pytest.fixture
+async def served(serve: Serve, own: AdapterStore, peft: Path) -> Served:
+    return await serve(store=own.root, admin_key="root", import_roots=str(peft.parent))
+
+
+async def test_vllms_routes_add_a_lora_from_a_path_and_take_it_out(
+    served: Served, own: AdapterStore, peft: Path
+) -> None:
+    response = await lora(served, "load", "new", lora_path=str(peft))
+    assert (response.status_code, response.text) == (
+        200,
+        "Success: LoRA adapter 'new' added successfully.",
+    )
+    models = (await served.client.get("/v1/models")).json()["data"]
+    assert [card["id"] for card in models] == ["base", "legal", "medical", "new"]
+    assert (await served.generate(task="new")).status_code == 200
+    response = await lora(served, "unload", "new", lora_int_id=None)
+    assert (response.status_code, response.text) == (
+        200,
+        "Success: LoRA adapter 'new' removed successfully.",
+    )
+    assert await served.error(task="new") == (404, "not_found")
+    assert own.task("new", "v1").version == "v1"
+    assert served.engine.resident() == ()
+    response = await lora(served, "unload", "new")
+    assert response.status_code == 404
+    assert response.json()["error"]["param"] == "lora_name"
+
+
+async def test_a_task_that_serves_is_replaced_only_in_place(served: Served, peft: Path) -> None:
+    before = (await served.generate(task="medical")).json()["provenance"]["task"]
+    response = await lora(served, "load", "medical", lora_path="new")
+    assert response.status_code == 409
+    assert response.json()["error"]["code"] == "adapter_exists"
+    assert "load_inplace" in response.json()["error"]["message"]
+    assert (await served.generate(task="medical")).json()["provenance"]["task"] == before
+    response = await lora(served, "load", "medical", lora_path="new", load_inplace=True)
+    assert response.status_code == 200
+    assert (await served.generate(task="medical")).json()["provenance"]["task"] != before
+
+
+async def test_a_path_outside_the_import_roots_is_refused(
+    served: Served, own: AdapterStore, peft: Path, tmp_path: Path
+) -> None:
+    outside = own.task("legal").path
+    (peft.parent / "link").symlink_to(outside)
+    (peft.parent / "linked").mkdir()
+    for name in TASK_FILES:
+        (peft.parent / "linked" / name).symlink_to(outside / name)
+    before = contents(own)
+    for path in (str(outside), "../store/tasks/legal/v1", "link", "linked", "/", "a\0b"):
+        response = await lora(served, "load", "stolen", lora_path=path)
+        assert response.status_code == 422, path
+        assert response.json()["error"]["param"] == "lora_path"
+    response = await lora(served, "load", "stolen", lora_path="nothing")
+    assert (response.status_code, response.json()["error"]["param"]) == (404, "lora_path")
+    assert contents(own) == before
+
+
+async def test_importing_from_a_path_is_off_without_an_import_root(
+    serve: Serve, own: AdapterStore, peft: Path
+) -> None:
+    served = await serve(store=own.root, admin_key="root")
+    response = await lora(served, "load", "new", lora_path=str(peft))
+    assert response.status_code == 403
+    assert response.json()["error"]["param"] == "CRMA_IMPORT_ROOTS"
+
+
+# Deletion -------------------------------------------------------------------------------------
+
+
+async def test_a_task_is_deleted_once_it_no_longer_serves(
+    served: Served, own: AdapterStore, peft: Path
+) -> None:
+    before = contents(own)
+    await upload(served, peft)
+    await upload(served, peft)
+    for task in ("new", "new@v2"):
+        response = await delete(served, task)
+        assert response.status_code == 409
+        assert response.json()["error"]["code"] == "adapter_serves"
+        assert "first" in response.json()["error"]["message"]
+        assert "unload_lora_adapter" in response.json()["error"]["allowed"]
+    assert (await delete(served, "new@v1")).json() == {"name": "new", "deleted": ["v1"]}
+    assert await served.error(task="new@v1") == (404, "not_found")
+    assert (await served.generate(task="new")).status_code == 200
+    await lora(served, "unload", "new")
+    assert (await delete(served, "new")).json() == {"name": "new", "deleted": ["v2"]}
+    assert contents(own) == before
+    assert own.verify(base=BASE) == []
+    assert (await upload(served, peft)).json()["version"] == "v3", "a number is not given twice"
+
+
+@pytest.mark.parametrize("task", ["nowhere", "legal@v9", "legal@", "Legal", "legal@x", "@v1", "@"])
+async def test_what_does_not_exist_cannot_be_deleted(served: Served, task: str) -> None:
+    response = await delete(served, task)
+    assert response.status_code == 404, response.text
+    assert response.json()["error"]["code"] == "not_found"
+    assert response.json()["error"]["field"] == "task"
+
+
+async def test_requests_that_run_or_wait_with_a_deleted_adapter_get_their_answers(
+    served: Served, own: AdapterStore, peft: Path
+) -> None:
+    """The second has been accepted, and its adapter not been loaded, when the files go."""
+    await upload(served, peft)
+    load, started, go = served.engine._load, asyncio.Event(), asyncio.Event()
+
+    async def wait_and_load(request: Any) -> None:
+        started.set()
+        await go.wait()
+        await load(request)
+
+    served.engine._load = wait_and_load
+    waiting = asyncio.create_task(served.generate(task="new"))
+    await started.wait()
+    await lora(served, "unload", "new")
+    assert (await delete(served, "new")).status_code == 200
+    go.set()
+    assert (await waiting).json()["text"] == "one two"
+
+
+async def test_a_pinned_adapter_that_is_taken_out_leaves_memory(served: Served, peft: Path) -> None:
+    await upload(served, peft)
+    await served.client.post("/adapters/new/pin", headers=ADMIN)
+    assert len(served.engine.resident()) == 1
+    await lora(served, "unload", "new")
+    assert served.engine.resident() == ()
+
+
+async def test_an_adapter_that_another_task_serves_too_stays_in_memory(
+    served: Served, peft: Path
+) -> None:
+    """Two names of one content are one adapter."""
+    await upload(served, peft)
+    await upload(served, peft, {"name": "same"})
+    await served.client.post("/adapters/same/pin", headers=ADMIN)
+    await lora(served, "unload", "new")
+    await delete(served, "new")
+    assert len(served.engine.resident()) == 1
+    served.engine.pool.unpin(served.engine.resident()[0])
+    await served.client.post("/adapters/same/unload", headers=ADMIN)
+    assert (await served.generate(task="same")).status_code == 200
+
+
+async def test_a_damaged_version_can_be_deleted(
+    served: Served, own: AdapterStore, peft: Path
+) -> None:
+    await upload(served, peft)
+    await upload(served, peft)
+    tiny.flip_bit(own.root / "tasks" / "new" / "v1" / WEIGHTS)
+    (own.root / "tasks" / "new" / "v1" / "manifest.json").write_text("{")
+    assert (await delete(served, "new@v1")).status_code == 200
+    assert own.verify(base=BASE) == []
+
+
+# All of them ----------------------------------------------------------------------------------
+
+
+async def test_every_change_is_a_line_of_the_audit_log(
+    served: Served, peft: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "server.audit")
+    await upload(served, peft)
+    await lora(served, "unload", "new")
+    await delete(served, "new")
+    await delete(served, "nowhere")
+    lines = [
+        (record.message, record.fields["task"], record.fields["version"])
+        for record in caplog.records
+        if record.name == "server.audit"
+    ]
+    assert lines == [
+        ("published", "new", "v1"),
+        ("stopped", "new", None),
+        ("deleted", "new", "v1"),
+    ]
+
+
+async def test_changes_need_the_admin_key(serve: Serve, own: AdapterStore, peft: Path) -> None:
+    before = contents(own)
+    roots = {"store": own.root, "import_roots": str(peft.parent)}
+    keyless = await serve(**roots)
+    served = await serve(admin_key="root", api_keys="user", **roots)
+    user = {"Authorization": "Bearer user"}
+    for server, headers, status in ((keyless, ADMIN, 403), (served, {}, 401), (served, user, 403)):
+        body = {"lora_name": "legal", "lora_path": "new"}
+        answers = [
+            await upload(server, peft, headers=headers),
+            await server.client.delete("/adapters/legal", headers=headers),
+            await server.client.post("/v1/load_lora_adapter", json=body, headers=headers),
+            await server.client.post(
+                "/v1/unload_lora_adapter", json={"lora_name": "legal"}, headers=headers
+            ),
+        ]
+        assert [answer.status_code for answer in answers] == [status] * 4
+    assert contents(own) == before
+
+
+async def test_changes_wait_until_the_store_is_verified(
+    serve: Serve, own: AdapterStore, peft: Path
+) -> None:
+    served = await serve(store=own.root, admin_key="root", wait=False)
+    response = await upload(served, peft)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
+    await served.app.state.starting
+    served.app.state.frontend.draining = True
+    assert (await delete(served, "legal")).json()["error"]["code"] == "draining"
