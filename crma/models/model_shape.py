@@ -4,7 +4,8 @@ Finding it takes transformers' model classes, which take seconds to import. So i
 beside the pulled model, in a hidden file that is no part of the model:
 
     {"config": sha256 of config.json, "transformers": its version,
-     "shape": {"num_layers": ..., "hidden_size": ..., "linears": {module path: [out, in]}}}
+     "shape": {"num_layers": ..., "hidden_size": ..., "linears": {module path: [out, in]},
+               "embedding": {module path: [out, in]}, "head": {module path: [out, in]}}}
 
 The shape follows from `config.json` and from transformers' code, so a record made from another
 config or by another version is ignored and replaced.
@@ -41,19 +42,29 @@ class ModelShape:
         num_layers: decoder blocks.
         hidden_size: the width of the residual stream.
         linears: module path -> (out, in) of every linear in the decoder blocks, in model order.
+        embedding: the same of the embedding, as `injection.embedding_shape`.
+        head: the same of the head, as `injection.head_shape`.
     """
 
     num_layers: int
     hidden_size: int
     linears: Mapping[str, tuple[int, int]]
+    embedding: Mapping[str, tuple[int, int]]
+    head: Mapping[str, tuple[int, int]]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelShape:
         """The shape of a model in memory. Raises UnsupportedModel if it is no plain decoder."""
-        from crma.method.injection import decoder_blocks, linear_shapes
+        from crma.method import injection
 
-        _, blocks = decoder_blocks(model)
-        return cls(len(blocks), model.config.hidden_size, linear_shapes(model))
+        _, blocks = injection.decoder_blocks(model)
+        return cls(
+            len(blocks),
+            model.config.hidden_size,
+            injection.linear_shapes(model),
+            injection.embedding_shape(model),
+            injection.head_shape(model),
+        )
 
 
 @dataclass(frozen=True)
