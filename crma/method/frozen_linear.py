@@ -29,26 +29,29 @@ class FrozenLinear:
         product: x [.., in] in the model's dtype -> x Wᵀ [.., out], without the bias.
         squared_norms: fp32 [out], of the rows of W.
         bias: [out], or None.
+        gain: factor that the module puts on x Wᵀ, as the embeddings of some families do.
     """
 
     product: Callable[[Tensor], Tensor]
     squared_norms: Tensor
-    bias: Tensor | None
+    bias: Tensor | None = None
+    gain: float = 1.0
 
     @classmethod
     def of(cls, module: nn.Module) -> "FrozenLinear":
         """A linear or an embedding that still has its weights."""
         weight = module.get_parameter("weight").detach()
         if isinstance(module, nn.Embedding):
-            return cls.of_embedding(weight)
+            gain = torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(weight.dtype)
+            return cls.of_embedding(weight, gain.item())
         bias = module.bias if isinstance(module, nn.Linear) else None
         product = partial(nn.functional.linear, weight=weight)
         return cls(product, squared_norms(weight), None if bias is None else bias.detach())
 
     @classmethod
-    def of_embedding(cls, weight: Tensor) -> "FrozenLinear":
+    def of_embedding(cls, weight: Tensor, gain: float = 1.0) -> "FrozenLinear":
         """An embedding of this weight [in, out]."""
-        return cls(partial(torch.matmul, other=weight), squared_norms(weight.mT), None)
+        return cls(partial(torch.matmul, other=weight), squared_norms(weight.mT), gain=gain)
 
 
 def squared_norms(weight: Tensor) -> Tensor:

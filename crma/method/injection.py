@@ -149,12 +149,9 @@ def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def embedding_shape(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """{module path: (hidden size, vocabulary)} of the embedding, seen as a linear on one-hot rows.
-
-    Empty if an adapter on it cannot be served: some families multiply what it gives.
-    """
+    """{module path: (hidden size, vocabulary)} of the embedding, seen as a linear on one-hot rows."""
     embedding = model.get_input_embeddings()
-    if not isinstance(embedding, nn.Embedding) or hasattr(embedding, "embed_scale"):
+    if not isinstance(embedding, nn.Embedding):
         return {}
     return {_path_of(model, embedding): (embedding.embedding_dim, embedding.num_embeddings)}
 

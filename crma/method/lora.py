@@ -68,7 +68,8 @@ class LoraPair:
         is_embedding: the linear is the model's embedding: its inputs are token ids, and it gives
             the rows of Aᵀ.
         output: what else changes in the linear's output: as learned, or, once `bound` to the
-            linear, as computed. None: nothing.
+            linear, as computed. None: nothing, and there is no need to bind the pair. The pair of
+            an embedding must be bound, because some families multiply what theirs gives.
     """
 
     A: Tensor
@@ -97,9 +98,10 @@ class LoraPair:
         """
         if not isinstance(self.output, LearnedOutput):
             return self
-        affine = self.output.affine(self.A, self.B, self.scaling, find())
+        linear = find()
+        affine = self.output.affine(self.A, self.B, self.scaling, linear)
         B = (self.B * affine.scale[:, None]).to(self.B.dtype)
-        return replace(self, B=B, output=affine)
+        return replace(self, B=B, scaling=self.scaling * linear.gain, output=affine)
 
     def tensors(self) -> list[Tensor]:
         """A, B and those of the output."""

@@ -165,6 +165,8 @@ def parse_config(config: Mapping[str, Any]) -> PeftConfig:
     for field, value in (peft.model_extra or {}).items():
         if value and field not in _HARMLESS:
             raise refused("This field is not known, and may change the result", field, value, MERGE)
+    if peft.use_dora and peft.lora_bias:
+        raise refused("PEFT itself does not know DoRA with lora_bias", "lora_bias", True, MERGE)
     _check_start(peft.init_lora_weights)
     return peft
 

@@ -76,7 +76,7 @@ class StoredPair:
         from crma.method.lora import LoraPair
 
         output = None
-        if self.magnitude is not None or self.bias is not None:
+        if self.is_embedding or self.magnitude is not None or self.bias is not None:
             magnitude, bias = (
                 None if tensor is None else tensor.to_torch().float()
                 for tensor in (self.magnitude, self.bias)
