@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from crma.core.errors import ConfigError
 from crma.core.selection import BASE, AdapterSelection
 from crma.method.backbone import Backbone, CrmaConfig
+from crma.method.frozen_linear import LearnedOutput
 from crma.method.injection import Injection, target_names
 from crma.method.lora import Lora, LoraConfig, LoraPair, match_targets
 from crma.models.base_model import BaseModel
@@ -190,6 +191,20 @@ def lora(inj: Injection, rank: int, which: str, seed: int = 0) -> Lora:
     return Lora(LoraConfig(rank, 2.0 * rank, targets), pairs)
 
 
+def dora(inj: Injection, rank: int, seed: int = 0) -> Lora:
+    """A random DoRA on every linear, the embedding and the head."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for path, (out, in_) in inj.all_shapes.items():
+        A = torch.randn(rank, in_, generator=generator) / in_**0.5
+        B = torch.randn(out, rank, generator=generator) / rank**0.5
+        factor = torch.rand(out, generator=generator) + 0.5
+        magnitude = factor * inj.frozen(path).squared_norms.cpu().sqrt()
+        is_embedding = path in inj.embedding
+        pairs[path] = LoraPair(A, B, 0.5, is_embedding, LearnedOutput(magnitude))
+    return Lora(LoraConfig(rank, 0.5 * rank, target_names(inj.model, "all-linear")), pairs)
+
+
 def overflowing() -> Lora:
     """A LoRA for the tiny Llama with finite weights so large that the logits become NaN."""
     made = lora(injection(), 2, "all-linear")
@@ -209,11 +224,12 @@ def backbone(inj: Injection, seed: int = 0) -> Backbone:
 
 
 def adapters(inj: Injection) -> dict[str, Lora | Backbone]:
-    """Three tasks of different ranks and targets, and two backbones, by digest."""
+    """Four tasks of different ranks, targets and kinds, and two backbones, by digest."""
     return {
         "task-0": lora(inj, 2, "attention", seed=0),
         "task-1": lora(inj, 5, "all-linear", seed=1),
         "task-2": lora(inj, 8, "first", seed=2),
+        "task-3": dora(inj, 3, seed=3),
         "crma-0": backbone(inj, seed=0),
         "crma-1": backbone(inj, seed=1),
     }

@@ -156,12 +156,12 @@ def parse_config(config: Mapping[str, Any]) -> PeftConfig:
             do.
     """
     _check_type(config)
-    data = json.dumps(config).encode()  # keeps the order of patterns, which has a meaning
-    peft = parse_record(PeftConfig, data, CONFIG)
     for field, (reason, advice) in _REFUSED.items():
         value = config.get(field)
         if value:
             raise refused(reason, field, value, advice)
+    data = json.dumps(config).encode()  # keeps the order of patterns, which has a meaning
+    peft = parse_record(PeftConfig, data, CONFIG)
     for field, value in (peft.model_extra or {}).items():
         if value and field not in _HARMLESS:
             raise refused("This field is not known, and may change the result", field, value, MERGE)

@@ -4,7 +4,6 @@ PEFT is the oracle: it loads the folder that it saved, and the folder that the s
 """
 
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,11 +14,14 @@ import peft
 import pytest
 import tiny
 import torch
+from peft.tuners.lora.config import KasaConfig, VeloraConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from crma.core.errors import InvalidAdapter
 from crma.core.selection import BASE, AdapterSelection
-from crma.method.injection import Plan
+from crma.method.injection import Injection, Plan
 from crma.models.base_model import BaseModel
 from crma.models.model_shape import ModelShape
 from crma.models.pull import pull
@@ -39,6 +41,7 @@ TOLERANCE = 1e-4  # of a logit and of a log-probability, in fp32
 PROMPT = tuple(range(3, 27))
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NEOX = ["query_key_value", "dense"]
+QV = ["q_proj", "v_proj"]
 ENDS = ["q_proj", "lm_head", "embed_tokens"]
 
 Change = Callable[[dict[str, Any], dict[str, Tensor]], None]
@@ -56,6 +59,10 @@ def renamed(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         tensors[new] = tensors.pop(key)
 
 
+def unchanged(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """As `save_pretrained` leaves them."""
+
+
 def with_fields(**fields: Any) -> Change:
     def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         config.update(fields)
@@ -70,7 +77,7 @@ class Kind:
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
     family: str = "llama"
-    change: Change = with_fields()
+    change: Change = unchanged
 
 
 SERVED = [
@@ -110,7 +117,10 @@ SERVED = [
     Kind("lora_bias, gpt_neox", {"lora_bias": True, "target_modules": NEOX}, "gpt_neox"),
     Kind("DoRA", {"use_dora": True, "target_modules": ALL}),
     Kind("DoRA, name in keys", {"use_dora": True}, change=renamed),
-    Kind("DoRA, rsLoRA, patterns", {"use_dora": True, "use_rslora": True, "rank_pattern": {"v": 2}}),
+    Kind(
+        "DoRA, rsLoRA, patterns",
+        {"use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 2}},
+    ),
     Kind("DoRA, fan_in_fan_out", {"use_dora": True, "fan_in_fan_out": True}),
     Kind("DoRA, biased linears", {"use_dora": True, "target_modules": ALL}, "qwen2"),
     Kind("DoRA, normed heads", {"use_dora": True, "target_modules": ALL}, "qwen3"),
@@ -127,7 +137,44 @@ SERVED = [
     Kind("embedding, gpt_neox", {"target_modules": [*NEOX, "embed_in", "embed_out"]}, "gpt_neox"),
     Kind("DoRA on embedding and head", {"use_dora": True, "target_modules": ENDS}),
     Kind("DoRA on both, tied", {"use_dora": True, "target_modules": ENDS}, "tied"),
-    Kind("DoRA on both, gpt_neox", {"use_dora": True, "target_modules": ["embed_in", "embed_out"]}, "gpt_neox"),
+    Kind(
+        "DoRA on both, gpt_neox",
+        {"use_dora": True, "target_modules": ["embed_in", "embed_out"]},
+        "gpt_neox",
+    ),
+]
+
+
+REFUSED = [
+    (Kind("PiSSA", {"init_lora_weights": "pissa"}), "path_initial_model_for_weight_conversion"),
+    (Kind("OLoRA", {"init_lora_weights": "olora"}), "path_initial_model_for_weight_conversion"),
+    (
+        Kind("CorDA", change=with_fields(init_lora_weights="corda")),
+        "path_initial_model_for_weight_conversion",
+    ),
+    (Kind("LoftQ", change=with_fields(init_lora_weights="loftq")), "merge_and_unload"),
+    (Kind("modules_to_save", {"modules_to_save": ["lm_head"]}), "merge_and_unload"),
+    (Kind("token indices", {"trainable_token_indices": [1, 2]}), "merge_and_unload"),
+    (
+        Kind("target_parameters", {"target_parameters": ["o_proj.weight"], "target_modules": []}),
+        "merge_and_unload",
+    ),
+    (Kind("layer_replication", change=with_fields(layer_replication=[[0, 2]])), "merge_and_unload"),
+    (Kind("bias=lora_only", {"bias": "lora_only"}, "qwen2"), "merge_and_unload"),
+    (Kind("bias=all", {"bias": "all"}, "qwen2"), "merge_and_unload"),
+    (Kind("biases of norms", {"bias": "all", "target_modules": NEOX}, "gpt_neox"), "merge_and"),
+    (Kind("aLoRA", {"alora_invocation_tokens": [5]}), "without alora_invocation_tokens"),
+    (Kind("KaSA", {"kasa_config": KasaConfig()}), "merge_and_unload"),
+    (Kind("VeLoRA", {"velora_config": VeloraConfig(num_groups=2)}), "merge_and_unload"),
+    (Kind("QALoRA", change=with_fields(use_qalora=True)), "merge_and_unload"),
+    (Kind("Arrow", change=with_fields(arrow_config={"top_k": 3})), "one by one"),
+    (Kind("Megatron", change=with_fields(megatron_config={"a": 1})), "remove the field"),
+    (Kind("classifier", {"task_type": "FEATURE_EXTRACTION"}), "train a LoRA instead"),
+    (Kind("a field of a later PEFT", change=with_fields(new_field=0.5)), "merge_and_unload"),
+    (Kind("IA3", change=with_fields(peft_type="IA3")), "merge_and_unload"),
+    (Kind("AdaLoRA", change=with_fields(peft_type="ADALORA")), "merge_and_unload"),
+    (Kind("prefixes", change=with_fields(peft_type="PREFIX_TUNING")), "train a LoRA instead"),
+    (Kind("prompts", change=with_fields(peft_type="PROMPT_TUNING")), "train a LoRA instead"),
 ]
 
 
@@ -136,10 +183,8 @@ def model(family: str) -> Any:
     """The tiny model of a family; "tied": the Llama, with one weight for embedding and head."""
     if family != "tied":
         return tiny.injection(family)
-    from crma.method.injection import Injection
-
     config = tiny.FAMILIES["llama"](tie_word_embeddings=True)
-    made = tiny.AutoModelForCausalLM.from_config(config)
+    made = AutoModelForCausalLM.from_config(config)
     state = tiny.injection().model.state_dict()
     made.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
     return Injection(made.eval().requires_grad_(False))
@@ -162,8 +207,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], BaseModel
 def save(kind: Kind, folder: Path) -> None:
     """Write a random adapter of a kind as PEFT does."""
     torch.manual_seed(2)
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **kind.config}
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": QV, **kind.config}
+    config = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
     made = peft.get_peft_model(tiny.fresh(model(kind.family)), config)
     for name, parameter in made.named_parameters():
         if "lora_magnitude" in name:
@@ -171,23 +216,11 @@ def save(kind: Kind, folder: Path) -> None:
         elif "lora_" in name:
             nn.init.normal_(parameter, std=0.5 * parameter.shape[-1] ** -0.5)
     made.save_pretrained(str(folder))
-    tensors = tiny_load(folder)
+    tensors = load_file(folder / WEIGHTS)
     saved = json.loads((folder / CONFIG).read_text())
     saved["base_model_name_or_path"] = "someone/tiny"
     kind.change(saved, tensors)
     (folder / CONFIG).write_text(json.dumps(saved))
-    tiny_save(tensors, folder)
-
-
-def tiny_load(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / WEIGHTS)
-
-
-def tiny_save(tensors: dict[str, Tensor], folder: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file(tensors, folder / WEIGHTS)
 
 
@@ -255,3 +288,41 @@ def test_it_is_served_as_peft_computes_it(
     kind: Kind, tmp_path: Path, bases: Callable[[str], BaseModel]
 ) -> None:
     assert greatest_difference(kind, tmp_path, bases(kind.family)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("kind", "advice"), REFUSED, ids=lambda value: getattr(value, "name", ""))
+def test_what_is_not_served_is_refused_with_what_to_do(
+    kind: Kind, advice: str, tmp_path: Path, bases: Callable[[str], BaseModel]
+) -> None:
+    with pytest.raises(InvalidAdapter) as refused:
+        imported(kind, tmp_path, bases(kind.family))
+    assert advice in refused.value.message
+    assert refused.value.field
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_pissa_adapter_is_served_once_it_is_converted_as_the_refusal_says(
+    tmp_path: Path, bases: Callable[[str], BaseModel]
+) -> None:
+    torch.manual_seed(2)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=QV, init_lora_weights="pissa"
+    )
+    made = peft.get_peft_model(tiny.fresh(model("llama")), config)
+    made.save_pretrained(str(tmp_path / "initial"))
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        trained = made.eval()(ids).logits
+    folder = tmp_path / "peft"
+    made.save_pretrained(
+        str(folder), path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+    )
+    shape = ModelShape.of(model("llama").model)
+    store = AdapterStore(tmp_path / "store")
+    entry = store.import_peft(folder, "task", bases("llama"), shape=shape)
+    inj = model("llama")
+    with torch.inference_mode(), inj.active(Plan([(None, entry.load())])):
+        torch.testing.assert_close(inj.model(ids).logits, trained, rtol=0, atol=TOLERANCE)
