@@ -149,7 +149,7 @@ def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def embedding_shape(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """{module path: (hidden size, vocabulary)} of the embedding, seen as a linear on one-hot rows."""
+    """{module path: (hidden size, vocabulary)} of the embedding, a linear on one-hot rows."""
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
         return {}

@@ -4,7 +4,7 @@
     base_model.model.<module>.lora_B.weight, .lora_B.bias     B, and its own bias
     base_model.model.<module>.lora_embedding_A, _B            A and B of an embedding
     base_model.model.<module>.lora_magnitude_vector           of DoRA
-    base_model.model.<module>.base_layer.weight               a copy of an adapted embedding's weight
+    base_model.model.<module>.base_layer.weight               a copy of the base model's weight
 
 A checkpoint that was not written by `save_pretrained` has the adapter's name inside, as in
 `…lora_A.default.weight`.

@@ -9,7 +9,7 @@ from crma.method.frozen_linear import FrozenLinear, LearnedOutput, squared_norms
 
 @pytest.mark.parametrize("out", [6, 5000])
 def test_the_output_is_that_of_the_updated_weight(out: int) -> None:
-    """The formula of DoRA on the whole weight; 5000 rows are normed in two parts."""
+    """The formula of DoRA on the whole weight; 5000 rows are normed in parts."""
     torch.manual_seed(0)
     linear = nn.Linear(8, out)
     A, B, bias = torch.randn(3, 8), torch.randn(out, 3), torch.randn(out)
