@@ -57,7 +57,7 @@ class FrozenLinear:
 def squared_norms(weight: Tensor) -> Tensor:
     """fp32 [out]: the squared length of each row of a weight [out, in] of any dtype."""
     norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
-    return torch.cat([norm(part) for part in weight.split(_ROWS_AT_ONCE)]).square()
+    return torch.cat([norm(part) for part in torch.split(weight, _ROWS_AT_ONCE)]).square()
 
 
 @dataclass(frozen=True)
