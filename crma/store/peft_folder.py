@@ -105,14 +105,14 @@ def _check_base(config: Mapping[str, Any], base: BaseModel) -> None:
         return
     if model_name(str(named)) != model_name(base.name):
         message = (
-            f"{field}: this adapter was made for {named}, and the base model is {base.name}. "
+            f"This adapter was made for {named}, and the base model is {base.name}. "
             "If their weights are the same, trust it (--trust-base)."
         )
         raise BaseMismatch(message, field=field, value=str(named), allowed=base.name)
     revision = config.get("revision")
     if revision not in (None, "", "main"):
         message = (
-            f"revision: this adapter was made for revision {revision} of {named}, and the revision "
+            f"This adapter was made for revision {revision} of {named}, and the revision "
             f"of {base.name} is not known. If their weights are the same, trust it (--trust-base)."
         )
         raise BaseMismatch(message, field="revision", value=str(revision), allowed=["main", None])
