@@ -1,34 +1,21 @@
 """Single tensors of a pulled model, read from its files without building the model."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from safetensors import safe_open
 from torch import Tensor
 
 from crma.models.base_model import BaseModel
 
-_INDEX = "model.safetensors.index.json"
-_WEIGHTS = "model.safetensors"
 
+def weights_of_shape(base: BaseModel, shape: Sequence[int]) -> Iterator[Tensor]:
+    """Every tensor of a shape in the files of a pulled model.
 
-def read_weight(base: BaseModel, names: Sequence[str]) -> Tensor | None:
-    """The first of several tensors that is in the files; None if none is.
-
-    Args:
-        base: a pulled model.
-        names: of the tensors. A tied weight is in the files under one of its names only.
+    Names are no help: transformers loads some files under other names, and a weight that two
+    modules share is in the files once.
     """
-    index = base.path / _INDEX
-    if index.is_file():
-        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    else:
-        files = dict.fromkeys(names, _WEIGHTS)
-    for name in names:
-        path = base.path / files.get(name, "")
-        if not path.is_file():
-            continue
+    for path in sorted(base.path.glob("*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118 (it is no dict)
-                return tensors.get_tensor(name)
-    return None
+            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                if tensors.get_slice(name).get_shape() == list(shape):
+                    yield tensors.get_tensor(name)

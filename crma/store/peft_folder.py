@@ -137,13 +137,12 @@ def _without_copies(
 
     Raises InvalidAdapter if one of them differs from the base model: then it was trained.
     """
-    known = [*shape.embedding, *shape.head]
     kept = {}
     for key, tensor in tensors.items():
         path = _copied_module(key)
-        if path not in known:
+        if path not in shape.embedding and path not in shape.head:
             kept[key] = tensor
-        elif not _equals_base(base, path, known, tensor):
+        elif not _is_in_base(base, tensor):
             reason = f"It differs from the weights of {base.name}, so it was trained or resized"
             raise refused(reason, key, list(tensor.shape), MERGE)
     return kept
@@ -157,12 +156,12 @@ def _copied_module(key: str) -> str | None:
     return key.removeprefix(PREFIX).removesuffix(".weight")
 
 
-def _equals_base(base: BaseModel, path: str, known: list[str], tensor: StoredTensor) -> bool:
+def _is_in_base(base: BaseModel, tensor: StoredTensor) -> bool:
     """Whether a copy has the base model's numbers, once those are rounded to the copy's dtype."""
     import torch
 
-    from crma.models.base_weights import read_weight
+    from crma.models.base_weights import weights_of_shape
 
-    own = read_weight(base, [f"{name}.weight" for name in (path, *known)])
     copy = tensor.to_torch()
-    return own is not None and torch.equal(own.to(copy.dtype), copy)
+    found = weights_of_shape(base, tensor.shape)
+    return any(torch.equal(weight.to(copy.dtype), copy) for weight in found)

@@ -134,12 +134,16 @@ SERVED = [
     Kind("embedding and head, tied", {"target_modules": ENDS}, "tied"),
     Kind("embedding and head, gemma2", {"target_modules": ENDS}, "gemma2"),
     Kind("DoRA on both, gemma3", {"use_dora": True, "target_modules": ENDS}, "gemma3"),
-    Kind("embedding, gpt_neox", {"target_modules": [*NEOX, "embed_in", "embed_out"]}, "gpt_neox"),
+    Kind(
+        "embedding and head, gpt_neox",
+        {"target_modules": [*NEOX, "embed_in", "lm_head"]},
+        "gpt_neox",
+    ),
     Kind("DoRA on embedding and head", {"use_dora": True, "target_modules": ENDS}),
     Kind("DoRA on both, tied", {"use_dora": True, "target_modules": ENDS}, "tied"),
     Kind(
         "DoRA on both, gpt_neox",
-        {"use_dora": True, "target_modules": ["embed_in", "embed_out"]},
+        {"use_dora": True, "target_modules": ["embed_in", "lm_head"]},
         "gpt_neox",
     ),
 ]
