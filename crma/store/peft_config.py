@@ -32,9 +32,9 @@ RETRAIN = "train a LoRA instead"
 # Fields that record how an adapter was trained or where it is. `fan_in_fan_out` is one of them:
 # PEFT itself unsets it on linears.
 _HARMLESS = """
-    auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config fan_in_fan_out
-    inference_mode loftq_config lora_dropout lora_ga_config megatron_core peft_version
-    qalora_group_size revision runtime_config
+    auto_mapping base_model_name_or_path corda_config eva_config fan_in_fan_out inference_mode
+    loftq_config lora_dropout lora_ga_config megatron_core peft_version qalora_group_size revision
+    runtime_config
 """.split()  # noqa: SIM905 (quoted words are harder to read)
 
 # Field -> why it is refused if it is set, and what to do.
@@ -92,6 +92,8 @@ class PeftConfig(BaseModel):
     use_rslora: _Flag = False
     use_dora: _Flag = False
     lora_bias: _Flag = False
+    # Where the head shares the embedding's weight, a target among the two stands for both.
+    ensure_weight_tying: _Flag = False
     rank_pattern: dict[str, _Rank] | None = None
     alpha_pattern: dict[str, _Alpha] | None = None
     target_modules: str | list[str] = Field(min_length=1)

@@ -183,9 +183,8 @@ def lora_from_peft(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor
     pairs = {}
     for path, parts in sorted(_parts_by_path(tensors).items()):
         pairs[path] = _pair(peft, path, parts)
-        if not peft.targets(path):
-            message = "Not targeted by the config, so PEFT would ignore its tensors."
-            raise invalid(message, path, path, peft.target_modules)
+        if not peft.ensure_weight_tying:
+            _check_targeted(peft, path)
     if not pairs:
         raise invalid("Holds no LoRA tensor.", WEIGHTS, 0, FORMS)
     target_modules = tuple(sorted({_last_name(path) for path in pairs}))
@@ -216,11 +215,20 @@ def check_fits(config: Mapping[str, Any], lora: StoredLora, shape: ModelShape) -
                 "Does not fit the base model.", path, _dimensions(pair.A, pair.B), allowed
             )
     peft = parse_config(config)
+    for path in lora.pairs:
+        if path not in shape.head or not peft.ensure_weight_tying:
+            _check_targeted(peft, path)
     targets = shape.linears if peft.target_modules == ALL_LINEAR else known
     missing = sorted(path for path in targets if path not in lora.pairs and peft.targets(path))
     if missing:
         message = "The config targets modules without tensors."
         raise invalid(message, missing[0], missing[:5], "A and B for each")
+
+
+def _check_targeted(peft: PeftConfig, path: str) -> None:
+    if not peft.targets(path):
+        message = "Not targeted by the config, so PEFT would ignore its tensors."
+        raise invalid(message, path, path, peft.target_modules)
 
 
 def _parts_by_path(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:

@@ -132,6 +132,16 @@ SERVED = [
     Kind("embedding", {"target_modules": ["q_proj", "embed_tokens"]}),
     Kind("embedding, name in keys", {"target_modules": ENDS}, change=renamed),
     Kind("embedding and head, tied", {"target_modules": ENDS}, "tied"),
+    Kind(
+        "tied adapters of both",
+        {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
+        "tied",
+    ),
+    Kind(
+        "tied adapters, one named",
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "use_rslora": True},
+        "tied",
+    ),
     Kind("embedding and head, gemma2", {"target_modules": ENDS}, "gemma2"),
     Kind("DoRA on both, gemma3", {"use_dora": True, "target_modules": ENDS}, "gemma3"),
     Kind(
