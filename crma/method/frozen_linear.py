@@ -5,8 +5,9 @@ weight, b its bias and s the scaling,
 
     y = f (x Wᵀ + s x Aᵀ Bᵀ) + b,    f = magnitude / ||W + s B A||, row by row.
 
-PEFT's `lora_bias` gives B a bias c, scaled as the update is. Together, of the linear's own output
-x Wᵀ + b this is a rescaling, `Affine`, and a low-rank update with f B in place of B.
+PEFT's `lora_bias` gives B a bias c, scaled as the update is, and its `bias` trains b. Together, of
+the linear's own output x Wᵀ + b this is a rescaling, `Affine`, and a low-rank update with f B in
+place of B.
 
 Shapes: in and out, the features of the linear; r the rank; A [r, in]; B [out, r].
 """
@@ -67,22 +68,26 @@ class LearnedOutput:
     Attributes:
         magnitude: fp32 [out], DoRA's; None: the length of the rows is not learned.
         bias: fp32 [out], of B; None: B has none.
+        own_bias: fp32 [out], in place of the linear's; None: the linear keeps its own, or has none.
     """
 
     magnitude: Tensor | None = None
     bias: Tensor | None = None
+    own_bias: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """Those that are there."""
-        return [tensor for tensor in (self.magnitude, self.bias) if tensor is not None]
+        found = (self.magnitude, self.bias, self.own_bias)
+        return [tensor for tensor in found if tensor is not None]
 
     def to(self, device: torch.device | str) -> "LearnedOutput":
         """A copy in fp32 on `device`."""
-        magnitude, bias = (
-            None if tensor is None else tensor.detach().to(device, torch.float32)
-            for tensor in (self.magnitude, self.bias)
+        return LearnedOutput(
+            *(
+                None if tensor is None else tensor.detach().to(device, torch.float32)
+                for tensor in (self.magnitude, self.bias, self.own_bias)
+            )
         )
-        return LearnedOutput(magnitude, bias)
 
     def affine(self, A: Tensor, B: Tensor, scaling: float, linear: FrozenLinear) -> "Affine":
         """The rescaling of the linear's output, its bias included.
@@ -98,7 +103,9 @@ class LearnedOutput:
             scale = self.magnitude.float() / _updated_norms(A, B, scaling, linear)
         shift = torch.zeros_like(scale)
         if linear.bias is not None:
-            shift = (1 - scale) * linear.bias.float()
+            old = linear.bias.float()
+            new = old if self.own_bias is None else self.own_bias.float()
+            shift = new - scale * old
         if self.bias is not None:
             shift = shift + scale * scaling * self.bias.float()
         return Affine(scale, shift)

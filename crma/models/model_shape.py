@@ -5,7 +5,8 @@ beside the pulled model, in a hidden file that is no part of the model:
 
     {"config": sha256 of config.json, "transformers": its version,
      "shape": {"num_layers": ..., "hidden_size": ..., "linears": {module path: [out, in]},
-               "embedding": {module path: [out, in]}, "head": {module path: [out, in]}}}
+               "embedding": {module path: [out, in]}, "head": {module path: [out, in]},
+               "biased": [module path]}}
 
 The shape follows from `config.json` and from transformers' code, so a record made from another
 config or by another version is ignored and replaced.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -44,6 +45,7 @@ class ModelShape:
         linears: module path -> (out, in) of every linear in the decoder blocks, in model order.
         embedding: the same of the embedding, as `injection.embedding_shape`.
         head: the same of the head, as `injection.head_shape`.
+        biased: paths of the linears that have a bias.
     """
 
     num_layers: int
@@ -51,6 +53,7 @@ class ModelShape:
     linears: Mapping[str, tuple[int, int]]
     embedding: Mapping[str, tuple[int, int]]
     head: Mapping[str, tuple[int, int]]
+    biased: Sequence[str]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelShape:
@@ -58,12 +61,16 @@ class ModelShape:
         from crma.method import injection
 
         _, blocks = injection.decoder_blocks(model)
+        linears = injection.linear_shapes(model)
+        head = injection.head_shape(model)
+        biased = [path for path in (*linears, *head) if model.get_submodule(path).bias is not None]
         return cls(
             len(blocks),
             model.config.hidden_size,
-            injection.linear_shapes(model),
+            linears,
             injection.embedding_shape(model),
-            injection.head_shape(model),
+            head,
+            biased,
         )
 
 

@@ -84,7 +84,8 @@ class PeftConfig(BaseModel):
 
     peft_type: Literal["LORA"]
     task_type: Literal["CAUSAL_LM"] | None = None
-    # The biases that it trains are tensors of the file. A base model without biases has none.
+    # The biases that it trains are tensors of the file; a base model without biases has none. Those
+    # of modules without a LoRA are refused.
     bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: bool | str | None = True
     r: _Rank

@@ -45,7 +45,7 @@ Parts = Mapping[str, StoredTensor]
 class StoredPair:
     """What an adapter does to one linear; fields as in `LoraPair` and `LearnedOutput`.
 
-    A [r, in], B [out, r]; magnitude and bias [out], or None.
+    A [r, in], B [out, r]; magnitude, bias and own_bias [out], or None.
     """
 
     A: StoredTensor
@@ -54,6 +54,7 @@ class StoredPair:
     is_embedding: bool = False
     magnitude: StoredTensor | None = None
     bias: StoredTensor | None = None
+    own_bias: StoredTensor | None = None
 
     @classmethod
     def of(cls, pair: LoraPair, dtype: torch.dtype | None) -> StoredPair:
@@ -64,24 +65,23 @@ class StoredPair:
         B = StoredTensor.of(pair.B.detach().to("cpu", dtype))
         learned = pair.output or LearnedOutput()
         assert isinstance(learned, LearnedOutput)
-        magnitude, bias = (
+        vectors = (
             None if tensor is None else StoredTensor.of(tensor)
-            for tensor in (learned.magnitude, learned.bias)
+            for tensor in (learned.magnitude, learned.bias, learned.own_bias)
         )
-        return cls(A, B, pair.scaling, pair.is_embedding, magnitude, bias)
+        return cls(A, B, pair.scaling, pair.is_embedding, *vectors)
 
     def to_pair(self) -> LoraPair:
         """The pair that computes with these tensors."""
         from crma.method.frozen_linear import LearnedOutput
         from crma.method.lora import LoraPair
 
-        output = None
-        if self.is_embedding or self.magnitude is not None or self.bias is not None:
-            magnitude, bias = (
-                None if tensor is None else tensor.to_torch().float()
-                for tensor in (self.magnitude, self.bias)
-            )
-            output = LearnedOutput(magnitude, bias)
+        vectors = [
+            None if tensor is None else tensor.to_torch().float()
+            for tensor in (self.magnitude, self.bias, self.own_bias)
+        ]
+        is_plain = not self.is_embedding and all(each is None for each in vectors)
+        output = None if is_plain else LearnedOutput(*vectors)
         A, B = self.A.to_torch(), self.B.to_torch()
         return LoraPair(A, B, self.scaling, self.is_embedding, output)
 
@@ -93,6 +93,8 @@ class StoredPair:
             parts["magnitude"] = self.magnitude
         if self.bias is not None:
             parts["lora_bias"] = self.bias
+        if self.own_bias is not None:
+            parts["own_bias"] = self.own_bias
         return parts
 
 
@@ -168,6 +170,8 @@ def lora_to_peft(
         config["use_dora"] = True
     if any(pair.bias is not None for pair in lora.pairs.values()):
         config["lora_bias"] = True
+    if any(pair.own_bias is not None for pair in lora.pairs.values()):
+        config["bias"] = "lora_only"
     return config, tensors
 
 
@@ -214,6 +218,9 @@ def check_fits(config: Mapping[str, Any], lora: StoredLora, shape: ModelShape) -
             raise invalid(
                 "Does not fit the base model.", path, _dimensions(pair.A, pair.B), allowed
             )
+        if pair.own_bias is not None and path not in shape.biased:
+            message = "Holds a bias, and this linear of the base model has none."
+            raise invalid(message, path, WRITTEN["own_bias"], "no bias")
     peft = parse_config(config)
     for path in lora.pairs:
         if path not in shape.head or not peft.ensure_weight_tying:
@@ -247,7 +254,8 @@ def _parts_by_path(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, S
         if found.part in paths[found.path]:
             raise invalid("A tensor of the same part is there twice.", key, key, "one")
         paths[found.path][found.part] = tensor
-        adapters.add(found.adapter)
+        if found.part != "own_bias":
+            adapters.add(found.adapter)
     if len(adapters) > 1:
         message = "Holds several adapters, by the names in its tensors."
         raise invalid(message, WEIGHTS, sorted(map(str, adapters)), "one adapter")
@@ -271,6 +279,8 @@ def _pair(peft: PeftConfig, path: str, parts: Parts) -> StoredPair:
         expected.add("magnitude")
     if peft.lora_bias and not is_embedding:
         expected.add("lora_bias")
+    if peft.bias != "none" and not is_embedding and "own_bias" in parts:
+        expected.add("own_bias")
     odd = sorted(expected ^ set(parts))
     if odd:
         verb = "missing" if odd[0] in expected else "there, and the config does not say so"
@@ -278,12 +288,12 @@ def _pair(peft: PeftConfig, path: str, parts: Parts) -> StoredPair:
         raise invalid(message, path, sorted(parts), sorted(expected))
     A, B = (parts[name] for name in names)
     _check_shapes(path, A, B, peft.rank(path))
-    magnitude, bias = parts.get("magnitude"), parts.get("lora_bias")
-    for vector in (magnitude, bias):
+    vectors = [parts.get(part) for part in ("magnitude", "lora_bias", "own_bias")]
+    for vector in vectors:
         if vector is not None and vector.shape != B.shape[:1]:
             allowed = f"[{B.shape[0]}], as B [{B.shape[0]}, r]"
             raise invalid("Not one number an output.", path, _dimensions(vector), allowed)
-    return StoredPair(A, B, peft.scaling(path), is_embedding, magnitude, bias)
+    return StoredPair(A, B, peft.scaling(path), is_embedding, *vectors)
 
 
 def _check_shapes(path: str, A: StoredTensor, B: StoredTensor, rank: int) -> None:

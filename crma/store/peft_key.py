@@ -4,6 +4,7 @@
     base_model.model.<module>.lora_B.weight, .lora_B.bias     B, and its own bias
     base_model.model.<module>.lora_embedding_A, _B            A and B of an embedding
     base_model.model.<module>.lora_magnitude_vector           of DoRA
+    base_model.model.<module>.base_layer.bias                 in place of an adapted linear's bias
     base_model.model.<module>.base_layer.weight               a copy of the base model's weight
 
 A checkpoint that was not written by `save_pretrained` has the adapter's name inside, as in
@@ -32,6 +33,7 @@ _ENDINGS = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
     "lora_magnitude_vector.*.weight": "magnitude",
+    "base_layer.bias": "own_bias",
     "base_layer.weight": "weight",
 }
 _MARKS = {ending.split(".")[0] for ending in _ENDINGS}
@@ -42,6 +44,7 @@ WRITTEN = {
     "embedding_A": "lora_embedding_A",
     "embedding_B": "lora_embedding_B",
     "magnitude": "lora_magnitude_vector",
+    "own_bias": "base_layer.bias",
 }
 """The part of an adapter -> how `save_pretrained` ends its name."""
 
@@ -52,7 +55,8 @@ class PeftKey(NamedTuple):
     Attributes:
         path: of the module.
         part: of the adapter: a key of `WRITTEN`; or "weight", a copy of the base model's.
-        adapter: the adapter's name, if it is inside; None: it is not.
+        adapter: the adapter's name, if it is inside; None: it is not. The names of own_bias and
+            weight never have one.
     """
 
     path: str

@@ -112,6 +112,12 @@ SERVED = [
     Kind("eva", change=with_fields(init_lora_weights="eva")),
     Kind("bias=lora_only, no biases", {"bias": "lora_only"}),
     Kind("bias=all, no biases", {"bias": "all"}),
+    Kind("bias=lora_only", {"bias": "lora_only"}, "qwen2"),
+    Kind("bias=all, all of them adapted", {"bias": "all", "target_modules": ALL}, "qwen2"),
+    Kind("bias=lora_only, gpt_neox", {"bias": "lora_only", "target_modules": NEOX}, "gpt_neox"),
+    Kind("bias=lora_only, name in keys", {"bias": "lora_only"}, "qwen2", renamed),
+    Kind("DoRA, bias=lora_only", {"use_dora": True, "bias": "lora_only"}, "qwen2"),
+    Kind("lora_bias and bias", {"lora_bias": True, "bias": "lora_only"}, "qwen2"),
     Kind("lora_bias", {"lora_bias": True, "target_modules": ALL}),
     Kind("lora_bias, biased linears", {"lora_bias": True}, "qwen2"),
     Kind("lora_bias, gpt_neox", {"lora_bias": True, "target_modules": NEOX}, "gpt_neox"),
@@ -174,8 +180,7 @@ REFUSED = [
         "merge_and_unload",
     ),
     (Kind("layer_replication", change=with_fields(layer_replication=[[0, 2]])), "merge_and_unload"),
-    (Kind("bias=lora_only", {"bias": "lora_only"}, "qwen2"), "merge_and_unload"),
-    (Kind("bias=all", {"bias": "all"}, "qwen2"), "merge_and_unload"),
+    (Kind("biases of other linears", {"bias": "all"}, "qwen2"), "merge_and_unload"),
     (Kind("biases of norms", {"bias": "all", "target_modules": NEOX}, "gpt_neox"), "merge_and"),
     (Kind("aLoRA", {"alora_invocation_tokens": [5]}), "without alora_invocation_tokens"),
     (Kind("KaSA", {"kasa_config": KasaConfig()}), "merge_and_unload"),
@@ -227,6 +232,8 @@ def save(kind: Kind, folder: Path) -> None:
     for name, parameter in made.named_parameters():
         if "lora_magnitude" in name:
             parameter.data *= torch.rand_like(parameter) + 0.5
+        elif name.endswith("base_layer.bias"):
+            parameter.data += torch.randn_like(parameter)
         elif "lora_" in name:
             nn.init.normal_(parameter, std=0.5 * parameter.shape[-1] ** -0.5)
     made.save_pretrained(str(folder))

@@ -12,13 +12,14 @@ def test_the_output_is_that_of_the_updated_weight(out: int) -> None:
     """The formula of DoRA on the whole weight; 5000 rows are normed in parts."""
     torch.manual_seed(0)
     linear = nn.Linear(8, out)
-    A, B, bias = torch.randn(3, 8), torch.randn(out, 3), torch.randn(out)
+    A, B = torch.randn(3, 8), torch.randn(out, 3)
+    bias, own_bias = torch.randn(2, out)
     magnitude, x = torch.rand(out) + 0.5, torch.randn(4, 8)
     with torch.no_grad():
         updated = linear.weight + 0.7 * B @ A
         factor = magnitude / updated.norm(dim=1)
-        expected = (x @ updated.T + 0.7 * bias) * factor + linear.bias
-        learned = LearnedOutput(magnitude, bias)
+        expected = (x @ updated.T + 0.7 * bias) * factor + own_bias
+        learned = LearnedOutput(magnitude, bias, own_bias)
         affine = learned.affine(A, B, 0.7, FrozenLinear.of(linear))
         low_rank = 0.7 * x @ A.T @ (affine.scale[:, None] * B).T
         found = affine.applied(linear(x), None) + low_rank

@@ -181,7 +181,8 @@ UNUSABLE = [
     ({KEY.replace("lora_A", "lora_A.other"): torch.zeros(4, 32)}, "there twice"),
     ({KEY: None, KEY.replace("lora_A", "lora_A.x"): torch.zeros(4, 32)}, "several adapters"),
     ({KEY.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}, "does not say so"),
-    ({KEY.replace("lora_A.weight", "base_layer.bias"): torch.ones(32)}, "that was trained"),
+    ({KEY.replace("lora_A.weight", "base_layer.bias"): torch.ones(32)}, "does not say so"),
+    ({KEY.replace("lora_A.weight", "bias"): torch.ones(32)}, "that was trained"),
     ({KEY.replace("q_proj.lora_A", "q_norm"): torch.ones(8)}, "trained or resized"),
     (dict.fromkeys(FILES[1]), "no LoRA tensor"),
 ]
@@ -210,6 +211,15 @@ def test_every_targeted_module_must_have_tensors() -> None:
     fewer = Lora(LORA.config, dict(sorted(LORA.pairs.items())[1:]))
     with pytest.raises(InvalidAdapter, match="targets modules without tensors"):
         check_fits(FILES[0], StoredLora.of(fewer), SHAPE)
+
+
+def test_a_bias_of_a_linear_that_has_none_is_refused() -> None:
+    """PEFT ignores it in silence."""
+    config = {**FILES[0], "bias": "lora_only"}
+    bias = stored({KEY.replace("lora_A.weight", "base_layer.bias"): torch.ones(32)})
+    read = lora_from_peft(config, FILES[1] | bias)
+    with pytest.raises(InvalidAdapter, match="of the base model has none"):
+        check_fits(config, read, SHAPE)
 
 
 def test_an_adapter_that_does_not_fit_the_base_model_is_not_imported(tmp_path: Path) -> None:
