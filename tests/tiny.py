@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from dora import dora
 from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
@@ -23,7 +24,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from crma.core.errors import ConfigError
 from crma.core.selection import BASE, AdapterSelection
 from crma.method.backbone import Backbone, CrmaConfig
-from crma.method.frozen_linear import LearnedOutput
 from crma.method.injection import Injection, target_names
 from crma.method.lora import Lora, LoraConfig, LoraPair, match_targets
 from crma.models.base_model import BaseModel
@@ -189,20 +189,6 @@ def lora(inj: Injection, rank: int, which: str, seed: int = 0) -> Lora:
         B = torch.randn(out, rank, generator=generator) / rank**0.5
         pairs[path] = LoraPair(A, B, 2.0)
     return Lora(LoraConfig(rank, 2.0 * rank, targets), pairs)
-
-
-def dora(inj: Injection, rank: int, seed: int = 0) -> Lora:
-    """A random DoRA on every linear, the embedding and the head."""
-    generator = torch.Generator().manual_seed(seed)
-    pairs = {}
-    for path, (out, in_) in inj.all_shapes.items():
-        A = torch.randn(rank, in_, generator=generator) / in_**0.5
-        B = torch.randn(out, rank, generator=generator) / rank**0.5
-        factor = torch.rand(out, generator=generator) + 0.5
-        magnitude = factor * inj.frozen(path).squared_norms.cpu().sqrt()
-        is_embedding = path in inj.embedding
-        pairs[path] = LoraPair(A, B, 0.5, is_embedding, LearnedOutput(magnitude))
-    return Lora(LoraConfig(rank, 0.5 * rank, target_names(inj.model, "all-linear")), pairs)
 
 
 def overflowing() -> Lora:

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from tiny import FAMILIES, dora, injection, lora
+from dora import dora
+from tiny import FAMILIES, injection, lora
 from transformers import AutoModelForCausalLM
 
 from crma.core.errors import ConfigError, InvalidAdapter, UnsupportedModel
