@@ -62,6 +62,10 @@ def import_adapter(
     licence: Annotated[
         str, typer.Option(help="Licence of the adapter, such as Apache-2.0.")
     ] = "unknown",
+    trust_base: Annotated[
+        bool,
+        typer.Option("--trust-base", help="Import it even if it names another base model."),
+    ] = False,
 ) -> None:
     """Publish a PEFT LoRA from a local folder as a task, and serve it.
 
@@ -74,7 +78,9 @@ def import_adapter(
     is_new = not is_store(store)
     base = find_base(model)
     shape = read_shape(base)
-    entry = adapters.import_peft(folder, name, base, licence=licence, shape=shape)
+    entry = adapters.import_peft(
+        folder, name, base, licence=licence, shape=shape, trust_base=trust_base
+    )
     if is_new:
         note(f"started a new store: {store}")
     note(f"{entry.name}@{entry.version} {entry.digest}")

@@ -62,7 +62,7 @@ class Served:
         """Return a task adapter in the serving dtype."""
         if entry.digest not in self._loras:
             lora = entry.load(self.shape)
-            self._loras[entry.digest] = lora.to(self.device, self.dtype)
+            self._loras[entry.digest] = self.injection.bind(lora.to(self.device, self.dtype))
         return self._loras[entry.digest]
 
     def backbone(self, entry: BackboneEntry) -> list[FoldedPair]:

@@ -23,10 +23,10 @@ from crma.store.entry import (
     read_backbone,
     read_entry,
     read_task,
-    read_weights,
     versions_in,
 )
-from crma.store.manifest import TASK_FILES, Blend
+from crma.store.manifest import Blend
+from crma.store.peft_folder import read_folder
 from crma.store.peft_format import StoredLora, check_fits, lora_from_peft
 from crma.store.publication import Origin
 from crma.store.removal import remove_task
@@ -184,6 +184,7 @@ class AdapterStore:
         *,
         licence: str = "unknown",
         shape: ModelShape | None = None,
+        trust_base: bool = False,
     ) -> TaskEntry:
         """Publishes a PEFT LoRA from a local folder, its tensors in their own dtype.
 
@@ -197,12 +198,14 @@ class AdapterStore:
             base: the base model that it was made for.
             licence: SPDX identifier where there is one.
             shape: of the base model; if given, the adapter must fit it.
+            trust_base: import it even if its config names another base model.
 
         Raises:
-            InvalidAdapter: as `peft_format.lora_from_peft` and `peft_format.check_fits`.
+            NotFound, BaseMismatch: as `peft_folder.read_folder`.
+            InvalidAdapter: as that, `peft_format.lora_from_peft` and `peft_format.check_fits`.
         """
         with about(str(path)):
-            config, tensors = read_weights([(path / file).resolve() for file in TASK_FILES])
+            config, tensors = read_folder(path, base, shape=shape, trust_base=trust_base)
             lora = lora_from_peft(config, tensors)
             if shape is not None:
                 check_fits(config, lora, shape)
