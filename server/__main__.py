@@ -19,7 +19,7 @@ from crma.models.base_model import BaseModel, find_base
 from crma.models.loading import load_tokenizer
 from crma.models.model_shape import read_shape
 from crma.models.prompts import Format, base_format
-from crma.store.adapter_store import AdapterStore
+from crma.store.opening import open_store
 from server.app import create_app
 from server.engine.native.async_engine import AsyncEngine
 from server.engine.native.launch import EngineConfig, start_engine
@@ -27,19 +27,20 @@ from server.http.log import configure as configure_logs
 from server.service.frontend import Frontend
 from server.service.metrics import Metrics
 from server.service.registry import Registry
-from server.settings import Settings
+from server.settings import Settings, drop_service_links
 
 log = logging.getLogger("server")
 
 
 def build(settings: Settings) -> FastAPI:
-    """The app on the native engine. Raises CrmaError for a setting or model it cannot serve."""
+    """The app on the native engine. Raises CrmaError for what it cannot serve, named."""
+    store = open_store(settings.store)
     base = find_base(settings.model, home=settings.home)
     engine = _start_engine(settings, base)
     metrics = Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
     tokenizer = load_tokenizer(base)  # not the engine's: two threads must not share one
     registry = Registry(
-        store=AdapterStore(settings.store),
+        store=store,
         base=base,
         engine=engine,
         base_format=_base_format(tokenizer),
@@ -102,9 +103,12 @@ def explain(error: CrmaError) -> str:
 
 def main() -> int:
     """Serve until told to stop. The exit code is 2 for a setting or model that cannot be used."""
+    links = drop_service_links()
     try:
         settings = Settings.load()
         configure_logs(settings.log_format)
+        if links:
+            log.warning("ignored, because Kubernetes set it for a Service: %s", ", ".join(links))
         app = build(settings)
     except CrmaError as error:
         sys.stderr.write(explain(error) + "\n")

@@ -1,7 +1,8 @@
 """Every setting of the server, in one list. No other module reads settings.
 
 A setting `x` comes from the environment variable `CRMA_X`. An unknown `CRMA_` variable is an error:
-a mistyped limit must not be silently off.
+a mistyped limit must not be silently off. Only what Kubernetes sets for a Service whose name begins
+with `crma` is left aside (`server/service_links.py`).
 """
 
 import os
@@ -12,7 +13,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from crma.core.allowed import describe
 from crma.core.errors import ConfigError
+from server.service_links import service_links
 
 PREFIX = "CRMA_"
 _ORIGIN = r"https?://[^\s/?#@*]+"  # as browsers send it: no path, not even a final slash
@@ -20,6 +23,10 @@ _ORIGIN = r"https?://[^\s/?#@*]+"  # as browsers send it: no path, not even a fi
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:
     return Field(default=default, description=help, **limits)
+
+
+def _expanded(value: Any) -> Any:
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 class Settings(BaseSettings):
@@ -33,7 +40,7 @@ class Settings(BaseSettings):
     )
 
     host: str = _setting("127.0.0.1", "Address to listen on.")
-    port: int = _setting(8000, "Port to listen on.", ge=0, le=65535)
+    port: int = _setting(8000, "Port to listen on.", ge=1, le=65535)
 
     home: Path | None = _setting(None, "Folder of pulled models; unset: ~/.cache/crma.")
     model: str = _setting(
@@ -145,6 +152,13 @@ class Settings(BaseSettings):
                 )
         return origins
 
+    @field_validator("*")
+    @classmethod
+    def _expand_home(cls, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(_expanded, value))
+        return _expanded(value)
+
     @classmethod
     def load(cls) -> Self:
         """Settings from the environment.
@@ -168,5 +182,24 @@ class Settings(BaseSettings):
                 f"{name}: {first['msg']}",
                 field=name,
                 value=None if is_secret else first.get("input"),
-                allowed=cls.model_fields[field].description,
+                allowed=cls.allowed(field),
             ) from None
+
+    @classmethod
+    def allowed(cls, field: str) -> str:
+        """The values that a setting takes, in words."""
+        schema = cls.model_json_schema()["properties"][field]
+        if schema.get("type") == "array":
+            return "texts, separated by commas"
+        return describe(schema)
+
+
+def drop_service_links() -> list[str]:
+    """Take out of the environment what Kubernetes put there for a Service. Returns the names.
+
+    CRMA_PORT=tcp://10.0.0.1:8000 is no setting, but would be read as one.
+    """
+    links = service_links(os.environ, PREFIX)
+    for name in links:
+        del os.environ[name]
+    return links

@@ -35,6 +35,8 @@ SELECTIONS = [
     AdapterSelection("task-2", "crma-0"),
     AdapterSelection(None, "crma-1"),
     AdapterSelection("task-1", "crma-1"),
+    AdapterSelection("task-3", None),
+    AdapterSelection("task-3", "crma-0"),
 ]
 
 

@@ -21,6 +21,8 @@ from fastapi import APIRouter, FastAPI
 from paths import EXPERIMENTS, RESULTS, ROOT
 from prometheus_client import CollectorRegistry, Metric
 
+from crma.core.allowed import describe
+from crma.training.config import CrmaSettings, LoraSettings, TrainConfig
 from crma.training.experiment import read_experiment
 from crma.training.tables import arms_table
 from server import __version__
@@ -103,6 +105,23 @@ def _default(value: object) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     return f"`{value}`"
+
+
+def config_table() -> str:
+    """Every key of a training config, table by table: its default, what it takes, its meaning."""
+    parts = []
+    for table, model in (("", TrainConfig), ("lora", LoraSettings), ("crma", CrmaSettings)):
+        schema = model.model_json_schema()["properties"]
+        rows = []
+        for name, field in model.model_fields.items():
+            if field.description is None:  # a table of its own
+                continue
+            default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+            allowed = describe(schema[name]).replace("|", "\\|")
+            rows.append([f"`{name}`", default, allowed, field.description])
+        title = f"`[{table}]`" if table else "key"
+        parts += [*markdown_table([title, "default", "allowed", "meaning"], rows), ""]
+    return "\n".join(parts[:-1])
 
 
 def errors_table() -> str:
@@ -203,6 +222,7 @@ TABLES = {
     "settings": Table(DOCS / "settings.md", settings_table),
     "errors": Table(DOCS / "api.md", errors_table),
     "metrics": Table(DOCS / "operations.md", metrics_table),
+    "config": Table(DOCS / "training.md", config_table),
     "results": Table(DOCS / "results.md", results_table),
     "quick": Table(DOCS / "results.md", partial(experiment_table, "quick")),
     "full": Table(DOCS / "results.md", partial(experiment_table, "full")),

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from dora import dora
 from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
@@ -209,11 +210,12 @@ def backbone(inj: Injection, seed: int = 0) -> Backbone:
 
 
 def adapters(inj: Injection) -> dict[str, Lora | Backbone]:
-    """Three tasks of different ranks and targets, and two backbones, by digest."""
+    """Four tasks of different ranks, targets and kinds, and two backbones, by digest."""
     return {
         "task-0": lora(inj, 2, "attention", seed=0),
         "task-1": lora(inj, 5, "all-linear", seed=1),
         "task-2": lora(inj, 8, "first", seed=2),
+        "task-3": dora(inj, 3, seed=3),
         "crma-0": backbone(inj, seed=0),
         "crma-1": backbone(inj, seed=1),
     }

@@ -8,6 +8,7 @@ import typer
 
 from crma.cli.options import Json, Model, StoreFolder
 from crma.cli.output import interval, note, show_json
+from crma.core.errors import CrmaError
 from crma.evaluation.scorers import SCORERS
 from crma.models.base_model import DEFAULT_MODEL, find_base
 
@@ -21,7 +22,8 @@ _Questions = Annotated[
     Path | None, typer.Option(help="JSON Lines. Default: the store's public question set.")
 ]
 _Split = Annotated[
-    str | None, typer.Option(help="Ask this split of every built-in task: validation or holdout.")
+    str | None,
+    typer.Option(help="Ask this split of every task trained here: validation or holdout."),
 ]
 _Variants = Annotated[str, typer.Option(help="Comma-separated variants.")]
 _Control = Annotated[Path | None, typer.Option(help="A store of LoRAs trained without CRMA.")]
@@ -60,7 +62,7 @@ def ablate(
     # Imported here, so that `crma --help` does not wait for torch.
     from crma.evaluation import offline
     from crma.evaluation.ablation import AblationSettings
-    from crma.store.adapter_store import AdapterStore
+    from crma.store.opening import open_store
 
     settings = AblationSettings(
         variants=tuple(name.strip() for name in variants.split(",")),
@@ -72,15 +74,18 @@ def ablate(
         max_tokens=max_tokens,
         raw=raw,
     )
-    served = offline.Served(find_base(model), AdapterStore(store))
+    adapters = open_store(store)
+    control_store = open_store(control) if control else None
     file = questions or store / "question_sets" / "public.jsonl"
+    sources = _sources(adapters) if split else None
+    question_set = _question_set(sources, split, file)
     result = offline.ablate(
-        served,
-        _question_set(served.store, file, split),
+        offline.Served(find_base(model), adapters),
+        question_set,
         settings,
-        control=AdapterStore(control) if control else None,
+        control=control_store,
         strengths=[float(strength) for strength in strengths.split(",") if strength],
-        with_naive_bayes=bool(split) and scorer != "perplexity",
+        naive_bayes_of=None if scorer == "perplexity" else sources,
         note=note,
     )
     if as_json:
@@ -89,15 +94,33 @@ def ablate(
         typer.echo(_table(split or str(file), result))
 
 
-def _question_set(store: "AdapterStore", file: Path, split: str | None) -> "QuestionSet":
-    """Return a split of the store's built-in tasks, or the question set in a file."""
+def _sources(store: "AdapterStore") -> dict[str, str]:
+    """The built-in domain or the folder of every serving task, by name, where it is known."""
     from crma.data.sources import DOMAINS
+    from crma.training.gated_task import task_source
+
+    sources = {}
+    for name in store.task_names():
+        if name in DOMAINS:
+            sources[name] = name
+            continue
+        try:
+            sources[name] = task_source(store.task(name))
+        except CrmaError as error:
+            note(f"{name} is left out: {error.message}")
+    return sources
+
+
+def _question_set(
+    sources: Mapping[str, str] | None, split: str | None, file: Path
+) -> "QuestionSet":
+    """Return a split of the tasks, or the question set in a file."""
     from crma.evaluation.offline import split_questions
     from crma.evaluation.question_set import read_question_set
 
-    if not split:
+    if sources is None or split is None:
         return read_question_set(file)
-    return split_questions([task for task in store.task_names() if task in DOMAINS], split)
+    return split_questions(sources, split)
 
 
 def _table(title: str, result: Mapping[str, Any]) -> str:
@@ -105,7 +128,8 @@ def _table(title: str, result: Mapping[str, Any]) -> str:
     lines = [f"{title}: accuracy [95 %, Wilson]"]
     for variant, row in result["variants"].items():
         if "perplexity" in row:
-            measured = f"perplexity {row['perplexity']:.4g} of {row['scored']} answers"
+            perplexity = _number(row["perplexity"], ".4g")
+            measured = f"perplexity {perplexity}, averaged over {row['scored']} answers"
         else:
             accuracy = _number(row["accuracy"], ".2f")
             counts = f"{row['correct']} of {row['scored']}"

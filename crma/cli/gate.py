@@ -19,7 +19,8 @@ def promote(
     store: StoreOption = DEFAULT_STORE,
     model: Model = DEFAULT_MODEL,
     margin: Annotated[
-        float, typer.Option(help="Share of its recorded loss by which a task may get worse.")
+        float,
+        typer.Option(help="Share of its loss by which a task may get worse; .002 nats are added."),
     ] = 0.01,
     newcomer_margin: Annotated[
         float, typer.Option(help="The same for a task that nobody uses yet.")
@@ -35,10 +36,11 @@ def promote(
     Prints the evidence as JSON. The exit code is 1 if the serving backbone stays.
     """
     from crma.evaluation.offline import Served
-    from crma.store.adapter_store import AdapterStore
-    from crma.training.gate import promote as decide
+    from crma.store.opening import open_store
+    from crma.training.promotion import promote as decide
 
-    served = Served(find_base(model), AdapterStore(store))
+    adapters = open_store(store)
+    served = Served(find_base(model), adapters)
     evidence = decide(
         served,
         candidate,

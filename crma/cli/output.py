@@ -5,14 +5,6 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 note = console.print  # prints one line about the progress of a command
@@ -21,18 +13,6 @@ note = console.print  # prints one line about the progress of a command
 def show_json(value: Any) -> None:
     """Print a result as JSON. Raises ValueError if it holds NaN or infinity."""
     typer.echo(json.dumps(value, indent=1, allow_nan=False))
-
-
-def progress_bars() -> Progress:
-    """Progress bars on stderr, with the elapsed and the remaining time."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def interval(bounds: list[float] | None) -> str:

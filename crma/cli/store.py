@@ -1,4 +1,4 @@
-"""`crma verify`, `crma import`, `crma rollback`: the adapter store."""
+"""`crma init`, `crma verify`, `crma import`, `crma rollback`: the adapter store."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,16 +14,25 @@ group = typer.Typer()
 
 
 @group.command()
+def init(store: StoreFolder) -> None:
+    """Start an empty store in a folder that is missing or empty. A store stays as it is."""
+    from crma.store.opening import start_store
+
+    tasks = ", ".join(start_store(store).task_names()) or "no tasks"
+    note(f"{store} is an adapter store: {escape(tasks)}")
+
+
+@group.command()
 def verify(store: StoreFolder, model: Model = DEFAULT_MODEL, as_json: Json = False) -> None:
     """Check a store: every file, digest, shape and lineage, and the backbone's certificate.
 
     The exit code is 1 if anything is wrong. Every problem is listed.
     """
     from crma.models.model_shape import read_shape
-    from crma.store.adapter_store import AdapterStore
+    from crma.store.opening import open_store
 
+    adapters = open_store(store)
     base = find_base(model)
-    adapters = AdapterStore(store)
     problems = adapters.verify(base=base, shape=read_shape(base))
     serving = adapters.backbone() if not problems else None
     certificate = {} if serving is None else serving.manifest.certificate
@@ -61,24 +70,34 @@ def import_adapter(
             "else raw."
         ),
     ] = None,
+    trust_base: Annotated[
+        bool,
+        typer.Option("--trust-base", help="Import it even if it names another base model."),
+    ] = False,
 ) -> None:
     """Publish a PEFT LoRA from a local folder as a task, and serve it.
 
     It was not trained with CRMA, so it serves with CRMA off only.
     """
     from crma.models.model_shape import read_shape
-    from crma.store.adapter_store import AdapterStore
     from crma.store.import_format import describe
+    from crma.store.opening import is_store, writable_store
 
+    adapters = writable_store(store)
+    is_new = not is_store(store)
     base = find_base(model)
-    entry = AdapterStore(store).import_peft(
+    shape = read_shape(base)
+    entry = adapters.import_peft(
         folder,
         name,
         base,
         licence=licence,
-        shape=read_shape(base),
+        shape=shape,
+        trust_base=trust_base,
         prompt_format=prompt_format,
     )
+    if is_new:
+        note(f"started a new store: {store}")
     note(f"{entry.name}@{entry.version} {entry.digest}")
     note(f"prompt format {describe(entry.prompt_format)}")
 
@@ -94,6 +113,6 @@ def rollback(
     ] = "backbone",
 ) -> None:
     """Serve the version that served before the current one. A running server notices at once."""
-    from crma.store.adapter_store import AdapterStore
+    from crma.store.opening import open_store
 
-    note(f"serving: {AdapterStore(store).roll_back(channel).serving()}")
+    note(f"serving: {open_store(store).roll_back(channel).serving()}")

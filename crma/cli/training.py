@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crma.cli.output import note, progress_bars, show_json
+from crma.cli.output import note, show_json
+from crma.cli.progress import progress
 from crma.models.base_model import find_base
+
+if TYPE_CHECKING:
+    from crma.training.shipping import Shipment
 
 group = typer.Typer()
 
@@ -30,29 +34,37 @@ def train(
     ] = None,
 ) -> None:
     """Train task after task, measure, and write the run's record."""
-    from crma.store.adapter_store import AdapterStore
+    from crma.store.opening import writable_store
+    from crma.training.arms import ARMS
     from crma.training.config import TrainConfig
     from crma.training.protocol import Run
+    from crma.training.shipping import check_shippable
     from crma.training.shipping import ship as publish
 
     settings = TrainConfig.read(config, arm=arm, seed=seed)
+    target = None
+    if ship is not None:
+        check_shippable(ARMS[settings.arm])
+        target = writable_store(ship)  # before the run, not after it
     folder = out or Path("runs") / f"{config.stem}-{settings.arm}-{settings.seed}"
-    with progress_bars() as bars:
-        bar = bars.add_task("loading the model", total=None)
-
-        def progress(description: str, done: int, total: int) -> None:
-            bars.update(bar, description=description, completed=done, total=total)
-
-        run = Run(settings, find_base(settings.model), folder, progress)
+    with progress() as report:
+        run = Run(settings, find_base(settings.model), folder, report)
         record = run.execute()
-        if ship is not None:
-            candidate = publish(run, AdapterStore(ship))
-            if candidate is None:
-                note(f"{ship} serves it")
-            else:
-                note(f"next: crma promote {candidate.version} --store {ship}")
+        shipment = None if target is None else publish(run, target)
+    if shipment is not None:
+        _note_shipment(shipment, ship)
     note(f"record: {folder / 'record.json'}")
     show_json({key: record[key] for key in _SUMMARY})
+
+
+def _note_shipment(shipment: "Shipment", store: Path | None) -> None:
+    """Say what is in the store now, and what comes next."""
+    for channel, version in shipment.existing.items():
+        note(f"{channel}: already published as {version}")
+    if shipment.candidate is None:
+        note(f"{store} serves it")
+    else:
+        note(f"next: crma promote {shipment.candidate.version} --store {store}")
 
 
 @group.command()
@@ -71,14 +83,7 @@ def experiment(
     from crma.training.tables import arms_table
 
     planned = read_experiment(config)
-    with progress_bars() as bars:
-        whole_bar = bars.add_task(planned.name)
-        run_bar = bars.add_task("")
-
-        def report(description: str, done: int, total: int) -> None:
-            bar = whole_bar if description == planned.name else run_bar
-            bars.update(bar, description=description, completed=done, total=total)
-
+    with progress(planned.name) as report:
         paths = execute(planned, results, work, only=only, report=report)
     note(f"{len(paths)} records in {results / planned.name}")
     typer.echo(arms_table({path.stem: json.loads(path.read_text()) for path in paths}))

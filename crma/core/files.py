@@ -54,6 +54,8 @@ def read_regular(path: Path, limit: int) -> bytes:
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags)
+    except FileNotFoundError as error:
+        raise invalid("There is no such file.", path.name, path, "a file that exists") from error
     except OSError as error:
         message = f"Cannot be opened: {error.strerror}."
         raise invalid(message, path.name, path, "a plain file, not a link") from error

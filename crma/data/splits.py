@@ -145,12 +145,7 @@ def load_split(task: str, split: str) -> list[Example]:
         raise DataError(message, field="split", value=split, allowed=tuple(SPLITS))
     path = split_path(task, split)
     if not path.is_file():
-        if task in DOMAINS:
-            advice = f"run `crma data {task}`"
-        else:
-            advice = f"{task} is not a built-in domain, so it must be a folder with this file"
-        message = f"There is no {path}: {advice}."
-        raise DataError(message, field="task", value=task, allowed=(*DOMAINS, "a folder"))
+        raise _missing(task, path)
     if task in DOMAINS:
         advice = f"Build it again with `crma data {task}`."
         _check_digests(task, {path.name: path.read_bytes()}, advice=advice)
@@ -171,6 +166,21 @@ def committed_digests() -> dict[str, str]:
 def digests(domain: str, files: Mapping[str, bytes]) -> dict[str, str]:
     """ "<domain>/<split>" -> the digest that it has, for the files of one domain."""
     return {f"{domain}/{Path(name).stem}": bytes_digest(content) for name, content in files.items()}
+
+
+def _missing(task: str, path: Path) -> DataError:
+    """The error for a split whose file `path` is not there."""
+    needed = [f"{split}.jsonl" for split in SPLITS]
+    if task in DOMAINS:
+        message = f"There is no {path}: run `crma data {task}`."
+    elif path.parent.is_dir():
+        missing = [name for name in needed if not (path.parent / name).is_file()]
+        message = f"The folder {task} has no {', '.join(missing)}: a task needs one file a split."
+        return DataError(message, field="task", value=task, allowed=needed)
+    else:
+        message = f"{task} is neither a built-in domain nor a folder that exists."
+    allowed = (*DOMAINS, f"a folder with {', '.join(needed)}")
+    return DataError(message, field="task", value=task, allowed=allowed)
 
 
 def _build_domain(domain: str, source: Path | None, folder: Path) -> None:

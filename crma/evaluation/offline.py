@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from functools import partial
 from typing import Any
 
 from crma.core.errors import ConfigError, NotFound
@@ -61,7 +62,7 @@ class Served:
         """Return a task adapter in the serving dtype."""
         if entry.digest not in self._loras:
             lora = entry.load(self.shape)
-            self._loras[entry.digest] = lora.to(self.device, self.dtype)
+            self._loras[entry.digest] = self.injection.bind(lora.to(self.device, self.dtype))
         return self._loras[entry.digest]
 
     def backbone(self, entry: BackboneEntry) -> list[FoldedPair]:
@@ -173,11 +174,19 @@ class Served:
         return results
 
 
-def split_questions(tasks: Sequence[str], split: str) -> QuestionSet:
-    """Return a split of built-in tasks as a question set. Raises DataError."""
+def split_questions(sources: Mapping[str, str], split: str) -> QuestionSet:
+    """Return a split of some tasks as a question set.
+
+    Args:
+        sources: task -> its built-in domain, or its folder.
+        split: train, validation or holdout.
+
+    Raises:
+        DataError: a split is missing or damaged.
+    """
     questions = []
-    for task in tasks:
-        for i, example in enumerate(load_split(task, split), start=1):
+    for task, source in sources.items():
+        for i, example in enumerate(load_split(source, split), start=1):
             answers = [example.completion]
             question = {"task": task, "question": example.prompt, "answers": answers}
             questions.append({"id": f"{task}-{i:03}"} | question)
@@ -191,7 +200,7 @@ def ablate(
     *,
     control: AdapterStore | None = None,
     strengths: Sequence[float] = (),
-    with_naive_bayes: bool = False,
+    naive_bayes_of: Mapping[str, str] | None = None,
     note: Note,
 ) -> dict[str, Any]:
     """Compute the body of POST /ablation without a server, greedily, with further rows.
@@ -203,8 +212,8 @@ def ablate(
         control: a store of LoRAs trained without CRMA, for the row "control". It is the fair
             counterfactual: a LoRA trained with CRMA misses it when CRMA is off.
         strengths: of the injection, for rows such as "task+crma x0.25"; 0 is off and 1 is on.
-        with_naive_bayes: add the row "naive_bayes", a classifier of each task's training split.
-            Only for built-in tasks and for scorers that judge a text.
+        naive_bayes_of: task -> its built-in domain or its folder; adds the row "naive_bayes", a
+            classifier of each task's training split. Only for scorers that judge a text.
         note: called with a line of progress.
 
     Raises:
@@ -226,8 +235,8 @@ def ablate(
     outcomes = _run(served, work.jobs, questions, settings, variant_of, note)
     rows: dict[str, Sequence[ItemResult]] = dict(work.by_variant(outcomes))
     answerers = _further_rows(served, settings, control, strengths)
-    if with_naive_bayes:
-        answerers["naive_bayes"] = _by_naive_bayes
+    if naive_bayes_of is not None:
+        answerers["naive_bayes"] = partial(_by_naive_bayes, naive_bayes_of)
     for label, answer in answerers.items():
         rows[label] = _by_task(label, answer, questions, note)
     return body(question_set, settings, rows, _provenance(served, questions, settings.seed))
@@ -289,10 +298,12 @@ def _further_rows(
     return rows
 
 
-def _by_naive_bayes(task: str, questions: Sequence[Question]) -> list[ItemResult]:
+def _by_naive_bayes(
+    sources: Mapping[str, str], task: str, questions: Sequence[Question]
+) -> list[ItemResult]:
     """Answer with a classifier of the task's training split. Raises DataError."""
     prompts = [question.question for question in questions]
-    answers = naive_bayes(load_split(task, "train"), prompts)
+    answers = naive_bayes(load_split(sources[task], "train"), prompts)
     return [ItemResult("scored", answer) for answer in answers]
 
 

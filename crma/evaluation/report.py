@@ -6,7 +6,7 @@ reported as such and never counted as wrong.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple, get_args
 
@@ -51,6 +51,9 @@ class _Marked(NamedTuple):
     mark: bool | float | None
 
 
+_Measure = Callable[[Sequence[_Marked]], dict[str, Any]]
+
+
 class _Pair(NamedTuple):
     """The marks of one question under the two variants of a comparison."""
 
@@ -89,6 +92,8 @@ def report(
     for label, row in results.items():
         marks = _marks(questions, row, settings)
         marked[label] = [_Marked(*each) for each in zip(row, marks, strict=True)]
+    is_perplexity = settings.scorer == "perplexity"
+    counts = _perplexity if is_perplexity else _accuracy
     comparisons = []
     for a, b in combinations(marked, 2):
         pairs = _scored_in_both(questions, marked[a], marked[b])
@@ -96,10 +101,10 @@ def report(
     items = []
     for i, question in enumerate(questions):
         shown = question.model_dump(mode="json", include={"id", "task", "answers"})
-        outputs = {label: _output(row[i]) for label, row in marked.items()}
+        outputs = {label: _output(row[i], is_perplexity) for label, row in marked.items()}
         items.append(shown | {"outputs": outputs})
     return {
-        "variants": {label: _summary(questions, row) for label, row in marked.items()},
+        "variants": {label: _summary(questions, row, counts) for label, row in marked.items()},
         "comparisons": comparisons,
         "items": items,
     }
@@ -121,25 +126,42 @@ def _marks(
     return marks
 
 
-def _summary(questions: Sequence[Question], row: Sequence[_Marked]) -> dict[str, Any]:
-    """Return a variant's counts over all items, and those of each task under "by_task"."""
+def _summary(
+    questions: Sequence[Question], row: Sequence[_Marked], measure: _Measure
+) -> dict[str, Any]:
+    """Return a variant's figures over all items, and those of each task under "by_task"."""
     by_task: dict[str, list[_Marked]] = {}
     for question, item in zip(questions, row, strict=True):
         by_task.setdefault(question.task, []).append(item)
-    return _counts(row) | {"by_task": {task: _counts(items) for task, items in by_task.items()}}
+    return measure(row) | {"by_task": {task: measure(items) for task, items in by_task.items()}}
 
 
-def _counts(row: Sequence[_Marked]) -> dict[str, Any]:
-    """Return the counts and the accuracy, or the perplexity, of a row [items >= 1]."""
+def _counts(row: Sequence[_Marked]) -> dict[str, int]:
+    """Return how many items of a row [items >= 1] have each status."""
     statuses = Counter(each.result.status for each in row)
-    counts = {status: statuses[status] for status in get_args(Status)}
-    nats = [each.mark for each in row if isinstance(each.mark, float)]
-    if nats:
-        mean = float(np.mean(nats))
-        perplexity = math.exp(min(-mean, _MAX_EXPONENT))
-        return {**counts, "logprob_per_token": mean, "perplexity": perplexity}
+    return {status: statuses[status] for status in get_args(Status)}
+
+
+def _perplexity(row: Sequence[_Marked]) -> dict[str, Any]:
+    """Return the counts and the perplexity of a row [items >= 1]; null if no item was scored.
+
+    Every scored item counts the same, however many tokens its answer has.
+    """
+    nats = [each.mark for each in row if each.mark is not None]
+    mean = float(np.mean(nats)) if nats else None
+    return {
+        **_counts(row),
+        "logprob_per_token": mean,
+        "averaged_over": "items",
+        "perplexity": None if mean is None else math.exp(min(-mean, _MAX_EXPONENT)),
+    }
+
+
+def _accuracy(row: Sequence[_Marked]) -> dict[str, Any]:
+    """Return the counts and the accuracy of a row [items >= 1]."""
+    counts = _counts(row)
     correct = sum(each.mark is True for each in row)
-    scored = statuses["scored"]
+    scored = counts["scored"]
     unscored = len(row) - scored
     return {
         "correct": correct,
@@ -170,7 +192,7 @@ def _comparison(pairs: Sequence[_Pair], settings: AblationSettings) -> dict[str,
     if len(pairs) > 1:
         bootstrap = list(statistics.paired_bootstrap(differences, seed=settings.seed))
     comparison = {"n": len(pairs), "difference": mean, "bootstrap": bootstrap}
-    if any(isinstance(pair.a, float) for pair in pairs):
+    if settings.scorer == "perplexity":
         return comparison | _comparison_of_numbers(differences, settings.margin)
     return comparison | _comparison_of_judgements(pairs, settings)
 
@@ -243,14 +265,15 @@ def _by_task(pairs: Sequence[_Pair]) -> dict[str, Any]:
     return rows
 
 
-def _output(item: _Marked) -> dict[str, Any]:
-    """Show a variant's answer; an item that was not scored has "correct": null and says why."""
+def _output(item: _Marked, is_perplexity: bool) -> dict[str, Any]:
+    """Show a variant's answer; the mark of an item that was not scored is null, and it says why."""
     result = item.result
-    if isinstance(item.mark, float):
-        return {"text": result.text, "logprob_per_token": item.mark}
-    shown: dict[str, Any] = {"text": result.text, "correct": item.mark}
-    if result.likelihoods:
-        shown["logprobs"] = [each.logprob for each in result.likelihoods]
+    if is_perplexity:
+        shown: dict[str, Any] = {"text": result.text, "logprob_per_token": item.mark}
+    else:
+        shown = {"text": result.text, "correct": item.mark}
+        if result.likelihoods:
+            shown["logprobs"] = [each.logprob for each in result.likelihoods]
     if result.status != "scored":
         shown |= {"status": result.status, "error": result.error}
     return shown

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from crma.core.errors import ConfigError, InvalidAdapter, UnsupportedModel
 from crma.core.selection import AdapterSelection
 from crma.method.backbone import FoldedPair
-from crma.method.lora import Lora, add_grouped
+from crma.method.frozen_linear import Affine, FrozenLinear
+from crma.method.lora import Lora, LoraPair, add_grouped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,17 +32,17 @@ Adapter = TypeVar("Adapter")
 
 
 class RowDeltas(Protocol):
-    """The LoRA deltas of a batch whose rows use different adapters, added in place."""
+    """The LoRAs of a batch whose rows use different adapters, applied in place."""
 
     def add_(self, site: tuple[str, ...], y: Tensor, x: Tensor) -> None:
-        """Add to each row of y the delta of that row's adapter.
+        """Rescale each row of y as its adapter says, and add that adapter's delta.
 
         Args:
             site: the paths of the linears that read x: one, or several whose outputs lie side by
                 side in y.
             y: [rows, out] the outputs of the linears, changed in place. The rows are all positions
                 of the batch, flattened.
-            x: [rows, in] the input of the linears.
+            x: [rows, in] the input of the linears; of the embedding, token ids [rows].
         """
 
 
@@ -56,12 +58,15 @@ class Plan:
         backbones: (rows, one folded pair for each layer).
         stacked: replaces `tasks` when serving, where no gradient is needed.
         head_rows: the rows whose logits are computed; None: all.
+        stacked_head: as `stacked`, for the head, which sees only the rows of `head_rows`. None: no
+            adapter of the batch changes the head.
     """
 
     tasks: Sequence[tuple[Tensor | None, Lora]] = ()
     backbones: Sequence[tuple[Tensor | None, Sequence[FoldedPair]]] = ()
     stacked: RowDeltas | None = None
     head_rows: Tensor | None = None
+    stacked_head: RowDeltas | None = None
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -143,6 +148,26 @@ def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     }
 
 
+def embedding_shape(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """{module path: (hidden size, vocabulary)} of the embedding, a linear on one-hot rows."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        return {}
+    return {_path_of(model, embedding): (embedding.embedding_dim, embedding.num_embeddings)}
+
+
+def head_shape(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """{module path: (vocabulary, hidden size)} of the head, which gives the logits."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return {}
+    return {_path_of(model, head): (head.out_features, head.in_features)}
+
+
+def _path_of(model: PreTrainedModel, wanted: nn.Module) -> str:
+    return next(path for path, module in model.named_modules() if module is wanted)
+
+
 def target_names(model: PreTrainedModel, which: str) -> tuple[str, ...]:
     """The last names of the linears to adapt, each once, in model order.
 
@@ -174,6 +199,12 @@ class Injection:
     Args:
         model: receives the hooks, which stay for as long as it lives.
 
+    Attributes:
+        blocks: the decoder blocks.
+        shapes: module path -> (out, in) of the linears in the blocks.
+        embedding, head: the same of the embedding and the head, each alone in its dict.
+        frozen: finds a linear by its path. Whoever takes the weights out of the model replaces it.
+
     Raises:
         UnsupportedModel: as `decoder_blocks`.
     """
@@ -182,13 +213,21 @@ class Injection:
         _, self.blocks = decoder_blocks(model)
         self.model = model
         self.shapes = linear_shapes(model)
+        self.embedding = embedding_shape(model)
+        self.head = head_shape(model)
+        self.frozen: Callable[[str], FrozenLinear] = self._frozen_module
         self.hidden_size: int = model.config.hidden_size
         self._plan = Plan()
-        for path in self.shapes:
+        for path in self.all_shapes:
             model.get_submodule(path).register_forward_hook(self._lora_hook(path))
         for layer, block in enumerate(self.blocks):
             block.register_forward_hook(self._crma_hook(layer))
         model.get_output_embeddings().register_forward_pre_hook(self._head_hook)
+
+    @property
+    def all_shapes(self) -> dict[str, tuple[int, int]]:
+        """Module path -> (out, in) of everything that a LoRA can adapt."""
+        return {**self.embedding, **self.shapes, **self.head}
 
     @contextmanager
     def active(self, plan: Plan) -> Iterator[None]:
@@ -205,12 +244,13 @@ class Injection:
         Raises:
             InvalidAdapter: a pair belongs to no linear of the model, or has the wrong shape.
         """
+        shapes = self.all_shapes
         for path, pair in lora.pairs.items():
             found = (pair.B.shape[0], pair.A.shape[1])
-            expected = self.shapes.get(path)
-            if found != expected:
+            expected = shapes.get(path)
+            if found != expected or pair.is_embedding != (path in self.embedding):
                 message = f"{path}: the LoRA pair fits no linear of the model"
-                allowed = expected or "a linear of the decoder"
+                allowed = expected or "a linear of the decoder, its embedding or its head"
                 raise InvalidAdapter(message, field=path, value=found, allowed=allowed)
 
     def check_backbone(self, num_layers: int, hidden_size: int) -> None:
@@ -226,20 +266,45 @@ class Injection:
             field = "num_layers, hidden_size"
             raise InvalidAdapter(message, field=field, value=found, allowed=expected)
 
+    def bind(self, lora: Lora) -> Lora:
+        """A copy whose changes of outputs are computed once, instead of in every forward pass.
+
+        Args:
+            lora: in the model's dtype, on its device; it must pass `check`.
+        """
+        pairs = {path: pair.bound(partial(self.frozen, path)) for path, pair in lora.pairs.items()}
+        return Lora(lora.config, pairs)
+
+    def _frozen_module(self, path: str) -> FrozenLinear:
+        return FrozenLinear.of(self.model.get_submodule(path))
+
     def _lora_hook(self, path: str) -> Callable[..., Tensor | None]:
+        is_head = path in self.head
+
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            plan = self._plan
             x = inputs[0]
-            if self._plan.stacked is not None:
-                self._plan.stacked.add_(
-                    (path,), output.view(-1, output.shape[-1]), x.flatten(0, -2)
-                )
+            if plan.stacked is not None:
+                stacked = plan.stacked_head if is_head else plan.stacked
+                if stacked is not None:
+                    y = output.view(-1, output.shape[-1])
+                    stacked.add_((path,), y, x.reshape(len(y), *x.shape[output.dim() - 1 :]))
                 return None
-            groups = [
-                (rows, lora.pairs[path]) for rows, lora in self._plan.tasks if path in lora.pairs
-            ]
-            return add_grouped(output, x, groups) if groups else None
+            groups = [(rows, lora.pairs[path]) for rows, lora in plan.tasks if path in lora.pairs]
+            return self._add_groups(path, output, x, groups) if groups else None
 
         return hook
+
+    def _add_groups(
+        self, path: str, y: Tensor, x: Tensor, groups: Sequence[tuple[Tensor | None, LoraPair]]
+    ) -> Tensor:
+        """The outputs y of a linear for inputs x, with the pair of each group of rows applied."""
+        find = partial(self.frozen, path)
+        bound = [(rows, pair.bound(find)) for rows, pair in groups]
+        for rows, pair in bound:
+            if isinstance(pair.output, Affine):
+                y = pair.output.applied(y, rows)
+        return add_grouped(y, x, bound)
 
     def _head_hook(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         h = inputs[0]

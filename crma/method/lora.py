@@ -8,13 +8,14 @@ x [b, s, in]; A [r, in]; B [out, r]; y [b, s, out].
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from crma.core.errors import ConfigError
+from crma.method.frozen_linear import Affine, FrozenLinear, LearnedOutput
 
 
 class LowRankUpdate(Protocol):
@@ -61,19 +62,54 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class LoraPair:
-    """The low-rank update of one linear: A [r, in], B [out, r]."""
+    """The low-rank update of one linear: A [r, in], B [out, r].
+
+    Attributes:
+        is_embedding: the linear is the model's embedding: its inputs are token ids, and it gives
+            the rows of Aᵀ.
+        output: what else changes in the linear's output: as learned, or, once `bound` to the
+            linear, as computed. None: nothing, and there is no need to bind the pair. The pair of
+            an embedding must be bound, because some families multiply what theirs gives.
+    """
 
     A: Tensor
     B: Tensor
     scaling: float
+    is_embedding: bool = False
+    output: LearnedOutput | Affine | None = None
 
     def delta(self, x: Tensor) -> Tensor:
         """The update of the linear's output for inputs x: [.., in] -> [.., out], in x's dtype.
 
         A and B are cast to x's dtype. When serving they already have it; in training they are fp32.
+        For an embedding x is token ids [..], and the update has the dtype of A.
         """
+        if self.is_embedding:
+            low_rank = nn.functional.embedding(x, self.A.mT)
+            return nn.functional.linear(low_rank * self.scaling, self.B)
         low_rank = nn.functional.linear(x, self.A.to(x.dtype))
         return nn.functional.linear(low_rank * self.scaling, self.B.to(x.dtype))
+
+    def bound(self, find: Callable[[], FrozenLinear]) -> "LoraPair":
+        """The pair with what was learned of the output as a rescaling, and B multiplied by it.
+
+        Args:
+            find: returns the linear; called only if there is something to compute.
+        """
+        if not isinstance(self.output, LearnedOutput):
+            return self
+        linear = find()
+        affine = self.output.affine(self.A, self.B, self.scaling, linear)
+        B = (self.B * affine.scale[:, None]).to(self.B.dtype)
+        return replace(self, B=B, scaling=self.scaling * linear.gain, output=affine)
+
+    def tensors(self) -> list[Tensor]:
+        """A, B and those of the output."""
+        if isinstance(self.output, LearnedOutput):
+            return [self.A, self.B, *self.output.tensors()]
+        if isinstance(self.output, Affine):
+            return [self.A, self.B, self.output.scale, self.output.shift]
+        return [self.A, self.B]
 
 
 @dataclass(frozen=True)
@@ -87,15 +123,18 @@ class Lora:
     pairs: dict[str, LoraPair]
 
     def parameters(self) -> list[Tensor]:
-        """Every A and B, in the order of the module paths."""
-        return [tensor for _, pair in sorted(self.pairs.items()) for tensor in (pair.A, pair.B)]
+        """The tensors of every pair, in the order of the module paths."""
+        return [tensor for _, pair in sorted(self.pairs.items()) for tensor in pair.tensors()]
 
     def trainable(self) -> "Lora":
         """A copy whose A and B are fp32 parameters, for further training."""
         return self._copy(lambda tensor: nn.Parameter(tensor.float()))
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Lora":
-        """A copy with detached weights on `device` in `dtype`."""
+        """A copy with detached weights on `device` in `dtype`.
+
+        What it learned of outputs stays fp32.
+        """
         return self._copy(lambda tensor: tensor.to(device, dtype))
 
     def _copy(self, change: Callable[[Tensor], Tensor]) -> "Lora":
@@ -103,7 +142,10 @@ class Lora:
         for path, pair in self.pairs.items():
             A = change(pair.A.detach())
             B = change(pair.B.detach())
-            pairs[path] = LoraPair(A, B, pair.scaling)
+            output = pair.output
+            if isinstance(output, LearnedOutput):
+                output = output.to(A.device)
+            pairs[path] = replace(pair, A=A, B=B, output=output)
         return Lora(self.config, pairs)
 
 

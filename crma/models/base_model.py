@@ -44,9 +44,10 @@ def find_base(model: str = DEFAULT_MODEL, *, home: Path | None = None) -> BaseMo
         PullError: the model has not been pulled, or its `base.json` is damaged.
     """
     models = (home or cache_home()) / "models"
-    folders = [models / model.replace("/", "--"), Path(model)]
-    if Path(model).is_dir():
-        folders.append(models / Path(model).resolve().name)  # where pulling that folder puts it
+    given = Path(model).expanduser()
+    folders = [models / model.replace("/", "--"), given]
+    if given.is_dir():
+        folders.append(models / given.resolve().name)  # where pulling that folder puts it
     for folder in folders:
         if (folder / BASE_JSON).is_file():
             return read_base(folder)

@@ -4,7 +4,9 @@ Finding it takes transformers' model classes, which take seconds to import. So i
 beside the pulled model, in a hidden file that is no part of the model:
 
     {"config": sha256 of config.json, "transformers": its version,
-     "shape": {"num_layers": ..., "hidden_size": ..., "linears": {module path: [out, in]}}}
+     "shape": {"num_layers": ..., "hidden_size": ..., "linears": {module path: [out, in]},
+               "embedding": {module path: [out, in]}, "head": {module path: [out, in]},
+               "biased": [module path]}}
 
 The shape follows from `config.json` and from transformers' code, so a record made from another
 config or by another version is ignored and replaced.
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -41,19 +43,35 @@ class ModelShape:
         num_layers: decoder blocks.
         hidden_size: the width of the residual stream.
         linears: module path -> (out, in) of every linear in the decoder blocks, in model order.
+        embedding: the same of the embedding, as `injection.embedding_shape`.
+        head: the same of the head, as `injection.head_shape`.
+        biased: paths of the linears that have a bias.
     """
 
     num_layers: int
     hidden_size: int
     linears: Mapping[str, tuple[int, int]]
+    embedding: Mapping[str, tuple[int, int]]
+    head: Mapping[str, tuple[int, int]]
+    biased: Sequence[str]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelShape:
         """The shape of a model in memory. Raises UnsupportedModel if it is no plain decoder."""
-        from crma.method.injection import decoder_blocks, linear_shapes
+        from crma.method import injection
 
-        _, blocks = decoder_blocks(model)
-        return cls(len(blocks), model.config.hidden_size, linear_shapes(model))
+        _, blocks = injection.decoder_blocks(model)
+        linears = injection.linear_shapes(model)
+        head = injection.head_shape(model)
+        biased = [path for path in (*linears, *head) if model.get_submodule(path).bias is not None]
+        return cls(
+            len(blocks),
+            model.config.hidden_size,
+            linears,
+            injection.embedding_shape(model),
+            head,
+            biased,
+        )
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,15 @@ from crma.store.entry import (
     read_backbone,
     read_entry,
     read_task,
-    read_weights,
     versions_in,
 )
 from crma.store.import_format import check_vocabulary, import_format
-from crma.store.manifest import TASK_FILES, Blend
+from crma.store.manifest import Blend
+from crma.store.peft_folder import read_folder
 from crma.store.peft_format import StoredLora, check_fits, lora_from_peft
 from crma.store.publication import Origin
 from crma.store.removal import remove_task
+from crma.store.serving import check_change
 from crma.store.verification import find_problems
 
 if TYPE_CHECKING:
@@ -118,11 +119,14 @@ class AdapterStore:
         if task is None or backbone is None:
             return
         trained_on = task.manifest.backbone
-        if trained_on is None or not backbone.descends_from(trained_on):
-            name = f"{task.name}@{task.version}"
-            message = f"{name} was not trained under this backbone: use it with CRMA off."
-            allowed = [backbone.digest, *backbone.manifest.lineage]
-            raise LineageMismatch(message, field="crma", value=trained_on, allowed=allowed)
+        if trained_on is not None and backbone.descends_from(trained_on):
+            return
+        reason = "was trained without CRMA"
+        if trained_on is not None:
+            other = f"{backbone.version} ({backbone.digest})"
+            reason = f"was trained on backbone {trained_on}, from which {other} does not descend"
+        message = f"{task.name}@{task.version} {reason}: use it with CRMA off."
+        raise LineageMismatch(message, field="crma", value=True, allowed=False)
 
     def newcomers(self, candidate: BackboneEntry) -> list[TaskEntry]:
         """The tasks that can serve under `candidate` but not under the serving backbone.
@@ -164,7 +168,7 @@ class AdapterStore:
 
         Raises:
             LineageMismatch: `backbone` is of another base model, or neither it nor a descendant is
-                in the store.
+                in the store, or, with `serve`, serves.
             InvalidAdapter: the name, the weights or a field of the manifest. Nothing is published.
         """
         import torch
@@ -181,6 +185,7 @@ class AdapterStore:
         *,
         licence: str = "unknown",
         shape: ModelShape | None = None,
+        trust_base: bool = False,
         prompt_format: str | None = None,
     ) -> TaskEntry:
         """Publishes a PEFT LoRA from a local folder, its tensors in their own dtype.
@@ -195,15 +200,17 @@ class AdapterStore:
             base: the base model that it was made for.
             licence: SPDX identifier where there is one.
             shape: of the base model; if given, the adapter must fit it.
+            trust_base: import it even if its config names another base model.
             prompt_format: as the name in `import_format.import_format`.
 
         Raises:
+            NotFound, BaseMismatch: as `peft_folder.read_folder`.
             ConfigError: as `import_format.import_format`.
-            InvalidAdapter: as that, `import_format.check_vocabulary`, `peft_format.lora_from_peft`
-                and `peft_format.check_fits`.
+            InvalidAdapter: as all of these, `import_format.check_vocabulary`,
+                `peft_format.lora_from_peft` and `peft_format.check_fits`.
         """
         with about(str(path)):
-            config, tensors = read_weights([(path / file).resolve() for file in TASK_FILES])
+            config, tensors = read_folder(path, base, shape=shape, trust_base=trust_base)
             lora = lora_from_peft(config, tensors)
             if shape is not None:
                 check_fits(config, lora, shape)
@@ -234,7 +241,8 @@ class AdapterStore:
 
         Raises:
             BaseMismatch: an ancestor was made for another base model.
-            LineageMismatch: `lineage` lacks an ancestor's ancestor, whose LoRAs would stop serving.
+            LineageMismatch: `lineage` lacks an ancestor's ancestor, whose LoRAs would stop serving;
+                or, with `serve`, a task that serves could serve no more.
             InvalidAdapter: the weights or a field of the manifest. Nothing is published.
         """
         return publication.publish_backbone(self.root, backbone, lineage, blend, origin, serve)
@@ -261,10 +269,11 @@ class AdapterStore:
             NotFound: no such version.
             InvalidAdapter: no such channel, a damaged manifest, or evidence that is not finite
                 JSON.
+            LineageMismatch: a task that serves could serve no more.
             StoreError: something else serves than `since`.
         """
         with locked(self.root):
-            channels = read_channels(self.root)
+            before = channels = read_channels(self.root)
             if since is not None and channels.serving() != since.serving():
                 message = "Something else serves by now than when this was decided: decide again."
                 value, allowed = channels.serving(), since.serving()
@@ -274,7 +283,7 @@ class AdapterStore:
             for channel, version in moves.items():
                 channels = channels.serve(channel, version, evidence)
                 evidence = None
-            return self._write(moves, channels)
+            return self._write(moves, before, channels)
 
     def roll_back(self, channel: str, *, evidence: Mapping[str, Any] | None = None) -> Channels:
         """Moves a channel back to the version that it served before.
@@ -285,12 +294,13 @@ class AdapterStore:
         Raises:
             NotFound: the channel served nothing before, or no backbone served before this one.
             InvalidAdapter: no such channel, or a damaged manifest.
+            LineageMismatch: a task does not fit the serving backbone in its earlier version.
         """
         with locked(self.root):
             before = read_channels(self.root)
             channels = before.roll_back(channel, evidence)
             if channel != BACKBONE:
-                return self._write([channel], channels)
+                return self._write([channel], before, channels)
             if channels.backbone is None:
                 # Without a backbone, every task that was trained on one would be refused.
                 message = (
@@ -306,7 +316,7 @@ class AdapterStore:
                     channels = channels.roll_back(task_channel(name), evidence)
                     moved.append(task_channel(name))
                     version = channels.tasks.get(name)
-            return self._write(moved, channels)
+            return self._write(moved, before, channels)
 
     def remove_task(self, name: str, version: str | None = None) -> tuple[str, ...]:
         """Removes one version of a task, or all of them, from the disk. Requests that run with one
@@ -337,8 +347,8 @@ class AdapterStore:
 
     # --------------------------------------------------------------------------------------------
 
-    def _write(self, moved: Iterable[str], channels: Channels) -> Channels:
-        """Writes changed channels once their new versions are known to be sound.
+    def _write(self, moved: Iterable[str], before: Channels, channels: Channels) -> Channels:
+        """Writes changed channels once their new versions are known to be sound and to fit.
 
         Call it with the lock held.
         """
@@ -346,5 +356,6 @@ class AdapterStore:
             version = channels.version(channel)
             if version is not None:
                 read_entry(self.root, channel, version)
+        check_change(self.root, before, channels)
         write_channels(self.root, channels)
         return channels

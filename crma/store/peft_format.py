@@ -1,110 +1,101 @@
 """LoRA adapters in PEFT's files: written so that PEFT loads them, read with the meaning PEFT gives.
 
-The rules follow PEFT 0.21: `tuners/lora/config.py` (the fields), `tuners/lora/layer.py` (scaling),
-`utils/other.py` (`get_pattern_key`) and `tuners/tuners_utils.py` (`check_target_module_exists`).
-An adapter that does not mean y += scaling · (x Aᵀ) Bᵀ on linears is refused, and so is every field
-or tensor that is not known here.
+`peft_config.py` says which configs are accepted, and `peft_key.py` what tensors are called. An
+adapter that cannot be served exactly is refused, and so is every field or tensor that is not known.
 
 The rules need the names, shapes and bits of tensors, no arithmetic, so they work without torch.
 
-Shapes: A [r, in]; B [out, r].
+Shapes: A [r, in]; B [out, r]. An embedding is a linear on one-hot rows: in is the vocabulary.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import TYPE_CHECKING, Any
 
 from crma.core.files import invalid
 from crma.models.model_shape import ModelShape
-from crma.store.manifest import TASK_FILES, parse_record
+from crma.store.peft_config import (
+    ALL_LINEAR,
+    CONFIG,
+    MERGE,
+    WEIGHTS,
+    PeftConfig,
+    parse_config,
+    refused,
+)
+from crma.store.peft_key import FORMS, PREFIX, WRITTEN, parse_key
 from crma.store.stored_tensor import StoredTensor
 
 if TYPE_CHECKING:
     import torch
 
-    from crma.method.lora import Lora
+    from crma.method.lora import Lora, LoraPair
 
-CONFIG, WEIGHTS = TASK_FILES
+__all__ = ["CONFIG", "WEIGHTS", "StoredLora", "check_fits", "lora_from_peft", "lora_to_peft"]
 
-# The repetitions are bounded because patterns from the config are matched against the paths.
-_KEY = re.compile(
-    r"base_model\.model\.(?P<path>\w{1,64}(\.\w{1,64}){0,15})\.lora_(?P<side>[AB])\.weight",
-    re.ASCII,
-)
-_KEYS = "base_model.model.<module>.lora_A.weight and .lora_B.weight"
-
-# Fields that record how an adapter was trained or where it is. Any other field that `PeftConfig`
-# lacks (use_dora, modules_to_save, fan_in_fan_out, layer_replication, …) changes the result, or
-# may, and must not be set.
-_HARMLESS = """
-    auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config inference_mode
-    loftq_config lora_dropout lora_ga_config megatron_core peft_version qalora_group_size revision
-    runtime_config
-""".split()  # noqa: SIM905 (quoted words are harder to read)
-
-_Rank = Annotated[int, Field(ge=1)]
-_Alpha = Annotated[float, Field(ge=-1e6, le=1e6)]
-
-
-class PeftConfig(BaseModel):
-    """The fields of `adapter_config.json` that decide what a plain LoRA computes.
-
-    `target_modules` is a list of names, or one string, which is a regular expression.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
-
-    peft_type: Literal["LORA"]
-    task_type: Literal["CAUSAL_LM"] | None = None
-    bias: Literal["none"] = "none"
-    # The other ways (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, MiCA) change the base weights or freeze
-    # a factor.
-    init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal"] = True
-    r: _Rank
-    lora_alpha: _Alpha
-    use_rslora: bool = False
-    rank_pattern: dict[str, _Rank] | None = None
-    alpha_pattern: dict[str, _Alpha] | None = None
-    target_modules: str | list[str] = Field(min_length=1)
-    exclude_modules: str | list[str] | None = None
-    layers_to_transform: int | list[int] | None = None
-    layers_pattern: str | list[str] | None = None
-
-    def targets(self, path: str) -> bool | None:
-        """PEFT's `check_target_module_exists`.
-
-        Returns None if the config narrows its targets by more than names: then only the tensors
-        say which modules are adapted.
-        """
-        is_narrowed = (
-            self.exclude_modules
-            or self.layers_to_transform not in (None, [])
-            or self.layers_pattern
-        )
-        if is_narrowed or isinstance(self.target_modules, str):
-            return None
-        return f".{path}".endswith(tuple(f".{name}" for name in self.target_modules))
-
-    def scaling(self, alpha: float, rank: int) -> float:
-        """The factor of x Aᵀ Bᵀ: alpha / rank, or with rsLoRA alpha / sqrt(rank)."""
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+Parts = Mapping[str, StoredTensor]
+"""The part of a pair, as `PeftKey.part`, -> its tensor."""
 
 
 @dataclass(frozen=True)
 class StoredPair:
-    """The low-rank update of one linear: A [r, in], B [out, r]."""
+    """What an adapter does to one linear; fields as in `LoraPair` and `LearnedOutput`.
+
+    A [r, in], B [out, r]; magnitude, bias and own_bias [out], or None.
+    """
 
     A: StoredTensor
     B: StoredTensor
     scaling: float
+    is_embedding: bool = False
+    magnitude: StoredTensor | None = None
+    bias: StoredTensor | None = None
+    own_bias: StoredTensor | None = None
+
+    @classmethod
+    def of(cls, pair: LoraPair, dtype: torch.dtype | None) -> StoredPair:
+        """A pair in memory, not bound to a linear, with A and B cast to `dtype`."""
+        from crma.method.frozen_linear import LearnedOutput
+
+        A = StoredTensor.of(pair.A.detach().to("cpu", dtype))
+        B = StoredTensor.of(pair.B.detach().to("cpu", dtype))
+        learned = pair.output or LearnedOutput()
+        assert isinstance(learned, LearnedOutput)
+        vectors = (
+            None if tensor is None else StoredTensor.of(tensor)
+            for tensor in (learned.magnitude, learned.bias, learned.own_bias)
+        )
+        return cls(A, B, pair.scaling, pair.is_embedding, *vectors)
+
+    def to_pair(self) -> LoraPair:
+        """The pair that computes with these tensors."""
+        from crma.method.frozen_linear import LearnedOutput
+        from crma.method.lora import LoraPair
+
+        vectors = [
+            None if tensor is None else tensor.to_torch().float()
+            for tensor in (self.magnitude, self.bias, self.own_bias)
+        ]
+        is_plain = not self.is_embedding and all(each is None for each in vectors)
+        output = None if is_plain else LearnedOutput(*vectors)
+        A, B = self.A.to_torch(), self.B.to_torch()
+        return LoraPair(A, B, self.scaling, self.is_embedding, output)
+
+    def parts(self) -> dict[str, StoredTensor]:
+        """The tensors, by the part of `PeftKey` that each is."""
+        prefix = "embedding_" if self.is_embedding else ""
+        parts = {f"{prefix}A": self.A, f"{prefix}B": self.B}
+        if self.magnitude is not None:
+            parts["magnitude"] = self.magnitude
+        if self.bias is not None:
+            parts["lora_bias"] = self.bias
+        if self.own_bias is not None:
+            parts["own_bias"] = self.own_bias
+        return parts
 
 
 @dataclass(frozen=True)
@@ -131,22 +122,15 @@ class StoredLora:
     @classmethod
     def of(cls, lora: Lora, dtype: torch.dtype | None = None) -> StoredLora:
         """A LoRA in memory with its tensors cast to `dtype`; None leaves each as it is."""
-        pairs = {}
-        for path, pair in lora.pairs.items():
-            A = StoredTensor.of(pair.A.detach().to("cpu", dtype))
-            B = StoredTensor.of(pair.B.detach().to("cpu", dtype))
-            pairs[path] = StoredPair(A, B, pair.scaling)
+        pairs = {path: StoredPair.of(pair, dtype) for path, pair in lora.pairs.items()}
         config = lora.config
         return cls(config.rank, config.alpha, config.target_modules, pairs)
 
     def to_lora(self) -> Lora:
         """The LoRA that computes with these tensors, in their own dtype and memory."""
-        from crma.method.lora import Lora, LoraConfig, LoraPair
+        from crma.method.lora import Lora, LoraConfig
 
-        pairs = {
-            path: LoraPair(pair.A.to_torch(), pair.B.to_torch(), pair.scaling)
-            for path, pair in self.pairs.items()
-        }
+        pairs = {path: pair.to_pair() for path, pair in self.pairs.items()}
         return Lora(LoraConfig(self.rank, self.alpha, self.target_modules), pairs)
 
 
@@ -168,8 +152,8 @@ def lora_to_peft(
             rank_pattern[re.escape(path)] = rank
         if pair.scaling != lora.alpha / rank:
             alpha_pattern[re.escape(path)] = pair.scaling * rank
-        tensors[f"base_model.model.{path}.lora_A.weight"] = pair.A
-        tensors[f"base_model.model.{path}.lora_B.weight"] = pair.B
+        for part, tensor in pair.parts().items():
+            tensors[f"{PREFIX}{path}.{WRITTEN[part]}"] = tensor
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -181,6 +165,13 @@ def lora_to_peft(
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }
+    # Only where they are set: the digest of a plain LoRA must not change.
+    if any(pair.magnitude is not None for pair in lora.pairs.values()):
+        config["use_dora"] = True
+    if any(pair.bias is not None for pair in lora.pairs.values()):
+        config["lora_bias"] = True
+    if any(pair.own_bias is not None for pair in lora.pairs.values()):
+        config["bias"] = "lora_only"
     return config, tensors
 
 
@@ -192,25 +183,16 @@ def lora_from_peft(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor
     Raises:
         InvalidAdapter: it is not a plain LoRA on linears, is incomplete, or is not finite.
     """
-    peft = _parse(config)
-    ranks = _patterns(peft.rank_pattern)
-    alphas = _patterns(peft.alpha_pattern)
+    peft = parse_config(config)
     pairs = {}
-    for path, sides in sorted(_sides_by_path(tensors).items()):
-        rank = _match(ranks, path, peft.r)
-        alpha = _match(alphas, path, peft.lora_alpha)
-        _check_pair(path, sides, rank)
-        if peft.targets(path) is False:
-            message = "Not targeted by the config, so PEFT would ignore its tensors."
-            raise invalid(message, path, path, peft.target_modules)
-        pairs[path] = StoredPair(sides["A"], sides["B"], peft.scaling(alpha, rank))
+    for path, parts in sorted(_parts_by_path(tensors).items()):
+        pairs[path] = _pair(peft, path, parts)
+        if not peft.ensure_weight_tying:
+            _check_targeted(peft, path)
     if not pairs:
-        raise invalid("Holds no LoRA tensor.", WEIGHTS, 0, _KEYS)
+        raise invalid("Holds no LoRA tensor.", WEIGHTS, 0, FORMS)
     target_modules = tuple(sorted({_last_name(path) for path in pairs}))
-    alpha = peft.lora_alpha
-    if peft.use_rslora:
-        alpha = peft.scaling(alpha, peft.r) * peft.r
-    return StoredLora(peft.r, alpha, target_modules, pairs)
+    return StoredLora(peft.r, peft.common_alpha, target_modules, pairs)
 
 
 def check_fits(config: Mapping[str, Any], lora: StoredLora, shape: ModelShape) -> None:
@@ -224,87 +206,102 @@ def check_fits(config: Mapping[str, Any], lora: StoredLora, shape: ModelShape) -
     Raises:
         InvalidAdapter: a module that the base model lacks, a wrong shape, or a missing pair.
     """
+    known = {**shape.embedding, **shape.linears, **shape.head}
     for path, pair in lora.pairs.items():
-        if path not in shape.linears:
-            names = sorted({_last_name(known) for known in shape.linears})
+        if path not in known or pair.is_embedding != (path in shape.embedding):
+            names = sorted({_last_name(each) for each in known})
             message = "No such linear layer in the base model."
             raise invalid(message, path, path, f"modules named {names}")
-        out_features, in_features = shape.linears[path]
+        out_features, in_features = known[path]
         if pair.B.shape[0] != out_features or pair.A.shape[1] != in_features:
             allowed = f"A [r, {in_features}], B [{out_features}, r]"
             raise invalid(
                 "Does not fit the base model.", path, _dimensions(pair.A, pair.B), allowed
             )
-    peft = _parse(config)
-    missing = sorted(
-        path for path in shape.linears if path not in lora.pairs and peft.targets(path)
-    )
+        if pair.own_bias is not None and path not in shape.biased:
+            message = "Holds a bias, and this linear of the base model has none."
+            raise invalid(message, path, WRITTEN["own_bias"], "no bias")
+    peft = parse_config(config)
+    for path in lora.pairs:
+        if path not in shape.head or not peft.ensure_weight_tying:
+            _check_targeted(peft, path)
+    targets = shape.linears if peft.target_modules == ALL_LINEAR else known
+    missing = sorted(path for path in targets if path not in lora.pairs and peft.targets(path))
     if missing:
         message = "The config targets modules without tensors."
         raise invalid(message, missing[0], missing[:5], "A and B for each")
 
 
-def _parse(config: Mapping[str, Any]) -> PeftConfig:
-    data = json.dumps(config).encode()  # keeps the order of patterns, which has a meaning
-    peft = parse_record(PeftConfig, data, CONFIG)
-    for field, value in (peft.model_extra or {}).items():
-        if value and field not in _HARMLESS:
-            message = "This field is unknown, or makes the adapter more than a plain LoRA."
-            raise invalid(message, field, value, "not set")
-    return peft
+def _check_targeted(peft: PeftConfig, path: str) -> None:
+    if not peft.targets(path):
+        message = "Not targeted by the config, so PEFT would ignore its tensors."
+        raise invalid(message, path, path, peft.target_modules)
 
 
-def _sides_by_path(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
-    """Module path -> "A" or "B" -> tensor. Every tensor is used or refused."""
+def _parts_by_path(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """Module path -> the parts of its pair. Every tensor is used or refused."""
     paths: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    adapters = set()
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise invalid("Not a tensor of a plain LoRA.", key, _dimensions(tensor), _KEYS)
+        found = parse_key(key)
+        if found is None:
+            raise refused(_unknown_tensor(key), key, _dimensions(tensor), MERGE)
+        if found.part == "weight":
+            raise refused("A copy of the base model's weights", key, _dimensions(tensor), MERGE)
         tensor.check_dtype(key)
         if not tensor.is_finite():
             raise invalid("Holds NaN or infinity.", key, "not finite", "finite numbers")
-        paths[match["path"]][match["side"]] = tensor
+        if found.part in paths[found.path]:
+            raise invalid("A tensor of the same part is there twice.", key, key, "one")
+        paths[found.path][found.part] = tensor
+        if found.part != "own_bias":
+            adapters.add(found.adapter)
+    if len(adapters) > 1:
+        message = "Holds several adapters, by the names in its tensors."
+        raise invalid(message, WEIGHTS, sorted(map(str, adapters)), "one adapter")
     return paths
 
 
-def _check_pair(path: str, sides: Mapping[str, StoredTensor], rank: int) -> None:
-    """A [rank, in] and B [out, rank] are both there, with in and out at least 1."""
-    if len(sides) != 2:
-        raise invalid("One of lora_A and lora_B is missing.", path, sorted(sides), ["A", "B"])
-    A, B = sides["A"], sides["B"]
+def _unknown_tensor(key: str) -> str:
+    if ".lora_" in key or not key.startswith(PREFIX):
+        return f"Not a tensor of a LoRA ({FORMS})"
+    if key.endswith(".bias"):
+        return "A bias of the base model that was trained"
+    return "A module of the base model that was trained or resized"
+
+
+def _pair(peft: PeftConfig, path: str, parts: Parts) -> StoredPair:
+    """The pair of a module. Raises InvalidAdapter if a part is missing, too much or misshapen."""
+    is_embedding = "embedding_A" in parts or "embedding_B" in parts
+    names = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
+    expected = set(names)
+    if peft.use_dora:
+        expected.add("magnitude")
+    if peft.lora_bias and not is_embedding:
+        expected.add("lora_bias")
+    if peft.bias != "none" and not is_embedding and "own_bias" in parts:
+        expected.add("own_bias")
+    odd = sorted(expected ^ set(parts))
+    if odd:
+        verb = "missing" if odd[0] in expected else "there, and the config does not say so"
+        message = f"{WRITTEN[odd[0]]} is {verb}."
+        raise invalid(message, path, sorted(parts), sorted(expected))
+    A, B = (parts[name] for name in names)
+    _check_shapes(path, A, B, peft.rank(path))
+    vectors = [parts.get(part) for part in ("magnitude", "lora_bias", "own_bias")]
+    for vector in vectors:
+        if vector is not None and vector.shape != B.shape[:1]:
+            allowed = f"[{B.shape[0]}], as B [{B.shape[0]}, r]"
+            raise invalid("Not one number an output.", path, _dimensions(vector), allowed)
+    return StoredPair(A, B, peft.scaling(path), is_embedding, *vectors)
+
+
+def _check_shapes(path: str, A: StoredTensor, B: StoredTensor, rank: int) -> None:
+    """A is [rank, in] and B is [out, rank], with in and out at least 1."""
     is_matrix = len(A.shape) == len(B.shape) == 2
     if not is_matrix or A.shape[0] != rank or B.shape[1] != rank or 0 in (*A.shape, *B.shape):
         allowed = f"A [{rank}, in], B [out, {rank}]"
         raise invalid("The shapes do not match the rank.", path, _dimensions(A, B), allowed)
-
-
-def _patterns(values: Mapping[str, Any] | None) -> list[tuple[re.Pattern[str], Any]]:
-    return [(_compile(key), value) for key, value in (values or {}).items()]
-
-
-def _compile(key: str) -> re.Pattern[str]:
-    """Compiles one key as PEFT does.
-
-    Refuses patterns that can take exponential time: they would hang whoever reads the file.
-    """
-    num_quantifiers = len(re.findall(r"(?<!\\)[*+?{]", key))
-    repeats_a_group = re.search(r"\)[*+{]", key) is not None
-    if len(key) > 256 or num_quantifiers > 2 or repeats_a_group:
-        allowed = "<= 2 quantifiers, none after a group"
-        raise invalid("The pattern is too complex.", key, key, allowed)
-    try:
-        return re.compile(rf"(.*\.)?({key})$")
-    except (re.error, OverflowError) as error:
-        raise invalid(f"Not a pattern: {error}.", key, key, "a regular expression") from error
-
-
-def _match(patterns: Iterable[tuple[re.Pattern[str], Any]], path: str, default: Any) -> Any:
-    """PEFT's `get_pattern_key`: the value of the first pattern that matches.
-
-    A pattern matches the end of the path, from its start or after a dot.
-    """
-    return next((value for pattern, value in patterns if pattern.match(path)), default)
 
 
 def _last_name(path: str) -> str:

@@ -24,14 +24,17 @@ from crma.store.channels import (
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone, read_task, versions_in
 from crma.store.manifest import (
     BACKBONE_FILES,
+    MANIFEST,
     TASK_FILES,
     BackboneManifest,
     Blend,
     TaskManifest,
     TrainedOn,
     add_manifest,
+    parse_record,
 )
 from crma.store.peft_format import StoredLora, lora_from_peft, lora_to_peft
+from crma.store.serving import Entry, check_change
 from crma.store.stored_tensor import StoredTensor, write_tensors
 
 if TYPE_CHECKING:
@@ -139,10 +142,23 @@ def _publish(
         version = f"v{newest + 1}"
         described = {**origin, **fields, "base": base, "version": version, "created": now()}
         folder = root / channel_folder(channel) / version
-        publish_folder(root, folder, add_manifest(kind, files, **described))
-        if serve:
-            write_channels(root, channels.serve(channel, version))
+        complete = add_manifest(kind, files, **described)
+        if not serve:
+            publish_folder(root, folder, complete)
+            return version
+        after = channels.serve(channel, version)
+        check_change(root, channels, after, _entry_of(channel, folder, complete))
+        publish_folder(root, folder, complete)
+        write_channels(root, after)
     return version
+
+
+def _entry_of(channel: str, folder: Path, files: Mapping[str, bytes]) -> Entry:
+    """The entry of a version that is not on the disk yet."""
+    manifest = files[MANIFEST]
+    if channel == BACKBONE:
+        return BackboneEntry(folder, parse_record(BackboneManifest, manifest, MANIFEST))
+    return TaskEntry(folder, parse_record(TaskManifest, manifest, MANIFEST))
 
 
 def _backbones(root: Path) -> dict[str, BackboneEntry]:

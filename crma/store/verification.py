@@ -13,8 +13,7 @@ from crma.models.model_shape import ModelShape
 from crma.store.channels import BACKBONE, Channels, channel_folder, read_channels, task_channel
 from crma.store.entry import BackboneEntry, TaskEntry, read_entry
 from crma.store.manifest import check_version
-
-Entry = TaskEntry | BackboneEntry
+from crma.store.serving import Entry, lineage_problem
 
 
 def find_problems(root: Path, base: BaseModel | None, shape: ModelShape | None) -> list[StoreError]:
@@ -81,15 +80,17 @@ def _check_lineages(
     That must be the serving backbone if the task serves too, and may be any in the store otherwise.
     """
     backbones = [entry for entry in entries if isinstance(entry, BackboneEntry)]
-    serving = [entry for entry in backbones if entry.version == channels.backbone]
+    serving = next((each for each in backbones if each.version == channels.backbone), None)
     for task in entries:
         if not isinstance(task, TaskEntry):
             continue
-        task_serves = channels.tasks.get(task.name) == task.version
-        candidates = serving if task_serves and serving else backbones
-        if not task.fits_lineage(candidates):
-            message = f"{task.manifest.place}: its backbone, or a descendant, does not serve."
-            allowed = [backbone.digest for backbone in candidates]
+        if channels.tasks.get(task.name) == task.version:
+            problem = lineage_problem(task, serving)
+            if problem is not None:
+                problems.append(problem)
+        elif not task.fits_lineage(backbones):
+            message = f"{task.manifest.place}: neither its backbone nor a descendant is here."
+            allowed = [backbone.digest for backbone in backbones]
             trained_on = task.manifest.backbone
             problems.append(
                 LineageMismatch(message, field="backbone", value=trained_on, allowed=allowed)

@@ -17,83 +17,80 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _key(default: Any, meaning: str, **limits: Any) -> Any:
+    """A key with its default, its meaning, and the limits of its value."""
+    return Field(default=default, description=meaning, **limits)
+
+
 class LoraSettings(Settings):
-    """The LoRA of every task.
+    """The LoRA of every task, as in Hu et al. 2021."""
 
-    Attributes:
-        rank, alpha: as in Hu et al. 2021; the update is scaled by alpha / rank.
-        target_modules: "attention", "all-linear" or a comma-separated list of module names.
-        lr: peak learning rate.
-    """
-
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
-    target_modules: str = "attention"
-    lr: float = Field(5e-3, gt=0)
+    rank: int = _key(8, "Rank.", ge=1)
+    alpha: float = _key(16.0, "The update is scaled by alpha / rank.", gt=0)
+    target_modules: str = _key(
+        "attention", "`attention`, `all-linear` or a comma-separated list of module names."
+    )
+    lr: float = _key(5e-3, "Peak learning rate.", gt=0)
 
 
 class CrmaSettings(Settings):
-    """The shared backbone.
+    """The shared backbone (docs/method.md, section 2)."""
 
-    Attributes:
-        num_streams, stream_rank: n and k of docs/method.md, section 2.
-        lr: peak learning rate of R and W.
-        mixing_lr: peak learning rate of S and gamma.
-        later_scale: factor on both learning rates after task 1.
-        later_moves: the parameter groups that train after task 1.
-        starts_at: share of task 1's steps in which the LoRA trains alone, before the backbone.
-        drop: share of all batches that are trained without the backbone.
-    """
-
-    num_streams: int = Field(4, ge=1)
-    stream_rank: int = Field(4, ge=1)
-    lr: float = Field(2e-3, gt=0)
-    mixing_lr: float = Field(1e-2, gt=0)
-    later_scale: float = Field(0.02, ge=0)
-    later_moves: tuple[Group, ...] = ALL_GROUPS
-    starts_at: float = Field(0.0, ge=0, lt=1)
-    drop: float = Field(0.0, ge=0, lt=1)
+    num_streams: int = _key(4, "Streams, n of the method.", ge=1)
+    stream_rank: int = _key(4, "Rank of a stream, k of the method.", ge=1)
+    lr: float = _key(2e-3, "Peak learning rate of R and W.", gt=0)
+    mixing_lr: float = _key(1e-2, "Peak learning rate of S and gamma.", gt=0)
+    later_scale: float = _key(0.02, "Factor on both learning rates after task 1.", ge=0)
+    later_moves: tuple[Group, ...] = _key(
+        ALL_GROUPS, "The parameter groups that train after task 1."
+    )
+    starts_at: float = _key(
+        0.0, "Share of task 1's steps in which the LoRA trains alone.", ge=0, lt=1
+    )
+    drop: float = _key(
+        0.0, "Share of all batches that are trained without the backbone.", ge=0, lt=1
+    )
 
 
 class TrainConfig(Settings):
-    """One run of the sequential protocol: an arm, a seed and an order of tasks.
+    """One run of the sequential protocol: an arm, a seed and an order of tasks."""
 
-    Attributes:
-        tasks: domain names of `crma data`, or folders that hold train.jsonl, validation.jsonl and
-            holdout.jsonl.
-        arm: a name from `crma.training.arms`.
-        seed: seeds every random draw of the run.
-        model: name or folder of a pulled base model.
-        epochs, batch_size: of every task.
-        train_items: use only the first so many training examples of a task; 0 means all.
-        warmup: share of the steps in which the learning rate rises.
-        clip: largest gradient norm of a parameter group.
-        weight_decay: AdamW's; never applied to S and gamma.
-        prompt_format: how prompts are put to the model, recorded with every adapter: "chat" is one
-            user turn in the base model's chat template, without a system turn; "raw" is the text
-            alone; anything else is the file of a chat template, taken as "chat".
-        start: an adapter store whose serving backbone goes on learning. Every task then trains as a
-            later one, and the result is a candidate for `crma promote`. Empty: a new backbone.
-        measure: the split that the record reports: "validation" for every choice, "holdout" once
-            the choice is made.
-        dtype: of the frozen base model and the activations; "auto" is bfloat16 where the hardware
-            has it. Adapters always train in float32.
-    """
-
-    tasks: tuple[str, ...] = Field(min_length=1)
-    arm: ArmName = "MODULAR"
-    seed: int = 0
-    model: str = "SmolLM2-135M-Instruct"
-    epochs: int = Field(3, ge=1)
-    batch_size: int = Field(16, ge=1)
-    train_items: int = Field(0, ge=0)
-    warmup: float = Field(0.06, ge=0, lt=1)
-    clip: float = Field(1.0, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    prompt_format: str = Field("chat", min_length=1)
-    start: str = ""
-    measure: Literal["validation", "holdout"] = "holdout"
-    dtype: str = Field("auto", pattern="^(auto|bfloat16|float32)$")
+    tasks: tuple[str, ...] = Field(
+        min_length=1,
+        description="Domains of `crma data`, or folders with `train.jsonl`, `validation.jsonl` "
+        "and `holdout.jsonl`, in the order of training.",
+    )
+    arm: ArmName = _key("MODULAR", "What is trained: Method, section 3.")
+    seed: int = _key(0, "Seeds every random draw of the run.")
+    model: str = _key("SmolLM2-135M-Instruct", "Name or folder of a pulled base model.")
+    epochs: int = _key(3, "Of every task.", ge=1)
+    batch_size: int = _key(16, "Examples a step.", ge=1)
+    train_items: int = _key(0, "Only the first so many training examples; 0: all.", ge=0)
+    warmup: float = _key(0.06, "Share of the steps in which the learning rate rises.", ge=0, lt=1)
+    clip: float = _key(1.0, "Largest gradient norm of a parameter group.", gt=0)
+    weight_decay: float = _key(0.0, "AdamW's; never applied to S and gamma.", ge=0)
+    prompt_format: str = _key(
+        "chat",
+        "How prompts are put to the model, recorded with every adapter: `chat` is one user turn in "
+        "the base model's chat template, without a system turn; `raw` is the text alone; anything "
+        "else is the file of a chat template, taken as `chat`.",
+        min_length=1,
+    )
+    start: str = _key(
+        "",
+        "An adapter store whose serving backbone goes on learning: every task then trains as a "
+        "later one, and the result is a candidate for `crma promote`. Empty: a new backbone.",
+    )
+    measure: Literal["validation", "holdout"] = _key(
+        "holdout",
+        "The split that the record reports: `validation` for every choice, `holdout` once the "
+        "choice is made.",
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = _key(
+        "auto",
+        "Of the frozen base model and the activations; `auto`: bfloat16 where the hardware has "
+        "it. Adapters always train in float32.",
+    )
     lora: LoraSettings = LoraSettings()
     crma: CrmaSettings = CrmaSettings()
 

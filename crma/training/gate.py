@@ -1,33 +1,25 @@
 """The gate: a new backbone serves only if no task suffers from it (docs/method.md, section 5).
 
-A candidate is a published backbone that descends from the serving one and does not serve yet. The
-gate scores every task that would serve under it, on the task's own validation set, against the loss
-recorded when the task was published. The serving backbone's loss is not the reference, because the
-margin would then creep with every promotion. If a task suffers, the gate searches the backbones
-between the serving one and the candidate for the nearest to the candidate that harms no task. If
-there is none, the serving backbone stays.
+The gate scores every task that would serve under the candidate, on the task's own validation set.
+The loss may exceed neither that under the serving backbone nor that at the task's publication by
+more than a margin. Without the second, the margin would creep with every promotion. All losses that
+are compared come from one class of machine and one dtype: a loss recorded elsewhere is measured
+again. If a task suffers, the gate searches the backbones between the serving one and the candidate
+for the nearest to the candidate that harms no task. If there is none, the serving backbone stays.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
-from crma.core.digests import file_digest
-from crma.core.errors import ConfigError, CrmaError, DataError, LineageMismatch
-from crma.core.provenance import commit, hardware
-from crma.data.splits import load_split, split_path
-from crma.evaluation.evaluator import Encoded
+from crma.core.errors import ConfigError
 from crma.evaluation.offline import Note, Served
 from crma.method.backbone import Backbone
 from crma.method.injection import Plan
-from crma.store.adapter_store import AdapterStore
-from crma.store.channels import BACKBONE, Channels, task_channel
-from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
-from crma.store.manifest import Blend, TrainedOn
-from crma.store.publication import backbone_digest
-from crma.training.config import TrainConfig, task_name
+from crma.training.gated_task import GatedTask
 
 GRID = (1.0, 0.75, 0.5, 0.25, 0.1)
 REFINEMENTS = 3  # halvings between the best of the grid and the next above it
@@ -62,51 +54,29 @@ def blend(old: Backbone, new: Backbone, weight: float) -> Backbone:
     return Backbone.from_tensors(old.config, tensors)
 
 
-class GatedTask(NamedTuple):
-    """A task that the gate can score.
+class Limit(NamedTuple):
+    """The largest loss that a task may have, and the losses, in nats, that it follows from.
 
     Attributes:
-        entry: the task in the store.
-        rows: its validation set.
-        recorded: its loss there, in nats, when it was published.
+        recorded: in the task's manifest, from the machine and in the dtype of its publication.
+        recorded_here: the same loss measured again in this run, where it was recorded elsewhere;
+            None if it was recorded on such a machine and in this dtype, or if the backbone of that
+            time is not in the store.
+        serving: under the serving backbone, in this run; None for a newcomer, which cannot serve
+            there, or if no backbone serves.
+        limit: (1 + margin) times the smaller of the loss at publication and that under the serving
+            backbone, plus SLACK.
     """
 
-    entry: TaskEntry
-    rows: list[Encoded]
     recorded: float
+    recorded_here: float | None
+    serving: float | None
+    limit: float
 
-    @classmethod
-    def of(cls, served: Served, entry: TaskEntry) -> "GatedTask":
-        """Load the validation set and the recorded loss of a task.
-
-        Raises:
-            CrmaError: with the reason, if the validation set that the task was published with
-                cannot be loaded.
-        """
-        name, manifest = entry.name, entry.manifest
-        trained_on = manifest.trained_on
-        measured = manifest.measured.get("validation")
-        recorded = measured.get("loss") if isinstance(measured, dict) else None
-        if trained_on is None or not isinstance(recorded, float):
-            raise DataError("it recorded no validation loss", field="task", value=name)
-        source = _source(trained_on, name)
-        examples = load_split(source, "validation")
-        path = split_path(source, "validation")
-        found = file_digest(path)
-        published = trained_on.data.get(f"{name}/validation")
-        if found != published:
-            message = f"{path} is not the file that the task was published with"
-            raise DataError(message, value=found, allowed=published)
-        return cls(entry, served.evaluator(entry).encode(examples), recorded)
-
-
-def _source(trained_on: TrainedOn, name: str) -> str:
-    """The domain or folder that a task was trained on. Raises DataError if it is not recorded."""
-    for task in TrainConfig.from_dict(trained_on.config).tasks:
-        if task_name(task) == name:
-            return task
-    message = "it does not say where its validation data is"
-    raise DataError(message, field="task", value=name)
+    @property
+    def at_publication(self) -> float:
+        """The loss at publication that can be compared with those of this run."""
+        return self.recorded if self.recorded_here is None else self.recorded_here
 
 
 @dataclass
@@ -118,8 +88,11 @@ class Gate:
         old: the serving backbone; None if none serves.
         new: the candidate.
         tasks: the tasks to score.
-        margins: task -> the share of its recorded loss by which it may get worse. SLACK is added.
-        note: called with one line about every trial.
+        margins: task -> the share of its loss by which it may get worse. SLACK is added.
+        newcomers: the tasks that cannot serve under `old`.
+        of_record: task -> the backbone that its recorded loss was measured under, where that was
+            on another machine or in another dtype.
+        note: called with one line about every trial, and about every task in it.
     """
 
     served: Served
@@ -127,40 +100,51 @@ class Gate:
     new: Backbone
     tasks: list[GatedTask]
     margins: Mapping[str, float]
+    newcomers: Collection[str]
+    of_record: Mapping[str, Backbone]
     note: Note
 
-    def score(self, backbone: Backbone) -> dict[str, dict[str, float]]:
-        """Score every task under a backbone.
+    @cached_property
+    def limits(self) -> dict[str, Limit]:
+        """The limit of every task, by name."""
+        limits = {}
+        for task in self.tasks:
+            name = task.entry.name
+            backbone = self.of_record.get(name)
+            here = None if backbone is None else self._loss(task, backbone)
+            serving = None
+            if self.old is not None and name not in self.newcomers:
+                is_of_record = backbone is self.old
+                serving = here if is_of_record else self._loss(task, self.old)
+            at_publication = task.recorded if here is None else here
+            best = at_publication if serving is None else min(at_publication, serving)
+            limit = best * (1 + self.margins[name]) + SLACK
+            limits[name] = Limit(task.recorded, here, serving, limit)
+        return limits
 
-        Returns:
-            Task -> {"loss": its validation loss in nats, "recorded": its recorded loss, "drift":
-            the change in percent}.
-        """
-        served = self.served
-        pairs = backbone.folded(served.device, served.dtype)
-        scores = {}
-        for entry, rows, recorded in self.tasks:
-            plan = Plan([(None, served.lora(entry))], [(None, pairs)])
-            loss = served.evaluator(entry).measure(plan, rows).loss
-            drift = 100 * (loss / recorded - 1)
-            scores[entry.name] = {"loss": loss, "recorded": recorded, "drift": drift}
-        return scores
+    def score(self, backbone: Backbone) -> dict[str, float]:
+        """The validation loss of every task under a backbone, in nats, by name."""
+        return {task.entry.name: self._loss(task, backbone) for task in self.tasks}
 
     def try_weight(self, weight: float) -> dict[str, Any]:
         """Score the blend at one weight.
 
         Returns:
-            {"lambda": the weight, "harmed": the tasks beyond their margin, "tasks": as `score`}.
+            {"lambda": the weight, "harmed": the tasks over their limit, "tasks": task -> {"loss",
+            "drift": the change since publication in percent, "change": the change from the serving
+            backbone in percent, or None}}.
         """
-        scores = self.score(blend(self.old or self.new, self.new, weight))
-        harmed = [name for name, score in scores.items() if self._is_harmed(name, score)]
-        worst = max((score["drift"] for score in scores.values()), default=0.0)
-        names = ", ".join(harmed) or "none"
-        self.note(f"lambda {weight:.4g}: worst drift {worst:+.2f} %; harmed: {names}")
+        scores = {}
+        harmed = []
+        for name, loss in self.score(blend(self.old or self.new, self.new, weight)).items():
+            limit = self.limits[name]
+            drift = _percent(loss, limit.at_publication)
+            change = None if limit.serving is None else _percent(loss, limit.serving)
+            scores[name] = {"loss": loss, "drift": drift, "change": change}
+            if loss > limit.limit:
+                harmed.append(name)
+        self._report(weight, scores, harmed)
         return {"lambda": weight, "harmed": harmed, "tasks": scores}
-
-    def _is_harmed(self, name: str, score: Mapping[str, float]) -> bool:
-        return score["loss"] > score["recorded"] * (1 + self.margins[name]) + SLACK
 
     def search(self) -> tuple[float, list[dict[str, Any]]]:
         """Search for the largest weight of the candidate that harms no task.
@@ -191,176 +175,31 @@ class Gate:
                 above = middle
         return best, tried
 
+    def _loss(self, task: GatedTask, backbone: Backbone) -> float:
+        served = self.served
+        pairs = backbone.folded(served.device, served.dtype)
+        plan = Plan([(None, served.lora(task.entry))], [(None, pairs)])
+        return served.evaluator(task.entry).measure(plan, task.rows).loss
 
-def promote(
-    served: Served,
-    version: str,
-    *,
-    margin: float = 0.01,
-    newcomer_margin: float = 0.1,
-    allow_ungated: Collection[str] = (),
-    dry_run: bool = False,
-    note: Note,
-) -> dict[str, Any]:
-    """Let a candidate serve, whole or as a blend, with the tasks trained on the way to it.
-
-    If no blend passes, the serving backbone stays. Either way `channels.json` records the evidence,
-    unless this is a dry run. If an error is raised, nothing has changed.
-
-    Args:
-        served: the base model, and the store that holds the candidate.
-        version: the candidate's version.
-        margin: the share of its recorded loss by which a serving task may get worse.
-        newcomer_margin: the same for a newcomer, a task that nobody uses yet. A newcomer
-            was trained under the whole candidate, so almost every blend costs it something.
-        allow_ungated: names of tasks that need not be scored.
-        dry_run: decide, and change nothing.
-        note: called with one line about every trial.
-
-    Returns:
-        The evidence: {"candidate", "serving", "margins", "slack", "lambda" (0: the serving backbone
-        stays), "tried", "ungated": {task: reason}, "dtype", "hardware", "commit"}.
-
-    Raises:
-        ConfigError: the candidate already serves, or a task outside `allow_ungated` has no
-            validation data.
-        LineageMismatch: the candidate does not descend from the serving backbone, so the serving
-            tasks could no longer serve.
-        StoreError: something else began to serve meanwhile.
-    """
-    store = served.store
-    channels = store.channels()
-    serving = store.backbone()
-    candidate = read_backbone(store.root, version)
-    _check_candidate(candidate, serving, served.base.digest)
-    newcomers = store.newcomers(candidate)
-    entries = {name: store.task(name) for name in channels.tasks}
-    entries |= {entry.name: entry for entry in newcomers}
-    margins = {name: margin if name in channels.tasks else newcomer_margin for name in entries}
-    tasks, ungated = _gated_tasks(served, entries, allow_ungated)
-    old = serving.load() if serving else None
-    gate = Gate(served, old, candidate.load(), tasks, margins, note)
-    weight, tried = gate.search()
-    evidence = {
-        "candidate": candidate.digest,
-        "serving": serving.digest if serving else None,
-        "margins": margins,
-        "slack": SLACK,
-        "lambda": weight,
-        "tried": tried,
-        "ungated": ungated,
-        "dtype": str(served.dtype).removeprefix("torch."),
-        "hardware": hardware(),
-        "commit": commit(),
-    }
-    if not dry_run:
-        _serve(served, weight, serving, candidate, newcomers, evidence, since=channels)
-    return evidence
+    def _report(
+        self, weight: float, scores: Mapping[str, Mapping[str, Any]], harmed: Collection[str]
+    ) -> None:
+        """Note a trial: every task with its losses, their change, and the limit applied."""
+        self.note(f"lambda {weight:.4g}: harmed: {', '.join(harmed) or 'none'}")
+        for name, score in scores.items():
+            limit = self.limits[name]
+            serving = "cannot serve yet"
+            if limit.serving is not None:
+                serving = f"serving {limit.serving:.4f} {score['change']:+.2f} %"
+            published = f"at publication {limit.at_publication:.4f} {score['drift']:+.2f} %"
+            if limit.recorded_here is not None:
+                published += f" (recorded elsewhere as {limit.recorded:.4f})"
+            mark = ">" if name in harmed else "<="
+            self.note(
+                f"  {name}: {score['loss']:.4f} {mark} limit {limit.limit:.4f}; "
+                f"{published}; {serving}"
+            )
 
 
-def _check_candidate(
-    candidate: BackboneEntry, serving: BackboneEntry | None, base_digest: str
-) -> None:
-    """Raise BaseMismatch, ConfigError or LineageMismatch if the candidate must not serve."""
-    candidate.check_base(base_digest)
-    if serving is None:
-        return
-    if serving.digest == candidate.digest:
-        message = "this backbone serves already"
-        raise ConfigError(
-            message, field="candidate", value=candidate.version, allowed="another version"
-        )
-    if not candidate.descends_from(serving.digest):
-        message = (
-            "it does not descend from the serving backbone, so the serving tasks could not use it; "
-            "train it with `start`"
-        )
-        raise LineageMismatch(
-            message, field="candidate", value=candidate.digest, allowed=serving.digest
-        )
-
-
-def _gated_tasks(
-    served: Served, entries: Mapping[str, TaskEntry], allow_ungated: Collection[str]
-) -> tuple[list[GatedTask], dict[str, str]]:
-    """Divide the tasks into those that can be scored and those that cannot.
-
-    A task that was trained without a backbone is in neither group: it never serves with CRMA on, so
-    no backbone can harm it.
-
-    Returns:
-        The tasks to score, and for each of the others the reason why it cannot be scored.
-
-    Raises:
-        ConfigError: a task that cannot be scored is not in `allow_ungated`.
-    """
-    tasks: list[GatedTask] = []
-    ungated: dict[str, str] = {}
-    for name, entry in sorted(entries.items()):
-        if entry.manifest.backbone is None:
-            continue
-        try:
-            tasks.append(GatedTask.of(served, entry))
-        except CrmaError as error:
-            ungated[name] = str(error)
-    refused = sorted(set(ungated) - set(allow_ungated))
-    if refused:
-        name = refused[0]
-        message = (
-            f"{name} cannot be scored: {ungated[name]}; to promote without it: --allow-ungated NAME"
-        )
-        scored = [task.entry.name for task in tasks]
-        raise ConfigError(message, field="task", value=refused, allowed=scored)
-    return tasks, ungated
-
-
-def _serve(
-    served: Served,
-    weight: float,
-    serving: BackboneEntry | None,
-    candidate: BackboneEntry,
-    newcomers: Collection[TaskEntry],
-    evidence: Mapping[str, Any],
-    *,
-    since: Channels,
-) -> None:
-    """Move the channels as decided, in one write that also records the evidence."""
-    moves: dict[str, str | None] = {}
-    if weight:
-        moves[BACKBONE] = candidate.version
-        if serving is not None and weight < 1:
-            moves[BACKBONE] = _publish_blend(served, serving, candidate, weight)
-        for entry in newcomers:
-            moves[task_channel(entry.name)] = entry.version
-    served.store.set_serving(moves, evidence=evidence, since=since)
-
-
-def _publish_blend(served: Served, old: BackboneEntry, new: BackboneEntry, weight: float) -> str:
-    """Publish the backbone between two others. Returns its version.
-
-    A promotion that was killed may have published it already; that version is then used again.
-    """
-    made = blend(old.load(), new.load(), weight)
-    published = _version_of(served.store, backbone_digest(made))
-    if published is not None:
-        return published
-    ancestors = dict.fromkeys((old.digest, new.digest, *new.manifest.lineage))
-    record = Blend.model_validate({"parents": (old.digest, new.digest), "lambda": weight})
-    entry = served.store.publish_backbone(
-        made,
-        lineage=list(ancestors),
-        blend=record,
-        serve=False,
-        base=served.base,
-        trained_on=None,
-        measured={},
-        licence=new.manifest.licence,
-    )
-    return entry.version
-
-
-def _version_of(store: AdapterStore, digest: str) -> str | None:
-    for version in store.backbone_versions():
-        if read_backbone(store.root, version).digest == digest:
-            return version
-    return None
+def _percent(loss: float, reference: float) -> float:
+    return 100 * (loss / reference - 1)

@@ -21,9 +21,9 @@ from crma.method.lora import Lora, new_lora
 from crma.models.base_model import BaseModel
 from crma.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from crma.models.model_shape import ModelShape
-from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry
 from crma.store.manifest import check_name
+from crma.store.opening import open_store
 from crma.training.adapted_model import AdaptedModel
 from crma.training.arms import ARMS
 from crma.training.config import TrainConfig, task_name
@@ -195,13 +195,14 @@ def _start_of(config: TrainConfig, base: BaseModel) -> BackboneEntry | None:
     """The backbone that a run continues; None if it starts with a new one.
 
     Raises:
+        NotFound: `config.start` is no store.
         ConfigError: the store in `config.start` serves no backbone, the backbone's shape is not the
             configured one, or the arm trains no backbone.
         BaseMismatch: the backbone was made for another base model.
     """
     if not config.start:
         return None
-    start = AdapterStore(Path(config.start)).backbone()
+    start = open_store(Path(config.start).expanduser()).backbone()
     if start is None or not ARMS[config.arm].crma:
         message = "no backbone serves in that store, or the arm trains none"
         raise ConfigError(

@@ -131,7 +131,7 @@ def _openai_field(error: ApiError, field: str | None, path: str) -> str | None:
 def _as_api_error(request: Request, error: Exception) -> ApiError:
     """What a client sees of an exception; an unexpected one is logged."""
     if isinstance(error, RequestValidationError):
-        return _from_validation(error)
+        return _from_validation(request, error)
     if isinstance(error, HTTPException):
         return _from_http(request, error)
     answered = to_api_error(error)
@@ -140,7 +140,7 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
     return answered
 
 
-def _from_validation(error: RequestValidationError) -> ApiError:
+def _from_validation(request: Request, error: RequestValidationError) -> ApiError:
     """The first problem of a body, query or path, with the field as the caller wrote it."""
     first: Mapping[str, Any] = error.errors()[0]
     kind = first["type"]
@@ -150,7 +150,7 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     if kind == "json_invalid" or (
         is_whole_body and (kind == "missing" or isinstance(given, bytes))
     ):
-        return _not_json()
+        return _not_json(request)
     names = [str(part) for part in location[1:]]
     if kind == "unknown_field":
         key = first["ctx"]["key"]
@@ -179,9 +179,19 @@ def _from_http(request: Request, error: HTTPException) -> ApiError:
     cause = error.__cause__
     if isinstance(cause, ClientDisconnect):
         return ClientGone("the client went away while it sent the body")
-    return cause if isinstance(cause, ApiError) else _not_json()
+    return cause if isinstance(cause, ApiError) else _not_json(request)
 
 
-def _not_json() -> ApiError:
+def _not_json(request: Request) -> ApiError:
+    """The error for a body that is not JSON, or that its header says is something else.
+
+    Without the header a body is read as JSON; `curl -d` sets another one unless told not to.
+    """
+    given = request.headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    if kind and kind != "application/json" and not kind.endswith("+json"):
+        message = f"the body was sent as {kind}: set the header Content-Type: application/json"
+        allowed = "application/json"
+        return MalformedBody(message, field="Content-Type", value=given, allowed=allowed)
     message = "the body is not JSON in UTF-8"
     return MalformedBody(message, field="body", allowed="a JSON object, as application/json")

@@ -1,7 +1,7 @@
 """What `model` names in OpenAI's requests: a task or the base model, and whether CRMA is on."""
 
-from crma.core.errors import NotFound
-from server.service.errors import InvalidField, ModelNotFound
+from crma.core.errors import LineageMismatch, NotFound
+from server.service.errors import InvalidField, ModelNotFound, NoBackbone
 from server.service.frontend import Frontend
 from server.service.registry import Resolved
 
@@ -30,5 +30,17 @@ def resolve_model(model: str, asked: bool | None, frontend: Frontend) -> Resolve
     try:
         return frontend.resolve(None if name == BASE else name, crma)
     except NotFound as error:
-        message = f"no model {name!r}"
-        raise ModelNotFound(message, field="model", value=name, allowed=error.allowed) from error
+        raise _unknown(name, error) from error
+    except (LineageMismatch, NoBackbone) as error:
+        if suffix not in SUFFIXES:
+            raise
+        allowed = [f"{name}:crma-off"]
+        raise type(error)(error.message, field="model", value=model, allowed=allowed) from error
+
+
+def _unknown(name: str, error: NotFound) -> ModelNotFound:
+    """The error for a model that is no task or version here: the base model is a model too."""
+    names = list(error.allowed) if isinstance(error.allowed, list) else []
+    are_versions = any("@" in each for each in names)
+    allowed = names if are_versions else [BASE, *names]
+    return ModelNotFound(f"no model {name!r}", field="model", value=name, allowed=allowed)

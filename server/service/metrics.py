@@ -112,6 +112,9 @@ class Metrics(Collector):
         self.store_problems = gauge(
             "store_problems", "Problems in the store as it was last read; 0 once they are mended."
         )
+        self.tasks_unable = gauge(
+            "tasks_unable", "Serving tasks that cannot answer; /readyz says why."
+        )
         self.backbone_info = gauge(
             "backbone_info", "The CRMA backbone that serves; always 1.", ("version", "digest")
         )

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from crma.core.errors import NotFound, StoreError
+from crma.core.errors import LineageMismatch, NotFound, StoreError
 from crma.core.selection import AdapterSelection
 from crma.models.base_model import BaseModel
 from crma.models.model_shape import ModelShape
 from crma.models.prompts import Format
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
+from crma.store.serving import lineage_problem
 from server.engine.inference_engine import InferenceEngine
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
@@ -79,6 +80,16 @@ class _View:
     def sound_backbones(self) -> list[BackboneEntry]:
         """Every version of the backbone that may serve."""
         return [entry for entry in self.backbones.values() if isinstance(entry, BackboneEntry)]
+
+    def problem(self, name: str) -> StoreError | None:
+        """Why the serving version of a task cannot answer as it was trained; None if it can."""
+        entry = self.tasks[name][self.serving[name]]
+        if isinstance(entry, StoreError):
+            return entry
+        backbone = self.backbone
+        if not isinstance(backbone, StoreError):
+            return lineage_problem(entry, backbone)
+        return None if entry.manifest.backbone is None else backbone
 
     def serving_tasks(self) -> dict[str, TaskEntry]:
         """The serving version of each task, where it is sound, by name."""
@@ -202,6 +213,20 @@ class Registry:
         backbone = self._view.backbone
         return backbone if isinstance(backbone, BackboneEntry) else None
 
+    @property
+    def problems(self) -> dict[str, str]:
+        """The tasks whose serving version cannot answer as it was trained: name -> reason.
+
+        A backbone that the operator left out (`load_backbone`) is no such reason.
+        """
+        problems = {}
+        for name in sorted(self._view.tasks):
+            problem = self._view.problem(name)
+            if problem is None or (not self.load_backbone and isinstance(problem, LineageMismatch)):
+                continue
+            problems[name] = problem.message
+        return problems
+
     def serving_tasks(self) -> list[TaskEntry]:
         """The serving version of every sound task, by name."""
         return list(self._view.serving_tasks().values())
@@ -255,9 +280,18 @@ class Registry:
         for entry in sound:
             self._register(entry, partial(entry.load, self.shape))
         await self._preload(view)
+        problems = self.problems
         self._view = view
         self._fingerprint_read = fingerprint
         self.metrics.set_backbone(self.backbone)
+        self._show_problems(problems)
+
+    def _show_problems(self, before: Mapping[str, str]) -> None:
+        """Count the tasks that cannot serve, and log those that could `before`."""
+        self.metrics.tasks_unable.set(len(self.problems))
+        for name, message in self.problems.items():
+            if self.verified and before.get(name) != message:
+                log.error("task %s cannot serve: %s", name, message)
 
     async def _preload(self, view: _View) -> None:
         """Load new versions that replace a resident one, so that no request waits for them."""

@@ -33,7 +33,7 @@ def test_each_status_raises_the_class_of_the_docstring_with_the_servers_details(
     for status, name in {**names, 500: "StatusError"}.items():
         error = status_error(status, {"error": details}, "2")
         assert type(error).__name__ == name
-        assert str(error) == "m"
+        assert str(error) == "m (allowed: ['a'])"
         assert vars(error) == {**details, "status": status, "retry_after": 2}
 
 
@@ -45,3 +45,17 @@ def test_a_retry_after_that_is_a_date_is_ignored() -> None:
 def test_a_body_in_another_format_still_gives_an_error_with_a_message(body: object) -> None:
     assert "502" in str(status_error(502, body, None))
     assert str(stream_error(body))
+
+
+def test_an_error_prints_what_is_allowed_unless_its_message_does() -> None:
+    """A task that was not found told nobody which tasks there are."""
+
+    def printed(message: str, allowed: object) -> str:
+        return str(status_error(404, {"error": {"message": message, "allowed": allowed}}, None))
+
+    assert printed("no task 'x'", ["legal", "medical"]) == (
+        "no task 'x' (allowed: ['legal', 'medical'])"
+    )
+    assert printed("n: at most 8", "at most 8") == "n: at most 8"
+    assert printed("no such job", None) == "no such job"
+    assert printed("use it with CRMA off", False) == "use it with CRMA off (allowed: False)"

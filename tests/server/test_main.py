@@ -1,9 +1,12 @@
 """server.__main__: what an operator reads when the server does not start."""
 
+from pathlib import Path
+
 import pytest
 
-from crma.core.errors import ConfigError, CrmaError, UnsupportedModel
-from server.__main__ import explain
+from crma.core.errors import ConfigError, CrmaError, NotFound, UnsupportedModel
+from server.__main__ import build, explain, main
+from server.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -19,3 +22,33 @@ from server.__main__ import explain
 )
 def test_a_line_names_the_setting_that_stopped_the_start(error: CrmaError, line: str) -> None:
     assert explain(error) == line
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["missing", "other"])
+def test_a_folder_that_is_no_store_stops_the_start_by_name(there: bool, tmp_path: Path) -> None:
+    """CRMA_STORE=/typo was ready, with no tasks."""
+    folder = tmp_path / "typo"
+    if there:
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+    with pytest.raises(NotFound) as caught:
+        build(Settings(store=folder))
+    line = explain(caught.value)
+    assert line.startswith("CRMA_STORE: ")
+    assert str(folder) in line
+    assert f"`crma init {folder}`" in line
+
+
+def test_what_kubernetes_set_is_named_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CRMA_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("CRMA_SERVICE_PORT", "8000")
+    monkeypatch.setenv("CRMA_PORT", "tcp://10.0.0.1:8000")
+    monkeypatch.setenv("CRMA_STORE", str(tmp_path / "typo"))
+    assert main() == 2  # the store stops it, and not CRMA_PORT
+    shown = capsys.readouterr().err
+    assert (
+        "Kubernetes set it for a Service: CRMA_PORT, CRMA_SERVICE_HOST, CRMA_SERVICE_PORT" in shown
+    )
+    assert "CRMA_STORE: There is no folder" in shown

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from crma.core.cache import cache_home
 from crma.core.errors import ConfigError
-from server.settings import Settings
+from server.settings import Settings, drop_service_links
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,105 @@ def test_an_invalid_value_is_refused_with_the_name_of_its_variable(
         Settings.load()
     assert caught.value.field == name
     assert caught.value.value == value
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("dtype", "auto, bfloat16 or float32"),
+        ("prefix_caching", "true or false"),
+        ("request_timeout_s", "a number above 0"),
+        ("max_adapter_mib", "an integer of 1 or more"),
+        ("model", "a text that is not empty"),
+        ("api_keys", "texts, separated by commas"),
+        ("home", "a path"),
+    ],
+)
+def test_the_allowed_values_are_values_and_not_the_help(name: str, allowed: str) -> None:
+    """CRMA_PORT=abc said "allowed: Port to listen on."."""
+    assert Settings.allowed(name) == allowed
+
+
+def test_an_invalid_port_says_which_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CRMA_PORT", "abc")
+    with pytest.raises(ConfigError) as caught:
+        Settings.load()
+    assert caught.value.allowed == "an integer from 1 to 65535"
+
+
+def test_every_setting_says_what_it_allows() -> None:
+    texts = {name: Settings.allowed(name) for name in Settings.model_fields}
+    assert all(texts.values())
+    assert not any(field.description in texts.values() for field in Settings.model_fields.values())
+
+
+@pytest.mark.parametrize("name", ["home", "store", "evaluations"])
+def test_a_path_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv(f"CRMA_{name.upper()}", "~/x")
+    assert getattr(Settings.load(), name) == Path("/home/someone/x")
+    if name == "home":
+        assert cache_home() == Settings.load().home
+
+
+LINKS = {
+    "CRMA_SERVICE_HOST": "10.0.0.1",
+    "CRMA_SERVICE_PORT": "8000",
+    "CRMA_SERVICE_PORT_HTTP": "8000",
+    "CRMA_PORT": "tcp://10.0.0.1:8000",
+    "CRMA_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "CRMA_PORT_8000_TCP_PROTO": "tcp",
+    "CRMA_PORT_8000_TCP_PORT": "8000",
+    "CRMA_PORT_8000_TCP_ADDR": "10.0.0.1",
+}
+
+
+@pytest.mark.parametrize("service", ["CRMA_", "CRMA_BLUE_"])
+def test_what_kubernetes_sets_for_a_service_is_left_aside_by_name(
+    monkeypatch: pytest.MonkeyPatch, service: str
+) -> None:
+    """A Service named crma sets CRMA_PORT=tcp://…, which stopped the server."""
+    links = {service + name.removeprefix("CRMA_"): value for name, value in LINKS.items()}
+    for name, value in links.items():
+        monkeypatch.setenv(name, value)
+    assert drop_service_links() == sorted(links)
+    assert Settings.load().port == 8000
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CRMA_SERVICE_HOST", "10.0.0.1"),  # alone: its Service would have set the port too
+        ("CRMA_PORT", "tcp://10.0.0.1:8000"),
+        ("CRMA_PORT_8000_TCP", "tcp://10.0.0.1:8000"),
+        ("CRMA_PROT", "9000"),
+    ],
+)
+def test_a_mistyped_setting_is_no_service_and_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert drop_service_links() == []
+    with pytest.raises(ConfigError) as caught:
+        Settings.load()
+    assert caught.value.field == name
+
+
+def test_a_port_that_the_operator_set_beside_a_service_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {**LINKS, "CRMA_PORT": "9000"}.items():
+        monkeypatch.setenv(name, value)
+    assert drop_service_links() == sorted(set(LINKS) - {"CRMA_PORT"})
+    assert Settings.load().port == 9000
+
+
+def test_a_mistyped_setting_beside_a_service_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**LINKS, "CRMA_PORT_HTTP": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert drop_service_links() == sorted(LINKS)
+    with pytest.raises(ConfigError, match="CRMA_PORT_HTTP is not a setting"):
+        Settings.load()
 
 
 def test_the_repr_of_settings_hides_keys() -> None:

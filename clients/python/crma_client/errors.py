@@ -52,6 +52,12 @@ class CrmaClientError(Exception):
     def __post_init__(self) -> None:
         super().__init__(self.message)
 
+    def __str__(self) -> str:
+        """The message and, unless it says that already, what is allowed."""
+        if self.allowed is None or str(self.allowed) in self.message:
+            return self.message
+        return f"{self.message} (allowed: {self.allowed})"
+
 
 class InvalidArgument(CrmaClientError, ValueError):
     """The client cannot send this argument; nothing was sent."""

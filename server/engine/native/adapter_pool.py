@@ -143,7 +143,7 @@ class AdapterPool:
         stack = self._stack
         if stack is None or not digests <= stack.index.keys():
             loras = {digest: self.loras[digest] for digest in sorted(digests)}
-            stack = LoraStack(loras, sites, self.injection.shapes)
+            stack = LoraStack(loras, sites, self.injection.all_shapes)
             self._stack = stack
         return stack
 

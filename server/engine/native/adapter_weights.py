@@ -25,7 +25,7 @@ def prepare(adapter: Lora | Backbone, injection: Injection) -> Weights:
         weights = adapter.folded(model.device, model.dtype)
     else:
         injection.check(adapter)
-        weights = adapter.to(model.device, model.dtype)
+        weights = injection.bind(adapter.to(model.device, model.dtype))
     if not all(tensor.isfinite().all() for tensor in _tensors(weights)):
         limit = torch.finfo(model.dtype).max
         raise InvalidAdapter(

@@ -10,7 +10,6 @@ Shapes: as in kv_cache.py; T tokens; d hidden size; f intermediate size.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +18,19 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 from transformers import PreTrainedModel
 
 from crma.method.backbone import FoldedPair
-from crma.method.injection import Plan, decoder_blocks
-from server.engine.native.kernel import Int8Weight, Kernel
+from crma.method.frozen_linear import FrozenLinear
+from crma.method.injection import (
+    Plan,
+    RowDeltas,
+    decoder_blocks,
+    embedding_shape,
+    head_shape,
+)
+from server.engine.native.joined_linear import Linear, join
+from server.engine.native.kernel import Kernel
 from server.engine.native.kv_cache import PagedKv, attend
 from server.engine.native.lora_stack import NO_ADAPTER, Site
 
-Linear = Callable[[Tensor], Tensor]  # [T, in] -> [T, out]
-Join = Callable[[list[nn.Linear]], Linear]  # linears on the same input -> one linear
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [T, 1, e], the first half of the sines negated
 Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # h, positions -> cosines, sines
 AddDelta = Callable[[int], None]  # adds a backbone's delta of the layer with this index
@@ -52,11 +57,11 @@ class _Projection:
     site: Site
     linear: Linear
 
-    def __call__(self, x: Tensor, plan: Plan) -> Tensor:
+    def __call__(self, x: Tensor, adapters: RowDeltas | None) -> Tensor:
         """The linear and the rows' adapters: [T, in] -> [T, out]."""
         y = self.linear(x)
-        if plan.stacked is not None:
-            plan.stacked.add_(self.site, y, x)
+        if adapters is not None:
+            adapters.add_(self.site, y, x)
         return y
 
 
@@ -114,32 +119,45 @@ class Decoder:
         tokens: nn.Embedding = model.get_input_embeddings()
         if take_weights:
             _own_unpacked_weights(model, tokens)
-        join: Join = _join
-        if int8 and kernel is not None:
-            join = partial(_join_in_int8, kernel)
+        self._int8 = kernel if int8 else None
+        self._frozen: dict[str, FrozenLinear] = {}
         self._rotary: Rotary = rotary or inner.rotary_emb
         self._embedding = tokens.weight.data
         self._norm = inner.norm.weight.data
-        self._layers = [self._layer(f"{path}.{i}", block, join) for i, block in enumerate(blocks)]
-        self._head = join([model.get_output_embeddings()])
+        (self._embedding_path,) = embedding_shape(model)
+        self._layers = [self._layer(f"{path}.{i}", block) for i, block in enumerate(blocks)]
+        self._head = self._join(tuple(head_shape(model)), [model.get_output_embeddings()])
         if take_weights:
             for parameter in model.parameters():
                 parameter.data = parameter.data.new_empty(0)
 
     @property
     def sites(self) -> list[Site]:
-        """The sites of all layers, each a group of linears that are one product."""
+        """All sites, each a group of linears that are one product; the embedding is one too."""
         return list(self._sites())
 
+    def frozen(self, path: str) -> FrozenLinear:
+        """A linear of the model, or its embedding, by its path."""
+        if path == self._embedding_path:
+            return FrozenLinear.of_embedding(self._embedding)
+        return self._frozen[path]
+
     def _sites(self) -> Iterator[Site]:
+        yield (self._embedding_path,)
+        yield self._head.site
         for layer in self._layers:
             for projection in (layer.qkv, layer.attention_out, layer.gate_up, layer.down):
                 yield projection.site
 
-    def _layer(self, path: str, block: Any, join: Join) -> _Layer:
+    def _join(self, site: Site, linears: list[nn.Linear]) -> _Projection:
+        joined = join(linears, self._int8)
+        self._frozen.update(zip(site, joined.parts, strict=True))
+        return _Projection(site, joined.linear)
+
+    def _layer(self, path: str, block: Any) -> _Layer:
         def projection(names: tuple[str, ...]) -> _Projection:
             site = tuple(f"{path}.{name}" for name in names)
-            return _Projection(site, join([block.get_submodule(name) for name in names]))
+            return self._join(site, [block.get_submodule(name) for name in names])
 
         shared_window = getattr(self.config, "sliding_window", None)
         return _Layer(
@@ -171,6 +189,8 @@ class Decoder:
             Logits [rows, vocab] of the plan's `head_rows`.
         """
         h = embedding(input_ids, self._embedding)
+        if plan.stacked is not None:
+            plan.stacked.add_((self._embedding_path,), h, input_ids)
         rotation = self._rotation(h, positions)
         add_deltas = [self._backbone(h, rows, pairs) for rows, pairs in plan.backbones]
         for index, layer in enumerate(self._layers):
@@ -180,7 +200,7 @@ class Decoder:
                 add_delta(index)
         if plan.head_rows is not None:
             h = h[plan.head_rows]
-        return self._head(self._normed(h, self._norm))
+        return self._head(self._normed(h, self._norm), plan.stacked_head)
 
     def _rotation(self, h: Tensor, positions: Tensor) -> Rotation:
         cos, sin = (table[0, :, None] for table in self._rotary(h, positions[None]))
@@ -222,7 +242,7 @@ class Decoder:
     ) -> None:
         """Add the block's attention to the residual stream h [T, d], in place."""
         num_tokens = len(h)
-        qkv = layer.qkv(self._normed(h, layer.attention_norm), plan)
+        qkv = layer.qkv(self._normed(h, layer.attention_norm), plan.stacked)
         heads = qkv.view(num_tokens, -1, self.head_size)  # [T, H + 2h, e]: queries, keys, values
         if self.kernel is not None:
             eps, cache = self.config.rms_norm_eps, paged.cache[index]
@@ -231,7 +251,7 @@ class Decoder:
             self._rotate_and_store(index, layer, heads, rotation, paged)
         query = heads[:, : self.config.num_attention_heads]
         attended = attend(paged, index, query, self.head_size**-0.5, layer.window)
-        h.add_(layer.attention_out(attended.view(num_tokens, -1), plan))
+        h.add_(layer.attention_out(attended.view(num_tokens, -1), plan.stacked))
 
     def _rotate_and_store(
         self, index: int, layer: _Layer, heads: Tensor, rotation: Rotation, paged: PagedKv
@@ -248,13 +268,13 @@ class Decoder:
 
     def _mlp(self, layer: _Layer, h: Tensor, plan: Plan) -> None:
         """Add the block's MLP to the residual stream h [T, d], in place."""
-        gate_up = layer.gate_up(self._normed(h, layer.mlp_norm), plan)  # [T, 2f]
+        gate_up = layer.gate_up(self._normed(h, layer.mlp_norm), plan.stacked)  # [T, 2f]
         if self.kernel is not None:
             gated = self.kernel.gate(gate_up)
         else:
             gate, up = gate_up.chunk(2, dim=-1)
             gated = silu(gate).mul_(up)
-        h.add_(layer.down(gated, plan))
+        h.add_(layer.down(gated, plan.stacked))
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         eps = self.config.rms_norm_eps
@@ -287,44 +307,3 @@ def _own_unpacked_weights(model: PreTrainedModel, tokens: nn.Embedding) -> None:
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     for parameter in (tokens.weight, *vectors):
         parameter.data = parameter.data.clone()
-
-
-def _join(linears: list[nn.Linear]) -> Linear:
-    """Join linears on the same input into one, with their outputs side by side.
-
-    In bf16 on a CPU the weights are packed once, for all products. Otherwise the linears' own
-    weights become views of the joined one.
-    """
-    if len(linears) == 1:
-        weight = linears[0].weight.data
-    else:
-        weight = torch.cat([one.weight for one in linears])
-    bias = _joined_bias(linears)
-    if _can_pack(weight):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    views = torch.split(weight, [one.out_features for one in linears])
-    for one, view in zip(linears, views, strict=True):
-        one.weight.data = view
-    return partial(linear, weight=weight, bias=bias)
-
-
-def _join_in_int8(kernel: Kernel, linears: list[nn.Linear]) -> Linear:
-    """`_join` with weights of 8 bits."""
-    weight = Int8Weight.of(torch.cat([one.weight for one in linears]))
-    bias = _joined_bias(linears)
-    if bias is None:
-        return lambda x: kernel.product(x, weight)
-    return lambda x: kernel.product(x, weight).add_(bias)
-
-
-def _joined_bias(linears: list[nn.Linear]) -> Tensor | None:
-    """The biases of linears that all have one, or none."""
-    if linears[0].bias is None:
-        return None
-    return torch.cat([one.bias for one in linears])
-
-
-def _can_pack(weight: Tensor) -> bool:
-    in_bf16_on_cpu = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
-    return in_bf16_on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from crma.method.frozen_linear import Affine
 from crma.method.lora import Lora, LoraPair
 from server.engine.native.kernel import Kernel
 
@@ -19,7 +20,31 @@ MAX_MIXED = 256  # rows of prompts for which several adapters share a pair of pr
 NO_ADAPTER = -1
 
 Site = tuple[str, ...]
-"""Paths of linears that read the same input; their outputs lie side by side."""
+"""Paths of linears that read the same input; their outputs lie side by side.
+
+The model's embedding is a site of its own, whose input is token ids.
+"""
+
+
+@dataclass(frozen=True)
+class _StackedAffine:
+    """The rescalings of one site, y -> scale · y + shift, of all adapters.
+
+    Attributes:
+        scale: fp32 [adapters + 1, out]; ones where an adapter has none. The last row, which
+            NO_ADAPTER indexes, is ones too.
+        shift: fp32 [adapters + 1, out], likewise, of zeros.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def apply_(self, y: Tensor, adapters: Tensor) -> None:
+        """Rescale each row of y [b, out] by its adapter, in place.
+
+        A row without a rescaling keeps its bits: it is multiplied by 1 in fp32, and gets 0.
+        """
+        y.copy_(y.float() * self.scale[adapters] + self.shift[adapters])
 
 
 @dataclass(frozen=True)
@@ -35,6 +60,7 @@ class _StackedSite:
         offsets_tensor: the same as a tensor.
         spans: [R, 2]; row j of B belongs to one linear, so it is zero outside columns
             `spans[j, 0]` to `spans[j, 1]`.
+        affine: None: no adapter rescales the outputs.
     """
 
     A: Tensor
@@ -42,6 +68,7 @@ class _StackedSite:
     offsets: tuple[int, ...]
     offsets_tensor: Tensor
     spans: Tensor
+    affine: _StackedAffine | None
 
 
 class _PlacedPair(NamedTuple):
@@ -62,6 +89,7 @@ class LoraStack:
 
     Attributes:
         index: digest -> the adapter's place in the stack.
+        rescaling: the places of the adapters that rescale outputs somewhere.
         sites: the stacked weights of each site that has any.
     """
 
@@ -72,6 +100,9 @@ class LoraStack:
         shapes: Mapping[str, tuple[int, int]],
     ) -> None:
         self.index = {digest: i for i, digest in enumerate(loras)}
+        self.rescaling = {
+            i for i, lora in enumerate(loras.values()) if any(map(_affine, lora.pairs.values()))
+        }
         self.sites: dict[Site, _StackedSite] = {}
         for site in sites:
             widths = [shapes[path][0] for path in site]
@@ -104,11 +135,36 @@ def _stack(placed: Sequence[_PlacedPair], num_adapters: int, out: int) -> _Stack
         ranks[adapter] += rank
         spans += [(start, stop)] * rank
     offsets = (0, *accumulate(ranks))
-    return _StackedSite(A, B, offsets, torch.tensor(offsets), torch.tensor(spans))
+    affine = _stack_affine(placed, num_adapters, out)
+    return _StackedSite(A, B, offsets, torch.tensor(offsets), torch.tensor(spans), affine)
+
+
+def _affine(pair: LoraPair) -> Affine | None:
+    """The rescaling of a pair. What was only learned of it must have been bound to the linear."""
+    assert pair.output is None or isinstance(pair.output, Affine)
+    return pair.output
+
+
+def _stack_affine(
+    placed: Sequence[_PlacedPair], num_adapters: int, out: int
+) -> _StackedAffine | None:
+    affines = [_affine(each.pair) for each in placed]
+    if not any(affines):
+        return None
+    device = placed[0].pair.A.device
+    scale = torch.ones(num_adapters + 1, out, device=device)
+    shift = torch.zeros(num_adapters + 1, out, device=device)
+    for each, affine in zip(placed, affines, strict=True):
+        if affine is None:
+            continue
+        columns = slice(each.column, each.column + len(affine.scale))
+        scale[each.adapter, columns] = affine.scale
+        shift[each.adapter, columns] = affine.shift
+    return _StackedAffine(scale, shift)
 
 
 class StackedRows:
-    """Adds to each row of a batch the delta of its own adapter; implements `RowDeltas`.
+    """Applies to each row of a batch its own adapter; implements `RowDeltas`.
 
     The rows are cut into segments, each with its own pair of products. In a segment of several
     adapters every row pays for the products of all of them: for few rows that is still cheaper
@@ -135,6 +191,9 @@ class StackedRows:
         self._kernel_segments: list[_Segment] = []
         self._torch_segments: list[_Segment] = []
         adapters = [NO_ADAPTER if digest is None else stack.index[digest] for digest in digests]
+        self._rescaled: Tensor | None = None
+        if not stack.rescaling.isdisjoint(adapters):
+            self._rescaled = torch.tensor(adapters)
         single = adapters[:num_single]
         start = 0
         for part in [single, *_cut(adapters[num_single:])]:
@@ -145,14 +204,20 @@ class StackedRows:
             start += len(part)
 
     def add_(self, site: Site, y: Tensor, x: Tensor) -> None:
-        """Add each row's delta for x [b, in] to y [b, out], in place.
+        """Change each row of y [b, out] as its adapter does for its row of x, in place.
 
-        Rows without an adapter, or whose adapter has no pair on the site, stay as they are.
+        x is [b, in], or, of the embedding, token ids [b]. Rows without an adapter, or whose adapter
+        has no pair on the site, stay as they are.
         """
         stacked = self._stack.sites.get(site)
         if stacked is None:
             return
-        if self._kernel is not None:
+        if stacked.affine is not None and self._rescaled is not None:
+            stacked.affine.apply_(y, self._rescaled)
+        torch_segments = self._torch_segments
+        if not x.is_floating_point():
+            torch_segments = [*self._kernel_segments, *torch_segments]
+        elif self._kernel is not None:
             for segment in self._kernel_segments:
                 self._kernel.add_lora(
                     y[segment.rows],
@@ -163,13 +228,18 @@ class StackedRows:
                     stacked.spans,
                     segment.adapters,
                 )
-        for segment in self._torch_segments:
+        for segment in torch_segments:
             columns = segment.columns(stacked)
-            z = nn.functional.linear(x[segment.rows], stacked.A[columns])
+            z = _low_rank(x[segment.rows], stacked.A[columns])
             if segment.is_mixed:
                 # Fill, do not multiply by 0: an overflowing adapter's infinity · 0 would be NaN.
                 z.masked_fill_(segment.foreign(stacked), 0.0)
             y[segment.rows].addmm_(z, stacked.B[columns])
+
+
+def _low_rank(x: Tensor, A: Tensor) -> Tensor:
+    """x Aᵀ [b, R] for x [b, in], or for token ids [b], which stand for one-hot rows."""
+    return nn.functional.linear(x, A) if x.is_floating_point() else A[:, x].mT
 
 
 def _cut(adapters: Sequence[int]) -> list[list[int]]:

@@ -4,7 +4,7 @@ It goes through the lean decoder, or through the Hugging Face modules of a model
 does not cover.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from server.engine.native.block_pool import BlockPool
 from server.engine.native.decoder import COVERED, Decoder, covers
 from server.engine.native.kernel import Kernel
 from server.engine.native.kv_cache import ATTENTION, PagedKv, make_cache
-from server.engine.native.lora_stack import StackedRows
+from server.engine.native.lora_stack import LoraStack, StackedRows
 from server.engine.native.rotary import ScaledRotary
 
 
@@ -85,8 +85,9 @@ class ModelRunner:
             )
         if self.decoder is not None:
             self.sites = self.decoder.sites
+            injection.frozen = self.decoder.frozen
         else:
-            self.sites = [(path,) for path in injection.shapes]
+            self.sites = [(path,) for path in injection.all_shapes]
         self.kv = make_cache(model, blocks.num_blocks, blocks.block_size)
 
     @torch.inference_mode()
@@ -142,8 +143,23 @@ class ModelRunner:
         plan = plan_rows(crma, {}, self.pool.backbones, self.kv.device)
         tasks = [selection.task_digest for selection in batch.selections]
         digests = {digest for digest in tasks if digest is not None}
-        stacked = None
-        if digests:
-            stack = self.pool.stack(digests, self.sites)
-            stacked = StackedRows(stack, tasks, batch.num_single, self.kernel)
-        return replace(plan, stacked=stacked, head_rows=batch.logit_rows)
+        if not digests:
+            return replace(plan, head_rows=batch.logit_rows)
+        stack = self.pool.stack(digests, self.sites)
+        stacked = StackedRows(stack, tasks, batch.num_single, self.kernel)
+        return replace(
+            plan,
+            stacked=stacked,
+            head_rows=batch.logit_rows,
+            stacked_head=self._stacked_head(stack, tasks, batch),
+        )
+
+    def _stacked_head(
+        self, stack: LoraStack, tasks: Sequence[str | None], batch: Batch
+    ) -> StackedRows | None:
+        """The adapters of the rows whose logits are computed; None if none is on the head."""
+        if stack.sites.keys().isdisjoint((path,) for path in self.injection.head):
+            return None
+        rows = batch.logit_rows.tolist()
+        num_single = sum(row < batch.num_single for row in rows)
+        return StackedRows(stack, [tasks[row] for row in rows], num_single, self.kernel)

@@ -25,14 +25,16 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz", responses={503: {"description": "Not ready; `reason` says why."}})
-async def readyz(frontend: TheFrontend, response: Response) -> dict[str, str | None]:
+async def readyz(frontend: TheFrontend, response: Response) -> dict[str, Any]:
     """200 once the store is verified and the engine has run a step.
 
-    503 before that, and while the server drains.
+    503 before that, and while the server drains. `problems` names every task that cannot answer,
+    with the reason. They do not make it 503: the other tasks and the base model answer.
     """
     reason = frontend.not_ready()
     response.status_code = 503 if reason else 200
-    return {"status": "not_ready" if reason else "ready", "reason": reason}
+    status = "not_ready" if reason else "ready"
+    return {"status": status, "reason": reason, "problems": frontend.registry.problems}
 
 
 @router.get("/health", response_class=Response, responses=_EMPTY)

@@ -38,6 +38,7 @@ class Trained(NamedTuple):
     control: Path  # trained without CRMA
     record: dict[str, Any]
     printed: dict[str, Any]
+    noted: str
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +63,42 @@ def trained(home: Path, base: BaseModel) -> Trained:
     settings = 'tasks = ["medical", "legal"]\nepochs = 1\nbatch_size = 5\ndtype = "float32"\n'
     backbone = "[crma]\nnum_streams = 2\nstream_rank = 2\n"
     config.write_text(f'{settings}model = "{base.path}"\n{backbone}')
-    code, out, _ = crma("train", config, "--out", home / "run", "--seed", 3, "--ship", store)
+    code, out, err = crma("train", config, "--out", home / "run", "--seed", 3, "--ship", store)
     assert code == 0
     frozen = ("--arm", "FROZEN", "--ship", control)
     assert crma("train", config, "--out", home / "off", *frozen)[0] == 0
     record = json.loads((home / "run" / "record.json").read_text())
-    return Trained(store, control, record, json.loads(out))
+    return Trained(store, control, record, json.loads(out), err)
 
 
 def test_train_writes_a_record_and_prints_its_summary(trained: Trained) -> None:
     assert trained.printed["loss"] == trained.record["loss"]
     assert trained.record["seed"] == 3
+
+
+def test_train_writes_plain_lines_of_progress_where_stderr_is_no_terminal(trained: Trained) -> None:
+    """A log was empty for minutes."""
+    lines = trained.noted.splitlines()
+    assert any(line.startswith("MODULAR seed 3: medical: 1 of ") for line in lines)
+    assert any(line.startswith("measuring the shipped adapters: 0 of 2") for line in lines)
+    assert not any("\x1b" in line or "━" in line for line in lines)
+
+
+def test_shipping_a_finished_run_again_publishes_nothing(trained: Trained, home: Path) -> None:
+    before = sorted(trained.store.rglob("*")), (trained.store / "channels.json").read_bytes()
+    arguments = ("train", home / "run.toml", "--out", home / "run", "--seed", 3)
+    code, _, err = crma(*arguments, "--ship", trained.store)
+    after = sorted(trained.store.rglob("*")), (trained.store / "channels.json").read_bytes()
+    assert (code, after) == (0, before)
+    assert "tasks/medical: already published as v1" in err
+    assert "backbone: already published as v1" in err
+
+
+def test_a_joint_run_is_not_trained_to_be_shipped(home: Path, tmp_path: Path) -> None:
+    arguments = ("train", home / "run.toml", "--out", tmp_path / "run", "--arm", "JOINT")
+    code, _, err = crma(*arguments, "--ship", tmp_path / "store")
+    assert (code, "a run of the arm JOINT has no per-task adapters to ship" in err) == (2, True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_shipped_store_verifies(trained: Trained, base: BaseModel) -> None:
@@ -100,6 +126,72 @@ def test_an_ablation_of_a_split_adds_strengths_the_control_and_naive_bayes(
         assert texts["task+crma x1"] == texts["task+crma"]
     guesses = {item["outputs"]["naive_bayes"]["text"] for item in result["items"]}
     assert guesses == {"lease", "will", "liver", "heart"}
+
+
+def test_a_split_of_a_task_in_a_folder_of_its_own_is_asked(
+    base: BaseModel, write_task: Any, tmp_path: Path
+) -> None:
+    write_task(tmp_path / "mine", ("yes", "no"))
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'tasks = ["{tmp_path / "mine"}"]\narm = "FROZEN"\nepochs = 1\nmodel = "{base.path}"\n'
+    )
+    store = tmp_path / "store"
+    assert crma("train", config, "--out", tmp_path / "run", "--ship", store)[0] == 0
+    tiny.publish(AdapterStore(store), base, "imported", 1)
+    options = ("--model", base.path, "--split", "holdout", "--variants", "task,base", "--json")
+    code, out, err = crma("ablate", store, *options)
+    result = json.loads(out)
+    assert (code, result["question_set"]["items"]) == (0, 12)
+    assert list(result["variants"]) == ["task", "base", "naive_bayes"]
+    assert "imported is left out: it does not say where its data is" in err
+
+
+NO_STORE = [
+    "verify {folder}",
+    "ablate {folder}",
+    "ablate {store} --control {folder} --split validation",
+    "promote v2 --store {folder}",
+    "rollback --store {folder}",
+]
+
+
+@pytest.mark.parametrize("arguments", NO_STORE)
+@pytest.mark.parametrize("there", [False, True], ids=["missing", "other"])
+def test_a_folder_that_is_no_store_is_refused_by_name(
+    arguments: str, there: bool, store: AdapterStore, tmp_path: Path
+) -> None:
+    folder = tmp_path / "typo"
+    if there:
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+    code, out, err = crma(*arguments.format(folder=folder, store=store.root).split())
+    assert (code, out) == (2, "")
+    assert f"`crma init {folder}`" in err
+    assert folder.exists() == there
+
+
+def test_a_store_is_started_on_purpose_and_only_where_nothing_else_is(
+    base: BaseModel, tmp_path: Path
+) -> None:
+    assert crma("init", tmp_path / "new")[0] == 0
+    assert crma("verify", tmp_path / "new", "--model", base.path)[0] == 0
+    assert crma("init", tmp_path / "new")[0] == 0  # it is one already
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    code, _, err = crma("init", tmp_path / "other")
+    assert (code, "holds something else than an adapter store" in err) == (2, True)
+
+
+def test_an_import_says_that_it_started_a_store(
+    base: BaseModel, store: AdapterStore, tmp_path: Path
+) -> None:
+    folder = store.task("medical").path
+    for number in range(2):
+        arguments = (folder, "other", "--store", tmp_path / "new", "--model", base.path)
+        code, _, err = crma("import", *arguments)
+        assert code == 0
+        assert ("started a new store" in err) == (number == 0)
 
 
 def test_a_backbone_that_serves_already_is_not_promoted(trained: Trained, base: BaseModel) -> None:
@@ -146,6 +238,7 @@ ERRORS = [
     ("verify {store} --model absent", "run `crma pull absent` first"),
     ("ablate {store} --model {base} --questions none.jsonl", "cannot be read"),
     ("ablate {store} --model {base} --split test", "'test' is not a split"),
+    ("import {store}/nowhere other --store {store} --model {base}", "There is no such file"),
     ("train {store}/run.toml", "[a-z0-9][a-z0-9._-]{0,63}"),
     ("data astrology", "not a built-in domain"),
 ]

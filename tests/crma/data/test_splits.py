@@ -112,8 +112,10 @@ def test_a_users_own_folder_is_a_task_in_any_of_trls_conventions(tmp_path: Path)
     text = "\n" + "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n"
     (tmp_path / "train.jsonl").write_text(text)
     assert load_split(str(tmp_path), "train") == [Example("Q\u2028", "A")] * 3
-    with pytest.raises(DataError, match=r"holdout\.jsonl"):
+    with pytest.raises(DataError, match=r"has no validation\.jsonl, holdout\.jsonl: a task needs"):
         load_split(str(tmp_path), "holdout")
+    with pytest.raises(DataError, match="neither a built-in domain nor a folder that exists"):
+        load_split(str(tmp_path / "typo"), "holdout")
 
 
 BAD_LINES = [

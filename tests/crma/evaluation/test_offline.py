@@ -104,13 +104,17 @@ def test_controls_strengths_and_naive_bayes_are_further_rows(
         tiny.publish(control, base, task, seed, backbone=None)
     train = [Example(f"Is it {i}?", str(i)) for i in range(3)]
 
-    def training_split(task: str, split: str) -> list[Example]:
-        assert split == "train"
+    def training_split(source: str, split: str) -> list[Example]:
+        assert (source, split) == ("folder", "train")
         return train
 
     monkeypatch.setattr(offline, "load_split", training_split)
     settings = AblationSettings(("task+crma", "task"), max_tokens=5)
-    further: Any = {"control": control, "strengths": [0, 0.5, 1], "with_naive_bayes": True}
+    further: Any = {
+        "control": control,
+        "strengths": [0, 0.5, 1],
+        "naive_bayes_of": dict.fromkeys(("one", "two"), "folder"),
+    }
     body = ablate(served, QUESTIONS, settings, **further, note=ignore)
     strengths = ["task+crma x0", "task+crma x0.5", "task+crma x1"]
     assert list(body["variants"]) == ["task+crma", "task", *strengths, "control", "naive_bayes"]

@@ -162,6 +162,7 @@ def test_perplexity_is_a_number_and_is_compared_as_one() -> None:
         "failed": 1,
         "timed_out": 0,
         "logprob_per_token": -0.75,
+        "averaged_over": "items",
         "perplexity": pytest.approx(2.117),
     }
     assert found["variants"]["on"] == counts | {"by_task": {"medical": counts}}
@@ -172,3 +173,27 @@ def test_perplexity_is_a_number_and_is_compared_as_one() -> None:
     assert comparison["bootstrap"] == pytest.approx([0.75, 1.0])
     shown = {"text": "yes", "logprob_per_token": -2.0}
     assert found["items"][0]["outputs"]["off"] == shown
+
+
+def test_a_perplexity_that_no_item_was_scored_for_is_null_and_is_no_accuracy() -> None:
+    settings = AblationSettings(scorer="perplexity")
+    found = report(questions(2), {"on": [FAILED] * 2, "off": [FAILED] * 2}, settings)
+    counts = {"scored": 0, "failed": 2, "timed_out": 0}
+    unknown = {"logprob_per_token": None, "averaged_over": "items", "perplexity": None}
+    measured = counts | unknown
+    assert found["variants"]["on"] == measured | {"by_task": {"medical": measured}}
+    comparison = found["comparisons"][0]
+    about_any = ["a", "b", "n", "difference", "bootstrap"]
+    assert list(comparison) == [*about_any, "detectable_difference", "equivalent_within_margin"]
+    shown = found["items"][0]["outputs"]["on"]
+    assert "correct" not in shown
+    assert (shown["logprob_per_token"], shown["status"]) == (None, "failed")
+
+
+def test_a_perplexity_is_averaged_over_items_however_long_their_answers_are() -> None:
+    row = [
+        of_likelihoods("perplexity", ["yes"], [Likelihood(-1.0, 1)]),
+        of_likelihoods("perplexity", ["yes"], [Likelihood(-27.0, 9)]),
+    ]
+    found = report(questions(2), {"on": row}, AblationSettings(scorer="perplexity"))
+    assert found["variants"]["on"]["logprob_per_token"] == pytest.approx(-2.0)

@@ -4,10 +4,12 @@ Mixed batches are tested in tests/numerics.
 """
 
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+from dora import dora
 from tiny import FAMILIES, injection, lora
 from transformers import AutoModelForCausalLM
 
@@ -51,6 +53,30 @@ def test_adapters_of_another_shape_are_refused() -> None:
     for num_layers, hidden_size in ((3, 32), (2, 64)):
         with pytest.raises(InvalidAdapter, match="the backbone does not fit the model"):
             injection().check_backbone(num_layers, hidden_size)
+
+
+def test_the_embedding_and_the_head_are_linears_outside_the_blocks() -> None:
+    inj = injection("gpt_neox")
+    assert inj.embedding == {"gpt_neox.embed_in": (32, 300)}
+    assert inj.head == {"lm_head": (300, 32)}
+    assert not inj.shapes.keys() & {*inj.embedding, *inj.head}
+    fitting = dora(inj, 2)
+    inj.check(fitting)
+    pair = replace(fitting.pairs["gpt_neox.embed_in"], is_embedding=False)
+    with pytest.raises(InvalidAdapter, match="fits no linear"):
+        inj.check(Lora(fitting.config, {"gpt_neox.embed_in": pair}))
+
+
+def test_a_bound_adapter_computes_what_the_one_that_was_learned_does() -> None:
+    inj = injection("qwen2")
+    learned = dora(inj, 3)
+    bound = inj.bind(learned)
+    found = []
+    for each in (learned, bound, inj.bind(bound)):
+        with torch.inference_mode(), inj.active(Plan(tasks=[(None, each)])):
+            found.append(inj.model(INPUT).logits)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[2])
 
 
 def test_targets_are_found_by_the_structure_of_the_model() -> None:

@@ -35,6 +35,9 @@ def test_the_shape_is_that_of_the_model() -> None:
     assert (shape.num_layers, shape.hidden_size) == (2, 32)
     assert shape.linears["model.layers.1.mlp.up_proj"] == (48, 32)
     assert len(shape.linears) == 2 * 7
+    assert shape.embedding == {"model.embed_tokens": (32, 300)}
+    assert shape.head == {"lm_head": (300, 32)}
+    assert shape.biased == []
 
 
 def test_the_shape_is_computed_once_and_the_model_stays_verified(pulled: BaseModel) -> None:

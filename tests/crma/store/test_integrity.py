@@ -15,7 +15,13 @@ import pytest
 from published import BASE, OTHER, SHAPE, WEIGHTS, publish, publish_backbone, rewrite
 from tiny import flip_bit
 
-from crma.core.errors import BaseMismatch, DigestMismatch, InvalidAdapter, StoreError
+from crma.core.errors import (
+    BaseMismatch,
+    DigestMismatch,
+    InvalidAdapter,
+    LineageMismatch,
+    StoreError,
+)
 from crma.store.adapter_store import AdapterStore
 
 
@@ -173,11 +179,12 @@ def test_verify_reports_every_problem_at_once(hostile: AdapterStore) -> None:
     assert hostile.verify(base=BASE, shape=SHAPE) == []
     publish(hostile, "second")
     flip_bit(hostile.root / "tasks" / "second" / "v1" / WEIGHTS)
-    publish_backbone(hostile, seed=5)  # serves now, and "medical" was not trained on it
+    publish_backbone(hostile, seed=5, serve=False)  # "medical" was not trained on it
     (hostile.root / "tasks" / "Strange").mkdir()
     (hostile.root / "backbones" / "v7").mkdir()
     channels = hostile.root / "channels.json"
-    channels.write_text(channels.read_text().replace('"tasks": {', '"tasks": {"gone": "v3", '))
+    edited = channels.read_text().replace('"tasks": {', '"tasks": {"gone": "v3", ')
+    channels.write_text(edited.replace('"backbone": "v1"', '"backbone": "v2"'))
     problems = hostile.verify(base=BASE, shape=SHAPE)
     found = sorted((type(problem).__name__, problem.message.split(":")[0]) for problem in problems)
     assert found == [
@@ -188,3 +195,21 @@ def test_verify_reports_every_problem_at_once(hostile: AdapterStore) -> None:
         ("LineageMismatch", "tasks/medical/v1"),
     ]
     assert sum(isinstance(problem, BaseMismatch) for problem in hostile.verify(base=OTHER)) == 4
+
+
+@pytest.mark.parametrize("serving", ["null", '"v2"'])
+def test_verify_reports_a_serving_task_that_cannot_serve(
+    hostile: AdapterStore, serving: str
+) -> None:
+    """A store whose first backbone an earlier version rolled back printed a tick."""
+    task, trained_on = hostile.task("medical"), hostile.backbone()
+    stranger = publish_backbone(hostile, seed=5, serve=False)
+    channels = hostile.root / "channels.json"
+    text = channels.read_text().replace('"backbone": "v1"', f'"backbone": {serving}')
+    channels.write_text(text)
+    problems = [each for each in hostile.verify(base=BASE) if isinstance(each, LineageMismatch)]
+    (problem,) = problems
+    assert problem.message.startswith("tasks/medical/v1: ")
+    assert task.digest in problem.message
+    assert trained_on.digest in problem.message
+    assert (stranger.digest in problem.message) == (serving == '"v2"')

@@ -1,6 +1,7 @@
 """PEFT's files: ours load in PEFT, PEFT's load here, with one meaning; others are refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,15 +169,21 @@ OTHER_MEANINGS = [
     ("lora_alpha", 10**400),
     ("rank_pattern", {"q_proj": 8}),
     ("alpha_pattern", {"(": 1}),
-    ("alpha_pattern", {"(a+)+b": 1}),
+    ("alpha_pattern", {"(?=a)(a+)+b": 1}),
 ]
 UNUSABLE = [
-    ({KEY: None}, "One of lora_A and lora_B is missing"),
+    ({KEY: None}, "lora_A.weight is missing"),
     ({KEY: torch.zeros(5, 32)}, "shapes do not match the rank"),
     ({KEY: torch.full((4, 32), float("-inf"), dtype=torch.bfloat16)}, "NaN or infinity"),
     ({KEY: torch.zeros(4, 32, dtype=torch.int8)}, "Unsupported dtype"),
-    ({KEY.replace(".weight", ".bias"): torch.zeros(4)}, "plain LoRA"),
-    ({KEY.replace("layers", "../layers"): torch.zeros(4, 32)}, "plain LoRA"),
+    ({KEY.replace(".weight", ".bias"): torch.zeros(4)}, "Not a tensor of a LoRA"),
+    ({KEY.replace("layers", "../layers"): torch.zeros(4, 32)}, "Not a tensor of a LoRA"),
+    ({KEY.replace("lora_A", "lora_A.other"): torch.zeros(4, 32)}, "there twice"),
+    ({KEY: None, KEY.replace("lora_A", "lora_A.x"): torch.zeros(4, 32)}, "several adapters"),
+    ({KEY.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}, "does not say so"),
+    ({KEY.replace("lora_A.weight", "base_layer.bias"): torch.ones(32)}, "does not say so"),
+    ({KEY.replace("lora_A.weight", "bias"): torch.ones(32)}, "that was trained"),
+    ({KEY.replace("q_proj.lora_A", "q_norm"): torch.ones(8)}, "trained or resized"),
     (dict.fromkeys(FILES[1]), "no LoRA tensor"),
 ]
 REFUSED = [
@@ -206,12 +213,21 @@ def test_every_targeted_module_must_have_tensors() -> None:
         check_fits(FILES[0], StoredLora.of(fewer), SHAPE)
 
 
+def test_a_bias_of_a_linear_that_has_none_is_refused() -> None:
+    """PEFT ignores it in silence."""
+    config = {**FILES[0], "bias": "lora_only"}
+    bias = stored({KEY.replace("lora_A.weight", "base_layer.bias"): torch.ones(32)})
+    read = lora_from_peft(config, FILES[1] | bias)
+    with pytest.raises(InvalidAdapter, match="of the base model has none"):
+        check_fits(config, read, SHAPE)
+
+
 def test_an_adapter_that_does_not_fit_the_base_model_is_not_imported(tmp_path: Path) -> None:
     """Damaged files are refused as in the store: see test_integrity."""
     store = AdapterStore(tmp_path / "store")
     folder = tmp_path / "peft"
     write(folder, *FILES)
-    shape = ModelShape(2, 32, {"model.layers.0.mlp.up_proj": (24, 16)})
+    shape = replace(SHAPE, linears={"model.layers.0.mlp.up_proj": (24, 16)})
     with pytest.raises(InvalidAdapter, match="No such linear layer"):
         store.import_peft(folder, "imported", BASE, shape=shape)
     assert not store.root.exists()

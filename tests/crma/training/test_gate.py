@@ -3,6 +3,7 @@
 The candidate is a backbone that a real run trained further.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,13 @@ from tiny import publish, publish_backbone
 
 from crma.core.errors import ConfigError, LineageMismatch, StoreError
 from crma.evaluation.offline import Served
+from crma.method.injection import Plan
 from crma.models.base_model import BaseModel
 from crma.store.adapter_store import AdapterStore
-from crma.store.entry import BackboneEntry
 from crma.training.config import TrainConfig
-from crma.training.gate import Gate, GatedTask, blend, promote
+from crma.training.gate import SLACK, Gate, blend
+from crma.training.gated_task import GatedTask
+from crma.training.promotion import promote
 from crma.training.protocol import Run
 from crma.training.shipping import ship
 
@@ -38,7 +41,7 @@ def trained(base: BaseModel, write_task: Any, tmp_path_factory: pytest.TempPathF
     write_task(root / "third", ("up", "down"))
     store = AdapterStore(root / "store")
 
-    def train(*tasks: str, start: str = "") -> BackboneEntry | None:
+    def train(*tasks: str, start: str = "") -> Run:
         values = {
             "tasks": [str(root / task) for task in tasks],
             "start": start,
@@ -50,12 +53,13 @@ def trained(base: BaseModel, write_task: Any, tmp_path_factory: pytest.TempPathF
         config = TrainConfig.from_dict(values)
         run = Run(config, base, root / f"run-{tasks[0]}", lambda *_: None)
         run.execute()
-        return ship(run, store)
+        return run
 
-    assert train("first", "second") is None
-    candidate = train("third", start=str(store.root))
-    assert candidate is not None
-    assert candidate == store.backbone("v2")
+    assert ship(train("first", "second"), store) == (None, {})
+    run = train("third", start=str(store.root))
+    candidate, existing = ship(run, store)
+    assert (candidate, existing) == (store.backbone("v2"), {})
+    assert ship(run, store) == (candidate, {"backbone": "v2", "tasks/third": "v1"})
     return Served(base, store, device="cpu", dtype="float32")
 
 
@@ -82,8 +86,9 @@ def drifts(served: Served, weight: float) -> dict[str, float]:
     v1, v2 = (store.backbone(version).load() for version in ("v1", "v2"))
     entries = [store.task(name, "v1") for name in ("first", "second", "third")]
     tasks = [GatedTask.of(served, entry) for entry in entries]
-    scores = Gate(served, v1, v2, tasks, {}, print).score(blend(v1, v2, weight))
-    return {name: score["drift"] for name, score in scores.items()}
+    gate = Gate(served, v1, v2, tasks, {}, {"third"}, {}, print)
+    losses = gate.score(blend(v1, v2, weight))
+    return {task.entry.name: 100 * (losses[task.entry.name] / task.recorded - 1) for task in tasks}
 
 
 def harmful_margin(served: Served) -> float:
@@ -91,6 +96,89 @@ def harmful_margin(served: Served) -> float:
     margin = max(drifts(served, 0.5).values()) / 100 + 1e-6
     assert max(drifts(served, 1.0).values()) > 100 * margin + 1
     return margin
+
+
+def rerecord(served: Served, name: str, factor: float, **conditions: Any) -> None:
+    """Multiply the recorded loss of a task, and say where it was recorded; nothing: unknown."""
+    path = served.store.task(name, "v1").path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["measured"]["validation"]["loss"] *= factor
+    if conditions:
+        manifest["measured"]["conditions"] |= conditions
+    else:
+        del manifest["measured"]["conditions"]
+    path.write_text(json.dumps(manifest))
+
+
+def losses(served: Served, version: str) -> dict[str, float]:
+    """The validation loss of the serving tasks under a version of the backbone."""
+    pairs = served.backbone(served.store.backbone(version))
+    found = {}
+    for name in ("first", "second"):
+        entry, rows, _ = GatedTask.of(served, served.store.task(name))
+        plan = Plan([(None, served.lora(entry))], [(None, pairs)])
+        found[name] = served.evaluator(entry).measure(plan, rows).loss
+    return found
+
+
+def test_the_limit_follows_from_the_smaller_of_the_loss_at_publication_and_under_the_serving_one(
+    served: Served, decide: Decide
+) -> None:
+    serving = losses(served, "v1")
+    rerecord(served, "first", 0.5, dtype="float32")  # lower than the serving backbone's
+    rerecord(served, "second", 2.0, dtype="float32")
+    evidence = decide(margin=0.25, dry_run=True)
+    limits = evidence["limits"]
+    assert limits["first"]["limit"] == pytest.approx(1.25 * 0.5 * serving["first"] + SLACK)
+    assert limits["second"]["limit"] == pytest.approx(1.25 * serving["second"] + SLACK)
+    assert limits["second"]["recorded"] == pytest.approx(2 * serving["second"])
+    assert limits["second"]["serving"] == pytest.approx(serving["second"])
+    assert limits["third"]["serving"] is None  # it cannot serve under the serving backbone
+    for trial in evidence["tried"]:
+        over = [n for n, each in trial["tasks"].items() if each["loss"] > limits[n]["limit"]]
+        assert trial["harmed"] == over
+
+
+@pytest.mark.parametrize("conditions", [{}, {"dtype": "bfloat16"}, {"hardware": {"cpu": "old"}}])
+def test_a_loss_recorded_elsewhere_is_measured_again_under_the_backbone_of_that_time(
+    served: Served, decide: Decide, conditions: dict[str, Any]
+) -> None:
+    """On another machine the serving backbone alone seemed to drift by 1.2 %.
+
+    Manifests of earlier versions do not say where they were measured.
+    """
+    serving = losses(served, "v1")
+    rerecord(served, "first", 0.9, **conditions)
+    limit = decide(margin=0.0, newcomer_margin=10.0, dry_run=True)["limits"]["first"]
+    assert limit["recorded_here"] == pytest.approx(serving["first"])
+    assert limit["limit"] == pytest.approx(serving["first"] + SLACK)
+
+
+def test_a_task_that_got_worse_since_the_serving_backbone_is_harmed_however_high_its_record(
+    served: Served, decide: Decide
+) -> None:
+    margin = harmful_margin(served)
+    for name in ("first", "second"):
+        rerecord(served, name, 3.0, dtype="float32")
+    trial = decide(margin=margin, newcomer_margin=10.0, dry_run=True)["tried"][0]
+    assert trial["harmed"]
+    assert all(trial["tasks"][name]["drift"] < 0 for name in trial["harmed"])
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_every_trial_prints_both_columns_and_the_limit_applied(
+    served: Served, dry_run: bool
+) -> None:
+    lines: list[str] = []
+    evidence = promote(served, "v2", margin=10.0, dry_run=dry_run, note=lines.append)
+    limit = evidence["limits"]["first"]
+    loss = evidence["tried"][0]["tasks"]["first"]["loss"]
+    (line,) = [line for line in lines if line.strip().startswith("first:")]
+    assert f"{loss:.4f} <= limit {limit['limit']:.4f}" in line
+    assert f"at publication {limit['recorded']:.4f}" in line
+    assert f"serving {limit['serving']:.4f}" in line
+    (line,) = [line for line in lines if line.strip().startswith("third:")]
+    assert line.endswith("cannot serve yet")
 
 
 def test_a_backbone_that_was_trained_further_descends_from_the_serving_one_and_does_not_serve(

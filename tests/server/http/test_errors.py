@@ -71,10 +71,21 @@ async def test_a_body_that_is_not_json_in_utf8_is_malformed(served: Served, cont
     await refused(served, 400, "malformed_body", content=content)
 
 
-async def test_a_body_of_another_content_type_is_malformed(served: Served) -> None:
-    body = {"content": b'{"prompt": "Hi"}', "headers": {"content-type": "text/plain"}}
-    error = await refused(served, 400, "malformed_body", **body)
-    assert "application/json" in error["allowed"]
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded; charset=x"])
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+async def test_a_body_of_another_content_type_is_told_which_header_to_set(
+    served: Served, kind: str, path: str
+) -> None:
+    """`curl -d` sends the second; the answer was "not JSON", although the body was JSON."""
+    body = {"content": b'{"prompt": "Hi"}', "headers": {"content-type": kind}}
+    error = await refused(served, 400, "malformed_body", path=path, **body)
+    assert "set the header Content-Type: application/json" in error["message"]
+    assert kind.partition(";")[0] in error["message"]
+
+
+async def test_a_body_without_a_content_type_is_read_as_json(served: Served) -> None:
+    response = await served.client.post("/generate", content=b'{"prompt": "Hi"}')
+    assert response.status_code == 200
 
 
 async def test_a_body_may_come_in_pieces_and_is_read_no_further_than_its_limit(

@@ -124,8 +124,9 @@ async def writable(serve: Serve, root: Path, tmp_path: Path) -> tuple[Served, Ad
 
 async def publish_second_version(served: Served, store: AdapterStore) -> None:
     """Publish a second backbone and a second version of "medical" that was trained under it."""
-    backbone = tiny.publish_backbone(store, BASE, 5).digest
-    tiny.publish(store, BASE, "medical", 7, backbone=backbone)
+    backbone = tiny.publish_backbone(store, BASE, 5, serve=False)
+    task = tiny.publish(store, BASE, "medical", 7, backbone=backbone.digest, serve=False)
+    store.set_serving({"backbone": backbone.version, "tasks/medical": task.version})
     await served.app.state.frontend.registry.refresh()
 
 

@@ -3,7 +3,9 @@
 import json
 import logging
 import re
+import shutil
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +56,31 @@ async def test_a_server_whose_first_step_fails_ends(serve: Serve) -> None:
     engine.on_failure = lambda: ended.append(True)
     await serve(engine=engine)
     assert ended == [True]
+
+
+async def test_one_task_that_cannot_serve_is_named_and_does_not_make_the_server_unready(
+    serve: Serve, root: Path, tmp_path: Path
+) -> None:
+    """A load balancer that took the server out of rotation would stop the other tasks too."""
+    shutil.copytree(root, tmp_path / "store")
+    channels = tmp_path / "store" / "channels.json"
+    served = await serve(store=tmp_path / "store")
+    assert (await served.client.get("/readyz")).json()["problems"] == {}
+    sound = channels.read_text()
+    channels.write_text(sound.replace('"backbone": "v1"', '"backbone": null'))
+    await served.app.state.frontend.registry.refresh()
+    assert await served.error(task="medical") == (409, "no_backbone")
+    assert (await served.generate(task="legal")).status_code == 200
+    answer = await served.client.get("/readyz")
+    trained_on = AdapterStore(tmp_path / "store").task("medical").manifest.backbone
+    assert (answer.status_code, answer.json()["status"]) == (200, "ready")
+    assert list(answer.json()["problems"]) == ["medical"]
+    assert trained_on in answer.json()["problems"]["medical"]
+    assert "crma_tasks_unable 1.0" in await served.metrics()
+    channels.write_text(sound)
+    await served.app.state.frontend.registry.refresh()
+    assert (await served.client.get("/readyz")).json()["problems"] == {}
+    assert "crma_tasks_unable 0.0" in await served.metrics()
 
 
 async def probes(served: Served) -> list[int]:

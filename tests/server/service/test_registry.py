@@ -186,6 +186,35 @@ async def test_a_successor_that_finds_no_room_serves_all_the_same(
     assert "tasks/warm/v3 is not loaded before it serves: no room" in caplog.text
 
 
+async def test_a_task_that_cannot_serve_is_a_problem_with_its_reason(store: AdapterStore) -> None:
+    publish(store, "with", backbone=publish_backbone(store).digest)
+    publish(store, "sound", 1)
+    publish(store, "damaged", 2)
+    assert (await started(store)).problems == {}
+    flip_bit(store.task("damaged").path / "adapter_model.safetensors")
+    channels = store.root / "channels.json"
+    channels.write_text(channels.read_text().replace('"backbone": "v1"', '"backbone": null'))
+    problems = (await started(store)).problems
+    assert list(problems) == ["damaged", "with"]
+    assert "not the file that was published" in problems["damaged"]
+    assert "no backbone serves" in problems["with"]
+
+
+async def test_a_backbone_that_the_operator_left_out_is_no_problem(store: AdapterStore) -> None:
+    publish(store, "with", backbone=publish_backbone(store).digest)
+    assert (await started(store, load_backbone=False)).problems == {}
+
+
+async def test_a_damaged_backbone_is_a_problem_of_the_tasks_that_need_it(
+    store: AdapterStore,
+) -> None:
+    backbone = publish_backbone(store)
+    publish(store, "with", backbone=backbone.digest)
+    publish(store, "without", 1)
+    flip_bit(backbone.path / "crma.safetensors")
+    assert list((await started(store)).problems) == ["with"]
+
+
 async def test_a_deleted_adapter_stays_loadable_for_a_while_and_then_is_forgotten(
     store: AdapterStore,
 ) -> None:

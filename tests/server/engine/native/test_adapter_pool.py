@@ -55,12 +55,14 @@ class ManualLoads(Loads):
             self.end_one()
 
 
+def served(adapter: Lora) -> Lora:
+    return tiny.injection().bind(adapter)
+
+
 def size(adapter: Lora | Backbone) -> int:
     if isinstance(adapter, Lora):
-        pairs = list(adapter.pairs.values())
-    else:
-        pairs = adapter.folded("cpu", torch.float32)
-    return sum(pair.A.nbytes + pair.B.nbytes for pair in pairs)
+        return sum(tensor.nbytes for tensor in served(adapter).parameters())
+    return sum(pair.A.nbytes + pair.B.nbytes for pair in adapter.folded("cpu", torch.float32))
 
 
 SIZES = {digest: size(adapter) for digest, adapter in ADAPTERS.items()}
@@ -175,7 +177,7 @@ class PoolMachine(RuleBasedStateMachine):
         in_use = {*self.users.elements(), *self.pinned}
         assert in_use <= set(self.pool.resident()), "an adapter in use is gone"
         for digest, lora in self.pool.loras.items():
-            assert torch.equal(lora.pairs[PATH].B, ADAPTERS[digest].pairs[PATH].B)
+            assert torch.equal(lora.pairs[PATH].B, served(ADAPTERS[digest]).pairs[PATH].B)
 
     def teardown(self) -> None:
         """Whatever happened: once nothing is used or pinned, every selection that fits loads."""

@@ -1,0 +1,50 @@
+"""Opens the adapter store of a folder, or starts a new one: a mistyped path must not be a store."""
+
+from pathlib import Path
+
+from crma.core.errors import NotFound, StoreError
+from crma.core.files import locked
+from crma.store.adapter_store import AdapterStore
+from crma.store.channels import CHANNELS, Channels, write_channels
+
+MARKS = (CHANNELS, "tasks", "backbones")
+
+
+def is_store(root: Path) -> bool:
+    """Whether a folder holds any of what only a store holds."""
+    return any((root / mark).exists() for mark in MARKS)
+
+
+def open_store(root: Path) -> AdapterStore:
+    """The store in a folder. Raises NotFound if it is none."""
+    if not root.is_dir():
+        found = f"There is no folder {root}."
+    elif not is_store(root):
+        found = f"{root} is no adapter store: it holds none of {', '.join(MARKS)}."
+    else:
+        return AdapterStore(root)
+    message = f"{found} To start a new store there: `crma init {root}`."
+    allowed = "the folder of an adapter store"
+    raise NotFound(message, field="store", value=str(root), allowed=allowed)
+
+
+def writable_store(root: Path) -> AdapterStore:
+    """The store that a publication goes to, which makes the folder if it is missing.
+
+    Raises:
+        StoreError: the folder holds something that is no store.
+    """
+    if root.exists() and not is_store(root) and (not root.is_dir() or any(root.iterdir())):
+        message = f"{root} holds something else than an adapter store."
+        allowed = "a folder that is a store, empty or missing"
+        raise StoreError(message, field="store", value=str(root), allowed=allowed)
+    return AdapterStore(root)
+
+
+def start_store(root: Path) -> AdapterStore:
+    """Make an empty store. A store stays as it is. Raises as `writable_store`."""
+    store = writable_store(root)
+    if not is_store(root):
+        with locked(root):
+            write_channels(root, Channels())
+    return store

@@ -1,0 +1,21 @@
+"""A random DoRA for a model of any family."""
+
+import torch
+
+from crma.method.frozen_linear import LearnedOutput
+from crma.method.injection import Injection, target_names
+from crma.method.lora import Lora, LoraConfig, LoraPair
+
+
+def dora(inj: Injection, rank: int, seed: int = 0) -> Lora:
+    """A random DoRA on every linear, the embedding and the head."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for path, (out, in_) in inj.all_shapes.items():
+        A = torch.randn(rank, in_, generator=generator) / in_**0.5
+        B = torch.randn(out, rank, generator=generator) / rank**0.5
+        factor = torch.rand(out, generator=generator) + 0.5
+        magnitude = factor * inj.frozen(path).squared_norms.cpu().sqrt()
+        is_embedding = path in inj.embedding
+        pairs[path] = LoraPair(A, B, 0.5, is_embedding, LearnedOutput(magnitude))
+    return Lora(LoraConfig(rank, 0.5 * rank, target_names(inj.model, "all-linear")), pairs)
