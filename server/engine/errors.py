@@ -49,6 +49,10 @@ class PromptTooLong(EngineError):
         super().__init__(message, field="prompt", value=num_prompt_tokens, allowed=allowed)
 
 
+class InvalidConstraint(EngineError):
+    """A constraint on an answer that is no valid one, or too large."""
+
+
 class AdapterInUse(EngineError):
     """An adapter that requests use, or that an administrator has pinned, cannot be unloaded."""
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from server.engine.request import EngineStats, Request, RequestOutput
+from server.engine.request import Constraint, EngineStats, Request, RequestOutput
 
 if TYPE_CHECKING:
     from crma.method.backbone import Backbone
@@ -56,8 +56,19 @@ class InferenceEngine(Protocol):
     model: ServedModel
     on_failure: Callable[[], None]
 
+    async def check(self, constraint: Constraint) -> None:
+        """Check a constraint, and make it ready for the requests that will have it.
+
+        Raises:
+            InvalidConstraint: no answer can keep to it, or it is malformed, too large or has a part
+                that this engine cannot honour.
+            QueueFull: too many constraints wait to be checked.
+            EngineStopped: as `submit`.
+        """
+        ...
+
     def submit(self, request: Request) -> Outputs:
-        """Queue a request; its outputs follow.
+        """Queue a request, whose constraint has been checked; its outputs follow.
 
         Closing the generator aborts the request, once its first output has been asked for. Before
         that only `abort` ends it.

@@ -19,6 +19,32 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class ConstraintKind(StrEnum):
+    """What the source of a constraint is."""
+
+    JSON_SCHEMA = "json_schema"
+    JSON_OBJECT = "json_object"
+    REGEX = "regex"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What every text of an answer has to be, from its first character to its last.
+
+    Attributes:
+        kind: how `source` is read.
+        source: a JSON schema as JSON; nothing for any JSON object; a regular expression; a JSON
+            list of texts, one of which is the answer; or a grammar in Lark's notation, or GBNF's.
+        field: what the request calls it, for errors.
+    """
+
+    kind: ConstraintKind
+    source: str = ""
+    field: str = field(default="constraint", compare=False)
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the tokens of a request are chosen.
@@ -53,6 +79,9 @@ class SamplingParams:
         prompt_logprobs_from: the first prompt token that `prompt_logprobs` covers, at least 1: the
             token at position 0 has no log-probability.
         ignore_eos: go on to max_tokens past the end tokens of model and prompt format.
+        constraint: sample only tokens with which the answer can still become what it has to be. An
+            end token may be sampled exactly where the answer may end; with `ignore_eos`, only where
+            it cannot go on. None is off.
     """
 
     max_tokens: int = 16
@@ -75,6 +104,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     prompt_logprobs_from: int = 1
     ignore_eos: bool = False
+    constraint: Constraint | None = None
 
 
 class TokenLogprob(NamedTuple):

@@ -16,7 +16,13 @@ from crma.core.errors import (
     LineageMismatch,
     NotFound,
 )
-from server.engine.errors import AdapterPoolFull, EngineStopped, PromptTooLong, QueueFull
+from server.engine.errors import (
+    AdapterPoolFull,
+    EngineStopped,
+    InvalidConstraint,
+    PromptTooLong,
+    QueueFull,
+)
 
 
 class ApiError(CrmaError):
@@ -132,6 +138,7 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
     (InvalidAdapter, 409, "invalid_adapter"),
     (AdapterPoolFull, 409, "adapter_pool_full"),
     (ConfigError, 422, "invalid_field"),
+    (InvalidConstraint, 400, "invalid_constraint"),
     (PromptTooLong, 400, "context_length_exceeded"),
     (QueueFull, 429, "queue_full"),
     (EngineStopped, 503, "draining"),

@@ -16,6 +16,7 @@ from server.engine.native.adapter_pool import AdapterPool, Loader
 from server.engine.native.engine import Engine
 from server.engine.native.sequence import Sequence
 from server.engine.request import (
+    Constraint,
     EngineStats,
     FinishReason,
     Request,
@@ -69,11 +70,14 @@ class AsyncEngine:
 
     # Requests ----------------------------------------------------------------------------------
 
+    async def check(self, constraint: Constraint) -> None:
+        """Compile a constraint in another thread. See `InferenceEngine.check`."""
+        self._check_open()
+        await self.engine.constraints.check(constraint)
+
     def submit(self, request: Request) -> Outputs:
         """Queue a request; its outputs follow. See `InferenceEngine.submit`."""
-        if self._stopped:
-            reason = "the engine has failed" if self._stats.has_failed else "the server is stopping"
-            raise EngineStopped(f"{reason} and takes no new requests")
+        self._check_open()
         self._check_length(request)
         num_waiting = self._num_open_sequences() - self.engine.scheduler.max_num_seqs
         if num_waiting + request.sampling.n > self.max_queue:
@@ -102,7 +106,7 @@ class AsyncEngine:
                     raise EngineStopped(f"the first step failed: {output.error}")
 
     async def close(self) -> None:
-        """Take nothing new, abort what has not finished, and end both threads."""
+        """Take nothing new, abort what has not finished, and end all threads."""
         for request_id in list(self._streams):
             self.abort(request_id)
         with self._wake:
@@ -110,6 +114,7 @@ class AsyncEngine:
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self.pool.close)
+        self.engine.constraints.close()
 
     # Adapters ----------------------------------------------------------------------------------
 
@@ -143,6 +148,12 @@ class AsyncEngine:
         self._send(lambda: self.engine.abort_adapter(digest))
 
     # On the event loop -------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        """Raises EngineStopped if the engine takes no new requests."""
+        if self._stopped:
+            reason = "the engine has failed" if self._stats.has_failed else "the server is stopping"
+            raise EngineStopped(f"{reason} and takes no new requests")
 
     def _check_length(self, request: Request) -> None:
         """Raises PromptTooLong unless the prompt and its answer fit the model's context."""

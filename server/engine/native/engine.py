@@ -9,6 +9,7 @@ from itertools import islice
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from server.engine.native.constraint import Constraints
 from server.engine.native.detokenizer import Detokenizer
 from server.engine.native.model_runner import ModelRunner
 from server.engine.native.output import STEP_FAILED, last_output, take_output
@@ -57,6 +58,7 @@ class Engine:
         self.pool = self.runner.pool
         blocks = self.scheduler.blocks
         assert blocks.blocks_for(self.max_model_len) <= blocks.capacity
+        self.constraints = Constraints(self.tokenizer, self.stop_ids)
         self._not_admitted: list[Sequence] = []
 
     def add(self, request: Request) -> list[RequestOutput]:
@@ -141,6 +143,10 @@ class Engine:
             sequence.generator.seed()
         else:
             sequence.generator.manual_seed(sampling.seed + index)
+        if sampling.constraint is not None:
+            sequence.matcher = self.constraints.matcher(
+                sampling.constraint, sequence.end_ids, ignore_eos=sampling.ignore_eos
+            )
         return sequence
 
     def _schedule(self) -> Step:
@@ -223,6 +229,8 @@ class Engine:
                 logger.exception("request %s cannot take a token", new.sequence.request.id)
                 outputs += self._end_failed([new.sequence])
         outputs += [self._finish(s, FinishReason.LENGTH) for s in results.measured]
+        for sequence, reason in results.stuck:
+            outputs.append(self._finish(sequence, FinishReason.ERROR, error=reason))
         return outputs + self._end_overflown(results.overflown) + self._end_failed(results.failed)
 
     def _end_overflown(self, sequences: list[Sequence]) -> list[RequestOutput]:
@@ -248,6 +256,8 @@ class Engine:
             return self._finish(sequence, FinishReason.STOP, output)
         if sequence.num_output_tokens >= sampling.max_tokens:
             return self._finish(sequence, FinishReason.LENGTH, output)
+        if sequence.matcher is not None:
+            sequence.matcher.accept(token)
         self.scheduler.grown(sequence)
         return output
 

@@ -9,6 +9,7 @@ from server.engine.request import Request, TokenLogprob
 if TYPE_CHECKING:
     from torch import Generator
 
+    from server.engine.native.constraint import Matcher
     from server.engine.native.detokenizer import Detokenizer
 
 
@@ -30,6 +31,7 @@ class Sequence:
         first_token: the engine's clock when its first token was sampled, in seconds.
         detokenizer: turns its tokens into text. The engine sets it; scheduling never reads it.
         generator: the source of its random numbers, likewise.
+        matcher: says which tokens its constraint allows next, likewise; None: all.
     """
 
     request: Request
@@ -46,6 +48,7 @@ class Sequence:
     first_token: float | None = None
     detokenizer: "Detokenizer" = field(init=False, repr=False)
     generator: "Generator" = field(init=False, repr=False)
+    matcher: "Matcher | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
@@ -66,15 +69,21 @@ class Sequence:
         sampling = self.request.sampling
         if self.num_output_tokens >= sampling.min_tokens:
             return frozenset()
-        return self.model_end_ids.union(self.request.stop_token_ids, sampling.stop_token_ids)
+        return self.end_ids.union(sampling.stop_token_ids)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The end tokens of model and prompt format."""
+        return self.model_end_ids.union(self.request.stop_token_ids)
 
     def ends_with(self, token: int) -> bool:
         """Whether this token ends the answer."""
-        request = self.request
-        if token in request.sampling.stop_token_ids:
+        sampling = self.request.sampling
+        if token in sampling.stop_token_ids:
             return True
-        is_end = token in self.model_end_ids or token in request.stop_token_ids
-        return is_end and not request.sampling.ignore_eos
+        is_end = token in self.model_end_ids or token in self.request.stop_token_ids
+        # With ignore_eos, a constraint leaves an end token only where nothing else may follow.
+        return is_end and (not sampling.ignore_eos or sampling.constraint is not None)
 
     @property
     def num_pending_tokens(self) -> int:

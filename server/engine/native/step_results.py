@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from server.engine.native.batch import Batch
+from server.engine.native.constraint import Stuck, constrained
 from server.engine.native.sampler import SamplingRow, rewind, sample, token_logprobs
 from server.engine.native.sequence import Sequence
 from server.engine.native.step import Chunk
@@ -33,6 +34,7 @@ class StepResults:
         measured: sequences that are to get no token (`max_tokens` 0), and whose prompt is computed.
         overflown: sequences whose logits are not numbers; they get no token.
         failed: sequences in whose computation something raised; they get no token.
+        stuck: sequences that cannot go on under their constraint, and why.
     """
 
     computed: list[Chunk] = field(default_factory=list)
@@ -40,6 +42,7 @@ class StepResults:
     measured: list[Sequence] = field(default_factory=list)
     overflown: list[Sequence] = field(default_factory=list)
     failed: list[Sequence] = field(default_factory=list)
+    stuck: list[tuple[Sequence, str]] = field(default_factory=list)
 
     @classmethod
     def of(cls, batch: Batch, logits: Tensor, num_tokens: int) -> "StepResults":
@@ -80,6 +83,7 @@ class StepResults:
             self.measured + other.measured,
             self.overflown + other.overflown,
             self.failed + other.failed,
+            self.stuck + other.stuck,
         )
 
     def _sample(
@@ -93,6 +97,8 @@ class StepResults:
         """
         try:
             self.tokens.extend(_new_tokens(logits[rows], sequences, num_tokens))
+        except Stuck:
+            pass  # not this server's fault, so it is not logged
         except Exception:
             logger.exception("%d sequences could not be sampled together", len(sequences))
         else:
@@ -101,6 +107,8 @@ class StepResults:
             try:
                 rewind(sequence.generator, sequence.num_output_tokens)
                 self.tokens.extend(_new_tokens(logits[[row]], [sequence], num_tokens))
+            except Stuck as error:
+                self.stuck.append((sequence, str(error)))
             except Exception:
                 logger.exception("request %s could not be sampled", sequence.request.id)
                 self.failed.append(sequence)
@@ -124,9 +132,13 @@ def _new_tokens(logits: Tensor, sequences: list[Sequence], num_tokens: int) -> l
 
     Args:
         logits: [b, vocab] fp32, a row for each sequence.
+
+    Raises:
+        Stuck: a sequence has no next token under its constraint.
     """
     rows = [_sampling_row(sequence, num_tokens) for sequence in sequences]
-    tokens = sample(logits[:, :num_tokens], rows)
+    choosable = constrained(logits[:, :num_tokens], [each.matcher for each in sequences])
+    tokens = sample(choosable, rows)
     logprobs = _sampled_logprobs(logits, sequences, tokens, num_tokens)
     return [NewToken(*new) for new in zip(sequences, tokens, logprobs, strict=True)]
 
