@@ -15,7 +15,9 @@ import tiny
 from server.engine.errors import EngineStopped, PromptTooLong, QueueFull
 from server.engine.inference_engine import Outputs, ServedModel
 from server.engine.native.adapter_pool import AdapterPool, Loader
+from server.engine.native.constraint import Constraints
 from server.engine.request import (
+    Constraint,
     EngineStats,
     FinishReason,
     Request,
@@ -70,6 +72,7 @@ class ScriptedEngine:
 
     def __post_init__(self) -> None:
         self.pool = AdapterPool(tiny.injection(), 4)
+        self.constraints = Constraints(tiny.tokenizer(), frozenset())
         self.closed = False
         self._open: dict[str, Request] = {}
         self._ended: dict[str, Ending] = {}
@@ -93,6 +96,9 @@ class ScriptedEngine:
         return self.ending
 
     # Requests ----------------------------------------------------------------------------------
+
+    async def check(self, constraint: Constraint) -> None:
+        await self.constraints.check(constraint)
 
     def submit(self, request: Request) -> Outputs:
         if self.refusal is not None:
@@ -135,6 +141,7 @@ class ScriptedEngine:
         while self.running:
             await asyncio.sleep(0)
         await asyncio.to_thread(self.pool.close)
+        self.constraints.close()
 
     async def _outputs(self, request: Request) -> Outputs:
         self.running += 1

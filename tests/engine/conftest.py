@@ -3,6 +3,7 @@
 To add an engine, write a function that makes one and put it into ENGINES.
 """
 
+import json
 import random
 from collections.abc import AsyncIterator
 
@@ -23,7 +24,8 @@ WORDS = ("the ", "naïve ", "café ", "is ", "free ", "and ", "the other ", "ans
 class DrawnEngine(ScriptedEngine):
     """A scripted engine whose text depends on the prompt, the adapters and the seed only.
 
-    Its tokens are words. Biases make one token of all, whose text is the first word.
+    Its tokens are words. Biases make one token of all, whose text is the first word. Of choices the
+    answer is one, as a single token.
     """
 
     def tokens(self, request: Request, index: int) -> list[tuple[int, str]]:
@@ -32,6 +34,8 @@ class DrawnEngine(ScriptedEngine):
         if sampling.temperature > 0:
             seed = (sampling.seed or 0) + index
         draw = random.Random(repr((request.prompt_ids, request.selection, seed)))
+        if sampling.constraint is not None:
+            return [(FIRST_TOKEN, draw.choice(json.loads(sampling.constraint.source)))]
         words = [draw.choice(WORDS) for _ in range(sampling.max_tokens)]
         tokens = list(enumerate(words, FIRST_TOKEN))
         if sampling.logit_bias:
@@ -40,7 +44,8 @@ class DrawnEngine(ScriptedEngine):
         return _cut_at_text(_cut_at_token(tokens, sampling), sampling)
 
     def last(self, request: Request) -> Ending:
-        if request.sampling.stop or request.sampling.stop_token_ids:
+        sampling = request.sampling
+        if sampling.stop or sampling.stop_token_ids or sampling.constraint:
             return FinishReason.STOP, None
         return FinishReason.LENGTH, None
 

@@ -1,6 +1,7 @@
 """server.engine.inference_engine: how every implementation must behave."""
 
 import asyncio
+import json
 import time
 from typing import Any
 
@@ -9,13 +10,26 @@ from tiny import adapters, ask, injection
 
 from crma.core.errors import NotFound, StoreError
 from crma.core.selection import BASE, AdapterSelection
-from server.engine.errors import AdapterInUse, EngineStopped, PromptTooLong, QueueFull
+from server.engine.errors import (
+    AdapterInUse,
+    EngineStopped,
+    InvalidConstraint,
+    PromptTooLong,
+    QueueFull,
+)
 from server.engine.inference_engine import InferenceEngine, Outputs
-from server.engine.request import FinishReason, Request, RequestOutput
+from server.engine.request import (
+    Constraint,
+    ConstraintKind,
+    FinishReason,
+    Request,
+    RequestOutput,
+)
 
 TASK = AdapterSelection("task-0")
 BOTH = AdapterSelection("task-1", "crma-0")
 BROKEN = AdapterSelection("broken")
+END = 1  # the tiny tokenizer's
 LONG = 300  # tokens: enough for a request to be still running when a test acts on it
 
 Received = list[RequestOutput]
@@ -27,6 +41,10 @@ async def read(stream: Outputs) -> Received:
 
 async def run(engine: InferenceEngine, request: Request) -> Received:
     return await asyncio.wait_for(read(engine.submit(request)), 30)
+
+
+def choose(*texts: str) -> Constraint:
+    return Constraint(ConstraintKind.CHOICE, json.dumps(texts))
 
 
 def text_of(outputs: Received, index: int = 0) -> str:
@@ -81,6 +99,49 @@ async def test_a_batch_gives_every_request_what_it_gets_alone(engine: InferenceE
         assert logprobs_of(batched) == pytest.approx(logprobs_of(single), abs=1e-4)
     greedy_texts = {text_of(outputs) for outputs in alone[::2]}
     assert len(greedy_texts) == len(selections)
+
+
+async def test_constrained_and_free_requests_in_a_batch_get_what_they_get_alone(
+    engine: InferenceEngine,
+) -> None:
+    choice = choose("the café", "free", "日本 and 🙂")
+    await engine.check(choice)
+    constrained = {"constraint": choice, "max_tokens": 40, "stop_token_ids": (END,)}
+    sampled = {"temperature": 1.2, "seed": 4}
+    requests = [
+        ask("free-0", TASK),
+        ask("greedy", TASK, **constrained),
+        ask("free-1", BOTH, **sampled),
+        ask("sampled", BOTH, **constrained, **sampled),
+    ]
+    alone = [await run(engine, request) for request in requests]
+    together = await asyncio.gather(*(run(engine, request) for request in requests))
+    for single, batched in zip(alone, together, strict=True):
+        assert tokens_of(batched) == tokens_of(single)
+        assert text_of(batched) == text_of(single)
+        assert ending(batched) == ending(single)
+
+
+async def test_an_answer_under_a_choice_is_one_of_its_texts(engine: InferenceEngine) -> None:
+    labels = ("the café", "free", "日本 and 🙂", 'quoted "the"\n')
+    choice = choose(*labels)
+    await engine.check(choice)
+    constrained = {"constraint": choice, "max_tokens": 60, "stop_token_ids": (END,)}
+    outputs = await run(engine, ask("r", n=4, temperature=2.0, seed=0, **constrained))
+    texts = [text_of(outputs, index) for index in range(4)]
+    assert set(texts) <= set(labels)
+    assert len(set(texts)) > 1
+    assert {output.finish_reason for output in outputs} <= {None, FinishReason.STOP}
+
+
+async def test_a_constraint_that_is_none_is_refused_before_anything_is_queued(
+    engine: InferenceEngine,
+) -> None:
+    for kind, source in ((ConstraintKind.REGEX, "(a|b"), (ConstraintKind.JSON_SCHEMA, "false")):
+        with pytest.raises(InvalidConstraint, match="^here: ") as caught:
+            await engine.check(Constraint(kind, source, field="here"))
+        assert caught.value.field == "here"
+    await is_well(engine)
 
 
 async def test_sequence_i_of_n_draws_as_a_request_with_seed_plus_i_does(
