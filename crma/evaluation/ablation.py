@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from crma.core.errors import ConfigError
 from crma.core.selection import AdapterSelection, read_cell
 from crma.evaluation import scorers, statistics
 from crma.evaluation.question_set import Question
@@ -44,6 +45,8 @@ class AblationSettings:
         max_tokens: length limit of an answer.
         repeat: run variants of the same selection separately, to see nondeterminism.
         raw: ask the questions as raw prompts, without the prompt format.
+        choices: every answer is one of these texts, or one of its question's own choices; () is
+            any text. A scorer that compares choices generates nothing to constrain.
     """
 
     variants: tuple[str, ...] = ("task+crma", "task")
@@ -55,6 +58,11 @@ class AblationSettings:
     max_tokens: int = 16
     repeat: bool = False
     raw: bool = False
+    choices: tuple[str, ...] | Literal["own"] = ()
+
+    def choices_of(self, question: Question) -> tuple[str, ...]:
+        """Return the texts one of which the answer to a question has to be; none: any text."""
+        return question.choices if self.choices == "own" else self.choices
 
     def judge(self) -> Scorer:
         """Return the scorer with its tolerances. Raises ConfigError for an unknown scorer."""
@@ -64,13 +72,29 @@ class AblationSettings:
         """Check that these settings can judge the questions. Call it before anything runs.
 
         Raises:
-            ConfigError: the scorer or margin is not allowed, or the scorer cannot judge a question.
+            ConfigError: the scorer or margin is not allowed, the scorer cannot judge a question,
+                or no choice is right.
         """
         self.judge()
         statistics.check_share(self.margin)
         for i, question in enumerate(questions):
             place = f"questions[{i}]"
             scorers.check_answers(self.scorer, place, question.answers, question.choices)
+            if self.choices:
+                self._check_choices(place, question)
+
+    def _check_choices(self, place: str, question: Question) -> None:
+        """Raises ConfigError if a question cannot be answered by one of its choices."""
+        if scorers.continuations(self.scorer, question.answers, question.choices):
+            message = f"choices: the scorer {self.scorer!r} generates no answer."
+            allowed = "left out, or a scorer that judges a generated text"
+            raise ConfigError(message, field="choices", value=self.choices, allowed=allowed)
+        choices = self.choices_of(question)
+        is_right = self.judge()
+        if not any(is_right(choice, question.answers) for choice in choices):
+            message = f"{place}: none of its choices is a right answer."
+            allowed = "choices, one of which is right"
+            raise ConfigError(message, field="choices", value=list(choices), allowed=allowed)
 
 
 @dataclass(frozen=True)

@@ -217,13 +217,17 @@ def ablate(
         note: called with a line of progress.
 
     Raises:
-        ConfigError: the settings do not fit the questions, or a variant needs a missing backbone.
+        ConfigError: the settings do not fit the questions or need a server, or a variant needs a
+            missing backbone.
         StoreError: an adapter is missing or does not fit. It is raised before anything runs,
             unless the adapter is the control's.
         DataError: naive Bayes has no training split.
     """
     questions = question_set.questions
     settings.check(questions)
+    if settings.choices:
+        message = "choices: answers are constrained on a server only; ask POST /ablation."
+        raise ConfigError(message, field="choices", value=settings.choices, allowed=())
     variant_of: dict[tuple[str, AdapterSelection], str] = {}
 
     def select(variant: str, task: str) -> AdapterSelection:

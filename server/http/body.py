@@ -29,10 +29,11 @@ class Body(BaseModel):
         """Name an unknown field, and those that exist, before anything else is checked."""
         if not isinstance(data, dict):
             return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         for key in data:
-            if key not in cls.model_fields:
+            if key not in known:
                 # Half a surrogate pair cannot be written into an answer.
                 name = str(key).encode("utf-8", "backslashreplace").decode()
-                context = {"key": name, "allowed": sorted(cls.model_fields)}
+                context = {"key": name, "allowed": sorted(known)}
                 raise PydanticCustomError("unknown_field", "unknown field", context)
         return {key: value for key, value in data.items() if value is not None}

@@ -72,7 +72,6 @@ class NeutralCompletionFields(NeutralFields):
     """Those of /v1/completions."""
 
     suffix: Annotated[JsonValue, Neutral("")] = None
-    response_format: Annotated[JsonValue, Neutral({"type": "text"})] = None
 
 
 class NeutralChatFields(NeutralFields):
@@ -83,7 +82,6 @@ class NeutralChatFields(NeutralFields):
     prompt_cache_retention: Ignored = None
     parallel_tool_calls: Ignored = None  # without tools there are no calls
 
-    response_format: Annotated[JsonValue, Neutral({"type": "text"})] = None
     tools: Annotated[JsonValue, Neutral([])] = None
     tool_choice: Annotated[JsonValue, Neutral("none")] = None
     functions: Annotated[JsonValue, Neutral([])] = None

@@ -14,6 +14,7 @@ from server.http.neutral_fields import (
 )
 from server.http.openai_message import Message
 from server.http.sampling_fields import Sampled, Temperature
+from server.http.structured_outputs import OpenAIStructured
 
 
 def _is_token_ids(value: Any) -> bool:
@@ -58,7 +59,7 @@ class StreamOptions(Body):
     include_obfuscation: Annotated[JsonValue, Neutral(False)] = None
 
 
-class OpenAIRequest(NeutralFields, Sampled):
+class OpenAIRequest(NeutralFields, OpenAIStructured, Sampled):
     """The fields that OpenAI's generating routes have in common.
 
     A stream is one chunk a token, one with the finish_reason, and `[DONE]`; or a chunk with

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from server.engine.request import SamplingParams
-from server.http.body import Body
+from server.http.structured_outputs import Structured
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON client keeps exact
 MAX_NAMED_TOKENS = 1024  # in one field; every step looks them up
@@ -41,7 +41,7 @@ LogitBias = Annotated[
 ]
 
 
-class Sampled(Body):
+class Sampled(Structured):
     """The fields of every generating route."""
 
     crma: bool | None = Field(
@@ -104,10 +104,14 @@ class Sampled(Body):
         """The fields that the engine knows by the same name, and `more` of its fields.
 
         Without a `token_limit`, `max_tokens` still has to be set.
+
+        Raises:
+            InvalidField: as `Structured.constraint`.
         """
         known = {each.name for each in dataclasses.fields(SamplingParams)}
         fields = self.model_dump(include=known)
         fields["max_tokens"] = self.token_limit or 0
+        fields["constraint"] = self.constraint()
         fields["stop"] = tuple(self.stop)
         fields["stop_token_ids"] = tuple(self.stop_token_ids)
         biases = self.logit_bias.items()

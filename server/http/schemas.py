@@ -4,9 +4,17 @@ They are strict: no unknown field, no number as text, no bool as number. Limits 
 (max_n, max_stop, request_timeout_s, …) are checked by the service, which knows the settings.
 """
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    model_validator,
+)
 
 from crma.core.errors import ConfigError
 from crma.core.selection import read_cell
@@ -29,6 +37,16 @@ VariantName = Annotated[
     AfterValidator(_check_variant),
     Field(description="base, task, crma, task+crma; or of versions: task@v2+crma@v1."),
 ]
+
+
+def _check_choices(value: Any) -> Any:
+    is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    if value != "own" and not (is_list and len(set(value)) == len(value) > 1):
+        raise ValueError('Input should be two or more distinct texts, or "own"')
+    return value
+
+
+AblationChoices = Annotated[list[str] | Literal["own"], BeforeValidator(_check_choices)]
 
 
 class GenerateRequest(Sampled):
@@ -102,6 +120,10 @@ class AblationRequest(Body):
     )
     repeat: bool = Field(
         False, description="Run variants of one selection apart instead of sharing results."
+    )
+    choices: AblationChoices | None = Field(
+        None,
+        description='Texts, one of which every answer has to be; "own": those of its question.',
     )
     timeout_s: float | None = Field(
         None, gt=0, description="Deadline of each item; null: the server's."

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from crma.evaluation.report import body
 from crma.evaluation.scorers import Likelihood, continuations
 from crma.models.prompts import Format
 from server.engine.errors import PromptTooLong, QueueFull
-from server.engine.request import SamplingParams
+from server.engine.request import Constraint, ConstraintKind, SamplingParams
 from server.service import jobs
 from server.service.errors import AdapterUnloaded, DeadlineExceeded, GenerationFailed, InvalidField
 from server.service.frontend import Frontend
@@ -98,6 +99,7 @@ class Ablations:
             ConfigError: the questions, the scorer or a variant are not allowed.
             StoreError: an adapter is missing or does not fit.
             InvalidField: over a limit of the server.
+            InvalidConstraint: the choices are none that the engine can keep to.
             DigestMismatch: something else would answer than in `spec.provenance`.
         """
         question_set = await asyncio.to_thread(self._question_set, spec)
@@ -108,7 +110,10 @@ class Ablations:
         if not spec.background:
             num_item_variants = len(questions) * len(spec.settings.variants)
             _check_size(num_item_variants, self._frontend.settings.max_ablation_direct)
-        provenance = adapters.provenance(spec.settings.seed, question_set.digest)
+        for constraint in {_constraint(spec.settings, question) for question in questions}:
+            if constraint is not None:
+                await self._frontend.engine.check(constraint)
+        provenance = adapters.provenance(question_set.digest)
         if spec.provenance is not None:
             _check_provenance(provenance, spec.provenance)
         return Ablation(
@@ -215,7 +220,12 @@ class Ablation:
         settings = self.spec.settings
         name = f"{settings.seed} {job.nth} {question.id}"
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:_SEED_BYTES])
-        return SamplingParams(settings.max_tokens, self.spec.temperature, seed=seed)
+        return SamplingParams(
+            settings.max_tokens,
+            self.spec.temperature,
+            seed=seed,
+            constraint=_constraint(settings, question),
+        )
 
 
 @dataclass(frozen=True)
@@ -319,13 +329,29 @@ class _Adapters:
         except StoreError:  # no such task, or a damaged one: variants without it can still answer
             return None
 
-    def provenance(self, seed: int, question_set: str) -> dict[str, Any]:
-        """Return the digests of everything that was selected, and of the question set."""
+    def provenance(self, question_set: str) -> dict[str, Any]:
+        """Return the digests of everything that was selected and of the question set; and choices.
+
+        What the choices are decides the answers as much as an adapter does.
+        """
+        settings = self._spec.settings
         serving = self._backbones.get("crma")
-        versions = {name: each for name, each in self._backbones.items() if name != "crma"}
+        versions: dict[str, Any] = {}
+        versions.update((name, each) for name, each in self._backbones.items() if name != "crma")
+        if settings.choices:
+            choices = settings.choices
+            versions["choices"] = choices if choices == "own" else list(choices)
         return self._frontend.provenance(
-            seed, serving, question_set=question_set, tasks=self._tasks, **versions
+            settings.seed, serving, question_set=question_set, tasks=self._tasks, **versions
         )
+
+
+def _constraint(settings: AblationSettings, question: Question) -> Constraint | None:
+    """The constraint on the answer to a question; None: any text."""
+    choices = settings.choices_of(question)
+    if not choices:
+        return None
+    return Constraint(ConstraintKind.CHOICE, json.dumps(choices), field="choices")
 
 
 def _check_size(num_item_variants: int, limit: int) -> None:

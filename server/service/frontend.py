@@ -142,13 +142,16 @@ class Frontend:
             InvalidField: as `check`; a token id of the prompt that does not exist; or more
                 min_tokens than max_tokens.
             ConfigError: the chat template refuses these turns.
-            QueueFull: `max_queue` prompts wait to be encoded.
+            InvalidConstraint: the engine cannot honour the constraint.
+            QueueFull: `max_queue` prompts wait to be encoded, or constraints wait to be checked.
         """
         arrival = time.monotonic()
         needs_format = isinstance(prompt, str) and not raw
         self.check(resolved, sampling, timeout_s, needs_format=needs_format)
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(31))
+        if sampling.constraint is not None:
+            await self.engine.check(sampling.constraint)
         encoded = await self.encoder.encode(
             prompt,
             resolved.prompt_format,

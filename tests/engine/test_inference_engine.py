@@ -138,7 +138,7 @@ async def test_a_constraint_that_is_none_is_refused_before_anything_is_queued(
     engine: InferenceEngine,
 ) -> None:
     for kind, source in ((ConstraintKind.REGEX, "(a|b"), (ConstraintKind.JSON_SCHEMA, "false")):
-        with pytest.raises(InvalidConstraint, match="^here: ") as caught:
+        with pytest.raises(InvalidConstraint, match=r"^here: ") as caught:
             await engine.check(Constraint(kind, source, field="here"))
         assert caught.value.field == "here"
     await is_well(engine)

@@ -77,6 +77,8 @@ class Client:
             logit_bias: token ids, and what is added to their logits, from -100 to 100.
             seed: seed of the sampling; choice i of n draws from seed + i.
             n: number of answers.
+            structured_outputs: what the answer has to be: {"choice": texts}, {"regex": …},
+                {"json": schema}, {"json_object": True} or {"grammar": …}.
             stop: one text or several, each of which ends the answer.
             stop_token_ids: tokens that end the answer.
             include_stop_str_in_output: what ends the answer is part of it.
@@ -143,6 +145,7 @@ class Client:
             seed: seed of the bootstrap and, unless temperature is 0, of the sampling.
             margin: difference in accuracy within which two variants count as equivalent.
             repeat: run each variant separately, even those that resolve to the same adapters.
+            choices: texts, one of which every answer has to be; "own": those of its question.
             timeout_s: deadline of each question, in seconds.
             background: return at once with the id of a job, which `ablation_job` takes.
             provenance: the provenance of an earlier report; the server answers 409 (Conflict) if

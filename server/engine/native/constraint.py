@@ -6,12 +6,13 @@ is known. The engine's thread waits only where it samples, after the next forwar
 """
 
 import asyncio
+import json
 import os
 import threading
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
@@ -41,7 +42,7 @@ STACK_BYTES = 256 << 20  # of virtual memory: a grammar of 10,000 symbols may ne
 CANNOT_GO_ON = "the answer cannot go on under its constraint"
 MAX_REASON = 300  # characters of a reason that are shown
 
-_FORMATS = {
+_FORMATS: dict[ConstraintKind, Literal["json_schema", "regex", "choice", "grammar"]] = {
     ConstraintKind.JSON_SCHEMA: "json_schema",
     ConstraintKind.REGEX: "regex",
     ConstraintKind.CHOICE: "choice",
@@ -76,12 +77,11 @@ class Constraints:
             InvalidConstraint: it cannot be compiled.
             QueueFull: MAX_WAITING others are being compiled.
         """
-        if len(constraint.source) > MAX_SOURCE:
+        length = len(constraint.source)
+        if length > MAX_SOURCE:
             message = f"{constraint.field}: over {MAX_SOURCE} characters"
-            value = len(constraint.source)
-            raise InvalidConstraint(
-                message, field=constraint.field, value=value, allowed=f"<= {MAX_SOURCE} characters"
-            )
+            allowed = f"<= {MAX_SOURCE} characters"
+            raise InvalidConstraint(message, field=constraint.field, value=length, allowed=allowed)
         if self._num_waiting >= MAX_WAITING:
             raise QueueFull(MAX_WAITING, retry_after=1.0)
         self._num_waiting += 1
@@ -263,8 +263,11 @@ def _grammar(constraint: Constraint) -> str:
     """llguidance's own form of a constraint. Raises ValueError."""
     if constraint.kind is ConstraintKind.JSON_OBJECT:
         return LLMatcher.grammar_from_json_schema({"type": "object"})
+    source = constraint.source
     try:
-        return grammar_from(_FORMATS[constraint.kind], constraint.source)
+        if constraint.kind is ConstraintKind.JSON_SCHEMA:
+            source = json.dumps(json.loads(source))  # llguidance pastes it into a larger JSON text
+        return grammar_from(_FORMATS[constraint.kind], source)
     except RecursionError as error:
         raise ValueError("it nests too deep") from error
 

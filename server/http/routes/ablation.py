@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
@@ -60,6 +60,7 @@ def _spec(body: AblationRequest) -> AblationSpec:
         max_tokens=body.max_tokens,
         repeat=body.repeat,
         raw=body.raw,
+        choices=_choices(body),
     )
     return AblationSpec(
         settings=settings,
@@ -72,6 +73,10 @@ def _spec(body: AblationRequest) -> AblationSpec:
         provenance=body.provenance,
         as_sent=body.model_dump(mode="json", exclude_unset=True),
     )
+
+
+def _choices(body: AblationRequest) -> tuple[str, ...] | Literal["own"]:
+    return "own" if body.choices == "own" else tuple(body.choices or ())
 
 
 @router.get("/ablation/{id}", responses=documented(401, 404, example_of="/ablation/{id}"))

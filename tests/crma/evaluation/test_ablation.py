@@ -30,6 +30,15 @@ def select(variant: str, task: str) -> AdapterSelection:
     return AdapterSelection(task_digest, crma_digest)
 
 
+def test_choices_are_checked_by_the_scorer_that_judges_the_answers() -> None:
+    AblationSettings(choices=("Yes.", "no")).check(questions(2))
+    with pytest.raises(
+        ConfigError, match=r"questions\[0\]: none of its choices is a right"
+    ) as caught:
+        AblationSettings(choices=("no", "maybe")).check(questions(2))
+    assert (caught.value.field, caught.value.value) == ("choices", ["no", "maybe"])
+
+
 @pytest.mark.parametrize(
     "name", ["lora", "", "+crma", "crma+task", "base@v1", "task@", "crma@v1/..", "taskcrma", None]
 )

@@ -57,6 +57,13 @@ def test_a_missing_adapter_is_refused_and_never_replaced_by_the_base(
         without_backbone.selection("crma", "one")
 
 
+def test_choices_are_refused_where_nothing_can_constrain_an_answer(served: Served) -> None:
+    settings = AblationSettings(("task",), choices=("x", "y"))
+    with pytest.raises(ConfigError, match="POST /ablation") as caught:
+        ablate(served, QUESTIONS, settings, note=ignore)
+    assert caught.value.field == "choices"
+
+
 def test_an_ablation_answers_each_question_as_it_is_answered_alone(served: Served) -> None:
     notes: list[str] = []
     settings = AblationSettings(("task+crma", "task", "base", "base"), max_tokens=5)

@@ -1,6 +1,7 @@
 """POST /ablation: which generations run, what counts as an answer, and what it leaves to others."""
 
 import asyncio
+import json
 from operator import itemgetter
 from typing import Any
 
@@ -9,7 +10,7 @@ import tiny
 from api import BASE, Serve, Served
 
 from server.engine.errors import EngineStopped, QueueFull
-from server.engine.request import FinishReason, Request
+from server.engine.request import ConstraintKind, FinishReason, Request
 from server.http.body import EXAMPLES
 
 
@@ -141,6 +142,33 @@ async def test_all_ablations_together_respect_the_limit_on_items_in_the_engine(
     assert served.engine.most_running == 2
 
 
+async def test_choices_constrain_every_answer_and_are_part_of_the_provenance(
+    served: Served,
+) -> None:
+    labels = ["one two", "three"]
+    body = {"questions": [question()], "variants": ["task"], "choices": labels}
+    answer = await ablate(served, **body)
+    found = served.engine.requests[-1].sampling.constraint
+    assert found is not None
+    assert (found.kind, json.loads(found.source)) == (ConstraintKind.CHOICE, labels)
+    assert answer["provenance"]["choices"] == labels
+    await ablate(served, **body, provenance=answer["provenance"])
+    changed = {**body, "choices": ["one two", "four"]}
+    error = await ablate(served, 409, **changed, provenance=answer["provenance"])
+    assert error["value"] == ["choices"]
+    free = await ablate(served, questions=[question()], variants=["task"])
+    assert "choices" not in free["provenance"]
+
+
+async def test_own_choices_are_those_of_each_question(served: Served) -> None:
+    items = [question(0, choices=["one two", "a"]), question(1, choices=["b", "one two"])]
+    answer = await ablate(served, questions=items, variants=["task"], choices="own")
+    constraints = [request.sampling.constraint for request in served.engine.requests[1:]]
+    sources = [json.loads(each.source) for each in constraints if each is not None]
+    assert sorted(sources) == [["b", "one two"], ["one two", "a"]]
+    assert answer["provenance"]["choices"] == "own"
+
+
 async def test_a_stopping_engine_ends_the_whole_ablation(served: Served) -> None:
     def stop_after_the_first(request: Request) -> str:
         served.engine.refusal = EngineStopped("stopping")
@@ -174,6 +202,16 @@ REFUSED = [
         "questions[0].choices",
     ),
     ({"questions": [question(choices=["a", "b"])], "scorer": "choice"}, 422, "questions.0"),
+    ({"questions": [question()], "choices": ["one two"]}, 422, "choices"),
+    ({"questions": [question()], "choices": ["one two", "one two"]}, 422, "choices"),
+    ({"questions": [question()], "choices": "answers"}, 422, "choices"),
+    ({"questions": [question()], "choices": ["three", "four"]}, 422, "choices"),
+    ({"questions": [question()], "choices": "own"}, 422, "choices"),
+    (
+        {"questions": [question()], "choices": ["one two", "a"], "scorer": "perplexity"},
+        422,
+        "choices",
+    ),
     ({"questions": [question()], "variants": ["task@v9"]}, 404, "task"),
     ({"questions": [question()], "variants": ["task", "task+crma@v9"]}, 404, "crma"),
     ({"questions": [question()], "provenance": {"base": "sha256:0"}}, 409, "provenance"),
