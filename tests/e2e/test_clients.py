@@ -6,11 +6,8 @@ lm-eval scores the server as it scores the weights with its own Hugging Face bac
 """
 
 import json
-import os
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,7 +15,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from paths import ROOT, STORE
+from paths import STORE
+from server_process import running_server
 
 from crma.core.selection import Variant
 from crma.data.splits import load_split
@@ -56,20 +54,8 @@ SCHEMATHESIS_CHECKS = (
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Address of a server in fp32 on the shipped store."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    settings = {"CRMA_PORT": port, "CRMA_DTYPE": "float32", "CRMA_STORE": str(STORE)}
-    command = [sys.executable, "-m", "server"]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | settings, stderr=subprocess.PIPE, text=True
-    ) as server:
-        assert server.stderr is not None
-        assert any(" ready: " in line for line in server.stderr)
-        threading.Thread(target=server.stderr.read, daemon=True).start()
-        yield f"http://127.0.0.1:{port}"
-        server.terminate()
+    with running_server() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
