@@ -17,6 +17,7 @@ def _check_name(name: str) -> str:
         raise ValueError(f"Input should be a task name: {error.allowed}") from error
 
 
+TRUST_BASE = "Publish it even if its config names another base model."
 TaskName = Annotated[str, AfterValidator(_check_name)]
 
 
@@ -25,6 +26,7 @@ class UploadForm(Body):
 
     name: TaskName
     licence: str = Field("unknown", min_length=1, max_length=200)
+    trust_base: bool = Field(False, description=TRUST_BASE)
 
 
 class LoadLoraRequest(Body):
@@ -34,6 +36,7 @@ class LoadLoraRequest(Body):
     lora_path: str = Field(
         min_length=1, description="A PEFT folder, absolute or relative to an import root."
     )
+    trust_base: bool = Field(False, description=f"{TRUST_BASE} Ours.")
     load_inplace: bool = Field(False, description="Replace the task if it serves already.")
     is_3d_lora_weight: Annotated[JsonValue, Neutral(False)] = None
 

@@ -48,13 +48,20 @@ class Publisher:
     _change: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     async def publish(
-        self, folder: Path, name: str, *, licence: str = "unknown", replace: bool = True
+        self,
+        folder: Path,
+        name: str,
+        *,
+        licence: str = "unknown",
+        replace: bool = True,
+        trust_base: bool = False,
     ) -> TaskEntry:
         """Publish a PEFT LoRA as the next version of a task, and serve it.
 
         Args:
             folder: holds PEFT's files; trusted, and only read.
             replace: False: a task of this name must not serve yet.
+            trust_base: publish it even if its config names another base model.
 
         Raises:
             AdapterExists: it serves, and is not to be replaced.
@@ -72,6 +79,7 @@ class Publisher:
                 registry.base,
                 licence=licence,
                 shape=registry.shape,
+                trust_base=trust_base,
             )
             await registry.refresh()
         _record("published", name, entry.version, entry.digest)

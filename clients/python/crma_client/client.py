@@ -183,7 +183,12 @@ class Client:
         return calls.read_object(response)
 
     def upload_adapter(
-        self, name: str, folder: str | PathLike[str], *, licence: str | None = None
+        self,
+        name: str,
+        folder: str | PathLike[str],
+        *,
+        licence: str | None = None,
+        trust_base: bool = False,
     ) -> dict[str, Any]:
         """Publish a PEFT LoRA on the server as the next version of a task. Needs the admin key.
 
@@ -191,6 +196,7 @@ class Client:
             name: of the task, which serves this version from now on.
             folder: holds adapter_config.json and adapter_model.safetensors.
             licence: of the adapter, such as Apache-2.0, if you know it.
+            trust_base: publish it even if its config names another base model.
 
         Returns:
             The version, as `adapters` lists it.
@@ -198,7 +204,7 @@ class Client:
         Raises:
             InvalidArgument: a file of the folder cannot be opened.
         """
-        fields = {"name": name, "licence": licence}
+        fields = {"name": name, "licence": licence, "trust_base": "true" if trust_base else None}
         with calls.upload_form(folder, fields) as form:
             response = self._send("POST", "/adapters", **form)
         return calls.read_object(response)
@@ -334,10 +340,15 @@ class AsyncClient:
         return calls.read_object(response)
 
     async def upload_adapter(
-        self, name: str, folder: str | PathLike[str], *, licence: str | None = None
+        self,
+        name: str,
+        folder: str | PathLike[str],
+        *,
+        licence: str | None = None,
+        trust_base: bool = False,
     ) -> dict[str, Any]:
         """Publish a PEFT LoRA from a folder; see `Client.upload_adapter`."""
-        fields = {"name": name, "licence": licence}
+        fields = {"name": name, "licence": licence, "trust_base": "true" if trust_base else None}
         with calls.upload_form(folder, fields) as form:
             response = await self._send("POST", "/adapters", **form)
         return calls.read_object(response)

@@ -39,6 +39,7 @@ _FORM = {
                     "properties": {
                         "name": {"type": "string"},
                         "licence": {"type": "string"},
+                        "trust_base": {"type": "boolean"},
                         "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
                     },
                 }
@@ -60,16 +61,19 @@ _LORA_ANSWERS = documented(*_LORA_ERRORS, body=OpenAIErrorBody)
 async def upload_adapter(request: Request, frontend: TheFrontend) -> dict[str, Any]:
     """Publish a PEFT LoRA from its files, and serve it.
 
-    A form with `name`, the task's; `licence` if you know it; and `files`: adapter_config.json and
-    adapter_model.safetensors. It is the task's next version, as `crma import` makes it. Nothing
-    remains of an upload that is refused.
+    A form with `name`, the task's; `licence` if you know it; `trust_base` true if its config names
+    this base model by another name; and `files`: adapter_config.json and adapter_model.safetensors.
+    It is the task's next version, as `crma import` makes it. Nothing remains of an upload that is
+    refused.
     """
     frontend.check_ready()
     with writing():
         async with _incoming(frontend.settings.store) as folder:
             fields = await receive_form(request, folder, TASK_FILES, UploadForm.model_fields)
             form = _checked(fields)
-            entry = await frontend.publisher.publish(folder, form.name, licence=form.licence)
+            entry = await frontend.publisher.publish(
+                folder, form.name, licence=form.licence, trust_base=form.trust_base
+            )
     return task_info(entry, frontend)
 
 
@@ -94,7 +98,9 @@ async def load_lora_adapter(body: LoadLoraRequest, frontend: TheFrontend) -> str
     """
     frontend.check_ready()
     folder = await asyncio.to_thread(find_folder, body.lora_path, frontend.settings.import_roots)
-    await frontend.publisher.publish(folder, body.lora_name, replace=body.load_inplace)
+    await frontend.publisher.publish(
+        folder, body.lora_name, replace=body.load_inplace, trust_base=body.trust_base
+    )
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
@@ -133,7 +139,7 @@ async def _incoming(store: Path) -> AsyncIterator[Path]:
 def _checked(fields: dict[str, str]) -> UploadForm:
     """The form. Raises RequestValidationError for a field, as for those of a JSON body."""
     try:
-        return UploadForm.model_validate_strings(fields)
+        return UploadForm.model_validate_strings(fields, strict=False)
     except ValidationError as error:
         problems = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
         raise RequestValidationError(problems) from error

@@ -1,5 +1,6 @@
 """POST /adapters: what is uploaded serves, and of what is refused nothing remains."""
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ REFUSALS = [
     ({"licence": ""}, {}, 422, "invalid_field", "licence"),
     ({"licence": "x" * (MAX_FIELD_BYTES + 1)}, {}, 422, "invalid_field", "licence"),
     ({"nmae": "x"}, {}, 422, "unknown_field", "nmae"),
+    ({"trust_base": "perhaps"}, {}, 422, "invalid_field", "trust_base"),
     ({}, {CONFIG: None}, 409, "invalid_adapter", CONFIG),
     ({}, {WEIGHTS: None}, 409, "invalid_adapter", WEIGHTS),
     ({}, {CONFIG: b"{"}, 409, "invalid_adapter", CONFIG),
@@ -199,3 +201,16 @@ async def test_a_store_that_cannot_be_written_is_named(
     assert (response.status_code, error["code"]) == (507, "store_not_writable")
     assert error["field"] == "CRMA_STORE"
     assert "Is a directory" in error["message"]
+
+
+async def test_an_adapter_of_another_base_is_published_only_if_its_base_is_trusted(
+    served: Served, own: AdapterStore, peft: Path
+) -> None:
+    before = contents(own)
+    config = json.loads((peft / CONFIG).read_text())
+    foreign = {CONFIG: json.dumps({**config, "base_model_name_or_path": "org/other"}).encode()}
+    response = await upload(served, peft, {}, foreign)
+    assert (response.status_code, response.json()["error"]["code"]) == (409, "base_mismatch")
+    assert "org/other" in response.json()["error"]["message"]
+    assert contents(own) == before
+    assert (await upload(served, peft, {"trust_base": "true"}, foreign)).status_code == 201
