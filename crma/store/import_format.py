@@ -15,6 +15,10 @@ FORMATS = ("raw", "chat", "template")
 TEMPLATE = "chat_template.jinja"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+VOCABULARY = "vocab.json"
+ADDED_TOKENS = "added_tokens.json"
+TOKENIZER_FILES = (TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY, ADDED_TOKENS)
+"""The files of an adapter's folder that this module reads, where they are there."""
 
 _MAX_TOKENIZER_BYTES = 128 * 2**20
 _MAX_TEMPLATE_BYTES = 2**20
@@ -127,7 +131,7 @@ def _tokens_in(folder: Path) -> dict[str, int]:
     added = {each["content"]: each["id"] for each in tokenizer.get("added_tokens", [])}
     listed = _config_in(folder).get("added_tokens_decoder", {})
     decoded = {each["content"]: int(token_id) for token_id, each in listed.items()}
-    plain = _json_in(folder, "vocab.json") | _json_in(folder, "added_tokens.json")
+    plain = _json_in(folder, VOCABULARY) | _json_in(folder, ADDED_TOKENS)
     return {**plain, **vocabulary, **decoded, **added}
 
 

@@ -1,6 +1,6 @@
 """Bodies of the routes by which an administrator publishes adapters."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 
@@ -18,6 +18,11 @@ def _check_name(name: str) -> str:
 
 
 TRUST_BASE = "Publish it even if its config names another base model."
+PROMPT_FORMAT = (
+    "raw, chat (the base model's chat template) or template (the adapter's own); null: the first "
+    "that there is of template, chat and raw."
+)
+PromptFormatName = Literal["raw", "chat", "template"]
 TaskName = Annotated[str, AfterValidator(_check_name)]
 
 
@@ -27,6 +32,7 @@ class UploadForm(Body):
     name: TaskName
     licence: str = Field("unknown", min_length=1, max_length=200)
     trust_base: bool = Field(False, description=TRUST_BASE)
+    prompt_format: PromptFormatName | None = Field(None, description=PROMPT_FORMAT)
 
 
 class LoadLoraRequest(Body):
@@ -37,6 +43,7 @@ class LoadLoraRequest(Body):
         min_length=1, description="A PEFT folder, absolute or relative to an import root."
     )
     trust_base: bool = Field(False, description=f"{TRUST_BASE} Ours.")
+    prompt_format: PromptFormatName | None = Field(None, description=f"{PROMPT_FORMAT} Ours.")
     load_inplace: bool = Field(False, description="Replace the task if it serves already.")
     is_3d_lora_weight: Annotated[JsonValue, Neutral(False)] = None
 

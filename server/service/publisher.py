@@ -55,6 +55,7 @@ class Publisher:
         licence: str = "unknown",
         replace: bool = True,
         trust_base: bool = False,
+        prompt_format: str | None = None,
     ) -> TaskEntry:
         """Publish a PEFT LoRA as the next version of a task, and serve it.
 
@@ -62,10 +63,11 @@ class Publisher:
             folder: holds PEFT's files; trusted, and only read.
             replace: False: a task of this name must not serve yet.
             trust_base: publish it even if its config names another base model.
+            prompt_format: raw, chat or template; None: as `crma import` chooses.
 
         Raises:
             AdapterExists: it serves, and is not to be replaced.
-            StoreError: as `AdapterStore.import_peft`.
+            ConfigError, StoreError: as `AdapterStore.import_peft`.
         """
         registry = self.registry
         async with self._changing():
@@ -80,6 +82,7 @@ class Publisher:
                 licence=licence,
                 shape=registry.shape,
                 trust_base=trust_base,
+                prompt_format=prompt_format,
             )
             await registry.refresh()
         _record("published", name, entry.version, entry.digest)

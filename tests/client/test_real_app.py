@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from crma_client.calls import GenerateOptions
 from crma_client.types import read_generation
 
 from crma.models.base_model import BaseModel
+from crma.models.prompts import BASE_TEMPLATE, RAW_FORMAT, TemplateFormat
 from crma.store.adapter_store import AdapterStore
 from server.http.schemas import GenerateRequest
 
@@ -185,6 +187,22 @@ async def test_a_folder_is_uploaded_and_deleted_by_either_client(
         await admin.upload_adapter("new", tmp_path)
     with pytest.raises(errors.StatusError, check=lambda error: error.status == 403):
         await client.upload_adapter("new", folder)
+
+
+async def test_an_uploaded_folder_brings_its_own_chat_template_unless_told_otherwise(
+    client: AsyncClient, store: AdapterStore, tmp_path: Path
+) -> None:
+    admin = AsyncClient("http://test", api_key="admin", transport=client._http._transport)
+    folder = shutil.copytree(store.task("legal").path, tmp_path / "peft")
+    template = "{% for message in messages %}Q: {{ message['content'] }}\nA: {% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    for prompt_format, expected in (
+        (None, TemplateFormat(template)),
+        ("chat", BASE_TEMPLATE),
+        ("raw", RAW_FORMAT),
+    ):
+        info = await admin.upload_adapter("own", folder, prompt_format=prompt_format)
+        assert store.task("own", info["version"]).prompt_format == expected
 
 
 async def test_only_an_administrator_uploads_a_question_set(client: AsyncClient) -> None:

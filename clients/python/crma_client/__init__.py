@@ -5,7 +5,8 @@ classes they return, and `errors` the exceptions they raise.
 """
 
 from crma_client import errors, types
-from crma_client.client import AsyncClient, Client
+from crma_client.async_client import AsyncClient
+from crma_client.client import Client
 from crma_client.errors import CrmaClientError
 from crma_client.types import Generation, Token
 

@@ -21,7 +21,14 @@ from crma_client.errors import (
 from crma_client.types import Generation, read, read_generation
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-"""What of a PEFT folder is uploaded."""
+TOKENIZER_FILES = (
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "added_tokens.json",
+)
+"""What of a PEFT folder is uploaded; the tokenizer's only if they are there."""
 
 
 class Form(TypedDict):
@@ -123,9 +130,10 @@ def upload_form(folder: str | PathLike[str], fields: Mapping[str, str | None]) -
         InvalidArgument: a file cannot be opened.
     """
     boundary = secrets.token_hex(16)
+    names = [*FILES, *(name for name in TOKENIZER_FILES if Path(folder, name).exists())]
     with ExitStack() as opened:
         try:
-            files = [("files", opened.enter_context(open(Path(folder) / n, "rb"))) for n in FILES]
+            files = [("files", opened.enter_context(open(Path(folder) / n, "rb"))) for n in names]
         except OSError as error:
             message = f"folder must hold {' and '.join(FILES)}: {error}"
             raise InvalidArgument(message, field="folder", value=str(folder)) from error

@@ -12,6 +12,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import ValidationError
 
 from crma.core.errors import StoreError
+from crma.store.import_format import TOKENIZER_FILES
 from crma.store.incoming import incoming_folder
 from crma.store.manifest import TASK_FILES
 from server.http.auth import require_admin
@@ -29,6 +30,7 @@ openai_admin = APIRouter(prefix="/v1", dependencies=[Depends(require_admin)])
 
 UPLOAD_PATH = "/adapters"
 
+_FILES = (*TASK_FILES, *TOKENIZER_FILES)
 _FORM = {
     "requestBody": {
         "content": {
@@ -40,6 +42,7 @@ _FORM = {
                         "name": {"type": "string"},
                         "licence": {"type": "string"},
                         "trust_base": {"type": "boolean"},
+                        "prompt_format": {"enum": ["raw", "chat", "template"]},
                         "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
                     },
                 }
@@ -62,17 +65,22 @@ async def upload_adapter(request: Request, frontend: TheFrontend) -> dict[str, A
     """Publish a PEFT LoRA from its files, and serve it.
 
     A form with `name`, the task's; `licence` if you know it; `trust_base` true if its config names
-    this base model by another name; and `files`: adapter_config.json and adapter_model.safetensors.
-    It is the task's next version, as `crma import` makes it. Nothing remains of an upload that is
-    refused.
+    this base model by another name; `prompt_format` raw, chat or template to choose one; and
+    `files`: adapter_config.json and adapter_model.safetensors, and those of its tokenizer if it
+    has a chat template of its own. It is the task's next version, as `crma import` makes it.
+    Nothing remains of an upload that is refused.
     """
     frontend.check_ready()
     with writing():
         async with _incoming(frontend.settings.store) as folder:
-            fields = await receive_form(request, folder, TASK_FILES, UploadForm.model_fields)
+            fields = await receive_form(request, folder, _FILES, UploadForm.model_fields)
             form = _checked(fields)
             entry = await frontend.publisher.publish(
-                folder, form.name, licence=form.licence, trust_base=form.trust_base
+                folder,
+                form.name,
+                licence=form.licence,
+                trust_base=form.trust_base,
+                prompt_format=form.prompt_format,
             )
     return task_info(entry, frontend)
 
@@ -99,7 +107,11 @@ async def load_lora_adapter(body: LoadLoraRequest, frontend: TheFrontend) -> str
     frontend.check_ready()
     folder = await asyncio.to_thread(find_folder, body.lora_path, frontend.settings.import_roots)
     await frontend.publisher.publish(
-        folder, body.lora_name, replace=body.load_inplace, trust_base=body.trust_base
+        folder,
+        body.lora_name,
+        replace=body.load_inplace,
+        trust_base=body.trust_base,
+        prompt_format=body.prompt_format,
     )
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 

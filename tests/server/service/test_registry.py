@@ -268,7 +268,8 @@ async def test_a_view_that_was_read_earlier_never_replaces_a_later_one(
     monkeypatch.setattr(made, "_read", read)
     publish(store, "new")
     uploaded = asyncio.create_task(made.refresh())
-    await asyncio.sleep(0.05)
+    for _ in range(20):  # threads start in order: a refresh that did not wait would be done
+        await asyncio.to_thread(int)
     go.set()
     await asyncio.gather(polled, uploaded)
     assert made.task_names == ["mid", "new", "old"]
