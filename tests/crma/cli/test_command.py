@@ -238,7 +238,7 @@ ERRORS = [
     ("verify {store} --model absent", "run `crma pull absent` first"),
     ("ablate {store} --model {base} --questions none.jsonl", "cannot be read"),
     ("ablate {store} --model {base} --split test", "'test' is not a split"),
-    ("import {store}/nowhere other --store {store} --model {base}", "There is no such file"),
+    ("import {store}/nowhere other --store {store} --model {base}", "There is no such folder"),
     ("train {store}/run.toml", "[a-z0-9][a-z0-9._-]{0,63}"),
     ("data astrology", "not a built-in domain"),
 ]
