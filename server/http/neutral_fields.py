@@ -80,10 +80,7 @@ class NeutralChatFields(NeutralFields):
     prediction: Ignored = None
     prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
-    parallel_tool_calls: Ignored = None  # without tools there are no calls
 
-    tools: Annotated[JsonValue, Neutral([])] = None
-    tool_choice: Annotated[JsonValue, Neutral("none")] = None
     functions: Annotated[JsonValue, Neutral([])] = None
     function_call: Annotated[JsonValue, Neutral("none")] = None
     modalities: Annotated[JsonValue, Neutral(["text"])] = None

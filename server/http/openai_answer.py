@@ -42,6 +42,24 @@ class OpenAIAnswer(Answer[Body]):
     ) -> dict[str, Any]:
         """What one token adds to a choice, without index and finish_reason."""
 
+    def deltas(
+        self, index: int, token_id: int | None, text: str, logprob: TokenLogprob | None
+    ) -> list[dict[str, Any]]:
+        """What the chunks of one token add to a choice."""
+        return [self.delta(index, token_id, text, logprob)]
+
+    def held_back(self, _: int) -> list[dict[str, Any]]:
+        """What chunks that were held back add to a choice that has ended."""
+        return []
+
+    def finish_reason(self, _: int, reason: str | None) -> str | None:
+        """Why a choice ended.
+
+        Args:
+            reason: the engine's.
+        """
+        return reason
+
     @abstractmethod
     def last_delta(self, index: int) -> dict[str, Any]:
         """What the chunk with the finish_reason adds to a choice."""
@@ -55,7 +73,7 @@ class OpenAIAnswer(Answer[Body]):
                 choice = {
                     "index": index,
                     **self.choice(index, sequence),
-                    "finish_reason": sequence.last.finish_reason,
+                    "finish_reason": self.finish_reason(index, sequence.last.finish_reason),
                 }
                 choices.append(choice)
         return {
@@ -70,10 +88,14 @@ class OpenAIAnswer(Answer[Body]):
         index = self.index(number, output)
         for token_id, text, logprob in tokens(output):
             self._num_streamed += token_id is not None
-            yield self.chunk(index, self.delta(index, token_id, text, logprob))
+            for delta in self.deltas(index, token_id, text, logprob):
+                yield self.chunk(index, delta)
         if output.finish_reason is not None:
+            for delta in self.held_back(index):
+                yield self.chunk(index, delta)
             last = self.last_delta(index)
-            yield self.chunk(index, last, output.finish_reason, provenance=self.provenance())
+            reason = self.finish_reason(index, output.finish_reason)
+            yield self.chunk(index, last, reason, provenance=self.provenance())
 
     def done(self) -> Iterator[str]:
         """The usage, where it was asked for, and the end of the stream."""

@@ -15,6 +15,7 @@ from server.http.neutral_fields import (
 from server.http.openai_message import Message
 from server.http.sampling_fields import Sampled, Temperature
 from server.http.structured_outputs import OpenAIStructured
+from server.http.tool_calls import Tools
 
 
 def _is_token_ids(value: Any) -> bool:
@@ -95,7 +96,7 @@ class CompletionRequest(NeutralCompletionFields, OpenAIRequest):
     )
 
 
-class ChatRequest(NeutralChatFields, OpenAIRequest):
+class ChatRequest(NeutralChatFields, Tools, OpenAIRequest):
     """OpenAI's chat completion."""
 
     model_config = example("/v1/chat/completions")

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from crma.models.prompts import TemplateFormat
+from crma.models.tools import ToolMarkup, tool_markup
 from server import __version__
 from server.engine.inference_engine import InferenceEngine
 from server.engine.request import Request, SamplingParams
@@ -92,6 +94,15 @@ class Frontend:
         if needs_format and resolved.prompt_format is None:
             message = 'the base model has no chat template: send a raw prompt, "raw": true'
             raise InvalidField(message, field="raw", value=False, allowed=True)
+
+    def tool_markup(self, resolved: Resolved) -> ToolMarkup:
+        """How calls of functions are written in a conversation with these adapters.
+
+        Raises ConfigError as the function of that name.
+        """
+        trained = resolved.prompt_format
+        template = trained.template if isinstance(trained, TemplateFormat) else None
+        return tool_markup(self.tokenizer, template)
 
     def check_room(self, num_sequences: int, *, field: str) -> None:
         """Raises RequestTooLarge for more sequences than may run and wait at once."""

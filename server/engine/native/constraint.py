@@ -14,9 +14,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 from llguidance.hf import from_tokenizer
+from numpy import typing as npt
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -165,7 +167,7 @@ class Matcher:
         """Take the newest token, and begin to compute what may follow it."""
         self._allowed = self._threads.submit(self._advance, token)
 
-    def allowed(self) -> Tensor:
+    def allowed(self) -> "npt.NDArray[np.uint8]":
         """Wait for the allowed tokens.
 
         Returns:
@@ -175,7 +177,7 @@ class Matcher:
             Stuck: none is, or they could not be computed.
         """
         try:
-            return torch.frombuffer(self._allowed.result(MASK_SECONDS), dtype=torch.uint8)
+            return np.frombuffer(self._allowed.result(MASK_SECONDS), dtype=np.uint8)
         except TimeoutError as error:
             raise Stuck(f"{CANNOT_GO_ON}: it takes too long to compute") from error
         except ValueError as error:
@@ -230,17 +232,21 @@ def constrained(logits: Tensor, matchers: Items[Matcher | None]) -> Tensor:
     Raises:
         Stuck: a row has no token left.
     """
-    if not any(matchers):
+    rows = [row for row, matcher in enumerate(matchers) if matcher is not None]
+    if not rows:
         return logits
-    remaining = logits.clone()
-    for row, matcher in zip(remaining, matchers, strict=True):
-        if matcher is None:
-            continue
-        allowed = matcher.allowed()[: len(row)]
-        row[len(allowed) :] = -torch.inf
-        row[: len(allowed)].masked_fill_(allowed == 0, -torch.inf)
-        if not row.amax().isfinite():
-            raise Stuck(f"{CANNOT_GO_ON}: the model rules out every token that may follow")
+    # numpy fills the rows: each operation of torch on a vocabulary wakes a team of threads.
+    is_forbidden = np.zeros(logits.shape, dtype=np.bool_)
+    for row in rows:
+        matcher = matchers[row]
+        assert matcher is not None
+        allowed = matcher.allowed()[: logits.shape[-1]]
+        is_forbidden[row] = True
+        np.equal(allowed, 0, out=is_forbidden[row, : len(allowed)])
+    mask = torch.from_numpy(is_forbidden).to(logits.device)
+    remaining = logits.masked_fill(mask, -torch.inf)
+    if not remaining.amax(-1).isfinite().all():
+        raise Stuck(f"{CANNOT_GO_ON}: the model rules out every token that may follow")
     return remaining
 
 

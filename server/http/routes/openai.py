@@ -3,9 +3,12 @@
 Refusals have OpenAI's form (`server/http/error_handlers.py`).
 """
 
+from dataclasses import replace
+
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from crma.models.tools import ToolMarkup
 from server.http.auth import require_key
 from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
@@ -17,6 +20,7 @@ from server.http.openai_schemas import (
     OpenAIErrorBody,
     OpenAIRequest,
 )
+from server.http.tool_answer import ToolAnswer
 from server.service.errors import InvalidField
 from server.service.frontend import Frontend
 from server.service.registry import Resolved
@@ -81,8 +85,15 @@ async def chat(
         raise InvalidField(message, field="top_logprobs", value=body.top_logprobs, allowed=0)
     resolved = _resolve_body(body, request, frontend)
     sampling = body.sampling(logprobs=body.top_logprobs if body.logprobs else None)
+    conversation = body.conversation()
+    markup = _tool_markup(body, resolved, frontend)
+    if markup is not None:
+        conversation = markup.conversation(conversation, body.shown_functions)
+        # A call may be marked by special tokens; its grammar allows no others.
+        constraint = body.tool_constraint(markup)
+        sampling = replace(sampling, constraint=constraint, skip_special_tokens=False)
     generation = await frontend.generation(
-        body.conversation(),
+        conversation,
         resolved,
         sampling,
         fills_context=body.token_limit is None,
@@ -90,7 +101,27 @@ async def chat(
         prefix="chatcmpl",
     )
     answer = ChatAnswer(body, [generation], frontend)
+    if markup is not None:
+        answer = ToolAnswer(body, [generation], frontend, markup)
     return await answer.respond(request, after_response, stream=body.stream)
+
+
+def _tool_markup(body: ChatRequest, resolved: Resolved, frontend: Frontend) -> ToolMarkup | None:
+    """How calls are written; None without tools.
+
+    Raises:
+        InvalidField: a constraint beside tools.
+        ConfigError: the chat template writes calls in a form that is not known.
+    """
+    if not body.shown_functions:
+        return None
+    constraint = body.constraint()
+    if constraint is not None:
+        message = f"{constraint.field}: with tools the answer is a text or calls"
+        allowed = 'no other constraint, or "tool_choice": "none"'
+        field = constraint.field
+        raise InvalidField(message, field=field, value=constraint.kind, allowed=allowed)
+    return frontend.tool_markup(resolved)
 
 
 def _check_counts(body: CompletionRequest, frontend: Frontend) -> None:

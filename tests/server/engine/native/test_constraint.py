@@ -45,7 +45,7 @@ def matcher(constraints: Constraints, constraint: Constraint, **options: Any) ->
 
 
 def allowed(found: Matcher) -> set[int]:
-    return set(found.allowed().nonzero()[:, 0].tolist())
+    return set(found.allowed().nonzero()[0].tolist())
 
 
 def after(found: Matcher, text: str) -> Matcher:
