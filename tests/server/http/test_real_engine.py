@@ -328,48 +328,6 @@ async def test_a_client_that_goes_away_leaves_nothing_behind(
     assert await served.measured(aborted) == [1]
 
 
-async def test_constrained_answers_keep_to_their_constraint_and_free_ones_beside_them_are_exact(
-    served: Real,
-) -> None:
-    labels = ["infectious diseases", "the other", "naïve 🙂"]
-    label = {"structured_outputs": {"choice": labels}, "max_tokens": 60}
-    schema = {"type": "object", "properties": {"a": {"enum": labels}}, "required": ["a"]}
-    schema |= {"additionalProperties": False, "x-guidance": {"whitespace_flexible": False}}
-    thing = {"structured_outputs": {"json": schema}, "max_tokens": 90}
-    asked: list[dict[str, Any]] = [
-        {"task": "medical", "crma": False},
-        {"task": "medical", **label},
-        {"crma": True},
-        {"temperature": 1.5, "seed": 2, "n": 2, **label},
-        thing,
-    ]
-    answers = await asyncio.gather(*(served.answer(**body) for body in asked))
-    assert answers[0]["text"] == served.oracle("medical")
-    assert answers[2]["text"] == served.oracle(crma=True)
-    assert answers[1]["text"] in labels
-    assert {choice["text"] for choice in answers[3]["choices"]} <= set(labels)
-    assert json.loads(answers[4]["text"])["a"] in labels
-    assert {answers[1]["finish_reason"], answers[4]["finish_reason"]} == {"stop"}
-    streamed = await served.generate(**asked[1], stream=True)
-    parts = re.findall(r'^data: \{"index": 0, "text": (".*?")\}$', streamed.text, re.MULTILINE)
-    assert "".join(json.loads(part) for part in parts) == answers[1]["text"]
-    await served.settled()
-
-
-async def test_an_ablation_with_choices_has_no_other_answers(served: Real) -> None:
-    labels = ["one", "two", "the other"]
-    items = [
-        {"id": f"q{i}", "task": "medical", "question": f"Is it {i}?", "answers": ["two"]}
-        for i in range(4)
-    ]
-    report = await served.ablation(
-        questions=items, choices=labels, variants=["task+crma", "task", "base"]
-    )
-    texts = {output["text"] for item in report["items"] for output in item["outputs"].values()}
-    assert texts <= set(labels)
-    assert report["provenance"]["choices"] == labels
-
-
 async def test_a_streamed_echo_adds_up_to_the_whole_answer(served: Real) -> None:
     """With characters of several tokens in prompt and answer, and parts of them."""
     body: dict[str, Any] = {
