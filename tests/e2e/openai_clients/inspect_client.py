@@ -20,8 +20,8 @@ def main() -> None:
         config=GenerateConfig(temperature=0, max_connections=2),
     )
     samples = [
-        Sample(input="Say yes.", target="yes"),
-        Sample(input="A rule of law", target="law"),
+        Sample(input="What is the capital of France?", target="Paris"),
+        Sample(input="What is the capital of Germany?", target="Berlin"),
     ]
     task = Task(dataset=samples, solver=generate(), scorer=includes())
     with tempfile.TemporaryDirectory() as folder:
