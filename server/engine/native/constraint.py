@@ -164,7 +164,11 @@ class Matcher:
         self._allowed = threads.submit(self._begin, compiled)
 
     def accept(self, token: int) -> None:
-        """Take the newest token, and begin to compute what may follow it."""
+        """Take the newest token, and begin to compute what may follow it.
+
+        Args:
+            token: chosen from those that `allowed` returned.
+        """
         self._allowed = self._threads.submit(self._advance, token)
 
     def allowed(self) -> "npt.NDArray[np.uint8]":
@@ -232,22 +236,19 @@ def constrained(logits: Tensor, matchers: Items[Matcher | None]) -> Tensor:
     Raises:
         Stuck: a row has no token left.
     """
-    rows = [row for row, matcher in enumerate(matchers) if matcher is not None]
-    if not rows:
+    if not any(matchers):
         return logits
-    # numpy fills the rows: each operation of torch on a vocabulary wakes a team of threads.
-    is_forbidden = np.zeros(logits.shape, dtype=np.bool_)
-    for row in rows:
-        matcher = matchers[row]
-        assert matcher is not None
-        allowed = matcher.allowed()[: logits.shape[-1]]
-        is_forbidden[row] = True
-        np.equal(allowed, 0, out=is_forbidden[row, : len(allowed)])
-    mask = torch.from_numpy(is_forbidden).to(logits.device)
-    remaining = logits.masked_fill(mask, -torch.inf)
-    if not remaining.amax(-1).isfinite().all():
-        raise Stuck(f"{CANNOT_GO_ON}: the model rules out every token that may follow")
-    return remaining
+    # In numpy: each operation of torch on a vocabulary wakes a team of threads and waits for it.
+    scores = logits.numpy(force=True).copy()
+    for row, matcher in zip(scores, matchers, strict=True):
+        if matcher is None:
+            continue
+        allowed = matcher.allowed()[: len(row)]
+        row[len(allowed) :] = -np.inf
+        row[: len(allowed)][allowed == 0] = -np.inf
+        if not np.isfinite(row.max()):
+            raise Stuck(f"{CANNOT_GO_ON}: the model rules out every token that may follow")
+    return torch.from_numpy(scores).to(logits.device)
 
 
 class _DeepThreads(ThreadPoolExecutor):

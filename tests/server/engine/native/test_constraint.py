@@ -152,6 +152,7 @@ def test_every_end_token_of_the_sequence_ends_it(constraints: Constraints) -> No
 
 def test_a_token_against_the_grammar_leaves_the_sequence_stuck(constraints: Constraints) -> None:
     found = matcher(constraints, DIGITS)
+    found.allowed()
     found.accept(tokenizer().encode("a")[0])
     with pytest.raises(Stuck, match="cannot go on under its constraint"):
         found.allowed()
@@ -276,7 +277,10 @@ def test_a_sequence_that_is_stuck_ends_with_its_reason_and_its_neighbours_go_on(
     made = engine()
     broken = ask("broken", constraint=DIGITS, max_tokens=8)
     made.add(broken)
-    made.scheduler.waiting[0].matcher.accept(tokenizer().encode("a")[0])
+    found = made.scheduler.waiting[0].matcher
+    assert found is not None
+    found.allowed()
+    found.accept(tokenizer().encode("a")[0])
     outputs = run(made, free)
     assert outputs["free", 0] == expected
     ended = outputs["broken", 0]
