@@ -19,7 +19,10 @@ def example(path: str) -> ConfigDict:
 
 
 class Body(BaseModel):
-    """A JSON object whose unknown fields are refused by name. A field that is null is left out."""
+    """A JSON object whose unknown fields are refused by name. A field that is null is left out.
+
+    Every text in it, keys included, is one that UTF-8 can hold.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -32,8 +35,59 @@ class Body(BaseModel):
         known = {field.alias or name for name, field in cls.model_fields.items()}
         for key in data:
             if key not in known:
-                # Half a surrogate pair cannot be written into an answer.
-                name = str(key).encode("utf-8", "backslashreplace").decode()
-                context = {"key": name, "allowed": sorted(known)}
+                context = {"key": _escaped(str(key)), "allowed": sorted(known)}
                 raise PydanticCustomError("unknown_field", "unknown field", context)
+        _check_texts(data)
         return {key: value for key, value in data.items() if value is not None}
+
+
+def _check_texts(body: dict[Any, Any]) -> None:
+    """Raises PydanticCustomError that has the place of a text with half a surrogate pair."""
+    found = _find_broken_text(body)
+    if found is not None:
+        place, text = found
+        context = {"place": [_escaped(name) for name in place], "text": _escaped(text)}
+        message = "Input should be a text of whole characters, without half a surrogate pair"
+        raise PydanticCustomError("broken_text", message, context)
+
+
+def _find_broken_text(body: dict[Any, Any]) -> tuple[list[str], str] | None:
+    """A text that UTF-8 cannot hold, and the keys and positions that lead to it."""
+    pending: list[tuple[_Place, Any]] = [(None, body)]
+    while pending:
+        place, container = pending.pop()
+        is_object = isinstance(container, dict)
+        for key, value in container.items() if is_object else enumerate(container):
+            for text in (key, value):
+                if isinstance(text, str) and _is_broken(text):
+                    return _names((place, key)), text
+            if isinstance(value, dict | list):
+                pending.append(((place, key), value))
+    return None
+
+
+_Place = tuple["_Place", str | int] | None
+"""Where a value stands: its container's place, and its key or position there."""
+
+
+def _names(place: _Place) -> list[str]:
+    names = []
+    while place is not None:
+        place, key = place
+        names.append(str(key))
+    return names[::-1]
+
+
+def _escaped(text: str) -> str:
+    """A text as an answer can have it: half a surrogate pair is written as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _is_broken(text: str) -> bool:
+    if text.isascii():  # most are, and Python knows that without reading them
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

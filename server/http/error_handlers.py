@@ -158,6 +158,9 @@ def _from_validation(request: Request, error: RequestValidationError) -> ApiErro
         value = given.get(key) if isinstance(given, dict) else None
         message = f"unknown field {field!r}"
         return UnknownField(message, field=field, value=value, allowed=first["ctx"]["allowed"])
+    if kind == "broken_text":
+        names += first["ctx"]["place"]
+        given = first["ctx"]["text"]
     field = ".".join(names) or str(location[0])
     allowed = first["msg"].removeprefix("Value error, ")
     return InvalidField(f"{field}: {allowed}", field=field, value=given, allowed=allowed)

@@ -12,7 +12,7 @@ from pydantic_core import core_schema
 
 from server.http.body import Body
 
-Ignored = Annotated[JsonValue, Field(description="Ignored: it does not change the answer.")]
+Ignored = Annotated[Any, Field(description="Ignored: it does not change the answer.")]
 
 
 class Neutral:

@@ -9,6 +9,7 @@ from crma.models.prompts import Turn
 from server.http.body import Body
 from server.http.neutral_fields import Ignored, Neutral
 
+MAX_MESSAGES = 2048  # of a conversation, as with OpenAI
 TEXT = 'a text, or a list of {"type": "text", "text": …}'
 # Beside its text, a part may say where a cached prompt ends, which changes no answer.
 TEXT_PART = {"type", "text", "prompt_cache_breakpoint", "cache_control"}

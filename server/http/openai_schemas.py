@@ -12,7 +12,7 @@ from server.http.neutral_fields import (
     NeutralCompletionFields,
     NeutralFields,
 )
-from server.http.openai_message import Message
+from server.http.openai_message import MAX_MESSAGES, Message
 from server.http.sampling_fields import Sampled, Temperature
 from server.http.structured_outputs import OpenAIStructured
 from server.http.tool_calls import Tools
@@ -36,8 +36,6 @@ def _list_prompts(value: Any) -> Any:
                 "Input should be a text or a list of token ids, not empty, "
                 "or a list of such prompts"
             )
-        if isinstance(prompt, str):
-            prompt.encode()  # raises ValueError for half a surrogate pair
     return prompts
 
 
@@ -101,7 +99,7 @@ class ChatRequest(NeutralChatFields, Tools, OpenAIRequest):
 
     model_config = example("/v1/chat/completions")
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(
         None, ge=1, description="Most tokens to generate; null: what is left of the context."
     )

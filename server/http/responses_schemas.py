@@ -12,6 +12,7 @@ from crma.models.prompts import Conversation, Turn
 from server.engine.request import SamplingParams
 from server.http.body import Body, example
 from server.http.neutral_fields import Ignored, Neutral
+from server.http.openai_message import MAX_MESSAGES
 from server.http.sampling_fields import Seed, Temperature
 
 TEXT_PARTS = ("input_text", "output_text", "text")
@@ -91,6 +92,7 @@ class ResponsesRequest(Body):
     input: Annotated[
         list[InputMessage],
         BeforeValidator(_list_messages, json_schema_input_type=str | list[InputMessage]),
+        Field(max_length=MAX_MESSAGES),
     ]
     instructions: str | None = Field(None, description="A system message before the input.")
     max_output_tokens: int | None = Field(

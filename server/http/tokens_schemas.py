@@ -7,7 +7,7 @@ from pydantic import Field, JsonValue, model_validator
 from crma.models.prompts import Conversation
 from server.http.body import Body, example
 from server.http.neutral_fields import Neutral
-from server.http.openai_message import Message
+from server.http.openai_message import MAX_MESSAGES, Message
 
 MODEL = "As in /v1; left out: the base model."
 
@@ -19,7 +19,7 @@ class TokenizeRequest(Body):
 
     model: str = Field("base", description=MODEL)
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool | None = Field(
         None,
         description="Begin as the tokenizer does, with BOS where it has one; null: for a prompt. "
