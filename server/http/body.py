@@ -43,12 +43,24 @@ class Body(BaseModel):
 
 def _check_texts(body: dict[Any, Any]) -> None:
     """Raises PydanticCustomError that has the place of a text with half a surrogate pair."""
-    found = _find_broken_text(body)
+    found = None if _is_surely_whole(body) else _find_broken_text(body)
     if found is not None:
         place, text = found
         context = {"place": [_escaped(name) for name in place], "text": _escaped(text)}
         message = "Input should be a text of whole characters, without half a surrogate pair"
         raise PydanticCustomError("broken_text", message, context)
+
+
+def _is_surely_whole(body: dict[Any, Any]) -> bool:
+    """Whether UTF-8 can hold all texts, found out ten times as fast as by looking at each.
+
+    False also where that way cannot tell, as for JSON that is too deep for it.
+    """
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return True
 
 
 def _find_broken_text(body: dict[Any, Any]) -> tuple[list[str], str] | None:
@@ -59,7 +71,7 @@ def _find_broken_text(body: dict[Any, Any]) -> tuple[list[str], str] | None:
         is_object = isinstance(container, dict)
         for key, value in container.items() if is_object else enumerate(container):
             for text in (key, value):
-                if isinstance(text, str) and _is_broken(text):
+                if isinstance(text, str) and not _is_whole(text):
                     return _names((place, key)), text
             if isinstance(value, dict | list):
                 pending.append(((place, key), value))
@@ -83,11 +95,9 @@ def _escaped(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _is_broken(text: str) -> bool:
-    if text.isascii():  # most are, and Python knows that without reading them
-        return False
+def _is_whole(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return True
-    return False
+        return False
+    return True

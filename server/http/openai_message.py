@@ -83,6 +83,7 @@ class Message(Body):
     annotations: Annotated[JsonValue, Neutral([])] = None
     audio: Annotated[JsonValue, Neutral()] = None
     function_call: Annotated[JsonValue, Neutral()] = None
+    reasoning: Annotated[JsonValue, Neutral("")] = None
     reasoning_content: Annotated[JsonValue, Neutral("")] = None
     provider_specific_fields: Annotated[JsonValue, Neutral({})] = None
 
@@ -124,5 +125,5 @@ def _read_json(text: str) -> Any:
     """The value of a JSON text; None if it is none."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or deeper than Python reads
         return None

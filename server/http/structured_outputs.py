@@ -3,13 +3,17 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, SkipValidation
 
+from server.engine.errors import InvalidConstraint
 from server.engine.request import Constraint, ConstraintKind
 from server.http.body import Body
 from server.service.errors import InvalidField
 
-JsonSchema = dict[str, JsonValue] | bool
+# Not validated here: the engine reads a schema, and says what is wrong with it. pydantic's union
+# would name its branches as fields, and refuse what nests deep.
+JsonSchema = Annotated[dict[str, JsonValue] | bool, SkipValidation]
+JsonSchemaOrText = Annotated[dict[str, JsonValue] | bool | str | None, SkipValidation]
 Labels = Annotated[list[str], Field(min_length=1, max_length=1024)]
 
 
@@ -18,7 +22,7 @@ class StructuredOutputs(Body):
 
     choice: Labels | None = Field(None, description="One of these texts.")
     regex: str | None = Field(None, description="A text that matches all of this expression.")
-    json_schema: JsonSchema | str | None = Field(
+    json_schema: JsonSchemaOrText = Field(
         None, alias="json", description="JSON of this schema, which may be a text itself."
     )
     json_object: bool = Field(False, description="Any JSON object.")
@@ -82,7 +86,7 @@ class OpenAIStructured(Structured):
     response_format: ResponseFormat = Field(
         ResponseFormat(type="text"), description="What the answer has to be."
     )
-    guided_json: JsonSchema | str | None = Field(
+    guided_json: JsonSchemaOrText = Field(
         None, description="The older name of structured_outputs.json."
     )
     guided_regex: str | None = Field(None, description="That of structured_outputs.regex.")
@@ -121,7 +125,13 @@ def _choice(labels: list[str] | None, field: str) -> Constraint | None:
 
 
 def _json(schema: Any, field: str) -> Constraint | None:
-    source = schema if schema is None or isinstance(schema, str) else json.dumps(schema)
+    """The constraint of a schema. Raises InvalidConstraint if JSON cannot be written so deep."""
+    try:
+        source = schema if schema is None or isinstance(schema, str) else json.dumps(schema)
+    except RecursionError as error:
+        message = f"{field}: it nests too deep"
+        allowed = "a schema of fewer levels"
+        raise InvalidConstraint(message, field=field, allowed=allowed) from error
     return _source(ConstraintKind.JSON_SCHEMA, source, field)
 
 

@@ -47,6 +47,7 @@ EMPTY: dict[str, list[Any]] = {
     "audio": [None],
     "function_call": [None],
     "tool_calls": [None, []],
+    "reasoning": [None, ""],
     "reasoning_content": [None, ""],
     "provider_specific_fields": [None, {}],
     "parsed": [None, {"a": 1}],
@@ -58,6 +59,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"role": "user"}, "content"),
     ({"role": "assistant", "content": None}, "content"),
     (ASSISTANT | {"refusal": "No."}, "refusal"),
+    (ASSISTANT | {"reasoning": "Hm."}, "reasoning"),
     (ASSISTANT | {"annotations": [{}]}, "annotations"),
     (ASSISTANT | {"audio": {"id": "a"}}, "audio"),
     (ASSISTANT | {"function_call": {"name": "add", "arguments": ""}}, "function_call"),
@@ -66,6 +68,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (ASSISTANT | {"tool_calls": [CALL | {"type": "custom"}]}, "tool_calls.0.type"),
     (
         ASSISTANT | {"tool_calls": [CALL | {"function": {"name": "add", "arguments": "{"}}]},
+        "tool_calls.0.function.arguments",
+    ),
+    (
+        ASSISTANT | {"tool_calls": [CALL | {"function": {"name": "a", "arguments": "[" * 90000}}]},
         "tool_calls.0.function.arguments",
     ),
     ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "content"),

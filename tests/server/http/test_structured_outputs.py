@@ -43,6 +43,14 @@ OLDER = [
 ]
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """A schema of arrays in arrays."""
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
 async def constraint_of(served: Served, path: str, **fields: Any) -> Constraint | None:
     response = await served.client.post(path, json={**ROUTES[path], **fields})
     assert response.status_code == 200, response.text
@@ -86,11 +94,20 @@ INVALID = [
     ("structured_outputs.regex", {"structured_outputs": {"regex": "(a"}}, "unclosed group"),
     ("structured_outputs.json", {"structured_outputs": {"json": BAD}}, "Unimplemented"),
     ("structured_outputs.json", {"structured_outputs": {"json": "{"}}, "line 1 column 2"),
+    ("structured_outputs.json", {"structured_outputs": {"json": [1]}}, "schema"),
+    ("structured_outputs.json", {"structured_outputs": {"json": nested(200)}}, "recursion limit"),
+    ("structured_outputs.json", {"structured_outputs": {"json": nested(400)}}, "recursion limit"),
     ("structured_outputs.grammar", {"structured_outputs": {"grammar": "x"}}, "grammar"),
 ]
 INVALID_OLDER = [
     ("guided_regex", {"guided_regex": "a(?=b)"}, "look-ahead"),
     ("guided_json", {"guided_json": {"type": "text"}}, "Invalid type"),
+    ("guided_json", {"guided_json": [1]}, "schema"),
+    (
+        "response_format.json_schema.schema",
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": nested(200)}}},
+        "recursion limit",
+    ),
     (
         "response_format.json_schema.schema",
         {"response_format": {"type": "json_schema", "json_schema": {"schema": BAD}}},
