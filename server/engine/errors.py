@@ -3,6 +3,8 @@
 `server/service/errors.py` decides how a client sees them.
 """
 
+import math
+
 from crma.core.errors import CrmaError
 
 
@@ -16,10 +18,14 @@ class QueueFull(EngineError):
     Args:
         limit: sequences that may wait.
         retry_after: an estimate of when there will be room, in seconds.
+
+    Attributes:
+        seconds: the estimate as clients are told it, in whole seconds, at least 1.
     """
 
     def __init__(self, limit: int, retry_after: float) -> None:
-        message = f"the queue is full ({limit} sequences); try again in {retry_after:.0f} s"
+        self.seconds = max(1, math.ceil(retry_after))
+        message = f"the queue is full ({limit} sequences); try again in {self.seconds} s"
         super().__init__(message, allowed=limit)
         self.retry_after = retry_after
 

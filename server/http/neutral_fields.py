@@ -66,12 +66,25 @@ class NeutralFields(Body):
     return_token_ids: Annotated[JsonValue, Neutral(False)] = None
     return_tokens_as_token_ids: Annotated[JsonValue, Neutral(False)] = None
     prompt_logprobs: Annotated[JsonValue, Neutral()] = None
+    cache_salt: Annotated[JsonValue, Neutral("")] = None
+    kv_transfer_params: Annotated[JsonValue, Neutral({})] = None
+    logits_processors: Annotated[JsonValue, Neutral([])] = None
+    mm_processor_kwargs: Annotated[JsonValue, Neutral({})] = None
+    detokenize: Annotated[JsonValue, Neutral(True)] = None
 
 
 class NeutralCompletionFields(NeutralFields):
     """Those of /v1/completions."""
 
     suffix: Annotated[JsonValue, Neutral("")] = None
+
+    # of chats
+    tools: Annotated[JsonValue, Neutral([])] = None
+    tool_choice: Annotated[JsonValue, Neutral("none")] = None
+    parallel_tool_calls: Ignored = None  # without tools there are no calls
+    chat_template_kwargs: Annotated[JsonValue, Neutral({})] = None
+    add_generation_prompt: Annotated[JsonValue, Neutral(True)] = None
+    top_logprobs: Annotated[JsonValue, Neutral()] = None
 
 
 class NeutralChatFields(NeutralFields):
@@ -90,7 +103,12 @@ class NeutralChatFields(NeutralFields):
     verbosity: Annotated[JsonValue, Neutral("medium")] = None
     web_search_options: Annotated[JsonValue, Neutral()] = None
 
+    # of completions
+    best_of: Annotated[JsonValue, Neutral(1)] = None
+    suffix: Annotated[JsonValue, Neutral("")] = None
+
     # vLLM's
+    add_special_tokens: Annotated[JsonValue, Neutral(False)] = None
     echo: Annotated[JsonValue, Neutral(False)] = None
     add_generation_prompt: Annotated[JsonValue, Neutral(True)] = None
     continue_final_message: Annotated[JsonValue, Neutral(False)] = None

@@ -4,7 +4,6 @@ Errors of `crma` and of the engine get their status from `STATUS_OF`. Any other 
 that reveals no internals. To add an error: derive it from ApiError here.
 """
 
-import math
 from collections.abc import Mapping
 
 from crma.core.errors import (
@@ -169,6 +168,5 @@ def _translated(error: CrmaError, status: int, code: str) -> ApiError:
     made.status = status
     made.code = code
     if isinstance(error, QueueFull):
-        seconds = max(1, math.ceil(error.retry_after))
-        made.headers = {"Retry-After": str(seconds)}
+        made.headers = {"Retry-After": str(error.seconds)}
     return made

@@ -136,6 +136,7 @@ class Frontend:
         prefix: str = "gen",
         answer: str | None = None,
         interactive: bool = True,
+        prompt_name: str = "prompt",
     ) -> Generation:
         """A request, encoded and not yet submitted.
 
@@ -148,6 +149,7 @@ class Frontend:
             prefix: of the request's id.
             answer: a given answer; the log-probabilities of its tokens become `prompt_logprobs`.
             interactive: False: it may be preempted by requests that are.
+            prompt_name: as in `PromptEncoder.encode`.
 
         Raises:
             InvalidField: as `check`; a token id of the prompt that does not exist; or more
@@ -169,6 +171,7 @@ class Frontend:
             raw=raw,
             add_special_tokens=add_special_tokens,
             answer=answer,
+            prompt_name=prompt_name,
         )
         if answer is not None:
             first = len(encoded.prompt_ids)

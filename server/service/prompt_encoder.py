@@ -56,6 +56,7 @@ class PromptEncoder:
         raw: bool,
         add_special_tokens: bool = True,
         answer: str | None,
+        prompt_name: str = "prompt",
     ) -> EncodedPrompt:
         """Encode a prompt and, where one is given, the answer that follows it.
 
@@ -65,6 +66,7 @@ class PromptEncoder:
                 template.
             raw: the text is encoded as it is (`AsSent`).
             add_special_tokens: whether raw text gets those that the tokenizer adds.
+            prompt_name: the prompt's name in errors about its token ids.
 
         Raises:
             InvalidField: a token id that does not exist, or text with a token that the model lacks.
@@ -72,7 +74,7 @@ class PromptEncoder:
             QueueFull: `max_waiting` prompts wait already.
         """
         if not isinstance(prompt, str | Conversation):
-            self.check_ids(prompt, "prompt")
+            self.check_ids(prompt, prompt_name)
         if self._slots.locked():
             raise QueueFull(self.max_waiting, retry_after=1.0)
 

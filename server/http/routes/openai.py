@@ -52,7 +52,8 @@ async def completions(
         ignore_eos=body.ignore_eos or _scores_prompt(body),
     )
     generations = []
-    for prompt in body.prompt:
+    is_one = len(body.prompt) == 1
+    for position, prompt in enumerate(body.prompt):
         generation = await frontend.generation(
             prompt,
             resolved,
@@ -61,6 +62,7 @@ async def completions(
             add_special_tokens=body.add_special_tokens,
             timeout_s=body.timeout_s,
             prefix="cmpl",
+            prompt_name="prompt" if is_one else f"prompt.{position}",
         )
         generations.append(generation)
     answer = CompletionAnswer(body, generations, frontend)

@@ -204,6 +204,8 @@ async def test_a_refusal_has_its_status_whether_streamed_or_not(
     assert "secret" not in response.text
     retry_after = "3" if status == 429 else None
     assert response.headers.get("Retry-After") == retry_after
+    if code == "queue_full":
+        assert f"try again in {retry_after} s" in response.json()["error"]["message"]
     served.engine.refusal = None
     assert (await served.generate(stream=stream)).status_code == 200
     assert 'reason="abort"' not in await served.metrics()

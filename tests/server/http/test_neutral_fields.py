@@ -28,9 +28,27 @@ NEUTRAL: dict[str, list[Any]] = {
     "bad_words": [[]],
     "priority": [0],
     "response_format": [{"type": "text"}],
+    "cache_salt": [""],
+    "kv_transfer_params": [{}],
+    "logits_processors": [[]],
+    "mm_processor_kwargs": [{}],
+    "detokenize": [True],
 }
-NEUTRAL_COMPLETION = {"best_of": [1], "suffix": [""], "echo": [False]}
+NEUTRAL_COMPLETION = {
+    "best_of": [1],
+    "suffix": [""],
+    "echo": [False],
+    "tools": [[]],
+    "tool_choice": ["none"],
+    "parallel_tool_calls": [True, False],
+    "chat_template_kwargs": [{}],
+    "add_generation_prompt": [True],
+    "top_logprobs": [],
+}
 NEUTRAL_CHAT = {
+    "best_of": [1],
+    "suffix": [""],
+    "add_special_tokens": [False],
     "tools": [[]],
     "tool_choice": ["none"],
     "functions": [[]],
@@ -55,9 +73,25 @@ REFUSED: dict[str, list[Any]] = {
     "truncate_prompt_tokens": [5],
     "allowed_token_ids": [[5]],
     "prompt_logprobs": [1],
+    "cache_salt": ["salt"],
+    "kv_transfer_params": [{"do_remote_decode": True}],
+    "logits_processors": [["a.b"]],
+    "mm_processor_kwargs": [{"num_crops": 4}],
+    "detokenize": [False],
 }
-REFUSED_COMPLETION = {"suffix": [" end"], "best_of": [2]}
+REFUSED_COMPLETION = {
+    "suffix": [" end"],
+    "best_of": [2],
+    "tools": [[{"type": "function"}]],
+    "tool_choice": ["auto"],
+    "chat_template_kwargs": [{"enable_thinking": False}],
+    "add_generation_prompt": [False],
+    "top_logprobs": [1],
+}
 REFUSED_CHAT = {
+    "best_of": [2],
+    "suffix": [" end"],
+    "add_special_tokens": [True],
     "modalities": [["text", "audio"]],
     "audio": [{"voice": "alloy"}],
     "reasoning_effort": ["high"],

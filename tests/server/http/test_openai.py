@@ -36,6 +36,7 @@ REFUSED_COMPLETIONS = [
     ("prompt", None, "prompt"),
     ("prompt", [1, tiny.VOCAB], "prompt.1"),
     ("prompt", [-1], "prompt.0"),
+    ("prompt", [[1, 2], [tiny.VOCAB]], "prompt.1.0"),
     ("temperature", 2.1, "temperature"),
     ("max_tokens", 0, "max_tokens"),
     ("best_of", 2, "best_of"),
