@@ -25,6 +25,13 @@ Function = Mapping[str, Any]
 
 _PROBE = {"name": "probe_name", "description": "probe_description", "parameters": {}}
 _PROBE_ARGUMENTS = {"probe_key": 1}
+_PROBE_CALL = {
+    "id": "probe_id9",
+    "type": "function",
+    "function": {"name": "probe_name", "arguments": _PROBE_ARGUMENTS},
+}
+_ASKED = {"role": "user", "content": "probe"}
+_CALLED = {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]}
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 # The words of Hermes, which the templates of Qwen have too.
@@ -157,21 +164,36 @@ def tool_markup(tokenizer: PreTrainedTokenizerBase, template: str | None = None)
     Raises:
         ConfigError: there is no template, or it writes calls in another form.
     """
-    call = {"type": "function", "function": {"name": "probe_name", "arguments": _PROBE_ARGUMENTS}}
-    asked = {"role": "user", "content": "probe"}
-    called = {"role": "assistant", "content": "", "tool_calls": [{"id": "probe_id9", **call}]}
     if not template and not tokenizer.chat_template:
         raise _unknown("the base model has no chat template")
-    if not _shows_tools(tokenizer, template, [asked]):
+    if not _shows_tools(tokenizer, template, [_ASKED]):
         return _with_tokens(GENERIC, tokenizer)
     try:
-        shown = _render(tokenizer, template, [asked, called])
+        shown = _render(tokenizer, template, [_ASKED, _CALLED])
     except Exception as error:  # a template may raise anything
         raise _unknown(f"the chat template refuses a tool call: {error}") from error
     for markup in (HERMES, LLAMA):
         if markup.call("probe_name", _PROBE_ARGUMENTS) in shown:
             return _with_tokens(markup, tokenizer)
     raise _unknown("the chat template writes tool calls in a form that this server does not know")
+
+
+@lru_cache(maxsize=64)
+def renders_calls(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> bool:
+    """Whether a chat template shows the calls of a conversation that has no tools.
+
+    True also where it refuses such a conversation: that refusal tells a client more.
+
+    Args:
+        template: None: the tokenizer's own.
+    """
+    try:
+        shown = tokenizer.apply_chat_template(
+            [_ASKED, _CALLED], chat_template=template, tokenize=False
+        )
+    except Exception:  # a template may raise anything
+        return True
+    return "probe_name" in str(shown)
 
 
 def _with_tokens(markup: ToolMarkup, tokenizer: PreTrainedTokenizerBase) -> ToolMarkup:

@@ -13,8 +13,10 @@ from crma.models.prompts import (
     AsSent,
     Conversation,
     Format,
+    TemplateFormat,
     encode_text,
 )
+from crma.models.tools import renders_calls
 from server.engine.errors import QueueFull
 from server.service.errors import InvalidField
 
@@ -124,9 +126,21 @@ class PromptEncoder:
             allowed = f"text whose token ids are below {self.num_tokens}"
             raise InvalidField(message, field="prompt", value=text, allowed=allowed)
 
+    def _check_calls(self, conversation: Conversation, prompt_format: Format) -> None:
+        """Raises InvalidField for calls in messages that the model would not see."""
+        calling = [i for i, turn in enumerate(conversation.turns) if turn.tool_calls]
+        template = prompt_format.template if isinstance(prompt_format, TemplateFormat) else None
+        if calling and not renders_calls(self.tokenizer, template):
+            field = f"messages.{calling[0]}.tool_calls"
+            message = f"{field}: this model's chat template does not render tool calls"
+            value = len(conversation.turns[calling[0]].tool_calls or ())
+            allowed = "messages without tool_calls; or tools beside them, which brings a form"
+            raise InvalidField(message, field=field, value=value, allowed=allowed)
+
     def _prompt_ids(self, prompt: Prompt, prompt_format: Format) -> Sequence[int]:
         if isinstance(prompt, str):
             return prompt_format.encode(self.tokenizer, prompt)
         if isinstance(prompt, Conversation):
+            self._check_calls(prompt, prompt_format)
             return prompt_format.encode_conversation(self.tokenizer, prompt)
         return prompt

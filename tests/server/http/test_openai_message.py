@@ -109,3 +109,21 @@ async def test_a_message_is_refused_with_the_name_of_the_part_at_fault(
     request = {"path": "/v1/chat/completions", "json": body}
     error = await refused(served, 422, "invalid_field", **request)
     assert error["param"] == f"messages.0.{part}"
+
+
+@pytest.mark.parametrize("content", ["", None])
+async def test_calls_that_the_chat_template_does_not_render_are_refused_by_name(
+    served: Served, content: str | None
+) -> None:
+    """They were left out in silence, or a 422 in the words of Jinja."""
+    user = {"role": "user", "content": "Hi"}
+    called = {"role": "assistant", "content": content, "tool_calls": [CALL]}
+    body: dict[str, Any] = {"model": "base", "messages": [user, called, user]}
+    for path in ("/v1/chat/completions", "/tokenize"):
+        error = await refused(served, 422, "invalid_field", path=path, json=body)
+        field = error["param" if path.startswith("/v1/") else "field"]
+        assert field == "messages.1.tool_calls"
+        assert "does not render tool calls" in error["message"]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    response = await served.client.post("/v1/chat/completions", json=body | {"tools": tools})
+    assert response.status_code == 200, response.text
