@@ -95,19 +95,22 @@ def ablate(
 
 
 def _sources(store: "AdapterStore") -> dict[str, str]:
-    """The built-in domain or the folder of every serving task, by name, where it is known."""
+    """The built-in domain or the folder of every serving task, by name, where it is known.
+
+    A task that does not record its source has that of the built-in domain of its name, if any.
+    """
     from crma.data.sources import DOMAINS
     from crma.training.gated_task import task_source
 
     sources = {}
     for name in store.task_names():
-        if name in DOMAINS:
-            sources[name] = name
-            continue
         try:
             sources[name] = task_source(store.task(name))
         except CrmaError as error:
-            note(f"{name} is left out: {error.message}")
+            if name in DOMAINS:
+                sources[name] = name
+            else:
+                note(f"{name} is left out: {error.message}")
     return sources
 
 

@@ -147,6 +147,27 @@ def test_a_split_of_a_task_in_a_folder_of_its_own_is_asked(
     assert "imported is left out: it does not say where its data is" in err
 
 
+def test_a_task_is_asked_from_the_folder_it_was_trained_on_though_a_domain_has_its_name(
+    home: Path, base: BaseModel, write_task: Any, tmp_path: Path
+) -> None:
+    """It was scored on the domain's data, in silence. An import of that name is asked from it."""
+    write_task(tmp_path / "legal", ("yes", "no"))
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'tasks = ["{tmp_path / "legal"}"]\narm = "FROZEN"\nepochs = 1\nmodel = "{base.path}"\n'
+    )
+    store = tmp_path / "store"
+    assert crma("train", config, "--out", tmp_path / "run", "--ship", store)[0] == 0
+    tiny.publish(AdapterStore(store), base, "medical", 1)
+    options = ("--model", base.path, "--split", "holdout", "--variants", "base", "--json")
+    code, out, _ = crma("ablate", store, *options)
+    assert code == 0
+    guesses: dict[str, set[str]] = {"legal": set(), "medical": set()}
+    for item in json.loads(out)["items"]:
+        guesses[item["task"]].add(item["outputs"]["naive_bayes"]["text"])
+    assert guesses == {"legal": {"yes", "no"}, "medical": {"liver", "heart"}}
+
+
 NO_STORE = [
     "verify {folder}",
     "ablate {folder}",
