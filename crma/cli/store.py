@@ -108,11 +108,18 @@ def rollback(
     channel: Annotated[
         str,
         typer.Option(
-            help="tasks/NAME, or backbone; tasks that do not fit the earlier backbone go back too."
+            help="tasks/NAME, or backbone; tasks that do not fit the earlier backbone go back too, "
+            "or stop if they served nothing that fits."
         ),
     ] = "backbone",
 ) -> None:
     """Serve the version that served before the current one. A running server notices at once."""
     from crma.store.opening import open_store
 
-    note(f"serving: {open_store(store).roll_back(channel).serving()}")
+    adapters = open_store(store)
+    before = adapters.channels().serving()
+    after = adapters.roll_back(channel).serving()
+    note(f"serving: {after}")
+    stopped = sorted(before.keys() - after.keys())
+    if stopped:
+        note(f"no longer served: {', '.join(stopped)}")

@@ -289,33 +289,29 @@ class AdapterStore:
         """Moves a channel back to the version that it served before.
 
         If that is the backbone's, each task that does not fit the earlier backbone goes back until
-        it does.
+        it does, or until it served nothing: then it stops.
 
         Raises:
-            NotFound: the channel served nothing before, or no backbone served before this one.
-            InvalidAdapter: no such channel, or a damaged manifest.
+            NotFound: no such channel, or it served nothing before.
+            InvalidAdapter: a damaged manifest.
             LineageMismatch: a task does not fit the serving backbone in its earlier version.
         """
         with locked(self.root):
             before = read_channels(self.root)
             channels = before.roll_back(channel, evidence)
+            version = channels.version(channel)
+            if version is None:
+                raise _nothing_before(channel, before)
             if channel != BACKBONE:
                 return self._write([channel], before, channels)
-            if channels.backbone is None:
-                # Without a backbone, every task that was trained on one would be refused.
-                message = (
-                    f"No backbone served before {before.backbone}, so it cannot be rolled back."
-                )
-                allowed = "a backbone that was replaced"
-                raise NotFound(message, field="channel", value=channel, allowed=allowed)
-            backbone = read_backbone(self.root, channels.backbone)
+            backbone = read_backbone(self.root, version)
             moved = [channel]
             for name in channels.tasks:
-                version = channels.tasks.get(name)
-                while version and not self.task(name, version).fits_lineage([backbone]):
+                served = channels.tasks.get(name)
+                while served and not self.task(name, served).fits_lineage([backbone]):
                     channels = channels.roll_back(task_channel(name), evidence)
                     moved.append(task_channel(name))
-                    version = channels.tasks.get(name)
+                    served = channels.tasks.get(name)
             return self._write(moved, before, channels)
 
     def remove_task(self, name: str, version: str | None = None) -> tuple[str, ...]:
@@ -359,3 +355,21 @@ class AdapterStore:
         check_change(self.root, before, channels)
         write_channels(self.root, channels)
         return channels
+
+
+def _nothing_before(channel: str, serving: Channels) -> NotFound:
+    """The error for a roll back to nothing, which would stop the task in silence.
+
+    Without a backbone, every task that was trained on one would be refused.
+    """
+    version = serving.version(channel)
+    if channel == BACKBONE:
+        message = f"No backbone served before {version}, so it cannot be rolled back."
+        allowed = "a backbone that was replaced"
+    else:
+        message = (
+            f"Nothing served before {version} of {channel}, so it cannot be rolled back: publish "
+            "another version (crma import, crma train --ship)."
+        )
+        allowed = "a task whose version was replaced"
+    return NotFound(message, field="channel", value=channel, allowed=allowed)

@@ -115,9 +115,7 @@ class Channels(Record):
             elif change.action == "roll_back" and past:
                 past.pop()
         if not past:
-            message = f"{channel}: there is no earlier version to roll back to."
-            allowed = "a channel that has changed"
-            raise NotFound(message, field="channel", value=channel, allowed=allowed)
+            raise self._no_past(channel)
         return self._change("roll_back", channel, past[-1], evidence)
 
     def check_integrity(self) -> None:
@@ -135,6 +133,17 @@ class Channels(Record):
         if serving != expected:
             message = "The serving versions are not those at the end of the history."
             raise invalid(message, CHANNELS, serving, expected)
+
+    def _no_past(self, channel: str) -> NotFound:
+        """The error for a channel that has nothing to go back to, or that there never was."""
+        known = sorted({BACKBONE, *(change.channel for change in self.history)})
+        if channel in known:
+            message = f"{channel}: there is no earlier version to roll back to."
+            allowed: object = "a channel that has changed"
+        else:
+            message = f"there is no channel {channel!r} in this store."
+            allowed = ", ".join(known)
+        return NotFound(message, field="channel", value=channel, allowed=allowed)
 
     def _change(
         self, action: str, channel: str, version: str | None, evidence: Mapping[str, Any] | None

@@ -225,6 +225,16 @@ def test_the_first_backbone_is_not_rolled_back(trained: Trained) -> None:
     assert (code, "No backbone served before v1" in err) == (2, True)
 
 
+def test_a_roll_back_names_the_tasks_that_stop(base: BaseModel, store: AdapterStore) -> None:
+    first = store.backbone()
+    second = tiny.publish_backbone(store, base, 1, lineage=[first.digest])
+    tiny.publish(store, base, "new", 3, backbone=second.digest)
+    code, _, err = crma("rollback", "--store", store.root)
+    assert code == 0
+    assert err.splitlines()[1:] == ["no longer served: tasks/new"]
+    assert store.task_names() == ("legal", "medical")
+
+
 def test_an_ablation_is_a_table(base: BaseModel, store: AdapterStore) -> None:
     options = ("--model", base.path, "--max-tokens", 3, "--variants", "task,base")
     code, out, _ = crma("ablate", store.root, *options)

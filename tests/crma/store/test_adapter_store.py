@@ -208,7 +208,7 @@ def test_any_order_of_publishes_moves_and_roll_backs_behaves_like_a_stack(
             store.set_serving({CHANNEL: version})
             if version != served[-1]:
                 served.append(version)
-        elif len(served) > 1:
+        elif len(served) > 1 and served[-2] is not None:
             store.roll_back(CHANNEL)
             served.pop()
         else:
@@ -229,6 +229,23 @@ def test_the_first_backbone_cannot_be_rolled_back(full: AdapterStore) -> None:
     second = publish_backbone(full, seed=1, lineage=[full.backbone().digest])
     assert full.backbone() == second
     assert full.roll_back("backbone").serving() == {"backbone": "v1", "tasks/medical": "v1"}
+
+
+def test_a_task_is_not_rolled_back_to_nothing(full: AdapterStore) -> None:
+    """It stopped in silence."""
+    before = contents(full.root)
+    with pytest.raises(NotFound, match="Nothing served before v1 of tasks/medical"):
+        full.roll_back(CHANNEL)
+    assert contents(full.root) == before
+
+
+@pytest.mark.parametrize("channel", ["backbon", "tasks/typo", "tasks/../up"])
+def test_a_roll_back_of_no_channel_of_the_store_lists_them(
+    full: AdapterStore, channel: str
+) -> None:
+    with pytest.raises(NotFound, match=f"no channel '{channel}'") as caught:
+        full.roll_back(channel)
+    assert caught.value.allowed == "backbone, tasks/medical"
 
 
 def test_a_channel_moves_only_to_a_published_version(full: AdapterStore) -> None:
