@@ -1,5 +1,6 @@
 """`crma ablate`: the same questions with and without CRMA."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +9,7 @@ import typer
 
 from crma.cli.options import Json, Model, StoreFolder
 from crma.cli.output import interval, note, show_json
-from crma.core.errors import CrmaError
+from crma.core.errors import ConfigError, CrmaError
 from crma.evaluation.scorers import SCORERS
 from crma.models.base_model import DEFAULT_MODEL, find_base
 
@@ -64,6 +65,10 @@ def ablate(
     from crma.evaluation.ablation import AblationSettings
     from crma.store.opening import open_store
 
+    factors = _read_strengths(strengths)
+    if max_tokens < 1:
+        message = "not the length of an answer."
+        raise ConfigError(message, field="--max-tokens", value=max_tokens, allowed="1 or more")
     settings = AblationSettings(
         variants=tuple(name.strip() for name in variants.split(",")),
         scorer=scorer,
@@ -76,7 +81,7 @@ def ablate(
     )
     adapters = open_store(store)
     control_store = open_store(control) if control else None
-    file = questions or store / "question_sets" / "public.jsonl"
+    file = questions or _public_set(store, split)
     sources = _sources(adapters) if split else None
     question_set = _question_set(sources, split, file)
     result = offline.ablate(
@@ -84,7 +89,7 @@ def ablate(
         question_set,
         settings,
         control=control_store,
-        strengths=[float(strength) for strength in strengths.split(",") if strength],
+        strengths=factors,
         naive_bayes_of=None if scorer == "perplexity" else sources,
         note=note,
     )
@@ -92,6 +97,32 @@ def ablate(
         show_json(result)
     else:
         typer.echo(_table(split or str(file), result))
+
+
+def _read_strengths(text: str) -> list[float]:
+    """The comma-separated strengths. Raises ConfigError for one that is no finite number."""
+    strengths = []
+    for part in filter(None, text.split(",")):
+        try:
+            strength = float(part)
+        except ValueError:
+            strength = math.nan
+        if not math.isfinite(strength):
+            message = f"{part!r} is not a strength."
+            allowed = "finite numbers, such as 0,.25,.5,.75,1"
+            raise ConfigError(message, field="--strengths", value=part, allowed=allowed)
+        strengths.append(strength)
+    return strengths
+
+
+def _public_set(store: Path, split: str | None) -> Path:
+    """The store's public question set. Raises ConfigError if there is none and no split."""
+    file = store / "question_sets" / "public.jsonl"
+    if split is None and not file.exists():
+        message = f"{store} has no public question set: ask a split (--split) or a file."
+        allowed = "a file of questions"
+        raise ConfigError(message, field="--questions", value=None, allowed=allowed)
+    return file
 
 
 def _sources(store: "AdapterStore") -> dict[str, str]:

@@ -17,6 +17,7 @@ from crma.core.digests import file_digest
 from crma.data import splits as data
 from crma.models.base_model import BaseModel
 from crma.store.adapter_store import AdapterStore
+from crma.store.opening import start_store
 
 HEAVY = ("torch", "transformers", "numpy", "scipy", "matplotlib")
 
@@ -269,6 +270,11 @@ ERRORS = [
     ("verify {store} --model absent", "run `crma pull absent` first"),
     ("ablate {store} --model {base} --questions none.jsonl", "cannot be read"),
     ("ablate {store} --model {base} --split test", "'test' is not a split"),
+    ("ablate {store} --model {base} --strengths a", "--strengths: 'a' is not a strength. (allowed"),
+    ("ablate {store} --model {base} --strengths 1,nan", "--strengths: 'nan' is not a strength."),
+    ("ablate {store} --model {base} --max-tokens 0", "--max-tokens: not the length of an answer."),
+    ("ablate {new} --model {base}", "no public question set: ask a split (--split) or a file"),
+    ("rollback --store {store} --channel tasks/typo", "backbone, tasks/legal, tasks/medical"),
     ("import {store}/nowhere other --store {store} --model {base}", "There is no such folder"),
     ("train {store}/run.toml", "[a-z0-9][a-z0-9._-]{0,63}"),
     ("data astrology", "not a built-in domain"),
@@ -279,8 +285,9 @@ ERRORS = [
 def test_an_error_is_one_line_that_says_what_to_do(
     arguments: str, said: str, base: BaseModel, store: AdapterStore
 ) -> None:
+    new = start_store(store.root.parent / "new").root
     (store.root / "run.toml").write_text(f'tasks = ["data/My Task"]\nmodel = "{base.path}"\n')
-    code, out, err = crma(*arguments.format(store=store.root, base=base.path).split())
+    code, out, err = crma(*arguments.format(store=store.root, base=base.path, new=new).split())
     *progress, line = err.splitlines()
     assert (code, out) == (2, "")
     assert line.startswith("error: ")
