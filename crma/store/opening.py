@@ -17,13 +17,14 @@ def is_store(root: Path) -> bool:
 
 def open_store(root: Path) -> AdapterStore:
     """The store in a folder. Raises NotFound if it is none."""
-    if not root.is_dir():
-        found = f"There is no folder {root}."
-    elif not is_store(root):
-        found = f"{root} is no adapter store: it holds none of {', '.join(MARKS)}."
-    else:
+    if is_store(root):
         return AdapterStore(root)
-    message = f"{found} To start a new store there: `crma init {root}`."
+    if root.is_dir():
+        message = f"{root} is no adapter store: it holds none of {', '.join(MARKS)}."
+    else:
+        message = f"There is no folder {root}."
+    if _may_become_store(root):
+        message += f" To start a new store there: `crma init {root}`."
     allowed = "the folder of an adapter store"
     raise NotFound(message, field="store", value=str(root), allowed=allowed)
 
@@ -34,7 +35,7 @@ def writable_store(root: Path) -> AdapterStore:
     Raises:
         StoreError: the folder holds something that is no store.
     """
-    if root.exists() and not is_store(root) and (not root.is_dir() or any(root.iterdir())):
+    if not is_store(root) and not _may_become_store(root):
         message = f"{root} holds something else than an adapter store."
         allowed = "a folder that is a store, empty or missing"
         raise StoreError(message, field="store", value=str(root), allowed=allowed)
@@ -48,3 +49,8 @@ def start_store(root: Path) -> AdapterStore:
         with locked(root):
             write_channels(root, Channels())
     return store
+
+
+def _may_become_store(root: Path) -> bool:
+    """Whether a folder is missing or empty."""
+    return not root.exists() or (root.is_dir() and not any(root.iterdir()))

@@ -21,9 +21,19 @@ def format_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Format
     name = config.prompt_format
     if name == "raw":
         return RAW_FORMAT
+    template = None if name == "chat" else _read_template(name)
     try:
-        template = None if name == "chat" else Path(name).read_text(encoding="utf-8")
         return chat_format(tokenizer, template)
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
+    except ConfigError as error:
         message = f'prompt_format {name!r}: {error}; "raw" or the file of a template needs none'
+        raise ConfigError(message, field="prompt_format", value=name, allowed=_ALLOWED) from error
+
+
+def _read_template(name: str) -> str:
+    """The text of a template file. Raises ConfigError if it cannot be read."""
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        message = f"the file {name!r} cannot be read: {reason}"
         raise ConfigError(message, field="prompt_format", value=name, allowed=_ALLOWED) from error

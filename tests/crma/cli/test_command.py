@@ -179,18 +179,21 @@ NO_STORE = [
 
 
 @pytest.mark.parametrize("arguments", NO_STORE)
-@pytest.mark.parametrize("there", [False, True], ids=["missing", "other"])
+@pytest.mark.parametrize("there", ["missing", "empty", "other"])
 def test_a_folder_that_is_no_store_is_refused_by_name(
-    arguments: str, there: bool, store: AdapterStore, tmp_path: Path
+    arguments: str, there: str, store: AdapterStore, tmp_path: Path
 ) -> None:
+    """`crma init` is no advice for a folder that it would refuse."""
     folder = tmp_path / "typo"
-    if there:
+    if there != "missing":
         folder.mkdir()
+    if there == "other":
         (folder / "notes.txt").write_text("mine")
     code, out, err = crma(*arguments.format(folder=folder, store=store.root).split())
     assert (code, out) == (2, "")
-    assert f"`crma init {folder}`" in err
-    assert folder.exists() == there
+    assert str(folder) in err
+    assert (f"`crma init {folder}`" in err) == (there != "other")
+    assert folder.exists() == (there != "missing")
 
 
 def test_a_store_is_started_on_purpose_and_only_where_nothing_else_is(
