@@ -1,6 +1,8 @@
 """The configuration of a training run: a TOML file whose every key and value is checked."""
 
+import reprlib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -105,6 +107,7 @@ class TrainConfig(Settings):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Check parsed values. Raises ConfigError that names the first invalid key."""
+        _check_keys(cls, values)
         return checked("", values, cls.model_validate, ConfigError)
 
     @classmethod
@@ -120,6 +123,22 @@ class TrainConfig(Settings):
         """
         given = {key: value for key, value in overrides.items() if value is not None}
         return cls.from_dict(read_toml(path) | given)
+
+
+def _check_keys(table: type[Settings], values: Mapping[str, Any], place: str = "") -> None:
+    """Raises ConfigError for a key that a table, or a table in it, does not have.
+
+    pydantic would refuse it too, but not list the keys that there are.
+    """
+    for key, value in values.items():
+        known = table.model_fields
+        if key not in known:
+            field, allowed = f"{place}{key}", ", ".join(known)
+            message = "there is no such key."
+            raise ConfigError(message, field=field, value=reprlib.repr(value), allowed=allowed)
+        kind = known[key].annotation
+        if isinstance(kind, type) and issubclass(kind, Settings) and isinstance(value, dict):
+            _check_keys(kind, value, f"{place}{key}.")
 
 
 def task_name(task: str) -> str:

@@ -52,6 +52,15 @@ def test_an_invalid_value_is_refused_and_its_field_named(
     assert caught.value.field == field
 
 
+def test_an_unknown_key_is_refused_with_those_of_its_table() -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_dict({"tasks": ["a"], "epoch": 3})
+    assert (caught.value.field, "tasks, arm, seed" in str(caught.value.allowed)) == ("epoch", True)
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_dict({"tasks": ["a"], "lora": {"dropout": 0.1}})
+    assert caught.value.allowed == "rank, alpha, target_modules, lr"
+
+
 @pytest.mark.parametrize("content", [b"tasks = [", b"\xff"])
 def test_a_file_that_is_not_toml_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.toml").write_bytes(content)

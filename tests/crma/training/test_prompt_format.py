@@ -45,6 +45,8 @@ def test_a_template_file_gives_the_markup(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file") as caught:
         format_of(config(prompt_format=str(tmp_path / "absent")), tokenizer)
     assert caught.value.field == "prompt_format"
+    absent = str(tmp_path / "absent")
+    assert caught.value.message == f"the file {absent!r} cannot be read: No such file or directory"
 
 
 def test_a_run_trains_and_publishes_in_the_configured_format(
