@@ -77,7 +77,8 @@ def import_adapter(
 ) -> None:
     """Publish a PEFT LoRA from a local folder as a task, and serve it.
 
-    It was not trained with CRMA, so it serves with CRMA off only.
+    It was not trained with CRMA, so it serves with CRMA off only. An adapter that serves already,
+    in the same prompt format and under the same licence, is not published again.
     """
     from crma.models.model_shape import read_shape
     from crma.store.import_format import describe
@@ -85,6 +86,7 @@ def import_adapter(
 
     adapters = writable_store(store)
     is_new = not is_store(store)
+    served = adapters.channels().tasks.get(name)
     base = find_base(model)
     shape = read_shape(base)
     entry = adapters.import_peft(
@@ -95,11 +97,16 @@ def import_adapter(
         shape=shape,
         trust_base=trust_base,
         prompt_format=prompt_format,
+        repeat=False,
     )
     if is_new:
         note(f"started a new store: {store}")
     note(f"{entry.name}@{entry.version} {entry.digest}")
     note(f"prompt format {describe(entry.prompt_format)}")
+    if entry.version == served:
+        note(f"tasks/{name}: already published as {served}")
+    elif served is not None:
+        note(f"replaces {served}; undo: crma rollback --channel tasks/{name} --store {store}")
 
 
 @group.command()

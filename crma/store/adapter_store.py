@@ -187,6 +187,7 @@ class AdapterStore:
         shape: ModelShape | None = None,
         trust_base: bool = False,
         prompt_format: str | None = None,
+        repeat: bool = True,
     ) -> TaskEntry:
         """Publishes a PEFT LoRA from a local folder, its tensors in their own dtype.
 
@@ -202,6 +203,8 @@ class AdapterStore:
             shape: of the base model; if given, the adapter must fit it.
             trust_base: import it even if its config names another base model.
             prompt_format: as the name in `import_format.import_format`.
+            repeat: False: if the same adapter serves already, that version is returned and nothing
+                is published.
 
         Raises:
             NotFound, BaseMismatch: as `peft_folder.read_folder`.
@@ -218,6 +221,10 @@ class AdapterStore:
             chosen = import_format(path, base, prompt_format)
         fields = {"backbone": None, "prompt_format": chosen}
         origin: Origin = {"base": base, "trained_on": None, "measured": {}, "licence": licence}
+        if not repeat:
+            serving = publication.serving_alike(self.root, name, lora, fields, origin)
+            if serving is not None:
+                return serving
         return publication.publish_lora(self.root, name, lora, fields, origin, serve=True)
 
     def publish_backbone(

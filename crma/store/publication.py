@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from crma.core.digests import files_digest
-from crma.core.errors import LineageMismatch
+from crma.core.errors import LineageMismatch, StoreError
 from crma.core.files import locked, publish_folder, to_json
 from crma.models.base_model import BaseModel
 from crma.store.channels import (
@@ -85,6 +85,34 @@ def publish_lora(
     files = _files(TASK_FILES, config, tensors)
     version = _publish(root, task_channel(name), files, {**fields, **described}, origin, serve)
     return read_task(root, name, version)
+
+
+def serving_alike(
+    root: Path, name: str, lora: StoredLora, fields: Mapping[str, Any], origin: Origin
+) -> TaskEntry | None:
+    """The serving version of a task, if `publish_lora` would publish it once more.
+
+    Args are those of `publish_lora`.
+
+    Returns:
+        The version; None if another one serves, or none, or its files are damaged: to publish it
+        again mends the task.
+    """
+    version = read_channels(root).version(task_channel(name))
+    if version is None:
+        return None
+    try:
+        entry = read_task(root, name, version)
+        entry.read()
+    except StoreError:
+        return None
+    base = origin["base"]
+    digest = files_digest(_files(TASK_FILES, *lora_to_peft(lora, base_name=base.name)))
+    manifest = entry.manifest
+    wanted = (digest, base.digest, origin["licence"], *fields.values())
+    served = (entry.digest, manifest.base.digest, manifest.licence)
+    described = tuple(getattr(manifest, field) for field in fields)
+    return entry if (*served, *described) == wanted else None
 
 
 def publish_backbone(

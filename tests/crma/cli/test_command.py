@@ -269,6 +269,41 @@ def test_an_adapter_from_elsewhere_is_imported_under_a_name(
     assert entry.digest in err
 
 
+def test_an_import_over_a_serving_task_says_what_it_replaces_and_repeats_nothing(
+    base: BaseModel, store: AdapterStore, tmp_path: Path
+) -> None:
+    """It replaced the task in silence, and the same import again was another version."""
+    options = ("task", "--store", tmp_path / "new", "--model", base.path)
+    first = ("import", store.task("medical").path, *options)
+    second = ("import", store.task("legal").path, *options)
+    undo = f"undo: crma rollback --channel tasks/task --store {tmp_path / 'new'}"
+    target = AdapterStore(tmp_path / "new")
+    for arguments, said, versions in [
+        (first, None, ("v1",)),
+        (first, "tasks/task: already published as v1", ("v1",)),
+        (second, f"replaces v1; {undo}", ("v1", "v2")),
+        ((*second, "--prompt-format", "raw"), f"replaces v2; {undo}", ("v1", "v2", "v3")),
+    ]:
+        code, _, err = crma(*arguments)
+        assert code == 0
+        assert said is None or said in err.splitlines()
+        assert ("replaces" in err) == (said is not None and "replaces" in said)
+        assert target.task_versions("task") == versions
+
+
+def test_an_import_mends_a_task_whose_files_are_damaged(
+    base: BaseModel, store: AdapterStore, tmp_path: Path
+) -> None:
+    target = AdapterStore(tmp_path / "new")
+    arguments = ("import", store.task("medical").path, "task", "--store", target.root)
+    assert crma(*arguments, "--model", base.path)[0] == 0
+    tiny.flip_bit(target.task("task").path / "adapter_model.safetensors")
+    assert crma(*arguments, "--model", base.path)[0] == 0
+    entry = target.task("task")
+    assert entry.version == "v2"
+    entry.read()
+
+
 ERRORS = [
     ("verify {store} --model absent", "run `crma pull absent` first"),
     ("ablate {store} --model {base} --questions none.jsonl", "cannot be read"),
