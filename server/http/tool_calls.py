@@ -64,7 +64,11 @@ class Tools(Body):
         description='"none"; "auto", the default with tools: a text, or calls; "required": calls; '
         '{"type": "function", "function": {"name": …}}: a call of this one.',
     )
-    parallel_tool_calls: bool = Field(True, description="Allow several calls in one answer.")
+    parallel_tool_calls: bool | None = Field(
+        None,
+        description="Whether an answer may have several calls; null: unless a call is required, "
+        "where small models repeat it.",
+    )
 
     @property
     def shown_functions(self) -> list[Function]:
@@ -93,10 +97,12 @@ class Tools(Body):
     def tool_constraint(self, markup: ToolMarkup) -> Constraint:
         """What an answer with these tools has to be."""
         functions = [each for each in self.shown_functions if self._named in (None, each["name"])]
+        needs_call = self.tool_choice not in (None, "auto")
+        several = self.parallel_tool_calls
+        if several is None:
+            several = not needs_call
         grammar = markup.grammar(
-            functions,
-            needs_call=self.tool_choice not in (None, "auto"),
-            several=self.parallel_tool_calls and self._named is None,
+            functions, needs_call=needs_call, several=several and self._named is None
         )
         return Constraint(ConstraintKind.GRAMMAR, grammar, field="tools")
 

@@ -6,8 +6,10 @@ is known. The engine's thread waits only where it samples, after the next forwar
 """
 
 import asyncio
+import copy
 import json
 import os
+import secrets
 import threading
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +19,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
-from llguidance.hf import from_tokenizer
 from numpy import typing as npt
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,9 @@ LIMITS = LLParserLimits(
     max_lexer_states=20_000,
     verbose_errors=False,
 )
+# JSON is written as `json.dumps` does: where whitespace is free, a small model that begins to write
+# it often never stops.
+JSON_STYLE = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 MASK_SECONDS = 5.0  # a row whose allowed tokens take longer to compute ends
 MAX_WAITING = 16  # constraints that may wait to be compiled
 NUM_COMPILED = 64  # constraints that are kept
@@ -121,7 +125,7 @@ class Constraints:
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
         """Takes seconds; used in the compiling thread only."""
-        return from_tokenizer(self._hf_tokenizer, eos_token=sorted(self._end_ids) or None)
+        return _inert_tokenizer(self._hf_tokenizer, self._end_ids)
 
     def _start_compiling(self, constraint: Constraint) -> "Future[LLMatcher]":
         return self._compile_thread.submit(self._compile, constraint)
@@ -266,14 +270,42 @@ class _DeepThreads(ThreadPoolExecutor):
                 threading.stack_size(previous)
 
 
+def _inert_tokenizer(tokenizer: PreTrainedTokenizerBase, end_ids: frozenset[int]) -> LLTokenizer:
+    """A tokenizer for grammars in which the text of a special token (`<|im_end|>`) is only text.
+
+    llguidance encodes the texts that a grammar asks for. It would take such a text for the token,
+    which ends the answer or has no text, so the special tokens have other names there.
+    """
+    backend = copy.copy(tokenizer.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    described: dict[str, Any] = json.loads(backend.to_str())
+    secret = secrets.token_hex(16)
+    names = {}
+    for added in described["added_tokens"]:
+        if added["special"]:
+            names[added["content"]] = f"<{secret}{added['id']}>"
+            added["content"] = names[added["content"]]
+    vocabulary = described["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        renamed: Any = {names.get(token, token): i for token, i in vocabulary.items()}
+    else:  # Unigram: [token, score] by id
+        renamed = [[names.get(token, token), score] for token, score in vocabulary]
+    described["model"]["vocab"] = renamed
+    return LLTokenizer(json.dumps(described), eos_token=sorted(end_ids) or None)
+
+
 def _grammar(constraint: Constraint) -> str:
     """llguidance's own form of a constraint. Raises ValueError."""
     if constraint.kind is ConstraintKind.JSON_OBJECT:
-        return LLMatcher.grammar_from_json_schema({"type": "object"})
+        return LLMatcher.grammar_from_json_schema({"type": "object", "x-guidance": JSON_STYLE})
     source = constraint.source
     try:
         if constraint.kind is ConstraintKind.JSON_SCHEMA:
-            source = json.dumps(json.loads(source))  # llguidance pastes it into a larger JSON text
+            schema = json.loads(source)
+            if isinstance(schema, dict):
+                schema.setdefault("x-guidance", JSON_STYLE)
+            source = json.dumps(schema)  # llguidance pastes it into a larger JSON text
         return grammar_from(_FORMATS[constraint.kind], source)
     except RecursionError as error:
         raise ValueError("it nests too deep") from error

@@ -286,3 +286,28 @@ def test_a_sequence_that_is_stuck_ends_with_its_reason_and_its_neighbours_go_on(
     ended = outputs["broken", 0]
     assert ended.finish_reason is FinishReason.ERROR
     assert "cannot go on under its constraint" in str(ended.error)
+
+
+# Special tokens ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "a<|im_end|>b", "<|im_start|>"])
+def test_a_special_token_that_a_constraint_spells_is_text(
+    constraints: Constraints, text: str
+) -> None:
+    """It was the token itself: the answer ended there, or could not go on."""
+    found = matcher(constraints, Constraint(ConstraintKind.CHOICE, json.dumps([text])))
+    spelled = tokenizer().encode(text, add_special_tokens=False, split_special_tokens=True)
+    for token in spelled:
+        assert token in allowed(found)
+        assert END not in allowed(found)
+        found.accept(token)
+    assert allowed(found) == {END}
+
+
+def test_json_is_written_without_free_whitespace(constraints: Constraints) -> None:
+    """A small model that begins to write spaces often never stops."""
+    schema = json.dumps({"type": "object", "properties": {}, "additionalProperties": False})
+    found = after(matcher(constraints, Constraint(ConstraintKind.JSON_SCHEMA, schema)), "{")
+    (close,) = tokenizer().encode("}")
+    assert allowed(found) == {close}
