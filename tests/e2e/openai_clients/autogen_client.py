@@ -1,11 +1,13 @@
-"""autogen: a client's create and stream, and an agent that calls a tool."""
+"""autogen: a client's create and stream, a required call, and an agent with a tool."""
 
 import asyncio
+import json
 import sys
 from typing import Literal
 
 from autogen_agentchat.agents import AssistantAgent
 from autogen_core.models import ModelInfo, UserMessage
+from autogen_core.tools import FunctionTool
 from autogen_ext.models.openai import OpenAIChatCompletionClient
 
 ADDRESS, MODEL = sys.argv[1:]
@@ -23,7 +25,7 @@ async def look(direction: Literal["up", "down"]) -> str:
     return f"nothing is {direction}"
 
 
-def client(**options: object) -> OpenAIChatCompletionClient:
+def client() -> OpenAIChatCompletionClient:
     return OpenAIChatCompletionClient(
         model=MODEL,
         base_url=f"{ADDRESS}/v1",
@@ -31,22 +33,23 @@ def client(**options: object) -> OpenAIChatCompletionClient:
         model_info=INFO,
         temperature=0,
         max_tokens=60,
-        **options,
     )
 
 
 async def main() -> None:
-    plain = client()
+    model = client()
     messages = [UserMessage(content="Is the sky clear?", source="user")]
-    answer = await plain.create(messages)
-    parts = [part async for part in plain.create_stream(messages)]
+    answer = await model.create(messages)
+    parts = [part async for part in model.create_stream(messages)]
     assert "".join(part for part in parts if isinstance(part, str)) == answer.content
-    await plain.close()
-    calling = client(tool_choice="required")
-    agent = AssistantAgent("watcher", calling, tools=[look], reflect_on_tool_use=False)
+    tool = FunctionTool(look, description="Look in a direction.")
+    called = await model.create(messages, tools=[tool], tool_choice="required")
+    (call,) = called.content
+    assert json.loads(call.arguments)["direction"] in ("up", "down")
+    agent = AssistantAgent("watcher", model, tools=[tool])  # which lets the model choose
     result = await agent.run(task="Is the sky clear?")
-    assert "nothing is" in result.messages[-1].to_text()
-    await calling.close()
+    assert result.messages[-1].source == "watcher"
+    await model.close()
 
 
 asyncio.run(main())

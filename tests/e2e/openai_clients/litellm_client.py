@@ -57,6 +57,7 @@ def main() -> None:
     assert isinstance(json.loads(call.function.arguments)["clear"], bool)
     litellm.completion(
         messages=[*MESSAGES, called.choices[0].message, tool_result(call.id)],
+        tools=[TOOL],
         max_tokens=4,
         **COMMON,
     )
