@@ -34,7 +34,7 @@ def main() -> None:
                 messages=[{"role": "user", "content": "Is the sky clear?"}],
                 response_model=kind,
                 temperature=0,
-                max_tokens=80,
+                max_tokens=600,
                 max_retries=0,
             )
         assert isinstance(found, kind), mode
