@@ -292,7 +292,8 @@ def _inert_tokenizer(tokenizer: PreTrainedTokenizerBase, end_ids: frozenset[int]
     else:  # Unigram: [token, score] by id
         renamed = [[names.get(token, token), score] for token, score in vocabulary]
     described["model"]["vocab"] = renamed
-    return LLTokenizer(json.dumps(described), eos_token=sorted(end_ids) or None)
+    ends = sorted(end_ids) or tokenizer.eos_token_id
+    return LLTokenizer(json.dumps(described), eos_token=ends)
 
 
 def _grammar(constraint: Constraint) -> str:
