@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from crma.core.errors import ConfigError
+from crma.models.json_schema import closed
 from crma.models.prompts import Conversation, Turn
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class ToolMarkup:
 
     def _rule(self, function: Function) -> str:
         """The rule of a call of one function, without the markup around it."""
-        schema = dict(function.get("parameters") or _NO_PARAMETERS)
+        schema = dict(closed(function.get("parameters") or _NO_PARAMETERS))
         # Written as templates write JSON. Without `strict` a keyword that cannot be honoured is a
         # hint, as with OpenAI.
         schema["x-guidance"] = {

@@ -96,7 +96,7 @@ INVALID = [
     ("structured_outputs.json", {"structured_outputs": {"json": "{"}}, "line 1 column 2"),
     ("structured_outputs.json", {"structured_outputs": {"json": [1]}}, "schema"),
     ("structured_outputs.json", {"structured_outputs": {"json": nested(200)}}, "recursion limit"),
-    ("structured_outputs.json", {"structured_outputs": {"json": nested(400)}}, "recursion limit"),
+    ("structured_outputs.json", {"structured_outputs": {"json": nested(400)}}, "it nests too deep"),
     ("structured_outputs.grammar", {"structured_outputs": {"grammar": "x"}}, "grammar"),
 ]
 INVALID_OLDER = [

@@ -306,7 +306,6 @@ def test_a_special_token_that_a_constraint_spells_is_text(
 
 
 def test_json_is_written_without_free_whitespace(constraints: Constraints) -> None:
-    """A small model that begins to write spaces often never stops."""
     schema = json.dumps({"type": "object", "properties": {}, "additionalProperties": False})
     found = after(matcher(constraints, Constraint(ConstraintKind.JSON_SCHEMA, schema)), "{")
     (close,) = tokenizer().encode("}")
