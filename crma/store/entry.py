@@ -73,7 +73,7 @@ class TaskEntry(_Entry[TaskManifest]):
 
     @property
     def prompt_format(self) -> Format | None:
-        """The format it was trained with; None for an import, which records none."""
+        """The format it is asked in; None if the manifest records none (imports of version 0.1)."""
         return self.manifest.prompt_format
 
     def fits_lineage(self, backbones: Sequence[BackboneEntry]) -> bool:

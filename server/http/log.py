@@ -30,7 +30,9 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 @dataclass
 class RequestLog:
-    """ASGI middleware, the outermost: gives every request an id, logs it and counts its answer.
+    """ASGI middleware, the outermost but for CORS.
+
+    It gives every request an id, logs it and counts its answer.
 
     An `X-Request-Id` that was sent is kept if it is plain. An exception that no handler caught
     becomes a 500 that reveals no internals. A route puts the adapters that it resolved into

@@ -1,4 +1,4 @@
-"""The fields by which every generating route chooses tokens.
+"""The fields by which /generate, completions and chats choose tokens.
 
 Limits that are settings (max_n, max_stop, …) are checked by the service, which knows the settings.
 """
@@ -42,7 +42,7 @@ LogitBias = Annotated[
 
 
 class Sampled(Structured):
-    """The fields of every generating route."""
+    """The fields of every generating route but /v1/responses."""
 
     crma: bool | None = Field(
         None, description="CRMA backbone on or off; null: as the adapter was trained."
