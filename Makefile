@@ -11,7 +11,7 @@ BIN    := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PYTHON_IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11) and "CRMA Server needs Python 3.11 or later and $(PYTHON) is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.11")
 
-# The environments of tests/e2e/openai_clients. `vllm` is one too, for its benchmark as a client: gigabytes.
+# The environments of tests/e2e/openai_clients. If vLLM is in .venv-clients/vllm, its benchmark is a client too.
 CLIENTS  ?= common instructor llama-index
 
 .PHONY: setup serve test check test-gpu e2e clients train ablate bench docs clean
@@ -36,7 +36,7 @@ e2e: setup clients  ## the long tests, on the real model, with other people's cl
 	$(BIN)/python -m pytest -m e2e
 
 clients: $(CLIENTS:%=.venv-clients/%/.installed)  ## the OpenAI clients of the long tests, versions pinned
-	@if command -v npm > /dev/null; then npm ci --silent --prefix tests/e2e/openai_clients; else echo 'no npm: the AI SDK is left out'; fi
+	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory .venv-clients/node/.installed; else echo 'no npm: the AI SDK is left out'; fi
 
 test-gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
@@ -55,7 +55,7 @@ docs: setup  ## the documentation as a website in site/; fails on a warning or o
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## remove .venv and what tools left behind; pulled models and results stay
-	rm -rf .venv .venv-clients tests/e2e/openai_clients/node_modules build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-clients build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c '$(PYTHON_IS_NEW_ENOUGH)'
@@ -63,6 +63,11 @@ clean:  ## remove .venv and what tools left behind; pulled models and results st
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install -qq --upgrade 'pip>=25.1'
 	@$(BIN)/pip install -qq --only-binary=:all: $(PIP_ARGS) -c constraints.txt -e '.[train]' --group dev
+	@touch $@
+
+.venv-clients/node/.installed: tests/e2e/openai_clients/package.json tests/e2e/openai_clients/package-lock.json
+	@mkdir -p $(@D) && cp $^ $(@D)
+	@npm ci --silent --prefix $(@D)
 	@touch $@
 
 .venv-clients/%/.installed: tests/e2e/openai_clients/%.txt

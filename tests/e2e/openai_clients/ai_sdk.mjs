@@ -11,7 +11,12 @@ const provider = createOpenAICompatible({
   apiKey: "none",
   supportsStructuredOutputs: true,
 });
-const common = { model: provider(name), temperature: 0, maxRetries: 0, prompt: "Is the sky clear?" };
+const common = {
+  model: provider(name),
+  temperature: 0,
+  maxRetries: 0,
+  prompt: "Is the sky clear?",
+};
 
 const whole = await generateText({ ...common, maxOutputTokens: 8 });
 const stream = streamText({ ...common, maxOutputTokens: 8 });
