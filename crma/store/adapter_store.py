@@ -71,6 +71,10 @@ class AdapterStore:
         """
         return versions_in(self.root, task_channel(name))
 
+    def find_backbone(self, digest: str) -> BackboneEntry | None:
+        """The published backbone that has a digest; None if there is none."""
+        return publication.backbones(self.root).get(digest)
+
     def backbone_versions(self) -> tuple[str, ...]:
         """Every published version of the backbone, oldest first, serving or not."""
         return versions_in(self.root, BACKBONE)

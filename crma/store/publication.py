@@ -131,7 +131,7 @@ def publish_backbone(
     from crma.method.certificate import certify
 
     Backbone.from_tensors(backbone.config, backbone.tensors())  # proves that it can be loaded
-    known = _backbones(root)
+    known = backbones(root)
     for digest in lineage:
         if digest in known:
             _check_ancestor(known[digest], lineage, origin["base"])
@@ -189,7 +189,7 @@ def _entry_of(channel: str, folder: Path, files: Mapping[str, bytes]) -> Entry:
     return TaskEntry(folder, parse_record(TaskManifest, manifest, MANIFEST))
 
 
-def _backbones(root: Path) -> dict[str, BackboneEntry]:
+def backbones(root: Path) -> dict[str, BackboneEntry]:
     """Digest -> entry, of every published backbone."""
     entries = (read_backbone(root, version) for version in versions_in(root, BACKBONE))
     return {entry.digest: entry for entry in entries}
@@ -198,7 +198,7 @@ def _backbones(root: Path) -> dict[str, BackboneEntry]:
 def _check_trained_on(root: Path, backbone: str, base: BaseModel) -> None:
     """Raises LineageMismatch if a LoRA trained on this backbone could never serve under CRMA."""
     known = [
-        entry for entry in _backbones(root).values() if entry.manifest.base.digest == base.digest
+        entry for entry in backbones(root).values() if entry.manifest.base.digest == base.digest
     ]
     if not any(entry.descends_from(backbone) for entry in known):
         message = (

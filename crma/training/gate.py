@@ -17,7 +17,7 @@ import torch
 
 from crma.core.errors import ConfigError
 from crma.evaluation.offline import Note, Served
-from crma.method.backbone import Backbone
+from crma.method.backbone import Backbone, FoldedPair
 from crma.method.injection import Plan
 from crma.training.gated_task import GatedTask
 
@@ -64,19 +64,32 @@ class Limit(NamedTuple):
             time is not in the store.
         serving: under the serving backbone, in this run; None for a newcomer, which cannot serve
             there, or if no backbone serves.
-        limit: (1 + margin) times the smaller of the loss at publication and that under the serving
-            backbone, plus SLACK.
+        margin: the share by which the loss may get worse.
     """
 
     recorded: float
     recorded_here: float | None
     serving: float | None
-    limit: float
+    margin: float
 
     @property
     def at_publication(self) -> float:
         """The loss at publication that can be compared with those of this run."""
         return self.recorded if self.recorded_here is None else self.recorded_here
+
+    @property
+    def limit(self) -> float:
+        """(1 + margin) times the smaller of the loss at publication and that under the serving
+        backbone, plus SLACK.
+        """
+        losses = [self.at_publication]
+        if self.serving is not None:
+            losses.append(self.serving)
+        return min(losses) * (1 + self.margin) + SLACK
+
+    def record(self) -> dict[str, float | None]:
+        """The fields and the limit, by name, for the evidence of a promotion."""
+        return self._asdict() | {"limit": self.limit}
 
 
 @dataclass
@@ -111,20 +124,18 @@ class Gate:
         for task in self.tasks:
             name = task.entry.name
             backbone = self.of_record.get(name)
-            here = None if backbone is None else self._loss(task, backbone)
+            here = None if backbone is None else self._loss(task, self._folded(backbone))
             serving = None
             if self.old is not None and name not in self.newcomers:
                 is_of_record = backbone is self.old
-                serving = here if is_of_record else self._loss(task, self.old)
-            at_publication = task.recorded if here is None else here
-            best = at_publication if serving is None else min(at_publication, serving)
-            limit = best * (1 + self.margins[name]) + SLACK
-            limits[name] = Limit(task.recorded, here, serving, limit)
+                serving = here if is_of_record else self._loss(task, self._folded(self.old))
+            limits[name] = Limit(task.recorded, here, serving, self.margins[name])
         return limits
 
     def score(self, backbone: Backbone) -> dict[str, float]:
         """The validation loss of every task under a backbone, in nats, by name."""
-        return {task.entry.name: self._loss(task, backbone) for task in self.tasks}
+        pairs = self._folded(backbone)
+        return {task.entry.name: self._loss(task, pairs) for task in self.tasks}
 
     def try_weight(self, weight: float) -> dict[str, Any]:
         """Score the blend at one weight.
@@ -175,9 +186,11 @@ class Gate:
                 above = middle
         return best, tried
 
-    def _loss(self, task: GatedTask, backbone: Backbone) -> float:
+    def _folded(self, backbone: Backbone) -> list[FoldedPair]:
+        return backbone.folded(self.served.device, self.served.dtype)
+
+    def _loss(self, task: GatedTask, pairs: list[FoldedPair]) -> float:
         served = self.served
-        pairs = backbone.folded(served.device, served.dtype)
         plan = Plan([(None, served.lora(task.entry))], [(None, pairs)])
         return served.evaluator(task.entry).measure(plan, task.rows).loss
 

@@ -10,7 +10,8 @@ from crma.data.splits import load_split, split_path
 from crma.evaluation.evaluator import Encoded
 from crma.evaluation.offline import Served
 from crma.store.adapter_store import AdapterStore
-from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
+from crma.store.entry import BackboneEntry, TaskEntry
+from crma.store.publication import backbones
 from crma.training.config import TrainConfig, task_name
 
 MACHINE = ("cpu", "capability", "gpu")  # of `hardware`: what a loss depends on beside the dtype
@@ -89,11 +90,10 @@ def backbone_of_record(store: AdapterStore, entry: TaskEntry) -> BackboneEntry |
         The backbone; None if the store does not hold it.
     """
     digest = _recorded_conditions(entry).get("backbone")
-    for version in store.backbone_versions():
-        backbone = read_backbone(store.root, version)
-        if backbone.digest == digest or (digest is None and _is_of_one_run(backbone, entry)):
-            return backbone
-    return None
+    if digest is not None:
+        return store.find_backbone(digest)
+    known = backbones(store.root).values()
+    return next((each for each in known if _is_of_one_run(each, entry)), None)
 
 
 def _recorded_conditions(entry: TaskEntry) -> Mapping[str, Any]:

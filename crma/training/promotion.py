@@ -10,7 +10,6 @@ from crma.core.errors import ConfigError, CrmaError, LineageMismatch
 from crma.core.provenance import commit, hardware
 from crma.evaluation.offline import Note, Served
 from crma.method.backbone import Backbone
-from crma.store.adapter_store import AdapterStore
 from crma.store.channels import BACKBONE, Channels, task_channel
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from crma.store.manifest import Blend
@@ -78,7 +77,7 @@ def promote(
         "serving": serving.digest if serving else None,
         "margins": margins,
         "slack": SLACK,
-        "limits": {name: limit._asdict() for name, limit in gate.limits.items()},
+        "limits": {name: limit.record() for name, limit in gate.limits.items()},
         "lambda": weight,
         "tried": tried,
         "ungated": ungated,
@@ -226,9 +225,9 @@ def _publish_blend(served: Served, old: BackboneEntry, new: BackboneEntry, weigh
     A promotion that was killed may have published it already; that version is then used again.
     """
     made = blend(old.load(), new.load(), weight)
-    published = _version_of(served.store, backbone_digest(made))
+    published = served.store.find_backbone(backbone_digest(made))
     if published is not None:
-        return published
+        return published.version
     ancestors = dict.fromkeys((old.digest, new.digest, *new.manifest.lineage))
     record = Blend.model_validate({"parents": (old.digest, new.digest), "lambda": weight})
     entry = served.store.publish_backbone(
@@ -242,10 +241,3 @@ def _publish_blend(served: Served, old: BackboneEntry, new: BackboneEntry, weigh
         licence=new.manifest.licence,
     )
     return entry.version
-
-
-def _version_of(store: AdapterStore, digest: str) -> str | None:
-    for version in store.backbone_versions():
-        if read_backbone(store.root, version).digest == digest:
-            return version
-    return None

@@ -8,7 +8,7 @@ from crma.core.errors import ConfigError
 from crma.data.splits import load_split
 from crma.store.adapter_store import AdapterStore
 from crma.store.channels import BACKBONE, task_channel
-from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
+from crma.store.entry import BackboneEntry, TaskEntry
 from crma.store.publication import Origin
 from crma.training.arms import ARMS, Arm
 from crma.training.config import task_name
@@ -73,11 +73,10 @@ def _ship_backbone(
     """Publish the last backbone, unless the store holds it. Returns it if it is a candidate."""
     last = run.snapshots.backbone_after(len(run.snapshots.stages))
     serving = target.backbone()
-    for version in target.backbone_versions():
-        published = read_backbone(target.root, version)
-        if published.digest == last.digest:
-            existing[BACKBONE] = version
-            return _let_serve(target, published, serving)
+    found = target.find_backbone(last.digest)
+    if found is not None:
+        existing[BACKBONE] = found.version
+        return _let_serve(target, found, serving)
     published = target.publish_backbone(
         last.load(),
         lineage=last.manifest.lineage,
