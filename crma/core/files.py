@@ -19,7 +19,7 @@ from crma.core.errors import InvalidAdapter, NotFound, StoreError
 
 TEMPORARY_PREFIX = ".publishing-"
 MAX_JSON_BYTES = 4 * 2**20
-_LOCK = ".lock"
+LOCK = ".lock"
 _MAX_SHOWN = 200  # characters of an offending value in an error: a file can hold anything
 
 
@@ -163,7 +163,7 @@ def locked(root: Path) -> Iterator[None]:
     No other writer can be active in the block, so whatever a dead writer left is deleted first.
     """
     root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         for leftover in root.glob(f"{TEMPORARY_PREFIX}*"):

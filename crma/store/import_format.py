@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,8 @@ def check_vocabulary(folder: Path, base: BaseModel) -> None:
     Raises InvalidAdapter that names the first tokens that differ, or a malformed file.
     """
     own = _tokens_in(folder)
+    if not own:
+        return
     known = _tokens_in(base.path)
     differ = [token for token, token_id in own.items() if known.get(token) != token_id]
     if known and differ:
@@ -118,21 +122,39 @@ def _template_in(folder: Path) -> str | None:
             raise invalid(f"Not UTF-8: {error}.", TEMPLATE, str(path), "UTF-8") from error
     found = _config_in(folder).get("chat_template")
     if isinstance(found, list):  # of named templates
-        found = next((each["template"] for each in found if each.get("name") == "default"), None)
+        with _well_formed(TOKENIZER_CONFIG):
+            named = {each["name"]: each["template"] for each in found}
+        found = named.get("default")
     return found if isinstance(found, str) else None
 
 
 def _tokens_in(folder: Path) -> dict[str, int]:
-    """Every token that the tokenizer's files in a folder list, with its id."""
+    """Every token that the tokenizer's files in a folder list, with its id.
+
+    Raises InvalidAdapter for a malformed file.
+    """
     tokenizer = _json_in(folder, TOKENIZER)
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # of [token, score]
-        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
-    added = {each["content"]: each["id"] for each in tokenizer.get("added_tokens", [])}
-    listed = _config_in(folder).get("added_tokens_decoder", {})
-    decoded = {each["content"]: int(token_id) for token_id, each in listed.items()}
+    with _well_formed(TOKENIZER):
+        vocabulary = tokenizer.get("model", {}).get("vocab", {})
+        if isinstance(vocabulary, list):  # of [token, score]
+            vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+        added = {each["content"]: each["id"] for each in tokenizer.get("added_tokens", [])}
+    with _well_formed(TOKENIZER_CONFIG):
+        listed = _config_in(folder).get("added_tokens_decoder", {})
+        decoded = {each["content"]: int(token_id) for token_id, each in listed.items()}
     plain = _json_in(folder, VOCABULARY) | _json_in(folder, ADDED_TOKENS)
     return {**plain, **vocabulary, **decoded, **added}
+
+
+@contextmanager
+def _well_formed(name: str) -> Iterator[None]:
+    """Raises InvalidAdapter if the block finds a file to be other JSON than a tokenizer writes."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        allowed = "the file of a tokenizer"
+        raise invalid("Not as a tokenizer writes it.", name, reason, allowed) from error
 
 
 def _config_in(folder: Path) -> dict[str, Any]:

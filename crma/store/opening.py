@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from crma.core.errors import NotFound, StoreError
-from crma.core.files import locked
+from crma.core.files import LOCK, TEMPORARY_PREFIX, locked
 from crma.store.adapter_store import AdapterStore
 from crma.store.channels import CHANNELS, Channels, write_channels
+from crma.store.incoming import INCOMING_PREFIX
 
 MARKS = (CHANNELS, "tasks", "backbones")
 
@@ -52,5 +53,11 @@ def start_store(root: Path) -> AdapterStore:
 
 
 def _may_become_store(root: Path) -> bool:
-    """Whether a folder is missing or empty."""
-    return not root.exists() or (root.is_dir() and not any(root.iterdir()))
+    """Whether a folder is missing, or holds at most what a writer that died leaves."""
+    if not root.exists():
+        return True
+    return root.is_dir() and all(_is_leftover(path.name) for path in root.iterdir())
+
+
+def _is_leftover(name: str) -> bool:
+    return name == LOCK or name.startswith((TEMPORARY_PREFIX, INCOMING_PREFIX))

@@ -143,3 +143,23 @@ def test_every_format_survives_the_store(
     entry = store.import_peft(adapter, "other", base, prompt_format=name)
     assert AdapterStore(store.root).task("other").prompt_format == entry.prompt_format == recorded
     assert describe(recorded).startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("tokenizer.json", {"model": []}),
+        ("tokenizer.json", {"model": {"vocab": [["a"]]}}),
+        ("tokenizer.json", {"added_tokens": [{"content": "x"}]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "y"}}}),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}),
+    ],
+)
+def test_a_file_that_no_tokenizer_writes_is_refused_by_name(
+    file: str, change: dict[str, Any], adapter: Path, base: BaseModel, store: AdapterStore
+) -> None:
+    """It was a KeyError, and over HTTP a 500."""
+    edit(adapter / file, **change)
+    with pytest.raises(InvalidAdapter) as caught:
+        store.import_peft(adapter, "new", base)
+    assert caught.value.field == file
