@@ -72,7 +72,7 @@ class ScriptedEngine:
 
     def __post_init__(self) -> None:
         self.pool = AdapterPool(tiny.injection(), 4)
-        self.constraints = Constraints(tiny.tokenizer(), frozenset())
+        self.constraints = Constraints(tiny.tokenizer(), frozenset({tiny.tokenizer().eos_token_id}))
         self.closed = False
         self._open: dict[str, Request] = {}
         self._ended: dict[str, Ending] = {}

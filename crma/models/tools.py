@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from crma.core.errors import ConfigError
-from crma.models.json_schema import closed
+from crma.models.json_schema import JSON_STYLE, closed
 from crma.models.prompts import Conversation, Turn
 
 if TYPE_CHECKING:
@@ -139,14 +139,9 @@ class ToolMarkup:
     def _rule(self, function: Function) -> str:
         """The rule of a call of one function, without the markup around it."""
         schema = dict(closed(function.get("parameters") or _NO_PARAMETERS))
-        # Written as templates write JSON. Without `strict` a keyword that cannot be honoured is a
-        # hint, as with OpenAI.
-        schema["x-guidance"] = {
-            "whitespace_flexible": False,
-            "key_separator": ": ",
-            "item_separator": ", ",
-            "lenient": not function.get("strict"),
-        }
+        # As templates write JSON. Without `strict` a keyword that cannot be honoured is a hint, as
+        # with OpenAI.
+        schema["x-guidance"] = {**JSON_STYLE, "lenient": not function.get("strict")}
         return f'{_quoted(self.head(function["name"]))} %json {json.dumps(schema)} "}}"'
 
 

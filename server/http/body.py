@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
@@ -25,6 +25,7 @@ class Body(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    checks_texts: ClassVar[bool] = True
 
     @model_validator(mode="before")
     @classmethod
@@ -37,8 +38,15 @@ class Body(BaseModel):
             if key not in known:
                 context = {"key": _escaped(str(key)), "allowed": sorted(known)}
                 raise PydanticCustomError("unknown_field", "unknown field", context)
-        _check_texts(data)
+        if cls.checks_texts:
+            _check_texts(data)
         return {key: value for key, value in data.items() if value is not None}
+
+
+class InnerBody(Body):
+    """A JSON object of which a body may have thousands. The body has checked its texts."""
+
+    checks_texts = False
 
 
 def _check_texts(body: dict[Any, Any]) -> None:

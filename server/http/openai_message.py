@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, ValidationInfo, field_validator
 
 from crma.models.prompts import Turn
-from server.http.body import Body
+from server.http.body import InnerBody
 from server.http.neutral_fields import Ignored, Neutral
 
 MAX_MESSAGES = 2048  # of a conversation, as with OpenAI
@@ -26,7 +26,7 @@ def _join_parts(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
-class FunctionCall(Body):
+class FunctionCall(InnerBody):
     """The function of a tool call, and the JSON of its arguments."""
 
     name: str = Field(min_length=1)
@@ -45,7 +45,7 @@ class FunctionCall(Body):
         return {"name": self.name, "arguments": _read_json(self.arguments or "{}")}
 
 
-class ToolCall(Body):
+class ToolCall(InnerBody):
     """A call of a function by the assistant."""
 
     id: str
@@ -58,7 +58,7 @@ class ToolCall(Body):
         return {"id": self.id, "type": self.type, "function": self.function.for_template()}
 
 
-class Message(Body):
+class Message(InnerBody):
     """One turn of a conversation.
 
     What an assistant's message of OpenAI may have beside text (a refusal, audio, citations) is

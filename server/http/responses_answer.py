@@ -51,9 +51,9 @@ class ResponsesAnswer(Answer[ResponsesRequest]):
 
     def done(self) -> Iterator[str]:
         """The end of the text, of its message and of the response."""
-        part = self._part()
-        message = self._message(self._item_status, [part])
         body = self.body()
+        message = body["output"][0]
+        part = message["content"][0]
         yield self._text_event("done", text=part["text"], logprobs=part["logprobs"])
         yield self._part_event("done", part)
         yield self._item_event("done", message)

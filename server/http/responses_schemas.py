@@ -10,14 +10,13 @@ from pydantic import BeforeValidator, Field, JsonValue
 
 from crma.models.prompts import Conversation, Turn
 from server.engine.request import SamplingParams
-from server.http.body import Body, example
+from server.http.body import Body, InnerBody, example
 from server.http.neutral_fields import Ignored, Neutral
 from server.http.openai_message import MAX_MESSAGES
 from server.http.sampling_fields import Seed, Temperature
 
 TEXT_PARTS = ("input_text", "output_text", "text")
 LOGPROBS = "message.output_text.logprobs"
-REASONING = "reasoning.encrypted_content"
 
 
 def _join_parts(content: Any) -> Any:
@@ -48,7 +47,7 @@ def _list_messages(value: Any) -> Any:
     return value
 
 
-class InputMessage(Body):
+class InputMessage(InnerBody):
     """A message of the conversation, from the user or as an earlier answer had it."""
 
     role: Literal["system", "developer", "user", "assistant"]

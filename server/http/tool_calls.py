@@ -3,20 +3,21 @@
 import json
 import re
 import secrets
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue
 
 from crma.models.tools import Function, ToolMarkup
 from server.engine.request import Constraint, ConstraintKind
-from server.http.body import Body
+from server.http.body import Body, InnerBody
 from server.service.errors import InvalidField
 
 MAX_TOOLS = 128
 CHOICES = ("none", "auto", "required")
 
 
-class FunctionBody(Body):
+class FunctionBody(InnerBody):
     """A function that the model may call."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
@@ -30,7 +31,7 @@ class FunctionBody(Body):
     )
 
 
-class Tool(Body):
+class Tool(InnerBody):
     """A tool; there are none but functions."""
 
     type: Literal["function"]
@@ -70,21 +71,22 @@ class Tools(Body):
         "where small models repeat it.",
     )
 
-    @property
     def shown_functions(self) -> list[Function]:
         """The functions that are shown to the model.
 
         Raises:
             InvalidField: `tool_choice` wants a function where there is none of that name.
         """
-        shown: list[Function] = [tool.function.model_dump(exclude_none=True) for tool in self.tools]
-        names: list[str] = [each["name"] for each in shown]
+        functions: list[Function] = [
+            tool.function.model_dump(exclude_none=True) for tool in self.tools
+        ]
+        names: list[str] = [each["name"] for each in functions]
         is_forced = self.tool_choice not in (None, "none", "auto")
         if is_forced and (not names or self._named not in (None, *names)):
             message = "tool_choice: no such function among the tools"
             value = self._named or self.tool_choice
             raise InvalidField(message, field="tool_choice", value=value, allowed=names)
-        return list(shown) if self.tool_choice != "none" else []
+        return [] if self.tool_choice == "none" else functions
 
     @property
     def _named(self) -> str | None:
@@ -94,15 +96,15 @@ class Tools(Body):
         function: Any = self.tool_choice["function"]
         return str(function["name"])
 
-    def tool_constraint(self, markup: ToolMarkup) -> Constraint:
-        """What an answer with these tools has to be."""
-        functions = [each for each in self.shown_functions if self._named in (None, each["name"])]
+    def tool_constraint(self, markup: ToolMarkup, functions: Sequence[Function]) -> Constraint:
+        """What an answer to which these functions are shown has to be."""
+        callable_ones = [each for each in functions if self._named in (None, each["name"])]
         needs_call = self.tool_choice not in (None, "auto")
         several = self.parallel_tool_calls
         if several is None:
             several = not needs_call
         grammar = markup.grammar(
-            functions, needs_call=needs_call, several=several and self._named is None
+            callable_ones, needs_call=needs_call, several=several and self._named is None
         )
         return Constraint(ConstraintKind.GRAMMAR, grammar, field="tools")
 

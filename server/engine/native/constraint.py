@@ -23,7 +23,7 @@ from numpy import typing as npt
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from crma.models.json_schema import closed
+from crma.models.json_schema import JSON_STYLE, closed
 from server.engine.errors import InvalidConstraint, QueueFull
 from server.engine.request import Constraint, ConstraintKind
 
@@ -38,9 +38,6 @@ LIMITS = LLParserLimits(
     max_lexer_states=20_000,
     verbose_errors=False,
 )
-# JSON is written as `json.dumps` does: free whitespace costs a third of an answer's tokens
-# (decision 37).
-JSON_STYLE = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 MASK_SECONDS = 5.0  # a row whose allowed tokens take longer to compute ends
 MAX_WAITING = 16  # constraints that may wait to be compiled
 NUM_COMPILED = 64  # constraints that are kept

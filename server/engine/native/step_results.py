@@ -98,14 +98,15 @@ class StepResults:
         try:
             self.tokens.extend(_new_tokens(logits[rows], sequences, num_tokens))
         except Stuck:
-            pass  # not this server's fault, so it is not logged
+            pass  # before any draw; not this server's fault, so it is not logged
         except Exception:
             logger.exception("%d sequences could not be sampled together", len(sequences))
+            for sequence in sequences:
+                rewind(sequence.generator, sequence.num_output_tokens)
         else:
             return
         for row, sequence in zip(rows, sequences, strict=True):
             try:
-                rewind(sequence.generator, sequence.num_output_tokens)
                 self.tokens.extend(_new_tokens(logits[[row]], [sequence], num_tokens))
             except Stuck as error:
                 self.stuck.append((sequence, str(error)))

@@ -88,11 +88,12 @@ async def chat(
     resolved = _resolve_body(body, request, frontend)
     sampling = body.sampling(logprobs=body.top_logprobs if body.logprobs else None)
     conversation = body.conversation()
-    markup = _tool_markup(body, resolved, frontend)
+    functions = body.shown_functions()
+    markup = _tool_markup(body, resolved, frontend) if functions else None
     if markup is not None:
-        conversation = markup.conversation(conversation, body.shown_functions)
+        conversation = markup.conversation(conversation, functions)
         # A call may be marked by special tokens; its grammar allows no others.
-        constraint = body.tool_constraint(markup)
+        constraint = body.tool_constraint(markup, functions)
         sampling = replace(sampling, constraint=constraint, skip_special_tokens=False)
     generation = await frontend.generation(
         conversation,
@@ -108,15 +109,13 @@ async def chat(
     return await answer.respond(request, after_response, stream=body.stream)
 
 
-def _tool_markup(body: ChatRequest, resolved: Resolved, frontend: Frontend) -> ToolMarkup | None:
-    """How calls are written; None without tools.
+def _tool_markup(body: ChatRequest, resolved: Resolved, frontend: Frontend) -> ToolMarkup:
+    """How calls are written.
 
     Raises:
         InvalidField: a constraint beside tools.
         ConfigError: the chat template writes calls in a form that is not known.
     """
-    if not body.shown_functions:
-        return None
     constraint = body.constraint()
     if constraint is not None:
         message = f"{constraint.field}: with tools the answer is a text or calls"

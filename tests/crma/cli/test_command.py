@@ -335,7 +335,8 @@ def test_an_error_is_one_line_that_says_what_to_do(
 
 def test_help_loads_no_heavy_package() -> None:
     """Of the command and of every subcommand: otherwise each would take seconds."""
-    names = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
+    commands: list[Any] = list(app.registered_commands)
+    names = {command.name or command.callback.__name__ for command in commands}
     script = f"""
 import sys
 from crma.cli.command import app
