@@ -38,6 +38,7 @@ ROUTERS = (
     models.router,
     tokens.router,
     ablation.router,
+    ablation.admin,
     adapters.router,
     adapters.admin,
     publishing.admin,

@@ -32,7 +32,7 @@ from server.service.errors import (
 
 log = logging.getLogger("server")
 
-GENERATING = (400, 401, 404, 409, 413, 422, 429, 500, 503, 504)
+GENERATING = (400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 504)
 """Statuses of the routes that generate, beside 200."""
 
 MAX_SHOWN = {"message": 500, "field": 200, "value": 200, "allowed": 4000}

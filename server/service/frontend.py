@@ -15,6 +15,7 @@ from server.engine.inference_engine import InferenceEngine
 from server.engine.request import Request, SamplingParams
 from server.service.errors import Draining, InvalidField, NotReady, RequestTooLarge
 from server.service.generation import Generation
+from server.service.keys import Keys
 from server.service.metrics import Metrics
 from server.service.prompt_encoder import Prompt, PromptEncoder
 from server.service.publisher import Publisher
@@ -34,6 +35,7 @@ class Frontend:
         metrics: those of `registry`.
 
     Attributes:
+        keys: who may send requests.
         draining: the server stops and takes no new requests.
     """
 
@@ -48,6 +50,7 @@ class Frontend:
         self.model = self.engine.model
         max_queue = self.settings.max_queue
         self.encoder = PromptEncoder(self.tokenizer, self.model.num_tokens, max_queue)
+        self.keys = Keys(self.settings)
         self.texts = TokenTexts(self.tokenizer)
         self.publisher = Publisher(self.registry, self.engine, self.settings.request_timeout_s)
 

@@ -11,19 +11,20 @@ from starlette.requests import ClientDisconnect
 
 from crma.evaluation.ablation import AblationSettings
 from server.http.answer import STREAM_HEADERS, event, unless_gone
-from server.http.auth import require_admin, require_key
+from server.http.auth import require_ablate, require_admin
 from server.http.dependencies import TheAblations, TheFrontend
 from server.http.error_handlers import documented
 from server.http.schemas import AblationRequest
 from server.service.ablation import AblationSpec
 from server.service.jobs import Job
 
-router = APIRouter(dependencies=[Depends(require_key)])
+router = APIRouter(dependencies=[Depends(require_ablate)])
+admin = APIRouter(dependencies=[Depends(require_admin)])
 
 
 _STARTED: dict[int | str, dict[str, Any]] = {202: {"description": "Started in the background."}}
 _ANSWERS = (
-    documented(400, 401, 404, 409, 413, 422, 429, 500, 503, example_of="/ablation") | _STARTED
+    documented(400, 401, 403, 404, 409, 413, 422, 429, 500, 503, example_of="/ablation") | _STARTED
 )
 
 
@@ -79,7 +80,7 @@ def _choices(body: AblationRequest) -> tuple[str, ...] | Literal["own"]:
     return "own" if body.choices == "own" else tuple(body.choices or ())
 
 
-@router.get("/ablation/{id}", responses=documented(401, 404, example_of="/ablation/{id}"))
+@router.get("/ablation/{id}", responses=documented(401, 403, 404, example_of="/ablation/{id}"))
 async def ablation_job(id: str, ablations: TheAblations) -> dict[str, Any]:
     """Report on a background job: running, done, failed, cancelled or interrupted.
 
@@ -93,7 +94,7 @@ async def ablation_job(id: str, ablations: TheAblations) -> dict[str, Any]:
 
 
 @router.get(
-    "/ablation/{id}/events", responses=documented(401, 404), response_class=StreamingResponse
+    "/ablation/{id}/events", responses=documented(401, 403, 404), response_class=StreamingResponse
 )
 async def ablation_events(
     id: str, ablations: TheAblations, frontend: TheFrontend
@@ -111,7 +112,7 @@ async def ablation_events(
     return StreamingResponse(events(), media_type="text/event-stream", headers=STREAM_HEADERS)
 
 
-@router.delete("/ablation/{id}", responses=documented(401, 404))
+@router.delete("/ablation/{id}", responses=documented(401, 403, 404))
 async def cancel_ablation(id: str, ablations: TheAblations) -> Job:
     """Cancel a job if it is still running; its record stays."""
     job = ablations.jobs.get(id)
@@ -119,7 +120,7 @@ async def cancel_ablation(id: str, ablations: TheAblations) -> Job:
     return job
 
 
-@router.get("/question_sets", responses=documented(401, example_of="/question_sets"))
+@router.get("/question_sets", responses=documented(401, 403, example_of="/question_sets"))
 async def question_sets(ablations: TheAblations) -> list[dict[str, Any]]:
     """List name, digest and number of items of the store's sets and of the uploaded ones."""
     return await asyncio.to_thread(ablations.question_sets.describe)
@@ -134,10 +135,9 @@ _LINES = {
 }
 
 
-@router.put(
+@admin.put(
     "/question_sets/{name}",
     responses=documented(400, 401, 403, 413, 422),
-    dependencies=[Depends(require_admin)],
     openapi_extra=_LINES,
 )
 async def upload_question_set(

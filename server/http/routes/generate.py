@@ -9,14 +9,14 @@ from fastapi.responses import Response
 
 from server.engine.request import RequestOutput
 from server.http.answer import Answer, event, tokens
-from server.http.auth import require_key
+from server.http.auth import require_generate
 from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
 from server.http.schemas import GenerateRequest
 from server.service.errors import InvalidField
 from server.service.generation import SequenceResult
 
-router = APIRouter(dependencies=[Depends(require_key)])
+router = APIRouter(dependencies=[Depends(require_generate)])
 
 
 @router.post("/generate", responses=documented(*GENERATING, example_of="/generate"))

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from crma.models.tools import ToolMarkup
-from server.http.auth import require_key
+from server.http.auth import require_generate
 from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
 from server.http.model_name import resolve_model
@@ -25,7 +25,7 @@ from server.service.errors import InvalidField
 from server.service.frontend import Frontend
 from server.service.registry import Resolved
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
+router = APIRouter(prefix="/v1", dependencies=[Depends(require_generate)])
 
 COMPLETION_ERRORS = documented(*GENERATING, body=OpenAIErrorBody, example_of="/v1/completions")
 CHAT_ERRORS = documented(*GENERATING, body=OpenAIErrorBody, example_of="/v1/chat/completions")

@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from server.http.auth import require_key
+from server.http.auth import require_generate
 from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
 from server.http.model_name import resolve_model
@@ -12,7 +12,7 @@ from server.http.responses_answer import ResponsesAnswer
 from server.http.responses_schemas import LOGPROBS, ResponsesRequest
 from server.service.errors import InvalidField
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
+router = APIRouter(prefix="/v1", dependencies=[Depends(require_generate)])
 
 ANSWERS = documented(*GENERATING, body=OpenAIErrorBody, example_of="/v1/responses")
 

@@ -5,16 +5,16 @@ from typing import Any
 
 from fastapi import APIRouter, Depends
 
-from server.http.auth import require_key
+from server.http.auth import require_generate
 from server.http.dependencies import TheFrontend
 from server.http.error_handlers import documented
 from server.http.model_name import resolve_model
 from server.http.tokens_schemas import DetokenizeRequest, TokenizeRequest
 from server.service.errors import InvalidField
 
-router = APIRouter(dependencies=[Depends(require_key)])
+router = APIRouter(dependencies=[Depends(require_generate)])
 
-STATUSES = (400, 401, 404, 409, 413, 422, 429, 503)
+STATUSES = (400, 401, 403, 404, 409, 413, 422, 429, 503)
 
 
 @router.post("/tokenize", responses=documented(*STATUSES, example_of="/tokenize"))
