@@ -11,7 +11,7 @@ BIN    := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PYTHON_IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11) and "CRMA Server needs Python 3.11 or later and $(PYTHON) is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.11")
 
-# The environments of tests/e2e/openai_clients. If vLLM is in .venv-clients/vllm, its benchmark is a client too.
+# The environments of tests/e2e/openai_clients. Where vLLM or guidellm is in .venv-clients/ too, under its name, their benchmarks are clients as well.
 CLIENTS  ?= common instructor llama-index
 
 .PHONY: setup serve test check test-gpu e2e clients train ablate bench docs clean

@@ -89,7 +89,7 @@ class ResponsesAnswer(Answer[ResponsesRequest]):
             "temperature": asked.temperature,
             "top_p": asked.top_p,
             "top_logprobs": asked.top_logprobs,
-            "text": {"format": {"type": "text"}, "verbosity": "medium"},
+            "text": {"format": self._format, "verbosity": "medium"},
             "tools": [],
             "tool_choice": asked.tool_choice or "auto",
             "parallel_tool_calls": True,
@@ -103,6 +103,11 @@ class ResponsesAnswer(Answer[ResponsesRequest]):
             "user": asked.user,
             **more,
         }
+
+    @property
+    def _format(self) -> dict[str, Any]:
+        asked = self.asked.text.format
+        return {"type": asked.type, **asked.model_dump(exclude_unset=True, by_alias=True)}
 
     @property
     def _item_id(self) -> str:

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, JsonValue
 
 from crma.models.prompts import Conversation, Turn
-from server.engine.request import SamplingParams
+from server.engine.request import Constraint, SamplingParams
 from server.http.body import Body, InnerBody, example
 from server.http.neutral_fields import Ignored, Neutral
 from server.http.openai_message import MAX_MESSAGES
-from server.http.sampling_fields import Seed, Temperature
+from server.http.sampling_fields import Temperature, TokenChoice
+from server.http.structured_outputs import TextFormat
 
 TEXT_PARTS = ("input_text", "output_text", "text")
 LOGPROBS = "message.output_text.logprobs"
@@ -61,7 +62,7 @@ class InputMessage(InnerBody):
 class TextConfig(Body):
     """How the answer's text should be."""
 
-    format: Annotated[JsonValue, Neutral({"type": "text"})] = None
+    format: TextFormat = TextFormat()
     verbosity: Annotated[JsonValue, Neutral("medium")] = None
 
 
@@ -78,7 +79,7 @@ class ResponseStreamOptions(Body):
     include_obfuscation: Annotated[JsonValue, Neutral(False)] = None
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(TokenChoice):
     """OpenAI's response to a text or a conversation.
 
     Nothing is stored: `store` true and everything that refers to a stored response is refused.
@@ -98,25 +99,15 @@ class ResponsesRequest(Body):
         None, ge=1, description="Most tokens to generate; null: what is left of the context."
     )
     temperature: Temperature = 1
-    top_p: float = Field(1.0, gt=0, le=1)
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(
         [], description="Log-probabilities of the tokens; of reasoning there is none to include."
     )
     top_logprobs: int = Field(
         0, ge=0, le=20, description=f"Most probable tokens to list with each; needs {LOGPROBS}."
     )
-    stream: bool = Field(False, description="Answer as server-sent events.")
     stream_options: ResponseStreamOptions = ResponseStreamOptions()
     text: TextConfig = TextConfig()
     metadata: dict[str, str] = Field({}, max_length=16, description="Comes back in the answer.")
-
-    crma: bool | None = Field(
-        None, description="CRMA backbone on or off; null: as the adapter was trained. Ours."
-    )
-    seed: Seed | None = Field(None, description="Of the sampling; null: drawn. Ours.")
-    timeout_s: float | None = Field(
-        None, gt=0, description="Deadline of this request in seconds; null: the server's. Ours."
-    )
 
     user: Ignored = None
     safety_identifier: Ignored = None
@@ -139,6 +130,11 @@ class ResponsesRequest(Body):
     service_tier: Annotated[JsonValue, Neutral("auto", "default")] = None
     reasoning: ReasoningConfig = ReasoningConfig()
 
+    def constraints(self) -> list[Constraint]:
+        """As in `Structured`, and that of `text.format`."""
+        formatted = self.text.format.constraint()
+        return [*super().constraints(), *([] if formatted is None else [formatted])]
+
     @property
     def wants_logprobs(self) -> bool:
         """Whether the answer has the log-probability of each token."""
@@ -146,11 +142,8 @@ class ResponsesRequest(Body):
 
     def sampling(self) -> SamplingParams:
         """How the tokens are chosen."""
-        return SamplingParams(
-            max_tokens=self.max_output_tokens or 1,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
+        return self.chosen(
+            max_tokens=self.max_output_tokens or 0,
             logprobs=self.top_logprobs if self.wants_logprobs else None,
         )
 

@@ -41,15 +41,11 @@ LogitBias = Annotated[
 ]
 
 
-class Sampled(Structured):
-    """The fields of every generating route but /v1/responses."""
+class TokenChoice(Structured):
+    """How tokens are chosen, and what ends an answer: the fields of every generating route."""
 
     crma: bool | None = Field(
         None, description="CRMA backbone on or off; null: as the adapter was trained."
-    )
-    max_tokens: int | None = Field(16, ge=1, description="Most tokens to generate.")
-    max_completion_tokens: int | None = Field(
-        None, ge=1, description="The newer name of max_tokens, and counts before it."
     )
     min_tokens: int = Field(
         0, ge=0, description="Nothing ends the answer before it has so many tokens."
@@ -74,7 +70,6 @@ class Sampled(Structured):
     seed: Seed | None = Field(
         None, description="Answer i of n draws from seed + i; null: drawn, and in the answer."
     )
-    n: int = Field(1, ge=1, description="Answers to draw.")
     stop: StopTexts = Field(
         [], description="Texts that end an answer and are not part of it; one, or a list."
     )
@@ -93,6 +88,31 @@ class Sampled(Structured):
         None, gt=0, description="Deadline of this request in seconds; null: the server's."
     )
 
+    def chosen(self, **more: int | bool | None) -> SamplingParams:
+        """The fields that the engine knows by the same name, and `more` of its fields.
+
+        Raises:
+            InvalidField: as `Structured.constraint`.
+        """
+        known = {each.name for each in dataclasses.fields(SamplingParams)}
+        fields = self.model_dump(include=known)
+        fields["constraint"] = self.constraint()
+        fields["stop"] = tuple(self.stop)
+        fields["stop_token_ids"] = tuple(self.stop_token_ids)
+        biases = self.logit_bias.items()
+        fields["logit_bias"] = tuple((int(token_id), bias) for token_id, bias in biases)
+        return SamplingParams(**{**fields, **more})
+
+
+class Sampled(TokenChoice):
+    """The fields of every generating route but /v1/responses."""
+
+    max_tokens: int | None = Field(16, ge=1, description="Most tokens to generate.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="The newer name of max_tokens, and counts before it."
+    )
+    n: int = Field(1, ge=1, description="Answers to draw.")
+
     @property
     def token_limit(self) -> int | None:
         """Most tokens to generate; None: as many as the context has room for."""
@@ -101,19 +121,5 @@ class Sampled(Structured):
         return self.max_tokens
 
     def sampling(self, **more: int | bool | None) -> SamplingParams:
-        """The fields that the engine knows by the same name, and `more` of its fields.
-
-        Without a `token_limit`, `max_tokens` still has to be set.
-
-        Raises:
-            InvalidField: as `Structured.constraint`.
-        """
-        known = {each.name for each in dataclasses.fields(SamplingParams)}
-        fields = self.model_dump(include=known)
-        fields["max_tokens"] = self.token_limit or 0
-        fields["constraint"] = self.constraint()
-        fields["stop"] = tuple(self.stop)
-        fields["stop_token_ids"] = tuple(self.stop_token_ids)
-        biases = self.logit_bias.items()
-        fields["logit_bias"] = tuple((int(token_id), bias) for token_id, bias in biases)
-        return SamplingParams(**{**fields, **more})
+        """As `chosen`. Without a `token_limit`, `max_tokens` still has to be set."""
+        return self.chosen(max_tokens=self.token_limit or 0, **more)

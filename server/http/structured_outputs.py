@@ -80,6 +80,29 @@ class ResponseFormat(Body):
     json_schema: NamedSchema | None = None
 
 
+class TextFormat(NamedSchema):
+    """The same in /v1/responses, where the schema stands beside its type."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+
+    def constraint(self) -> Constraint | None:
+        """What the answer has to be; None: any text.
+
+        Raises:
+            InvalidField: a schema without the type json_schema, or the type without a schema.
+        """
+        has_schema = "json_schema" in self.model_fields_set
+        if (self.type == "json_schema") != has_schema:
+            message = "text.format.schema: goes with the type json_schema, and with no other"
+            field = "text.format.schema"
+            raise InvalidField(message, field=field, value=self.type, allowed="json_schema")
+        if has_schema:
+            return _json(self.json_schema, "text.format.schema")
+        if self.type == "json_object":
+            return Constraint(ConstraintKind.JSON_OBJECT, field="text.format")
+        return None
+
+
 class OpenAIStructured(Structured):
     """The fields of OpenAI's generating routes, with the older ones of vLLM."""
 

@@ -118,6 +118,14 @@ def test_routes_are_the_routes_of_the_app() -> None:
     assert named == served
 
 
+def test_errors_are_documented_as_the_json_that_they_are() -> None:
+    for path, methods in openapi()["paths"].items():
+        for method, operation in methods.items():
+            for status, answer in operation["responses"].items():
+                if int(status) >= 400:
+                    assert set(answer.get("content", ())) <= {"application/json"}, (path, method)
+
+
 def general(path: str) -> str:
     """One path for all actions on an adapter."""
     return re.sub(r"\{task\}/\w+$", "{task}/{action}", path)

@@ -110,3 +110,23 @@ def test_vllm_benchmarks_the_server_as_it_does_its_own(
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["completed"] == 8, found.stderr[-3000:]
     assert result["total_output_tokens"] == 8 * 8
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+def test_guidellm_benchmarks_the_server(path: str, address: str, tmp_path: Path) -> None:
+    guidellm = ENVIRONMENTS / "guidellm" / "bin" / "guidellm"
+    if not guidellm.exists():
+        pytest.skip("not installed: put guidellm into .venv-clients/guidellm")
+    report = tmp_path / "report.json"
+    command = [str(guidellm), "run", "--profile", "kind=concurrent,streams=2", "--disable-console"]
+    backend = {"kind": "openai_http", "target": address, "request_format": path, "model": "medical"}
+    command += ["--backend", json.dumps(backend)]
+    command += ["--tokenizer", f"kind=huggingface_auto,model={find_base().path}"]
+    command += ["--data", "kind=synthetic_text,prompt_tokens=16,output_tokens=8"]
+    command += ["--constraint", "kind=max_requests,count=4", "--output", f"kind=json,path={report}"]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    found = subprocess.run(command, env=offline, capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0, found.stderr[-3000:]
+    (benchmark,) = json.loads(report.read_text())["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
+    assert (totals["successful"], totals["errored"]) == (4, 0)

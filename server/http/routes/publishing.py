@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, Response
 from pydantic import ValidationError
 
 from crma.core.errors import StoreError
@@ -52,7 +52,10 @@ _FORM = {
     }
 }
 _LORA_ERRORS = (400, 401, 403, 404, 409, 413, 422, 503, 507)
-_LORA_ANSWERS = documented(*_LORA_ERRORS, body=OpenAIErrorBody)
+_LORA_ANSWERS = {
+    200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+    **documented(*_LORA_ERRORS, body=OpenAIErrorBody),
+}
 
 
 @admin.post(
@@ -98,8 +101,9 @@ async def delete_adapter(task: str, frontend: TheFrontend) -> dict[str, Any]:
     return {"name": name, "deleted": removed}
 
 
-@openai_admin.post("/load_lora_adapter", responses=_LORA_ANSWERS, response_class=PlainTextResponse)
-async def load_lora_adapter(body: LoadLoraRequest, frontend: TheFrontend) -> str:
+# A response_class with a media type would also be documented as that of the errors.
+@openai_admin.post("/load_lora_adapter", responses=_LORA_ANSWERS, response_class=Response)
+async def load_lora_adapter(body: LoadLoraRequest, frontend: TheFrontend) -> PlainTextResponse:
     """vLLM's way to add a LoRA: publish the PEFT folder `lora_path`, and serve it as `lora_name`.
 
     The path must be below one of this server's import roots; links may not lead out of them.
@@ -113,20 +117,18 @@ async def load_lora_adapter(body: LoadLoraRequest, frontend: TheFrontend) -> str
         trust_base=body.trust_base,
         prompt_format=body.prompt_format,
     )
-    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@openai_admin.post(
-    "/unload_lora_adapter", responses=_LORA_ANSWERS, response_class=PlainTextResponse
-)
-async def unload_lora_adapter(body: UnloadLoraRequest, frontend: TheFrontend) -> str:
+@openai_admin.post("/unload_lora_adapter", responses=_LORA_ANSWERS, response_class=Response)
+async def unload_lora_adapter(body: UnloadLoraRequest, frontend: TheFrontend) -> PlainTextResponse:
     """vLLM's way to take a LoRA out: the task serves no more.
 
     Its versions stay in the store. Requests that run with it end as they would have.
     """
     frontend.check_ready()
     await frontend.publisher.stop(body.lora_name)
-    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 @asynccontextmanager

@@ -5,9 +5,10 @@ import json
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import httpx
+import pydantic
 import pytest
 import tiny
 from openai import AsyncOpenAI
@@ -79,6 +80,25 @@ async def test_constrained_answers_keep_to_their_constraint_and_free_ones_beside
     streamed = await served.client.post("/generate", json=body)
     parts = re.findall(r'^data: \{"index": 0, "text": (".*?")\}$', streamed.text, re.MULTILINE)
     assert "".join(json.loads(part) for part in parts) == answers[1]["text"]
+
+
+class Label(pydantic.BaseModel):
+    """An answer of a closed set of labels."""
+
+    label: Literal["a", "the other"]
+
+
+async def test_openais_client_parses_a_response_of_its_own_model(served: App) -> None:
+    client = AsyncOpenAI(
+        base_url="http://test/v1", api_key="none", http_client=served.client, max_retries=0
+    )
+    asked: Any = {"model": "base", "input": "Hi", "text_format": Label, "max_output_tokens": 90}
+    answer = await client.responses.parse(**asked, temperature=1.2, extra_body={"seed": 5})
+    assert isinstance(answer.output_parsed, Label)
+    assert answer.text.format.type == "json_schema"
+    async with client.responses.stream(**asked) as events:
+        streamed = await events.get_final_response()
+    assert isinstance(streamed.output_parsed, Label)
 
 
 @pytest.mark.parametrize("stream", [False, True])

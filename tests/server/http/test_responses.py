@@ -47,6 +47,10 @@ REFUSED = [
     ("service_tier", "flex", "service_tier"),
     ("reasoning", {"effort": "high"}, "reasoning.effort"),
     ("text", {"verbosity": "low"}, "text.verbosity"),
+    ("text", {"format": {"type": "json_schema", "name": "s"}}, "text.format.schema"),
+    ("text", {"format": {"type": "text", "schema": {}}}, "text.format.schema"),
+    ("text", {"format": {"type": "grammar"}}, "text.format.type"),
+    ("stop", "", "stop.0"),
     ("include", ["file_search_call.results"], "include.0"),
     ("max_output_tokens", 0, "max_output_tokens"),
     ("temperature", 2.1, "temperature"),
@@ -192,6 +196,19 @@ async def test_log_probabilities_come_where_they_are_included(served: Served) ->
     deltas = [each for each in events if each.type == "response.output_text.delta"]
     assert [each.logprobs[0].logprob for each in deltas] == [-0.5, -0.25]
     assert not (await respond(served)).output[0].content[0].logprobs
+
+
+async def test_tokens_are_chosen_as_on_the_other_routes(served: Served) -> None:
+    body = {"stop": ["x"], "ignore_eos": True, "top_k": 3, "repetition_penalty": 1.5, "seed": 4}
+    body |= {"structured_outputs": {"choice": ["a"]}, "logit_bias": {"5": -1.5}, "min_tokens": 2}
+    response = await served.client.post(
+        "/v1/responses", json={**GOOD, "max_output_tokens": 9, **body}
+    )
+    assert response.status_code == 200, response.text
+    of_response = served.engine.requests[-1].sampling
+    chat = {"model": "base", "messages": [item("user", "Hi")], "max_tokens": 9, **body}
+    assert (await served.client.post("/v1/chat/completions", json=chat)).status_code == 200
+    assert of_response == served.engine.requests[-1].sampling
 
 
 async def test_a_failure_in_a_stream_is_openais_error_and_a_failed_response(
