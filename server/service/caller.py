@@ -22,6 +22,10 @@ class Caller:
     scopes: frozenset[Scope] = frozenset()
     tasks: frozenset[str] | None = None
 
+    def may_use(self, task: str) -> bool:
+        """Whether a task of this name exists for it."""
+        return self.tasks is None or task in self.tasks
+
     def may_see(self, owner: str) -> bool:
         """Whether what belongs to `owner` exists for it: its own, or everything for an admin."""
         return owner == self.name or Scope.ADMIN in self.scopes

@@ -13,6 +13,7 @@ from crma.models.tools import ToolMarkup, tool_markup
 from server import __version__
 from server.engine.inference_engine import InferenceEngine
 from server.engine.request import Request, SamplingParams
+from server.service.caller import Caller
 from server.service.errors import Draining, InvalidField, NotReady, RequestTooLarge
 from server.service.generation import Generation
 from server.service.keys import Keys
@@ -55,11 +56,16 @@ class Frontend:
         self.publisher = Publisher(self.registry, self.engine, self.settings.request_timeout_s)
 
     def resolve(
-        self, task: str | None, crma: bool | None, crma_version: str | None = None
+        self,
+        task: str | None,
+        crma: bool | None,
+        crma_version: str | None = None,
+        *,
+        caller: Caller,
     ) -> Resolved:
         """The adapters of a request. Raises NotReady, Draining, and what the registry raises."""
         self.check_ready()
-        return self.registry.resolve(task, crma, crma_version)
+        return self.registry.resolve(task, crma, crma_version, caller)
 
     def check_ready(self) -> None:
         """Raises NotReady or Draining if the server takes no requests now."""
@@ -192,6 +198,8 @@ class Frontend:
             arrival=arrival,
             deadline=arrival + (timeout_s or self.settings.request_timeout_s),
             interactive=interactive,
+            owner=resolved.caller.name,
+            cache_salt=resolved.caller.tenant,
         )
         label = self.metrics.adapter_label(resolved.task.name if resolved.task else None)
         crma = "off" if resolved.selection.crma_digest is None else "on"

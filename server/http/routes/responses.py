@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from server.http.auth import require_generate
+from server.http.auth import TheCaller, require_generate
 from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
 from server.http.model_name import resolve_model
@@ -22,6 +22,7 @@ async def responses(
     body: ResponsesRequest,
     request: Request,
     frontend: TheFrontend,
+    caller: TheCaller,
     after_response: AfterResponse,
 ) -> Response:
     """OpenAI's response to a text or a conversation, which the client sends whole each time.
@@ -36,7 +37,7 @@ async def responses(
     if body.stream_options.model_fields_set and not body.stream:
         message = "stream_options: needs stream"
         raise InvalidField(message, field="stream_options", allowed=None)
-    resolved = resolve_model(body.model, body.crma, frontend)
+    resolved = resolve_model(body.model, body.crma, frontend, caller)
     request.state.selection = resolved.selection
     generation = await frontend.generation(
         body.messages(),
