@@ -205,6 +205,7 @@ class Ablation:
 
     async def _outcome(self, job: Job) -> ItemResult:
         """Answer one job as the scorer needs; if it fails, the failure is its outcome."""
+        await self.frontend.quotas.until_tokens(self.spec.caller)  # no part of the item's time
         question = self.question_set.questions[job.question]
         scorer = self.spec.settings.scorer
         timeout_s = self.spec.timeout_s or self.frontend.settings.request_timeout_s

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crma.core.errors import CrmaError, NotFound
-from crma.core.files import locked, replace_file, to_json
+from crma.core.files import PRIVATE, locked, replace_file, to_json
 from server.service.errors import InvalidField, TooManyJobs
 
 log = logging.getLogger("server")
@@ -215,7 +215,9 @@ class Jobs:
 
     def _write(self, job: Job, result: dict[str, Any] | None) -> None:
         with locked(self.folder):
-            replace_file(self._path(job.id), to_json({**asdict(job), "result": result}))
+            replace_file(
+                self._path(job.id), to_json({**asdict(job), "result": result}), mode=PRIVATE
+            )
 
     def _path(self, id: str) -> Path:
         return self.folder / f"{id}.json"

@@ -3,24 +3,26 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from crma.evaluation.ablation import AblationSettings
 from server.http.answer import STREAM_HEADERS, event, unless_gone
-from server.http.auth import TheCaller, require_ablate, require_admin
+from server.http.audited import audited
+from server.http.auth import TheCaller, counts, require_ablate, require_admin
 from server.http.dependencies import TheAblations, TheFrontend
 from server.http.error_handlers import documented
 from server.http.schemas import AblationRequest
 from server.service.ablation import AblationSpec
+from server.service.audit import Act
 from server.service.caller import Caller
 from server.service.jobs import Job
 
-router = APIRouter(dependencies=[Depends(require_ablate)])
-admin = APIRouter(dependencies=[Depends(require_admin)])
+router = APIRouter(dependencies=[require_ablate])
+admin = APIRouter(dependencies=[require_admin])
 
 
 _STARTED: dict[int | str, dict[str, Any]] = {202: {"description": "Started in the background."}}
@@ -29,7 +31,7 @@ _ANSWERS = (
 )
 
 
-@router.post("/ablation", responses=_ANSWERS)
+@router.post("/ablation", responses=_ANSWERS, dependencies=[counts])
 async def ablation(
     body: AblationRequest,
     request: Request,
@@ -152,7 +154,10 @@ _LINES = {
     openapi_extra=_LINES,
 )
 async def upload_question_set(
-    name: str, request: Request, ablations: TheAblations
+    name: str,
+    request: Request,
+    ablations: TheAblations,
+    act: Annotated[Act, audited("upload question set")],
 ) -> dict[str, Any]:
     """Keep a question set, one question per line: id, task, question, answers, optional choices.
 
@@ -163,4 +168,5 @@ async def upload_question_set(
     except (UnicodeDecodeError, ClientDisconnect) as error:
         raise HTTPException(400) from error  # as for any other body: server/http/error_handlers.py
     question_set = await asyncio.to_thread(ablations.question_sets.write, name, lines)
+    act.about["digest"] = question_set.digest
     return question_set.describe()

@@ -4,19 +4,19 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.engine.request import RequestOutput
 from server.http.answer import Answer, event, tokens
-from server.http.auth import TheCaller, require_generate
+from server.http.auth import TheCaller, counts, require_generate
 from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
 from server.http.schemas import GenerateRequest
 from server.service.errors import InvalidField
 from server.service.generation import SequenceResult
 
-router = APIRouter(dependencies=[Depends(require_generate)])
+router = APIRouter(dependencies=[require_generate, counts])
 
 
 @router.post("/generate", responses=documented(*GENERATING, example_of="/generate"))

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
 from crma.store.entry import TaskEntry
 from server.http.auth import TheCaller, require_key
@@ -13,7 +13,7 @@ from server.http.model_name import BASE, resolve_model
 from server.http.openai_schemas import OpenAIErrorBody
 from server.service.frontend import Frontend
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
+router = APIRouter(prefix="/v1", dependencies=[require_key])
 
 LIST_ERRORS = documented(401, 403, 404, 503, body=OpenAIErrorBody, example_of="/v1/models")
 CARD_ERRORS = documented(

@@ -5,11 +5,11 @@ Refusals have OpenAI's form (`server/http/error_handlers.py`).
 
 from dataclasses import replace
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from crma.models.tools import ToolMarkup
-from server.http.auth import TheCaller, require_generate
+from server.http.auth import TheCaller, counts, require_generate
 from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
 from server.http.model_name import resolve_model
@@ -26,7 +26,7 @@ from server.service.errors import InvalidField
 from server.service.frontend import Frontend
 from server.service.registry import Resolved
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(require_generate)])
+router = APIRouter(prefix="/v1", dependencies=[require_generate, counts])
 
 COMPLETION_ERRORS = documented(*GENERATING, body=OpenAIErrorBody, example_of="/v1/completions")
 CHAT_ERRORS = documented(*GENERATING, body=OpenAIErrorBody, example_of="/v1/chat/completions")

@@ -1,9 +1,9 @@
 """POST /v1/responses: OpenAI's newer route for text, without anything that is kept."""
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.http.auth import TheCaller, require_generate
+from server.http.auth import TheCaller, counts, require_generate
 from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
 from server.http.model_name import resolve_model
@@ -12,7 +12,7 @@ from server.http.responses_answer import ResponsesAnswer
 from server.http.responses_schemas import LOGPROBS, ResponsesRequest
 from server.service.errors import InvalidField
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(require_generate)])
+router = APIRouter(prefix="/v1", dependencies=[require_generate, counts])
 
 ANSWERS = documented(*GENERATING, body=OpenAIErrorBody, example_of="/v1/responses")
 

@@ -3,16 +3,16 @@
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
-from server.http.auth import TheCaller, require_generate
+from server.http.auth import TheCaller, counts, require_generate
 from server.http.dependencies import TheFrontend
 from server.http.error_handlers import documented
 from server.http.model_name import resolve_model
 from server.http.tokens_schemas import DetokenizeRequest, TokenizeRequest
 from server.service.errors import InvalidField
 
-router = APIRouter(dependencies=[Depends(require_generate)])
+router = APIRouter(dependencies=[require_generate, counts])
 
 STATUSES = (400, 401, 403, 404, 409, 413, 422, 429, 503)
 
