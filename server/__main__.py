@@ -1,12 +1,15 @@
 """`python -m server`: settings from the environment, one base model, one store, one process."""
 
+import argparse
 import logging
 import math
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -24,6 +27,7 @@ from server.app import create_app
 from server.engine.native.async_engine import AsyncEngine
 from server.engine.native.launch import EngineConfig, start_engine
 from server.http.log import configure as configure_logs
+from server.service.access import check_access
 from server.service.frontend import Frontend
 from server.service.metrics import Metrics
 from server.service.registry import Registry
@@ -101,14 +105,26 @@ def explain(error: CrmaError) -> str:
     return f"{variable}{error.message}{allowed}"
 
 
-def main() -> int:
+def _options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Settings from the command line. Ends the process for one that does not exist."""
+    parser = argparse.ArgumentParser(prog="python -m server", description=__doc__)
+    parser.add_argument(
+        "--allow-open", action="store_true", help="as CRMA_ALLOW_OPEN=true: serve without keys"
+    )
+    given = vars(parser.parse_args(arguments))
+    return {name: value for name, value in given.items() if value}
+
+
+def main(arguments: Sequence[str] = ()) -> int:
     """Serve until told to stop. The exit code is 2 for a setting or model that cannot be used."""
+    options = _options(arguments)
     links = drop_service_links()
     try:
-        settings = Settings.load()
+        settings = Settings.load().model_copy(update=options)
         configure_logs(settings.log_format)
         if links:
             log.warning("ignored, because Kubernetes set it for a Service: %s", ", ".join(links))
+        check_access(settings)
         app = build(settings)
     except CrmaError as error:
         sys.stderr.write(explain(error) + "\n")
@@ -129,4 +145,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

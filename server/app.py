@@ -14,6 +14,7 @@ from crma.models.loading import compute_alone
 from server import __version__
 from server.http import error_handlers
 from server.http.body_limit import BodyLimit
+from server.http.host_check import HostCheck
 from server.http.log import RequestLog
 from server.http.routes import (
     ablation,
@@ -26,8 +27,11 @@ from server.http.routes import (
     responses,
     tokens,
 )
+from server.http.security_headers import SecurityHeaders
 from server.service.ablation import Ablations
 from server.service.frontend import Frontend
+from server.service.metrics import Metrics
+from server.settings import Settings
 
 log = logging.getLogger("server")
 
@@ -44,6 +48,7 @@ ROUTERS = (
     publishing.admin,
     publishing.openai_admin,
     operations.router,
+    operations.metrics_router,
 )
 DESCRIPTION = (
     "Many fine-tuned tasks from one base model, with a shared CRMA backbone on or off per request."
@@ -61,12 +66,14 @@ def create_app(frontend: Frontend) -> FastAPI:
         workers = ThreadPoolExecutor(8, "worker", compute_alone)
         asyncio.get_running_loop().set_default_executor(workers)
         await asyncio.to_thread(ablations.load)
+        frontend.keys.start()
         app.state.starting = asyncio.create_task(_start(frontend))
         yield
         frontend.draining = True
         app.state.starting.cancel()
         await asyncio.gather(app.state.starting, return_exceptions=True)
         await frontend.registry.stop()
+        await frontend.keys.stop()
         await ablations.stop()
         await frontend.engine.close()  # uvicorn has given running requests their time by now
         frontend.close()
@@ -77,7 +84,6 @@ def create_app(frontend: Frontend) -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
-        strict_content_type=False,
     )
     app.state.frontend = frontend
     app.state.ablations = ablations
@@ -87,11 +93,20 @@ def create_app(frontend: Frontend) -> FastAPI:
     error_handlers.install(app)
     for router in ROUTERS:
         app.include_router(router)
+    _add_middleware(app, settings, metrics)
+    return app
+
+
+def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+    """What every request passes. The last added is the outermost."""
     uploads = {publishing.UPLOAD_PATH: settings.max_upload_mib * 2**20}
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, uploads=uploads)
+    if settings.is_open:
+        names = {name.lower() for name in (settings.host, *settings.allowed_hosts)}
+        app.add_middleware(HostCheck, names=names)
+    app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestLog, metrics=metrics)
-    _allow_origins(app, settings.cors_origins)  # the last added is the outermost: errors too
-    return app
+    _allow_origins(app, settings.cors_origins)  # errors too
 
 
 def _allow_origins(app: FastAPI, origins: Sequence[str]) -> None:

@@ -114,9 +114,23 @@ class Settings(BaseSettings):
     )
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = _setting(
-        (), "Comma-separated API keys; empty: open to all."
+        (), "Comma-separated API keys; empty, and no keys_file: open to all."
     )
-    admin_key: SecretStr | None = _setting(None, "Key of the admin routes; unset: they answer 403.")
+    admin_key: SecretStr | None = _setting(
+        None, "Key of the admin routes, which opens all others too.", min_length=1
+    )
+    keys_file: Path | None = _setting(
+        None, "File of keys that `crma keys` writes; read again when it changes."
+    )
+    allow_open: bool = _setting(
+        False, "Serve without keys although `host` is not this machine's loopback."
+    )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = _setting(
+        (), "Comma-separated names by which a server without keys may be called, beside its own."
+    )
+    audit_log: Path | None = _setting(
+        None, "File with a line for each act of an administrator; unset: only the log has them."
+    )
 
     cors_origins: Annotated[tuple[str, ...], NoDecode] = _setting(
         (), "Comma-separated origins whose web pages may call this server, or `*`; empty: none."
@@ -134,13 +148,16 @@ class Settings(BaseSettings):
         64, "Adapters with a metrics label of their own; the rest share `_other`.", ge=0
     )
 
-    @field_validator("api_keys", "cors_origins", "import_roots", mode="before")
+    @field_validator("api_keys", "cors_origins", "import_roots", "allowed_hosts", mode="before")
     @classmethod
     def _split_list(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
         parts = (part.strip() for part in value.split(","))
-        return tuple(part for part in parts if part)
+        listed = tuple(part for part in parts if part)
+        if value and not listed:  # a mistyped list of keys must not open the server to all
+            raise ValueError("only commas and spaces")
+        return listed
 
     @field_validator("cors_origins")
     @classmethod
@@ -158,6 +175,11 @@ class Settings(BaseSettings):
         if isinstance(value, tuple):
             return tuple(map(_expanded, value))
         return _expanded(value)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests need no key."""
+        return not self.api_keys and self.keys_file is None
 
     @classmethod
     def load(cls) -> Self:

@@ -15,7 +15,13 @@ from scripted_engine import TINY, ScriptedEngine
 from crma.models.base_model import BaseModel
 
 JSON = {"content-type": "application/json"}
-SCOPE = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": []}
+SCOPE = {
+    "type": "http",
+    "method": "POST",
+    "path": "/generate",
+    "query_string": b"",
+    "headers": [(b"content-type", b"application/json")],
+}
 BASE = BaseModel(TINY.name, TINY.digest, Path("nowhere"), {})
 OUR_FIELDS = ["code", "message", "field", "value", "allowed"]
 OPENAI_FIELDS = ["message", "type", "param", "code"]

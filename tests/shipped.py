@@ -17,7 +17,7 @@ async def server(**settings: object) -> AsyncIterator[httpx.AsyncClient]:
     Args:
         settings: settings of the server that differ from the defaults.
     """
-    app = build(Settings(store=STORE, **settings))
+    app = build(Settings(store=STORE, allowed_hosts="test", **settings))
     async with app.router.lifespan_context(app):
         await app.state.starting
         transport = httpx.ASGITransport(app)

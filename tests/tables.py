@@ -20,6 +20,8 @@ if __name__ == "__main__":
 from fastapi import APIRouter, FastAPI
 from paths import EXPERIMENTS, RESULTS, ROOT
 from prometheus_client import CollectorRegistry, Metric
+from route_rules import SCOPES
+from route_rules import rows as route_rows
 
 from crma.core.allowed import describe
 from crma.training.config import CrmaSettings, LoraSettings, TrainConfig
@@ -149,6 +151,11 @@ def metrics_table() -> str:
     return "\n".join(markdown_table(["name", "type", "meaning"], sorted(rows)))
 
 
+def access_table() -> str:
+    """Every route, what a key with each scope gets, and whether it counts against limits."""
+    return "\n".join(markdown_table(["route", "no key", *SCOPES, "counts"], route_rows()))
+
+
 def experiment_table(name: str) -> str:
     """The arms of an experiment, from those of its runs whose record is there."""
     records = {}
@@ -222,6 +229,7 @@ TABLES = {
     "settings": Table(DOCS / "settings.md", settings_table),
     "errors": Table(DOCS / "api.md", errors_table),
     "metrics": Table(DOCS / "operations.md", metrics_table),
+    "access": Table(DOCS / "operations.md", access_table),
     "config": Table(DOCS / "training.md", config_table),
     "results": Table(DOCS / "results.md", results_table),
     "quick": Table(DOCS / "results.md", partial(experiment_table, "quick")),

@@ -384,6 +384,7 @@ async def serving(base: BaseModel, store: Path, **options: Any) -> AsyncIterator
         "dtype": "float32",
         "num_threads": 1,
         "admin_key": "admin",
+        "allowed_hosts": "test",  # what clients over ASGI call it
         **options,
     }
     app = build(Settings(**settings))

@@ -1,4 +1,4 @@
-"""The `crma` command: pull a base model, build data, train, evaluate, and manage an adapter store.
+"""The `crma` command: pull a base model, build data, train, evaluate, manage adapters and keys.
 
 It never speaks HTTP. Results go to stdout, everything else to stderr.
 The exit code is 0; 1 if a check failed; 2 if the command could not run.
@@ -12,7 +12,7 @@ import sys
 import typer
 from rich.markup import escape
 
-from crma.cli import data, evaluation, gate, models, store, training
+from crma.cli import data, evaluation, gate, keys, models, store, training
 from crma.cli.output import note
 from crma.core.errors import CrmaError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 for module in (models, data, training, store, evaluation, gate):
     app.registered_commands += module.group.registered_commands
+app.add_typer(keys.group, name="keys")
 
 
 def main() -> None:

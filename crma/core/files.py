@@ -20,6 +20,7 @@ from crma.core.errors import InvalidAdapter, NotFound, StoreError
 TEMPORARY_PREFIX = ".publishing-"
 MAX_JSON_BYTES = 4 * 2**20
 LOCK = ".lock"
+PRIVATE = 0o600  # the mode of a file that only its owner may read
 _MAX_SHOWN = 200  # characters of an offending value in an error: a file can hold anything
 
 
@@ -197,20 +198,22 @@ def publish_folder(root: Path, target: Path, files: Mapping[str, bytes]) -> None
             break
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Replace a file in one step: readers see the old bytes or the new ones, never a mixture.
 
-    Call it with the writer lock held: the name of the temporary file is fixed.
+    It has its mode, less what the umask takes away, before it has its bytes. Call it with the
+    writer lock held: the name of the temporary file is fixed.
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     temporary.unlink(missing_ok=True)
-    _write_synced(temporary, data)
+    _write_synced(temporary, data, mode)
     os.replace(temporary, path)
     sync_folder(path.parent)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("xb") as stream:
+def _write_synced(path: Path, data: bytes, mode: int = 0o666) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with os.fdopen(descriptor, "wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())

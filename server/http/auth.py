@@ -2,7 +2,8 @@
 
 Without API keys, everyone may generate and ablate. Admin routes always need a key: where this
 server has none for them they answer 403; no key or an unknown one is 401; a key without the scope
-is 403. The admin key opens every route. Health, metrics and documentation need no key.
+is 403. The admin key opens every route. Health and documentation need no key; neither do the
+metrics, unless some tasks do not exist for some key. Every route has one of the `require_…` below.
 """
 
 from typing import Annotated
@@ -11,7 +12,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from crma.access.scope import Scope
-from server.http.dependencies import TheFrontend
+from server.http.dependencies import AfterResponse, TheFrontend
 from server.service.caller import Caller
 from server.service.errors import Forbidden, Unauthorized
 
@@ -28,6 +29,13 @@ async def _caller(request: Request, frontend: TheFrontend, credentials: Credenti
 
 
 TheCaller = Annotated[Caller, Depends(_caller)]
+
+
+class Open:
+    """The dependency of routes that need no key."""
+
+    async def __call__(self) -> None:
+        """Check nothing."""
 
 
 class Needs:
@@ -57,7 +65,27 @@ class Needs:
         raise Forbidden(message, field="Authorization", allowed=list(self.scopes))
 
 
-require_generate = Needs(Scope.GENERATE)
-require_ablate = Needs(Scope.ABLATE)
-require_admin = Needs(Scope.ADMIN)
-require_key = Needs(*Scope)
+class NeedsForNames(Needs):
+    """The same for routes that show the names of all tasks; while every key has all, for nobody."""
+
+    async def __call__(self, frontend: TheFrontend, caller: TheCaller) -> None:
+        """Check the caller once some tasks do not exist for some key. Raises as `Needs`."""
+        if frontend.keys.is_restricted:
+            await super().__call__(frontend, caller)
+
+
+async def counted(frontend: TheFrontend, caller: TheCaller, after_response: AfterResponse) -> None:
+    """A dependency of routes that compute: the request counts against the limits of its key until
+    its answer is sent or its client is gone. Raises OverQuota.
+    """
+    frontend.quotas.enter(caller)
+    after_response.callback(frontend.quotas.leave, caller)
+
+
+require_generate = Depends(Needs(Scope.GENERATE))
+require_ablate = Depends(Needs(Scope.ABLATE))
+require_admin = Depends(Needs(Scope.ADMIN))
+require_key = Depends(Needs(Scope.GENERATE, Scope.ABLATE, Scope.ADMIN))
+require_nothing = Depends(Open())
+require_metrics = Depends(NeedsForNames(Scope.METRICS, Scope.ADMIN))
+counts = Depends(counted)

@@ -182,19 +182,25 @@ def _from_http(request: Request, error: HTTPException) -> ApiError:
     cause = error.__cause__
     if isinstance(cause, ClientDisconnect):
         return ClientGone("the client went away while it sent the body")
-    return cause if isinstance(cause, ApiError) else _not_json(request)
+    return cause if isinstance(cause, ApiError) else _not_utf8()
 
 
 def _not_json(request: Request) -> ApiError:
-    """The error for a body that is not JSON, or that its header says is something else.
+    """The error for a body that is not JSON, or that its header does not say is JSON.
 
-    Without the header a body is read as JSON; `curl -d` sets another one unless told not to.
+    Pages of other origins can send a body without asking only if it is not said to be JSON. `curl
+    -d` sets another header unless told not to.
     """
     given = request.headers.get("content-type", "")
     kind = given.partition(";")[0].strip().lower()
-    if kind and kind != "application/json" and not kind.endswith("+json"):
-        message = f"the body was sent as {kind}: set the header Content-Type: application/json"
+    if kind != "application/json" and not kind.endswith("+json"):
+        sent = f"as {kind}" if kind else "without a type"
+        message = f"the body was sent {sent}: set the header Content-Type: application/json"
         allowed = "application/json"
         return MalformedBody(message, field="Content-Type", value=given, allowed=allowed)
+    return _not_utf8()
+
+
+def _not_utf8() -> ApiError:
     message = "the body is not JSON in UTF-8"
     return MalformedBody(message, field="body", allowed="a JSON object, as application/json")

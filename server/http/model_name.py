@@ -1,6 +1,7 @@
 """What `model` names in OpenAI's requests: a task or the base model, and whether CRMA is on."""
 
 from crma.core.errors import LineageMismatch, NotFound
+from server.service.caller import Caller
 from server.service.errors import InvalidField, ModelNotFound, NoBackbone
 from server.service.frontend import Frontend
 from server.service.registry import Resolved
@@ -9,7 +10,7 @@ BASE = "base"
 SUFFIXES = {"crma-on": True, "crma-off": False}
 
 
-def resolve_model(model: str, asked: bool | None, frontend: Frontend) -> Resolved:
+def resolve_model(model: str, asked: bool | None, frontend: Frontend, caller: Caller) -> Resolved:
     """The adapters of `model` and `crma`.
 
     Args:
@@ -18,7 +19,7 @@ def resolve_model(model: str, asked: bool | None, frontend: Frontend) -> Resolve
 
     Raises:
         InvalidField: they contradict each other.
-        ModelNotFound: no such task or version.
+        ModelNotFound: no such task or version for this caller.
     """
     name, _, suffix = model.rpartition(":")
     if suffix not in SUFFIXES:
@@ -28,7 +29,7 @@ def resolve_model(model: str, asked: bool | None, frontend: Frontend) -> Resolve
         message = "crma: contradicts the suffix of model"
         raise InvalidField(message, field="crma", value=asked, allowed=crma)
     try:
-        return frontend.resolve(None if name == BASE else name, crma)
+        return frontend.resolve(None if name == BASE else name, crma, caller=caller)
     except NotFound as error:
         raise _unknown(name, error) from error
     except (LineageMismatch, NoBackbone) as error:

@@ -26,6 +26,7 @@ from crma.models.prompts import Format
 from server.engine.errors import PromptTooLong, QueueFull
 from server.engine.request import Constraint, ConstraintKind, SamplingParams
 from server.service import jobs
+from server.service.caller import Caller
 from server.service.errors import AdapterUnloaded, DeadlineExceeded, GenerationFailed, InvalidField
 from server.service.frontend import Frontend
 from server.service.generation import Generation, all_of
@@ -41,6 +42,7 @@ class AblationSpec:
 
     Args:
         settings: the variants and how they are judged.
+        caller: who asks.
         question_set: name of a question set; or None, and `questions` is given.
         questions: inline questions; or None, and `question_set` is given.
         tasks: ask only the questions of these tasks; None: all.
@@ -52,6 +54,7 @@ class AblationSpec:
     """
 
     settings: AblationSettings
+    caller: Caller
     question_set: str | None = None
     questions: Sequence[Question] | None = None
     tasks: Sequence[str] | None = None
@@ -123,7 +126,16 @@ class Ablations:
     async def start(self, ablation: "Ablation") -> jobs.Job:
         """Run an ablation in the background. Raises as `Jobs.start`."""
         total = len(ablation.plan.jobs)
-        return await self.jobs.start(ablation.id, ablation.request(), total, ablation.run)
+        return await self.jobs.start(
+            ablation.id, ablation.request(), total, ablation.run, owner=ablation.spec.caller.name
+        )
+
+    def job(self, id: str, caller: Caller) -> jobs.Job:
+        """A background ablation of this caller. Raises NotFound, also for that of another."""
+        job = self.jobs.get(id)
+        if not caller.may_see(job.owner):
+            raise jobs.no_job(id)
+        return job
 
     def _question_set(self, spec: AblationSpec) -> QuestionSet:
         """Return the inline questions or those of a named set, filtered by task."""
@@ -193,6 +205,7 @@ class Ablation:
 
     async def _outcome(self, job: Job) -> ItemResult:
         """Answer one job as the scorer needs; if it fails, the failure is its outcome."""
+        await self.frontend.quotas.until_tokens(self.spec.caller)  # no part of the item's time
         question = self.question_set.questions[job.question]
         scorer = self.spec.settings.scorer
         timeout_s = self.spec.timeout_s or self.frontend.settings.request_timeout_s
@@ -304,12 +317,15 @@ class _Adapters:
     def select(self, variant: str, task: str) -> AdapterSelection:
         """Resolve a variant for a task. Raises as `Frontend.resolve` and `Frontend.check`."""
         cell = read_cell(variant)
+        spec = self._spec
         name = f"{task}@{cell.task_version}" if cell.task_version else task
-        found = self._frontend.resolve(name if cell.task else None, cell.crma, cell.crma_version)
+        found = self._frontend.resolve(
+            name if cell.task else None, cell.crma, cell.crma_version, caller=spec.caller
+        )
         if not cell.task:
             found = replace(found, prompt_format=self._format_of(task) or found.prompt_format)
-        needs_format = not self._spec.settings.raw
-        timeout_s = self._spec.timeout_s
+        needs_format = not spec.settings.raw
+        timeout_s = spec.timeout_s
         self._frontend.check(found, SamplingParams(), timeout_s, needs_format=needs_format)
         self.resolved[task, found.selection] = found
         if cell.task:
@@ -325,7 +341,7 @@ class _Adapters:
         Otherwise variants without the task's adapter would differ from it by the prompt too.
         """
         try:
-            return self._frontend.registry.task(task).prompt_format
+            return self._frontend.registry.task(task, self._spec.caller).prompt_format
         except StoreError:  # no such task, or a damaged one: variants without it can still answer
             return None
 

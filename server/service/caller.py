@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+from crma.access.key import Limits
 from crma.access.scope import Scope
+
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,15 +15,26 @@ class Caller:
     Attributes:
         name: of the key. Its jobs, its question sets and its share of the engine belong to it.
             Empty: the request has no key.
-        tenant: keys of one tenant share cached prefixes.
+        tenant: keys of one tenant share cached prefixes. Empty: it shares them with no other.
         scopes: the groups of routes that are open to it.
         tasks: the names of the tasks that exist for it; None: all.
+        limits: how much it may use.
     """
 
     name: str = ""
     tenant: str = ""
     scopes: frozenset[Scope] = frozenset()
     tasks: frozenset[str] | None = None
+    limits: Limits = NO_LIMITS
+
+    @property
+    def cache_salt(self) -> str:
+        """Requests with another salt share no cached prefixes with its own."""
+        return f"tenant {self.tenant}" if self.tenant else self.name
+
+    def may_use(self, task: str) -> bool:
+        """Whether a task of this name exists for it."""
+        return self.tasks is None or task in self.tasks
 
     def may_see(self, owner: str) -> bool:
         """Whether what belongs to `owner` exists for it: its own, or everything for an admin."""
@@ -33,7 +47,7 @@ NOBODY = Caller()
 ANYONE = Caller(scopes=frozenset({Scope.GENERATE, Scope.ABLATE}))
 """Without a key where none is needed."""
 
-ADMIN = Caller("admin", "admin", frozenset(Scope))
+ADMIN = Caller("admin", scopes=frozenset(Scope))
 """Who has the admin key of the settings."""
 
 
@@ -45,4 +59,4 @@ def named_by_key(digest: str) -> Caller:
             another order; a number would pass the jobs of one key on to another.
     """
     name = f"env-{digest[:12]}"
-    return Caller(name, name, ANYONE.scopes)
+    return Caller(name, scopes=ANYONE.scopes)

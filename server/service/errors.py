@@ -91,6 +91,10 @@ class BodyTooLarge(ApiError, status=413, code="body_too_large"):
     """A body over `max_body_bytes`."""
 
 
+class WrongHost(ApiError, status=421, code="wrong_host"):
+    """A server without keys was called by a name that is not its own."""
+
+
 class InvalidField(ApiError, status=422, code="invalid_field"):
     """A field that cannot be honoured."""
 
@@ -101,6 +105,10 @@ class UnknownField(ApiError, status=422, code="unknown_field"):
 
 class TooManyJobs(ApiError, status=429, code="too_many_jobs", headers={"Retry-After": "10"}):
     """The limit of background jobs is reached."""
+
+
+class OverQuota(ApiError, status=429, code="rate_limit_exceeded"):
+    """The key has used what it may; Retry-After says when it may use more."""
 
 
 class ClientGone(ApiError, status=499, code="client_gone"):

@@ -4,6 +4,7 @@ import secrets
 import time
 import uuid
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,12 +14,15 @@ from crma.models.tools import ToolMarkup, tool_markup
 from server import __version__
 from server.engine.inference_engine import InferenceEngine
 from server.engine.request import Request, SamplingParams
+from server.service.audit import Audit
+from server.service.caller import Caller
 from server.service.errors import Draining, InvalidField, NotReady, RequestTooLarge
 from server.service.generation import Generation
 from server.service.keys import Keys
 from server.service.metrics import Metrics
 from server.service.prompt_encoder import Prompt, PromptEncoder
 from server.service.publisher import Publisher
+from server.service.quotas import Quotas
 from server.service.registry import Registry, Resolved
 from server.service.token_texts import TokenTexts
 from server.settings import Settings
@@ -36,6 +40,8 @@ class Frontend:
 
     Attributes:
         keys: who may send requests.
+        quotas: how much they have used.
+        audit: what administrators did.
         draining: the server stops and takes no new requests.
     """
 
@@ -50,16 +56,23 @@ class Frontend:
         self.model = self.engine.model
         max_queue = self.settings.max_queue
         self.encoder = PromptEncoder(self.tokenizer, self.model.num_tokens, max_queue)
-        self.keys = Keys(self.settings)
+        self.audit = Audit(self.settings.audit_log)
+        self.keys = Keys(self.settings, self.audit)
+        self.quotas = Quotas()
         self.texts = TokenTexts(self.tokenizer)
         self.publisher = Publisher(self.registry, self.engine, self.settings.request_timeout_s)
 
     def resolve(
-        self, task: str | None, crma: bool | None, crma_version: str | None = None
+        self,
+        task: str | None,
+        crma: bool | None,
+        crma_version: str | None = None,
+        *,
+        caller: Caller,
     ) -> Resolved:
         """The adapters of a request. Raises NotReady, Draining, and what the registry raises."""
         self.check_ready()
-        return self.registry.resolve(task, crma, crma_version)
+        return self.registry.resolve(task, crma, crma_version, caller)
 
     def check_ready(self) -> None:
         """Raises NotReady or Draining if the server takes no requests now."""
@@ -192,10 +205,13 @@ class Frontend:
             arrival=arrival,
             deadline=arrival + (timeout_s or self.settings.request_timeout_s),
             interactive=interactive,
+            owner=resolved.caller.name,
+            cache_salt=resolved.caller.cache_salt,
         )
         label = self.metrics.adapter_label(resolved.task.name if resolved.task else None)
         crma = "off" if resolved.selection.crma_digest is None else "on"
-        return Generation(self.engine, request, self.metrics, (label, crma))
+        spend = partial(self.quotas.spend, resolved.caller)
+        return Generation(self.engine, request, self.metrics, (label, crma), spend)
 
     def provenance(self, seed: int | None, crma: str | None, **tasks: Any) -> dict[str, Any]:
         """Exactly what answered.

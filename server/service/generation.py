@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,10 +36,19 @@ class SequenceResult:
 
 
 class Generation:
-    """A request, its submission to the engine, and the results of its sequences."""
+    """A request, its submission to the engine, and the results of its sequences.
+
+    Args:
+        spend: is told at the end how many tokens it had, unless it was refused.
+    """
 
     def __init__(
-        self, engine: InferenceEngine, request: Request, metrics: Metrics, labels: Labels
+        self,
+        engine: InferenceEngine,
+        request: Request,
+        metrics: Metrics,
+        labels: Labels,
+        spend: Callable[[int], None],
     ) -> None:
         self.request = request
         self.sequences = [SequenceResult() for _ in range(request.sampling.n)]
@@ -47,6 +56,7 @@ class Generation:
         self._engine = engine
         self._metrics = metrics
         self._labels = labels
+        self._spend = spend
 
     async def outputs(self) -> Outputs:
         """Submit the request and yield its outputs, each already added to `sequences`.
@@ -69,6 +79,7 @@ class Generation:
                 raise
             reason = str(self.sequences[0].last.finish_reason)
             self._metrics.count_request(self._labels, reason, self.timings())
+            self._spend(self._num_tokens())
 
     async def finished(self) -> None:
         """Wait until every sequence has ended. Raises as `outputs`."""
@@ -121,6 +132,12 @@ class Generation:
             return
         reason = "error" if isinstance(error, GenerationFailed) else "abort"
         self._metrics.count_request(self._labels, reason, None)
+        self._spend(self._num_tokens())
+
+    def _num_tokens(self) -> int:
+        """Tokens of the prompt, and of the answers as far as they have come."""
+        sampled = sum(len(sequence.token_ids) for sequence in self.sequences)
+        return len(self.request.prompt_ids) + sampled
 
 
 def _raise_failure(output: RequestOutput) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crma.core.errors import CrmaError, NotFound
-from crma.core.files import locked, replace_file, to_json
+from crma.core.files import PRIVATE, locked, replace_file, to_json
 from server.service.errors import InvalidField, TooManyJobs
 
 log = logging.getLogger("server")
@@ -39,6 +39,7 @@ class Job:
         progress: number of items "done" and in "total".
         status: "running", or how it ended.
         error: why it failed.
+        owner: name of the caller that it belongs to.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Job:
     progress: dict[str, int]
     status: Status = "running"
     error: str | None = None
+    owner: str = ""
 
 
 @dataclass(eq=False)
@@ -81,7 +83,9 @@ class Jobs:
         found.sort(key=lambda job: job.created)
         self._jobs = {job.id: job for job in found}
 
-    async def start(self, id: str, request: dict[str, Any], total: int, work: Work) -> Job:
+    async def start(
+        self, id: str, request: dict[str, Any], total: int, work: Work, owner: str = ""
+    ) -> Job:
         """Start a job.
 
         Args:
@@ -89,6 +93,7 @@ class Jobs:
             request: kept in the record.
             total: number of items of the work.
             work: runs the job and returns its result.
+            owner: whose it is.
 
         Raises:
             InvalidField: this server runs no jobs at all.
@@ -102,7 +107,7 @@ class Jobs:
             message = f"{num_running} jobs are already running"
             raise TooManyJobs(message, allowed=f"<= {self.max_running} at once")
         created = datetime.now(UTC).isoformat(timespec="microseconds")
-        job = Job(id, created, request, {"done": 0, "total": total})
+        job = Job(id, created, request, {"done": 0, "total": total}, owner=owner)
         self._jobs[id] = job
         self._tasks[id] = asyncio.create_task(self._run(job, work))
         await self._remove_oldest()
@@ -111,7 +116,7 @@ class Jobs:
     def get(self, id: str) -> Job:
         """Return a job. Raises NotFound."""
         if id not in self._jobs:
-            raise _no_job(id)
+            raise no_job(id)
         return self._jobs[id]
 
     def result(self, job: Job) -> Any:
@@ -121,7 +126,7 @@ class Jobs:
         try:
             record = json.loads(self._path(job.id).read_bytes())
         except FileNotFoundError:
-            raise _no_job(job.id) from None
+            raise no_job(job.id) from None
         return record["result"]
 
     async def cancel(self, job: Job) -> None:
@@ -210,13 +215,16 @@ class Jobs:
 
     def _write(self, job: Job, result: dict[str, Any] | None) -> None:
         with locked(self.folder):
-            replace_file(self._path(job.id), to_json({**asdict(job), "result": result}))
+            replace_file(
+                self._path(job.id), to_json({**asdict(job), "result": result}), mode=PRIVATE
+            )
 
     def _path(self, id: str) -> Path:
         return self.folder / f"{id}.json"
 
 
-def _no_job(id: str) -> NotFound:
+def no_job(id: str) -> NotFound:
+    """The error for an id under which there is no job."""
     return NotFound(f"no job {id!r}", field="id", value=id, allowed="the id of a job that is kept")
 
 

@@ -1,11 +1,9 @@
 """What an administrator may change in the store through the server: publish, stop, delete a task.
 
-One change at a time. Each is on disk and in the registry when its method returns, and is a line of
-the audit log.
+One change at a time. Each is on disk and in the registry when its method returns.
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,8 +17,6 @@ from server.engine.errors import AdapterInUse
 from server.engine.inference_engine import InferenceEngine
 from server.service.errors import AdapterExists, AdapterServes, StoreNotWritable
 from server.service.registry import Registry
-
-audit = logging.getLogger("server.audit")
 
 
 @contextmanager
@@ -85,7 +81,6 @@ class Publisher:
                 prompt_format=prompt_format,
             )
             await registry.refresh()
-        _record("published", name, entry.version, entry.digest)
         return entry
 
     async def stop(self, name: str) -> None:
@@ -105,7 +100,6 @@ class Publisher:
             await asyncio.to_thread(registry.store.set_serving, {task_channel(name): None})
             await registry.refresh()
             await self._free(entries)
-        _record("stopped", name)
 
     async def delete(self, name: str, version: str | None) -> tuple[str, ...]:
         """Remove a version of a task, or all of them, from the store. Requests that run or wait
@@ -126,8 +120,6 @@ class Publisher:
             await self.registry.refresh()
             self.registry.forget(entries, after_s=self.longest_request_s)
             await self._free(entries)
-        for each in removed:
-            _record("deleted", name, each)
         return removed
 
     @asynccontextmanager
@@ -173,8 +165,3 @@ class Publisher:
                 self.engine.unpin(entry.digest)
                 with suppress(AdapterInUse):  # then it is evicted like any other, once it is not
                     await self.engine.unload(entry.digest)
-
-
-def _record(what: str, task: str, version: str | None = None, digest: str | None = None) -> None:
-    fields = {"task": task, "version": version, "digest": digest}
-    audit.info("%s", what, extra={"fields": fields})

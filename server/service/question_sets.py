@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crma.core.errors import ConfigError, NotFound
-from crma.core.files import locked, replace_file
+from crma.core.files import PRIVATE, locked, replace_file
 from crma.evaluation.question_set import QuestionSet, parse_question_set, read_question_set
 from crma.store.manifest import NAME_PATTERN
 from server.service.errors import InvalidField
@@ -65,7 +65,7 @@ class QuestionSets:
             raise InvalidField(message, field="name", value=name, allowed=allowed)
         question_set = parse_question_set(name, lines)
         with locked(self.uploaded):
-            replace_file(self.uploaded / f"{name}.jsonl", lines)
+            replace_file(self.uploaded / f"{name}.jsonl", lines, mode=PRIVATE)
         return question_set
 
     def _files(self) -> dict[str, Path]:

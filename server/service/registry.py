@@ -23,6 +23,7 @@ from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from crma.store.serving import lineage_problem
 from server.engine.inference_engine import InferenceEngine
+from server.service.caller import ANYONE, Caller
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
 
@@ -36,7 +37,7 @@ Entry = TypeVar("Entry", TaskEntry, BackboneEntry)
 
 @dataclass(frozen=True)
 class Resolved:
-    """The adapters of a request.
+    """The adapters of a request, and who uses them.
 
     prompt_format: None where the base model has no chat template: only raw prompts work.
     """
@@ -44,6 +45,7 @@ class Resolved:
     task: TaskEntry | None
     selection: AdapterSelection
     prompt_format: Format | None
+    caller: Caller = ANYONE
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,11 @@ class Registry:
             await self._refresh()
 
     def resolve(
-        self, task: str | None, crma: bool | None, crma_version: str | None = None
+        self,
+        task: str | None,
+        crma: bool | None,
+        crma_version: str | None = None,
+        caller: Caller = ANYONE,
     ) -> Resolved:
         """The adapters of a request.
 
@@ -168,15 +174,16 @@ class Registry:
             task: `name` or `name@version`; None: no task adapter.
             crma: None: on exactly if the task adapter records the backbone it was trained on.
             crma_version: of the backbone, where it is on; None: the one that serves.
+            caller: of the request.
 
         Raises:
-            NotFound: no such task, version or backbone; `allowed` lists those that exist.
+            NotFound: no such task, version or backbone for the caller; `allowed` lists those.
             NoBackbone: CRMA is on, and no backbone is loaded.
             BaseMismatch, LineageMismatch: the adapters are made for another base, or another
                 backbone.
             StoreError: the problem found when the adapter was verified.
         """
-        entry = None if task is None else self.task(task)
+        entry = None if task is None else self.task(task, caller)
         uses_crma = crma
         if uses_crma is None:
             uses_crma = entry is not None and entry.manifest.backbone is not None
@@ -187,19 +194,21 @@ class Registry:
             crma_digest=backbone.digest if backbone else None,
         )
         prompt_format = entry.prompt_format if entry else None
-        return Resolved(entry, selection, prompt_format or self.base_format)
+        return Resolved(entry, selection, prompt_format or self.base_format, caller)
 
-    def task(self, task: str) -> TaskEntry:
+    def task(self, task: str, caller: Caller) -> TaskEntry:
         """The entry of `name` or `name@version`.
 
-        Raises NotFound, or the problem found when it was verified.
+        Raises NotFound, also where the caller may not use it, or the problem found when it was
+        verified.
         """
         name, at, version = task.partition("@")
-        versions = self._view.tasks.get(name)
+        versions = self._view.tasks.get(name) if caller.may_use(name) else None
         if versions is None:
             hint = "; leave task out for the base model" if name == "base" else ""
             message = f"no task {name!r} in this server's store{hint}"
-            raise NotFound(message, field="task", value=task, allowed=self.task_names)
+            allowed = [each for each in self.task_names if caller.may_use(each)]
+            raise NotFound(message, field="task", value=task, allowed=allowed)
         entry = versions.get(version if at else self._view.serving[name])
         if entry is None:
             allowed = [f"{name}@{known}" for known in versions]
@@ -227,9 +236,10 @@ class Registry:
             problems[name] = problem.message
         return problems
 
-    def serving_tasks(self) -> list[TaskEntry]:
-        """The serving version of every sound task, by name."""
-        return list(self._view.serving_tasks().values())
+    def serving_tasks(self, caller: Caller) -> list[TaskEntry]:
+        """The serving version of every sound task that exists for a caller, by name."""
+        found = self._view.serving_tasks().values()
+        return [entry for entry in found if caller.may_use(entry.name)]
 
     def names(self) -> dict[str, str]:
         """Digest to name, of every sound version."""

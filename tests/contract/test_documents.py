@@ -139,7 +139,7 @@ def commands() -> set[str]:
     for command in app.registered_commands:
         assert command.callback is not None
         found.add(command.name or command.callback.__name__)
-    return found
+    return found | {str(group.name) for group in app.registered_groups}
 
 
 def test_commands_are_those_of_crma() -> None:

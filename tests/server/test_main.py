@@ -52,3 +52,24 @@ def test_what_kubernetes_set_is_named_in_the_log(
         "Kubernetes set it for a Service: CRMA_PORT, CRMA_SERVICE_HOST, CRMA_SERVICE_PORT" in shown
     )
     assert "CRMA_STORE: There is no folder" in shown
+
+
+@pytest.mark.parametrize("option", [[], ["--allow-open"]], ids=["refused", "allowed"])
+def test_a_server_for_others_starts_without_keys_only_if_told_so(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    option: list[str],
+) -> None:
+    monkeypatch.setenv("CRMA_HOST", "0.0.0.0")
+    monkeypatch.setenv("CRMA_STORE", str(tmp_path / "typo"))
+    assert main(option) == 2
+    stopped_by = "CRMA_STORE: There is no folder" if option else "CRMA_HOST: 0.0.0.0 can be reached"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(stopped_by)
+
+
+def test_an_option_that_does_not_exist_ends_the_process() -> None:
+    """`python -m server --port 9000` listened on 8000."""
+    with pytest.raises(SystemExit) as caught:
+        main(["--port", "9000"])
+    assert caught.value.code == 2

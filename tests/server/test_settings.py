@@ -158,3 +158,15 @@ def test_a_mistyped_setting_beside_a_service_is_refused(monkeypatch: pytest.Monk
 
 def test_the_repr_of_settings_hides_keys() -> None:
     assert "secret" not in repr(Settings(api_keys="secret", admin_key="secret"))
+
+
+@pytest.mark.parametrize("value", [",", " , ,", " "])
+@pytest.mark.parametrize("name", ["CRMA_API_KEYS", "CRMA_ALLOWED_HOSTS"])
+def test_a_list_without_anything_in_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """CRMA_API_KEYS="," opened the server to all."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        Settings.load()
+    assert caught.value.field == name

@@ -3,23 +3,26 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from crma.evaluation.ablation import AblationSettings
 from server.http.answer import STREAM_HEADERS, event, unless_gone
-from server.http.auth import require_ablate, require_admin
+from server.http.audited import audited
+from server.http.auth import TheCaller, counts, require_ablate, require_admin
 from server.http.dependencies import TheAblations, TheFrontend
 from server.http.error_handlers import documented
 from server.http.schemas import AblationRequest
 from server.service.ablation import AblationSpec
+from server.service.audit import Act
+from server.service.caller import Caller
 from server.service.jobs import Job
 
-router = APIRouter(dependencies=[Depends(require_ablate)])
-admin = APIRouter(dependencies=[Depends(require_admin)])
+router = APIRouter(dependencies=[require_ablate])
+admin = APIRouter(dependencies=[require_admin])
 
 
 _STARTED: dict[int | str, dict[str, Any]] = {202: {"description": "Started in the background."}}
@@ -28,9 +31,13 @@ _ANSWERS = (
 )
 
 
-@router.post("/ablation", responses=_ANSWERS)
+@router.post("/ablation", responses=_ANSWERS, dependencies=[counts])
 async def ablation(
-    body: AblationRequest, request: Request, response: Response, ablations: TheAblations
+    body: AblationRequest,
+    request: Request,
+    response: Response,
+    ablations: TheAblations,
+    caller: TheCaller,
 ) -> dict[str, Any]:
     """Ask every question under every variant, and compare the variants item by item.
 
@@ -39,7 +46,7 @@ async def ablation(
     items after any filter. Interactive requests run before the items. With `background`, the answer
     is 202 with `id` and `status_url`.
     """
-    ready = await ablations.prepare(_spec(body))
+    ready = await ablations.prepare(_spec(body, caller))
     if not body.background:
         # If this ends early (the client disconnects, the server stops), it is cancelled, and the
         # engine aborts everything that it runs.
@@ -49,7 +56,7 @@ async def ablation(
     return {"id": ready.id, "status_url": f"/ablation/{ready.id}"}
 
 
-def _spec(body: AblationRequest) -> AblationSpec:
+def _spec(body: AblationRequest, caller: Caller) -> AblationSpec:
     """Turn the body of a request into the service's own type."""
     settings = AblationSettings(
         variants=tuple(body.variants),
@@ -65,6 +72,7 @@ def _spec(body: AblationRequest) -> AblationSpec:
     )
     return AblationSpec(
         settings=settings,
+        caller=caller,
         question_set=body.question_set,
         questions=body.questions,
         tasks=body.tasks,
@@ -81,26 +89,26 @@ def _choices(body: AblationRequest) -> tuple[str, ...] | Literal["own"]:
 
 
 @router.get("/ablation/{id}", responses=documented(401, 403, 404, example_of="/ablation/{id}"))
-async def ablation_job(id: str, ablations: TheAblations) -> dict[str, Any]:
+async def ablation_job(id: str, ablations: TheAblations, caller: TheCaller) -> dict[str, Any]:
     """Report on a background job: running, done, failed, cancelled or interrupted.
 
     An interrupted job was running when the server stopped. `result` is the body of POST /ablation
     once the job is done. `request` can be sent again: the same adapters answer the same questions,
     or it is refused with 409.
     """
-    job = ablations.jobs.get(id)
+    job = ablations.job(id, caller)
     result = await asyncio.to_thread(ablations.jobs.result, job)
-    return {**asdict(job), "result": result}
+    return {**_shown(job), "result": result}
 
 
 @router.get(
     "/ablation/{id}/events", responses=documented(401, 403, 404), response_class=StreamingResponse
 )
 async def ablation_events(
-    id: str, ablations: TheAblations, frontend: TheFrontend
+    id: str, ablations: TheAblations, frontend: TheFrontend, caller: TheCaller
 ) -> StreamingResponse:
     """Stream server-sent events: `progress` {done, total} at every change, then `done` {status}."""
-    job = ablations.jobs.get(id)
+    job = ablations.job(id, caller)
 
     async def events() -> AsyncIterator[str]:
         async for each in ablations.jobs.watch(job):
@@ -113,11 +121,16 @@ async def ablation_events(
 
 
 @router.delete("/ablation/{id}", responses=documented(401, 403, 404))
-async def cancel_ablation(id: str, ablations: TheAblations) -> Job:
+async def cancel_ablation(id: str, ablations: TheAblations, caller: TheCaller) -> dict[str, Any]:
     """Cancel a job if it is still running; its record stays."""
-    job = ablations.jobs.get(id)
+    job = ablations.job(id, caller)
     await ablations.jobs.cancel(job)
-    return job
+    return _shown(job)
+
+
+def _shown(job: Job) -> dict[str, Any]:
+    """A job as its owner sees it."""
+    return {name: value for name, value in asdict(job).items() if name != "owner"}
 
 
 @router.get("/question_sets", responses=documented(401, 403, example_of="/question_sets"))
@@ -141,7 +154,10 @@ _LINES = {
     openapi_extra=_LINES,
 )
 async def upload_question_set(
-    name: str, request: Request, ablations: TheAblations
+    name: str,
+    request: Request,
+    ablations: TheAblations,
+    act: Annotated[Act, audited("upload question set")],
 ) -> dict[str, Any]:
     """Keep a question set, one question per line: id, task, question, answers, optional choices.
 
@@ -152,4 +168,5 @@ async def upload_question_set(
     except (UnicodeDecodeError, ClientDisconnect) as error:
         raise HTTPException(400) from error  # as for any other body: server/http/error_handlers.py
     question_set = await asyncio.to_thread(ablations.question_sets.write, name, lines)
+    act.about["digest"] = question_set.digest
     return question_set.describe()

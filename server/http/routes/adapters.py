@@ -2,21 +2,24 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from crma.store.entry import TaskEntry
 from server.engine.errors import AdapterInUse
-from server.http.auth import require_admin, require_key
+from server.http.audited import audited
+from server.http.auth import TheCaller, require_admin, require_key
 from server.http.dependencies import TheFrontend
 from server.http.error_handlers import documented
+from server.service.audit import Act
+from server.service.caller import ADMIN
 from server.service.errors import AdapterBusy
 from server.service.frontend import Frontend
 
 router = APIRouter()
 admin = APIRouter(
     prefix="/adapters/{task}",
-    dependencies=[Depends(require_admin)],
+    dependencies=[require_admin],
     responses=documented(401, 403, 404, 409, example_of="/adapters/{task}"),
 )
 
@@ -35,11 +38,11 @@ class UnloadQuery(BaseModel):
 
 @router.get(
     "/adapters",
-    responses=documented(401, example_of="/adapters"),
-    dependencies=[Depends(require_key)],
+    responses=documented(401, 403, example_of="/adapters"),
+    dependencies=[require_key],
 )
-async def adapters(frontend: TheFrontend) -> dict[str, Any]:
-    """The base model, the backbone that serves, and each task's serving version.
+async def adapters(frontend: TheFrontend, caller: TheCaller) -> dict[str, Any]:
+    """The base model, the backbone that serves, and each task that the key may use, as it serves.
 
     `lineage` is the backbone that the task was trained on; null: it was trained without one.
     """
@@ -54,27 +57,32 @@ async def adapters(frontend: TheFrontend) -> dict[str, Any]:
     shown = None
     if backbone is not None:
         shown = backbone.manifest.model_dump(include={"version", "digest", "certificate"})
-    tasks = [task_info(entry, frontend) for entry in frontend.registry.serving_tasks()]
+    tasks = [task_info(entry, frontend) for entry in frontend.registry.serving_tasks(caller)]
     return {"base": base, "backbone": shown, "tasks": tasks}
 
 
 @admin.post("/load")
-async def load(task: str, frontend: TheFrontend) -> dict[str, Any]:
+async def load(
+    task: str, frontend: TheFrontend, act: Annotated[Act, audited("load")]
+) -> dict[str, Any]:
     """Brings an adapter (`name` or `name@version`) into memory before a request needs it."""
-    entry = _entry(task, frontend)
+    entry = _entry(task, frontend, act)
     await frontend.engine.load(entry.digest)
     return task_info(entry, frontend)
 
 
 @admin.post("/unload", responses=documented(422))
 async def unload(
-    task: str, frontend: TheFrontend, query: Annotated[UnloadQuery, Query()]
+    task: str,
+    frontend: TheFrontend,
+    act: Annotated[Act, audited("unload")],
+    query: Annotated[UnloadQuery, Query()],
 ) -> dict[str, Any]:
     """Unload an adapter; the next request that needs it loads it again.
 
     409 if requests still use it, or while it is pinned.
     """
-    entry = _entry(task, frontend)
+    entry = _entry(task, frontend, act)
     wait_s = 0.0 if query.when_in_use == "refuse" else frontend.settings.request_timeout_s
     cancel = query.when_in_use == "cancel"
     try:
@@ -85,31 +93,38 @@ async def unload(
 
 
 @admin.post("/pin")
-async def pin(task: str, frontend: TheFrontend) -> dict[str, Any]:
+async def pin(
+    task: str, frontend: TheFrontend, act: Annotated[Act, audited("pin")]
+) -> dict[str, Any]:
     """Load an adapter and keep it in memory until it is unpinned. Pinning twice changes nothing.
 
     A later version is another adapter.
     """
-    entry = _entry(task, frontend)
+    entry = _entry(task, frontend, act)
     await frontend.engine.pin(entry.digest)
     return task_info(entry, frontend)
 
 
 @admin.post("/unpin")
-async def unpin(task: str, frontend: TheFrontend) -> dict[str, Any]:
+async def unpin(
+    task: str, frontend: TheFrontend, act: Annotated[Act, audited("unpin")]
+) -> dict[str, Any]:
     """Undoes `pin`; requests that use the adapter keep it.
 
     Name the version, `name@version`, if another one serves by now.
     """
-    entry = _entry(task, frontend)
+    entry = _entry(task, frontend, act)
     frontend.engine.unpin(entry.digest)
     return task_info(entry, frontend)
 
 
-def _entry(task: str, frontend: Frontend) -> TaskEntry:
-    """The entry of `name` or `name@version`, where it may serve. Raises as `Frontend.resolve`."""
-    entry = frontend.resolve(task, crma=False).task
+def _entry(task: str, frontend: Frontend, act: Act) -> TaskEntry:
+    """The entry of `name` or `name@version`, where it may serve; its version and digest are added
+    to the act. Raises as `Frontend.resolve`.
+    """
+    entry = frontend.resolve(task, crma=False, caller=ADMIN).task
     assert entry is not None
+    act.about.update(version=entry.version, digest=entry.digest)
     return entry
 
 

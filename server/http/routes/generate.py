@@ -4,19 +4,19 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.engine.request import RequestOutput
 from server.http.answer import Answer, event, tokens
-from server.http.auth import require_generate
+from server.http.auth import TheCaller, counts, require_generate
 from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
 from server.http.schemas import GenerateRequest
 from server.service.errors import InvalidField
 from server.service.generation import SequenceResult
 
-router = APIRouter(dependencies=[Depends(require_generate)])
+router = APIRouter(dependencies=[require_generate, counts])
 
 
 @router.post("/generate", responses=documented(*GENERATING, example_of="/generate"))
@@ -24,6 +24,7 @@ async def generate(
     body: GenerateRequest,
     request: Request,
     frontend: TheFrontend,
+    caller: TheCaller,
     after_response: AfterResponse,
 ) -> Response:
     """Generate with a task adapter, the CRMA backbone, both or neither.
@@ -41,7 +42,7 @@ async def generate(
         message = "add_special_tokens: only a raw prompt has the choice"
         value = body.add_special_tokens
         raise InvalidField(message, field="add_special_tokens", value=value, allowed=None)
-    resolved = frontend.resolve(body.task, body.crma)
+    resolved = frontend.resolve(body.task, body.crma, caller=caller)
     request.state.selection = resolved.selection
     sampling = body.sampling(
         logprobs=body.top_logprobs if body.logprobs else None,

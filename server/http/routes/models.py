@@ -3,37 +3,40 @@
 from datetime import datetime
 from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
 from crma.store.entry import TaskEntry
-from server.http.auth import require_key
+from server.http.auth import TheCaller, require_key
 from server.http.dependencies import TheFrontend
 from server.http.error_handlers import documented
 from server.http.model_name import BASE, resolve_model
 from server.http.openai_schemas import OpenAIErrorBody
 from server.service.frontend import Frontend
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
+router = APIRouter(prefix="/v1", dependencies=[require_key])
 
-LIST_ERRORS = documented(401, 404, 503, body=OpenAIErrorBody, example_of="/v1/models")
-CARD_ERRORS = documented(401, 404, 409, 503, body=OpenAIErrorBody, example_of="/v1/models/{model}")
+LIST_ERRORS = documented(401, 403, 404, 503, body=OpenAIErrorBody, example_of="/v1/models")
+CARD_ERRORS = documented(
+    401, 403, 404, 409, 503, body=OpenAIErrorBody, example_of="/v1/models/{model}"
+)
 
 
 @router.get("/models", responses=LIST_ERRORS)
-async def models(frontend: TheFrontend) -> dict[str, Any]:
-    """What `model` may name: the base model and every serving task.
+async def models(frontend: TheFrontend, caller: TheCaller) -> dict[str, Any]:
+    """What `model` may name: the base model and every serving task that the key may use.
 
     `:crma-on` or `:crma-off` may follow the name. `root` is what answers: the base model's own
     name, or the version of the task; `parent` is the model that a task adapter is made for.
     """
-    tasks = [_card(each.name, each, frontend) for each in frontend.registry.serving_tasks()]
+    entries = frontend.registry.serving_tasks(caller)
+    tasks = [_card(each.name, each, frontend) for each in entries]
     return {"object": "list", "data": [_card(BASE, None, frontend), *tasks]}
 
 
 @router.get("/models/{model}", responses=CARD_ERRORS)
-async def model(model: str, frontend: TheFrontend) -> dict[str, Any]:
+async def model(model: str, frontend: TheFrontend, caller: TheCaller) -> dict[str, Any]:
     """One of the models, or a version of it."""
-    return _card(model, resolve_model(model, None, frontend).task, frontend)
+    return _card(model, resolve_model(model, None, frontend, caller).task, frontend)
 
 
 def _card(name: str, entry: TaskEntry | None, frontend: Frontend) -> dict[str, Any]:

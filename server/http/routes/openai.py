@@ -5,11 +5,11 @@ Refusals have OpenAI's form (`server/http/error_handlers.py`).
 
 from dataclasses import replace
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from crma.models.tools import ToolMarkup
-from server.http.auth import require_generate
+from server.http.auth import TheCaller, counts, require_generate
 from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
 from server.http.model_name import resolve_model
@@ -21,11 +21,12 @@ from server.http.openai_schemas import (
     OpenAIRequest,
 )
 from server.http.tool_answer import ToolAnswer
+from server.service.caller import Caller
 from server.service.errors import InvalidField
 from server.service.frontend import Frontend
 from server.service.registry import Resolved
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(require_generate)])
+router = APIRouter(prefix="/v1", dependencies=[require_generate, counts])
 
 COMPLETION_ERRORS = documented(*GENERATING, body=OpenAIErrorBody, example_of="/v1/completions")
 CHAT_ERRORS = documented(*GENERATING, body=OpenAIErrorBody, example_of="/v1/chat/completions")
@@ -36,6 +37,7 @@ async def completions(
     body: CompletionRequest,
     request: Request,
     frontend: TheFrontend,
+    caller: TheCaller,
     after_response: AfterResponse,
 ) -> Response:
     """OpenAI's legacy completion of raw prompts, in which special tokens are recognised.
@@ -45,7 +47,7 @@ async def completions(
     `logprobs` it has the log-probabilities of the prompt's tokens, as lm-eval asks for them.
     """
     _check_counts(body, frontend)
-    resolved = _resolve_body(body, request, frontend)
+    resolved = _resolve_body(body, request, frontend, caller)
     sampling = body.sampling(
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
@@ -74,6 +76,7 @@ async def chat(
     body: ChatRequest,
     request: Request,
     frontend: TheFrontend,
+    caller: TheCaller,
     after_response: AfterResponse,
 ) -> Response:
     """OpenAI's chat completion.
@@ -85,7 +88,7 @@ async def chat(
     if body.top_logprobs and not body.logprobs:
         message = "top_logprobs: needs logprobs"
         raise InvalidField(message, field="top_logprobs", value=body.top_logprobs, allowed=0)
-    resolved = _resolve_body(body, request, frontend)
+    resolved = _resolve_body(body, request, frontend, caller)
     sampling = body.sampling(logprobs=body.top_logprobs if body.logprobs else None)
     conversation = body.conversation()
     functions = body.shown_functions()
@@ -149,11 +152,13 @@ def _scores_prompt(body: CompletionRequest) -> bool:
     return body.echo and body.token_limit == 1
 
 
-def _resolve_body(body: OpenAIRequest, request: Request, frontend: Frontend) -> Resolved:
+def _resolve_body(
+    body: OpenAIRequest, request: Request, frontend: Frontend, caller: Caller
+) -> Resolved:
     """The adapters of a body; they are put into the request's state for the log."""
     if body.stream_options.include_usage and not body.stream:
         message = "stream_options: needs stream"
         raise InvalidField(message, field="stream_options", value="include_usage", allowed=None)
-    resolved = resolve_model(body.model, body.crma, frontend)
+    resolved = resolve_model(body.model, body.crma, frontend, caller)
     request.state.selection = resolved.selection
     return resolved

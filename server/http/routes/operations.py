@@ -1,5 +1,5 @@
-"""Health, readiness, version and metrics. Open whatever keys are set: they say nothing of any
-request."""
+"""Health, readiness, version and metrics. Most are open whatever keys are set: they say nothing of
+any request."""
 
 from typing import Any
 
@@ -8,14 +8,20 @@ from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server import __version__
+from server.http.auth import TheCaller, require_metrics, require_nothing
 from server.http.dependencies import TheFrontend
+from server.http.error_handlers import documented
+from server.service.caller import Caller
+from server.service.frontend import Frontend
 
-router = APIRouter()
+router = APIRouter(dependencies=[require_nothing])
+metrics_router = APIRouter(dependencies=[require_metrics])
 
 _EMPTY: dict[int | str, dict[str, Any]] = {
     200: {"description": "Ready.", "content": {}},
     503: {"description": "Not ready: /readyz says why."},
 }
+_METRICS = documented(401, 403) | {200: {"content": {"text/plain": {}}}}
 
 
 @router.get("/healthz")
@@ -25,16 +31,25 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz", responses={503: {"description": "Not ready; `reason` says why."}})
-async def readyz(frontend: TheFrontend, response: Response) -> dict[str, Any]:
+async def readyz(frontend: TheFrontend, caller: TheCaller, response: Response) -> dict[str, Any]:
     """200 once the store is verified and the engine has run a step.
 
     503 before that, and while the server drains. `problems` names every task that cannot answer,
-    with the reason. They do not make it 503: the other tasks and the base model answer.
+    with the reason. They do not make it 503: the other tasks and the base model answer. Once some
+    tasks do not exist for some key, it names those that the request's key may use.
     """
     reason = frontend.not_ready()
     response.status_code = 503 if reason else 200
     status = "not_ready" if reason else "ready"
-    return {"status": status, "reason": reason, "problems": frontend.registry.problems}
+    return {"status": status, "reason": reason, "problems": _problems(frontend, caller)}
+
+
+def _problems(frontend: Frontend, caller: Caller) -> dict[str, str]:
+    """The tasks that cannot answer, of those whose names a caller may see."""
+    if frontend.keys.is_restricted and not caller.name:
+        return {}
+    found = frontend.registry.problems.items()
+    return {name: why for name, why in found if caller.may_use(name)}
 
 
 @router.get("/health", response_class=Response, responses=_EMPTY)
@@ -64,8 +79,11 @@ async def version() -> dict[str, str]:
     return {"version": __version__}
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@metrics_router.get("/metrics", response_class=Response, responses=_METRICS)
 def metrics(frontend: TheFrontend) -> Response:
-    """Prometheus text."""
+    """Prometheus text.
+
+    It needs a key for metrics, or for admin, once some tasks do not exist for some key.
+    """
     # A plain function runs in a thread: the text of many series would hold up the event loop.
     return Response(generate_latest(frontend.metrics.registry), media_type=CONTENT_TYPE_LATEST)

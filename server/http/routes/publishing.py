@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import ValidationError
@@ -15,6 +15,7 @@ from crma.core.errors import StoreError
 from crma.store.import_format import TOKENIZER_FILES
 from crma.store.incoming import incoming_folder
 from crma.store.manifest import TASK_FILES
+from server.http.audited import audited
 from server.http.auth import require_admin
 from server.http.dependencies import TheFrontend
 from server.http.error_handlers import documented
@@ -22,11 +23,12 @@ from server.http.openai_schemas import OpenAIErrorBody
 from server.http.publishing_schemas import LoadLoraRequest, UnloadLoraRequest, UploadForm
 from server.http.routes.adapters import task_info
 from server.http.upload import receive_form
+from server.service.audit import Act
 from server.service.import_roots import find_folder
 from server.service.publisher import writing
 
-admin = APIRouter(dependencies=[Depends(require_admin)])
-openai_admin = APIRouter(prefix="/v1", dependencies=[Depends(require_admin)])
+admin = APIRouter(dependencies=[require_admin])
+openai_admin = APIRouter(prefix="/v1", dependencies=[require_admin])
 
 UPLOAD_PATH = "/adapters"
 
@@ -64,7 +66,9 @@ _LORA_ANSWERS = {
     responses=documented(400, 401, 403, 409, 413, 422, 503, 507),
     openapi_extra=_FORM,
 )
-async def upload_adapter(request: Request, frontend: TheFrontend) -> dict[str, Any]:
+async def upload_adapter(
+    request: Request, frontend: TheFrontend, act: Annotated[Act, audited("publish")]
+) -> dict[str, Any]:
     """Publish a PEFT LoRA from its files, and serve it.
 
     A form with `name`, the task's; `licence` if you know it; `trust_base` true if its config names
@@ -78,6 +82,7 @@ async def upload_adapter(request: Request, frontend: TheFrontend) -> dict[str, A
         async with _incoming(frontend.settings.store) as folder:
             fields = await receive_form(request, folder, _FILES, UploadForm.model_fields)
             form = _checked(fields)
+            act.about["task"] = form.name
             entry = await frontend.publisher.publish(
                 folder,
                 form.name,
@@ -85,11 +90,14 @@ async def upload_adapter(request: Request, frontend: TheFrontend) -> dict[str, A
                 trust_base=form.trust_base,
                 prompt_format=form.prompt_format,
             )
+    act.about.update(version=entry.version, digest=entry.digest)
     return task_info(entry, frontend)
 
 
 @admin.delete(UPLOAD_PATH + "/{task}", responses=documented(401, 403, 404, 409, 503, 507))
-async def delete_adapter(task: str, frontend: TheFrontend) -> dict[str, Any]:
+async def delete_adapter(
+    task: str, frontend: TheFrontend, act: Annotated[Act, audited("delete")]
+) -> dict[str, Any]:
     """Delete a version, `name@version`, or with `name` all versions of a task, from the disk.
 
     409 for what serves: publish or roll back to another version first, or stop the task with
@@ -98,34 +106,42 @@ async def delete_adapter(task: str, frontend: TheFrontend) -> dict[str, Any]:
     frontend.check_ready()
     name, at, version = task.partition("@")
     removed = await frontend.publisher.delete(name, version if at else None)
+    act.about["versions"] = removed
     return {"name": name, "deleted": removed}
 
 
 # A response_class with a media type would also be documented as that of the errors.
 @openai_admin.post("/load_lora_adapter", responses=_LORA_ANSWERS, response_class=Response)
-async def load_lora_adapter(body: LoadLoraRequest, frontend: TheFrontend) -> PlainTextResponse:
+async def load_lora_adapter(
+    body: LoadLoraRequest, frontend: TheFrontend, act: Annotated[Act, audited("publish")]
+) -> PlainTextResponse:
     """vLLM's way to add a LoRA: publish the PEFT folder `lora_path`, and serve it as `lora_name`.
 
     The path must be below one of this server's import roots; links may not lead out of them.
     """
+    act.about["task"] = body.lora_name
     frontend.check_ready()
     folder = await asyncio.to_thread(find_folder, body.lora_path, frontend.settings.import_roots)
-    await frontend.publisher.publish(
+    entry = await frontend.publisher.publish(
         folder,
         body.lora_name,
         replace=body.load_inplace,
         trust_base=body.trust_base,
         prompt_format=body.prompt_format,
     )
+    act.about.update(version=entry.version, digest=entry.digest)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @openai_admin.post("/unload_lora_adapter", responses=_LORA_ANSWERS, response_class=Response)
-async def unload_lora_adapter(body: UnloadLoraRequest, frontend: TheFrontend) -> PlainTextResponse:
+async def unload_lora_adapter(
+    body: UnloadLoraRequest, frontend: TheFrontend, act: Annotated[Act, audited("stop")]
+) -> PlainTextResponse:
     """vLLM's way to take a LoRA out: the task serves no more.
 
     Its versions stay in the store. Requests that run with it end as they would have.
     """
+    act.about["task"] = body.lora_name
     frontend.check_ready()
     await frontend.publisher.stop(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -1,9 +1,9 @@
 """POST /v1/responses: OpenAI's newer route for text, without anything that is kept."""
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.http.auth import require_generate
+from server.http.auth import TheCaller, counts, require_generate
 from server.http.dependencies import AfterResponse, TheFrontend
 from server.http.error_handlers import GENERATING, documented
 from server.http.model_name import resolve_model
@@ -12,7 +12,7 @@ from server.http.responses_answer import ResponsesAnswer
 from server.http.responses_schemas import LOGPROBS, ResponsesRequest
 from server.service.errors import InvalidField
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(require_generate)])
+router = APIRouter(prefix="/v1", dependencies=[require_generate, counts])
 
 ANSWERS = documented(*GENERATING, body=OpenAIErrorBody, example_of="/v1/responses")
 
@@ -22,6 +22,7 @@ async def responses(
     body: ResponsesRequest,
     request: Request,
     frontend: TheFrontend,
+    caller: TheCaller,
     after_response: AfterResponse,
 ) -> Response:
     """OpenAI's response to a text or a conversation, which the client sends whole each time.
@@ -36,7 +37,7 @@ async def responses(
     if body.stream_options.model_fields_set and not body.stream:
         message = "stream_options: needs stream"
         raise InvalidField(message, field="stream_options", allowed=None)
-    resolved = resolve_model(body.model, body.crma, frontend)
+    resolved = resolve_model(body.model, body.crma, frontend, caller)
     request.state.selection = resolved.selection
     generation = await frontend.generation(
         body.messages(),

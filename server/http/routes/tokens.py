@@ -3,29 +3,31 @@
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
-from server.http.auth import require_generate
+from server.http.auth import TheCaller, counts, require_generate
 from server.http.dependencies import TheFrontend
 from server.http.error_handlers import documented
 from server.http.model_name import resolve_model
 from server.http.tokens_schemas import DetokenizeRequest, TokenizeRequest
 from server.service.errors import InvalidField
 
-router = APIRouter(dependencies=[Depends(require_generate)])
+router = APIRouter(dependencies=[require_generate, counts])
 
 STATUSES = (400, 401, 403, 404, 409, 413, 422, 429, 503)
 
 
 @router.post("/tokenize", responses=documented(*STATUSES, example_of="/tokenize"))
-async def tokenize(body: TokenizeRequest, frontend: TheFrontend) -> dict[str, Any]:
+async def tokenize(
+    body: TokenizeRequest, frontend: TheFrontend, caller: TheCaller
+) -> dict[str, Any]:
     """Encode a prompt or messages exactly as the generating routes of /v1 do.
 
     `count` is the `prompt_tokens` of such a request. A prompt and its answer have `max_model_len`
     tokens together at most. `token_strs` are the tokenizer's own strings, not texts.
     """
     _check_special_tokens(body)
-    resolved = resolve_model(body.model, None, frontend)
+    resolved = resolve_model(body.model, None, frontend, caller)
     encoder = frontend.encoder
     prompt = body.conversation() if body.prompt is None else body.prompt
     encoded = await encoder.encode(
@@ -48,9 +50,11 @@ async def tokenize(body: TokenizeRequest, frontend: TheFrontend) -> dict[str, An
 
 
 @router.post("/detokenize", responses=documented(*STATUSES, example_of="/detokenize"))
-async def detokenize(body: DetokenizeRequest, frontend: TheFrontend) -> dict[str, str]:
+async def detokenize(
+    body: DetokenizeRequest, frontend: TheFrontend, caller: TheCaller
+) -> dict[str, str]:
     """The text of token ids, special tokens too; part of a character is shown as �."""
-    resolve_model(body.model, None, frontend)
+    resolve_model(body.model, None, frontend, caller)
     frontend.encoder.check_ids(body.tokens, "tokens")
     return {"prompt": await asyncio.to_thread(frontend.encoder.text, body.tokens)}
 

@@ -42,7 +42,7 @@ async def serve(root: Path) -> AsyncIterator[Serve]:
         async def start(
             *, wait: bool = True, engine: ScriptedEngine | None = None, **options: Any
         ) -> Served:
-            settings = Settings(**{"store": root, **options})
+            settings = Settings(**{"store": root, "allowed_hosts": "test", **options})
             engine = engine or ScriptedEngine()
             metrics = Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
             tokenizer = tiny.tokenizer()

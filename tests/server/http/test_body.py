@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from api import Served, refused
+from api import JSON, Served, refused
 
 BROKEN = "a\ud800b"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -57,7 +57,8 @@ async def test_half_a_surrogate_pair_is_refused_with_the_name_of_its_field(
 
 async def test_whole_surrogate_pairs_and_other_characters_are_texts(served: Served) -> None:
     body = CHAT | {"messages": [{"role": "user", "content": "é🙂"}], "user": "é🙂"}
-    response = await served.client.post("/v1/chat/completions", content=json.dumps(body))
+    content = json.dumps(body)
+    response = await served.client.post("/v1/chat/completions", content=content, headers=JSON)
     assert response.status_code == 200, response.text
 
 

@@ -83,9 +83,12 @@ async def test_a_body_of_another_content_type_is_told_which_header_to_set(
     assert kind.partition(";")[0] in error["message"]
 
 
-async def test_a_body_without_a_content_type_is_read_as_json(served: Served) -> None:
-    response = await served.client.post("/generate", content=b'{"prompt": "Hi"}')
-    assert response.status_code == 200
+async def test_a_body_without_a_content_type_is_refused(served: Served) -> None:
+    """A page of any other origin could send one without asking, with `fetch(…, {mode: "no-cors",
+    body: new Blob(…)})`."""
+    body = {"content": b'{"prompt": "Hi"}', "headers": {}}
+    error = await refused(served, 400, "malformed_body", **body)
+    assert "set the header Content-Type: application/json" in error["message"]
 
 
 async def test_a_body_may_come_in_pieces_and_is_read_no_further_than_its_limit(

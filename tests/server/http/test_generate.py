@@ -14,6 +14,7 @@ from server.engine.errors import EngineStopped, QueueFull
 from server.engine.request import FinishReason, SamplingParams
 from server.http.body import EXAMPLES
 from server.http.schemas import GenerateRequest
+from server.service.caller import ANYONE
 
 ABORT, ERROR = FinishReason.ABORT, FinishReason.ERROR
 # What the engine raises at once, and the status and code of the answer.
@@ -255,7 +256,7 @@ async def test_a_stream_whose_client_has_gone_keeps_no_place_in_the_engine(serve
 async def test_prompts_that_wait_to_be_encoded_are_bounded(serve: Serve) -> None:
     frontend = (await serve(max_queue=1)).app.state.frontend
     sampling = SamplingParams()
-    resolved = frontend.resolve(None, None)
+    resolved = frontend.resolve(None, None, caller=ANYONE)
     asked = [frontend.generation("Hi", resolved, sampling) for _ in range(3)]
     _, waited, refused = await asyncio.gather(*asked, return_exceptions=True)
     assert waited.request.sampling == sampling

@@ -149,7 +149,7 @@ async def test_the_documentation_page_loads_nothing_from_other_hosts(served: Ser
 async def test_the_openapi_document_describes_every_route_and_answer(served: Served) -> None:
     schema = (await served.client.get("/openapi.json")).json()
     generate = schema["paths"]["/generate"]["post"]
-    statuses = (200, 400, 401, 404, 409, 413, 422, 429, 500, 503, 504)
+    statuses = (200, 400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 504)
     assert set(generate["responses"]) == {str(status) for status in statuses}
     assert "lineage_mismatch" in generate["responses"]["409"]["description"]
     assert schema["components"]["schemas"]["GenerateRequest"]["examples"][0]["task"] == "medical"

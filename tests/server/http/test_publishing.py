@@ -183,16 +183,18 @@ async def test_every_change_is_a_line_of_the_audit_log(
     await lora(served, "unload", "new")
     await delete(served, "new")
     await delete(served, "nowhere")
-    lines = [
-        (record.message, record.fields["task"], record.fields["version"])
-        for record in caplog.records
-        if record.name == "server.audit"
-    ]
+    records = [record for record in caplog.records if record.name == "server.audit"]
+    lines = [(record.message, record.fields["task"], record.fields["result"]) for record in records]
     assert lines == [
-        ("published", "new", "v1"),
-        ("stopped", "new", None),
-        ("deleted", "new", "v1"),
+        ("publish", "new", "done"),
+        ("stop", "new", "done"),
+        ("delete", "new", "done"),
+        ("delete", "nowhere", "not_found"),
     ]
+    assert {record.fields["who"] for record in records} == {"admin"}
+    assert records[0].fields["version"] == "v1"
+    assert records[0].fields["digest"].startswith("sha256:")
+    assert records[2].fields["versions"] == ("v1",)
 
 
 async def test_changes_need_the_admin_key(serve: Serve, own: AdapterStore, peft: Path) -> None:

@@ -11,8 +11,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import api_keys
 import httpx
 import pytest
 import tiny
@@ -350,3 +352,24 @@ async def test_a_streamed_echo_adds_up_to_the_whole_answer(served: Real) -> None
             lists = [part["logprobs"][name] for part in own if part["logprobs"]]
             assert [*chain.from_iterable(lists)] == values
     await served.settled()
+
+
+async def test_cached_tokens_do_not_tell_what_another_tenant_has_sent(
+    base: BaseModel, store: AdapterStore, tmp_path: Path
+) -> None:
+    """Whoever guessed another's prompt read the guess's success in `cached_tokens`."""
+    file = tmp_path / "keys.json"
+    callers = {"a": "acme", "b": "acme", "c": None}
+    keys = {name: api_keys.add(file, name, tenant=tenant) for name, tenant in callers.items()}
+    body = {"prompt": f"{PROMPT} " * 8, "max_tokens": 1, "raw": True}
+    async with serve(base, store, keys_file=file) as served:
+
+        async def cached_tokens(name: str) -> int:
+            answer = await served.client.post("/generate", json=body, headers=keys[name])
+            return answer.json()["usage"]["cached_tokens"]
+
+        assert await cached_tokens("a") == 0
+        assert await cached_tokens("c") == 0
+        assert await cached_tokens("b") > 0
+        assert await cached_tokens("a") > 0
+        assert await cached_tokens("c") > 0

@@ -14,6 +14,7 @@ from tiny import FORMAT, flip_bit
 from crma.core.errors import NotFound, StoreError
 from crma.models.prompts import PromptFormat
 from crma.store.adapter_store import AdapterStore
+from server.service.caller import ANYONE
 from server.service.metrics import Metrics
 from server.service.registry import Registry
 
@@ -61,7 +62,7 @@ async def test_a_name_resolves_to_its_serving_or_given_version_and_prompt_format
     assert [each.selection.task_digest for each in resolved] == [second, first, second, third]
     assert [each.prompt_format for each in resolved] == [BASE_FORMAT, FORMAT, BASE_FORMAT, FORMAT]
     assert made.resolve(None, None).prompt_format == BASE_FORMAT
-    assert [entry.version for entry in made.serving_tasks()] == ["v2"]
+    assert [entry.version for entry in made.serving_tasks(ANYONE)] == ["v2"]
     with pytest.raises(NotFound) as caught:
         made.resolve("task@v4", None)
     assert caught.value.allowed == ["task@v1", "task@v2", "task@v3"]
