@@ -134,6 +134,9 @@ class Request:
         deadline: when it is cut short; None is never.
         interactive: False for background work such as ablations. Interactive requests run first and
             may preempt the others.
+        owner: whose share of the engine it uses.
+        cache_salt: it shares cached prefixes only with requests that have the same one: who can
+            see `cached_tokens` could else tell what others have sent.
     """
 
     id: str
@@ -144,6 +147,8 @@ class Request:
     arrival: float = 0.0
     deadline: float | None = None
     interactive: bool = True
+    owner: str = ""
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """The blocks of the KV cache: their owners, and the tokens that the full ones hold. No torch.
 
 A full block has a key: the end of a sha256 chain that starts from everything its keys and values
-depend on (base model, dtype, adapters) and runs over all tokens up to the end of the block.
-Sequences that begin with the same tokens under the same adapters share such blocks. A block without
+depend on (base model, dtype, adapters), and from who may share it (a salt), and runs over all
+tokens up to the end of the block. Sequences that begin with the same tokens under the same adapters
+and salt share such blocks. A block without
 users keeps its content until it is allocated again.
 """
 
@@ -23,6 +24,14 @@ def root_key(*identity: str | None) -> Key:
     Its prefix differs from that of `next_key`, so no choice of tokens can produce it.
     """
     return hashlib.sha256(b"root" + json.dumps(identity).encode()).digest()
+
+
+def salted_key(previous: Key, salt: str) -> Key:
+    """Return the start of the chains that only requests with this salt share.
+
+    Its prefix differs too.
+    """
+    return hashlib.sha256(b"salt" + previous + json.dumps(salt).encode()).digest()
 
 
 def scaled_key(previous: Key, length: int) -> Key:

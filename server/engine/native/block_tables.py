@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from crma.core.selection import AdapterSelection
 from crma.models.rope import RopeScaling
-from server.engine.native.block_pool import BlockPool, Key, next_key, scaled_key
+from server.engine.native.block_pool import BlockPool, Key, next_key, salted_key, scaled_key
 from server.engine.native.sequence import Sequence
 
 RootOf = Callable[[AdapterSelection], Key]
@@ -91,9 +91,14 @@ class BlockTables:
         return keys[index]
 
     def _root(self, sequence: Sequence) -> Key:
-        """The start of a sequence's chain: all that its keys and values depend on, but tokens."""
+        """The start of a sequence's chain: all that its keys and values depend on, but tokens.
+
+        And the salt, which decides who may share them.
+        """
         assert self.root_of is not None
         root = self.root_of(sequence.request.selection)
+        if sequence.request.cache_salt:
+            root = salted_key(root, sequence.request.cache_salt)
         if self.rope is None:
             return root
         # The first token's frequencies decide those of all others at the same positions.

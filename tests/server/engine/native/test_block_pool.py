@@ -4,7 +4,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.engine.native.block_pool import NULL_BLOCK, BlockPool, Key, next_key, root_key
+from server.engine.native.block_pool import (
+    NULL_BLOCK,
+    BlockPool,
+    Key,
+    next_key,
+    root_key,
+    salted_key,
+)
 
 KEYS = [bytes([i]) for i in range(6)]
 
@@ -85,11 +92,13 @@ def test_known_content_is_kept_longest_and_the_end_of_a_sequence_goes_first() ->
     assert pool.find(KEYS) == [], "an allocated block is not found by its old content"
 
 
-def test_a_key_depends_on_the_identity_and_on_every_token_and_its_place() -> None:
+def test_a_key_depends_on_the_identity_the_salt_and_on_every_token_and_its_place() -> None:
     selections = [(None, None), ("t", None), (None, "t"), ("t", "c")]
     roots = [root_key("base", "fp32", *selection) for selection in selections]
     roots.append(root_key("base", "bf16", None, None))
     roots.append(root_key("base", "fp32", "null", None))
+    # Not only ASCII, and lone surrogates too: a salt is any text.
+    roots += [salted_key(root, salt) for root in roots[:2] for salt in ("", "a", "é", "\ud800")]
     blocks = ([1, 2], [2, 1], [1, 2, 0], [258], [])
     keys = [next_key(root, token_ids) for root in roots for token_ids in blocks]
     keys.append(next_key(next_key(roots[0], [1]), [2]))

@@ -30,6 +30,7 @@ def sequence(
     first: int = 0,
     n: int = 1,
     interactive: bool = True,
+    cache_salt: str = "",
     **sampling: int,
 ) -> Sequence:
     """A sequence whose prompt counts up from `first`."""
@@ -39,6 +40,7 @@ def sequence(
         sampling=SamplingParams(n=n, **sampling),
         selection=AdapterSelection(task),
         interactive=interactive,
+        cache_salt=cache_salt,
     )
     return Sequence(request, 0)
 
@@ -215,6 +217,19 @@ def test_a_cached_prefix_is_reused_only_under_the_same_adapters() -> None:
         num_cached.append(asked.num_cached_tokens)
         scheduler.remove(asked)
     assert num_cached == [0, 0, 6, 0], "all full blocks; the last token is always computed"
+
+
+def test_a_cached_prefix_is_shared_only_under_the_same_salt() -> None:
+    """`cached_tokens` must not tell whether another tenant has sent the same beginning."""
+    scheduler = make(max_num_seqs=1)
+    num_cached = []
+    for task, salt in [(None, "a"), (None, "b"), ("a", ""), (None, ""), (None, "a"), (None, "")]:
+        asked = sequence(7, task, cache_salt=salt)
+        scheduler.add(asked)
+        run(scheduler, scheduler.schedule(now))
+        num_cached.append(asked.num_cached_tokens)
+        scheduler.remove(asked)
+    assert num_cached == [0, 0, 0, 0, 6, 6]
 
 
 def test_the_n_sequences_of_a_request_wait_for_the_first_to_compute_their_prompt() -> None:
