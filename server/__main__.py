@@ -3,11 +3,9 @@
 import argparse
 import logging
 import math
-import os
 import signal
 import sys
 from collections.abc import Sequence
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -74,6 +72,8 @@ def _start_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
         max_loaded_adapters=settings.max_loaded_adapters,
         max_adapter_bytes=max_adapter_bytes,
         max_queue=settings.max_queue,
+        target_step_s=settings.target_step_s,
+        step_timeout_s=settings.step_timeout_s,
     )
     return start_engine(base, config)
 
@@ -88,7 +88,18 @@ def _base_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
 
 
 class _Server(uvicorn.Server):
-    """SIGTERM or SIGINT: no new requests from then on; running ones have `drain_timeout_s`."""
+    """SIGTERM or SIGINT: no new requests from then on; running ones have `drain_timeout_s`.
+
+    Attributes:
+        has_failed: the engine can run no more requests.
+    """
+
+    has_failed = False
+
+    def fail(self) -> None:
+        """End the server, so that its supervisor starts another. May be called in any thread."""
+        self.has_failed = True
+        self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Start draining. A second SIGINT ends the server at once."""
@@ -116,7 +127,10 @@ def _options(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    """Serve until told to stop. The exit code is 2 for a setting or model that cannot be used."""
+    """Serve until told to stop.
+
+    The exit code is 2 for a setting or model that cannot be used, and 1 if the engine has failed.
+    """
     options = _options(arguments)
     links = drop_service_links()
     try:
@@ -129,8 +143,6 @@ def main(arguments: Sequence[str] = ()) -> int:
     except CrmaError as error:
         sys.stderr.write(explain(error) + "\n")
         return 2
-    # A server whose engine has failed ends, so that its supervisor starts another.
-    app.state.frontend.engine.on_failure = partial(os.kill, os.getpid(), signal.SIGTERM)
     log.info("documentation and examples: http://%s:%s/docs", settings.host, settings.port)
     config = uvicorn.Config(
         app,
@@ -140,8 +152,10 @@ def main(arguments: Sequence[str] = ()) -> int:
         access_log=False,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
     )
-    _Server(config).run()
-    return 0
+    server = _Server(config)
+    app.state.frontend.engine.on_failure = server.fail
+    server.run()
+    return 1 if server.has_failed else 0
 
 
 if __name__ == "__main__":

@@ -83,6 +83,14 @@ class Settings(BaseSettings):
     max_adapter_mib: int | None = _setting(
         None, "Limit on the weights of resident adapters, in MiB; unset: no limit.", ge=1
     )
+    target_step_s: float = _setting(
+        0.25,
+        "How long prompts may make a step, and so the gaps of running streams; 0: no limit.",
+        ge=0,
+    )
+    step_timeout_s: float = _setting(
+        300.0, "The process ends with code 1 if a step takes longer; 0: never.", ge=0
+    )
     max_queue: int = _setting(
         256, "Sequences that may wait, and prompts to encode; one more gets 429.", ge=1
     )

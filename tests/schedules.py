@@ -56,6 +56,7 @@ class Call:
     arrival: int = 0
     patience: int | None = None
     interactive: bool = True
+    owner: str = ""
 
 
 @dataclass
@@ -156,6 +157,7 @@ class World:
             sampling=call.sampling,
             selection=call.selection,
             interactive=call.interactive,
+            owner=call.owner,
         )
 
 
@@ -194,7 +196,7 @@ def samplings(most_tokens: int) -> st.SearchStrategy[SamplingParams]:
 
 
 def calls(prompts: st.SearchStrategy[tuple[int, ...]], most_tokens: int) -> st.SearchStrategy[Call]:
-    """Calls with any selection, sampling, arrival and patience."""
+    """Calls with any selection, sampling, arrival, patience and owner."""
     return st.builds(
         Call,
         selection=st.sampled_from(SELECTIONS),
@@ -204,6 +206,7 @@ def calls(prompts: st.SearchStrategy[tuple[int, ...]], most_tokens: int) -> st.S
         arrival=st.integers(0, 12),
         patience=st.sampled_from([None] * 5 + [0, 1, 4]),
         interactive=st.booleans(),
+        owner=st.sampled_from(["", "", "a", "b"]),
     )
 
 

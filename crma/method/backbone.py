@@ -170,7 +170,8 @@ class Backbone(nn.Module):
         """The inverse of `tensors`.
 
         Raises:
-            InvalidAdapter: a tensor is missing, unknown, not finite, or of a wrong shape or dtype.
+            InvalidAdapter: a tensor is missing, unknown, not finite, or of a wrong shape or dtype;
+                or the folded pairs overflow in bfloat16, the narrowest dtype that serves.
         """
         backbone = cls(config, torch.Generator().manual_seed(0))
         expected = _kinds(backbone.state_dict())
@@ -184,6 +185,10 @@ class Backbone(nn.Module):
                 message = f"{name}: the CRMA tensor holds NaN or infinity"
                 raise InvalidAdapter(message, field=name, value="not finite", allowed="finite")
         backbone.load_state_dict(dict(tensors))
+        for layer, pair in enumerate(backbone.folded("cpu", torch.bfloat16)):
+            if not all(factor.isfinite().all() for factor in pair):
+                message = f"layer {layer}: the CRMA weights overflow as they are served: folded"
+                raise InvalidAdapter(message, field="W", value="infinite", allowed="finite")
         return backbone
 
 

@@ -103,6 +103,11 @@ class LoraPair:
         B = (self.B * affine.scale[:, None]).to(self.B.dtype)
         return replace(self, B=B, scaling=self.scaling * linear.gain, output=affine)
 
+    @property
+    def scaled_b(self) -> Tensor:
+        """scaling · B, [out, r], which serves; it can overflow where B does not."""
+        return self.B * self.scaling
+
     def tensors(self) -> list[Tensor]:
         """A, B and those of the output."""
         if isinstance(self.output, LearnedOutput):

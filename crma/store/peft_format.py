@@ -28,6 +28,7 @@ from crma.store.peft_config import (
     refused,
 )
 from crma.store.peft_key import FORMS, PREFIX, WRITTEN, parse_key
+from crma.store.served_range import check_range
 from crma.store.stored_tensor import StoredTensor
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def lora_from_peft(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor
     The result's alpha / rank is the scaling. With rsLoRA it therefore differs from `lora_alpha`.
 
     Raises:
-        InvalidAdapter: it is not a plain LoRA on linears, is incomplete, or is not finite.
+        InvalidAdapter: it is not a plain LoRA on linears, is incomplete, or overflows as it serves.
     """
     peft = parse_config(config)
     pairs = {}
@@ -271,7 +272,10 @@ def _unknown_tensor(key: str) -> str:
 
 
 def _pair(peft: PeftConfig, path: str, parts: Parts) -> StoredPair:
-    """The pair of a module. Raises InvalidAdapter if a part is missing, too much or misshapen."""
+    """The pair of a module.
+
+    Raises InvalidAdapter if a part is missing, too much or misshapen, or the pair overflows.
+    """
     is_embedding = "embedding_A" in parts or "embedding_B" in parts
     names = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
     expected = set(names)
@@ -293,6 +297,7 @@ def _pair(peft: PeftConfig, path: str, parts: Parts) -> StoredPair:
         if vector is not None and vector.shape != B.shape[:1]:
             allowed = f"[{B.shape[0]}], as B [{B.shape[0]}, r]"
             raise invalid("Not one number an output.", path, _dimensions(vector), allowed)
+    check_range(path, A, B, peft.scaling(path), is_normed=bool(peft.use_dora))
     return StoredPair(A, B, peft.scaling(path), is_embedding, *vectors)
 
 

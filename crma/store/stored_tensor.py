@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """The dtypes that adapters are stored in: the name in the file -> torch's name."""
 
-# A number is infinite or NaN if every bit of its exponent is set.
-_EXPONENTS: Mapping[str, np.unsignedinteger[Any]] = {
-    "BF16": np.uint16(0x7F80),
-    "F16": np.uint16(0x7C00),
-    "F32": np.uint32(0x7F800000),
+# The bits of a number without its sign. Read as an integer they are in the order of magnitudes, in
+# which infinity and then NaN come last.
+_MAGNITUDES: Mapping[str, np.unsignedinteger[Any]] = {
+    "BF16": np.uint16(0x7FFF),
+    "F16": np.uint16(0x7FFF),
+    "F32": np.uint32(0x7FFFFFFF),
 }
 
 
@@ -77,11 +79,23 @@ class StoredTensor:
         if self.dtype not in TORCH_NAMES:
             raise invalid("Unsupported dtype.", name, self.dtype, sorted(TORCH_NAMES))
 
+    @cached_property
+    def largest(self) -> float:
+        """The largest magnitude that it holds, of which NaN is the largest; 0 if it holds nothing.
+
+        Its dtype must have been checked.
+        """
+        magnitude = _MAGNITUDES[self.dtype]
+        bits = (self.data.view(magnitude.dtype) & magnitude).max(initial=0)
+        if self.dtype == "F16":
+            return float(bits.view(np.float16))
+        if self.dtype == "BF16":  # the upper half of a float32
+            bits = np.uint32(bits) << np.uint32(16)
+        return float(bits.view(np.float32))
+
     def is_finite(self) -> bool:
         """Whether it holds neither NaN nor infinity. Its dtype must have been checked."""
-        exponent = _EXPONENTS[self.dtype]
-        bits = self.data.view(exponent.dtype)
-        return not np.any((bits & exponent) == exponent)
+        return math.isfinite(self.largest)
 
 
 def read_tensors(data: bytes, where: str) -> dict[str, StoredTensor]:

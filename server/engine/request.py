@@ -242,6 +242,7 @@ class EngineStats(EngineCounters, PoolCounters):
 
     Attributes:
         has_failed: the engine takes no more requests.
+        failure: why, if it has failed.
         num_requests_running: requests with a running sequence.
         num_requests_waiting: requests with a waiting sequence.
         kv_cache_usage: the share of blocks in use, from 0 to 1.
@@ -251,6 +252,7 @@ class EngineStats(EngineCounters, PoolCounters):
     """
 
     has_failed: bool = False
+    failure: str = ""
     num_requests_running: int = 0
     num_requests_waiting: int = 0
     kv_cache_usage: float = 0.0

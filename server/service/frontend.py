@@ -237,7 +237,7 @@ class Frontend:
             return "the adapter store is not verified yet"
         stats = self.engine.stats()
         if stats.has_failed:
-            return "the engine has failed; restart the server"
+            return f"the engine has failed ({stats.failure}); restart the server"
         if not stats.num_steps:
             return "no step has run yet"
         return None

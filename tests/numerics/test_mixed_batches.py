@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from schedules import SELECTIONS, Answer, Call, World, calls, mismatches, prompt, run
 
 from crma.core.selection import BASE, AdapterSelection
+from crma.method.lora import Lora
 from server.engine.request import FinishReason, SamplingParams
 
 TOLERANCE = 1e-4  # of a log-probability, in fp32
@@ -103,3 +104,42 @@ def test_an_adapter_that_overflows_harms_no_other_request() -> None:
     for _, _, answer in answered[:2]:
         assert (answer.reason, answer.tokens) == (FinishReason.ERROR, [])
     check(there, answered[2:])
+
+
+def huge(a: float, b: float, seed: int) -> Lora:
+    """A random LoRA whose numbers are up to so large."""
+    made = tiny.lora(tiny.injection(), 2, "all-linear", seed)
+    pairs = {
+        path: replace(pair, A=pair.A.sign() * a, B=pair.B.sign() * b)
+        for path, pair in made.pairs.items()
+    }
+    return Lora(made.config, pairs)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(("a", "b"), [(1.0, 3e38), (3e38, 1.0), (1e20, 1e18), (1.0, 1.6e38)])
+def test_of_96_requests_those_beside_an_adapter_of_huge_weights_get_what_they_get_alone(
+    a: float, b: float, native: bool
+) -> None:
+    """Once 53 of 96 failed: B times its scaling was infinite, and masked zeros times it NaN.
+
+    Either the adapter is refused, or its own requests overflow.
+    """
+    adapters = {**tiny.adapters(tiny.injection()), "huge": huge(a, b, 3)}
+    there = World(tiny.injection(), adapters)
+    neighbours = [
+        Call(SELECTIONS[i % 8], prompt(1 + i % 17, i % 3), PLAIN, arrival=i // 8) for i in range(80)
+    ]
+    bad = [
+        Call(AdapterSelection("huge", crma), prompt(1 + i, i % 3), PLAIN, arrival=i // 2)
+        for i in range(8)
+        for crma in (None, "crma-0")
+    ]
+    mixed = [*neighbours[:40], *bad, *neighbours[40:]]
+    limits = {"max_num_seqs": 16, "max_num_batched_tokens": 64, "max_resident": 6, "room": 1600}
+    answered, _ = run(there, mixed, native=native, **limits)
+    harmed = [call for call, *_ in answered if call not in bad]
+    check(there, [each for each in answered if each[0] not in bad])
+    assert len(harmed) == 80
+    reasons = {answer.reason for call, _, answer in answered if call in bad}
+    assert reasons == {FinishReason.ERROR}

@@ -1,8 +1,14 @@
 """server.__main__: what an operator reads when the server does not start."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import httpx
 import pytest
+import tiny
 
 from crma.core.errors import ConfigError, CrmaError, NotFound, UnsupportedModel
 from server.__main__ import build, explain, main
@@ -73,3 +79,59 @@ def test_an_option_that_does_not_exist_ends_the_process() -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--port", "9000"])
     assert caught.value.code == 2
+
+
+BROKEN_LATER = """
+import sys
+from server.__main__ import main
+from server.engine.native.model_runner import ModelRunner
+
+forward = ModelRunner.run
+num_passes = 0
+
+def run(self, *step):
+    global num_passes
+    num_passes += 1
+    if num_passes > int(sys.argv[1]):
+        raise RuntimeError("the device is gone")
+    return forward(self, *step)
+
+ModelRunner.run = run
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("num_passes", [0, 1], ids=["at the first step", "later"])
+def test_a_server_whose_engine_has_failed_ends_with_code_1(num_passes: int, tmp_path: Path) -> None:
+    """It was -15, as after an orderly stop, so that `Restart=on-failure` did nothing."""
+    base = tiny.pulled_base(tmp_path)
+    store = tiny.filled_store(tmp_path / "store", base)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {
+        "CRMA_HOME": str(tmp_path / "home"),
+        "CRMA_MODEL": "tiny",
+        "CRMA_STORE": str(store.root),
+        "CRMA_PORT": str(port),
+        "CRMA_DTYPE": "float32",
+        "CRMA_KERNEL": "off",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", BROKEN_LATER, str(num_passes)],
+        cwd=tmp_path,
+        env={**os.environ, **settings},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stderr is not None
+        if num_passes:
+            assert any(" ready: " in line for line in server.stderr)
+            for _ in range(3):
+                body = {"prompt": "one", "max_tokens": 2}
+                answer = httpx.post(f"http://127.0.0.1:{port}/generate", json=body, timeout=30)
+                assert answer.status_code == 500
+        _, shown = server.communicate(timeout=60)
+    assert server.returncode == 1
+    assert "the device is gone" in shown

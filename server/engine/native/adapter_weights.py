@@ -1,5 +1,7 @@
 """An adapter's weights as the engine serves them: checked, on the model's device, in its dtype."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,8 @@ def prepare(adapter: Lora | Backbone, injection: Injection) -> Weights:
     """Check an adapter against the model and convert it for serving.
 
     Raises:
-        InvalidAdapter: it does not fit the model, or its weights overflow in the model's dtype.
+        InvalidAdapter: it does not fit the model, or its weights overflow as they serve: scaled, in
+            the model's dtype.
     """
     weights: Weights
     model = injection.model
@@ -26,7 +29,7 @@ def prepare(adapter: Lora | Backbone, injection: Injection) -> Weights:
     else:
         injection.check(adapter)
         weights = injection.bind(adapter.to(model.device, model.dtype))
-    if not all(tensor.isfinite().all() for tensor in _tensors(weights)):
+    if not all(tensor.isfinite().all() for tensor in _served(weights)):
         limit = torch.finfo(model.dtype).max
         raise InvalidAdapter(
             f"weights overflow in {model.dtype}, the dtype that serves",
@@ -35,6 +38,14 @@ def prepare(adapter: Lora | Backbone, injection: Injection) -> Weights:
             allowed=f"-{limit:.3g} to {limit:.3g}",
         )
     return weights
+
+
+def _served(weights: Weights) -> Iterator[Tensor]:
+    """Every tensor that takes part in a step, one after the other."""
+    yield from _tensors(weights)
+    if isinstance(weights, Lora):
+        for pair in weights.pairs.values():
+            yield pair.scaled_b
 
 
 def size_in_bytes(weights: Weights) -> int:

@@ -5,6 +5,7 @@ import copy
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,7 @@ from server.engine.inference_engine import Outputs, ServedModel
 from server.engine.native.adapter_pool import AdapterPool, Loader
 from server.engine.native.engine import Engine
 from server.engine.native.sequence import Sequence
+from server.engine.native.step_watchdog import StepWatchdog
 from server.engine.request import (
     Constraint,
     EngineStats,
@@ -47,14 +49,23 @@ class AsyncEngine:
     Args:
         model: what `engine` runs.
         max_queue: sequences that may wait beside those that run; a request that exceeds it is
-            refused.
+            refused, unless its owner has less than an equal part.
+        watchdog: ends the process when a step hangs; None: nothing does. The first step is not
+            watched: it may compile or build what later ones use.
     """
 
-    def __init__(self, engine: Engine, model: ServedModel, max_queue: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        model: ServedModel,
+        max_queue: int,
+        watchdog: StepWatchdog | None = None,
+    ) -> None:
         self.engine = engine
         self.pool: AdapterPool = engine.pool
         self.model = model
         self.max_queue = max_queue
+        self.watchdog = watchdog
         self.on_failure: Callable[[], None] = lambda: None
         self._wake = threading.Condition()
         self._commands: list[Command] = []
@@ -79,9 +90,7 @@ class AsyncEngine:
         """Queue a request; its outputs follow. See `InferenceEngine.submit`."""
         self._check_open()
         self._check_length(request)
-        num_waiting = self._num_open_sequences() - self.engine.scheduler.max_num_seqs
-        if num_waiting + request.sampling.n > self.max_queue:
-            raise QueueFull(self.max_queue, max(1.0, num_waiting * self._step_seconds))
+        self._check_room(request)
         self._loop = asyncio.get_running_loop()
         stream = _Stream(request, asyncio.Queue(), set(range(request.sampling.n)))
         self._streams[request.id] = stream
@@ -163,8 +172,20 @@ class AsyncEngine:
         if not 0 < length <= limit - max_tokens:
             raise PromptTooLong(length, max_tokens, limit)
 
-    def _num_open_sequences(self) -> int:
-        return sum(len(stream.open) for stream in self._streams.values())
+    def _check_room(self, request: Request) -> None:
+        """Raises QueueFull if no more sequences may run and wait.
+
+        An owner has an equal part of that room even where others have filled it.
+        """
+        num_open: Counter[str] = Counter()
+        for stream in self._streams.values():
+            num_open[stream.request.owner] += len(stream.open)
+        n, owner = request.sampling.n, request.owner
+        room = self.max_queue + self.engine.scheduler.max_num_seqs
+        part = room // len({*num_open, owner})
+        if num_open.total() + n > room and num_open[owner] + n > part:
+            num_waiting = num_open.total() - self.engine.scheduler.max_num_seqs
+            raise QueueFull(self.max_queue, max(1.0, num_waiting * self._step_seconds))
 
     async def _outputs(self, stream: _Stream) -> Outputs:
         num_open = stream.request.sampling.n
@@ -228,13 +249,13 @@ class AsyncEngine:
         """
         try:
             self._serve()
-        except Exception:
+        except Exception as error:
             logger.exception("the engine has failed and takes no more requests")
             with self._wake:
                 self._stopped = True
                 self._ended = True
                 self._commands.clear()
-            self._stats = replace(self._stats, has_failed=True)
+            self._stats = replace(self._stats, has_failed=True, failure=str(error))
             self._deliver(self._failed_outputs())
             self.on_failure()
 
@@ -251,15 +272,25 @@ class AsyncEngine:
             for command in commands:
                 outputs += command() or []
             started = time.monotonic()
-            num_steps = self.engine.counters.num_steps
-            outputs += self.engine.step()
-            is_idle = self.engine.counters.num_steps == num_steps
+            outputs += self._step()
+            is_idle = self.engine.is_idle
             if not is_idle:
                 self._count_step(time.monotonic() - started)
             elif not self.engine.scheduler.unfinished():
                 self.engine.check_integrity()
             self._stats = self._snapshot()
             self._deliver(outputs)
+
+    def _step(self) -> list[RequestOutput]:
+        """Run a step, watched by the watchdog unless it is the first."""
+        if self.watchdog is None or not self.engine.counters.num_steps:
+            return self.engine.step()
+        self.engine.on_pass = self.watchdog.arm  # each pass of a step has the full time
+        self.watchdog.arm()
+        try:
+            return self.engine.step()
+        finally:
+            self.watchdog.disarm()
 
     def _next_commands(self, is_idle: bool) -> list[Command] | None:
         """The commands that have come; an idle engine waits for one, or for a deadline.
@@ -303,11 +334,11 @@ class AsyncEngine:
             **asdict(self.engine.counters),
             **asdict(self.pool.counters),
             num_requests_running=_num_requests(scheduler.running),
-            num_requests_waiting=_num_requests(scheduler.waiting),
+            num_requests_waiting=scheduler.waiting.num_requests(),
             kv_cache_usage=1 - blocks.num_free / blocks.capacity,
             resident=self.pool.resident(),
             running_adapters=_task_digests(scheduler.running),
-            waiting_adapters=_task_digests(scheduler.waiting),
+            waiting_adapters=tuple(sorted(scheduler.waiting.tasks())),
         )
 
 

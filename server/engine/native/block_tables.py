@@ -46,6 +46,10 @@ class BlockTables:
         sequence.block_table = cached
         sequence.num_computed_tokens = len(cached) * self.pool.block_size
 
+    def num_missing(self, sequence: Sequence) -> int:
+        """How many blocks a sequence lacks for the tokens that it has."""
+        return max(0, self.pool.blocks_for(len(sequence.token_ids)) - len(sequence.block_table))
+
     def allocate(self, sequence: Sequence, num_tokens: int) -> list[int] | None:
         """Append the blocks that the next `num_tokens` tokens of a sequence need.
 

@@ -1,6 +1,7 @@
 """The engine: a step is schedule, run, update. One thread calls it."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from server.engine.native.output import STEP_FAILED, last_output, take_output
 from server.engine.native.scheduler import Scheduler
 from server.engine.native.sequence import Sequence
 from server.engine.native.step import Step
+from server.engine.native.step_budget import StepBudget
 from server.engine.native.step_planner import Admission
 from server.engine.native.step_results import NewToken, StepResults
 from server.engine.native.step_runner import StepRunner
@@ -26,7 +28,12 @@ logger = logging.getLogger(__name__)
 # A sequence whose adapter finds no room is overtaken by this many others. Then none may start
 # before it, so that the running ones release an adapter as they finish.
 MAX_OVERTAKEN = 64
-NUM_PREFETCHED = 64  # sequences at the head of the queue whose adapters are loaded ahead
+MAX_FAULTS = 3  # steps in a row that fail as a whole; then the engine has failed
+NUM_PREFETCHED = 64  # selections at the head of the queue whose adapters are loaded ahead
+
+
+class EngineFailed(Exception):
+    """The engine can run no more requests."""
 
 
 @dataclass
@@ -41,8 +48,14 @@ class Engine:
         max_model_len: the limit on prompt and answer together, in tokens; it fits the KV cache.
         num_tokens: token ids lie below it, those of prompts and those that are sampled. A model may
             have more rows than its tokenizer has tokens.
+        budget: limits the tokens of prompts in a step by the time that they take; None: only the
+            scheduler does.
         clock: seconds; deadlines and arrivals are times of this clock.
         counters: totals since the start.
+        on_pass: called before each forward pass.
+
+    Attributes:
+        is_idle: whether the last step had nothing to run.
     """
 
     runner: ModelRunner
@@ -51,8 +64,10 @@ class Engine:
     stop_ids: frozenset[int]
     max_model_len: int
     num_tokens: int
+    budget: StepBudget | None = None
     clock: Callable[[], float] = time.monotonic
     counters: EngineCounters = field(default_factory=EngineCounters)
+    on_pass: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.pool = self.runner.pool
@@ -60,6 +75,9 @@ class Engine:
         assert blocks.blocks_for(self.max_model_len) <= blocks.capacity
         self.constraints = Constraints(self.tokenizer, self.stop_ids)
         self._not_admitted: list[Sequence] = []
+        self.is_idle = True
+        self._num_faults = 0  # steps in a row that failed as a whole
+        self._next_deadline = math.inf  # no sequence has an earlier one
 
     def add(self, request: Request) -> list[RequestOutput]:
         """Queue the n sequences of a request.
@@ -79,6 +97,7 @@ class Engine:
             return [_not_begun(request, index) for index in indices]
         for sequence in sequences:
             self.scheduler.add(sequence)
+            self._next_deadline = min(self._next_deadline, _deadline(sequence))
         return []
 
     def abort(self, request_id: str) -> list[RequestOutput]:
@@ -94,25 +113,66 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Schedule, run, update.
 
-        A fault ends the sequences that it can be pinned to, and no others.
+        A fault ends the sequences that it can be pinned to, and no others. One that is no
+        sequence's own ends all that run.
+
+        Raises:
+            EngineFailed: so it was in MAX_FAULTS steps in a row.
         """
-        outputs = self._end_expired() + self._end_unloadable()
+        outputs: list[RequestOutput] = []
+        self.is_idle = False
+        try:
+            fault = self._step(outputs)
+        except Exception as error:
+            logger.exception("a step failed outside of its computation")
+            outputs += self._end_failed(list(self.scheduler.running))
+            fault = error
+        if fault is not None:
+            self._num_faults += 1
+            if self._num_faults >= MAX_FAULTS:
+                message = f"{MAX_FAULTS} steps in a row failed, the last one with: {fault}"
+                raise EngineFailed(message) from fault
+        return outputs
+
+    def _step(self, outputs: list[RequestOutput]) -> Exception | None:
+        """Schedule, run, update.
+
+        Args:
+            outputs: receives those of the step, also if it raises.
+
+        Returns:
+            The fault, if the model can compute nothing any more.
+        """
+        outputs += self._end_expired()
+        outputs += self._end_unloadable()
         step = self._schedule()
         outputs += self._end_failed(self._not_admitted)
         self._not_admitted = []
         if not step.chunks:
-            return outputs
-        results = StepRunner(self.runner, self.num_tokens).run(step)
+            self.is_idle = True
+            return None
+        started = self.clock()
+        runner = StepRunner(self.runner, self.num_tokens, self.on_pass)
+        results = runner.run(step)
+        if self.budget is not None:
+            self.budget.measure(self.clock() - started, step.num_prompt_tokens, step.num_decodes)
         self.scheduler.computed(results.computed)
-        return outputs + self._update(results)
+        outputs += self._update(results)
+        if results.computed:
+            self._num_faults = 0
+            return None
+        # Nothing could be computed: is that the sequences' fault, or is the model broken?
+        free = self.scheduler.blocks.allocate(1)
+        if free is None:
+            return None
+        fault = runner.probe(free[0])
+        self.scheduler.blocks.release(free)
+        return fault
 
     def seconds_left(self) -> float | None:
         """Return the seconds until the next deadline; None if no sequence has one."""
-        deadlines = [s.request.deadline for s in self.scheduler.unfinished()]
-        known = [deadline for deadline in deadlines if deadline is not None]
-        if not known:
-            return None
-        return max(0.0, min(known) - self.clock())
+        deadline = min(map(_deadline, self.scheduler.unfinished()), default=math.inf)
+        return None if deadline == math.inf else max(0.0, deadline - self.clock())
 
     def check_integrity(self) -> None:
         """Check that the accounts of scheduler and adapter pool balance.
@@ -153,9 +213,9 @@ class Engine:
         """Plan the next step, load adapters ahead, and keep the accounts of both."""
         # Load in the order in which sequences start: an adapter loaded for an earlier background
         # request would take the room of an interactive one's.
-        queue = sorted(self.scheduler.waiting, key=lambda s: not s.request.interactive)
-        self.pool.prefetch([s.request.selection for s in islice(queue, NUM_PREFETCHED)])
-        step = self.scheduler.schedule(self._admit)
+        self.pool.prefetch(islice(self.scheduler.waiting.selections(), NUM_PREFETCHED))
+        max_prompt_tokens = None if self.budget is None else self.budget.max_prompt_tokens()
+        step = self.scheduler.schedule(self._admit, max_prompt_tokens)
         for sequence in step.preempted:
             self.pool.release(sequence.request.selection)
         self._count(step)
@@ -197,12 +257,12 @@ class Engine:
     def _end_expired(self) -> list[RequestOutput]:
         """End the sequences whose deadline has passed."""
         now = self.clock()
-        expired = []
-        for sequence in self.scheduler.unfinished():
-            deadline = sequence.request.deadline
-            if deadline is not None and deadline <= now:
-                expired.append(sequence)
-        return [self._finish(s, FinishReason.ABORT, error="deadline") for s in expired]
+        if now < self._next_deadline:
+            return []
+        expired = [s for s in self.scheduler.unfinished() if _deadline(s) <= now]
+        outputs = [self._finish(s, FinishReason.ABORT, error="deadline") for s in expired]
+        self._next_deadline = min(map(_deadline, self.scheduler.unfinished()), default=math.inf)
+        return outputs
 
     def _end_unloadable(self) -> list[RequestOutput]:
         """End the sequences that wait for an adapter that cannot be loaded, with the reason."""
@@ -282,6 +342,12 @@ class Engine:
         if self.scheduler.remove(sequence):
             self.pool.release(sequence.request.selection)
         return last_output(sequence, output, reason, error, self.clock())
+
+
+def _deadline(sequence: Sequence) -> float:
+    """A sequence's deadline; infinity if it has none."""
+    deadline = sequence.request.deadline
+    return math.inf if deadline is None else deadline
 
 
 def _not_begun(request: Request, index: int) -> RequestOutput:

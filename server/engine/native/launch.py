@@ -21,6 +21,8 @@ from server.engine.native.engine import Engine, model_stop_ids
 from server.engine.native.kernel import Kernel
 from server.engine.native.model_runner import ModelRunner
 from server.engine.native.scheduler import Scheduler
+from server.engine.native.step_budget import StepBudget
+from server.engine.native.step_watchdog import StepWatchdog
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ class EngineConfig:
     """The settings of the native engine; `server/settings.py` says what each means and its default.
 
     kernel_folder: where the native kernel is built. max_adapter_bytes: None for no limit.
+    target_step_s and step_timeout_s: 0 for none.
     """
 
     device: str
@@ -48,6 +51,8 @@ class EngineConfig:
     max_loaded_adapters: int
     max_adapter_bytes: int | None
     max_queue: int
+    target_step_s: float = 0.0
+    step_timeout_s: float = 0.0
 
 
 def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
@@ -88,7 +93,8 @@ def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
     scheduler = Scheduler(blocks, config.max_num_seqs, config.max_num_batched_tokens, root_of, rope)
     stop_ids = model_stop_ids(tokenizer, model.generation_config.eos_token_id)
     num_tokens = _num_tokens(model, tokenizer)
-    engine = Engine(runner, scheduler, tokenizer, stop_ids, max_model_len, num_tokens)
+    budget = StepBudget(config.target_step_s) if config.target_step_s else None
+    engine = Engine(runner, scheduler, tokenizer, stop_ids, max_model_len, num_tokens, budget)
     served = ServedModel(
         name=base.name,
         digest=base.digest,
@@ -96,7 +102,7 @@ def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
         max_model_len=max_model_len,
         num_tokens=num_tokens,
     )
-    return AsyncEngine(engine, served, config.max_queue)
+    return AsyncEngine(engine, served, config.max_queue, StepWatchdog(config.step_timeout_s))
 
 
 def _num_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -83,7 +83,9 @@ class LoraStack:
     """Copies of several LoRAs, stacked site by site.
 
     Args:
-        loras: by digest; they are stacked in this order.
+        loras: by digest; they are stacked in this order. Each is finite as it serves, `scaled_b`
+            included: a row's zeros meet the weights of its neighbours' adapters in a product, and
+            infinity · 0 would be NaN.
         sites: all sites of the model; those on which no LoRA has a pair are left out.
         shapes: module path -> (out, in).
 
@@ -131,7 +133,7 @@ def _stack(placed: Sequence[_PlacedPair], num_adapters: int, out: int) -> _Stack
         width, rank = pair.B.shape
         stop = start + width
         row = len(spans)
-        B[row : row + rank, start:stop] = (pair.B * pair.scaling).mT
+        B[row : row + rank, start:stop] = pair.scaled_b.mT
         ranks[adapter] += rank
         spans += [(start, stop)] * rank
     offsets = (0, *accumulate(ranks))

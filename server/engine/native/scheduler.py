@@ -1,12 +1,12 @@
 """The scheduler: two queues, and the choice of what the next step computes. Plain data, no torch.
 
 All sequences share one budget of tokens a step. Each sequence in decode takes one token; prompts
-get the rest in chunks, oldest first, so there are no separate phases. Requests start in the order
-in which they arrived, but one that waits for an adapter may be overtaken a limited number of times.
-Interactive requests run first and may preempt the others.
+get the rest in chunks, so there are no separate phases. Owners take turns, then the adapters of an
+owner; of prompts alike the one that is due first is next (turns.py). One that waits for an adapter
+may be overtaken a limited number of times. Interactive requests run first and may preempt the
+others; an owner that runs more than another gives way to it.
 """
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -16,6 +16,8 @@ from server.engine.native.block_tables import BlockTables, RootOf
 from server.engine.native.sequence import Sequence
 from server.engine.native.step import Chunk, Step
 from server.engine.native.step_planner import Admit, StepPlanner
+from server.engine.native.turns import Turns
+from server.engine.native.waiting import Waiting
 
 # Logits of prompts in a step. With those of a vocabulary of 150,000 tokens they take 78 MB in fp32,
 # and as much again for their log-probabilities.
@@ -36,7 +38,7 @@ class Scheduler:
         rope: how keys depend on a sequence's length; None: they do not.
 
     Attributes:
-        waiting: the queue; its head starts next.
+        waiting: the queue.
         running: oldest first.
     """
 
@@ -45,7 +47,7 @@ class Scheduler:
     max_num_batched_tokens: int
     root_of: RootOf | None = None
     rope: RopeScaling | None = None
-    waiting: deque[Sequence] = field(default_factory=deque, init=False)
+    waiting: Waiting = field(default_factory=Waiting, init=False)
     running: list[Sequence] = field(default_factory=list, init=False)
     _tables: BlockTables = field(init=False, repr=False)
 
@@ -54,25 +56,26 @@ class Scheduler:
         self._tables = BlockTables(self.blocks, self.root_of, self.rope)
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence at the end of the queue."""
-        self.waiting.append(sequence)
+        """Queue a sequence."""
+        queue = self.waiting.queue_of(sequence)
+        queue.ledger.enter(sequence)
+        queue.add(sequence)
 
-    def schedule(self, admit: Admit) -> Step:
+    def schedule(self, admit: Admit, max_prompt_tokens: int | None = None) -> Step:
         """Choose what the next step computes, and allocate the blocks for it.
 
-        Sequences in decode come first, then prompts that have begun, then new requests; prompts and
-        new requests that are not interactive come after all that are.
+        Sequences in decode come first, then prompts; those that are not interactive come after all
+        that are.
 
         Args:
             admit: asked for each waiting sequence that there is room for, in order; `NOW` takes its
                 adapters into use.
+            max_prompt_tokens: the most tokens of prompts, at least 1; None: what decode leaves.
         """
         decodes = [s for s in self.running if not s.is_prefilling]
         prefills = [s for s in self.running if s.is_prefilling]
         interactive_prefills = [s for s in prefills if s.request.interactive]
         other_prefills = [s for s in prefills if not s.request.interactive]
-        interactive_waiting = [s for s in self.waiting if s.request.interactive]
-        other_waiting = [s for s in self.waiting if not s.request.interactive]
         planner = StepPlanner(
             self.waiting,
             self.running,
@@ -82,10 +85,11 @@ class Scheduler:
             prompt_logits_left=MAX_PROMPT_LOGITS,
             admit=admit,
         )
-        planner.continue_running(decodes + interactive_prefills)
-        planner.start_waiting(interactive_waiting)
-        planner.continue_running(other_prefills)
-        planner.start_waiting(other_waiting)
+        planner.continue_running(decodes)
+        if max_prompt_tokens is not None:
+            planner.tokens_left = min(planner.tokens_left, max_prompt_tokens)
+        planner.plan_prompts(Turns(interactive_prefills, self.waiting.interactive))
+        planner.plan_prompts(Turns(other_prefills, self.waiting.background))
         return planner.step()
 
     def computed(self, chunks: Iterable[Chunk]) -> None:
@@ -105,8 +109,12 @@ class Scheduler:
             Whether it was running.
         """
         is_running = sequence in self.running
-        queue = self.running if is_running else self.waiting
-        queue.remove(sequence)
+        queue = self.waiting.queue_of(sequence)
+        if is_running:
+            self.running.remove(sequence)
+        else:
+            queue.remove(sequence)
+        queue.ledger.leave(sequence)
         self._tables.free(sequence)
         return is_running
 

@@ -27,6 +27,11 @@ class Chunk:
         return self.stop == len(self.sequence.token_ids)
 
     @property
+    def is_prompt(self) -> bool:
+        """Whether it is a part of a prompt, or of a sequence computed again; False: of decode."""
+        return self.count > 1 or not self.samples or self.sequence.num_output_tokens == 0
+
+    @property
     def num_logits(self) -> int:
         """How many tokens at the end of the chunk need logits.
 
@@ -60,3 +65,13 @@ class Step:
     chunks: list[Chunk] = field(default_factory=list)
     new_blocks: list[int] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_decodes(self) -> int:
+        """How many sequences only get their next token."""
+        return sum(not chunk.is_prompt for chunk in self.chunks)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """How many tokens of prompts, or of sequences computed again, it has."""
+        return sum(chunk.count for chunk in self.chunks if chunk.is_prompt)

@@ -1,6 +1,6 @@
 """Plans one step: how many tokens each sequence computes, and which are preempted. No torch."""
 
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -8,6 +8,8 @@ from enum import Enum
 from server.engine.native.block_tables import BlockTables
 from server.engine.native.sequence import Sequence
 from server.engine.native.step import Chunk, Step
+from server.engine.native.turns import Turns
+from server.engine.native.waiting import Waiting
 
 
 class Admission(Enum):
@@ -36,7 +38,7 @@ class StepPlanner:
     It moves sequences between the scheduler's two queues, and allocates their blocks, as it goes.
 
     Args:
-        waiting: the scheduler's queue; its head starts next.
+        waiting: the scheduler's queues, with the shares to which planned tokens are charged.
         running: the scheduler's running sequences, oldest first.
         tables: the blocks of the running sequences.
         max_num_seqs: sequences that run at once.
@@ -46,7 +48,7 @@ class StepPlanner:
         admit: asked for each sequence that there is room for, in order.
     """
 
-    waiting: deque[Sequence]
+    waiting: Waiting
     running: list[Sequence]
     tables: BlockTables
     max_num_seqs: int
@@ -66,34 +68,44 @@ class StepPlanner:
     def continue_running(self, sequences: list[Sequence]) -> None:
         """Plan the next tokens of running sequences, in order, as far as the budget goes."""
         for sequence in sequences:
-            count = self._most_tokens(sequence)
-            if count == 0 or sequence in self._preempted:
-                continue
-            if self._allocate_or_preempt(sequence, count):
-                self._add_chunk(sequence, count)
+            if sequence not in self._preempted:
+                self._continue(sequence)
 
-    def start_waiting(self, sequences: list[Sequence]) -> None:
-        """Start waiting sequences, in order, until there is no room for one of them.
+    def plan_prompts(self, turns: Turns) -> None:
+        """Plan prompts, those that have begun and those that wait, as far as the budget goes.
 
-        Does nothing if the step has preempted a sequence before: blocks are short then.
+        Waiting sequences start until there is no room for one of them. None starts if the step has
+        preempted a sequence before: blocks are short then.
         """
         if self._is_closed or self._preempted:
+            turns.close()
+        for sequence in turns:
+            if sequence in self.running:
+                self._continue(sequence)
+            elif sequence not in self._preempted:
+                self._try_to_start(sequence)
+            if self._is_closed:
+                turns.close()
+            elif self._passed_over:
+                turns.hold(self._passed_over[-1].request.selection)
+
+    def _continue(self, sequence: Sequence) -> None:
+        count = self._most_tokens(sequence)
+        if count and self._allocate_or_preempt(sequence, count):
+            self._add_chunk(sequence, count)
+
+    def _try_to_start(self, sequence: Sequence) -> None:
+        """Start a waiting sequence; without room for it, no other starts before it."""
+        if self._is_prompt_in_progress(sequence) or self._lacks_logits(sequence):
             return
-        for sequence in sequences:
-            if self._is_prompt_in_progress(sequence) or self._lacks_logits(sequence):
-                continue
-            place = self._find_place(sequence)
-            if place is None:
-                self._is_closed = True
-                return
-            admission = self.admit(sequence)
-            if admission is Admission.NOW:
-                self._start(sequence, place)
-            elif admission is Admission.LATER:
-                self._passed_over.append(sequence)
-            else:
-                self._is_closed = True
-                return
+        place = self._find_place(sequence)
+        admission = Admission.HOLD if place is None else self.admit(sequence)
+        if place is None or admission is Admission.HOLD:
+            self._is_closed = True
+        elif admission is Admission.LATER:
+            self._passed_over.append(sequence)
+        else:
+            self._start(sequence, place)
 
     def _is_prompt_in_progress(self, sequence: Sequence) -> bool:
         """Whether another of the request's n sequences is computing the prompt that they share.
@@ -132,7 +144,8 @@ class StepPlanner:
     def _find_victims(self, sequence: Sequence, cached: list[int]) -> list[Sequence] | None:
         """Choose the running sequences to preempt so that a waiting one finds room.
 
-        Only an interactive sequence preempts others to start, and only those that are not.
+        Background work gives way to an interactive sequence, and of two owners of the same class
+        the one that runs more sequences to the other.
 
         Returns:
             The sequences, often none; None if preempting would not make enough room.
@@ -142,11 +155,9 @@ class StepPlanner:
         kept = list(self.running)
         victims: list[Sequence] = []
         while not self._has_room(num_new_blocks, cached, kept):
-            if not sequence.request.interactive:
+            victim = _first_to_give_way(kept, sequence)
+            if victim is None:
                 return None
-            if all(other.request.interactive for other in kept):
-                return None
-            victim = _first_to_preempt(kept)
             kept.remove(victim)
             victims.append(victim)
         return victims
@@ -157,9 +168,10 @@ class StepPlanner:
             return False
         used = set(cached).union(*(other.block_table for other in kept))
         num_free = self.tables.pool.capacity - len(used)
-        # Each running sequence soon needs one more block: keep one for each, or the new sequence
-        # would be preempted at once.
-        return num_new_blocks + len(kept) <= num_free
+        # Each running sequence soon needs one more block, and a prompt that has begun its others:
+        # keep them, or the new sequence would be preempted at once.
+        num_kept = sum(1 + self.tables.num_missing(other) for other in kept)
+        return num_new_blocks + num_kept <= num_free
 
     def _start(self, sequence: Sequence, place: _Place) -> None:
         """Make room for an admitted sequence, move it to the running ones and plan its tokens."""
@@ -167,7 +179,7 @@ class StepPlanner:
             other.num_overtaken += 1
         for victim in place.victims:
             self._preempt(victim)
-        self.waiting.remove(sequence)
+        self.waiting.queue_of(sequence).remove(sequence)
         self.running.append(sequence)
         self.tables.share(sequence, place.cached)
         if sequence.first_scheduled is None:
@@ -183,6 +195,7 @@ class StepPlanner:
             False if the sequence itself had to be preempted.
         """
         while not self._allocate(sequence, count):
+            self._is_closed = True
             victim = _first_to_preempt(self.running)
             self._preempt(victim)
             if victim is sequence:
@@ -200,19 +213,24 @@ class StepPlanner:
     def _add_chunk(self, sequence: Sequence, count: int) -> None:
         chunk = Chunk(sequence, sequence.num_computed_tokens, count)
         self._chunks[sequence] = chunk
-        self.tokens_left -= count
-        self.prompt_logits_left -= chunk.num_prompt_logits
+        self._charge(chunk, 1)
 
     def _preempt(self, victim: Sequence) -> None:
         """Move a running sequence to the head of the queue; its tokens go back to the budget."""
         self.running.remove(victim)
         self.tables.free(victim)
-        self.waiting.appendleft(victim)
+        self.waiting.queue_of(victim).add_returning(victim)
         self._preempted.append(victim)
         chunk = self._chunks.pop(victim, None)
         if chunk is not None:
-            self.tokens_left += chunk.count
-            self.prompt_logits_left += chunk.num_prompt_logits
+            self._charge(chunk, -1)
+
+    def _charge(self, chunk: Chunk, sign: int) -> None:
+        """Take a chunk from what is left of the step and of its owner's share; -1: give it back."""
+        self.tokens_left -= sign * chunk.count
+        self.prompt_logits_left -= sign * chunk.num_prompt_logits
+        queue = self.waiting.queue_of(chunk.sequence)
+        queue.ledger.charge(chunk.sequence, sign * chunk.count)
 
 
 def _first_to_preempt(running: list[Sequence]) -> Sequence:
@@ -221,3 +239,22 @@ def _first_to_preempt(running: list[Sequence]) -> Sequence:
         if not sequence.request.interactive:
             return sequence
     return running[-1]
+
+
+def _first_to_give_way(running: list[Sequence], waiting: Sequence) -> Sequence | None:
+    """Return the running sequence to preempt so that a waiting one can start; None: no one.
+
+    An owner gives way only to one that would not run more sequences afterwards: otherwise the two
+    would preempt each other in turns.
+    """
+    if waiting.request.interactive:
+        background = [other for other in running if not other.request.interactive]
+        if background:
+            return background[-1]
+    alike = [s for s in running if s.request.interactive == waiting.request.interactive]
+    num_running = Counter(other.request.owner for other in alike)
+    for other in reversed(alike):
+        fewest = num_running[other.request.owner] - 1
+        if fewest > num_running[waiting.request.owner] and fewest + 1 == max(num_running.values()):
+            return other
+    return None

@@ -140,6 +140,8 @@ def _new_tokens(logits: Tensor, sequences: list[Sequence], num_tokens: int) -> l
     rows = [_sampling_row(sequence, num_tokens) for sequence in sequences]
     choosable = constrained(logits[:, :num_tokens], [each.matcher for each in sequences])
     tokens = sample(choosable, rows)
+    if max(tokens) >= num_tokens:
+        raise ValueError("the sampling options leave no probable token")
     logprobs = _sampled_logprobs(logits, sequences, tokens, num_tokens)
     return [NewToken(*new) for new in zip(sequences, tokens, logprobs, strict=True)]
 

@@ -1,12 +1,15 @@
 """Runs a step. A fault in it ends the sequences that it can be pinned to, and no others."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.engine.native.batch import build_batch
 from server.engine.native.model_runner import ModelRunner
+from server.engine.native.sequence import Sequence
 from server.engine.native.step import Chunk, Step
 from server.engine.native.step_results import StepResults
+from server.engine.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -18,17 +21,20 @@ class StepRunner:
     Args:
         runner: computes each chunk's tokens from the KV cache; computing them twice gives the same.
         num_tokens: only token ids below it are sampled.
+        on_pass: called before each pass.
     """
 
     runner: ModelRunner
     num_tokens: int
+    on_pass: Callable[[], None] = lambda: None
 
     def run(self, step: Step) -> StepResults:
         """Run a step of n chunks in one pass, or after a fault in at most 2 n - 1.
 
         A part that fails is halved until the fault is that of one sequence. If every part fails,
-        every sequence of the step ends, and the next step is tried as usual.
+        every sequence of the step ends.
         """
+        self.on_pass()
         try:
             batch = build_batch(step, self.runner.kv)
             logits = self.runner.run(batch, step.new_blocks)
@@ -43,6 +49,21 @@ class StepRunner:
         middle = len(step.chunks) // 2
         first = self.run(_part(step, step.chunks[:middle]))
         return first + self.run(_part(step, step.chunks[middle:]))
+
+    def probe(self, block: int) -> Exception | None:
+        """Compute one token of the base model. Returns the fault, if the model cannot do even that.
+
+        Args:
+            block: one that no sequence uses.
+        """
+        sequence = Sequence(Request("probe", prompt_ids=(0,)), 0)
+        sequence.block_table = [block]
+        self.on_pass()
+        try:
+            self.runner.run(build_batch(Step([Chunk(sequence, 0, 1)]), self.runner.kv), [block])
+        except Exception as error:
+            return error
+        return None
 
 
 def _part(step: Step, chunks: list[Chunk]) -> Step:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from published import BASE, OTHER, SHAPE, WEIGHTS, publish, publish_backbone, rewrite
 from tiny import flip_bit
 
@@ -70,6 +72,26 @@ def pipe(folder: Path) -> None:
     os.mkfifo(folder / WEIGHTS)
 
 
+def overflow(folder: Path) -> None:
+    """Weights that are finite as they are stored, published before they were checked as served."""
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensors[name] = torch.full_like(tensor, 3e38)
+    rewrite(folder, WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def overflow_fold(folder: Path) -> None:
+    """A control whose factors have no bound, likewise."""
+    config = {**json.loads((folder / "config.json").read_text()), "mapping": "unbounded"}
+    rewrite(folder, "config.json", json.dumps(config).encode())
+    remanifest("config", config)(folder)
+    name = "crma.safetensors"
+    tensors = safetensors.torch.load_file(folder / name)
+    tensors["W"].fill_(3.4e38)
+    rewrite(folder, name, safetensors.torch.save(tensors))
+
+
 HUGE_HEADER = struct.pack("<Q", 2**62) + b"{}"
 
 
@@ -83,6 +105,7 @@ DAMAGED_TASKS = [
     (relink(WEIGHTS), "Cannot be opened"),
     (relink(""), "Not a folder of the store"),
     (lambda f: (f / "adapter_model.bin").write_bytes(b"\x80\x04."), "Does not belong in this"),
+    (overflow, "down_proj: The weights overflow as they are served"),
     (remanifest("name", "other"), "Describes another folder"),
     (remanifest("target_modules", ["q_proj"]), "target_modules: The manifest contradicts"),
     (lambda f: (f / "manifest.json").write_bytes(b" " * (5 * 2**20)), "Too large"),
@@ -90,6 +113,7 @@ DAMAGED_TASKS = [
 DAMAGED_BACKBONES = [
     (remanifest("config", {"num_layers": 3}), "The manifest contradicts config.json"),
     (claim_depth, "shape of the weights"),  # and nothing was allocated
+    (overflow_fold, "overflow as they are served: folded"),
 ]
 DAMAGED = [("tasks/medical/v1", *each) for each in DAMAGED_TASKS]
 DAMAGED += [("backbones/v1", *each) for each in DAMAGED_BACKBONES]

@@ -175,6 +175,7 @@ UNUSABLE = [
     ({KEY: None}, "lora_A.weight is missing"),
     ({KEY: torch.zeros(5, 32)}, "shapes do not match the rank"),
     ({KEY: torch.full((4, 32), float("-inf"), dtype=torch.bfloat16)}, "NaN or infinity"),
+    ({KEY.replace("_A", "_B"): torch.full((32, 4), 3e38)}, "overflow as they are served"),
     ({KEY: torch.zeros(4, 32, dtype=torch.int8)}, "Unsupported dtype"),
     ({KEY.replace(".weight", ".bias"): torch.zeros(4)}, "Not a tensor of a LoRA"),
     ({KEY.replace("layers", "../layers"): torch.zeros(4, 32)}, "Not a tensor of a LoRA"),
@@ -220,6 +221,22 @@ def test_a_bias_of_a_linear_that_has_none_is_refused() -> None:
     read = lora_from_peft(config, FILES[1] | bias)
     with pytest.raises(InvalidAdapter, match="of the base model has none"):
         check_fits(config, read, SHAPE)
+
+
+def test_an_adapter_that_overflows_as_it_serves_is_not_imported(tmp_path: Path) -> None:
+    """Its weights are finite, and a scaling of 2 is not in them."""
+    store = AdapterStore(tmp_path / "store")
+    folder = tmp_path / "peft"
+    config, tensors = FILES
+    huge = {
+        key: StoredTensor.of(torch.full(tensor.shape, 3e38)) if "lora_B" in key else tensor
+        for key, tensor in tensors.items()
+    }
+    write(folder, config, huge)
+    with pytest.raises(InvalidAdapter, match=r"k_proj: The weights overflow") as caught:
+        store.import_peft(folder, "imported", BASE, shape=SHAPE)
+    assert str(folder) in caught.value.message
+    assert not store.root.exists()
 
 
 def test_an_adapter_that_does_not_fit_the_base_model_is_not_imported(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from scripted_engine import ScriptedEngine
 from crma.core.errors import StoreError
 from crma.store.adapter_store import AdapterStore
 from server import __version__
-from server.engine.request import FinishReason
+from server.engine.request import EngineStats, FinishReason
 from server.http.log import Format
 
 
@@ -48,6 +48,17 @@ async def test_the_server_is_ready_once_the_store_is_verified_and_a_step_has_run
     assert (await served.client.get("/readyz")).json()["reason"] == "stopping"
     assert await probes(served) == [503] * 3
     assert await served.error() == (503, "draining")
+
+
+async def test_a_server_whose_engine_has_failed_is_not_ready_and_says_why(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await serve()
+    failed = EngineStats(has_failed=True, failure="3 steps in a row failed", num_steps=9)
+    monkeypatch.setattr(served.engine, "stats", lambda: failed)
+    answer = await served.client.get("/readyz")
+    assert answer.status_code == 503
+    assert "3 steps in a row failed" in answer.json()["reason"]
 
 
 async def test_a_server_whose_first_step_fails_ends(serve: Serve) -> None:

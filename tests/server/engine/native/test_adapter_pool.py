@@ -238,15 +238,20 @@ def test_of_the_adapters_that_requests_wait_for_the_one_needed_last_goes_first()
     assert pool.resident() == ("task-0", "task-1")
 
 
-def heavy(value: float) -> Lora:
+def heavy(value: float, scaling: float = 1.0) -> Lora:
     out, in_ = tiny.injection().shapes[PATH]
-    pair = LoraPair(torch.ones(1, in_), torch.full((out, 1), value, dtype=torch.float64), 1.0)
+    B = torch.full((out, 1), value, dtype=torch.float64)
+    pair = LoraPair(torch.ones(1, in_), B, scaling)
     return Lora(LoraConfig(1, 1.0, ("q_proj",)), {PATH: pair})
 
 
-def test_weights_that_overflow_in_the_dtype_that_serves_are_refused_and_freed() -> None:
+@pytest.mark.parametrize(("value", "scaling"), [(1e300, 1.0), (3e38, 2.0)])
+def test_weights_that_overflow_as_they_serve_are_refused_and_freed(
+    value: float, scaling: float
+) -> None:
+    """In the dtype that serves, and scaled."""
     pool, loads = make_pool(2)
-    adapter = heavy(1e300)
+    adapter = heavy(value, scaling)
     freed = weakref.ref(adapter.pairs[PATH].B)
     pool.register("heavy", lambda only=[adapter]: only.pop())
     del adapter

@@ -7,6 +7,7 @@ for an event or for a later request: commands reach the engine in order.
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -186,6 +187,25 @@ async def test_a_request_that_cannot_run_is_refused_at_once_and_takes_no_place(s
     assert reasons == [FinishReason.LENGTH] * 3
 
 
+async def test_a_queue_that_one_owner_has_filled_takes_the_others_requests(start: Any) -> None:
+    served = start(max_queue=4, go=False)
+
+    def of(owner: str, name: str) -> Request:
+        return replace(ask(name), owner=owner)
+
+    tasks = served.start(*(of("many", f"many-{i}") for i in range(6)))
+    await happens(served.at_step)
+    with pytest.raises(QueueFull):
+        served.engine.submit(of("many", "one more"))
+    tasks += served.start(*(of("few", f"few-{i}") for i in range(3)))
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull):
+        served.engine.submit(of("few", "more than an equal part"))
+    served.go.set()
+    for outputs in await asyncio.wait_for(asyncio.gather(*tasks), 10):
+        assert ending(outputs)[0] is FinishReason.LENGTH
+
+
 async def test_a_deadline_aborts_a_running_or_waiting_request_and_is_its_error(start: Any) -> None:
     served = start(go=False, max_num_seqs=1)
     now = 0.0
@@ -227,6 +247,7 @@ async def test_an_unexpected_failure_of_the_engine_ends_every_request(start: Any
     with pytest.raises(EngineStopped):
         served.engine.submit(ask("later"))
     assert served.engine.stats().has_failed
+    assert "object is not callable" in served.engine.stats().failure
     await asyncio.wait_for(served.engine.close(), 10)
 
 

@@ -277,7 +277,7 @@ def test_a_sequence_that_is_stuck_ends_with_its_reason_and_its_neighbours_go_on(
     made = engine()
     broken = ask("broken", constraint=DIGITS, max_tokens=8)
     made.add(broken)
-    found = made.scheduler.waiting[0].matcher
+    found = next(iter(made.scheduler.waiting)).matcher
     assert found is not None
     found.allowed()
     found.accept(tokenizer().encode("a")[0])

@@ -1,64 +1,31 @@
 """server.engine.native.scheduler: budget, order, preemption, block allocation and prefix reuse.
 
-It tests step_planner, step and block_tables along with it: they have no other caller.
+It tests step_planner, step and block_tables along with it: they have no other caller. How owners
+and adapters share the engine is in test_fairness.
 """
+
+from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scheduling import BLOCK_SIZE, make, now, run, sequence
 
-from crma.core.selection import AdapterSelection
-from server.engine.native.block_pool import BlockPool, root_key
-from server.engine.native.scheduler import Scheduler
 from server.engine.native.sequence import Sequence
 from server.engine.native.step import Step
 from server.engine.native.step_planner import Admission
-from server.engine.request import Request, SamplingParams
 
-BLOCK_SIZE = 2
 MAX_PROMPT = 12
-
-
-def make(num_blocks: int = 30, max_num_seqs: int = 3, budget: int = 8) -> Scheduler:
-    blocks = BlockPool(num_blocks + 1, BLOCK_SIZE)
-    return Scheduler(blocks, max_num_seqs, budget, lambda selection: root_key(*selection))
-
-
-def sequence(
-    length: int = 4,
-    task: str | None = None,
-    first: int = 0,
-    n: int = 1,
-    interactive: bool = True,
-    cache_salt: str = "",
-    **sampling: int,
-) -> Sequence:
-    """A sequence whose prompt counts up from `first`."""
-    request = Request(
-        "r",
-        tuple(range(first, first + length)),
-        sampling=SamplingParams(n=n, **sampling),
-        selection=AdapterSelection(task),
-        interactive=interactive,
-        cache_salt=cache_salt,
-    )
-    return Sequence(request, 0)
-
-
-def run(scheduler: Scheduler, step: Step) -> None:
-    """Do as the engine does after a forward pass: each chunk that samples gets one more token."""
-    scheduler.computed(step.chunks)
-    for chunk in step.chunks:
-        if chunk.sequence.num_pending_tokens == 0:
-            chunk.sequence.token_ids.append(7)
-
-
-def now(_: Sequence) -> Admission:
-    return Admission.NOW
 
 
 def is_interactive(sequence: Sequence) -> bool:
     return sequence.request.interactive
+
+
+def line_of(sequence: Sequence) -> Any:
+    """What sequences have in common that start in the order in which they are due."""
+    request = sequence.request
+    return request.interactive, request.owner, request.selection
 
 
 class Schedules(RuleBasedStateMachine):
@@ -68,19 +35,28 @@ class Schedules(RuleBasedStateMachine):
         num_blocks=st.integers(10, 30),
         max_num_seqs=st.integers(1, 4),
         budget=st.sampled_from([4, 7, 30]),
+        owners=st.sampled_from([("",), ("",), ("", "a", "b")]),
     )
-    def start(self, num_blocks: int, max_num_seqs: int, budget: int) -> None:
+    def start(
+        self, num_blocks: int, max_num_seqs: int, budget: int, owners: tuple[str, ...]
+    ) -> None:
         self.scheduler = make(num_blocks, max_num_seqs, budget)
         self.is_resident = True
+        self.owners = owners
+        self.places: dict[Sequence, float] = {}  # in its line: the lowest starts first
 
     @rule(
         length=st.integers(1, MAX_PROMPT),
         task=st.sampled_from([None, "away"]),
         first=st.integers(0, 1),
         interactive=st.booleans(),
+        owner=st.integers(0, 2),
     )
-    def add(self, length: int, task: str | None, first: int, interactive: bool) -> None:
-        self.scheduler.add(sequence(length, task, first, interactive=interactive))
+    def add(self, length: int, task: str | None, first: int, interactive: bool, owner: int) -> None:
+        name = self.owners[owner % len(self.owners)]
+        added = sequence(length, task, first, interactive=interactive, owner=name)
+        self.places[added] = length + len(self.places) / 10**6  # they all arrived at once
+        self.scheduler.add(added)
 
     @rule()
     def toggle_residency(self) -> None:
@@ -96,7 +72,6 @@ class Schedules(RuleBasedStateMachine):
     def step(self) -> None:
         running = list(self.scheduler.running)
         queue = list(self.scheduler.waiting)
-        queue.sort(key=is_interactive, reverse=True)
         step = self.scheduler.schedule(self.admit)
         started = [s for s in queue if s in self.scheduler.running]
         decoding = [s for s in running if not s.is_prefilling and s not in step.preempted]
@@ -107,6 +82,8 @@ class Schedules(RuleBasedStateMachine):
         self.check_order(queue, started)
         self.check_preemption(step, started)
         self.check_room_for_interactive(step, queue, started, decoding)
+        for victim in step.preempted:
+            self.places[victim] = min(0.0, *self.places.values()) - 1
         run(self.scheduler, step)
 
     def check_chunks(self, step: Step) -> None:
@@ -122,14 +99,23 @@ class Schedules(RuleBasedStateMachine):
             assert room >= chunk.start + chunk.count
 
     def check_order(self, queue: list[Sequence], started: list[Sequence]) -> None:
-        """Requests start in the order of arrival, interactive ones first."""
+        """Interactive requests start first, and of those alike the one that is due first."""
         could_start = [s for s in queue if self.admit(s) is Admission.NOW]
-        assert set(started) == set(could_start[: len(started)])
+        if not all(is_interactive(s) for s in started):
+            assert {s for s in could_start if is_interactive(s)} <= set(started)
+        lines: dict[Any, list[Sequence]] = {}
+        for each in sorted(could_start, key=self.places.__getitem__):
+            lines.setdefault(line_of(each), []).append(each)
+        for line in lines.values():
+            started_here = [s for s in line if s in started]
+            assert started_here == line[: len(started_here)]
 
     def check_preemption(self, step: Step, started: list[Sequence]) -> None:
         preempted = step.preempted
         assert len(set(preempted)) == len(preempted)
         assert set(preempted) <= set(self.scheduler.waiting)
+        if len(self.owners) > 1 and started:
+            return  # an owner may give way to another
         if any(is_interactive(s) for s in preempted):
             assert not started, "an interactive request is preempted while another starts"
             running = self.scheduler.running
@@ -142,7 +128,10 @@ class Schedules(RuleBasedStateMachine):
     ) -> None:
         """The first interactive request in the queue never waits for background work."""
         waiting = [s for s in queue if is_interactive(s) and s not in started]
-        if not waiting or self.admit(waiting[0]) is not Admission.NOW or step.preempted:
+        waiting.sort(key=self.places.__getitem__)
+        if len(set(map(line_of, waiting))) != 1 or step.preempted:
+            return
+        if self.admit(waiting[0]) is not Admission.NOW:
             return
         before_it = [c for c in step.chunks if is_interactive(c.sequence) or c.sequence in decoding]
         if sum(c.count for c in before_it) >= self.scheduler.max_num_batched_tokens:

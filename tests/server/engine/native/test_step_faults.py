@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from schedules import Answer, Call, World, mismatches, prompt
 from tiny import PROMPT, ask
 from transformers import PreTrainedTokenizerBase
 
 from crma.core.selection import BASE, AdapterSelection
 from server.engine.native import sampler, step_results
-from server.engine.native.engine import Engine
+from server.engine.native.engine import Engine, EngineFailed
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 
 SAMPLED = SamplingParams(8, temperature=1.0, seed=5, logprobs=2)
@@ -30,6 +32,7 @@ NEIGHBOURS = [
     Call(BASE, prompt(3, 1), replace(SAMPLED, temperature=0.7, top_p=0.8)),
 ]
 FAULT = RuntimeError("injected")
+BASE_WORLD = World(tiny.injection(), {})
 
 
 @pytest.fixture
@@ -185,6 +188,117 @@ def test_a_request_that_cannot_begin(world: World) -> None:
     check(world, ask("bad", **options), lambda _: None)
 
 
+INTEGERS = [10**309, -(10**309), 2**63, -(2**63), 2**64, -1, 0, 1]
+FLOATS = [float("nan"), float("inf"), float("-inf"), -0.0, 5e-324, 1e-320, 1e308, -1e308, 0.5]
+INTEGER_FIELDS = ["top_k", "min_tokens", "seed", "logprobs", "prompt_logprobs"]
+INTEGER_FIELDS += ["prompt_logprobs_from"]
+FLOAT_FIELDS = ["temperature", "top_p", "min_p"]
+FLOAT_FIELDS += ["repetition_penalty", "presence_penalty", "frequency_penalty"]
+integers = st.sampled_from(INTEGERS)
+numbers = st.sampled_from(INTEGERS + FLOATS)
+fields_of_integers = st.dictionaries(st.sampled_from(INTEGER_FIELDS), integers, max_size=3)
+fields_of_floats = st.dictionaries(st.sampled_from(FLOAT_FIELDS), numbers, max_size=3)
+biases = st.lists(st.tuples(st.sampled_from([0, 7, 2**63]), numbers), max_size=2)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60, phases=[Phase.generate])
+@given(fields_of_integers, fields_of_floats, biases, integers)
+def test_no_number_in_a_request_harms_another(
+    whole: dict[str, Any], real: dict[str, Any], bias: list[tuple[int, float]], stop_token: int
+) -> None:
+    """`top_k: 10**309` once ended the server. The edge refuses most of these.
+
+    Whether the request itself fails is left open.
+    """
+    engine, _ = tiny.make_engine(tiny.injection(), {}, max_num_seqs=8, num_blocks=200)
+    options = {"temperature": 1.0, "seed": 3, **whole, **real}
+    options |= {"logit_bias": tuple(bias), "stop_token_ids": (stop_token,)}
+    calls = [NEIGHBOURS[0], NEIGHBOURS[4]]
+    requests = [BASE_WORLD.request(str(i), call) for i, call in enumerate(calls)]
+    answers = run(engine, [requests[0], ask("bad", **options), requests[1]])
+    assert answers["bad", 0].reason is not None
+    for number, call in enumerate(calls):
+        assert not mismatches(BASE_WORLD, answers[str(number), 0], call, 0, 1e-4)
+
+
+def broken_engine() -> tuple[Engine, Callable[[], None]]:
+    """An engine whose forward pass raises, and what mends it."""
+    engine, _ = tiny.make_engine(tiny.injection(), {}, max_num_seqs=8)
+    forward = engine.runner.run
+
+    def run_none(*_: Any) -> Any:
+        raise FAULT
+
+    def mend() -> None:
+        engine.runner.run = forward
+
+    engine.runner.run = run_none
+    return engine, mend
+
+
+def fail(engine: Engine, name: str) -> FinishReason | None:
+    """Run a request in one step."""
+    engine.add(ask(name))
+    return engine.step()[-1].finish_reason
+
+
+def test_three_steps_in_a_row_in_which_nothing_can_be_computed_end_the_engine() -> None:
+    engine, _ = broken_engine()
+    assert [fail(engine, str(i)) for i in range(2)] == [FinishReason.ERROR] * 2
+    engine.add(ask("third"))
+    with pytest.raises(EngineFailed, match="3 steps in a row failed, the last one with: injected"):
+        engine.step()
+
+
+def test_a_step_that_computes_something_starts_the_count_anew() -> None:
+    engine, mend = broken_engine()
+    broken = engine.runner.run
+    for _ in range(3):
+        assert [fail(engine, str(i)) for i in range(2)] == [FinishReason.ERROR] * 2
+        mend()
+        assert run(engine, [ask()])["r", 0].reason is FinishReason.LENGTH
+        engine.runner.run = broken
+
+
+def test_requests_that_fail_one_after_the_other_by_their_own_fault_end_nothing() -> None:
+    """Else three bad requests to an idle server would end it."""
+    engine, _ = tiny.make_engine(tiny.injection(), {})
+    forward = engine.runner.run
+
+    def run_good(batch: Any, new_blocks: list[int]) -> Any:
+        if any(chunk.sequence.request.id == "bad" for chunk in batch.chunks):
+            raise FAULT
+        return forward(batch, new_blocks)
+
+    engine.runner.run = run_good
+    assert [fail(engine, "bad") for _ in range(9)] == [FinishReason.ERROR] * 9
+    engine.check_integrity()
+    assert run(engine, [ask()])["r", 0].reason is FinishReason.LENGTH
+
+
+def test_a_fault_outside_of_the_computation_ends_those_that_run_and_no_others() -> None:
+    """And it is tried again: a request that waits is served by the next step."""
+    engine, _ = tiny.make_engine(tiny.injection(), {}, max_num_seqs=1)
+    for name in ("runs", "waits"):
+        engine.add(ask(name))
+    outputs = engine.step()
+    schedule = engine.scheduler.schedule
+    faults = [FAULT] * 2
+
+    def fail_first(*args: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return schedule(*args)
+
+    engine.scheduler.schedule = fail_first
+    while engine.scheduler.unfinished():
+        outputs += engine.step()
+        assert not engine.is_idle
+        engine.check_integrity()
+    ends = {o.request_id: o.finish_reason for o in outputs if o.finish_reason is not None}
+    assert ends == {"runs": FinishReason.ERROR, "waits": FinishReason.LENGTH}
+
+
 def test_a_step_of_n_sequences_is_tried_at_most_twice_n_times() -> None:
     """A fault that is not one sequence's ends those of the step; later ones are served."""
     engine, _ = tiny.make_engine(tiny.injection(), {}, max_num_seqs=8)
@@ -199,7 +313,7 @@ def test_a_step_of_n_sequences_is_tried_at_most_twice_n_times() -> None:
     engine.runner.run = run_none
     answers = run(engine, [ask(str(i)) for i in range(8)])
     assert {answer.reason for answer in answers.values()} == {FinishReason.ERROR}
-    assert num_runs == 15
+    assert num_runs == 15 + 1, "and one that tells whether the model can compute at all"
     engine.runner.run = forward
     assert run(engine, [ask()])["r", 0].reason is FinishReason.LENGTH
 
