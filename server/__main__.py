@@ -1,12 +1,10 @@
 """`python -m server`: settings from the environment, one base model, one store, one process."""
 
 import logging
-import math
 import os
 import signal
 import sys
 from functools import partial
-from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -21,9 +19,11 @@ from crma.models.model_shape import read_shape
 from crma.models.prompts import Format, base_format
 from crma.store.opening import open_store
 from server.app import create_app
+from server.drain import CANCEL_SECONDS, DrainingServer
 from server.engine.native.async_engine import AsyncEngine
 from server.engine.native.launch import EngineConfig, start_engine
 from server.http.log import configure as configure_logs
+from server.listener import addresses, listen, protocol, raise_descriptor_limit
 from server.service.frontend import Frontend
 from server.service.metrics import Metrics
 from server.service.registry import Registry
@@ -83,17 +83,6 @@ def _base_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
         return None
 
 
-class _Server(uvicorn.Server):
-    """SIGTERM or SIGINT: no new requests from then on; running ones have `drain_timeout_s`."""
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Start draining. A second SIGINT ends the server at once."""
-        assert isinstance(self.config.app, FastAPI)
-        self.config.app.state.frontend.draining = True
-        log.info("%s: draining", signal.Signals(sig).name)
-        super().handle_exit(sig, frame)
-
-
 def explain(error: CrmaError) -> str:
     """What stopped the start, in a line: the variable if it is a setting, and what is allowed."""
     variable = f"CRMA_{error.field.upper()}: " if error.field in Settings.model_fields else ""
@@ -102,29 +91,36 @@ def explain(error: CrmaError) -> str:
 
 
 def main() -> int:
-    """Serve until told to stop. The exit code is 2 for a setting or model that cannot be used."""
+    """Serve until told to stop.
+
+    The exit code is 2 for a setting, model or port that cannot be used. The ports are bound before
+    anything is read or written.
+    """
     links = drop_service_links()
     try:
         settings = Settings.load()
         configure_logs(settings.log_format)
         if links:
             log.warning("ignored, because Kubernetes set it for a Service: %s", ", ".join(links))
+        connections = protocol(settings, raise_descriptor_limit())
+        sockets = listen(settings)
         app = build(settings)
     except CrmaError as error:
         sys.stderr.write(explain(error) + "\n")
         return 2
     # A server whose engine has failed ends, so that its supervisor starts another.
     app.state.frontend.engine.on_failure = partial(os.kill, os.getpid(), signal.SIGTERM)
-    log.info("documentation and examples: http://%s:%s/docs", settings.host, settings.port)
+    log.info("listening on %s; /docs has documentation and examples", addresses(sockets))
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
+        http=connections,
+        ws="none",
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=CANCEL_SECONDS,
     )
-    _Server(config).run()
+    DrainingServer(config, app.state.frontend).run(sockets)
     return 0
 
 

@@ -14,6 +14,8 @@ from crma.models.loading import compute_alone
 from server import __version__
 from server.http import error_handlers
 from server.http.body_limit import BodyLimit
+from server.http.cut_off import CutOff
+from server.http.health_port import HealthPort
 from server.http.log import RequestLog
 from server.http.routes import (
     ablation,
@@ -88,7 +90,15 @@ def create_app(frontend: Frontend) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     uploads = {publishing.UPLOAD_PATH: settings.max_upload_mib * 2**20}
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, uploads=uploads)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=settings.max_body_bytes,
+        timeout_s=settings.body_timeout_s,
+        uploads=uploads,
+    )
+    app.add_middleware(CutOff, frontend=frontend)
+    if settings.health_port is not None:
+        app.add_middleware(HealthPort, port=settings.health_port, paths=operations.PATHS)
     app.add_middleware(RequestLog, metrics=metrics)
     _allow_origins(app, settings.cors_origins)  # the last added is the outermost: errors too
     return app

@@ -30,6 +30,7 @@ def _check_token_ids(biases: dict[str, float]) -> dict[str, float]:
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 StopTexts = Annotated[
     list[StopText],
+    Field(max_length=MAX_NAMED_TOKENS),
     BeforeValidator(_list_texts, json_schema_input_type=StopText | list[StopText]),
 ]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]

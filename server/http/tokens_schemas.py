@@ -8,6 +8,7 @@ from crma.models.prompts import Conversation
 from server.http.body import Body, example
 from server.http.neutral_fields import Neutral
 from server.http.openai_message import MAX_MESSAGES, Message
+from server.http.small_json import SmallJson
 
 MODEL = "As in /v1; left out: the base model."
 
@@ -26,7 +27,7 @@ class TokenizeRequest(Body):
         "Messages have the special tokens of the chat template, and no others.",
     )
     return_token_strs: bool = Field(False, description="Answer with each token's own string too.")
-    chat_template_kwargs: dict[str, JsonValue] = Field(
+    chat_template_kwargs: SmallJson = Field(
         {}, description="Further variables of the chat template, for messages."
     )
 

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, JsonValue
 from crma.models.tools import Function, ToolMarkup
 from server.engine.request import Constraint, ConstraintKind
 from server.http.body import Body, InnerBody
+from server.http.small_json import MAX_CHARS, SmallJson
 from server.service.errors import InvalidField
 
 MAX_TOOLS = 128
@@ -22,7 +23,7 @@ class FunctionBody(InnerBody):
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
-    parameters: dict[str, JsonValue] | None = Field(
+    parameters: SmallJson | None = Field(
         None, description="JSON schema of its arguments; null: it has none."
     )
     strict: bool | None = Field(
@@ -75,18 +76,27 @@ class Tools(Body):
         """The functions that are shown to the model.
 
         Raises:
-            InvalidField: `tool_choice` wants a function where there is none of that name.
+            InvalidField: `tool_choice` wants a function where there is none of that name; or the
+                functions are too large together.
         """
+        if self.tool_choice == "none":
+            return []
         functions: list[Function] = [
             tool.function.model_dump(exclude_none=True) for tool in self.tools
         ]
         names: list[str] = [each["name"] for each in functions]
-        is_forced = self.tool_choice not in (None, "none", "auto")
+        is_forced = self.tool_choice not in (None, "auto")
         if is_forced and (not names or self._named not in (None, *names)):
             message = "tool_choice: no such function among the tools"
             value = self._named or self.tool_choice
             raise InvalidField(message, field="tool_choice", value=value, allowed=names)
-        return [] if self.tool_choice == "none" else functions
+        parameters = [each.get("parameters") for each in functions]
+        num_chars = len(json.dumps(parameters))
+        if num_chars > MAX_CHARS:
+            message = "tools: the parameters of all functions are too large together"
+            allowed = f"<= {MAX_CHARS} characters as JSON"
+            raise InvalidField(message, field="tools", value=num_chars, allowed=allowed)
+        return functions
 
     @property
     def _named(self) -> str | None:

@@ -1,10 +1,13 @@
 """From a validated request to the engine: resolve its adapters, check it, encode it."""
 
+import asyncio
 import secrets
 import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,8 +15,14 @@ from crma.models.prompts import TemplateFormat
 from crma.models.tools import ToolMarkup, tool_markup
 from server import __version__
 from server.engine.inference_engine import InferenceEngine
-from server.engine.request import Request, SamplingParams
-from server.service.errors import Draining, InvalidField, NotReady, RequestTooLarge
+from server.engine.request import Constraint, Request, SamplingParams
+from server.service.errors import (
+    DeadlineExceeded,
+    Draining,
+    InvalidField,
+    NotReady,
+    RequestTooLarge,
+)
 from server.service.generation import Generation
 from server.service.keys import Keys
 from server.service.metrics import Metrics
@@ -22,6 +31,8 @@ from server.service.publisher import Publisher
 from server.service.registry import Registry, Resolved
 from server.service.token_texts import TokenTexts
 from server.settings import Settings
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -49,9 +60,13 @@ class Frontend:
     def __post_init__(self) -> None:
         self.model = self.engine.model
         max_queue = self.settings.max_queue
-        self.encoder = PromptEncoder(self.tokenizer, self.model.num_tokens, max_queue)
+        max_model_len = self.model.max_model_len
+        self.encoder = PromptEncoder(
+            self.tokenizer, self.model.num_tokens, max_queue, max_model_len
+        )
         self.keys = Keys(self.settings)
         self.texts = TokenTexts(self.tokenizer)
+        self._builder = ThreadPoolExecutor(1, "build")
         self.publisher = Publisher(self.registry, self.engine, self.settings.request_timeout_s)
 
     def resolve(
@@ -140,6 +155,7 @@ class Frontend:
         answer: str | None = None,
         interactive: bool = True,
         prompt_name: str = "prompt",
+        owner: str = "",
     ) -> Generation:
         """A request, encoded and not yet submitted.
 
@@ -152,22 +168,25 @@ class Frontend:
             prefix: of the request's id.
             answer: a given answer; the log-probabilities of its tokens become `prompt_logprobs`.
             interactive: False: it may be preempted by requests that are.
-            prompt_name: as in `PromptEncoder.encode`.
+            prompt_name, owner: as in `PromptEncoder.encode`.
 
         Raises:
             InvalidField: as `check`; a token id of the prompt that does not exist; or more
                 min_tokens than max_tokens.
             ConfigError: the chat template refuses these turns.
             InvalidConstraint: the engine cannot honour the constraint.
+            TextTooLong: the prompt cannot fit the model's context.
             QueueFull: `max_queue` prompts wait to be encoded, or constraints wait to be checked.
+            DeadlineExceeded: it has waited for that until its deadline.
         """
         arrival = time.monotonic()
+        deadline = arrival + (timeout_s or self.settings.request_timeout_s)
         needs_format = isinstance(prompt, str) and not raw
         self.check(resolved, sampling, timeout_s, needs_format=needs_format)
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(31))
         if sampling.constraint is not None:
-            await self.engine.check(sampling.constraint)
+            await self._check_constraint(sampling.constraint, deadline)
         encoded = await self.encoder.encode(
             prompt,
             resolved.prompt_format,
@@ -175,6 +194,9 @@ class Frontend:
             add_special_tokens=add_special_tokens,
             answer=answer,
             prompt_name=prompt_name,
+            owner=owner,
+            deadline=deadline,
+            has_to_fit=True,
         )
         if answer is not None:
             first = len(encoded.prompt_ids)
@@ -190,12 +212,21 @@ class Frontend:
             sampling=sampling,
             selection=resolved.selection,
             arrival=arrival,
-            deadline=arrival + (timeout_s or self.settings.request_timeout_s),
+            deadline=deadline,
             interactive=interactive,
         )
         label = self.metrics.adapter_label(resolved.task.name if resolved.task else None)
         crma = "off" if resolved.selection.crma_digest is None else "on"
         return Generation(self.engine, request, self.metrics, (label, crma))
+
+    async def _check_constraint(self, constraint: Constraint, deadline: float) -> None:
+        """Raises InvalidConstraint, QueueFull or DeadlineExceeded."""
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await self.engine.check(constraint)
+        except TimeoutError as error:
+            message = "the request's deadline passed before its constraint was compiled"
+            raise DeadlineExceeded(message, field="timeout_s") from error
 
     def provenance(self, seed: int | None, crma: str | None, **tasks: Any) -> dict[str, Any]:
         """Exactly what answered.
@@ -226,9 +257,24 @@ class Frontend:
             return "no step has run yet"
         return None
 
-    def close(self) -> None:
-        """End the encoding thread."""
+    async def stop(self) -> None:
+        """End every request that still waits or runs: it raises Draining or EngineStopped."""
+        self.draining = True
         self.encoder.close()
+        await self.engine.close()
+
+    async def build(self, build: Callable[[], T]) -> T:
+        """The result of work that would hold up the event loop.
+
+        One thread does it for all: many would share the interpreter's lock, and leave the event
+        loop little of it.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._builder, build)
+
+    def close(self) -> None:
+        """End the threads."""
+        self.encoder.close()
+        self._builder.shutdown(wait=False, cancel_futures=True)
 
 
 def _check_min_tokens(sampling: SamplingParams) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server import __version__
@@ -69,3 +70,7 @@ def metrics(frontend: TheFrontend) -> Response:
     """Prometheus text."""
     # A plain function runs in a thread: the text of many series would hold up the event loop.
     return Response(generate_latest(frontend.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+PATHS = frozenset(route.path for route in router.routes if isinstance(route, APIRoute))
+"""What a port for health alone answers."""
