@@ -1,5 +1,6 @@
 """`python -m server`: settings from the environment, one base model, one store, one process."""
 
+import gc
 import logging
 import os
 import signal
@@ -108,6 +109,7 @@ def main() -> int:
     except CrmaError as error:
         sys.stderr.write(explain(error) + "\n")
         return 2
+    gc.freeze()  # what is loaded now stays: collections need not look through it again and again
     # A server whose engine has failed ends, so that its supervisor starts another.
     app.state.frontend.engine.on_failure = partial(os.kill, os.getpid(), signal.SIGTERM)
     log.info("listening on %s; /docs has documentation and examples", addresses(sockets))

@@ -27,26 +27,30 @@ def listen(settings: Settings) -> list[socket.socket]:
         ConfigError: a port is in use or not allowed, or the host is none of this machine's.
     """
     sockets: list[socket.socket] = []
-    for field, port in (("port", settings.port), ("health_port", settings.health_port)):
-        if port is not None:
-            sockets += _listen(settings.host, port, field)
+    try:
+        for field, port in (("port", settings.port), ("health_port", settings.health_port)):
+            if port is not None:
+                _listen(settings.host, port, field, sockets)
+    except ConfigError:
+        for each in sockets:
+            each.close()
+        raise
     return sockets
 
 
-def _listen(host: str, port: int, field: str) -> list[socket.socket]:
-    """Listen on every address of a host."""
+def _listen(host: str, port: int, field: str, sockets: list[socket.socket]) -> None:
+    """Add a socket for every address of a host."""
     try:
         found = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        addresses = dict.fromkeys((family, address) for family, _, _, _, address in found)
-        return [_bound(*each) for each in addresses]
+        for family, address in dict.fromkeys((family, name) for family, _, _, _, name in found):
+            sockets.append(_bound(family, address))
     except OSError as error:
         is_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
         reason = error.strerror or str(error)
-        message = f"cannot listen on {host}:{port}: {reason}"
         raise ConfigError(
-            message,
+            f"cannot listen on {host}:{port}: {reason}",
             field=field if is_port else "host",
             value=port if is_port else host,
             allowed="a free port" if is_port else "an address of this machine",

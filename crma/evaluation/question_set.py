@@ -53,7 +53,9 @@ class Question(BaseModel):
     id: Text
     task: Text
     question: Text
-    answers: tuple[Answer, ...] = Field(min_length=1, max_length=MAX_ANSWERS)
+    answers: Annotated[tuple[Answer, ...], Field(fail_fast=True)] = Field(
+        min_length=1, max_length=MAX_ANSWERS
+    )
     choices: tuple[Answer, ...] = Field((), max_length=MAX_CHOICES)
 
     @model_validator(mode="after")

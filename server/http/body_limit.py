@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.http.json_depth import depth_of
+from server.http.json_shape import shape_of
 from server.service.errors import BodyTooLarge, MalformedBody, RequestTimeout
 
 LEAST_RATE = 4096  # bytes a second of a body that may take longer than the time limit
-MAX_DEPTH = 512  # of objects and lists in one another
+MAX_DEPTH = 512  # objects and lists in one another
+MAX_SIZE = 100_000  # objects and lists; the largest question set has 30,000
 
 
 @dataclass
@@ -93,16 +94,28 @@ class _Text(_Upload):
         Raises:
             BodyTooLarge: over the limit.
             UnicodeDecodeError: not UTF-8.
-            MalformedBody: nested deeper than MAX_DEPTH.
+            MalformedBody: nested deeper than MAX_DEPTH, or with more than MAX_SIZE objects and
+                lists.
         """
         super().take(part, is_last=is_last)
         self._decoder.decode(part, final=is_last)
         self._parts.append(part)
-        depth = depth_of(b"".join(self._parts)) if is_last else 0
-        if depth > MAX_DEPTH:
-            message = f"body: nested deeper than {MAX_DEPTH} levels"
-            allowed = f"<= {MAX_DEPTH} objects and lists in one another"
-            raise MalformedBody(message, field="body", value=depth, allowed=allowed)
+        if is_last:
+            _check_shape(b"".join(self._parts))
+
+
+def _check_shape(text: bytes) -> None:
+    """Raises MalformedBody."""
+    if text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
+        return
+    depth, size = shape_of(text)
+    if depth > MAX_DEPTH:
+        message = f"body: nested deeper than {MAX_DEPTH} levels"
+        allowed = f"<= {MAX_DEPTH} objects and lists in one another"
+        raise MalformedBody(message, field="body", value=depth, allowed=allowed)
+    if size > MAX_SIZE:
+        message = f"body: more than {MAX_SIZE} objects and lists"
+        raise MalformedBody(message, field="body", value=size, allowed=f"<= {MAX_SIZE}")
 
 
 def _too_slow(size: int, allowed_s: float) -> RequestTimeout:

@@ -104,7 +104,9 @@ class ChatRequest(NeutralChatFields, Tools, OpenAIRequest):
 
     model_config = example("/v1/chat/completions")
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(
+        min_length=1, max_length=MAX_MESSAGES
+    )
     max_tokens: int | None = Field(
         None, ge=1, description="Most tokens to generate; null: what is left of the context."
     )

@@ -10,12 +10,13 @@ from pydantic import BeforeValidator, Field, JsonValue
 
 from crma.models.prompts import Conversation, Turn
 from server.engine.request import SamplingParams
-from server.http.body import Body, InnerBody, example
+from server.http.body import Body, InnerBody, at_most, example
 from server.http.neutral_fields import Ignored, Neutral
 from server.http.openai_message import MAX_MESSAGES
 from server.http.sampling_fields import Seed, Temperature
 
 TEXT_PARTS = ("input_text", "output_text", "text")
+Includable = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
 LOGPROBS = "message.output_text.logprobs"
 
 
@@ -90,8 +91,9 @@ class ResponsesRequest(Body):
     )
     input: Annotated[
         list[InputMessage],
-        BeforeValidator(_list_messages, json_schema_input_type=str | list[InputMessage]),
+        Field(fail_fast=True),
         Field(max_length=MAX_MESSAGES),
+        BeforeValidator(_list_messages, json_schema_input_type=str | list[InputMessage]),
     ]
     instructions: str | None = Field(None, description="A system message before the input.")
     max_output_tokens: int | None = Field(
@@ -99,7 +101,7 @@ class ResponsesRequest(Body):
     )
     temperature: Temperature = 1
     top_p: float = Field(1.0, gt=0, le=1)
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(
+    include: Annotated[list[Includable], Field(fail_fast=True)] = Field(
         [], description="Log-probabilities of the tokens; of reasoning there is none to include."
     )
     top_logprobs: int = Field(
@@ -108,7 +110,9 @@ class ResponsesRequest(Body):
     stream: bool = Field(False, description="Answer as server-sent events.")
     stream_options: ResponseStreamOptions = ResponseStreamOptions()
     text: TextConfig = TextConfig()
-    metadata: dict[str, str] = Field({}, max_length=16, description="Comes back in the answer.")
+    metadata: Annotated[dict[str, str], at_most(16)] = Field(
+        {}, max_length=16, description="Comes back in the answer."
+    )
 
     crma: bool | None = Field(
         None, description="CRMA backbone on or off; null: as the adapter was trained. Ours."

@@ -104,8 +104,10 @@ class AblationRequest(Body):
     question_set: str | None = Field(
         None, description="Name of a question set, such as `public`: GET /question_sets."
     )
-    questions: list[QuestionBody] | None = Field(None, min_length=1, max_length=MAX_ITEMS)
-    tasks: list[str] | None = Field(
+    questions: Annotated[list[QuestionBody], Field(fail_fast=True)] | None = Field(
+        None, min_length=1, max_length=MAX_ITEMS
+    )
+    tasks: Annotated[list[str], Field(fail_fast=True)] | None = Field(
         None, min_length=1, max_length=1024, description="Only the questions of these tasks."
     )
     variants: list[VariantName] = Field(default=["task+crma", "task"], min_length=1, max_length=8)

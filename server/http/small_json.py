@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, JsonValue
 
-from server.http.json_depth import depth_of
+from server.http.json_shape import shape_of
 
 MAX_CHARS = 65_536  # as JSON; that is how long the source of a constraint may be, too
 MAX_LEVELS = 100
@@ -20,7 +20,7 @@ def _check_small(value: Any) -> Any:
         raise ValueError(
             f"Input should have at most {MAX_CHARS} characters as JSON, not {len(text)}"
         )
-    depth = depth_of(text.encode())
+    depth = shape_of(text.encode()).depth
     if depth > MAX_LEVELS:
         raise ValueError(f"Input should nest at most {MAX_LEVELS} levels deep, not {depth}")
     return value

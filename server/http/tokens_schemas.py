@@ -20,7 +20,9 @@ class TokenizeRequest(Body):
 
     model: str = Field("base", description=MODEL)
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[Message], Field(fail_fast=True)] | None = Field(
+        None, min_length=1, max_length=MAX_MESSAGES
+    )
     add_special_tokens: bool | None = Field(
         None,
         description="Begin as the tokenizer does, with BOS where it has one; null: for a prompt. "
@@ -54,4 +56,4 @@ class DetokenizeRequest(Body):
     model_config = example("/detokenize")
 
     model: str = Field("base", description=MODEL)
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]

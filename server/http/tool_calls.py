@@ -15,6 +15,7 @@ from server.http.small_json import MAX_CHARS, SmallJson
 from server.service.errors import InvalidField
 
 MAX_TOOLS = 128
+MAX_TOOLS_CHARS = 262_144  # as JSON
 CHOICES = ("none", "auto", "required")
 
 
@@ -55,10 +56,20 @@ def _check_choice(value: Any) -> Any:
 ToolChoice = Annotated[str | dict[str, JsonValue], BeforeValidator(_check_choice)]
 
 
+def _check_tools(tools: Any) -> Any:
+    """Raises ValueError for more than are worth validating, shown to the model or not."""
+    num_chars = len(json.dumps(tools))
+    if num_chars > MAX_TOOLS_CHARS:
+        raise ValueError(
+            f"Input should have at most {MAX_TOOLS_CHARS} characters as JSON, not {num_chars}"
+        )
+    return tools
+
+
 class Tools(Body):
     """The fields of a chat that concern tools."""
 
-    tools: list[Tool] = Field(
+    tools: Annotated[list[Tool], Field(fail_fast=True), BeforeValidator(_check_tools)] = Field(
         [], max_length=MAX_TOOLS, description="Functions that the model may call."
     )
     tool_choice: ToolChoice | None = Field(
