@@ -71,12 +71,9 @@ class FairQueue(Generic[T]):
                 del self._last[owner]
 
     def newest_of_greediest(self, owner: str) -> Ticket[T] | None:
-        """The newest item of the owner with most items, to make room for one of `owner`.
-
-        None if `owner` would then have as many itself.
-        """
+        """The newest item of the owner with most items; None if no other has more than `owner`."""
         counts = Counter(each.owner for each in self._waiting)
         greediest, most = max(counts.items(), key=lambda each: each[1], default=("", 0))
-        if most <= counts[owner] + 1:
+        if most <= counts[owner]:
             return None
         return next(each for each in reversed(self._waiting) if each.owner == greediest)

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.http.json_shape import shape_of
@@ -31,6 +31,7 @@ def containers(value: Any) -> list[Any]:
     return [value, *inner]
 
 
+@settings(max_examples=50)
 @given(VALUES)
 def test_it_is_the_number_of_containers_in_one_another_and_in_all(value: Any) -> None:
     text = json.dumps(value).encode()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from fastapi.responses import JSONResponse
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.http.json_text import json_text
@@ -17,6 +17,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(VALUES)
 def test_it_is_what_json_response_writes(value: Any) -> None:
     try:

@@ -123,7 +123,7 @@ async def test_a_body_that_nests_too_deep_is_refused_unread(
 
 
 async def test_brackets_in_a_text_are_no_depth(served: Served) -> None:
-    assert (await served.generate(prompt="[" * 10_000)).status_code == 200
+    assert (await served.generate(prompt="[" * 1000)).status_code == 200
 
 
 async def test_a_body_that_comes_too_slowly_is_a_408_that_says_how_much_came(serve: Serve) -> None:

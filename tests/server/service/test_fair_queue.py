@@ -76,7 +76,7 @@ def test_small_items_that_overtake_their_owners_large_ones_give_it_no_more_than_
     assert "other" in drained(queue)[:2]
 
 
-def test_the_greediest_makes_room_unless_the_newcomer_has_as_much() -> None:
+def test_the_greediest_is_another_owner_with_more_items() -> None:
     queue = FairQueue[str]()
     assert queue.newest_of_greediest("a") is None
     for number in range(3):
@@ -87,6 +87,7 @@ def test_the_greediest_makes_room_unless_the_newcomer_has_as_much() -> None:
     assert found.item == "a2"
     assert queue.newest_of_greediest("a") is None
     queue.push("b", 1, "b1")
+    queue.push("b", 1, "b2")
     assert queue.newest_of_greediest("b") is None
 
 
