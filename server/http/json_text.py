@@ -32,7 +32,7 @@ def _field(name: str, value: Any, levels: int) -> Iterator[str]:
 
 
 def _joined(brackets: str, parts: Iterator[Iterator[str]]) -> Iterator[str]:
-    opening, closing = brackets
+    opening, closing = brackets[0], brackets[1]
     separator = opening
     for part in parts:
         yield separator
