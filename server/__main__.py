@@ -5,6 +5,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import uvicorn
@@ -98,13 +100,19 @@ def main() -> int:
     anything is read or written.
     """
     links = drop_service_links()
+    with ExitStack() as ports:
+        return _serve(links, ports)
+
+
+def _serve(links: Sequence[str], ports: ExitStack) -> int:
+    """As `main`; `ports` closes what was bound."""
     try:
         settings = Settings.load()
         configure_logs(settings.log_format)
         if links:
             log.warning("ignored, because Kubernetes set it for a Service: %s", ", ".join(links))
         connections = protocol(settings, raise_descriptor_limit())
-        sockets = listen(settings)
+        sockets = [ports.enter_context(each) for each in listen(settings)]
         app = build(settings)
     except CrmaError as error:
         sys.stderr.write(explain(error) + "\n")

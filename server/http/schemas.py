@@ -19,7 +19,7 @@ from crma.core.errors import ConfigError
 from crma.core.selection import read_cell
 from crma.evaluation.question_set import MAX_ITEMS, Question
 from crma.evaluation.scorers import SCORERS
-from server.http.body import Body, example
+from server.http.body import Body, InnerBody, example
 from server.http.sampling_fields import Sampled, Seed, Temperature
 from server.http.small_json import SmallJson
 
@@ -90,7 +90,7 @@ class GenerateRequest(Sampled):
     )
 
 
-class QuestionBody(Body, Question):
+class QuestionBody(InnerBody, Question):
     """One item of an inline question set."""
 
     model_config = ConfigDict(strict=False)  # its answers are a tuple, which JSON does not have

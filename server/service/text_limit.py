@@ -12,6 +12,7 @@ from server.engine.errors import EngineError, PromptTooLong
 MAX_COMPOSED = 4
 """Characters of a text that Unicode's composition makes one of, at most."""
 
+_CONTINUATIONS = range(0x80, 0xC0)  # the bytes of UTF-8 that every longer character ends in
 _LOSSLESS = {"ByteLevel", "Digits", "Metaspace", "Split", "Punctuation"}
 _KEEPS_LENGTH = {"NFD", "NFKD", "Prepend", "Lowercase"}
 _COMPOSES = {"NFC", "NFKC"}
@@ -24,10 +25,12 @@ class TextLimit:
     Attributes:
         num_chars: the most characters, if it is ASCII.
         num_composed: if it is not, so that the tokenizer may compose some of them.
+        unknown: characters that are in no token, and do not count.
     """
 
     num_chars: int
     num_composed: int
+    unknown: str = ""
 
     def of(self, text: str) -> int:
         """The most characters that a text of this kind can have."""
@@ -35,7 +38,9 @@ class TextLimit:
 
     def exceeded_by(self, text: str) -> bool:
         """Whether the text cannot fit, whatever its tokens are."""
-        return len(text) > self.num_chars and len(text) > self.of(text)
+        if len(text) <= self.num_chars:
+            return False
+        return len(text) - sum(map(text.count, self.unknown)) > self.of(text)
 
 
 class TextTooLong(PromptTooLong):
@@ -62,30 +67,36 @@ def text_limit(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> TextLimit
     """
     described: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     growth = _growth(described["normalizer"])
-    if growth is None or not _keeps_text(described):
+    unknown = _unknown(described["model"])
+    if growth is None or unknown is None or not _keeps_text(described):
         return None
     added = (each["content"] for each in described["added_tokens"])
     longest = max(map(len, (*described["model"]["vocab"], *added)))
-    return TextLimit(max_tokens * longest, max_tokens * longest * growth)
+    return TextLimit(max_tokens * longest, max_tokens * longest * growth, unknown)
 
 
 def _keeps_text(described: dict[str, Any]) -> bool:
-    """Whether every character of a text is in one of its tokens."""
-    model = described["model"]
-    if model["type"] != "BPE" or not _has_all_bytes(model):
-        return False
+    """Whether every character that the model knows is in one of the tokens."""
     if any(each["lstrip"] or each["rstrip"] for each in described["added_tokens"]):
         return False
     parts = _parts(described["pre_tokenizer"], "pretokenizers")
     return all(part["type"] in _LOSSLESS and part.get("behavior") != "Removed" for part in parts)
 
 
-def _has_all_bytes(model: dict[str, Any]) -> bool:
-    """Whether there are tokens for all bytes, so that no text is unknown."""
-    names = {f"<0x{byte:02X}>" for byte in range(256)}
+def _unknown(model: dict[str, Any]) -> str | None:
+    """The characters that have no token; None: there are too many to list.
+
+    A character of several bytes is known by any of them.
+    """
+    if model["type"] != "BPE":
+        return None
+    name_of = {byte: f"<0x{byte:02X}>" for byte in range(256)}
     if not model.get("byte_fallback"):
-        names = set(bytes_to_unicode().values())
-    return names <= model["vocab"].keys()
+        name_of = bytes_to_unicode()
+    missing = [byte for byte, name in name_of.items() if name not in model["vocab"]]
+    if any(byte in _CONTINUATIONS for byte in missing):
+        return None
+    return "".join(chr(byte) for byte in missing if byte < min(_CONTINUATIONS))
 
 
 def _growth(normalizer: dict[str, Any] | None) -> int | None:

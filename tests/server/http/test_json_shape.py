@@ -4,14 +4,16 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.http.json_shape import shape_of
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.text(alphabet='[]{}"\\a\n')
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(alphabet='[{"\\'), inner)
+    SCALARS,
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(alphabet='[{"\\'), inner),
+    max_leaves=8,
 )
 
 
@@ -31,7 +33,7 @@ def containers(value: Any) -> list[Any]:
     return [value, *inner]
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(VALUES)
 def test_it_is_the_number_of_containers_in_one_another_and_in_all(value: Any) -> None:
     text = json.dumps(value).encode()

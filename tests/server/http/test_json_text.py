@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from fastapi.responses import JSONResponse
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.http.json_text import json_text
@@ -13,11 +13,13 @@ SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 )
 VALUES = st.recursive(
-    SCALARS | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    SCALARS | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
 )
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(VALUES)
 def test_it_is_what_json_response_writes(value: Any) -> None:
     try:

@@ -102,10 +102,26 @@ def test_where_a_token_takes_the_spaces_around_it_there_is_no_limit() -> None:
     assert text_limit(tokenizer, 100) is None
 
 
-def test_where_a_byte_is_unknown_there_is_no_limit() -> None:
+def without(letter: str) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer without the letter of a byte."""
     described = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
     vocab = described["model"]["vocab"]
-    described["model"]["vocab"] = {name: i for name, i in vocab.items() if name != "Ā"}
-    described["model"]["merges"] = []
-    backend = Tokenizer.from_str(json.dumps(described))
-    assert text_limit(PreTrainedTokenizerFast(tokenizer_object=backend), 100) is None
+    described["model"]["vocab"] = {name: i for name, i in vocab.items() if letter not in name}
+    merges = described["model"]["merges"]
+    described["model"]["merges"] = [pair for pair in merges if letter not in "".join(pair)]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(described)))
+
+
+def test_characters_without_a_token_do_not_count() -> None:
+    """As some control characters of SmolLM2: any number of them is no token."""
+    tokenizer = without("Ą")  # the letter of byte 4
+    assert tokenizer.encode("\x04" * 1000) == []
+    limit = text_limit(tokenizer, 1)
+    assert limit is not None
+    assert limit.unknown == "\x04"
+    assert not limit.exceeded_by("\x04" * 1000 + "x" * limit.num_chars)
+    assert limit.exceeded_by("\x04" * 1000 + "x" * (limit.num_chars + 1))
+
+
+def test_where_whole_characters_are_unknown_there_is_no_limit() -> None:
+    assert text_limit(without("Ģ"), 100) is None  # the letter of byte 0x80, which ends many
