@@ -1,12 +1,11 @@
 """`python -m server`: settings from the environment, one base model, one store, one process."""
 
 import argparse
+import gc
 import logging
-import math
-import signal
 import sys
-from collections.abc import Sequence
-from types import FrameType
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import uvicorn
@@ -22,9 +21,11 @@ from crma.models.model_shape import read_shape
 from crma.models.prompts import Format, base_format
 from crma.store.opening import open_store
 from server.app import create_app
+from server.drain import CANCEL_SECONDS, DrainingServer
 from server.engine.native.async_engine import AsyncEngine
 from server.engine.native.launch import EngineConfig, start_engine
 from server.http.log import configure as configure_logs
+from server.listener import addresses, listen, protocol, raise_descriptor_limit
 from server.service.access import check_access
 from server.service.frontend import Frontend
 from server.service.metrics import Metrics
@@ -87,28 +88,6 @@ def _base_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
         return None
 
 
-class _Server(uvicorn.Server):
-    """SIGTERM or SIGINT: no new requests from then on; running ones have `drain_timeout_s`.
-
-    Attributes:
-        has_failed: the engine can run no more requests.
-    """
-
-    has_failed = False
-
-    def fail(self) -> None:
-        """End the server, so that its supervisor starts another. May be called in any thread."""
-        self.has_failed = True
-        self.should_exit = True
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Start draining. A second SIGINT ends the server at once."""
-        assert isinstance(self.config.app, FastAPI)
-        self.config.app.state.frontend.draining = True
-        log.info("%s: draining", signal.Signals(sig).name)
-        super().handle_exit(sig, frame)
-
-
 def explain(error: CrmaError) -> str:
     """What stopped the start, in a line: the variable if it is a setting, and what is allowed."""
     variable = f"CRMA_{error.field.upper()}: " if error.field in Settings.model_fields else ""
@@ -129,32 +108,43 @@ def _options(arguments: Sequence[str]) -> dict[str, Any]:
 def main(arguments: Sequence[str] = ()) -> int:
     """Serve until told to stop.
 
-    The exit code is 2 for a setting or model that cannot be used, and 1 if the engine has failed.
+    The exit code is 2 for a setting, model or port that cannot be used, and 1 if the engine has
+    failed. The ports are bound before anything is read or written.
     """
     options = _options(arguments)
     links = drop_service_links()
+    with ExitStack() as ports:
+        return _serve(options, links, ports)
+
+
+def _serve(options: Mapping[str, Any], links: Sequence[str], ports: ExitStack) -> int:
+    """As `main`; `ports` closes what was bound."""
     try:
         settings = Settings.load().model_copy(update=options)
         configure_logs(settings.log_format)
         if links:
             log.warning("ignored, because Kubernetes set it for a Service: %s", ", ".join(links))
         check_access(settings)
+        connections = protocol(settings, raise_descriptor_limit())
+        sockets = [ports.enter_context(each) for each in listen(settings)]
         app = build(settings)
     except CrmaError as error:
         sys.stderr.write(explain(error) + "\n")
         return 2
-    log.info("documentation and examples: http://%s:%s/docs", settings.host, settings.port)
+    gc.freeze()  # what is loaded now stays: collections need not look through it again and again
+    log.info("listening on %s; /docs has documentation and examples", addresses(sockets))
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
+        http=connections,
+        ws="none",
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=CANCEL_SECONDS,
     )
-    server = _Server(config)
+    server = DrainingServer(config, app.state.frontend)
     app.state.frontend.engine.on_failure = server.fail
-    server.run()
+    server.run(sockets)
     return 1 if server.has_failed else 0
 
 

@@ -14,6 +14,8 @@ from crma.models.loading import compute_alone
 from server import __version__
 from server.http import error_handlers
 from server.http.body_limit import BodyLimit
+from server.http.cut_off import CutOff
+from server.http.health_port import HealthPort
 from server.http.host_check import HostCheck
 from server.http.log import RequestLog
 from server.http.routes import (
@@ -30,8 +32,6 @@ from server.http.routes import (
 from server.http.security_headers import SecurityHeaders
 from server.service.ablation import Ablations
 from server.service.frontend import Frontend
-from server.service.metrics import Metrics
-from server.settings import Settings
 
 log = logging.getLogger("server")
 
@@ -93,19 +93,28 @@ def create_app(frontend: Frontend) -> FastAPI:
     error_handlers.install(app)
     for router in ROUTERS:
         app.include_router(router)
-    _add_middleware(app, settings, metrics)
+    _add_middleware(app, frontend)
     return app
 
 
-def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+def _add_middleware(app: FastAPI, frontend: Frontend) -> None:
     """What every request passes. The last added is the outermost."""
+    settings = frontend.settings
     uploads = {publishing.UPLOAD_PATH: settings.max_upload_mib * 2**20}
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, uploads=uploads)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=settings.max_body_bytes,
+        timeout_s=settings.body_timeout_s,
+        uploads=uploads,
+    )
     if settings.is_open:
         names = {name.lower() for name in (settings.host, *settings.allowed_hosts)}
         app.add_middleware(HostCheck, names=names)
     app.add_middleware(SecurityHeaders)
-    app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(CutOff, frontend=frontend)
+    if settings.health_port is not None:
+        app.add_middleware(HealthPort, port=settings.health_port, paths=operations.PATHS)
+    app.add_middleware(RequestLog, metrics=frontend.metrics)
     _allow_origins(app, settings.cors_origins)  # errors too
 
 

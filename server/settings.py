@@ -41,6 +41,9 @@ class Settings(BaseSettings):
 
     host: str = _setting("127.0.0.1", "Address to listen on.")
     port: int = _setting(8000, "Port to listen on.", ge=1, le=65535)
+    health_port: int | None = _setting(
+        None, "Port for health and metrics alone, with connections of its own.", ge=1, le=65535
+    )
 
     home: Path | None = _setting(None, "Folder of pulled models; unset: ~/.cache/crma.")
     model: str = _setting(
@@ -100,6 +103,18 @@ class Settings(BaseSettings):
     )
     drain_timeout_s: float = _setting(
         30.0, "How long running requests may go on after SIGTERM.", ge=0
+    )
+    drain_grace_s: float = _setting(
+        5.0, "How long the port stays open after SIGTERM at least, answering 503.", ge=0
+    )
+    max_connections: int | None = _setting(
+        None, "Connections at once; unset: 4096, or what open files allow.", ge=1
+    )
+    keep_alive_s: int = _setting(5, "How long a connection may wait for its next request.", ge=1)
+    max_head_bytes: int = _setting(65_536, "Largest request line and headers; then 431.", ge=1024)
+    head_timeout_s: float = _setting(10.0, "Time for a request's headers to come; then 408.", gt=0)
+    body_timeout_s: float = _setting(
+        30.0, "Time for a body to come, and 1 s more for 4 KiB; then 408.", gt=0
     )
     max_body_bytes: int = _setting(1 << 20, "Largest request body; above it 413.", ge=1024)
     max_n: int = _setting(8, "Largest `n` of a request.", ge=1)

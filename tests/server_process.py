@@ -12,10 +12,11 @@ from paths import ROOT, STORE
 
 
 @contextmanager
-def running_server(**settings: str) -> Iterator[str]:
+def running_server(*, max_descriptors: int | None = None, **settings: str) -> Iterator[str]:
     """Run a server in fp32 on the shipped store.
 
     Args:
+        max_descriptors: how many it may have; None: as many as this process.
         settings: environment variables beside these.
 
     Yields:
@@ -26,6 +27,8 @@ def running_server(**settings: str) -> Iterator[str]:
         port = str(free.getsockname()[1])
     own = {"CRMA_PORT": port, "CRMA_DTYPE": "float32", "CRMA_STORE": str(STORE)}
     command = [sys.executable, "-m", "server"]
+    if max_descriptors is not None:
+        command = ["prlimit", f"--nofile={max_descriptors}", *command]
     with subprocess.Popen(
         command, cwd=ROOT, env=os.environ | own | settings, stderr=subprocess.PIPE, text=True
     ) as server:

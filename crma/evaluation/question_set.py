@@ -19,20 +19,22 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from crma.core.digests import bytes_digest
 from crma.core.errors import ConfigError
 from crma.core.json_lines import Text, checked, read_lines
-from crma.evaluation.scorers import normalise
+from crma.evaluation.scorers import has_words
 
 MAX_ITEMS = 10_000
 MAX_CHOICES = 26
+MAX_ANSWERS = 1000  # of one question
+MAX_ANSWER_CHARS = 10_000  # scorers normalise answers, which makes some of them 18 times as long
 
 
 def _not_only_punctuation(answer: str) -> str:
     # Scorers compare normalised texts, so no text could ever match an answer of punctuation alone.
-    if not normalise(answer):
+    if not has_words(answer):
         raise ValueError("An answer needs a letter, digit or symbol")
     return answer
 
 
-Answer = Annotated[str, AfterValidator(_not_only_punctuation)]
+Answer = Annotated[str, Field(max_length=MAX_ANSWER_CHARS), AfterValidator(_not_only_punctuation)]
 
 
 class Question(BaseModel):
@@ -51,7 +53,9 @@ class Question(BaseModel):
     id: Text
     task: Text
     question: Text
-    answers: tuple[Answer, ...] = Field(min_length=1)
+    answers: Annotated[tuple[Answer, ...], Field(fail_fast=True)] = Field(
+        min_length=1, max_length=MAX_ANSWERS
+    )
     choices: tuple[Answer, ...] = Field((), max_length=MAX_CHOICES)
 
     @model_validator(mode="after")

@@ -44,8 +44,13 @@ def normalise(text: str) -> str:
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     signed = _MINUS.sub(_MINUS_SIGN, folded)
     kept = _DROPPED.sub("", signed)
-    separated = "".join(" " if _separates_words(char) else char for char in kept)
-    return " ".join(separated.split())
+    separators = {ord(char): " " for char in set(kept) if _separates_words(char)}
+    return " ".join(kept.translate(separators).split())
+
+
+def has_words(text: str) -> bool:
+    """Whether anything of a text is left once it is normalised, found out without doing so."""
+    return any(normalise(char) for char in set(text))
 
 
 def _separates_words(char: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from crma.core.errors import ConfigError
+from crma.models.chat_template import (
+    check_there_is,
+    encode_chat,
+    render,
+    render_chat,
+    template_input,
+)
 from crma.models.inert_text import encode_rendered
 
 if TYPE_CHECKING:
@@ -70,6 +76,10 @@ class Format(ABC):
     def encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         """Token ids of one user turn. Special tokens written in `prompt` are encoded as text."""
 
+    def render(self, _: PreTrainedTokenizerBase, prompt: str) -> str:
+        """The text that `encode` encodes. Raises as that does."""
+        return prompt
+
     @abstractmethod
     def stop_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """The id of the token that ends an answer.
@@ -96,6 +106,14 @@ class Format(ABC):
             raise ConfigError(message, field=name, value=value, allowed={})
         return self.encode(tokenizer, conversation.question)
 
+    def render_conversation(
+        self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation
+    ) -> str:
+        """The text that `encode_conversation` encodes. Raises ConfigError as `encode_chat`."""
+        if conversation.question is None:
+            return render_chat(tokenizer, conversation)
+        return self.render(tokenizer, conversation.question)
+
     def encode_answer(self, tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
         """Token ids that training teaches the model to generate: the answer and the stop token."""
         return [*encode_text(tokenizer, answer), self.stop_id(tokenizer)]
@@ -117,13 +135,17 @@ class PromptFormat(Format):
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         """As `Format.encode`."""
-        return encode_rendered(tokenizer, self._render, prompt)
+        return encode_rendered(tokenizer, self._marked_up, prompt)
+
+    def render(self, _: PreTrainedTokenizerBase, prompt: str) -> str:
+        """As `Format.render`."""
+        return self._marked_up(prompt)
 
     def stop_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """As `Format.stop_id`."""
         return _one_token(tokenizer, self.stop)
 
-    def _render(self, prompt: str) -> str:
+    def _marked_up(self, prompt: str) -> str:
         return self.head + prompt + self.tail
 
 
@@ -164,6 +186,16 @@ class TemplateFormat(Format):
         """Token ids of a conversation in this template. Raises ConfigError as `encode_chat`."""
         return encode_chat(tokenizer, conversation, self.template)
 
+    def render(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+        """As `Format.render`. Raises ConfigError as `encode_chat`."""
+        return render_chat(tokenizer, Conversation((Turn("user", prompt),)), self.template)
+
+    def render_conversation(
+        self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation
+    ) -> str:
+        """As `Format.render_conversation`, in this template."""
+        return render_chat(tokenizer, conversation, self.template)
+
     def stop_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """As `Format.stop_id`. Raises ConfigError too if there is no usable template."""
         return _one_token(tokenizer, _template_stop(tokenizer, self.template))
@@ -201,33 +233,6 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, template: str | None = None
-) -> list[int]:
-    """Token ids of a conversation, up to the next answer, as `apply_chat_template` gives them.
-
-    Special tokens that a message, a tool or a variable spells are text (`encode_rendered`).
-
-    Args:
-        template: the chat template; None: the tokenizer's own.
-
-    Raises:
-        ConfigError: there is no template, it refuses this conversation, or a variable is reserved.
-    """
-    _check_there_is(tokenizer, template)
-    _check_variables(tokenizer, conversation.template_kwargs)
-
-    def render(given: Mapping[str, Any]) -> str:
-        try:
-            return _render(tokenizer, template, given)
-        except Exception as error:  # a template may raise anything
-            message = f"the chat template refuses these messages: {error}"
-            roles = [turn.role for turn in conversation.turns]
-            raise ConfigError(message, field="messages", value=roles) from error
-
-    return encode_rendered(tokenizer, render, _template_input(conversation))
-
-
 def chat_format(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> PromptFormat:
     """The format of one user turn in a chat template, without a system turn, to train with.
 
@@ -259,9 +264,9 @@ def check_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> 
 
 def _render_question(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
     """What a template makes of one user turn. Raises ConfigError if it makes nothing of it."""
-    _check_there_is(tokenizer, template)
+    check_there_is(tokenizer, template)
     try:
-        return _render(tokenizer, template, _template_input(_QUESTION))
+        return render(tokenizer, template, template_input(_QUESTION))
     except Exception as error:  # a template may raise anything
         message = f"the chat template refuses one user turn: {error}"
         raise ConfigError(message, field="chat_template", value=template) from error
@@ -269,7 +274,7 @@ def _render_question(tokenizer: PreTrainedTokenizerBase, template: str | None) -
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
     """The markup that ends a user turn."""
-    shown = _render(tokenizer, template, _template_input(_QUESTION), generate=False)
+    shown = render(tokenizer, template, template_input(_QUESTION), generate=False)
     return shown.partition(_USER)[2]
 
 
@@ -289,49 +294,6 @@ def base_format(tokenizer: PreTrainedTokenizerBase, *, raw: bool = False) -> For
             return RAW_FORMAT
         raise
     return BASE_TEMPLATE
-
-
-def _check_there_is(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
-    if not template and not tokenizer.chat_template:
-        message = "the base model has no chat template"
-        allowed = "a model with one; or raw prompts"
-        raise ConfigError(message, field="chat_template", value=None, allowed=allowed)
-
-
-def _check_variables(
-    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
-) -> None:
-    """Raises ConfigError for a variable that the server itself gives to templates."""
-    parameters = inspect.signature(tokenizer.apply_chat_template).parameters
-    reserved = {"messages", *parameters, *tokenizer.special_tokens_map} - {"documents"}
-    for name in template_kwargs:
-        if name in reserved:
-            where = "chat_template_kwargs"
-            message = f"{where}: the server itself sets {name!r}"
-            allowed = "variables of the template's own, such as enable_thinking"
-            raise ConfigError(message, field=where, value=name, allowed=allowed)
-
-
-def _template_input(conversation: Conversation) -> dict[str, Any]:
-    """The arguments of `apply_chat_template`, which drops the keys of a message that are None."""
-    messages = [turn._asdict() for turn in conversation.turns]
-    tools = list(conversation.tools) if conversation.tools else None
-    return {"conversation": messages, "tools": tools, **conversation.template_kwargs}
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str | None,
-    given: Mapping[str, Any],
-    *,
-    generate: bool = True,
-) -> str:
-    """The text that a template makes of `given`; `generate`: up to where the answer begins."""
-    return str(
-        tokenizer.apply_chat_template(
-            **given, chat_template=template, tokenize=False, add_generation_prompt=generate
-        )
-    )
 
 
 @lru_cache(maxsize=64)
@@ -356,7 +318,7 @@ def _without_system_turn(
     """
     conversation = Conversation((Turn("system", _SYSTEM), Turn("user", _USER)))
     try:
-        rendered = _render(tokenizer, template, _template_input(conversation))
+        rendered = render(tokenizer, template, template_input(conversation))
     except Exception:  # a template without system turns (Gemma) may raise anything
         return head
     before_system, _, rest = rendered.partition(_SYSTEM)

@@ -7,7 +7,7 @@ import asyncio
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from server.engine.request import RequestOutput, TokenLogprob
 from server.http.error_handlers import error_body
+from server.http.json_text import json_text
 from server.service.errors import ApiError, ClientGone, to_api_error
 from server.service.frontend import Frontend
 from server.service.generation import Generation, NumberedOutputs, all_of, outputs_of
@@ -26,6 +27,9 @@ log = logging.getLogger("server")
 
 T = TypeVar("T")
 Body = TypeVar("Body")
+HEAVY = 2000
+"""Log-probabilities that take about 10 ms to show; the event loop waits no longer than that."""
+
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -62,6 +66,10 @@ class Answer(ABC, Generic[Body]):
         """The events that end a stream in which an error came up."""
         yield event(error_body(error, path), self.error_event)
 
+    def is_heavy(self, _: int, output: RequestOutput) -> bool:
+        """Whether the events of an output of a generation take long to build."""
+        return len(output.prompt_logprobs) > HEAVY
+
     async def respond(
         self, request: Request, after_response: AsyncExitStack, *, stream: bool
     ) -> Response:
@@ -73,7 +81,7 @@ class Answer(ABC, Generic[Body]):
         if not stream:
             finished = all_of(each.finished() for each in self.generations)
             await unless_gone(request, finished)
-            return JSONResponse(self.body())
+            return await self._whole()
         outputs = outputs_of(self.generations)
         after_response.push_async_callback(outputs.aclose)
         first = await unless_gone(request, anext(outputs))
@@ -81,16 +89,40 @@ class Answer(ABC, Generic[Body]):
         after_response.push_async_callback(events.aclose)
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
+    @property
+    def _num_logprobs(self) -> int:
+        """How many log-probabilities the whole answer may show."""
+        total = 0
+        for generation in self.generations:
+            sampling = generation.request.sampling
+            num_prompt = len(generation.prompt_logprobs) * len(generation.sequences)
+            total += num_prompt * (1 + (sampling.prompt_logprobs or 0))
+            num_tokens = sum(len(sequence.logprobs) for sequence in generation.sequences)
+            total += num_tokens * (1 + (sampling.logprobs or 0))
+        return total
+
+    async def _whole(self) -> Response:
+        """The response of one body; a large one is built in another thread."""
+        if self._num_logprobs <= HEAVY:
+            return JSONResponse(self.body())
+        text = await self.frontend.build(lambda: json_text(self.body()))
+        return Response(text, media_type="application/json")
+
+    async def _texts(self, events: Iterator[str], *, is_heavy: bool) -> Iterable[str]:
+        """Events, built in another thread if they are heavy."""
+        return await self.frontend.build(lambda: list(events)) if is_heavy else events
+
     async def _events(
         self, first: tuple[int, RequestOutput], rest: NumberedOutputs, path: str
     ) -> AsyncGenerator[str, None]:
         numbered: tuple[int, RequestOutput] | None = first
         try:
             while numbered is not None:
-                for text in self.events(*numbered):
+                is_heavy = self.is_heavy(*numbered)
+                for text in await self._texts(self.events(*numbered), is_heavy=is_heavy):
                     yield text
                 numbered = await anext(rest, None)
-            for text in self.done():
+            for text in await self._texts(self.done(), is_heavy=self._num_logprobs > HEAVY):
                 yield text
         except Exception as error:  # the status is sent already: an error can only be an event
             if not isinstance(error, ApiError):

@@ -1,10 +1,11 @@
 """The JSON object that a request is: strict, and unknown fields are refused by name."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 EXAMPLES: dict[str, Any] = json.loads(
@@ -16,6 +17,20 @@ EXAMPLES: dict[str, Any] = json.loads(
 def example(path: str) -> ConfigDict:
     """The model config that shows the example request of a path."""
     return ConfigDict(json_schema_extra={"examples": [EXAMPLES[path]["request"]]})
+
+
+def at_most(count: int) -> BeforeValidator:
+    """Annotates a list or object with `count` entries at most.
+
+    They are counted before any is validated; pydantic counts those of an object last.
+    """
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > count:
+            raise ValueError(f"Input should have at most {count} entries, not {len(value)}")
+        return value
+
+    return BeforeValidator(check)
 
 
 class Body(BaseModel):
@@ -33,7 +48,7 @@ class Body(BaseModel):
         """Name an unknown field, and those that exist, before anything else is checked."""
         if not isinstance(data, dict):
             return data
-        known = {field.alias or name for name, field in cls.model_fields.items()}
+        known = _field_names(cls)
         for key in data:
             if key not in known:
                 context = {"key": _escaped(str(key)), "allowed": sorted(known)}
@@ -41,6 +56,12 @@ class Body(BaseModel):
         if cls.checks_texts:
             _check_texts(data)
         return {key: value for key, value in data.items() if value is not None}
+
+
+@cache
+def _field_names(body: type[BaseModel]) -> frozenset[str]:
+    """The fields of a body as clients write them."""
+    return frozenset(field.alias or name for name, field in body.model_fields.items())
 
 
 class InnerBody(Body):

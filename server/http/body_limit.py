@@ -1,46 +1,124 @@
-"""The limit of a request body."""
+"""The limits of a request body: its size, its time and, of JSON, its depth."""
 
+import asyncio
 import codecs
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.service.errors import BodyTooLarge
+from server.http.json_shape import shape_of
+from server.service.errors import BodyTooLarge, MalformedBody, RequestTimeout
+
+LEAST_RATE = 4096  # bytes a second of a body that may take longer than the time limit
+MAX_DEPTH = 512  # objects and lists in one another
+MAX_SIZE = 100_000  # objects and lists; the largest question set has 30,000
 
 
 @dataclass
 class BodyLimit:
-    """ASGI middleware: stops reading a body that is over `max_bytes` or not UTF-8, and fails.
+    """ASGI middleware: stops reading a body that is over a limit or not UTF-8, and fails.
 
-    uploads: limits of the paths whose POST takes files, in place of `max_bytes`; files may hold any
-        bytes.
+    Args:
+        max_bytes: the largest body.
+        timeout_s: how long a body may take to come, beside a second for each LEAST_RATE bytes.
+        uploads: limits of the paths whose POST takes files, in place of `max_bytes`; files may hold
+            any bytes.
     """
 
     app: ASGIApp
     max_bytes: int
+    timeout_s: float
     uploads: Mapping[str, int] = field(default_factory=dict)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        size = 0
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        max_bytes = self.max_bytes
         is_upload = scope.get("method") == "POST" and scope["path"] in self.uploads
-        if is_upload:
-            max_bytes = self.uploads[scope["path"]]
+        max_bytes = self.uploads[scope["path"]] if is_upload else self.max_bytes
+        body = _Upload(max_bytes) if is_upload else _Text(max_bytes)
+        started: float | None = None
 
         async def checked_receive() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal started
+            if body.is_whole:
+                return await receive()
+            if started is None:
+                started = time.monotonic()
+            allowed_s = self.timeout_s + body.size / LEAST_RATE
+            try:
+                async with asyncio.timeout(started + allowed_s - time.monotonic()):
+                    message = await receive()
+            except TimeoutError as error:
+                raise _too_slow(body.size, allowed_s) from error
             if message["type"] == "http.request":
-                part = message.get("body", b"")
-                size += len(part)
-                if size > max_bytes:
-                    error = "the body is over the limit"
-                    limit = f"<= {max_bytes} bytes"
-                    raise BodyTooLarge(error, field="body", value=size, allowed=limit)
-                if not is_upload:
-                    decoder.decode(part, final=not message.get("more_body", False))
+                body.take(message.get("body", b""), is_last=not message.get("more_body", False))
             return message
 
         await self.app(scope, checked_receive, send)
+
+
+class _Upload:
+    """A body of any bytes, as it comes.
+
+    Attributes:
+        size: bytes so far.
+        is_whole: nothing follows.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.size = 0
+        self.is_whole = False
+        self._max_bytes = max_bytes
+
+    def take(self, part: bytes, *, is_last: bool) -> None:
+        """Take the next part. Raises BodyTooLarge."""
+        self.size += len(part)
+        self.is_whole = is_last
+        if self.size > self._max_bytes:
+            limit = f"<= {self._max_bytes} bytes"
+            message = "the body is over the limit"
+            raise BodyTooLarge(message, field="body", value=self.size, allowed=limit)
+
+
+class _Text(_Upload):
+    """A body of text."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes)
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._parts: list[bytes] = []
+
+    def take(self, part: bytes, *, is_last: bool) -> None:
+        """Take the next part.
+
+        Raises:
+            BodyTooLarge: over the limit.
+            UnicodeDecodeError: not UTF-8.
+            MalformedBody: nested deeper than MAX_DEPTH, or with more than MAX_SIZE objects and
+                lists.
+        """
+        super().take(part, is_last=is_last)
+        self._decoder.decode(part, final=is_last)
+        self._parts.append(part)
+        if is_last:
+            _check_shape(b"".join(self._parts))
+
+
+def _check_shape(text: bytes) -> None:
+    """Raises MalformedBody."""
+    if text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
+        return
+    depth, size = shape_of(text)
+    if depth > MAX_DEPTH:
+        message = f"body: nested deeper than {MAX_DEPTH} levels"
+        allowed = f"<= {MAX_DEPTH} objects and lists in one another"
+        raise MalformedBody(message, field="body", value=depth, allowed=allowed)
+    if size > MAX_SIZE:
+        message = f"body: more than {MAX_SIZE} objects and lists"
+        raise MalformedBody(message, field="body", value=size, allowed=f"<= {MAX_SIZE}")
+
+
+def _too_slow(size: int, allowed_s: float) -> RequestTimeout:
+    message = f"the body took longer than {allowed_s:.3g} s; {size} bytes have come"
+    allowed = f"<= {allowed_s:.3g} s"
+    return RequestTimeout(message, field="body", value=size, allowed=allowed)

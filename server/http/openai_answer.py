@@ -166,6 +166,7 @@ class CompletionAnswer(OpenAIAnswer[CompletionRequest]):
     chunk_kind = "text_completion"
     _logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict, init=False)
     _held: dict[int, list[RequestOutput]] = field(default_factory=dict, init=False)
+    _echoes: dict[int, dict[str, Any]] = field(default_factory=dict, init=False)  # by prompt
 
     def choice(self, index: int, sequence: SequenceResult) -> dict[str, Any]:
         """The text, and the log-probabilities of its tokens where asked for."""
@@ -200,6 +201,12 @@ class CompletionAnswer(OpenAIAnswer[CompletionRequest]):
             yield from super().events(number, each)
         held.clear()
 
+    def is_heavy(self, number: int, output: RequestOutput) -> bool:
+        """As in `Answer`; the first chunk of a choice has the prompt."""
+        is_first = self.index(number, output) not in self._begun
+        shows_prompt = self.asked.echo and self.asked.logprobs is not None
+        return shows_prompt and (is_first or bool(output.prompt_logprobs))
+
     def _has_prompt_logprobs(self, number: int) -> bool:
         """Whether those of a prompt are there, or none are asked for."""
         sampling = self.generations[number].request.sampling
@@ -216,11 +223,18 @@ class CompletionAnswer(OpenAIAnswer[CompletionRequest]):
         generation = self.generations[number]
         prompt_ids = generation.request.prompt_ids
         sent = self.asked.prompt[number]
+        found = self._echoes.get(number)
+        if found is not None:
+            if found["logprobs"] is not None:
+                self._logprobs_of(index).pass_prompt(found["text"])
+            return found
         text = sent if isinstance(sent, str) else self.text(prompt_ids)
-        if self.asked.logprobs is None:
-            return {"text": text, "logprobs": None}
-        logprobs = self._logprobs_of(index).of_prompt(prompt_ids, generation.prompt_logprobs, text)
-        return {"text": text, "logprobs": logprobs}
+        logprobs = None
+        if self.asked.logprobs is not None:
+            of_choice = self._logprobs_of(index)
+            logprobs = of_choice.of_prompt(prompt_ids, generation.prompt_logprobs, text)
+        found = self._echoes[number] = {"text": text, "logprobs": logprobs}
+        return found
 
     def _part(
         self, index: int, text: str, token_ids: list[int], logprobs: list[TokenLogprob]

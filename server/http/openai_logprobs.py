@@ -38,9 +38,13 @@ class TextOffsets:
         num_added = max(0, b"".join(pieces).rfind(data))
         ends = [max(0, end - num_added) for end in accumulate(map(len, pieces), initial=0)]
         offsets = [self._place(data[begin:end]) for begin, end in pairwise(ends)]
+        self.pass_prompt(text)
+        return offsets
+
+    def pass_prompt(self, text: str) -> None:
+        """Go on after a prompt."""
         self._num_chars = len(text)
         self._decoder.reset()
-        return offsets
 
     def of_answer(self, token_ids: Sequence[int]) -> list[int]:
         """The places of the answer's next tokens."""
@@ -83,6 +87,10 @@ class CompletionLogprobs:
         offsets = self._offsets.of_prompt(token_ids, text)
         return self._lists(token_ids, [None, *logprobs], offsets)
 
+    def pass_prompt(self, text: str) -> None:
+        """Go on after an echoed prompt whose log-probabilities another choice has."""
+        self._offsets.pass_prompt(text)
+
     def of_answer(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]
     ) -> dict[str, list[Any]]:
@@ -97,7 +105,7 @@ class CompletionLogprobs:
     ) -> dict[str, list[Any]]:
         pairs = list(zip(token_ids, logprobs, strict=True))
         return {
-            "tokens": [self._name(token_id) for token_id in token_ids],
+            "tokens": [self._texts.name_of(token_id) for token_id in token_ids],
             "token_logprobs": [None if each is None else shown(each.logprob) for each in logprobs],
             "top_logprobs": [self._top(*pair) for pair in pairs],
             "text_offset": offsets,
@@ -112,14 +120,8 @@ class CompletionLogprobs:
             return None
         top: dict[str, float] = {}
         for each, value in (*logprob.top, (token_id, logprob.logprob)):
-            top.setdefault(self._name(each), shown(value))
+            top.setdefault(self._texts.name_of(each), shown(value))
         return top
-
-    def _name(self, token_id: int) -> str:
-        r"""The token's text; of one that is not whole characters, "bytes:" and its bytes."""
-        text = self._texts.text_of(token_id)
-        is_text = self._texts.bytes_of(token_id) == text.encode()
-        return text if is_text else f"bytes:{text}"
 
 
 def chat_logprob(texts: TokenTexts, token_id: int, logprob: TokenLogprob) -> dict[str, Any]:

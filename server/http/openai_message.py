@@ -10,6 +10,7 @@ from server.http.body import InnerBody
 from server.http.neutral_fields import Ignored, Neutral
 
 MAX_MESSAGES = 2048  # of a conversation, as with OpenAI
+MAX_TOOL_CALLS = 128  # of a message
 TEXT = 'a text, or a list of {"type": "text", "text": …}'
 # Beside its text, a part may say where a cached prompt ends, which changes no answer.
 TEXT_PART = {"type", "text", "prompt_cache_breakpoint", "cache_control"}
@@ -68,7 +69,9 @@ class Message(InnerBody):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="developer is another name of system."
     )
-    tool_calls: list[ToolCall] = Field([], description="Of an assistant's message.")
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] = Field(
+        [], max_length=MAX_TOOL_CALLS, description="Of an assistant's message."
+    )
     content: str | None = Field(
         None,
         validate_default=True,

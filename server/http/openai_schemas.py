@@ -14,8 +14,11 @@ from server.http.neutral_fields import (
 )
 from server.http.openai_message import MAX_MESSAGES, Message
 from server.http.sampling_fields import Sampled, Temperature
+from server.http.small_json import SmallJson
 from server.http.structured_outputs import OpenAIStructured
 from server.http.tool_calls import Tools
+
+MAX_PROMPTS = 2048
 
 
 def _is_token_ids(value: Any) -> bool:
@@ -28,6 +31,8 @@ def _list_prompts(value: Any) -> Any:
     Checks the types here: pydantic's union would name each of its branches as a field.
     """
     is_several = isinstance(value, list) and value and not _is_token_ids(value)
+    if is_several and len(value) > MAX_PROMPTS:
+        raise ValueError(f"Input should have at most {MAX_PROMPTS} prompts, not {len(value)}")
     prompts = value if is_several else [value]
     for prompt in prompts:
         is_prompt = isinstance(prompt, str) or _is_token_ids(prompt)
@@ -99,7 +104,9 @@ class ChatRequest(NeutralChatFields, Tools, OpenAIRequest):
 
     model_config = example("/v1/chat/completions")
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(
+        min_length=1, max_length=MAX_MESSAGES
+    )
     max_tokens: int | None = Field(
         None, ge=1, description="Most tokens to generate; null: what is left of the context."
     )
@@ -108,7 +115,7 @@ class ChatRequest(NeutralChatFields, Tools, OpenAIRequest):
         0, ge=0, le=20, description="Most probable tokens to list with each; needs logprobs."
     )
 
-    chat_template_kwargs: dict[str, JsonValue] = Field(
+    chat_template_kwargs: SmallJson = Field(
         {}, description="Further variables of the chat template, such as enable_thinking."
     )
 

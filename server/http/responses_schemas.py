@@ -10,13 +10,14 @@ from pydantic import BeforeValidator, Field, JsonValue
 
 from crma.models.prompts import Conversation, Turn
 from server.engine.request import Constraint, SamplingParams
-from server.http.body import Body, InnerBody, example
+from server.http.body import Body, InnerBody, at_most, example
 from server.http.neutral_fields import Ignored, Neutral
 from server.http.openai_message import MAX_MESSAGES
 from server.http.sampling_fields import Temperature, TokenChoice
 from server.http.structured_outputs import TextFormat
 
 TEXT_PARTS = ("input_text", "output_text", "text")
+Includable = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
 LOGPROBS = "message.output_text.logprobs"
 
 
@@ -91,15 +92,16 @@ class ResponsesRequest(TokenChoice):
     )
     input: Annotated[
         list[InputMessage],
-        BeforeValidator(_list_messages, json_schema_input_type=str | list[InputMessage]),
+        Field(fail_fast=True),
         Field(max_length=MAX_MESSAGES),
+        BeforeValidator(_list_messages, json_schema_input_type=str | list[InputMessage]),
     ]
     instructions: str | None = Field(None, description="A system message before the input.")
     max_output_tokens: int | None = Field(
         None, ge=1, description="Most tokens to generate; null: what is left of the context."
     )
     temperature: Temperature = 1
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(
+    include: Annotated[list[Includable], Field(fail_fast=True)] = Field(
         [], description="Log-probabilities of the tokens; of reasoning there is none to include."
     )
     top_logprobs: int = Field(
@@ -107,7 +109,9 @@ class ResponsesRequest(TokenChoice):
     )
     stream_options: ResponseStreamOptions = ResponseStreamOptions()
     text: TextConfig = TextConfig()
-    metadata: dict[str, str] = Field({}, max_length=16, description="Comes back in the answer.")
+    metadata: Annotated[dict[str, str], at_most(16)] = Field(
+        {}, max_length=16, description="Comes back in the answer."
+    )
 
     user: Ignored = None
     safety_identifier: Ignored = None

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from server.engine.request import SamplingParams
+from server.http.body import at_most
 from server.http.structured_outputs import Structured
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON client keeps exact
@@ -30,15 +31,15 @@ def _check_token_ids(biases: dict[str, float]) -> dict[str, float]:
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 StopTexts = Annotated[
     list[StopText],
+    Field(fail_fast=True),
+    Field(max_length=MAX_NAMED_TOKENS),
     BeforeValidator(_list_texts, json_schema_input_type=StopText | list[StopText]),
 ]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Temperature = Annotated[float, Field(ge=0, le=2, description="0: greedy.")]
 TopK = Annotated[int, Field(ge=-1), AfterValidator(lambda k: max(k, 0))]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-LogitBias = Annotated[
-    dict[str, Bias], Field(max_length=MAX_NAMED_TOKENS), AfterValidator(_check_token_ids)
-]
+LogitBias = Annotated[dict[str, Bias], AfterValidator(_check_token_ids), at_most(MAX_NAMED_TOKENS)]
 
 
 class TokenChoice(Structured):

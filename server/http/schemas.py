@@ -12,7 +12,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    JsonValue,
     model_validator,
 )
 
@@ -20,8 +19,9 @@ from crma.core.errors import ConfigError
 from crma.core.selection import read_cell
 from crma.evaluation.question_set import MAX_ITEMS, Question
 from crma.evaluation.scorers import SCORERS
-from server.http.body import Body, example
+from server.http.body import Body, InnerBody, example
 from server.http.sampling_fields import Sampled, Seed, Temperature
+from server.http.small_json import SmallJson
 
 
 def _check_variant(name: str) -> str:
@@ -39,7 +39,12 @@ VariantName = Annotated[
 ]
 
 
+MAX_CHOICES = 1024  # as of a constraint
+
+
 def _check_choices(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > MAX_CHOICES:
+        raise ValueError(f"Input should have at most {MAX_CHOICES} texts, not {len(value)}")
     is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
     if value != "own" and not (is_list and len(set(value)) == len(value) > 1):
         raise ValueError('Input should be two or more distinct texts, or "own"')
@@ -85,7 +90,7 @@ class GenerateRequest(Sampled):
     )
 
 
-class QuestionBody(Body, Question):
+class QuestionBody(InnerBody, Question):
     """One item of an inline question set."""
 
     model_config = ConfigDict(strict=False)  # its answers are a tuple, which JSON does not have
@@ -99,9 +104,11 @@ class AblationRequest(Body):
     question_set: str | None = Field(
         None, description="Name of a question set, such as `public`: GET /question_sets."
     )
-    questions: list[QuestionBody] | None = Field(None, min_length=1, max_length=MAX_ITEMS)
-    tasks: list[str] | None = Field(
-        None, min_length=1, description="Only the questions of these tasks."
+    questions: Annotated[list[QuestionBody], Field(fail_fast=True)] | None = Field(
+        None, min_length=1, max_length=MAX_ITEMS
+    )
+    tasks: Annotated[list[str], Field(fail_fast=True)] | None = Field(
+        None, min_length=1, max_length=1024, description="Only the questions of these tasks."
     )
     variants: list[VariantName] = Field(default=["task+crma", "task"], min_length=1, max_length=8)
     scorer: str = Field("exact", description="One of " + ", ".join(SCORERS))
@@ -132,7 +139,7 @@ class AblationRequest(Body):
         False, description="Send the questions as they are, without the prompt format."
     )
     background: bool = Field(False, description="Answer at once with 202 and a status URL.")
-    provenance: dict[str, JsonValue] | None = Field(
+    provenance: SmallJson | None = Field(
         None, description="Of an earlier run: 409 if something has changed since."
     )
 

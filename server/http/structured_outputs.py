@@ -14,7 +14,7 @@ from server.service.errors import InvalidField
 # would name its branches as fields, and refuse what nests deep.
 JsonSchema = Annotated[dict[str, JsonValue] | bool, SkipValidation]
 JsonSchemaOrText = Annotated[dict[str, JsonValue] | bool | str | None, SkipValidation]
-Labels = Annotated[list[str], Field(min_length=1, max_length=1024)]
+Labels = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=1024)]
 
 
 class StructuredOutputs(Body):

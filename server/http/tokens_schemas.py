@@ -8,6 +8,7 @@ from crma.models.prompts import Conversation
 from server.http.body import Body, example
 from server.http.neutral_fields import Neutral
 from server.http.openai_message import MAX_MESSAGES, Message
+from server.http.small_json import SmallJson
 
 MODEL = "As in /v1; left out: the base model."
 
@@ -19,14 +20,16 @@ class TokenizeRequest(Body):
 
     model: str = Field("base", description=MODEL)
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[Message], Field(fail_fast=True)] | None = Field(
+        None, min_length=1, max_length=MAX_MESSAGES
+    )
     add_special_tokens: bool | None = Field(
         None,
         description="Begin as the tokenizer does, with BOS where it has one; null: for a prompt. "
         "Messages have the special tokens of the chat template, and no others.",
     )
     return_token_strs: bool = Field(False, description="Answer with each token's own string too.")
-    chat_template_kwargs: dict[str, JsonValue] = Field(
+    chat_template_kwargs: SmallJson = Field(
         {}, description="Further variables of the chat template, for messages."
     )
 
@@ -53,4 +56,4 @@ class DetokenizeRequest(Body):
     model_config = example("/detokenize")
 
     model: str = Field("base", description=MODEL)
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]

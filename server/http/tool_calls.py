@@ -11,9 +11,11 @@ from pydantic import BeforeValidator, Field, JsonValue
 from crma.models.tools import Function, ToolMarkup
 from server.engine.request import Constraint, ConstraintKind
 from server.http.body import Body, InnerBody
+from server.http.small_json import MAX_CHARS, SmallJson
 from server.service.errors import InvalidField
 
 MAX_TOOLS = 128
+MAX_TOOLS_CHARS = 262_144  # as JSON
 CHOICES = ("none", "auto", "required")
 
 
@@ -22,7 +24,7 @@ class FunctionBody(InnerBody):
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
-    parameters: dict[str, JsonValue] | None = Field(
+    parameters: SmallJson | None = Field(
         None, description="JSON schema of its arguments; null: it has none."
     )
     strict: bool | None = Field(
@@ -54,10 +56,20 @@ def _check_choice(value: Any) -> Any:
 ToolChoice = Annotated[str | dict[str, JsonValue], BeforeValidator(_check_choice)]
 
 
+def _check_tools(tools: Any) -> Any:
+    """Raises ValueError for more than are worth validating, shown to the model or not."""
+    num_chars = len(json.dumps(tools))
+    if num_chars > MAX_TOOLS_CHARS:
+        raise ValueError(
+            f"Input should have at most {MAX_TOOLS_CHARS} characters as JSON, not {num_chars}"
+        )
+    return tools
+
+
 class Tools(Body):
     """The fields of a chat that concern tools."""
 
-    tools: list[Tool] = Field(
+    tools: Annotated[list[Tool], Field(fail_fast=True), BeforeValidator(_check_tools)] = Field(
         [], max_length=MAX_TOOLS, description="Functions that the model may call."
     )
     tool_choice: ToolChoice | None = Field(
@@ -75,18 +87,27 @@ class Tools(Body):
         """The functions that are shown to the model.
 
         Raises:
-            InvalidField: `tool_choice` wants a function where there is none of that name.
+            InvalidField: `tool_choice` wants a function where there is none of that name; or the
+                functions are too large together.
         """
+        if self.tool_choice == "none":
+            return []
         functions: list[Function] = [
             tool.function.model_dump(exclude_none=True) for tool in self.tools
         ]
         names: list[str] = [each["name"] for each in functions]
-        is_forced = self.tool_choice not in (None, "none", "auto")
+        is_forced = self.tool_choice not in (None, "auto")
         if is_forced and (not names or self._named not in (None, *names)):
             message = "tool_choice: no such function among the tools"
             value = self._named or self.tool_choice
             raise InvalidField(message, field="tool_choice", value=value, allowed=names)
-        return [] if self.tool_choice == "none" else functions
+        parameters = [each.get("parameters") for each in functions]
+        num_chars = len(json.dumps(parameters))
+        if num_chars > MAX_CHARS:
+            message = "tools: the parameters of all functions are too large together"
+            allowed = f"<= {MAX_CHARS} characters as JSON"
+            raise InvalidField(message, field="tools", value=num_chars, allowed=allowed)
+        return functions
 
     @property
     def _named(self) -> str | None:

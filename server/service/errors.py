@@ -38,7 +38,11 @@ class ApiError(CrmaError):
 
 
 class MalformedBody(ApiError, status=400, code="malformed_body"):
-    """Not UTF-8, or not JSON."""
+    """Not UTF-8, not JSON, or nested too deep."""
+
+
+class MalformedRequest(ApiError, status=400, code="malformed_request"):
+    """Not HTTP."""
 
 
 class RequestTooLarge(ApiError, status=400, code="request_too_large"):
@@ -65,6 +69,10 @@ class MethodNotAllowed(ApiError, status=405, code="method_not_allowed"):
 
 class ModelNotFound(ApiError, status=404, code="model_not_found"):
     """No task or version for a `model` of OpenAI's routes."""
+
+
+class RequestTimeout(ApiError, status=408, code="request_timeout", headers={"Connection": "close"}):
+    """Headers or a body that did not come in time."""
 
 
 class NoBackbone(ApiError, status=409, code="no_backbone"):
@@ -111,6 +119,10 @@ class OverQuota(ApiError, status=429, code="rate_limit_exceeded"):
     """The key has used what it may; Retry-After says when it may use more."""
 
 
+class HeadTooLarge(ApiError, status=431, code="head_too_large"):
+    """Headers over `max_head_bytes`."""
+
+
 class ClientGone(ApiError, status=499, code="client_gone"):
     """The client disconnected; only the log and the metrics show it."""
 
@@ -123,8 +135,14 @@ class NotReady(ApiError, status=503, code="not_ready", headers={"Retry-After": "
     """The store is not verified yet."""
 
 
-class Draining(ApiError, status=503, code="draining"):
-    """The server is stopping."""
+class Draining(ApiError, status=503, code="draining", headers={"Retry-After": "1"}):
+    """The server is stopping; another may answer."""
+
+
+class TooManyConnections(
+    ApiError, status=503, code="too_many_connections", headers={"Retry-After": "1"}
+):
+    """`max_connections` are open, and all of them are being answered."""
 
 
 class DeadlineExceeded(ApiError, status=504, code="deadline_exceeded"):
@@ -177,4 +195,6 @@ def _translated(error: CrmaError, status: int, code: str) -> ApiError:
     made.code = code
     if isinstance(error, QueueFull):
         made.headers = {"Retry-After": str(error.seconds)}
+    if isinstance(error, EngineStopped):
+        made.headers = Draining.headers
     return made

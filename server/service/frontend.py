@@ -1,11 +1,14 @@
 """From a validated request to the engine: resolve its adapters, check it, encode it."""
 
+import asyncio
 import secrets
 import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,10 +16,16 @@ from crma.models.prompts import TemplateFormat
 from crma.models.tools import ToolMarkup, tool_markup
 from server import __version__
 from server.engine.inference_engine import InferenceEngine
-from server.engine.request import Request, SamplingParams
+from server.engine.request import Constraint, Request, SamplingParams
 from server.service.audit import Audit
 from server.service.caller import Caller
-from server.service.errors import Draining, InvalidField, NotReady, RequestTooLarge
+from server.service.errors import (
+    DeadlineExceeded,
+    Draining,
+    InvalidField,
+    NotReady,
+    RequestTooLarge,
+)
 from server.service.generation import Generation
 from server.service.keys import Keys
 from server.service.metrics import Metrics
@@ -26,6 +35,8 @@ from server.service.quotas import Quotas
 from server.service.registry import Registry, Resolved
 from server.service.token_texts import TokenTexts
 from server.settings import Settings
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -55,11 +66,15 @@ class Frontend:
     def __post_init__(self) -> None:
         self.model = self.engine.model
         max_queue = self.settings.max_queue
-        self.encoder = PromptEncoder(self.tokenizer, self.model.num_tokens, max_queue)
+        max_model_len = self.model.max_model_len
+        self.encoder = PromptEncoder(
+            self.tokenizer, self.model.num_tokens, max_queue, max_model_len
+        )
         self.audit = Audit(self.settings.audit_log)
         self.keys = Keys(self.settings, self.audit)
         self.quotas = Quotas()
         self.texts = TokenTexts(self.tokenizer)
+        self._builder = ThreadPoolExecutor(1, "build")
         self.publisher = Publisher(self.registry, self.engine, self.settings.request_timeout_s)
 
     def resolve(
@@ -172,15 +187,18 @@ class Frontend:
                 min_tokens than max_tokens.
             ConfigError: the chat template refuses these turns.
             InvalidConstraint: the engine cannot honour the constraint.
+            TextTooLong: the prompt cannot fit the model's context.
             QueueFull: `max_queue` prompts wait to be encoded, or constraints wait to be checked.
+            DeadlineExceeded: it has waited for that until its deadline.
         """
         arrival = time.monotonic()
+        deadline = arrival + (timeout_s or self.settings.request_timeout_s)
         needs_format = isinstance(prompt, str) and not raw
         self.check(resolved, sampling, timeout_s, needs_format=needs_format)
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(31))
         if sampling.constraint is not None:
-            await self.engine.check(sampling.constraint)
+            await self._check_constraint(sampling.constraint, deadline)
         encoded = await self.encoder.encode(
             prompt,
             resolved.prompt_format,
@@ -188,6 +206,9 @@ class Frontend:
             add_special_tokens=add_special_tokens,
             answer=answer,
             prompt_name=prompt_name,
+            owner=resolved.caller.name,
+            deadline=deadline,
+            has_to_fit=True,
         )
         if answer is not None:
             first = len(encoded.prompt_ids)
@@ -203,15 +224,27 @@ class Frontend:
             sampling=sampling,
             selection=resolved.selection,
             arrival=arrival,
-            deadline=arrival + (timeout_s or self.settings.request_timeout_s),
+            deadline=deadline,
             interactive=interactive,
             owner=resolved.caller.name,
             cache_salt=resolved.caller.cache_salt,
         )
+        return self._not_submitted(request, resolved)
+
+    def _not_submitted(self, request: Request, resolved: Resolved) -> Generation:
         label = self.metrics.adapter_label(resolved.task.name if resolved.task else None)
         crma = "off" if resolved.selection.crma_digest is None else "on"
         spend = partial(self.quotas.spend, resolved.caller)
         return Generation(self.engine, request, self.metrics, (label, crma), spend)
+
+    async def _check_constraint(self, constraint: Constraint, deadline: float) -> None:
+        """Raises InvalidConstraint, QueueFull or DeadlineExceeded."""
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await self.engine.check(constraint)
+        except TimeoutError as error:
+            message = "the request's deadline passed before its constraint was compiled"
+            raise DeadlineExceeded(message, field="timeout_s") from error
 
     def provenance(self, seed: int | None, crma: str | None, **tasks: Any) -> dict[str, Any]:
         """Exactly what answered.
@@ -242,9 +275,24 @@ class Frontend:
             return "no step has run yet"
         return None
 
-    def close(self) -> None:
-        """End the encoding thread."""
+    async def stop(self) -> None:
+        """End every request that still waits or runs: it raises Draining or EngineStopped."""
+        self.draining = True
         self.encoder.close()
+        await self.engine.close()
+
+    async def build(self, build: Callable[[], T]) -> T:
+        """The result of work that would hold up the event loop.
+
+        One thread does it for all: many would share the interpreter's lock, and leave the event
+        loop little of it.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._builder, build)
+
+    def close(self) -> None:
+        """End the threads."""
+        self.encoder.close()
+        self._builder.shutdown(wait=False, cancel_futures=True)
 
 
 def _check_min_tokens(sampling: SamplingParams) -> None:

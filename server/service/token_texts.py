@@ -26,6 +26,7 @@ class TokenTexts:
         self._decoders = frozenset(_decoder_kinds(tokenizer))
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str] = {}
+        self._names: dict[int, str] = {}
 
     def is_special(self, token_id: int) -> bool:
         """Whether the token is markup, such as the start or the end of a text."""
@@ -44,6 +45,15 @@ class TokenTexts:
         if found is None:
             found = self.bytes_of(token_id).decode("utf-8", "backslashreplace")
             self._texts[token_id] = found
+        return found
+
+    def name_of(self, token_id: int) -> str:
+        """The text of the token; of one that is not whole characters, "bytes:" and its bytes."""
+        found = self._names.get(token_id)
+        if found is None:
+            text = self.text_of(token_id)
+            is_text = self.bytes_of(token_id) == text.encode()
+            found = self._names[token_id] = text if is_text else f"bytes:{text}"
         return found
 
     def _find_bytes(self, token_id: int) -> bytes:

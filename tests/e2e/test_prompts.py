@@ -10,13 +10,13 @@ from paths import STORE
 from transformers import PreTrainedTokenizerBase
 
 from crma.models.base_model import find_base
+from crma.models.chat_template import encode_chat
 from crma.models.loading import load_tokenizer
 from crma.models.prompts import (
     Conversation,
     PromptFormat,
     Turn,
     chat_format,
-    encode_chat,
     encode_text,
 )
 from crma.store.adapter_store import AdapterStore

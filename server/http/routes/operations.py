@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server import __version__
@@ -87,3 +88,8 @@ def metrics(frontend: TheFrontend) -> Response:
     """
     # A plain function runs in a thread: the text of many series would hold up the event loop.
     return Response(generate_latest(frontend.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+_ROUTES = [*router.routes, *metrics_router.routes]
+PATHS = frozenset(route.path for route in _ROUTES if isinstance(route, APIRoute))
+"""What a port for health alone answers."""

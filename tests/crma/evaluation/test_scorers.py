@@ -1,11 +1,22 @@
 """crma.evaluation.scorers: what each scorer counts as right and, above all, what it must not."""
 
+import unicodedata
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from crma.core.errors import ConfigError
-from crma.evaluation.scorers import check_answers, contains, exact, normalise, number_in, scorer
+from crma.evaluation.scorers import (
+    check_answers,
+    contains,
+    exact,
+    has_words,
+    normalise,
+    number_in,
+    scorer,
+)
 
 SAME = [
     ("Infectious diseases.", "infectious diseases"),
@@ -149,3 +160,19 @@ def test_an_answer_that_the_scorer_cannot_use_is_refused_with_its_place(
 def test_an_unknown_scorer_and_a_tolerance_without_meaning_are_refused(arguments: Any) -> None:
     with pytest.raises(ConfigError):
         scorer(*arguments)
+
+
+PUNCTUATION = [chr(code) for code in range(0x10000) if not has_words(chr(code))]
+
+
+@given(st.text() | st.text(alphabet=PUNCTUATION) | st.text(alphabet="'’.,-−5 \u0338\u0301=`^"))
+def test_whether_a_text_has_words_is_known_without_normalising_it(text: str) -> None:
+    assert has_words(text) == (normalise(text) != "")
+
+
+def test_no_mark_makes_punctuation_of_what_was_none() -> None:
+    """Why single characters can tell: nothing that Unicode composes is punctuation."""
+    for code in range(0x110000):
+        whole = unicodedata.normalize("NFKD", chr(code))
+        if len(whole) > 1:
+            assert has_words(whole) == (normalise(whole) != "")

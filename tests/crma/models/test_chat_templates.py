@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from crma.core.errors import ConfigError
-from crma.models.prompts import BASE_TEMPLATE, Conversation, Turn, encode_chat
+from crma.models.chat_template import encode_chat
+from crma.models.prompts import BASE_TEMPLATE, Conversation, Turn
 
 FRAGMENTS = (
     *(" ", "  ", "\n", "\n\n", "\t", "the", " café", "日本", "🙂", "12 345", "user", "assistant"),

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from crma.core.errors import ConfigError
+from crma.models.chat_template import encode_chat
 from crma.models.prompts import (
     BASE_TEMPLATE,
     RAW_FORMAT,
@@ -19,7 +20,6 @@ from crma.models.prompts import (
     Turn,
     base_format,
     chat_format,
-    encode_chat,
 )
 
 SMOLLM_2 = (  # inserts a system turn of its own

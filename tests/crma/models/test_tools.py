@@ -11,7 +11,8 @@ from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from crma.core.errors import ConfigError
-from crma.models.prompts import Conversation, Turn, encode_chat
+from crma.models.chat_template import encode_chat
+from crma.models.prompts import Conversation, Turn
 from crma.models.tools import LLAMA, ToolMarkup, tool_markup
 
 WEATHER = {

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from crma.core.errors import ConfigError
 from crma.models.prompts import Conversation, Turn
-from server.engine.errors import QueueFull
-from server.service.errors import InvalidField
-from server.service.prompt_encoder import EncodedPrompt, PromptEncoder
+from server.engine.errors import PromptTooLong, QueueFull
+from server.service.errors import DeadlineExceeded, Draining, InvalidField
+from server.service.prompt_encoder import SHORT, EncodedPrompt, PromptEncoder
 
 START = "<|im_start|>"
 MARKUP = "<|im_end|>"  # a special token; where a user writes it, it is text
@@ -34,6 +35,9 @@ class PausedTokenizer:
     def __getattr__(self, name: str) -> Any:
         return getattr(tiny.tokenizer(), name)
 
+    def __deepcopy__(self, _: Any) -> "PausedTokenizer":
+        return self
+
     def encode(self, *arguments: Any, **options: Any) -> list[int]:
         assert self.go.wait(10)
         return tiny.tokenizer().encode(*arguments, **options)
@@ -45,9 +49,15 @@ def make() -> Iterator[Callable[..., PromptEncoder]]:
     made: list[PromptEncoder] = []
 
     def start(
-        tokenizer: Any = None, *, num_tokens: int = VOCAB, max_waiting: int = 4
+        tokenizer: Any = None,
+        *,
+        num_tokens: int = VOCAB,
+        max_waiting: int = 4,
+        max_model_len: int = 128,
     ) -> PromptEncoder:
-        encoder = PromptEncoder(tokenizer or tiny.tokenizer(), num_tokens, max_waiting)
+        encoder = PromptEncoder(
+            tokenizer or tiny.tokenizer(), num_tokens, max_waiting, max_model_len
+        )
         made.append(encoder)
         return encoder
 
@@ -57,9 +67,14 @@ def make() -> Iterator[Callable[..., PromptEncoder]]:
 
 
 async def encode(
-    encoder: PromptEncoder, prompt: Any, *, raw: bool = False, answer: str | None = None
+    encoder: PromptEncoder,
+    prompt: Any,
+    *,
+    raw: bool = False,
+    answer: str | None = None,
+    **more: Any,
 ) -> EncodedPrompt:
-    return await encoder.encode(prompt, FORMAT, raw=raw, answer=answer)
+    return await encoder.encode(prompt, FORMAT, raw=raw, answer=answer, **more)
 
 
 def as_text(token_ids: tuple[int, ...]) -> str:
@@ -167,8 +182,9 @@ async def test_one_more_than_max_waiting_is_refused_and_the_others_are_encoded(m
     tokenizer = PausedTokenizer()
     encoder = make(tokenizer, max_waiting=2)
     tokenizer.go.clear()
-    accepted = [asyncio.create_task(encode(encoder, text)) for text in ("the", "café", "is")]
-    await asyncio.sleep(0)  # each takes its place: one is encoded, two wait
+    words = ("the", "café", "is", "so")
+    accepted = [asyncio.create_task(encode(encoder, text)) for text in words]
+    await asyncio.sleep(0)  # each takes its place: two are encoded, two wait
     with pytest.raises(QueueFull) as caught:
         await encode(encoder, "free")
     assert caught.value.allowed == 2
@@ -176,7 +192,7 @@ async def test_one_more_than_max_waiting_is_refused_and_the_others_are_encoded(m
     tokenizer.go.set()
     encoded = await asyncio.gather(*accepted)
     texts = [as_text(each.prompt_ids) for each in encoded]
-    assert texts == [f"<|im_start|>{text}[answer]" for text in ("the", "café", "is")]
+    assert texts == [f"<|im_start|>{text}[answer]" for text in words]
     assert (await encode(encoder, "free")).prompt_ids != ()
 
 
@@ -205,3 +221,133 @@ async def test_a_raw_prompt_begins_with_the_start_token_unless_it_is_left_out(
     bare = await encoder.encode("Hi", FORMAT, raw=True, add_special_tokens=False, answer=None)
     assert whole.prompt_ids == (with_bos.bos_token_id, *bare.prompt_ids)
     assert list(bare.prompt_ids) == tiny.tokenizer().encode("Hi", add_special_tokens=False)
+
+
+# Many callers ------------------------------------------------------------------------------
+
+LONG = "the café " * (SHORT // 8)
+
+
+async def test_a_short_prompt_does_not_wait_for_long_ones(make: Any) -> None:
+    """Twenty prompts of 1 MiB held a word of another key for 20.8 s."""
+    tokenizer = PausedTokenizer()
+    encoder = make(tokenizer, max_waiting=8)
+    encoder._lanes[1].tokenizer = tiny.tokenizer()  # only the thread for all prompts is held up
+    tokenizer.go.clear()
+    held_up = [asyncio.create_task(encode(encoder, LONG, owner="greedy")) for _ in range(5)]
+    await asyncio.sleep(0)
+    for owner in ("other", "greedy"):
+        assert (await encode(encoder, "the", raw=True, owner=owner)).prompt_ids
+    assert not any(task.done() for task in held_up)
+    tokenizer.go.set()
+    await asyncio.gather(*held_up)
+
+
+async def test_owners_take_turns_with_long_prompts(make: Any) -> None:
+    tokenizer = PausedTokenizer()
+    encoder = make(tokenizer, max_waiting=8)
+    tokenizer.go.clear()
+    ended: list[str] = []
+
+    async def ask(owner: str) -> None:
+        await encode(encoder, LONG, owner=owner)
+        ended.append(owner)
+
+    async with asyncio.TaskGroup() as group:
+        for owner in ("greedy",) * 6 + ("other",) * 2:
+            group.create_task(ask(owner))
+            await asyncio.sleep(0)
+        tokenizer.go.set()
+    assert "other" in ended[:3]
+    assert ended[-3:] == ["greedy"] * 3
+
+
+async def test_the_owner_with_most_waiting_makes_room_for_another(make: Any) -> None:
+    tokenizer = PausedTokenizer()
+    encoder = make(tokenizer, max_waiting=2)
+    tokenizer.go.clear()
+    greedy = [asyncio.create_task(encode(encoder, LONG, owner="greedy")) for _ in range(3)]
+    await asyncio.sleep(0)  # one is encoded, two wait
+    other = asyncio.create_task(encode(encoder, LONG, owner="other"))
+    with pytest.raises(QueueFull):
+        await greedy[-1]
+    with pytest.raises(QueueFull):
+        await encode(encoder, LONG, owner="other")
+    tokenizer.go.set()
+    assert (await other).prompt_ids
+    await asyncio.gather(*greedy[:2])
+
+
+async def test_a_deadline_is_kept_while_a_prompt_waits_or_is_encoded(make: Any) -> None:
+    """`timeout_s: 0.5` was answered after 13.8 s."""
+    tokenizer = PausedTokenizer()
+    encoder = make(tokenizer)
+    tokenizer.go.clear()
+    for _ in range(4):  # two are encoded; two wait, and then leave the queue
+        with pytest.raises(DeadlineExceeded) as caught:
+            await encode(encoder, "the", deadline=time.monotonic() + 0.02)
+        assert caught.value.field == "timeout_s"
+    assert len(encoder._queue) == 0
+    tokenizer.go.set()
+    assert (await encode(encoder, "the")).prompt_ids
+
+
+async def test_a_prompt_whose_client_has_left_is_not_encoded(make: Any) -> None:
+    tokenizer = PausedTokenizer()
+    encoder = make(tokenizer)
+    tokenizer.go.clear()
+    tasks = [asyncio.create_task(encode(encoder, LONG)) for _ in range(3)]
+    await asyncio.sleep(0)
+    tasks[-1].cancel()
+    await asyncio.gather(tasks[-1], return_exceptions=True)
+    assert len(encoder._queue) == 1
+    tokenizer.go.set()
+    await asyncio.gather(*tasks[:-1])
+
+
+async def test_closing_ends_what_waits_and_takes_nothing_new(make: Any) -> None:
+    tokenizer = PausedTokenizer()
+    encoder = make(tokenizer)
+    tokenizer.go.clear()
+    tasks = [asyncio.create_task(encode(encoder, LONG)) for _ in range(3)]
+    await asyncio.sleep(0)
+    encoder.close()
+    encoder.close()
+    for task in tasks[1:]:
+        with pytest.raises(Draining):
+            await task
+    with pytest.raises(Draining):
+        await encode(encoder, "the")
+    tokenizer.go.set()
+    assert (await tasks[0]).prompt_ids  # it was being encoded
+
+
+# Length ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raw", [True, False])
+async def test_a_text_that_cannot_fit_is_refused_unencoded(make: Any, raw: bool) -> None:
+    encoder = make(PausedTokenizer(), max_model_len=4)
+    encoder.tokenizer.go.clear()
+    limit = encoder.limit.num_chars
+    with pytest.raises(PromptTooLong) as caught:
+        await encode(encoder, "x" * (limit + 1), raw=raw, has_to_fit=True)
+    assert caught.value.field == "prompt"
+    assert "maximum context length is 4 tokens" in caught.value.message
+    assert f"<= {limit} characters" in str(caught.value.allowed)
+    encoder.tokenizer.go.set()
+    assert (await encode(encoder, "x" * (limit + 1), raw=raw)).prompt_ids  # to count its tokens
+
+
+async def test_what_a_template_leaves_out_does_not_count(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny.tokenizer(), "chat_template", "{{ messages[-1].content | trim }}")
+    encoder = make(max_model_len=4)
+    long = " " * 10 * encoder.limit.num_chars
+    conversation = Conversation((Turn("user", long), Turn("user", f"the{long}")))
+    encoded = await encode(encoder, conversation, has_to_fit=True)
+    assert as_text(encoded.prompt_ids) == "the"
+    conversation = Conversation((Turn("user", "the"), Turn("user", "x" * len(long))))
+    with pytest.raises(PromptTooLong):
+        await encode(encoder, conversation, has_to_fit=True)
