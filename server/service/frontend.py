@@ -20,6 +20,7 @@ from server.service.metrics import Metrics
 from server.service.prompt_encoder import Prompt, PromptEncoder
 from server.service.publisher import Publisher
 from server.service.registry import Registry, Resolved
+from server.service.telemetry import Telemetry
 from server.service.token_texts import TokenTexts
 from server.settings import Settings
 
@@ -33,6 +34,7 @@ class Frontend:
         registry: not started; the app starts and stops it.
         tokenizer: used by nobody else.
         metrics: those of `registry`.
+        telemetry: None: traces are off.
 
     Attributes:
         keys: who may send requests.
@@ -44,6 +46,7 @@ class Frontend:
     registry: Registry
     tokenizer: PreTrainedTokenizerBase
     metrics: Metrics
+    telemetry: Telemetry | None = None
     draining: bool = False
 
     def __post_init__(self) -> None:
@@ -193,9 +196,17 @@ class Frontend:
             deadline=arrival + (timeout_s or self.settings.request_timeout_s),
             interactive=interactive,
         )
-        label = self.metrics.adapter_label(resolved.task.name if resolved.task else None)
+        task = resolved.task.name if resolved.task else None
         crma = "off" if resolved.selection.crma_digest is None else "on"
-        return Generation(self.engine, request, self.metrics, (label, crma))
+        return Generation(
+            self.engine,
+            request,
+            self.metrics,
+            (self.metrics.adapter_label(task), crma),
+            task=task,
+            own_deadline=timeout_s is not None and timeout_s < self.settings.request_timeout_s,
+            telemetry=self.telemetry,
+        )
 
     def provenance(self, seed: int | None, crma: str | None, **tasks: Any) -> dict[str, Any]:
         """Exactly what answered.

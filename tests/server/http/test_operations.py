@@ -178,7 +178,7 @@ async def test_the_access_log_has_the_request_id_and_digest_and_never_the_prompt
     access = [record for record in caplog.records if record.name == "server.access"]
     lines = [json.loads(Format("json").format(record)) for record in access]
     assert [line["status"] for line in lines] == [200, 200, 422, 500]
-    assert lines[1]["task"] == served.engine.requests[-1].selection.task_digest
+    assert lines[1]["task_digest"] == served.engine.requests[-1].selection.task_digest
     assert lines[1]["crma"] is True
     assert lines[1]["path"] == "/generate"
     request_ids = {line["request_id"] for line in lines}
