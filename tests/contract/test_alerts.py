@@ -57,10 +57,12 @@ def level(well: float, wrong: float) -> str:
 
 def histogram(name: str, slow_le: str) -> Series:
     """60 quick observations a minute, and 60 beyond the bucket `slow_le` while it goes wrong."""
+    all_observations = "0+60x10 720+120x19 3060+60x30"
     return {
         f'{name}_bucket{{instance="a",le="0.3"}}': steady(60),
         f'{name}_bucket{{instance="a",le="{slow_le}"}}': steady(60),
-        f'{name}_bucket{{instance="a",le="+Inf"}}': "0+60x10 720+120x19 3060+60x30",
+        f'{name}_bucket{{instance="a",le="60.0"}}': all_observations,
+        f'{name}_bucket{{instance="a",le="+Inf"}}': all_observations,
     }
 
 

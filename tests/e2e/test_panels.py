@@ -131,8 +131,6 @@ def test_every_panel_has_data_under_load_and_no_alert_fires(tmp_path: Path) -> N
                 empty.append(f"{title}: {query}")
         vllm = f'rate(vllm:generation_tokens_total{{model_name="{base.name}"}}[30s])'
         (generated,) = value_of(client, vllm)
-            client, f'rate(vllm:generation_tokens_total{{model_name="{base.name}"}}[30s])'
-        )
         alerts = client.get("/alerts").json()["data"]["alerts"]
         rules = client.get("/rules").json()["data"]["groups"][0]["rules"]
     assert empty == []

@@ -191,6 +191,10 @@ async def test_a_collector_that_does_not_answer_holds_up_no_end(
             started = time.monotonic()
         assert time.monotonic() - started < 5
         assert collector.has_come.wait(10)
+        collector.answers.set()
+        for thread in threading.enumerate():
+            if thread.name == "telemetry":
+                thread.join(30)
 
 
 async def test_nothing_is_traced_unless_it_is_asked_for(
