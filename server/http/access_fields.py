@@ -7,6 +7,7 @@ A route leaves it in the request's state: who asked (`caller`), the adapters tha
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from server.service.caller import Caller
 from server.service.generation import Generation
 from server.service.outcome import Outcome
 
@@ -16,9 +17,9 @@ Fields = dict[str, Any]
 def access_fields(state: Mapping[str, Any]) -> Fields:
     """The fields of the line for a request whose answer has ended."""
     fields: Fields = {"error": state.get("error_code")}
-    caller = state.get("caller")
+    caller: Caller | None = state.get("caller")
     if caller is not None:
-        fields["key"] = caller.name
+        fields["key"] = caller.name or None  # nobody was told apart
     selection = state.get("selection")
     if selection is not None:
         fields["task_digest"] = selection.task_digest

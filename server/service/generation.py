@@ -169,8 +169,7 @@ class Generation:
 
     def _note_failure(self, error: BaseException) -> None:
         """Keep what ended a request; report one that ran, and none that was refused."""
-        is_known = isinstance(error, Exception)
-        self.error = to_api_error(error).code if is_known else ABORTED
+        self.error = to_api_error(error).code if isinstance(error, Exception) else ABORTED
         is_refusal = isinstance(error, EngineError | StoreError)
         if not is_refusal or isinstance(error, ConstraintStuck):
             self._report()

@@ -15,7 +15,14 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from itertools import product
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 
 from crma.store.entry import BackboneEntry
 from server.engine.request import FinishReason
@@ -50,6 +57,7 @@ class Metrics:
     """All metrics of one app, in a registry of its own: two apps in one process do not collide."""
 
     def __init__(self, registry: CollectorRegistry, *, max_adapter_labels: int = 64) -> None:
+        disable_created_metrics()  # one series in ten, which Prometheus does not use
         self.registry = registry
         self._max_adapter_labels = max_adapter_labels
         self._used: set[str] = set()  # names that have a label because requests used them
@@ -76,21 +84,27 @@ class Metrics:
             "request_queue_time_seconds", "From arrival until first scheduled.", by, LATENCY
         )
         # Without the label `adapter`: with it, each would cost a scrape up to 3,000 series.
-        by = ("crma",)
+        only_crma = ("crma",)
         self.prefill = self._histogram(
-            "request_prefill_time_seconds", "From first scheduled to the first token.", by, LATENCY
+            "request_prefill_time_seconds",
+            "From first scheduled to the first token.",
+            only_crma,
+            LATENCY,
         )
         self.decode = self._histogram(
-            "request_decode_time_seconds", "From the first token to the end.", by, LATENCY
+            "request_decode_time_seconds", "From the first token to the end.", only_crma, LATENCY
         )
         self.prompt_length = self._histogram(
-            "request_prompt_tokens", "Tokens of a prompt.", by, TOKENS
+            "request_prompt_tokens", "Tokens of a prompt.", only_crma, TOKENS
         )
         self.answer_length = self._histogram(
-            "request_generation_tokens", "Tokens of an answer.", by, TOKENS
+            "request_generation_tokens", "Tokens of an answer.", only_crma, TOKENS
         )
         self.longest_answer = self._histogram(
-            "request_max_num_generation_tokens", "Tokens of a request's longest answer.", by, TOKENS
+            "request_max_num_generation_tokens",
+            "Tokens of a request's longest answer.",
+            only_crma,
+            TOKENS,
         )
 
     def _histogram(

@@ -13,6 +13,8 @@ from crma.models.model_shape import ModelShape
 from crma.store.entry import BackboneEntry, TaskEntry
 
 if TYPE_CHECKING:
+    from crma.method.backbone import Backbone
+    from crma.method.lora import Lora
     from server.engine.inference_engine import Loader
 
 Signature = tuple[tuple[str, int, int, int], ...]
@@ -45,7 +47,7 @@ class Suspects:
     def loader(self, entry: TaskEntry | BackboneEntry, shape: ModelShape | None) -> "Loader":
         """Loads an entry for the engine. Damage that it finds is kept, and raised."""
 
-        def load() -> object:
+        def load() -> "Lora | Backbone":
             try:
                 return entry.load(shape)
             except StoreError:

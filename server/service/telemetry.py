@@ -11,16 +11,20 @@ https://opentelemetry.io/docs/specs/semconv/gen-ai/
 import asyncio
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
 from opentelemetry.context import Context, get_current
-from opentelemetry.metrics import Histogram, MeterProvider
-from opentelemetry.trace import SpanKind, StatusCode, TracerProvider
+from opentelemetry.metrics import Histogram
+from opentelemetry.trace import SpanKind, StatusCode
 
 from crma.core.errors import ConfigError
 from server import __version__
 from server.service.outcome import Outcome
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.trace import TracerProvider
 
 PROVIDER = "crma"
 CLOSE_SECONDS = 5.0  # a collector that does not answer must not hold up the end of the server
@@ -42,11 +46,11 @@ class Telemetry:
     """Records requests that have run.
 
     Args:
-        tracers, meters: of the OpenTelemetry SDK; `close` ends them.
+        tracers, meters: `close` ends them.
         model: the name of the base model.
     """
 
-    def __init__(self, tracers: TracerProvider, meters: MeterProvider, model: str) -> None:
+    def __init__(self, tracers: "TracerProvider", meters: "MeterProvider", model: str) -> None:
         self.tracers = tracers
         self.meters = meters
         self._model = model
@@ -145,8 +149,8 @@ class Telemetry:
         await asyncio.to_thread(thread.join, CLOSE_SECONDS)
 
     def _shut_down(self) -> None:
-        for provider in (self.tracers, self.meters):
-            provider.shutdown()  # type: ignore[attr-defined] # the SDK's classes have it
+        self.tracers.shutdown()
+        self.meters.shutdown()
 
 
 def connect(endpoint: str, model: str) -> Telemetry:

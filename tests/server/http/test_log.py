@@ -3,10 +3,8 @@
 import json
 import logging
 import re
-from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 from api import Serve, Served
 from scripted_engine import ScriptedEngine
@@ -62,15 +60,17 @@ async def test_a_stream_and_a_list_of_prompts_are_one_line_each(
     assert (lines.last()["output_tokens"], lines.last()["cached_tokens"]) == (8, 2)
 
 
-async def test_the_name_of_the_key_is_in_the_line(served: Served, lines: Lines) -> None:
-    async def with_caller(scope: Any, receive: Any, send: Any) -> None:
-        scope["state"] = {"caller": SimpleNamespace(name="team-a")}
-        await served.app(scope, receive, send)
-
-    transport = httpx.ASGITransport(with_caller)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        await client.post("/generate", json={"prompt": "Hi"}, headers={"Authorization": "Bearer k"})
-    assert lines.last()["key"] == "team-a"
+async def test_the_name_of_the_key_is_in_the_line_and_the_key_is_not(
+    serve: Serve, lines: Lines
+) -> None:
+    served = await serve(api_keys="sk-secret")
+    await served.client.post(
+        "/generate", json={"prompt": "Hi"}, headers={"Authorization": "Bearer sk-secret"}
+    )
+    line = lines.last()
+    assert line["status"] == 200
+    assert line["key"].startswith("env-")
+    assert "secret" not in str(line)
 
 
 async def test_a_failure_has_its_code_and_what_had_come(serve: Serve, lines: Lines) -> None:
