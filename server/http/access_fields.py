@@ -28,12 +28,12 @@ def access_fields(state: Mapping[str, Any]) -> Fields:
     generations: Sequence[Generation] = state.get("generations", ())
     if generations:
         fields["task"] = generations[0].task
-        fields.update(_engine_fields([each.outcome() for each in generations]))
-    return fields
+    outcomes = [each.outcome() for each in generations if each.has_run]
+    return {**fields, **_engine_fields(outcomes)} if outcomes else fields
 
 
 def _engine_fields(outcomes: Sequence[Outcome]) -> Fields:
-    """Tokens and times of the prompts of a request.
+    """Tokens and times of the prompts of a request that have run.
 
     Tokens are those of all prompts. Times are seconds: the shortest wait, the longest of the rest.
     """

@@ -73,6 +73,7 @@ class Generation:
         self.request = request
         self.task = task
         self.error: str | None = None  # the code of what ended it, if it did not finish
+        self.has_run = False  # and has ended: it was not refused
         self.sequences = [SequenceResult() for _ in range(request.sampling.n)]
         self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._engine = engine
@@ -176,6 +177,7 @@ class Generation:
 
     def _report(self) -> None:
         """Count the request, and trace it if traces are on."""
+        self.has_run = True
         outcome = self.outcome()
         self._metrics.count_request(outcome)
         if self._telemetry is not None:

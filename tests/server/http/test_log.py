@@ -87,6 +87,7 @@ async def test_a_failure_has_its_code_and_what_had_come(serve: Serve, lines: Lin
     engine.refusal = QueueFull(1, 1.0)
     await served.generate()
     assert (lines.last()["status"], lines.last()["error"]) == (429, "queue_full")
+    assert "finish_reason" not in lines.last()  # it did not run
     await served.client.get("/nowhere")
     assert lines.last()["error"] == "no_route"
     text = await served.metrics()
