@@ -30,6 +30,7 @@ from server.service.access import check_access
 from server.service.frontend import Frontend
 from server.service.metrics import Metrics
 from server.service.registry import Registry
+from server.service.telemetry import connect
 from server.settings import Settings, drop_service_links
 
 log = logging.getLogger("server")
@@ -39,6 +40,9 @@ def build(settings: Settings) -> FastAPI:
     """The app on the native engine. Raises CrmaError for what it cannot serve, named."""
     store = open_store(settings.store)
     base = find_base(settings.model, home=settings.home)
+    telemetry = None
+    if settings.otlp_endpoint is not None:
+        telemetry = connect(settings.otlp_endpoint, base.name)
     engine = _start_engine(settings, base)
     metrics = Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
     tokenizer = load_tokenizer(base)  # not the engine's: two threads must not share one
@@ -51,7 +55,7 @@ def build(settings: Settings) -> FastAPI:
         shape=read_shape(base),
         load_backbone=settings.load_backbone,
     )
-    return create_app(Frontend(settings, engine, registry, tokenizer, metrics))
+    return create_app(Frontend(settings, engine, registry, tokenizer, metrics, telemetry))
 
 
 def _start_engine(settings: Settings, base: BaseModel) -> AsyncEngine:

@@ -5,9 +5,11 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
 from crma.models.loading import compute_alone
@@ -17,7 +19,7 @@ from server.http.body_limit import BodyLimit
 from server.http.cut_off import CutOff
 from server.http.health_port import HealthPort
 from server.http.host_check import HostCheck
-from server.http.log import RequestLog
+from server.http.log import UNKNOWN_ROUTE, RequestLog
 from server.http.routes import (
     ablation,
     adapters,
@@ -31,7 +33,11 @@ from server.http.routes import (
 )
 from server.http.security_headers import SecurityHeaders
 from server.service.ablation import Ablations
+from server.service.disk_space import DiskSpace
+from server.service.engine_metrics import EngineMetrics
 from server.service.frontend import Frontend
+from server.service.telemetry import Telemetry
+from server.service.vllm_metrics import VllmMetrics
 
 log = logging.getLogger("server")
 
@@ -50,6 +56,8 @@ ROUTERS = (
     operations.router,
     operations.metrics_router,
 )
+ANY_ROUTE = (200, 500)  # statuses that every route can answer with
+PROBES = frozenset({"/healthz", "/readyz", "/health", "/ping", "/metrics"})  # not traced
 DESCRIPTION = (
     "Many fine-tuned tasks from one base model, with a shared CRMA backbone on or off per request."
 )
@@ -59,6 +67,10 @@ def create_app(frontend: Frontend) -> FastAPI:
     """The application on a running engine, which it closes when it stops."""
 
     ablations = Ablations(frontend)
+    settings = frontend.settings
+    metrics = frontend.metrics
+    folders = {"store": settings.store, "evaluations": settings.evaluations}
+    disks = DiskSpace(folders, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -67,6 +79,7 @@ def create_app(frontend: Frontend) -> FastAPI:
         asyncio.get_running_loop().set_default_executor(workers)
         await asyncio.to_thread(ablations.load)
         frontend.keys.start()
+        disks.start()
         app.state.starting = asyncio.create_task(_start(frontend))
         yield
         frontend.draining = True
@@ -77,8 +90,12 @@ def create_app(frontend: Frontend) -> FastAPI:
         await ablations.stop()
         await frontend.engine.close()  # uvicorn has given running requests their time by now
         frontend.close()
+        disks.stop()
+        if frontend.telemetry is not None:
+            await frontend.telemetry.close()
 
     app = FastAPIOffline(
+        telemetry=_telemetry_config(frontend.telemetry),
         title="CRMA Server",
         version=__version__,
         description=DESCRIPTION,
@@ -87,12 +104,14 @@ def create_app(frontend: Frontend) -> FastAPI:
     )
     app.state.frontend = frontend
     app.state.ablations = ablations
-    settings = frontend.settings
-    metrics = frontend.metrics
-    metrics.watch(frontend.engine.stats, frontend.registry.names, settings.max_loaded_adapters)
+    _watch_engine(frontend)
     error_handlers.install(app)
     for router in ROUTERS:
         app.include_router(router)
+        for route in router.routes:
+            if isinstance(route, APIRoute):
+                metrics.serve_route(route.path, (*ANY_ROUTE, *map(int, route.responses)))
+    metrics.serve_route(UNKNOWN_ROUTE, (404, 405, 500))
     _add_middleware(app, frontend)
     return app
 
@@ -116,6 +135,34 @@ def _add_middleware(app: FastAPI, frontend: Frontend) -> None:
         app.add_middleware(HealthPort, port=settings.health_port, paths=operations.PATHS)
     app.add_middleware(RequestLog, metrics=frontend.metrics)
     _allow_origins(app, settings.cors_origins)  # errors too
+
+
+def _telemetry_config(telemetry: Telemetry | None) -> dict[str, Any]:
+    """What FastAPI's own telemetry does: the span and metrics of a request over HTTP, or nothing.
+
+    It never sends logs, which have what an error said, nor looks into the environment.
+    """
+    config: dict[str, Any] = {"logs": False, "operation_spans": False, "auto_configure": False}
+    if telemetry is None:
+        return {**config, "tracing": False, "metrics": False}
+    return {
+        **config,
+        "tracer_provider": telemetry.tracers,
+        "meter_provider": telemetry.meters,
+        "exclude": lambda scope: scope.get("path") in PROBES,
+    }
+
+
+def _watch_engine(frontend: Frontend) -> None:
+    """Add the engine's metrics, and vLLM's names for them if the operator wants those."""
+    metrics = frontend.metrics
+    settings = frontend.settings
+    stats = frontend.engine.stats
+    names = frontend.registry.names
+    watched = EngineMetrics(metrics, stats, names, settings.max_loaded_adapters)
+    metrics.registry.register(watched)
+    if settings.metrics_compat:
+        metrics.registry.register(VllmMetrics(metrics, stats, frontend.model.name))
 
 
 def _allow_origins(app: FastAPI, origins: Sequence[str]) -> None:

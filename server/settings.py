@@ -18,6 +18,7 @@ from crma.core.errors import ConfigError
 from server.service_links import service_links
 
 PREFIX = "CRMA_"
+_ADDRESS = r"https?://[^\s?#]+"
 _ORIGIN = r"https?://[^\s/?#@*]+"  # as browsers send it: no path, not even a final slash
 
 
@@ -170,6 +171,12 @@ class Settings(BaseSettings):
     max_adapter_labels: int = _setting(
         64, "Adapters with a metrics label of their own; the rest share `_other`.", ge=0
     )
+    metrics_compat: bool = _setting(
+        False, "Also serve what vLLM's dashboards read, under vLLM's names."
+    )
+    otlp_endpoint: str | None = _setting(
+        None, "OpenTelemetry collector (OTLP over HTTP) for traces and metrics; unset: none."
+    )
 
     @field_validator("api_keys", "cors_origins", "import_roots", "allowed_hosts", mode="before")
     @classmethod
@@ -191,6 +198,13 @@ class Settings(BaseSettings):
                     f"{origin!r} is no origin: write https://host or https://host:port"
                 )
         return origins
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_endpoint(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and not re.fullmatch(_ADDRESS, endpoint):
+            raise ValueError(f"{endpoint!r} is no address: write http://collector:4318")
+        return endpoint
 
     @field_validator("*")
     @classmethod

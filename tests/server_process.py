@@ -35,5 +35,7 @@ def running_server(*, max_descriptors: int | None = None, **settings: str) -> It
         assert server.stderr is not None
         assert any(" ready: " in line for line in server.stderr)
         threading.Thread(target=server.stderr.read, daemon=True).start()
-        yield f"http://127.0.0.1:{port}"
-        server.terminate()
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()

@@ -30,8 +30,10 @@ from crma.training.tables import arms_table
 from server import __version__
 from server.engine.request import EngineStats
 from server.http import routes
+from server.service.engine_metrics import EngineMetrics
 from server.service.errors import CODES
 from server.service.metrics import Metrics
+from server.service.vllm_metrics import VllmMetrics
 from server.settings import Settings
 
 DOCS = ROOT / "docs"
@@ -138,8 +140,9 @@ def errors_table() -> str:
 def metric_families() -> list[Metric]:
     """Every metric that `GET /metrics` can have."""
     metrics = Metrics(CollectorRegistry())
-    metrics.watch(EngineStats, dict, 1)
-    return list(metrics.registry.collect())
+    engine = EngineMetrics(metrics, EngineStats, dict, 1)
+    vllm = VllmMetrics(metrics, EngineStats, "model")
+    return [*metrics.registry.collect(), *engine.collect(), *vllm.collect()]
 
 
 def metrics_table() -> str:

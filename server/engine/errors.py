@@ -59,6 +59,10 @@ class InvalidConstraint(EngineError):
     """A constraint on an answer that is no valid one, or too large."""
 
 
+class ConstraintStuck(EngineError):
+    """A request that ran, and cannot go on under the constraint that it set."""
+
+
 class AdapterInUse(EngineError):
     """An adapter that requests use, or that an administrator has pinned, cannot be unloaded."""
 

@@ -165,6 +165,16 @@ class Timings:
     ttft_s: float | None
     e2e_s: float
 
+    @property
+    def prefill_s(self) -> float | None:
+        """How long the prompt took, from its first step to the first token; None without one."""
+        return None if self.ttft_s is None else self.ttft_s - self.queue_s
+
+    @property
+    def decode_s(self) -> float | None:
+        """How long the tokens after the first one took; None without a first token."""
+        return None if self.ttft_s is None else self.e2e_s - self.ttft_s
+
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
@@ -185,8 +195,8 @@ class RequestOutput:
         finish_reason: why the sequence ended; None while it goes on.
         error: a message, set exactly if finish_reason is `error`, or if it is `abort` because of
             the "deadline" or because its adapter was "unloaded".
-        cause: the exception that loading an adapter raised. The stream raises it in place of this
-            output.
+        cause: the exception that loading an adapter raised, or a ConstraintStuck. The stream raises
+            it in place of this output.
         completion_tokens: the length of the answer, in tokens (a total).
         cached_tokens: prompt tokens found in the prefix cache (a total).
         timings: of the whole sequence (a total).

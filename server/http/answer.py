@@ -76,8 +76,10 @@ class Answer(ABC, Generic[Body]):
         """The response.
 
         A stream waits for its first output, so that a refused request is answered with its own
-        status. However the response ends, `after_response` closes the generations.
+        status. However the response ends, `after_response` closes the generations. The access log
+        finds them in `request.state`.
         """
+        request.state.generations = self.generations
         if not stream:
             finished = all_of(each.finished() for each in self.generations)
             await unless_gone(request, finished)
@@ -85,7 +87,7 @@ class Answer(ABC, Generic[Body]):
         outputs = outputs_of(self.generations)
         after_response.push_async_callback(outputs.aclose)
         first = await unless_gone(request, anext(outputs))
-        events = self._events(first, outputs, request.scope["path"])
+        events = self._events(first, outputs, request)
         after_response.push_async_callback(events.aclose)
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
@@ -113,7 +115,7 @@ class Answer(ABC, Generic[Body]):
         return await self.frontend.build(lambda: list(events)) if is_heavy else events
 
     async def _events(
-        self, first: tuple[int, RequestOutput], rest: NumberedOutputs, path: str
+        self, first: tuple[int, RequestOutput], rest: NumberedOutputs, request: Request
     ) -> AsyncGenerator[str, None]:
         numbered: tuple[int, RequestOutput] | None = first
         try:
@@ -127,7 +129,9 @@ class Answer(ABC, Generic[Body]):
         except Exception as error:  # the status is sent already: an error can only be an event
             if not isinstance(error, ApiError):
                 log.exception("unexpected %s in a stream", type(error).__name__)
-            for text in self.failed(to_api_error(error), path):
+            answered = to_api_error(error)
+            request.state.error_code = answered.code
+            for text in self.failed(answered, request.scope["path"]):
                 yield text
 
     def provenance(self) -> dict[str, Any]:

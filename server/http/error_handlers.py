@@ -69,7 +69,9 @@ def install(app: FastAPI) -> None:
     """Add the handlers to an app."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        return error_response(_as_api_error(request, error), request.scope["path"])
+        answered = _as_api_error(request, error)
+        request.state.error_code = answered.code  # for the log and the metrics
+        return error_response(answered, request.scope["path"])
 
     for kind in (CrmaError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)

@@ -1,6 +1,6 @@
 """Logs to standard error: one line per answered request, text or JSON.
 
-They never hold a prompt, an answer or a key.
+They never hold a prompt, an answer or a key. Nothing that a client sends can begin a line.
 """
 
 import json
@@ -16,15 +16,26 @@ from typing import Any, Literal
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.http.access_fields import access_fields
 from server.http.error_handlers import error_response
-from server.service.errors import to_api_error
+from server.service.errors import ClientGone, to_api_error
 from server.service.metrics import Metrics
 
 log = logging.getLogger("server")
 access = logging.getLogger("server.access")
 
+LOGGERS = {
+    "server": logging.INFO,
+    "crma": logging.INFO,
+    "uvicorn": logging.INFO,
+    "opentelemetry": logging.WARNING,
+}
+"""Whose records are shown, from which level on."""
+
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
+UNKNOWN_ROUTE = "unknown"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -35,8 +46,8 @@ class RequestLog:
     It gives every request an id, logs it and counts its answer.
 
     An `X-Request-Id` that was sent is kept if it is plain. An exception that no handler caught
-    becomes a 500 that reveals no internals. A route puts the adapters that it resolved into
-    `request.state.selection`; the log has the task by digest.
+    becomes a 500 that reveals no internals. The line has what `access_fields` finds in the
+    request's state.
     """
 
     app: ASGIApp
@@ -64,28 +75,30 @@ class RequestLog:
             await self.app(scope, receive, send_with_id)
         except Exception as error:
             log.exception("unexpected %s", type(error).__name__)
+            answered = to_api_error(error)
+            scope["state"]["error_code"] = answered.code
             if status:  # the answer has begun: the connection can only be cut
                 raise
-            response = error_response(to_api_error(error), scope["path"])
+            response = error_response(answered, scope["path"])
             await response(scope, receive, send_with_id)
         finally:
-            self._record(scope, status or 499, time.monotonic() - started)
+            self._record(scope, status or ClientGone.status, time.monotonic() - started)
             request_id.reset(token)
 
     def _record(self, scope: Scope, status: int, wall_s: float) -> None:
-        path = getattr(scope.get("route"), "path", "unknown")
+        path = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
+        state = scope["state"]
         self.metrics.http_responses.labels(route=path, status=str(status)).inc()
+        if "error_code" in state:
+            self.metrics.errors.labels(state["error_code"]).inc()
         fields = {
             "request_id": request_id.get(),
             "method": scope["method"],
             "path": path,
             "status": status,
             "wall_s": round(wall_s, 4),
+            **access_fields(state),
         }
-        selection = scope["state"].get("selection")
-        if selection is not None:
-            fields["task"] = selection.task_digest
-            fields["crma"] = selection.crma_digest is not None
         access.info("answered", extra={"fields": fields})
 
 
@@ -113,21 +126,30 @@ class Format(logging.Formatter):
         return json.dumps(line)
 
     def _text(self, record: logging.LogRecord, fields: dict[str, Any]) -> str:
-        first, *traceback = super().format(record).split("\n")
-        pairs = [f"{name}={value}" for name, value in fields.items()]
-        return "\n".join([" ".join([first, *pairs]), *traceback])
+        """The line, and a traceback indented below it: what an error says can hold line breaks."""
+        parts = [self.formatTime(record), record.levelname, record.getMessage()]
+        parts += [f"{name}={value}" for name, value in fields.items()]
+        lines = [" ".join(parts)]
+        if record.exc_info:
+            lines += [f"  {line}" for line in self.formatException(record.exc_info).split("\n")]
+        return "\n".join(map(_plain, lines))
+
+
+def _plain(line: str) -> str:
+    """A line of text whose control characters, line breaks among them, are escaped."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
 
 
 def configure(form: Literal["text", "json"]) -> None:
-    """Send the `server`, `crma` and uvicorn logs to standard error in one form.
+    """Send the logs of `LOGGERS` to standard error in one form.
 
     uvicorn's own access log is off: `RequestLog` has its lines.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Format(form))
-    for name in ("server", "crma", "uvicorn"):
+    for name, level in LOGGERS.items():
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
-        logger.setLevel(logging.INFO)
+        logger.setLevel(level)
     logging.getLogger("uvicorn.access").disabled = True

@@ -17,6 +17,7 @@ from crma.core.errors import (
 )
 from server.engine.errors import (
     AdapterPoolFull,
+    ConstraintStuck,
     EngineStopped,
     InvalidConstraint,
     PromptTooLong,
@@ -164,6 +165,7 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
     (AdapterPoolFull, 409, "adapter_pool_full"),
     (ConfigError, 422, "invalid_field"),
     (InvalidConstraint, 400, "invalid_constraint"),
+    (ConstraintStuck, 400, "constraint_stuck"),
     (PromptTooLong, 400, "context_length_exceeded"),
     (QueueFull, 429, "queue_full"),
     (EngineStopped, 503, "draining"),

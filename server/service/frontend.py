@@ -33,6 +33,7 @@ from server.service.prompt_encoder import Prompt, PromptEncoder
 from server.service.publisher import Publisher
 from server.service.quotas import Quotas
 from server.service.registry import Registry, Resolved
+from server.service.telemetry import Telemetry
 from server.service.token_texts import TokenTexts
 from server.settings import Settings
 
@@ -48,6 +49,7 @@ class Frontend:
         registry: not started; the app starts and stops it.
         tokenizer: used by nobody else.
         metrics: those of `registry`.
+        telemetry: None: traces are off.
 
     Attributes:
         keys: who may send requests.
@@ -61,6 +63,7 @@ class Frontend:
     registry: Registry
     tokenizer: PreTrainedTokenizerBase
     metrics: Metrics
+    telemetry: Telemetry | None = None
     draining: bool = False
 
     def __post_init__(self) -> None:
@@ -229,13 +232,25 @@ class Frontend:
             owner=resolved.caller.name,
             cache_salt=resolved.caller.cache_salt,
         )
-        return self._not_submitted(request, resolved)
+        own_deadline = timeout_s is not None and timeout_s < self.settings.request_timeout_s
+        return self._not_submitted(request, resolved, own_deadline=own_deadline)
 
-    def _not_submitted(self, request: Request, resolved: Resolved) -> Generation:
-        label = self.metrics.adapter_label(resolved.task.name if resolved.task else None)
+    def _not_submitted(
+        self, request: Request, resolved: Resolved, *, own_deadline: bool
+    ) -> Generation:
+        """A request with its labels in the metrics. `own_deadline`: its client chose that."""
+        task = resolved.task.name if resolved.task else None
         crma = "off" if resolved.selection.crma_digest is None else "on"
-        spend = partial(self.quotas.spend, resolved.caller)
-        return Generation(self.engine, request, self.metrics, (label, crma), spend)
+        return Generation(
+            self.engine,
+            request,
+            self.metrics,
+            (self.metrics.adapter_label(task), crma),
+            partial(self.quotas.spend, resolved.caller),
+            task=task,
+            own_deadline=own_deadline,
+            telemetry=self.telemetry,
+        )
 
     async def _check_constraint(self, constraint: Constraint, deadline: float) -> None:
         """Raises InvalidConstraint, QueueFull or DeadlineExceeded."""

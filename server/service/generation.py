@@ -9,13 +9,22 @@ from functools import partial
 from typing import Any, TypeVar
 
 from crma.core.errors import StoreError
-from server.engine.errors import EngineError
+from server.engine.errors import ConstraintStuck, EngineError
 from server.engine.inference_engine import InferenceEngine, Outputs
 from server.engine.request import FinishReason, Request, RequestOutput, Timings, TokenLogprob
-from server.service.errors import AdapterUnloaded, DeadlineExceeded, Draining, GenerationFailed
-from server.service.metrics import Labels, Metrics
+from server.service.errors import (
+    AdapterUnloaded,
+    DeadlineExceeded,
+    Draining,
+    GenerationFailed,
+    to_api_error,
+)
+from server.service.metrics import Metrics
+from server.service.outcome import Labels, Outcome
+from server.service.telemetry import Telemetry
 
 T = TypeVar("T")
+ABORTED = "aborted"  # the code of a request whose caller has gone, or has given up on it
 NumberedOutputs = AsyncGenerator[tuple[int, RequestOutput], None]
 """Outputs of several requests, each with the number of its request."""
 
@@ -34,12 +43,21 @@ class SequenceResult:
     last: RequestOutput = field(default_factory=partial(RequestOutput, ""))
     last_token_at: float | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """The length of the answer, as far as it has come."""
+        return max(self.last.completion_tokens, len(self.token_ids))
+
 
 class Generation:
     """A request, its submission to the engine, and the results of its sequences.
 
     Args:
+        labels: of the request in the metrics.
         spend: is told at the end how many tokens it had, unless it was refused.
+        task: the store name of its task adapter; None: the base model.
+        own_deadline: its client chose the deadline.
+        telemetry: told of the request where it has run; None: traces are off.
     """
 
     def __init__(
@@ -49,14 +67,24 @@ class Generation:
         metrics: Metrics,
         labels: Labels,
         spend: Callable[[int], None],
+        *,
+        task: str | None = None,
+        own_deadline: bool = False,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self.request = request
+        self.task = task
+        self.error: str | None = None  # the code of what ended it, if it did not finish
+        self.has_run = False  # and has ended: it was not refused
         self.sequences = [SequenceResult() for _ in range(request.sampling.n)]
         self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._engine = engine
         self._metrics = metrics
         self._labels = labels
         self._spend = spend
+        self._own_deadline = own_deadline
+        self._telemetry = telemetry
+        self._trace = None if telemetry is None else telemetry.current_trace()
 
     async def outputs(self) -> Outputs:
         """Submit the request and yield its outputs, each already added to `sequences`.
@@ -66,7 +94,8 @@ class Generation:
 
         Raises:
             EngineError, StoreError: the request was refused and has not run.
-            DeadlineExceeded, AdapterUnloaded, GenerationFailed, Draining: the engine ended it.
+            ConstraintStuck, DeadlineExceeded, AdapterUnloaded, GenerationFailed, Draining: the
+                engine ended it.
         """
         # Close the engine's stream here, not when the garbage collector finds it.
         async with aclosing(self._engine.submit(self.request)) as stream:
@@ -75,11 +104,9 @@ class Generation:
                     self._add(output)
                     yield output
             except BaseException as error:
-                self._count_failure(error)
+                self._note_failure(error)
                 raise
-            reason = str(self.sequences[0].last.finish_reason)
-            self._metrics.count_request(self._labels, reason, self.timings())
-            self._spend(self._num_tokens())
+            self._report()
 
     async def finished(self) -> None:
         """Wait until every sequence has ended. Raises as `outputs`."""
@@ -106,6 +133,24 @@ class Generation:
             e2e_s=max(each.e2e_s for each in timings),
         )
 
+    def outcome(self) -> Outcome:
+        """What has come of the request so far."""
+        is_fault = self.error == GenerationFailed.code
+        missing = FinishReason.ERROR if is_fault else FinishReason.ABORT
+        lasts = [sequence.last for sequence in self.sequences]
+        has_finished = all(last.timings is not None for last in lasts)
+        return Outcome(
+            request=self.request,
+            task=self.task,
+            labels=self._labels,
+            reasons=tuple(last.finish_reason or missing for last in lasts),
+            output_tokens=tuple(sequence.num_tokens for sequence in self.sequences),
+            cached_tokens=min(last.cached_tokens for last in lasts),
+            timings=self.timings() if has_finished and self.error is None else None,
+            error=self.error,
+            own_deadline=self._own_deadline,
+        )
+
     def _add(self, output: RequestOutput) -> None:
         """Add an output to its sequence. Raises where the output says that the engine gave up."""
         _raise_failure(output)
@@ -114,7 +159,7 @@ class Generation:
         sequence.token_ids += output.token_ids
         sequence.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
-        if output.token_ids:
+        if output.token_ids and self.request.interactive:
             self._observe_gap(sequence)
         if output.finish_reason is not None:
             sequence.last = output
@@ -123,15 +168,23 @@ class Generation:
         """Record the time since the sequence's token before this one."""
         now = time.monotonic()
         if sequence.last_token_at is not None:
-            self._metrics.itl.labels(*self._labels).observe(now - sequence.last_token_at)
+            self._metrics.observe_gap(self._labels, now - sequence.last_token_at)
         sequence.last_token_at = now
 
-    def _count_failure(self, error: BaseException) -> None:
-        """Count a request that ran and did not finish; one that was refused is not counted."""
-        if isinstance(error, EngineError | StoreError):
-            return
-        reason = "error" if isinstance(error, GenerationFailed) else "abort"
-        self._metrics.count_request(self._labels, reason, None)
+    def _note_failure(self, error: BaseException) -> None:
+        """Keep what ended a request; report one that ran, and none that was refused."""
+        self.error = to_api_error(error).code if isinstance(error, Exception) else ABORTED
+        is_refusal = isinstance(error, EngineError | StoreError)
+        if not is_refusal or isinstance(error, ConstraintStuck):
+            self._report()
+
+    def _report(self) -> None:
+        """Count the request, and trace it if traces are on."""
+        self.has_run = True
+        outcome = self.outcome()
+        self._metrics.count_request(outcome)
+        if self._telemetry is not None:
+            self._telemetry.record(outcome, self._trace)
         self._spend(self._num_tokens())
 
     def _num_tokens(self) -> int:

@@ -1,29 +1,33 @@
 """Prometheus metrics: prefix `crma_`, with vLLM's suffixes, units and buckets.
 
-They have two sources. Histograms observe requests as they finish (`generation.py`); everything else
-is read from the engine's `stats()` when Prometheus asks. The `adapter` label takes names of the
-store, `base`, and `_other`. The first `max_adapter_labels` adapters that requests use have a label
-of their own from then on; all others share `_other`. A client cannot create new series.
+This module has what is counted as it happens; `engine_metrics.py` has what is read from the engine.
+
+Labels are bounded. `adapter` takes names of the store, `base`, and `_other`: while all names of the
+store fit into `max_adapter_labels`, each has its own; else the first that requests use, and all
+others share `_other`. A client cannot create new series.
+
+Counters of what alerts are about exist from the start, at 0: Prometheus's `increase()` sees no
+change in a series that begins at 1.
 """
 
 import math
-import time
-from collections import Counter as Counts
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
-from typing import NamedTuple
+from itertools import product
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    Metric,
-    SummaryMetricFamily,
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
 )
-from prometheus_client.registry import Collector
 
 from crma.store.entry import BackboneEntry
-from server.engine.request import EngineStats, Timings
+from server.engine.request import FinishReason
+from server.service.errors import CODES, DeadlineExceeded
+from server.service.outcome import Labels, Outcome
 
 # fmt: off
 # Buckets in seconds, as vLLM has them.
@@ -39,76 +43,104 @@ LATENCY = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
     480.0, 960.0, 1920.0, 7680.0,
 )
+TOKENS = (
+    1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000,
+)
 # fmt: on
 
-Names = Mapping[str, str]  # digest -> store name
-Labels = tuple[str, str]  # of a request: adapter (see `adapter_label`), crma (on or off)
+BASE_LABEL = "base"
+OTHER_LABEL = "_other"
+SWITCH = ("on", "off")  # values of the label `crma`
 
 
-class EngineMetric(NamedTuple):
-    """A metric that is read from a field of EngineStats. `name` has neither prefix nor `_total`."""
-
-    family: type[CounterMetricFamily] | type[GaugeMetricFamily]
-    field: str
-    name: str
-    help: str
-
-    def collect(self, stats: EngineStats) -> Metric:
-        """The metric's current value."""
-        return self.family(f"crma_{self.name}", self.help, value=getattr(stats, self.field))
-
-
-_GAUGE = partial(EngineMetric, GaugeMetricFamily)
-_COUNTER = partial(EngineMetric, CounterMetricFamily)
-ENGINE_METRICS = (
-    _GAUGE("num_requests_running", "num_requests_running", "Requests in the running batch."),
-    _GAUGE("num_requests_waiting", "num_requests_waiting", "Requests in the queue."),
-    _GAUGE("kv_cache_usage", "kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1."),
-    _COUNTER("num_steps", "engine_steps", "Forward steps."),
-    _COUNTER("num_preemptions", "num_preemptions", "Sequences preempted and computed again."),
-    _COUNTER("prompt_tokens", "prompt_tokens", "Prompt tokens, cached ones too."),
-    _COUNTER("generation_tokens", "generation_tokens", "Sampled tokens."),
-    _COUNTER(
-        "prefix_cache_queries",
-        "prefix_cache_queries",
-        "Prompt tokens looked up in the prefix cache.",
-    ),
-    _COUNTER("prefix_cache_hits", "prefix_cache_hits", "Prompt tokens found in the prefix cache."),
-    _COUNTER("adapter_evictions", "adapter_evictions", "Adapters evicted to make room for others."),
-)
-
-
-class Metrics(Collector):
+class Metrics:
     """All metrics of one app, in a registry of its own: two apps in one process do not collide."""
 
     def __init__(self, registry: CollectorRegistry, *, max_adapter_labels: int = 64) -> None:
+        # One series in ten, which Prometheus does not use.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry
         self._max_adapter_labels = max_adapter_labels
-        self._labelled: set[str] = set()
-        by = ("adapter", "crma")
+        self._used: set[str] = set()  # names that have a label because requests used them
+        self._served: frozenset[str] = frozenset()  # names that have one because all fit
+        self.histograms: list[tuple[Histogram, tuple[float, ...]]] = []  # each with its bounds
+        self._add_histograms()
+        self._add_counters()
+        self._add_gauges()
+        ProcessCollector(registry=registry)
+        self._start_adapters((BASE_LABEL, OTHER_LABEL))
 
-        histogram = partial(Histogram, namespace="crma", labelnames=by, registry=registry)
-        counter = partial(Counter, namespace="crma", registry=registry)
-        gauge = partial(Gauge, namespace="crma", registry=registry)
-        self.ttft = histogram(
-            "time_to_first_token_seconds", "From arrival to the first token.", buckets=TTFT
+    def _add_histograms(self) -> None:
+        by = ("adapter", "crma")
+        self.ttft = self._histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", by, TTFT
         )
-        self.itl = histogram(
-            "inter_token_latency_seconds", "Gap between tokens of a sequence.", buckets=ITL
+        self.itl = self._histogram(
+            "inter_token_latency_seconds", "Gap between tokens of a sequence.", by, ITL
         )
-        self.e2e = histogram(
-            "e2e_request_latency_seconds", "From arrival to the end.", buckets=LATENCY
+        self.e2e = self._histogram(
+            "e2e_request_latency_seconds", "From arrival to the end.", by, LATENCY
         )
-        self.queue = histogram(
-            "request_queue_time_seconds", "From arrival until first scheduled.", buckets=LATENCY
+        self.queue = self._histogram(
+            "request_queue_time_seconds", "From arrival until first scheduled.", by, LATENCY
         )
+        # Without the label `adapter`: with it, each would cost a scrape up to 3,000 series.
+        only_crma = ("crma",)
+        self.prefill = self._histogram(
+            "request_prefill_time_seconds",
+            "From first scheduled to the first token.",
+            only_crma,
+            LATENCY,
+        )
+        self.decode = self._histogram(
+            "request_decode_time_seconds", "From the first token to the end.", only_crma, LATENCY
+        )
+        self.prompt_length = self._histogram(
+            "request_prompt_tokens", "Tokens of a prompt.", only_crma, TOKENS
+        )
+        self.answer_length = self._histogram(
+            "request_generation_tokens", "Tokens of an answer.", only_crma, TOKENS
+        )
+        self.longest_answer = self._histogram(
+            "request_max_num_generation_tokens",
+            "Tokens of a request's longest answer.",
+            only_crma,
+            TOKENS,
+        )
+
+    def _histogram(
+        self, name: str, help: str, labels: tuple[str, ...], bounds: tuple[float, ...]
+    ) -> Histogram:
+        made = Histogram(
+            name, help, labels, namespace="crma", registry=self.registry, buckets=bounds
+        )
+        self.histograms.append((made, bounds))
+        return made
+
+    def _add_counters(self) -> None:
+        counter = partial(Counter, namespace="crma", registry=self.registry)
         self.success = counter(
-            "request_success", "Requests that ended, by reason.", ("finished_reason", *by)
+            "request_success",
+            "Requests that ended, by reason.",
+            ("finished_reason", "adapter", "crma"),
         )
         self.http_responses = counter("http_responses", "HTTP answers.", ("route", "status"))
+        self.errors = counter("errors", "Requests that ended with an error, by code.", ("code",))
+        for _, code in CODES:
+            self.errors.labels(code)
+        self.deadlines_missed = counter(
+            "deadlines_missed",
+            "Requests cut short, by who had set the deadline: client (timeout_s) or server.",
+            ("set_by",),
+        )
+        for who in ("client", "server"):
+            self.deadlines_missed.labels(who)
         self.verification_failures = counter(
             "adapter_verification_failures", "Problems found in the store."
         )
+
+    def _add_gauges(self) -> None:
+        gauge = partial(Gauge, namespace="crma", registry=self.registry)
         self.store_problems = gauge(
             "store_problems", "Problems in the store as it was last read; 0 once they are mended."
         )
@@ -121,36 +153,84 @@ class Metrics(Collector):
         self.spectral_bound = gauge(
             "spectral_bound", "Largest certified norm bound of a layer; 0: no backbone."
         )
+        self.promotion_drift = gauge(
+            "promotion_drift_ratio",
+            "Growth of a task's validation loss since its publication, as the promotion of the "
+            "serving backbone measured it.",
+            ("adapter",),
+        )
         self.last_ablation = gauge(
             "last_ablation_accuracy", "Accuracy of the last ablation, by variant.", ("variant",)
         )
+        self.disk_free = gauge("disk_free_bytes", "Free room where a folder is.", ("folder",))
+        self.disk_size = gauge("disk_size_bytes", "All room where a folder is.", ("folder",))
+
+    # Labels ------------------------------------------------------------------------------------
+
+    def serve_adapters(self, names: Collection[str]) -> None:
+        """Give every name of the store a label of its own if all fit, and start its counters."""
+        all_fit = len(self._used.union(names)) <= self._max_adapter_labels
+        served = frozenset(names) if all_fit else frozenset()
+        for name in self._served - served - self._used:
+            self.success.remove_by_labels({"adapter": name})
+        self._start_adapters(served - self._served)
+        self._served = served
 
     def adapter_label(self, name: str | None) -> str:
         """The bounded label of a store name that a request uses; None is the base model."""
         if name is None:
-            return "base"
-        if len(self._labelled) < self._max_adapter_labels:
-            self._labelled.add(name)
-        return self._known_label(name)
+            return BASE_LABEL
+        if name not in self._used and len(self._used | {name}) <= self._max_adapter_labels:
+            self._used.add(name)
+            self._start_adapters((name,))
+        return self.known_label(name)
 
-    def _known_label(self, name: str) -> str:
-        """The label that requests have given to a store name."""
-        return name if name in self._labelled else "_other"
+    def known_label(self, name: str) -> str:
+        """The label that a store name has."""
+        return name if name in self._used or name in self._served else OTHER_LABEL
 
-    def count_request(self, labels: Labels, reason: str, timings: Timings | None) -> None:
+    def _start_adapters(self, labels: Iterable[str]) -> None:
+        """Start the counters of requests that use these adapters."""
+        for reason, label, crma in product(FinishReason, labels, SWITCH):
+            self.success.labels(str(reason), label, crma)
+
+    def serve_route(self, path: str, statuses: Iterable[int]) -> None:
+        """Start the counters of a route's answers."""
+        for status in statuses:
+            self.http_responses.labels(path, str(status))
+
+    # What happens ------------------------------------------------------------------------------
+
+    def count_request(self, outcome: Outcome) -> None:
         """Count a request that has ended.
 
-        Args:
-            reason: stop, length, abort or error.
-            timings: observed where the request finished; None where it did not.
+        Times and lengths are those of requests that finished and that somebody waits for: an
+        ablation gives way to them, so its times say nothing about the server.
         """
-        self.success.labels(reason, *labels).inc()
-        if timings is None:
+        labels = outcome.labels
+        crma = labels[1]
+        timings = outcome.timings
+        self.success.labels(str(outcome.reason), *labels).inc()
+        if outcome.error == DeadlineExceeded.code and outcome.request.interactive:
+            self.deadlines_missed.labels("client" if outcome.own_deadline else "server").inc()
+        if timings is None or not outcome.request.interactive:
             return
         self.queue.labels(*labels).observe(timings.queue_s)
         self.e2e.labels(*labels).observe(timings.e2e_s)
         if timings.ttft_s is not None:
             self.ttft.labels(*labels).observe(timings.ttft_s)
+        if timings.prefill_s is not None:
+            self.prefill.labels(crma).observe(timings.prefill_s)
+        if timings.decode_s is not None:
+            self.decode.labels(crma).observe(timings.decode_s)
+        self.prompt_length.labels(crma).observe(outcome.prompt_tokens)
+        for length in outcome.output_tokens:
+            self.answer_length.labels(crma).observe(length)
+        self.longest_answer.labels(crma).observe(max(outcome.output_tokens))
+
+    def observe_gap(self, labels: Labels, seconds: float) -> None:
+        """Count the time between two tokens of a sequence that somebody waits for."""
+        self.itl.labels(*labels).observe(seconds)
 
     def set_backbone(self, backbone: BackboneEntry | None) -> None:
         """Show the backbone that serves from now on, in place of the last one."""
@@ -161,67 +241,19 @@ class Metrics(Collector):
             bound = backbone.manifest.certificate.get("max_bound")
             self.spectral_bound.set(bound if isinstance(bound, float) else math.nan)
 
+    def set_drift(self, drift: Mapping[str, float]) -> None:
+        """Show how much worse the serving backbone made each task; `_other` has the worst."""
+        self.promotion_drift.clear()
+        worst: dict[str, float] = {}
+        for name, ratio in drift.items():
+            label = self.known_label(name)
+            worst[label] = max(ratio, worst.get(label, -math.inf))
+        for label, ratio in worst.items():
+            self.promotion_drift.labels(label).set(ratio)
+
     def set_ablation(self, accuracies: Mapping[str, float | None]) -> None:
         """Show the accuracy of each variant; a variant without a score has no series."""
         self.last_ablation.clear()
         for variant, accuracy in accuracies.items():
             if accuracy is not None:
                 self.last_ablation.labels(variant=variant).set(accuracy)
-
-    def watch(
-        self, stats: Callable[[], EngineStats], names: Callable[[], Names], max_adapters: int
-    ) -> None:
-        """Add the engine's metrics; `names` gives digest to store name of task adapters."""
-        self._stats = stats
-        self._names = names
-        self._max_adapters = max_adapters
-        self.registry.register(self)
-
-    def collect(self) -> Iterator[Metric]:
-        """The engine's metrics at this moment; no copy of them is kept."""
-        stats = self._stats()
-        names = self._names()
-        for metric in ENGINE_METRICS:
-            yield metric.collect(stats)
-        yield SummaryMetricFamily(
-            "crma_adapter_load_seconds",
-            "Loads of adapters and the time they took.",
-            count_value=stats.adapter_loads,
-            sum_value=stats.adapter_load_seconds,
-        )
-        yield self._residency(stats, names)
-        yield self._lora_info(stats, names)
-
-    def _residency(self, stats: EngineStats, names: Names) -> Metric:
-        """How many versions of each adapter are in memory; 0 for those that are not."""
-        family = GaugeMetricFamily(
-            "crma_adapter_resident", "Versions of the adapter in memory.", labels=("adapter",)
-        )
-        counts = Counts({self._known_label(name): 0 for name in names.values()})
-        for digest, name in names.items():
-            if digest in stats.resident:
-                counts[self._known_label(name)] += 1
-        for label, count in counts.items():
-            family.add_metric((label,), count)
-        return family
-
-    def _lora_info(self, stats: EngineStats, names: Names) -> Metric:
-        """vLLM's gauge, by which the Kubernetes Gateway API Inference Extension routes.
-
-        Its value is the time.
-        """
-        labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
-        family = GaugeMetricFamily(
-            "vllm:lora_requests_info", "Adapters in use, as routers read them.", labels=labels
-        )
-
-        def joined_names(digests: Iterable[str]) -> str:
-            return ",".join(sorted({names[digest] for digest in digests if digest in names}))
-
-        values = (
-            str(self._max_adapters),
-            joined_names(stats.running_adapters),
-            joined_names(stats.waiting_adapters),
-        )
-        family.add_metric(values, time.time())
-        return family

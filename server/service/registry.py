@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from crma.core.errors import LineageMismatch, NotFound, StoreError
@@ -20,12 +21,14 @@ from crma.models.base_model import BaseModel
 from crma.models.model_shape import ModelShape
 from crma.models.prompts import Format
 from crma.store.adapter_store import AdapterStore
+from crma.store.drift import promotion_drift
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
-from crma.store.serving import lineage_problem
 from server.engine.inference_engine import InferenceEngine
 from server.service.caller import ANYONE, Caller
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
+from server.service.store_view import StoreView
+from server.service.suspects import Suspects, signature
 
 if TYPE_CHECKING:
     from server.engine.inference_engine import Loader
@@ -46,65 +49,6 @@ class Resolved:
     selection: AdapterSelection
     prompt_format: Format | None
     caller: Caller = ANYONE
-
-
-@dataclass(frozen=True)
-class _View:
-    """The store as it was read: by version, the entry, or the reason why it may not serve.
-
-    tasks: by name, then version. serving: the serving version of each task.
-    """
-
-    tasks: Mapping[str, Mapping[str, TaskEntry | StoreError]] = field(default_factory=dict)
-    serving: Mapping[str, str] = field(default_factory=dict)
-    backbones: Mapping[str, BackboneEntry | StoreError] = field(default_factory=dict)
-    serving_backbone: str | None = None
-
-    @property
-    def backbone(self) -> BackboneEntry | StoreError | None:
-        """The backbone that serves."""
-        if self.serving_backbone is None:
-            return None
-        return self.backbones.get(self.serving_backbone)
-
-    def sound_tasks(self) -> list[TaskEntry]:
-        """Every version of every task that may serve, by name and version."""
-        found = []
-        for _, versions in sorted(self.tasks.items()):
-            found += [entry for entry in versions.values() if isinstance(entry, TaskEntry)]
-        return found
-
-    def num_refused(self) -> int:
-        """How many versions may not serve."""
-        entries = [entry for versions in self.tasks.values() for entry in versions.values()]
-        return sum(isinstance(entry, StoreError) for entry in (*entries, *self.backbones.values()))
-
-    def sound_backbones(self) -> list[BackboneEntry]:
-        """Every version of the backbone that may serve."""
-        return [entry for entry in self.backbones.values() if isinstance(entry, BackboneEntry)]
-
-    def problem(self, name: str) -> StoreError | None:
-        """Why the serving version of a task cannot answer as it was trained; None if it can."""
-        entry = self.tasks[name][self.serving[name]]
-        if isinstance(entry, StoreError):
-            return entry
-        backbone = self.backbone
-        if not isinstance(backbone, StoreError):
-            return lineage_problem(entry, backbone)
-        return None if entry.manifest.backbone is None else backbone
-
-    def serving_tasks(self) -> dict[str, TaskEntry]:
-        """The serving version of each task, where it is sound, by name."""
-        sound = self.sound_tasks()
-        return {entry.name: entry for entry in sound if self.serving[entry.name] == entry.version}
-
-    def serving_entries(self) -> dict[str | None, TaskEntry | BackboneEntry]:
-        """What serves and is sound: tasks by name, the backbone under None."""
-        entries: dict[str | None, TaskEntry | BackboneEntry] = {}
-        entries.update(self.serving_tasks())
-        if isinstance(self.backbone, BackboneEntry):
-            entries[None] = self.backbone
-        return entries
 
 
 @dataclass(eq=False)
@@ -131,9 +75,10 @@ class Registry:
     verified: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self._view = _View()
+        self._view = StoreView()
         self._num_parameters: dict[str, int] = {}  # by digest, of the adapters that were checked
         self._fingerprint_read: object = None
+        self._suspects = Suspects()
         self._watching: asyncio.Task[None] | None = None
         self._refreshing = asyncio.Lock()  # else an older view could replace a newer one
 
@@ -276,7 +221,8 @@ class Registry:
 
     async def _refresh(self) -> None:
         fingerprint = await asyncio.to_thread(self._fingerprint)
-        if fingerprint == self._fingerprint_read:
+        is_same = fingerprint == self._fingerprint_read
+        if is_same and not await asyncio.to_thread(self._suspects.have_changed):
             return
         num_damaged_files = 0
         try:
@@ -288,11 +234,13 @@ class Registry:
         self.metrics.store_problems.set(view.num_refused() + num_damaged_files)
         sound: list[TaskEntry | BackboneEntry] = [*view.sound_tasks(), *view.sound_backbones()]
         for entry in sound:
-            self._register(entry, partial(entry.load, self.shape))
+            self._register(entry, self._suspects.loader(entry, self.shape))
         await self._preload(view)
         problems = self.problems
         self._view = view
         self._fingerprint_read = fingerprint
+        self.metrics.serve_adapters(view.tasks)
+        self.metrics.set_drift(view.drift)
         self.metrics.set_backbone(self.backbone)
         self._show_problems(problems)
 
@@ -303,7 +251,7 @@ class Registry:
             if self.verified and before.get(name) != message:
                 log.error("task %s cannot serve: %s", name, message)
 
-    async def _preload(self, view: _View) -> None:
+    async def _preload(self, view: StoreView) -> None:
         """Load new versions that replace a resident one, so that no request waits for them."""
         before = self._view.serving_entries()
         resident = self.engine.resident()
@@ -336,35 +284,41 @@ class Registry:
             raise NoBackbone(message, field="crma", value=asked, allowed=False)
         return _sound(self._view.backbone)
 
-    def _read(self) -> _View:
+    def _read(self) -> StoreView:
         """A view of the store as it is now. Raises StoreError if `channels.json` is damaged."""
         channels = self.store.channels()
+        root = self.store.root
+        self._suspects.begin()
         tasks: dict[str, dict[str, TaskEntry | StoreError]] = {}
         for name, serving in channels.tasks.items():
             versions = dict.fromkeys((*self.store.task_versions(name), serving))
             read_task = partial(self.store.task, name)
-            tasks[name] = {version: self._checked(read_task, version) for version in versions}
+            folder = root / "tasks" / name
+            tasks[name] = {each: self._checked(read_task, folder / each) for each in versions}
         backbones: dict[str, BackboneEntry | StoreError] = {}
         if self.load_backbone:
-            read = partial(read_backbone, self.store.root)
+            read = partial(read_backbone, root)
             for version in (*self.store.backbone_versions(), channels.backbone):
                 if version is not None and version not in backbones:
-                    backbones[version] = self._checked(read, version)
-        return _View(tasks, dict(channels.tasks), backbones, channels.backbone)
+                    backbones[version] = self._checked(read, root / "backbones" / version)
+        drift = promotion_drift(channels)
+        return StoreView(tasks, dict(channels.tasks), backbones, channels.backbone, drift)
 
     def _register(self, entry: TaskEntry | BackboneEntry, loader: "Loader") -> None:
         num_parameters = self._num_parameters.get(entry.digest, 0)  # an estimate until it is loaded
         self.engine.register(entry.digest, loader, num_parameters)
 
-    def _checked(self, read: Callable[[str], Entry], version: str) -> Entry | StoreError:
-        """The entry, or the problem with it. Its weights are checked once in this process."""
+    def _checked(self, read: Callable[[str], Entry], folder: Path) -> Entry | StoreError:
+        """The entry, or the problem with it. Its weights are checked once, and after a problem."""
+        seen = signature(folder)
         try:
-            entry = read(version)
+            entry = read(folder.name)
             entry.check_base(self.base.digest)
-            if entry.digest not in self._num_parameters:
+            if entry.digest not in self._num_parameters or self._suspects.was_found(folder):
                 weights = entry.load(self.shape).parameters()
                 self._num_parameters[entry.digest] = sum(tensor.numel() for tensor in weights)
         except StoreError as error:
+            self._suspects.add(folder, seen)
             if self.verified:  # before that, `start` reports the problems that `verify` found
                 self._report(error)
             return error

@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from server.engine.errors import ConstraintStuck
 from server.engine.native.constraint import Constraints
 from server.engine.native.detokenizer import Detokenizer
 from server.engine.native.model_runner import ModelRunner
@@ -290,7 +291,9 @@ class Engine:
                 outputs += self._end_failed([new.sequence])
         outputs += [self._finish(s, FinishReason.LENGTH) for s in results.measured]
         for sequence, reason in results.stuck:
-            outputs.append(self._finish(sequence, FinishReason.ERROR, error=reason))
+            outputs.append(
+                self._finish(sequence, FinishReason.ERROR, error=_stuck(sequence, reason))
+            )
         return outputs + self._end_overflown(results.overflown) + self._end_failed(results.failed)
 
     def _end_overflown(self, sequences: list[Sequence]) -> list[RequestOutput]:
@@ -332,7 +335,7 @@ class Engine:
 
         Args:
             output: what this step adds to the answer, if anything.
-            error: why it failed or was cut short; an exception is what loading its adapter raised.
+            error: why it failed or was cut short; an exception is raised in place of the output.
 
         Returns:
             The sequence's last output: `output`, the text that was held back, and the totals.
@@ -348,6 +351,13 @@ def _deadline(sequence: Sequence) -> float:
     """A sequence's deadline; infinity if it has none."""
     deadline = sequence.request.deadline
     return math.inf if deadline is None else deadline
+
+
+def _stuck(sequence: Sequence, reason: str) -> ConstraintStuck:
+    """The error of a sequence that cannot go on: it names the field that set the constraint."""
+    constraint = sequence.request.sampling.constraint
+    field = None if constraint is None else constraint.field
+    return ConstraintStuck(reason, field=field)
 
 
 def _not_begun(request: Request, index: int) -> RequestOutput:

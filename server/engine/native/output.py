@@ -36,7 +36,7 @@ def last_output(
 
     Args:
         output: what the sequence's last step adds to the answer.
-        error: why it failed or was cut short; an exception is what loading its adapter raised.
+        error: why it failed or was cut short; an exception is raised in place of the output.
         now: the engine's clock, in seconds.
     """
     text = output.text

@@ -143,7 +143,8 @@ async def test_the_number_of_labels_is_bounded_whatever_clients_ask_for(serve: S
         await served.generate(task=task)
     await served.client.get("/some/path/of/a/client")
     text = await served.metrics()
-    assert set(re.findall(r'success_total{adapter="([^"]*)"', text)) == {"legal", "_other"}
+    labels = set(re.findall(r'success_total{adapter="([^"]*)"', text))
+    assert labels == {"base", "legal", "_other"}
     assert "nowhere" not in text
     assert 'crma_http_responses_total{route="unknown",status="404"} 1.0' in text
 
@@ -189,7 +190,7 @@ async def test_the_access_log_has_the_request_id_and_digest_and_never_the_prompt
     access = [record for record in caplog.records if record.name == "server.access"]
     lines = [json.loads(Format("json").format(record)) for record in access]
     assert [line["status"] for line in lines] == [200, 200, 422, 500]
-    assert lines[1]["task"] == served.engine.requests[-1].selection.task_digest
+    assert lines[1]["task_digest"] == served.engine.requests[-1].selection.task_digest
     assert lines[1]["crma"] is True
     assert lines[1]["path"] == "/generate"
     request_ids = {line["request_id"] for line in lines}

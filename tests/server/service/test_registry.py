@@ -1,6 +1,7 @@
 """server.service.registry: names resolve to adapters while the store changes underneath."""
 
 import asyncio
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -274,3 +275,79 @@ async def test_a_view_that_was_read_earlier_never_replaces_a_later_one(
     go.set()
     await asyncio.gather(polled, uploaded)
     assert made.task_names == ["mid", "new", "old"]
+
+
+def problems(made: Registry) -> float | None:
+    """The gauge of the problems in the store."""
+    return made.metrics.registry.get_sample_value("crma_store_problems")
+
+
+async def test_damage_that_a_load_finds_is_a_problem_until_the_file_is_mended(
+    store: AdapterStore,
+) -> None:
+    """Only a reading of the store counted: an adapter that was damaged later failed every request,
+    and the gauge stayed at 0. A file mended in place was not read again."""
+    entry = publish(store, "task")
+    file = entry.path / "adapter_model.safetensors"
+    sound = file.read_bytes()
+    made = await started(store)
+    assert problems(made) == 0
+    flip_bit(file)
+    with pytest.raises(StoreError):
+        await made.engine.load(entry.digest)
+    await made.refresh()
+    assert problems(made) == 1
+    assert list(made.problems) == ["task"]
+    num_found = made.metrics.registry.get_sample_value("crma_adapter_verification_failures_total")
+    await made.refresh()
+    assert num_found == 1  # and it is not found anew at every look
+    file.write_bytes(sound)
+    await made.refresh()
+    assert (problems(made), made.problems) == (0, {})
+    await made.engine.load(made.resolve("task", None).selection.task_digest)
+
+
+async def test_damage_that_was_there_at_the_start_ends_when_it_is_mended(
+    store: AdapterStore,
+) -> None:
+    entry = publish(store, "task")
+    file = entry.path / "manifest.json"
+    sound = file.read_bytes()
+    file.write_bytes(b"{}")
+    made = await started(store)
+    assert problems(made) == 1
+    file.write_bytes(sound)
+    await made.refresh()
+    assert problems(made) == 0
+    assert made.resolve("task", None).task is not None
+
+
+async def test_a_damaged_version_that_is_removed_is_no_problem(store: AdapterStore) -> None:
+    publish(store, "task", 0)
+    entry = publish(store, "task", 1, serve=False)
+    (entry.path / "manifest.json").write_bytes(b"{}")
+    made = await started(store)
+    assert problems(made) == 1
+    shutil.rmtree(entry.path)
+    await made.refresh()
+    assert problems(made) == 0
+    reading = made._view
+    await made.refresh()
+    assert made._view is reading  # a version that has gone is looked for no more
+
+
+async def test_the_drift_of_a_promotion_is_shown_until_it_is_rolled_back(
+    store: AdapterStore,
+) -> None:
+    first = publish_backbone(store)
+    publish(store, "task", backbone=first.digest)
+    second = publish_backbone(store, 1, lineage=(first.digest,), serve=False)
+    scores = {"task": {"loss": 1.0, "drift": 3.0, "change": 3.0}}
+    evidence = {"lambda": 1.0, "tried": [{"lambda": 1.0, "harmed": [], "tasks": scores}]}
+    store.set_serving({"backbone": second.version}, evidence=evidence)
+    made = await started(store)
+    value = made.metrics.registry.get_sample_value
+    assert value("crma_promotion_drift_ratio", {"adapter": "task"}) == 0.03
+    store.roll_back("backbone")
+    await made.refresh()
+    assert value("crma_promotion_drift_ratio", {"adapter": "task"}) is None
