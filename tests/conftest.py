@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,3 +48,23 @@ def write_task() -> Callable[[Path, tuple[str, str]], None]:
             (folder / f"{split}.jsonl").write_text("".join(lines))
 
     return write
+
+
+@pytest.fixture(scope="session")
+def postgresql_urls() -> Iterator[str]:
+    """A running PostgreSQL: what `postgresql.new_database` needs to make a database."""
+    from postgresql import running_postgresql
+
+    with running_postgresql() as urls:
+        yield urls
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str | None:
+    """The URL of an empty database of the test's own; None: SQLite, in a folder of the test."""
+    from postgresql import new_database
+
+    if request.param == "sqlite":
+        return None
+    urls = request.getfixturevalue("postgresql_urls")
+    return new_database(urls, f"test_{uuid.uuid4().hex}")
