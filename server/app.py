@@ -60,7 +60,7 @@ def create_app(frontend: Frontend) -> FastAPI:
         # One CPU thread each: only the engine's thread may have more (native/model_runner.py).
         workers = ThreadPoolExecutor(8, "worker", compute_alone)
         asyncio.get_running_loop().set_default_executor(workers)
-        await asyncio.to_thread(ablations.load)
+        await ablations.start()
         app.state.starting = asyncio.create_task(_start(frontend))
         yield
         frontend.draining = True
@@ -88,7 +88,10 @@ def create_app(frontend: Frontend) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     uploads = {publishing.UPLOAD_PATH: settings.max_upload_mib * 2**20}
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, uploads=uploads)
+    texts = {ablation.UPLOADS: settings.max_question_set_mib * 2**20}
+    app.add_middleware(
+        BodyLimit, max_bytes=settings.max_body_bytes, uploads=uploads, texts=texts
+    )
     app.add_middleware(RequestLog, metrics=metrics)
     _allow_origins(app, settings.cors_origins)  # the last added is the outermost: errors too
     return app

@@ -15,11 +15,13 @@ class BodyLimit:
 
     uploads: limits of the paths whose POST takes files, in place of `max_bytes`; files may hold any
         bytes.
+    texts: limits below these paths, of a PUT.
     """
 
     app: ASGIApp
     max_bytes: int
     uploads: Mapping[str, int] = field(default_factory=dict)
+    texts: Mapping[str, int] = field(default_factory=dict)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         size = 0
@@ -28,6 +30,9 @@ class BodyLimit:
         is_upload = scope.get("method") == "POST" and scope["path"] in self.uploads
         if is_upload:
             max_bytes = self.uploads[scope["path"]]
+        for path, limit in self.texts.items():
+            if scope.get("method") == "PUT" and scope["path"].startswith(path):
+                max_bytes = limit
 
         async def checked_receive() -> Message:
             nonlocal size

@@ -20,7 +20,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from crma.core.errors import ConfigError
 from crma.core.files import locked
@@ -64,11 +64,6 @@ class Database:
         self._is_open = False
         self._opening = threading.Lock()
 
-    @property
-    def exists(self) -> bool:
-        """Whether anything may have been recorded. False only before SQLite's file is made."""
-        return self._file is None or self._file.exists()
-
     async def run(self, work: Work[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """Run one transaction and return its result. If `work` raises, nothing has changed.
 
@@ -80,10 +75,21 @@ class Database:
         transaction = partial(self._transact, partial(work, **options), *arguments)
         return await loop.run_in_executor(self._threads, transaction)
 
+    async def run_if_made(
+        self, otherwise: T, work: Work[P, T], *arguments: P.args, **options: P.kwargs
+    ) -> T:
+        """As `run`; but where nothing was ever recorded, write nothing and return `otherwise`."""
+        if await asyncio.get_running_loop().run_in_executor(self._threads, self._is_made):
+            return await self.run(work, *arguments, **options)
+        return otherwise
+
     def close(self) -> None:
         """End the threads once their transactions have ended, and close the connections."""
         self._threads.shutdown()
         self._engine.dispose()
+
+    def _is_made(self) -> bool:
+        return self._is_open or self._file is None or self._file.exists()
 
     def _transact(self, work: Callable[..., T], *arguments: Any) -> T:
         with _translated():
@@ -186,6 +192,8 @@ def _translated() -> Iterator[None]:
     """Turn the errors of a database and of its folder into ours."""
     try:
         yield
+    except (IntegrityError, DataError):  # ours, and no fault of the database
+        raise
     except DBAPIError as error:
         reason = str(error.orig).strip()
         if _is_not_writable(error.orig):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, or_, select, true, update
 from sqlalchemy.sql.dml import Update
 
 from server.records.clock import now_s
@@ -76,20 +76,20 @@ def num_waiting(connection: Connection, owner: str) -> int:
     return connection.execute(query).scalar_one()
 
 
-def find(connection: Connection, id: str, owner: str) -> Job | None:
-    """An owner's job; None if there is none, or it is another's."""
+def find(connection: Connection, id: str, owner: str | None) -> Job | None:
+    """An owner's job; None if there is none, or it is another's. Owner None: anyone's."""
     row = connection.execute(select(*_COLUMNS).where(_is(id, owner))).one_or_none()
     return None if row is None else _job(row)
 
 
-def result_of(connection: Connection, id: str, owner: str) -> str | None:
-    """The result of an owner's job, as JSON; None unless it is done."""
-    return connection.execute(select(jobs.c.result).where(_is(id, owner))).scalar_one_or_none()
+def result_of(connection: Connection, id: str) -> str | None:
+    """The result of a job, as JSON; None unless it is done."""
+    return connection.execute(select(jobs.c.result).where(jobs.c.id == id)).scalar_one_or_none()
 
 
-def newest(connection: Connection, owner: str, limit: int) -> list[Job]:
-    """The jobs of an owner, the newest first."""
-    query = select(*_COLUMNS).where(jobs.c.owner == owner)
+def newest(connection: Connection, owner: str | None, limit: int) -> list[Job]:
+    """The jobs of an owner, or of everyone, the newest first."""
+    query = select(*_COLUMNS).where(_owned_by(owner))
     ordered = query.order_by(jobs.c.created.desc(), jobs.c.id).limit(limit)
     return [_job(row) for row in connection.execute(ordered)]
 
@@ -139,11 +139,13 @@ def keep_outcome(
     connection: Connection, id: str, lease: str, lease_s: float, position: int, outcome: Any
 ) -> bool:
     """Record a finished item, and renew the lease. False: the lease has passed to another."""
-    counted = _held(id, lease).values(
-        num_done=jobs.c.num_done + 1, num_attempts=0, leased_until=now_s() + lease_s
-    )
-    if not connection.execute(counted).rowcount:
+    renewed = _held(id, lease).values(num_attempts=0, leased_until=now_s() + lease_s)
+    if not connection.execute(renewed).rowcount:
         return False
+    is_this = (outcomes.c.job == id) & (outcomes.c.position == position)
+    if connection.execute(select(outcomes.c.position).where(is_this)).first():
+        return True  # a commit whose answer was lost
+    connection.execute(update(jobs).where(jobs.c.id == id).values(num_done=jobs.c.num_done + 1))
     row = {"job": id, "position": position, "outcome": outcome}
     connection.execute(insert(outcomes).values(row))
     return True
@@ -182,16 +184,20 @@ def finish(
     return True
 
 
-def release(connection: Connection, leases: Mapping[str, str]) -> None:
-    """Give jobs back, so that any server can go on with them at once."""
+def release(connection: Connection, leases: Mapping[str, str], *, is_orderly: bool) -> None:
+    """Give jobs back, so that any server can go on with them at once.
+
+    Args:
+        leases: by job.
+        is_orderly: they did not end this server, and this was no attempt.
+    """
+    values = {"status": "queued", "lease": None, "leased_until": None}
     for id, lease in leases.items():
-        waits = _held(id, lease).values(
-            status="queued", lease=None, leased_until=None, num_attempts=0
-        )
-        connection.execute(waits)
+        num_attempts = jobs.c.num_attempts - is_orderly
+        connection.execute(_held(id, lease).values(values).values(num_attempts=num_attempts))
 
 
-def cancel(connection: Connection, id: str, owner: str) -> Job | None:
+def cancel(connection: Connection, id: str, owner: str | None) -> Job | None:
     """Cancel an owner's job unless it has ended. Returns it; None if there is none."""
     ended = update(jobs).where(_is(id, owner), or_(_WAITS, _RUNS))
     values = {"status": "cancelled", "ended": now_s(), "lease": None, "leased_until": None}
@@ -226,8 +232,12 @@ def remove_old(connection: Connection, max_kept: int, kept_s: float) -> None:
     connection.execute(delete(jobs).where(_HAS_ENDED, jobs.c.id.in_(too_many)))
 
 
-def _is(id: str, owner: str) -> ColumnElement[bool]:
-    return (jobs.c.id == id) & (jobs.c.owner == owner)
+def _is(id: str, owner: str | None) -> ColumnElement[bool]:
+    return (jobs.c.id == id) & _owned_by(owner)
+
+
+def _owned_by(owner: str | None) -> ColumnElement[bool]:
+    return true() if owner is None else jobs.c.owner == owner
 
 
 def _held(id: str, lease: str) -> Update:

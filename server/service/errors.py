@@ -22,6 +22,7 @@ from server.engine.errors import (
     PromptTooLong,
     QueueFull,
 )
+from server.records.errors import RecordsNotWritable, RecordsUnavailable
 
 
 class ApiError(CrmaError):
@@ -100,7 +101,7 @@ class UnknownField(ApiError, status=422, code="unknown_field"):
 
 
 class TooManyJobs(ApiError, status=429, code="too_many_jobs", headers={"Retry-After": "10"}):
-    """The limit of background jobs is reached."""
+    """As many background jobs of one key wait as may."""
 
 
 class ClientGone(ApiError, status=499, code="client_gone"):
@@ -141,6 +142,8 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
     (PromptTooLong, 400, "context_length_exceeded"),
     (QueueFull, 429, "queue_full"),
     (EngineStopped, 503, "draining"),
+    (RecordsUnavailable, 503, "records_unavailable"),
+    (RecordsNotWritable, 507, "records_not_writable"),
 )
 
 
@@ -169,4 +172,6 @@ def _translated(error: CrmaError, status: int, code: str) -> ApiError:
     made.code = code
     if isinstance(error, QueueFull):
         made.headers = {"Retry-After": str(error.seconds)}
+    if isinstance(error, RecordsUnavailable):
+        made.headers = {"Retry-After": "5"}
     return made
