@@ -29,12 +29,19 @@ async def readyz(frontend: TheFrontend, response: Response) -> dict[str, Any]:
     """200 once the store is verified and the engine has run a step.
 
     503 before that, and while the server drains. `problems` names every task that cannot answer,
-    with the reason. They do not make it 503: the other tasks and the base model answer.
+    with the reason. They do not make it 503: the other tasks and the base model answer. Neither
+    does `store_problem`, why the store cannot be read now: what it held before goes on serving.
     """
     reason = frontend.not_ready()
     response.status_code = 503 if reason else 200
     status = "not_ready" if reason else "ready"
-    return {"status": status, "reason": reason, "problems": frontend.registry.problems}
+    registry = frontend.registry
+    return {
+        "status": status,
+        "reason": reason,
+        "problems": registry.problems,
+        "store_problem": registry.store_problem,
+    }
 
 
 @router.get("/health", response_class=Response, responses=_EMPTY)
