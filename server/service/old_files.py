@@ -19,6 +19,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from crma.core.errors import CrmaError
+from crma.core.files import locked
 from crma.evaluation.question_set import read_question_set
 from server.records import jobs, question_sets
 from server.records.database import Database
@@ -39,8 +40,11 @@ async def import_files(folder: Path, database: Database) -> None:
         folder: of the evaluations.
         database: where they go. If it cannot be written, they stay files until the next start.
     """
-    await _import(folder / "ablations", "*.json", database, _read_job)
-    await _import(folder / "question_sets", "*.jsonl", database, _read_set)
+    try:
+        await _import(folder / "ablations", "*.json", database, _read_job)
+        await _import(folder / "question_sets", "*.jsonl", database, _read_set)
+    except OSError as error:
+        log.error("records of an older release in %s stay files: %s", folder, error)
 
 
 _Add = Callable[[Connection], None]
@@ -49,7 +53,7 @@ _Add = Callable[[Connection], None]
 async def _import(
     folder: Path, pattern: str, database: Database, read: Callable[[Path], _Add]
 ) -> None:
-    for path in await asyncio.to_thread(lambda: sorted(folder.glob(pattern))):
+    for path in await asyncio.to_thread(_found, folder, pattern):
         try:
             add = await asyncio.to_thread(read, path)
         except _DAMAGE as error:
@@ -63,6 +67,15 @@ async def _import(
             log.error("%s stays a file: %s", path, error.message)
             return
         await asyncio.to_thread(_mark, path)
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    """The files to move. What a writer that died left half written is removed first."""
+    paths = sorted(folder.glob(pattern))
+    if not paths:
+        return []
+    with locked(folder):
+        return [path for path in paths if path.exists() and not path.name.startswith(".")]
 
 
 def _mark(path: Path) -> None:

@@ -21,6 +21,7 @@ from crma.models.model_shape import ModelShape
 from crma.models.prompts import Format
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
+from crma.store.incoming import remove_leftovers
 from crma.store.serving import lineage_problem
 from server.engine.inference_engine import InferenceEngine
 from server.service.daemon_thread import in_daemon_thread
@@ -159,6 +160,7 @@ class Registry:
         )
 
     async def _verify(self) -> None:
+        await in_daemon_thread(partial(remove_leftovers, self.store.root))
         verify = partial(self.store.verify, base=self.base, shape=self.shape)
         for problem in await in_daemon_thread(verify):
             self._problems.report(problem)
@@ -351,10 +353,7 @@ class Registry:
         return _sound(self._view.backbone)
 
     def _read(self) -> _View:
-        """A view of the store as it is now.
-
-        Raises StoreError or OSError if `channels.json` is damaged, or has gone.
-        """
+        """A view of the store as it is now. Raises StoreError or OSError for one damaged or gone."""
         channels = self.store.channels()
         if self._has_channels and not channels.history:
             check_still_there(self.store.root)
