@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,20 +50,21 @@ def write_task() -> Callable[[Path, tuple[str, str]], None]:
 
 
 @pytest.fixture(scope="session")
-def postgresql_urls() -> Iterator[str]:
-    """A running PostgreSQL: what `postgresql.new_database` needs to make a database."""
+def postgresql_url() -> Iterator[str]:
+    """The URL of a running PostgreSQL."""
     from postgresql import running_postgresql
 
-    with running_postgresql() as urls:
-        yield urls
+    with running_postgresql() as url:
+        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest) -> str | None:
-    """The URL of an empty database of the test's own; None: SQLite, in a folder of the test."""
-    from postgresql import new_database
+    """The URL of an empty database; None: SQLite, in a folder of the test."""
+    from postgresql import empty
 
     if request.param == "sqlite":
         return None
-    urls = request.getfixturevalue("postgresql_urls")
-    return new_database(urls, f"test_{uuid.uuid4().hex}")
+    url: str = request.getfixturevalue("postgresql_url")
+    empty(url)
+    return url

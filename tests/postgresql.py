@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ def running_postgresql() -> Iterator[str]:
     """Start a cluster that ends with the block. Skips the test where PostgreSQL is not installed.
 
     Yields:
-        The text to which the name of a database is added to have its URL.
+        The URL of its database.
     """
     initdb, postgres = _program("initdb"), _program("postgres")
     user = _unprivileged_user()
@@ -39,17 +40,19 @@ def running_postgresql() -> Iterator[str]:
             assert server.stderr is not None
             try:
                 assert any("ready to accept connections" in line for line in server.stderr)
-                yield f"postgresql://crma@/%s?host={folder}"
+                yield f"postgresql://crma@/postgres?host={folder}"
             finally:
-                server.terminate()
+                server.send_signal(signal.SIGQUIT)  # nothing needs to be kept
                 server.stderr.read()
 
 
-def new_database(urls: str, name: str) -> str:
-    """Make an empty database in a running cluster. Returns its URL."""
-    with psycopg.connect(urls % "postgres", autocommit=True) as connection:
-        connection.execute(f"create database {name}")  # names are the tests' own
-    return urls % name
+def empty(url: str) -> None:
+    """Remove everything that a test left in a database, and end its connections."""
+    others = "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()"
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"{others} and datname = current_database()")
+        connection.execute("drop schema public cascade")
+        connection.execute("create schema public")
 
 
 def _program(name: str) -> Path:

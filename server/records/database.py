@@ -20,7 +20,14 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
 from crma.core.errors import ConfigError
 from crma.core.files import locked
@@ -192,13 +199,13 @@ def _translated() -> Iterator[None]:
     """Turn the errors of a database and of its folder into ours."""
     try:
         yield
-    except (IntegrityError, DataError):  # ours, and no fault of the database
-        raise
     except DBAPIError as error:
         reason = str(error.orig).strip()
         if _is_not_writable(error.orig):
             message = f"the records cannot be written: {reason}"
             raise RecordsNotWritable(message, field="database_url") from error
+        if isinstance(error, IntegrityError | DataError | ProgrammingError):  # no fault of its own
+            raise
         raise _unavailable(reason) from error
     except SQLAlchemyError as error:  # no connection became free
         raise _unavailable(str(error)) from error

@@ -193,7 +193,7 @@ def release(connection: Connection, leases: Mapping[str, str], *, is_orderly: bo
     """
     values = {"status": "queued", "lease": None, "leased_until": None}
     for id, lease in leases.items():
-        num_attempts = jobs.c.num_attempts - is_orderly
+        num_attempts = jobs.c.num_attempts - int(is_orderly)
         connection.execute(_held(id, lease).values(values).values(num_attempts=num_attempts))
 
 

@@ -121,9 +121,10 @@ class JobRunner:
         """Stop, and give back the jobs that have not ended, for the next server."""
         self._is_stopping = True
         self._notify()
-        tasks = [task for _, task in self._running.values()]
+        self.wake()
         if self._loop is not None:
-            tasks.append(self._loop)
+            await asyncio.wait({self._loop})  # not cancelled: a job that it takes just now is given back below
+        tasks = [task for _, task in self._running.values()]
         leases = self._leases()
         for task in tasks:
             task.cancel()
@@ -153,13 +154,12 @@ class JobRunner:
             since: `num_changes` before the caller last looked.
         """
         if self.num_changes == since and not self._is_stopping:
-            with suppress(TimeoutError):  # another server may have written
-                await asyncio.wait_for(self._changed.wait(), self.poll_s)
+            await _until(self._changed, self.poll_s)  # another server may have written
         return not self._is_stopping
 
     async def _look_again_and_again(self) -> None:
         num_ticks = 0
-        while True:
+        while not self._is_stopping:
             self._wanted.clear()
             try:
                 await self._look(is_cleaning=num_ticks % _TICKS_BETWEEN_CLEANINGS == 0)
@@ -171,8 +171,7 @@ class JobRunner:
             except Exception:
                 log.exception("background jobs wait")
             num_ticks += 1
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._wanted.wait(), self.poll_s)
+            await _until(self._wanted, self.poll_s)
 
     async def _look(self, *, is_cleaning: bool) -> None:
         """Renew the leases, and take as many jobs as can run."""
@@ -185,7 +184,7 @@ class JobRunner:
             await self.end(id)
         if is_cleaning:
             await self.database.run_if_made(None, _clean, self.limits)
-        while len(self._running) < self.limits.max_running and self.is_ready():
+        while self._has_room():
             lease = f"{self._server}-{uuid.uuid4().hex[:8]}"
             taken = await self.database.run_if_made(None, _take, self.base, lease, self.lease_s)
             if taken is None:
@@ -193,7 +192,13 @@ class JobRunner:
             job, outcomes = taken
             await self.end(job.id)  # this server was so late that it takes its own job
             running = RunningJob(job, lease, outcomes, partial(self._keep, job.id, lease))
-            self._running[job.id] = (lease, asyncio.create_task(self._run(running)))
+            task = asyncio.create_task(self._run(running))
+            self._running[job.id] = (lease, task)
+            task.add_done_callback(partial(self._forget, job.id))
+
+    def _has_room(self) -> bool:
+        has_room = len(self._running) < self.limits.max_running
+        return has_room and not self._is_stopping and self.is_ready()
 
     def _leases(self) -> dict[str, str]:
         return {id: lease for id, (lease, _) in self._running.items()}
@@ -225,11 +230,14 @@ class JobRunner:
                 await self.database.run(rows.release, {job.id: running.lease}, is_orderly=False)
         except Exception:
             log.exception("job %s is left to its lease", job.id)
-        finally:
-            del self._running[job.id]
-            self.failed.pop(job.id, None)
-            self._notify()
-            self.wake()
+
+    def _forget(self, id: str, task: asyncio.Task[None]) -> None:
+        """A task has ended, or was cancelled before it began: there is room for another job."""
+        if self._running.get(id, ("", None))[1] is task:
+            del self._running[id]
+        self.failed.pop(id, None)
+        self._notify()
+        self.wake()
 
     async def _outcome(self, running: RunningJob) -> tuple[Status, str | None, str | None]:
         """Run a job. Returns how it ended, why it failed, and its result as JSON.
@@ -282,6 +290,16 @@ class JobRunner:
         self.num_changes += 1
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+async def _until(event: asyncio.Event, timeout_s: float) -> None:
+    """Wait for an event, for at most some seconds.
+
+    `asyncio.wait_for` could lose the cancellation that comes together with the event.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
 
 
 def _take(

@@ -17,7 +17,7 @@ from server.service.errors import TooManyJobs
 from server.service.job_runner import JobLimits, JobRunner, RunningJob, Work
 from server.service.jobs import Jobs
 
-LIMITS = JobLimits(max_running=2, max_waiting=3, max_kept=100, kept_s=1e6)
+LIMITS = JobLimits(max_running=1, max_waiting=3, max_kept=100, kept_s=1e6)
 Open = Callable[[], Database]
 Started = Callable[..., Jobs]
 

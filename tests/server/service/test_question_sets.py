@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import func, select
 
 from crma.core.errors import ConfigError, NotFound
+from crma.evaluation import question_lines, question_set
 from crma.evaluation.question_set import parse_question_set
 from server.records import question_sets as rows
 from server.records.database import Database
@@ -63,16 +64,25 @@ async def test_a_set_in_pieces_is_the_set_of_the_whole_file(
     assert await numbers(database) == (1, 2 * BATCH + 8)
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-async def test_a_set_may_hold_a_hundred_thousand_questions_and_no_more(
-    sets: QuestionSets, database: Database
+async def test_a_set_may_hold_so_many_questions_and_no_more(
+    sets: QuestionSets, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(question_lines, "MAX_ITEMS", 2000)
+    monkeypatch.setattr(question_set, "MAX_ITEMS", 2000)
+    assert (await sets.upload("large", "", pieces(map(line, range(2000)))))["items"] == 2000
+    with pytest.raises(ConfigError, match="2001 questions"):
+        await sets.upload("larger", "", pieces(map(line, range(9000))))
+    assert await numbers(database) == (1, 2000)
+
+
+@pytest.mark.e2e
+async def test_a_set_of_a_hundred_thousand_questions_is_uploaded_and_read(
+    sets: QuestionSets,
 ) -> None:
     blocks = (b"".join(line(i) for i in range(k, k + 1000)) for k in range(0, 100_000, 1000))
-    assert (await sets.upload("large", "", pieces(blocks)))["items"] == 100_000
-    again = (b"".join(line(i) for i in range(k, k + 1000)) for k in range(0, 101_000, 1000))
-    with pytest.raises(ConfigError, match="100001 questions"):
-        await sets.upload("larger", "", pieces(again))
-    assert await numbers(database) == (1, 100_000)
+    described = await sets.upload("large", "", pieces(blocks))
+    assert (await sets.read("large", "")).describe() == described
+    assert described["items"] == question_set.MAX_ITEMS == 100_000
 
 
 @pytest.mark.parametrize(
