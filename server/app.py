@@ -89,9 +89,7 @@ def create_app(frontend: Frontend) -> FastAPI:
         app.include_router(router)
     uploads = {publishing.UPLOAD_PATH: settings.max_upload_mib * 2**20}
     texts = {ablation.UPLOADS: settings.max_question_set_mib * 2**20}
-    app.add_middleware(
-        BodyLimit, max_bytes=settings.max_body_bytes, uploads=uploads, texts=texts
-    )
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, uploads=uploads, texts=texts)
     app.add_middleware(RequestLog, metrics=metrics)
     _allow_origins(app, settings.cors_origins)  # the last added is the outermost: errors too
     return app

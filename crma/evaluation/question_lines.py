@@ -78,4 +78,6 @@ class QuestionLines:
         if len(line) > MAX_LINE_BYTES:
             place = f"{self._name} line {self._num_lines + 1}"
             allowed = f"<= {MAX_LINE_BYTES} bytes"
-            raise ConfigError(f"{place} is too long.", field=place, value=len(line), allowed=allowed)
+            raise ConfigError(
+                f"{place} is too long.", field=place, value=len(line), allowed=allowed
+            )

@@ -9,7 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, or_, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.sql.dml import Update
 
 from server.records.clock import now_s
@@ -120,11 +131,15 @@ def claim(connection: Connection, base: str, lease: str, lease_s: float) -> Job 
     id = connection.execute(ordered.with_for_update(of=jobs, skip_locked=True)).scalar()
     if id is None:
         return None
-    taken = update(jobs).where(jobs.c.id == id).values(
-        status="running",
-        lease=lease,
-        leased_until=now_s() + lease_s,
-        num_attempts=jobs.c.num_attempts + 1,
+    taken = (
+        update(jobs)
+        .where(jobs.c.id == id)
+        .values(
+            status="running",
+            lease=lease,
+            leased_until=now_s() + lease_s,
+            num_attempts=jobs.c.num_attempts + 1,
+        )
     )
     return _job(connection.execute(taken.returning(*_COLUMNS)).one())
 

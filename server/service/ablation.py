@@ -56,7 +56,9 @@ class Ablations:
     def __init__(self, frontend: Frontend) -> None:
         settings = frontend.settings
         url = settings.database_url
-        self._database = Database(settings.evaluations, url and url.get_secret_value())
+        self._database = Database(
+            settings.evaluations, None if url is None else url.get_secret_value()
+        )
         limits = JobLimits(
             settings.max_ablation_jobs,
             settings.max_ablation_queue,

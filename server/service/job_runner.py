@@ -123,7 +123,9 @@ class JobRunner:
         self._notify()
         self.wake()
         if self._loop is not None:
-            await asyncio.wait({self._loop})  # not cancelled: a job that it takes just now is given back below
+            await asyncio.wait(
+                {self._loop}
+            )  # not cancelled: a job that it takes just now is given back below
         tasks = [task for _, task in self._running.values()]
         leases = self._leases()
         for task in tasks:

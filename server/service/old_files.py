@@ -1,7 +1,7 @@
 """Records that older releases kept as files, moved into the database when the server starts.
 
-`ablations/<id>.json` was a job, and `question_sets/<name>.jsonl` an uploaded question set, below the
-folder of evaluations. A file that was moved gets the suffix `.imported`. They belong to nobody in
+Below the folder of evaluations, `ablations/<id>.json` was a job and `question_sets/<name>.jsonl` an
+uploaded question set. A file that was moved gets the suffix `.imported`. They belong to nobody in
 particular: "" is their owner.
 """
 
@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
@@ -117,9 +117,8 @@ def _read_job(path: Path) -> _Add:
 def _read_set(path: Path) -> _Add:
     """What adds the question set of a file, unless there is one of that name already."""
     question_set = read_question_set(path)
-    content: list[Any] = []
-    for question in question_set.questions:
-        content.append(question.model_dump(mode="json", exclude_defaults=True))
+    questions = question_set.questions
+    content = [each.model_dump(mode="json", exclude_defaults=True) for each in questions]
 
     def add(connection: Connection) -> None:
         if question_sets.find(connection, question_set.name, question_sets.EVERYONE) is not None:

@@ -76,9 +76,7 @@ class QuestionSets:
                 log.warning("a question set cannot be used: %s", error.message)
         return [described[name] for name in sorted(described)]
 
-    async def upload(
-        self, name: str, owner: str, pieces: AsyncIterator[bytes]
-    ) -> dict[str, Any]:
+    async def upload(self, name: str, owner: str, pieces: AsyncIterator[bytes]) -> dict[str, Any]:
         """Keep a set of JSON Lines, in place of the owner's earlier one of that name.
 
         Nobody sees it before it is complete, and what came of one that fails is removed.
@@ -111,9 +109,7 @@ class QuestionSets:
             raise
         return _described(name, digest, num_items)
 
-    async def _receive(
-        self, id: str, name: str, pieces: AsyncIterator[bytes]
-    ) -> tuple[str, int]:
+    async def _receive(self, id: str, name: str, pieces: AsyncIterator[bytes]) -> tuple[str, int]:
         """Check and keep questions as they arrive. Returns their digest and number."""
         lines = QuestionLines(name)
         waiting: list[Question] = []
@@ -129,7 +125,9 @@ class QuestionSets:
         return digest, lines.num_items
 
     async def _keep(self, id: str, first: int, questions: Sequence[Question]) -> None:
-        content = [question.model_dump(mode="json", exclude_defaults=True) for question in questions]
+        content = [
+            question.model_dump(mode="json", exclude_defaults=True) for question in questions
+        ]
         await self.database.run(rows.add_questions, id, first, content, _PATIENCE_S)
 
     async def _files(self) -> dict[str, Path]:

@@ -353,7 +353,7 @@ class Registry:
         return _sound(self._view.backbone)
 
     def _read(self) -> _View:
-        """A view of the store as it is now. Raises StoreError or OSError for one damaged or gone."""
+        """A view of the store as it is now. Raises StoreError or OSError if it cannot be read."""
         channels = self.store.channels()
         if self._has_channels and not channels.history:
             check_still_there(self.store.root)

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 
+from crma.access.scope import Scope
 from crma.evaluation.ablation import AblationSettings
 from server.http.answer import STREAM_HEADERS, event, unless_gone
-from crma.access.scope import Scope
 from server.http.auth import TheCaller, require_ablate, require_admin
 from server.http.dependencies import TheAblations, TheFrontend
 from server.http.error_handlers import documented
@@ -28,7 +28,8 @@ admin = APIRouter(dependencies=[Depends(require_admin)])
 
 _STARTED: dict[int | str, dict[str, Any]] = {202: {"description": "Started in the background."}}
 _ANSWERS = (
-    documented(400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 507, example_of="/ablation") | _STARTED
+    documented(400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 507, example_of="/ablation")
+    | _STARTED
 )
 
 
@@ -45,7 +46,7 @@ async def ablation(
     Accuracies are over scored items. Failed and timed-out items are counted separately and never as
     wrong; worst_case and best_case say how much they could change. `question_set` has the number of
     items after any filter. Interactive requests run before the items. With `background`, the answer
-    is 202 with `id` and `status_url`; the job waits until there is room, and goes on after a restart.
+    is 202 with `id` and `status_url`: the job waits until there is room, and outlives a restart.
     """
     ready = await ablations.prepare(_spec(body, caller.name))
     if not body.background:
@@ -137,7 +138,9 @@ def _shown(job: Job) -> dict[str, Any]:
 
 
 @router.get(
-    "/ablation/{id}/events", responses=documented(401, 403, 404, 503), response_class=StreamingResponse
+    "/ablation/{id}/events",
+    responses=documented(401, 403, 404, 503),
+    response_class=StreamingResponse,
 )
 async def ablation_events(
     id: str, ablations: TheAblations, caller: TheCaller, frontend: TheFrontend

@@ -364,9 +364,7 @@ async def test_a_job_on_a_full_disk_fails_with_that_reason_and_the_server_goes_o
 
     jobs = start_server(work)
     engine = jobs.runner.database._engine
-    event.listen(
-        engine, "begin", lambda it: it.exec_driver_sql(f"pragma max_page_count={room[0]}")
-    )
+    event.listen(engine, "begin", lambda it: it.exec_driver_sql(f"pragma max_page_count={room[0]}"))
     await add(jobs, "job")
     job = await ended(jobs, "job")
     assert job.status == "failed"
