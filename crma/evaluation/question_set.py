@@ -91,7 +91,7 @@ class QuestionsDigest:
 
 
 class QuestionIds:
-    """The ids of a set, of which none may come twice. It holds their hashes, however long they are."""
+    """The ids of a set, of which none may come twice. It holds hashes, however long the ids are."""
 
     def __init__(self) -> None:
         self._place_of: dict[bytes, str] = {}
