@@ -42,6 +42,7 @@ FILE = "records.sqlite3"
 _BUSY_S = 5.0  # how long SQLite waits for another process that writes
 _NUM_THREADS = 4
 _MIGRATION_LOCK = 0x43524D41  # of PostgreSQL's advisory locks: "CRMA"
+_ROOM = "a disk with room that this server may write"
 _POSTGRESQL = {  # a server that does not answer gives an error within these times
     "connect_timeout": 5,
     "tcp_user_timeout": 10_000,
@@ -99,7 +100,7 @@ class Database:
         return self._is_open or self._file is None or self._file.exists()
 
     def _transact(self, work: Callable[..., T], *arguments: Any) -> T:
-        with _translated():
+        with _translated("database_url" if self._file is None else "evaluations"):
             self._open()
             with self._engine.begin() as connection:
                 return work(connection, *arguments)
@@ -195,28 +196,32 @@ _to_json = partial(json.dumps, allow_nan=False, separators=(",", ":"))
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
-    """Turn the errors of a database and of its folder into ours."""
+def _translated(field: str) -> Iterator[None]:
+    """Turn the errors of a database and of its folder into ours.
+
+    Args:
+        field: the setting that says where the database is.
+    """
     try:
         yield
     except DBAPIError as error:
         reason = str(error.orig).strip()
         if _is_not_writable(error.orig):
             message = f"the records cannot be written: {reason}"
-            raise RecordsNotWritable(message, field="database_url") from error
+            raise RecordsNotWritable(message, field=field, allowed=_ROOM) from error
         if isinstance(error, IntegrityError | DataError | ProgrammingError):  # no fault of its own
             raise
-        raise _unavailable(reason) from error
+        raise _unavailable(reason, field) from error
     except SQLAlchemyError as error:  # no connection became free
-        raise _unavailable(str(error)) from error
+        raise _unavailable(str(error), field) from error
     except OSError as error:
         message = f"the records cannot be written: {error.strerror}: {error.filename}"
-        raise RecordsNotWritable(message, field="evaluations") from error
+        raise RecordsNotWritable(message, field=field, allowed=_ROOM) from error
 
 
-def _unavailable(reason: str) -> RecordsUnavailable:
+def _unavailable(reason: str, field: str) -> RecordsUnavailable:
     message = f"the database of jobs and question sets does not answer: {reason}"
-    return RecordsUnavailable(message, field="database_url")
+    return RecordsUnavailable(message, field=field, allowed="a database that answers")
 
 
 def _is_not_writable(error: BaseException | None) -> bool:

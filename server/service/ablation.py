@@ -82,6 +82,7 @@ class Ablations:
     async def stop(self) -> None:
         """Stop the jobs that run here; another server, or the next start, goes on with them."""
         await self._runner.stop()
+        await self.question_sets.stop()
         await asyncio.to_thread(self._database.close)
 
     def _is_ready(self) -> bool:

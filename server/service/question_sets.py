@@ -6,7 +6,7 @@ import re
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from crma.store.manifest import NAME_PATTERN
 from server.records import question_sets as rows
 from server.records.database import Database
 from server.records.errors import RecordsError
-from server.service.daemon_thread import in_daemon_thread
+from server.service.daemon_threads import DaemonThreads
 from server.service.errors import InvalidField
 
 log = logging.getLogger("server")
@@ -39,6 +39,11 @@ class QuestionSets:
 
     built_in: Path
     database: Database
+    _threads: DaemonThreads = field(default_factory=DaemonThreads, init=False)
+
+    async def stop(self, patience_s: float = 10.0) -> None:
+        """Wait until nobody reads the store any more, unless it hangs."""
+        await self._threads.wait(patience_s)
 
     async def read(self, name: str, owner: str) -> QuestionSet:
         """Read a set of the store, of an owner, or of everyone.
@@ -50,7 +55,7 @@ class QuestionSets:
         """
         files = await self._files()
         if name in files:
-            return await in_daemon_thread(partial(read_question_set, files[name]))
+            return await self._threads.run(partial(read_question_set, files[name]))
         found = await self.database.run_if_made(None, rows.find, name, owner)
         if found is None:
             uploaded = await self.database.run_if_made([], rows.visible, owner)
@@ -70,7 +75,7 @@ class QuestionSets:
             described[stored.name] = _described(stored.name, stored.digest, stored.num_items)
         for name, file in (await self._files()).items():
             try:
-                question_set = await in_daemon_thread(partial(read_question_set, file))
+                question_set = await self._threads.run(partial(read_question_set, file))
                 described[name] = await asyncio.to_thread(question_set.describe)
             except ConfigError as error:
                 log.warning("a question set cannot be used: %s", error.message)
@@ -132,7 +137,7 @@ class QuestionSets:
 
     async def _files(self) -> dict[str, Path]:
         """Return name -> file, of the store."""
-        return await in_daemon_thread(partial(_find_files, self.built_in))
+        return await self._threads.run(partial(_find_files, self.built_in))
 
 
 def _find_files(folder: Path) -> dict[str, Path]:

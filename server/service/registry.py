@@ -24,7 +24,7 @@ from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from crma.store.incoming import remove_leftovers
 from crma.store.serving import lineage_problem
 from server.engine.inference_engine import InferenceEngine
-from server.service.daemon_thread import in_daemon_thread
+from server.service.daemon_threads import DaemonThreads
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
 from server.service.store_watch import (
@@ -145,6 +145,7 @@ class Registry:
         self._fingerprint_read: object = None
         self._has_channels = False  # the store was read, and was not empty
         self._problems = StoreProblems(self.metrics)
+        self._threads = DaemonThreads()
         self._watching: asyncio.Task[None] | None = None
         self._refreshing = asyncio.Lock()  # else an older view could replace a newer one
 
@@ -160,9 +161,9 @@ class Registry:
         )
 
     async def _verify(self) -> None:
-        await in_daemon_thread(partial(remove_leftovers, self.store.root))
+        await self._threads.run(partial(remove_leftovers, self.store.root))
         verify = partial(self.store.verify, base=self.base, shape=self.shape)
-        for problem in await in_daemon_thread(verify):
+        for problem in await self._threads.run(verify):
             self._problems.report(problem)
         await self.refresh()
 
@@ -171,6 +172,7 @@ class Registry:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
+        await self._threads.wait(self.patience_s)
 
     async def refresh(self) -> None:
         """Read the store if it changed. New versions are checked, and loaded where they replace a
@@ -289,12 +291,12 @@ class Registry:
         asyncio.get_running_loop().call_later(after_s, forget)
 
     async def _refresh(self) -> None:
-        seen = await in_daemon_thread(partial(fingerprint, self.store.root))
+        seen = await self._threads.run(partial(fingerprint, self.store.root))
         if seen == self._fingerprint_read:
             return
         view = self._view
         try:
-            view = await in_daemon_thread(self._read)
+            view = await self._threads.run(self._read)
             self._problems.set(None)
         except StoreError as error:
             self._problems.set(error)

@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,3 +132,24 @@ def test_any_other_url_is_refused_without_showing_it(tmp_path: Path, url: str) -
         Database(tmp_path, url)
     assert caught.value.field == "database_url"
     assert "secret" not in str(vars(caught.value))
+
+
+def test_a_missing_driver_is_named_with_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ConfigError, match=r"pip install 'crma-server\[postgres\]'"):
+        Database(tmp_path, "postgresql://u@h/d")
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_a_server_that_was_restarted_is_connected_to_again(open_database: Open) -> None:
+    first, second = open_database(), open_database()
+    await first.run(jobs.add, JOB)
+
+    def end_the_others(connection: Connection) -> None:
+        others = "select pg_terminate_backend(pid) from pg_stat_activity"
+        connection.execute(text(f"{others} where pid <> pg_backend_pid() and usename = 'crma'"))
+
+    await second.run(end_the_others)
+    assert await first.run(jobs.find, JOB.id, "") == JOB

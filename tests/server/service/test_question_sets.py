@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import event, func, select
 
 from crma.core.errors import ConfigError, NotFound
 from crma.evaluation import question_lines, question_set
 from crma.evaluation.question_set import parse_question_set
 from server.records import question_sets as rows
 from server.records.database import Database
+from server.records.errors import RecordsNotWritable
 from server.records.tables import question_sets as table
 from server.records.tables import questions
 from server.service.errors import InvalidField
@@ -148,6 +149,19 @@ async def test_an_upload_that_is_cut_off_leaves_nothing(
     uploading.cancel()
     await asyncio.gather(uploading, return_exceptions=True)
     assert await numbers(database) == (0, 0)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_an_upload_that_fills_the_disk_is_refused_and_leaves_nothing(
+    sets: QuestionSets, database: Database
+) -> None:
+    await sets.upload("mine", "", pieces([line(7)]))
+    engine = database._engine
+    event.listen(engine, "begin", lambda it: it.exec_driver_sql("pragma max_page_count=40"))
+    with pytest.raises(RecordsNotWritable, match="full"):
+        await sets.upload("mine", "", pieces(map(line, range(4 * BATCH))))
+    assert await numbers(database) == (1, 1)
+    assert (await sets.read("mine", "")).questions[0].id == "q7"
 
 
 async def test_what_came_of_an_upload_whose_server_died_is_removed(

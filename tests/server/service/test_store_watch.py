@@ -122,8 +122,10 @@ class HangingStore(AdapterStore):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.go = threading.Event()
+        self.asked = threading.Event()
 
     def task_versions(self, name: str) -> tuple[str, ...]:
+        self.asked.set()
         self.go.wait()
         return super().task_versions(name)
 
@@ -144,16 +146,35 @@ async def test_a_store_that_does_not_answer_is_shown_until_it_does(store: Adapte
     await made.stop()
 
 
+async def test_a_registry_that_stops_waits_for_a_look_that_ends(store: AdapterStore) -> None:
+    """Python ended the thread inside torch, which aborted the process: exit code -6."""
+    hanging = HangingStore(store.root)
+    made = registry(hanging)
+    starting = asyncio.create_task(made.start())
+    async with asyncio.timeout(30):
+        while not hanging.asked.is_set():
+            await asyncio.sleep(0.001)
+    starting.cancel()
+    stopping = asyncio.create_task(made.stop())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not stopping.done()
+    hanging.go.set()
+    await asyncio.wait_for(stopping, 5)
+
+
 def test_work_that_never_ends_does_not_keep_the_process() -> None:
     """asyncio and Python wait for their threads at the end: with one that hangs, for ever."""
     script = """
         import asyncio, threading
-        from server.service.daemon_thread import in_daemon_thread
+        from server.service.daemon_threads import DaemonThreads
 
         async def main():
-            looking = asyncio.create_task(in_daemon_thread(threading.Event().wait))
+            threads = DaemonThreads()
+            looking = asyncio.create_task(threads.run(threading.Event().wait))
             await asyncio.sleep(0)
             looking.cancel()
+            await threads.wait(0.001)
 
         asyncio.run(main())
         """
