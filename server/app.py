@@ -77,7 +77,7 @@ def create_app(frontend: Frontend) -> FastAPI:
         # One CPU thread each: only the engine's thread may have more (native/model_runner.py).
         workers = ThreadPoolExecutor(8, "worker", compute_alone)
         asyncio.get_running_loop().set_default_executor(workers)
-        await asyncio.to_thread(ablations.load)
+        await ablations.start()
         frontend.keys.start()
         disks.start()
         app.state.starting = asyncio.create_task(_start(frontend))
@@ -120,11 +120,13 @@ def _add_middleware(app: FastAPI, frontend: Frontend) -> None:
     """What every request passes. The last added is the outermost."""
     settings = frontend.settings
     uploads = {publishing.UPLOAD_PATH: settings.max_upload_mib * 2**20}
+    texts = {ablation.UPLOADS: settings.max_question_set_mib * 2**20}
     app.add_middleware(
         BodyLimit,
         max_bytes=settings.max_body_bytes,
         timeout_s=settings.body_timeout_s,
         uploads=uploads,
+        texts=texts,
     )
     if settings.is_open:
         names = {name.lower() for name in (settings.host, *settings.allowed_hosts)}

@@ -128,13 +128,25 @@ class Settings(BaseSettings):
     )
 
     max_ablation_jobs: int = _setting(
-        4, "Background ablations that run at once; one more gets 429.", ge=0
+        4, "Background ablations that run at once; others wait. 0: none are accepted.", ge=0
+    )
+    max_ablation_queue: int = _setting(
+        32, "Background ablations of one key that may wait; one more gets 429.", ge=1
     )
     max_ablation_kept: int = _setting(
-        100, "Background ablations whose results are kept; the oldest is deleted.", ge=1
+        100, "Background ablations of one key that are kept; the oldest is deleted.", ge=1
+    )
+    ablation_kept_s: float = _setting(
+        2_592_000.0, "How long an ended background ablation is kept, and how long one waits.", gt=0
+    )
+    max_question_set_mib: int = _setting(
+        256, "Largest upload of a question set, in MiB; above it 413.", ge=1, le=8192
     )
     evaluations: Path = _setting(
         Path("evaluations"), "Folder of background ablations and uploaded question sets."
+    )
+    database_url: SecretStr | None = _setting(
+        None, "PostgreSQL to keep them in, `postgresql://…`; unset: SQLite in `evaluations`."
     )
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = _setting(
@@ -235,7 +247,7 @@ class Settings(BaseSettings):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = str(first["loc"][0])
-            is_secret = field in ("api_keys", "admin_key")
+            is_secret = field in ("api_keys", "admin_key", "database_url")
             name = PREFIX + field.upper()
             raise ConfigError(
                 f"{name}: {first['msg']}",

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,3 +47,24 @@ def write_task() -> Callable[[Path, tuple[str, str]], None]:
             (folder / f"{split}.jsonl").write_text("".join(lines))
 
     return write
+
+
+@pytest.fixture(scope="session")
+def postgresql_url() -> Iterator[str]:
+    """The URL of a running PostgreSQL."""
+    from postgresql import running_postgresql
+
+    with running_postgresql() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str | None:
+    """The URL of an empty database; None: SQLite, in a folder of the test."""
+    from postgresql import empty
+
+    if request.param == "sqlite":
+        return None
+    url: str = request.getfixturevalue("postgresql_url")
+    empty(url)
+    return url

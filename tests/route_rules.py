@@ -42,6 +42,7 @@ RULES: dict[str, Rule] = {
     "POST /tokenize": GENERATE,
     "POST /detokenize": GENERATE,
     "POST /ablation": Rule(("ablate",), counts=True),
+    "GET /ablation": ABLATE,
     "GET /ablation/{id}": ABLATE,
     "GET /ablation/{id}/events": ABLATE,
     "DELETE /ablation/{id}": ABLATE,

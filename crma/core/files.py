@@ -8,7 +8,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,21 +157,34 @@ def to_json(content: Mapping[str, Any] | BaseModel) -> bytes:
 
 
 @contextmanager
-def locked(root: Path) -> Iterator[None]:
+def locked(root: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the only writer lock of a store, waiting for it if another writer has it.
 
     The lock file is created on first use, and the kernel releases the lock when its holder dies.
     No other writer can be active in the block, so whatever a dead writer left is deleted first.
+
+    Args:
+        root: the store's folder.
+        wait: False: raise BlockingIOError if another writer has the lock.
     """
     root.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         for leftover in root.glob(f"{TEMPORARY_PREFIX}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
         yield
     finally:
         os.close(descriptor)
+
+
+def _remove(leftover: Path) -> None:
+    """Remove a file or a folder that a writer left; if it cannot be removed, it stays."""
+    if leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            leftover.unlink()
 
 
 def publish_folder(root: Path, target: Path, files: Mapping[str, bytes]) -> None:
@@ -202,12 +215,16 @@ def replace_file(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Replace a file in one step: readers see the old bytes or the new ones, never a mixture.
 
     It has its mode, less what the umask takes away, before it has its bytes. Call it with the
-    writer lock held: the name of the temporary file is fixed.
+    writer lock held: the name of the temporary file is fixed. If it cannot be written, nothing of
+    it is left.
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     temporary.unlink(missing_ok=True)
-    _write_synced(temporary, data, mode)
-    os.replace(temporary, path)
+    try:
+        _write_synced(temporary, data, mode)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

@@ -7,7 +7,11 @@ question, answers and, optionally, choices; no other key is allowed. Any fault i
 whose field names the line (or the index, for questions given inline). No question is ever skipped.
 """
 
+import errno
+import hashlib
 import json
+import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +20,11 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from crma.core.digests import bytes_digest
 from crma.core.errors import ConfigError
 from crma.core.json_lines import Text, checked, read_lines
 from crma.evaluation.scorers import has_words
 
-MAX_ITEMS = 10_000
+MAX_ITEMS = 100_000
 MAX_CHOICES = 26
 MAX_ANSWERS = 1000  # of one question
 MAX_ANSWER_CHARS = 10_000  # scorers normalise answers, which makes some of them 18 times as long
@@ -69,6 +72,53 @@ class Question(BaseModel):
         return self
 
 
+class QuestionsDigest:
+    """The digest of questions that come one after the other."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256(b"[")
+        self._separator = b""
+
+    def add(self, question: Question) -> None:
+        """Take the next question."""
+        content = question.model_dump(exclude_defaults=True)
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        self._hash.update(self._separator + canonical.encode())
+        self._separator = b","
+
+    @property
+    def value(self) -> str:
+        """`sha256:<hex>` of the questions so far, as one JSON list."""
+        ended = self._hash.copy()
+        ended.update(b"]")
+        return f"sha256:{ended.hexdigest()}"
+
+
+class QuestionIds:
+    """The ids of a set, of which none may come twice. It holds hashes, however long the ids are."""
+
+    def __init__(self) -> None:
+        self._place_of: dict[bytes, str] = {}
+
+    def add(self, place: str, question: Question) -> None:
+        """Take the id of the question at a place. Raises ConfigError if it was used before."""
+        key = hashlib.sha256(question.id.encode("utf-8", "surrogatepass")).digest()
+        if key in self._place_of:
+            message = f"{place}.id was already used at {self._place_of[key]}."
+            field = f"{place}.id"
+            allowed = "an id that no other question has"
+            raise ConfigError(message, field=field, value=question.id, allowed=allowed)
+        self._place_of[key] = place
+
+
+def check_size(name: str, num_items: int) -> None:
+    """Raises ConfigError for a set of no questions, or of more than MAX_ITEMS."""
+    if not 1 <= num_items <= MAX_ITEMS:
+        message = f"Question set {name!r} holds {num_items} questions."
+        allowed = f"1 to {MAX_ITEMS}"
+        raise ConfigError(message, field="questions", value=num_items, allowed=allowed)
+
+
 @dataclass(frozen=True)
 class QuestionSet:
     """Questions in order. Raises ConfigError unless there are 1 to MAX_ITEMS of them."""
@@ -77,17 +127,15 @@ class QuestionSet:
     questions: tuple[Question, ...]
 
     def __post_init__(self) -> None:
-        count = len(self.questions)
-        if not 1 <= count <= MAX_ITEMS:
-            message = f"Question set {self.name!r} holds {count} questions."
-            raise ConfigError(message, field="questions", value=count, allowed=f"1 to {MAX_ITEMS}")
+        check_size(self.name, len(self.questions))
 
     @cached_property
     def digest(self) -> str:
         """The digest of these questions in this order, whatever the file's layout and name."""
-        content = [question.model_dump(exclude_defaults=True) for question in self.questions]
-        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return bytes_digest(canonical.encode())
+        digest = QuestionsDigest()
+        for question in self.questions:
+            digest.add(question)
+        return digest.value
 
     def for_tasks(self, tasks: Sequence[str]) -> "QuestionSet":
         """Return the questions of these tasks, in order.
@@ -115,13 +163,22 @@ def read_question_set(path: Path) -> QuestionSet:
         ConfigError: the file cannot be read, or as `parse_question_set`.
     """
     try:
-        return parse_question_set(path.stem, path.read_bytes())
+        return parse_question_set(path.stem, _read_plain(path))
     except OSError as error:
         message = f"Question set {path} cannot be read: {error.strerror}."
         allowed = "a readable file"
         raise ConfigError(
             message, field="question_set", value=str(path), allowed=allowed
         ) from error
+
+
+def _read_plain(path: Path) -> bytes:
+    """The bytes of a plain file; a named pipe would be waited for. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a plain file")
+        return stream.read()
 
 
 def parse_question_set(name: str, lines: bytes) -> QuestionSet:
@@ -151,14 +208,9 @@ def inline_question_set(items: Sequence[object], *, name: str = "inline") -> Que
 
 def _with_unique_ids(name: str, placed: Iterable[tuple[str, Question]]) -> QuestionSet:
     """Make a set of (place, question). Raises ConfigError for an id that is used twice."""
-    place_of: dict[str, str] = {}
+    ids = QuestionIds()
     questions = []
     for place, question in placed:
-        if question.id in place_of:
-            message = f"{place}.id was already used at {place_of[question.id]}."
-            field = f"{place}.id"
-            allowed = "an id that no other question has"
-            raise ConfigError(message, field=field, value=question.id, allowed=allowed)
-        place_of[question.id] = place
+        ids.add(place, question)
         questions.append(question)
     return QuestionSet(name, tuple(questions))

@@ -35,6 +35,19 @@ def incoming_folder(root: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def remove_leftovers(root: Path) -> None:
+    """Remove what writers and uploads that died left in a store; what is in use stays.
+
+    It does nothing in a store that is read-only or not there, or while a writer is active: that one
+    has removed its predecessors' leftovers itself.
+    """
+    if not root.is_dir():
+        return
+    with suppress(OSError), locked(root, wait=False):
+        for leftover in root.glob(f"{INCOMING_PREFIX}*"):
+            _remove_unless_locked(leftover)
+
+
 def _open_locked(folder: Path) -> int:
     """A descriptor that holds the folder's lock. Raises OSError if another one has it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -25,17 +25,18 @@ class BodyLimit:
         timeout_s: how long a body may take to come, beside a second for each LEAST_RATE bytes.
         uploads: limits of the paths whose POST takes files, in place of `max_bytes`; files may hold
             any bytes.
+        texts: limits below these paths, of a PUT.
     """
 
     app: ASGIApp
     max_bytes: int
     timeout_s: float
     uploads: Mapping[str, int] = field(default_factory=dict)
+    texts: Mapping[str, int] = field(default_factory=dict)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_upload = scope.get("method") == "POST" and scope["path"] in self.uploads
-        max_bytes = self.uploads[scope["path"]] if is_upload else self.max_bytes
-        body = _Upload(max_bytes) if is_upload else _Text(max_bytes)
+        body = _Upload(self.uploads[scope["path"]]) if is_upload else self._text(scope)
         started: float | None = None
 
         async def checked_receive() -> Message:
@@ -55,6 +56,13 @@ class BodyLimit:
             return message
 
         await self.app(scope, checked_receive, send)
+
+    def _text(self, scope: Scope) -> "_Text":
+        """What the body has to be: JSON, or, below some paths, lines that their route checks."""
+        for path, max_bytes in self.texts.items():
+            if scope.get("method") == "PUT" and scope["path"].startswith(path):
+                return _Text(max_bytes)
+        return _Json(self.max_bytes)
 
 
 class _Upload:
@@ -86,7 +94,6 @@ class _Text(_Upload):
     def __init__(self, max_bytes: int) -> None:
         super().__init__(max_bytes)
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._parts: list[bytes] = []
 
     def take(self, part: bytes, *, is_last: bool) -> None:
         """Take the next part.
@@ -94,11 +101,27 @@ class _Text(_Upload):
         Raises:
             BodyTooLarge: over the limit.
             UnicodeDecodeError: not UTF-8.
+        """
+        super().take(part, is_last=is_last)
+        self._decoder.decode(part, final=is_last)
+
+
+class _Json(_Text):
+    """A body of JSON."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes)
+        self._parts: list[bytes] = []
+
+    def take(self, part: bytes, *, is_last: bool) -> None:
+        """Take the next part.
+
+        Raises:
+            BodyTooLarge, UnicodeDecodeError: as for any text.
             MalformedBody: nested deeper than MAX_DEPTH, or with more than MAX_SIZE objects and
                 lists.
         """
         super().take(part, is_last=is_last)
-        self._decoder.decode(part, final=is_last)
         self._parts.append(part)
         if is_last:
             _check_shape(b"".join(self._parts))

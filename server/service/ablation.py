@@ -5,12 +5,13 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from crma.core.errors import DigestMismatch, StoreError
-from crma.core.selection import AdapterSelection, read_cell
+from pydantic import TypeAdapter
+
+from crma.core.selection import AdapterSelection
 from crma.evaluation.ablation import (
     AblationPlan,
     AblationSettings,
@@ -22,47 +23,30 @@ from crma.evaluation.ablation import (
 from crma.evaluation.question_set import Question, QuestionSet, inline_question_set
 from crma.evaluation.report import body
 from crma.evaluation.scorers import Likelihood, continuations
-from crma.models.prompts import Format
 from server.engine.errors import PromptTooLong, QueueFull
 from server.engine.request import Constraint, ConstraintKind, SamplingParams
+from server.records.database import Database
 from server.service import jobs
+from server.service.ablation_adapters import AblationAdapters, check_provenance
+from server.service.ablation_spec import AblationSpec, read_spec, write_spec
 from server.service.caller import Caller
-from server.service.errors import AdapterUnloaded, DeadlineExceeded, GenerationFailed, InvalidField
+from server.service.errors import (
+    AdapterUnloaded,
+    DeadlineExceeded,
+    Forbidden,
+    GenerationFailed,
+    InvalidField,
+)
 from server.service.frontend import Frontend
 from server.service.generation import Generation, all_of
+from server.service.job_runner import JobLimits, JobRunner, RunningJob
+from server.service.old_files import import_files
 from server.service.question_sets import QuestionSets
 from server.service.registry import Resolved
 
 _SEED_BYTES = 6  # of the seed of a sampled item; JSON numbers hold them exactly
-
-
-@dataclass(frozen=True)
-class AblationSpec:
-    """An ablation as a client asks for it; `Ablations.prepare` checks it.
-
-    Args:
-        settings: the variants and how they are judged.
-        caller: who asks.
-        question_set: name of a question set; or None, and `questions` is given.
-        questions: inline questions; or None, and `question_set` is given.
-        tasks: ask only the questions of these tasks; None: all.
-        temperature: of sampling; 0 is greedy.
-        timeout_s: deadline of each item in seconds; None: the server's.
-        background: whether it runs as a job, with no limit on the number of items.
-        provenance: that of an earlier run, which must be this run's as well; None: any.
-        as_sent: the request as JSON, with the fields that were sent only.
-    """
-
-    settings: AblationSettings
-    caller: Caller
-    question_set: str | None = None
-    questions: Sequence[Question] | None = None
-    tasks: Sequence[str] | None = None
-    temperature: float = 0.0
-    timeout_s: float | None = None
-    background: bool = False
-    provenance: Mapping[str, Any] | None = None
-    as_sent: Mapping[str, Any] = field(default_factory=dict)
+_OUTCOME = TypeAdapter(ItemResult)
+Keep = Callable[[int, ItemResult], Awaitable[None]]
 
 
 class Ablations:
@@ -78,25 +62,45 @@ class Ablations:
 
     def __init__(self, frontend: Frontend) -> None:
         settings = frontend.settings
-        kept = settings.evaluations
-        self.jobs = jobs.Jobs(
-            kept / "ablations", settings.max_ablation_jobs, settings.max_ablation_kept
+        url = settings.database_url
+        self._database = Database(
+            settings.evaluations, None if url is None else url.get_secret_value()
         )
-        self.question_sets = QuestionSets(settings.store / "question_sets", kept / "question_sets")
+        limits = JobLimits(
+            settings.max_ablation_jobs,
+            settings.max_ablation_queue,
+            settings.max_ablation_kept,
+            settings.ablation_kept_s,
+        )
+        self._runner = JobRunner(
+            self._database, frontend.model.digest, self._run_job, self._is_ready, limits
+        )
+        self.jobs = jobs.Jobs(self._runner)
+        self.question_sets = QuestionSets(settings.store / "question_sets", self._database)
         self._frontend = frontend
         # Items in the engine at once, of all ablations together.
         self._slots = asyncio.Semaphore(settings.max_ablation_inflight)
 
-    def load(self) -> None:
-        """Read the records of earlier jobs."""
-        self.jobs.load()
+    async def start(self) -> None:
+        """Take over what an older release kept in files, and run jobs from now on."""
+        await import_files(self._frontend.settings.evaluations, self._database)
+        self._runner.start()
 
     async def stop(self) -> None:
-        """Interrupt the jobs that still run."""
-        await self.jobs.stop()
+        """Stop the jobs that run here; another server, or the next start, goes on with them."""
+        await self._runner.stop()
+        await self.question_sets.stop()
+        await asyncio.to_thread(self._database.close)
 
-    async def prepare(self, spec: AblationSpec) -> "Ablation":
+    def _is_ready(self) -> bool:
+        return self._frontend.not_ready() is None
+
+    async def prepare(self, spec: AblationSpec, caller: Caller) -> "Ablation":
         """Resolve and check everything that an ablation needs.
+
+        Args:
+            spec: what is asked for.
+            caller: the spec's owner, with what its key may do now.
 
         Raises:
             ConfigError: the questions, the scorer or a variant are not allowed.
@@ -104,12 +108,13 @@ class Ablations:
             InvalidField: over a limit of the server.
             InvalidConstraint: the choices are none that the engine can keep to.
             DigestMismatch: something else would answer than in `spec.provenance`.
+            RecordsError: the question set cannot be read.
         """
-        question_set = await asyncio.to_thread(self._question_set, spec)
+        question_set = await self._question_set(spec)
         questions = question_set.questions
         await asyncio.to_thread(spec.settings.check, questions)
-        adapters = _Adapters(self._frontend, spec)
-        work = plan(questions, spec.settings, adapters.select)
+        adapters = AblationAdapters(self._frontend, spec, caller)
+        work = await asyncio.to_thread(plan, questions, spec.settings, adapters.select)
         if not spec.background:
             num_item_variants = len(questions) * len(spec.settings.variants)
             _check_size(num_item_variants, self._frontend.settings.max_ablation_direct)
@@ -118,32 +123,52 @@ class Ablations:
                 await self._frontend.engine.check(constraint)
         provenance = adapters.provenance(question_set.digest)
         if spec.provenance is not None:
-            _check_provenance(provenance, spec.provenance)
+            check_provenance(provenance, spec.provenance)
+        fixed = replace(spec, provenance=provenance, versions=adapters.versions)
         return Ablation(
-            spec, question_set, work, adapters.resolved, provenance, self._frontend, self._slots
+            fixed,
+            caller,
+            question_set,
+            work,
+            adapters.resolved,
+            provenance,
+            self._frontend,
+            self._slots,
         )
 
-    async def start(self, ablation: "Ablation") -> jobs.Job:
+    async def start_job(self, ablation: "Ablation") -> None:
         """Run an ablation in the background. Raises as `Jobs.start`."""
-        total = len(ablation.plan.jobs)
-        return await self.jobs.start(
-            ablation.id, ablation.request(), total, ablation.run, owner=ablation.spec.caller.name
-        )
+        spec = await asyncio.to_thread(write_spec, replace(ablation.spec, as_sent={}))
+        num_items = len(ablation.plan.jobs)
+        request = ablation.request()
+        await self.jobs.start(ablation.id, ablation.spec.owner, request, spec, num_items)
 
-    def job(self, id: str, caller: Caller) -> jobs.Job:
-        """A background ablation of this caller. Raises NotFound, also for that of another."""
-        job = self.jobs.get(id)
-        if not caller.may_see(job.owner):
-            raise jobs.no_job(id)
-        return job
+    async def _run_job(self, running: RunningJob) -> dict[str, Any]:
+        """Run the rest of a job from its spec.
 
-    def _question_set(self, spec: AblationSpec) -> QuestionSet:
+        Raises Forbidden if its key was revoked; as `prepare`, and as `running.keep`.
+        """
+        spec = await asyncio.to_thread(read_spec, running.job.spec)
+        caller = self._frontend.keys.named(spec.owner)
+        if caller is None:
+            raise Forbidden("the key of this job may do nothing any more", field="Authorization")
+        ablation = replace(await self.prepare(spec, caller), id=running.job.id)
+        finished = await asyncio.to_thread(_read_outcomes, running.outcomes)
+
+        async def keep(index: int, outcome: ItemResult) -> None:
+            await running.keep(index, _OUTCOME.dump_python(outcome, mode="json"))
+
+        return await ablation.run(finished, keep)
+
+    async def _question_set(self, spec: AblationSpec) -> QuestionSet:
         """Return the inline questions or those of a named set, filtered by task."""
         if spec.questions is not None:
-            question_set = inline_question_set(spec.questions)
+            question_set = await asyncio.to_thread(inline_question_set, spec.questions)
         else:
-            question_set = self.question_sets.read(spec.question_set or "")
-        return question_set.for_tasks(spec.tasks) if spec.tasks else question_set
+            question_set = await self.question_sets.read(spec.question_set or "", spec.owner)
+        if not spec.tasks:
+            return question_set
+        return await asyncio.to_thread(question_set.for_tasks, spec.tasks)
 
 
 @dataclass(frozen=True)
@@ -152,6 +177,7 @@ class Ablation:
 
     Args:
         spec: what was asked for.
+        caller: who asks.
         question_set: the questions.
         plan: the generations.
         resolved: (task, selection) -> its adapters, in the task's prompt format.
@@ -162,6 +188,7 @@ class Ablation:
     """
 
     spec: AblationSpec
+    caller: Caller
     question_set: QuestionSet
     plan: AblationPlan
     resolved: Mapping[tuple[str, AdapterSelection], Resolved]
@@ -174,25 +201,29 @@ class Ablation:
         """Return the request with its provenance: sent again, the same adapters answer, or none."""
         return {**self.spec.as_sent, "provenance": self.provenance}
 
-    async def run(self, count: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    async def run(
+        self, finished: Mapping[int, ItemResult] = {}, keep: Keep | None = None
+    ) -> dict[str, Any]:
         """Run every generation and return the body of the answer.
 
         If the caller is cancelled, the engine aborts the running generations.
 
         Args:
-            count: called after each job of the plan.
+            finished: index -> outcome, of jobs of the plan that ran before and do not run again.
+            keep: called after each job of the plan with its index and outcome.
         """
         started = time.monotonic()
-        outcomes = [ItemResult("failed")] * len(self.plan.jobs)
+        outcomes = [finished.get(i, ItemResult("failed")) for i in range(len(self.plan.jobs))]
         # All workers draw from one iterator: the variants of an item are neighbours in it, so they
         # run at the same time and share batches.
-        remaining = iter(enumerate(self.plan.jobs))
+        remaining = (each for each in enumerate(self.plan.jobs) if each[0] not in finished)
 
         async def work() -> None:
             for index, job in remaining:
                 async with self.slots:
                     outcomes[index] = await self._outcome(job)
-                count()
+                if keep is not None:
+                    await keep(index, outcomes[index])
 
         num_workers = self.frontend.settings.max_ablation_inflight
         await all_of(work() for _ in range(num_workers))
@@ -205,7 +236,7 @@ class Ablation:
 
     async def _outcome(self, job: Job) -> ItemResult:
         """Answer one job as the scorer needs; if it fails, the failure is its outcome."""
-        await self.frontend.quotas.until_tokens(self.spec.caller)  # no part of the item's time
+        await self.frontend.quotas.until_tokens(self.caller)  # no part of the item's time
         question = self.question_set.questions[job.question]
         scorer = self.spec.settings.scorer
         timeout_s = self.spec.timeout_s or self.frontend.settings.request_timeout_s
@@ -300,66 +331,9 @@ class _Item:
                 await asyncio.sleep(min(left, error.retry_after))
 
 
-class _Adapters:
-    """Resolves the adapters of variants, and records which were used.
-
-    Attributes:
-        resolved: (task, selection) -> the adapters, in the task's prompt format.
-    """
-
-    def __init__(self, frontend: Frontend, spec: AblationSpec) -> None:
-        self.resolved: dict[tuple[str, AdapterSelection], Resolved] = {}
-        self._frontend = frontend
-        self._spec = spec
-        self._tasks: dict[str, str | None] = {}  # name, or name@version -> digest
-        self._backbones: dict[str, str | None] = {}  # "crma", or "crma@version" -> digest
-
-    def select(self, variant: str, task: str) -> AdapterSelection:
-        """Resolve a variant for a task. Raises as `Frontend.resolve` and `Frontend.check`."""
-        cell = read_cell(variant)
-        spec = self._spec
-        name = f"{task}@{cell.task_version}" if cell.task_version else task
-        found = self._frontend.resolve(
-            name if cell.task else None, cell.crma, cell.crma_version, caller=spec.caller
-        )
-        if not cell.task:
-            found = replace(found, prompt_format=self._format_of(task) or found.prompt_format)
-        needs_format = not spec.settings.raw
-        timeout_s = spec.timeout_s
-        self._frontend.check(found, SamplingParams(), timeout_s, needs_format=needs_format)
-        self.resolved[task, found.selection] = found
-        if cell.task:
-            self._tasks[name] = found.selection.task_digest
-        if cell.crma:
-            backbone = f"crma@{cell.crma_version}" if cell.crma_version else "crma"
-            self._backbones[backbone] = found.selection.crma_digest
-        return found.selection
-
-    def _format_of(self, task: str) -> Format | None:
-        """Return the format in which every variant is asked about a task; None if it has none.
-
-        Otherwise variants without the task's adapter would differ from it by the prompt too.
-        """
-        try:
-            return self._frontend.registry.task(task, self._spec.caller).prompt_format
-        except StoreError:  # no such task, or a damaged one: variants without it can still answer
-            return None
-
-    def provenance(self, question_set: str) -> dict[str, Any]:
-        """Return the digests of everything that was selected and of the question set; and choices.
-
-        What the choices are decides the answers as much as an adapter does.
-        """
-        settings = self._spec.settings
-        serving = self._backbones.get("crma")
-        versions: dict[str, Any] = {}
-        versions.update((name, each) for name, each in self._backbones.items() if name != "crma")
-        if settings.choices:
-            choices = settings.choices
-            versions["choices"] = choices if choices == "own" else list(choices)
-        return self._frontend.provenance(
-            settings.seed, serving, question_set=question_set, tasks=self._tasks, **versions
-        )
+def _read_outcomes(content: Mapping[int, Any]) -> dict[int, ItemResult]:
+    """Read the outcomes that a job kept, by index."""
+    return {index: _OUTCOME.validate_python(each) for index, each in content.items()}
 
 
 def _constraint(settings: AblationSettings, question: Question) -> Constraint | None:
@@ -382,14 +356,3 @@ def _check_size(num_item_variants: int, limit: int) -> None:
             value=num_item_variants,
             allowed=f"<= {limit} item-variants",
         )
-
-
-def _check_provenance(provenance: Mapping[str, Any], earlier: Mapping[str, Any]) -> None:
-    """Raise DigestMismatch if something else would answer than in an earlier run."""
-    names = {**provenance, **earlier}
-    differ = [name for name in names if provenance.get(name) != earlier.get(name)]
-    if differ:
-        advice = "name the versions in variants, or leave provenance out"
-        message = f"{', '.join(differ)}: not the same as in the earlier run; {advice}"
-        allowed = [provenance.get(name) for name in differ]
-        raise DigestMismatch(message, field="provenance", value=differ, allowed=allowed)

@@ -23,6 +23,7 @@ from server.engine.errors import (
     PromptTooLong,
     QueueFull,
 )
+from server.records.errors import RecordsNotWritable, RecordsUnavailable
 
 
 class ApiError(CrmaError):
@@ -113,7 +114,7 @@ class UnknownField(ApiError, status=422, code="unknown_field"):
 
 
 class TooManyJobs(ApiError, status=429, code="too_many_jobs", headers={"Retry-After": "10"}):
-    """The limit of background jobs is reached."""
+    """As many background jobs of one key wait as may."""
 
 
 class OverQuota(ApiError, status=429, code="rate_limit_exceeded"):
@@ -169,6 +170,8 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
     (PromptTooLong, 400, "context_length_exceeded"),
     (QueueFull, 429, "queue_full"),
     (EngineStopped, 503, "draining"),
+    (RecordsUnavailable, 503, "records_unavailable"),
+    (RecordsNotWritable, 507, "records_not_writable"),
 )
 
 
@@ -199,4 +202,6 @@ def _translated(error: CrmaError, status: int, code: str) -> ApiError:
         made.headers = {"Retry-After": str(error.seconds)}
     if isinstance(error, EngineStopped):
         made.headers = Draining.headers
+    if isinstance(error, RecordsUnavailable):
+        made.headers = {"Retry-After": "5"}
     return made

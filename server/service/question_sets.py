@@ -1,78 +1,158 @@
-"""Question sets by name: those of the store, which are read only, and those an admin uploads."""
+"""Question sets by name: those of the store, which are read only, and uploaded ones."""
 
+import asyncio
 import logging
 import re
-from dataclasses import dataclass
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from crma.core.errors import ConfigError, NotFound
-from crma.core.files import PRIVATE, locked, replace_file
-from crma.evaluation.question_set import QuestionSet, parse_question_set, read_question_set
+from crma.evaluation.question_lines import QuestionLines
+from crma.evaluation.question_set import Question, QuestionSet, read_question_set
 from crma.store.manifest import NAME_PATTERN
+from server.records import question_sets as rows
+from server.records.database import Database
+from server.records.errors import RecordsError
+from server.service.daemon_threads import DaemonThreads
 from server.service.errors import InvalidField
 
 log = logging.getLogger("server")
 
+BATCH = 500  # questions a transaction
+_PATIENCE_S = 3600.0  # an upload of which nothing came for so long is removed
+
 
 @dataclass(frozen=True)
 class QuestionSets:
-    """The files `<name>.jsonl` of two folders.
-
-    A name is looked up among the files that exist; a name from a request never becomes a path.
+    """The question sets of one app. The store's hide uploaded ones of the same name.
 
     Args:
-        built_in: the store's folder.
-        uploaded: the folder of uploaded sets, created with the first of them.
+        built_in: the store's folder of files `<name>.jsonl`. A name is looked up among those that
+            exist; a name from a request never becomes a path.
+        database: has the uploaded sets.
     """
 
     built_in: Path
-    uploaded: Path
+    database: Database
+    _threads: DaemonThreads = field(default_factory=DaemonThreads, init=False)
 
-    def read(self, name: str) -> QuestionSet:
-        """Read a question set.
+    async def stop(self, patience_s: float = 10.0) -> None:
+        """Wait until nobody reads the store any more, unless it hangs."""
+        await self._threads.wait(patience_s)
+
+    async def read(self, name: str, owner: str) -> QuestionSet:
+        """Read a set of the store, of an owner, or of everyone.
 
         Raises:
             NotFound: there is no set of that name.
             ConfigError: the file is damaged.
+            RecordsError: uploaded sets cannot be read.
         """
-        files = self._files()
-        if name not in files:
+        files = await self._files()
+        if name in files:
+            return await self._threads.run(partial(read_question_set, files[name]))
+        found = await self.database.run_if_made(None, rows.find, name, owner)
+        if found is None:
+            uploaded = await self.database.run_if_made([], rows.visible, owner)
+            allowed = sorted({*files, *(each.name for each in uploaded)})
             message = f"no question set {name!r}"
-            raise NotFound(message, field="question_set", value=name, allowed=list(files))
-        return read_question_set(files[name])
+            raise NotFound(message, field="question_set", value=name, allowed=allowed)
+        _, content = found
+        return await asyncio.to_thread(_parsed, name, content)
 
-    def describe(self) -> list[dict[str, Any]]:
-        """Return name, digest and number of items of each set; damaged sets are only logged."""
-        described = []
-        for path in self._files().values():
+    async def describe(self, owner: str) -> list[dict[str, Any]]:
+        """Return name, digest and number of items of each set; damaged files are only logged.
+
+        Raises RecordsError.
+        """
+        described = {}
+        for stored in await self.database.run_if_made([], rows.visible, owner):
+            described[stored.name] = _described(stored.name, stored.digest, stored.num_items)
+        for name, file in (await self._files()).items():
             try:
-                described.append(read_question_set(path).describe())
+                question_set = await self._threads.run(partial(read_question_set, file))
+                described[name] = await asyncio.to_thread(question_set.describe)
             except ConfigError as error:
                 log.warning("a question set cannot be used: %s", error.message)
-        return described
+        return [described[name] for name in sorted(described)]
 
-    def write(self, name: str, lines: bytes) -> QuestionSet:
-        """Keep a set of JSON Lines, in place of any uploaded set of that name.
+    async def upload(self, name: str, owner: str, pieces: AsyncIterator[bytes]) -> dict[str, Any]:
+        """Keep a set of JSON Lines, in place of the owner's earlier one of that name.
+
+        Nobody sees it before it is complete, and what came of one that fails is removed.
+
+        Args:
+            name: of the set.
+            owner: who may ask it; "": everyone.
+            pieces: of the lines, cut anywhere.
+
+        Returns:
+            Its name, digest and number of items.
 
         Raises:
             InvalidField: the name is not allowed, or is that of a set of the store.
             ConfigError: a line is wrong; the field names it.
+            RecordsError: it cannot be kept.
         """
-        if not re.fullmatch(NAME_PATTERN, name) or (self.built_in / f"{name}.jsonl").exists():
+        if not re.fullmatch(NAME_PATTERN, name) or name in await self._files():
             message = "name: not allowed for an uploaded question set"
             allowed = f"{NAME_PATTERN}, and not the name of a set of the store"
             raise InvalidField(message, field="name", value=name, allowed=allowed)
-        question_set = parse_question_set(name, lines)
-        with locked(self.uploaded):
-            replace_file(self.uploaded / f"{name}.jsonl", lines, mode=PRIVATE)
-        return question_set
+        id = uuid.uuid4().hex
+        await self.database.run(rows.begin, id, owner, name, _PATIENCE_S)
+        try:
+            digest, num_items = await self._receive(id, name, pieces)
+            await self.database.run(rows.complete, id, digest, num_items)
+        except BaseException:
+            with suppress(RecordsError):  # then it is removed later
+                await asyncio.shield(self.database.run(rows.remove, id))
+            raise
+        return _described(name, digest, num_items)
 
-    def _files(self) -> dict[str, Path]:
-        """Return name -> file, sorted by name; the store's sets hide uploaded ones."""
-        files = {}
-        for folder in (self.uploaded, self.built_in):
-            for path in folder.glob("*.jsonl"):
-                if not path.name.startswith("."):
-                    files[path.stem] = path
-        return dict(sorted(files.items()))
+    async def _receive(self, id: str, name: str, pieces: AsyncIterator[bytes]) -> tuple[str, int]:
+        """Check and keep questions as they arrive. Returns their digest and number."""
+        lines = QuestionLines(name)
+        waiting: list[Question] = []
+        async for piece in pieces:
+            waiting += await asyncio.to_thread(lines.read, piece)
+            while len(waiting) >= BATCH:
+                await self._keep(id, lines.num_items - len(waiting), waiting[:BATCH])
+                del waiting[:BATCH]
+        last, digest = await asyncio.to_thread(lines.end)
+        waiting += last
+        if waiting:
+            await self._keep(id, lines.num_items - len(waiting), waiting)
+        return digest, lines.num_items
+
+    async def _keep(self, id: str, first: int, questions: Sequence[Question]) -> None:
+        content = [
+            question.model_dump(mode="json", exclude_defaults=True) for question in questions
+        ]
+        await self.database.run(rows.add_questions, id, first, content, _PATIENCE_S)
+
+    async def _files(self) -> dict[str, Path]:
+        """Return name -> file, of the store."""
+        return await self._threads.run(partial(_find_files, self.built_in))
+
+
+def _find_files(folder: Path) -> dict[str, Path]:
+    files = sorted(folder.glob("*.jsonl"))
+    return {file.stem: file for file in files if not file.name.startswith(".")}
+
+
+def _parsed(name: str, content: Sequence[Any]) -> QuestionSet:
+    """A stored set, with its digest computed already: that takes a while."""
+    questions = tuple(Question.model_validate(each) for each in content)
+    question_set = QuestionSet(name, questions)
+    question_set.describe()
+    return question_set
+
+
+def _described(name: str, digest: str, num_items: int) -> dict[str, Any]:
+    """As `QuestionSet.describe`."""
+    return {"name": name, "digest": digest, "items": num_items}

@@ -23,11 +23,20 @@ from crma.models.prompts import Format
 from crma.store.adapter_store import AdapterStore
 from crma.store.drift import promotion_drift
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
+from crma.store.incoming import remove_leftovers
 from server.engine.inference_engine import InferenceEngine
 from server.service.caller import ANYONE, Caller
+from server.service.daemon_threads import DaemonThreads
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
 from server.service.store_view import StoreView
+from server.service.store_watch import (
+    StoreProblems,
+    check_still_there,
+    fingerprint,
+    watch,
+    with_patience,
+)
 from server.service.suspects import Suspects, signature
 
 if TYPE_CHECKING:
@@ -62,6 +71,7 @@ class Registry:
         base_format: the chat template of the base; also for adapters that recorded no format.
         shape: of the base; adapters must fit it.
         load_backbone: False: backbones are never read, and requests that need one are refused.
+        patience_s: seconds after which a store that does not answer is a problem.
     """
 
     store: AdapterStore
@@ -72,6 +82,7 @@ class Registry:
     shape: ModelShape | None = None
     load_backbone: bool = True
     poll_s: float = 2.0
+    patience_s: float = 10.0
     verified: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -79,6 +90,9 @@ class Registry:
         self._num_parameters: dict[str, int] = {}  # by digest, of the adapters that were checked
         self._fingerprint_read: object = None
         self._suspects = Suspects()
+        self._has_channels = False  # the store was read, and was not empty
+        self._problems = StoreProblems(self.metrics)
+        self._threads = DaemonThreads()
         self._watching: asyncio.Task[None] | None = None
         self._refreshing = asyncio.Lock()  # else an older view could replace a newer one
 
@@ -87,18 +101,25 @@ class Registry:
 
         Damaged adapters do not serve; the rest do.
         """
-        problems = await asyncio.to_thread(self.store.verify, base=self.base, shape=self.shape)
-        for problem in problems:
-            self._report(problem)
-        await self.refresh()
+        await with_patience(self._verify(), self.patience_s, self._problems)
         self.verified = True
-        self._watching = asyncio.create_task(self._watch())
+        self._watching = asyncio.create_task(
+            watch(self.refresh, self.poll_s, self.patience_s, self._problems)
+        )
+
+    async def _verify(self) -> None:
+        await self._threads.run(partial(remove_leftovers, self.store.root))
+        verify = partial(self.store.verify, base=self.base, shape=self.shape)
+        for problem in await self._threads.run(verify):
+            self._problems.report(problem)
+        await self.refresh()
 
     async def stop(self) -> None:
         """Stop watching."""
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
+        await self._threads.wait(self.patience_s)
 
     async def refresh(self) -> None:
         """Read the store if it changed. New versions are checked, and loaded where they replace a
@@ -168,6 +189,11 @@ class Registry:
         return backbone if isinstance(backbone, BackboneEntry) else None
 
     @property
+    def store_problem(self) -> str | None:
+        """Why the store cannot be read now; what served before goes on serving."""
+        return self._problems.current
+
+    @property
     def problems(self) -> dict[str, str]:
         """The tasks whose serving version cannot answer as it was trained: name -> reason.
 
@@ -220,25 +246,27 @@ class Registry:
         asyncio.get_running_loop().call_later(after_s, forget)
 
     async def _refresh(self) -> None:
-        fingerprint = await asyncio.to_thread(self._fingerprint)
-        is_same = fingerprint == self._fingerprint_read
-        if is_same and not await asyncio.to_thread(self._suspects.have_changed):
+        seen = await self._threads.run(partial(fingerprint, self.store.root))
+        is_same = seen == self._fingerprint_read
+        if is_same and not await self._threads.run(self._suspects.have_changed):
             return
-        num_damaged_files = 0
+        view = self._view
         try:
-            view = await asyncio.to_thread(self._read)
-        except StoreError as error:  # channels.json is damaged: keep serving the last view
-            self._report(error)
-            view = self._view
-            num_damaged_files = 1
-        self.metrics.store_problems.set(view.num_refused() + num_damaged_files)
+            view = await self._threads.run(self._read)
+            self._problems.set(None)
+        except StoreError as error:
+            self._problems.set(error)
+        except OSError as error:
+            message = f"cannot be read: {error.strerror}: {error.filename}"
+            self._problems.set(StoreError(message, field="store", value=str(self.store.root)))
+        self._problems.count(view.num_refused())
         sound: list[TaskEntry | BackboneEntry] = [*view.sound_tasks(), *view.sound_backbones()]
         for entry in sound:
             self._register(entry, self._suspects.loader(entry, self.shape))
         await self._preload(view)
         problems = self.problems
         self._view = view
-        self._fingerprint_read = fingerprint
+        self._fingerprint_read = seen
         self.metrics.serve_adapters(view.tasks)
         self.metrics.set_drift(view.drift)
         self.metrics.set_backbone(self.backbone)
@@ -285,8 +313,11 @@ class Registry:
         return _sound(self._view.backbone)
 
     def _read(self) -> StoreView:
-        """A view of the store as it is now. Raises StoreError if `channels.json` is damaged."""
+        """A view of the store as it is now. Raises StoreError or OSError if it cannot be read."""
         channels = self.store.channels()
+        if self._has_channels and not channels.history:
+            check_still_there(self.store.root)
+            channels = self.store.channels()  # it came back meanwhile
         root = self.store.root
         self._suspects.begin()
         tasks: dict[str, dict[str, TaskEntry | StoreError]] = {}
@@ -301,6 +332,7 @@ class Registry:
             for version in (*self.store.backbone_versions(), channels.backbone):
                 if version is not None and version not in backbones:
                     backbones[version] = self._checked(read, root / "backbones" / version)
+        self._has_channels = self._has_channels or bool(channels.history)
         drift = promotion_drift(channels)
         return StoreView(tasks, dict(channels.tasks), backbones, channels.backbone, drift)
 
@@ -320,31 +352,9 @@ class Registry:
         except StoreError as error:
             self._suspects.add(folder, seen)
             if self.verified:  # before that, `start` reports the problems that `verify` found
-                self._report(error)
+                self._problems.report(error)
             return error
         return entry
-
-    def _report(self, problem: StoreError) -> None:
-        log.error("adapter store: %s", problem.message)
-        self.metrics.verification_failures.inc()
-
-    def _fingerprint(self) -> object:
-        """A value that changes when channels.json is replaced, or a version appears or goes."""
-        root = self.store.root
-        try:
-            stat = (root / "channels.json").stat()
-        except FileNotFoundError:
-            return None
-        versions = [*root.glob("tasks/*/v*"), *root.glob("backbones/v*")]
-        return stat.st_mtime_ns, stat.st_ino, stat.st_size, sorted(map(str, versions))
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(self.poll_s)
-            try:
-                await self.refresh()
-            except Exception:
-                log.exception("the adapter store cannot be read; the last view keeps serving")
 
 
 def _sound(entry: Entry | StoreError) -> Entry:

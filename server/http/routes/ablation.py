@@ -1,14 +1,14 @@
 """/ablation and /question_sets: the same questions under several variants, directly or as a job."""
 
-import asyncio
+import json
 from collections.abc import AsyncIterator
-from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 
+from crma.access.scope import Scope
 from crma.evaluation.ablation import AblationSettings
 from server.http.answer import STREAM_HEADERS, event, unless_gone
 from server.http.audited import audited
@@ -16,10 +16,13 @@ from server.http.auth import TheCaller, counts, require_ablate, require_admin
 from server.http.dependencies import TheAblations, TheFrontend
 from server.http.error_handlers import documented
 from server.http.schemas import AblationRequest
-from server.service.ablation import AblationSpec
+from server.records.jobs import Job
+from server.records.question_sets import EVERYONE
+from server.service.ablation_spec import AblationSpec
 from server.service.audit import Act
 from server.service.caller import Caller
-from server.service.jobs import Job
+
+UPLOADS = "/question_sets/"
 
 router = APIRouter(dependencies=[require_ablate])
 admin = APIRouter(dependencies=[require_admin])
@@ -27,7 +30,8 @@ admin = APIRouter(dependencies=[require_admin])
 
 _STARTED: dict[int | str, dict[str, Any]] = {202: {"description": "Started in the background."}}
 _ANSWERS = (
-    documented(400, 401, 403, 404, 409, 413, 422, 429, 500, 503, example_of="/ablation") | _STARTED
+    documented(400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 507, example_of="/ablation")
+    | _STARTED
 )
 
 
@@ -44,19 +48,19 @@ async def ablation(
     Accuracies are over scored items. Failed and timed-out items are counted separately and never as
     wrong; worst_case and best_case say how much they could change. `question_set` has the number of
     items after any filter. Interactive requests run before the items. With `background`, the answer
-    is 202 with `id` and `status_url`.
+    is 202 with `id` and `status_url`: the job waits until there is room, and outlives a restart.
     """
-    ready = await ablations.prepare(_spec(body, caller))
+    ready = await ablations.prepare(_spec(body, caller.name), caller)
     if not body.background:
         # If this ends early (the client disconnects, the server stops), it is cancelled, and the
         # engine aborts everything that it runs.
         return await unless_gone(request, ready.run())
-    await ablations.start(ready)
+    await ablations.start_job(ready)
     response.status_code = 202
     return {"id": ready.id, "status_url": f"/ablation/{ready.id}"}
 
 
-def _spec(body: AblationRequest, caller: Caller) -> AblationSpec:
+def _spec(body: AblationRequest, owner: str) -> AblationSpec:
     """Turn the body of a request into the service's own type."""
     settings = AblationSettings(
         variants=tuple(body.variants),
@@ -72,7 +76,6 @@ def _spec(body: AblationRequest, caller: Caller) -> AblationSpec:
     )
     return AblationSpec(
         settings=settings,
-        caller=caller,
         question_set=body.question_set,
         questions=body.questions,
         tasks=body.tasks,
@@ -81,6 +84,7 @@ def _spec(body: AblationRequest, caller: Caller) -> AblationSpec:
         background=body.background,
         provenance=body.provenance,
         as_sent=body.model_dump(mode="json", exclude_unset=True),
+        owner=owner,
     )
 
 
@@ -88,55 +92,88 @@ def _choices(body: AblationRequest) -> tuple[str, ...] | Literal["own"]:
     return "own" if body.choices == "own" else tuple(body.choices or ())
 
 
-@router.get("/ablation/{id}", responses=documented(401, 403, 404, example_of="/ablation/{id}"))
-async def ablation_job(id: str, ablations: TheAblations, caller: TheCaller) -> dict[str, Any]:
-    """Report on a background job: running, done, failed, cancelled or interrupted.
+@router.get("/ablation", responses=documented(401, 403, 503))
+async def ablation_jobs(ablations: TheAblations, caller: TheCaller) -> list[dict[str, Any]]:
+    """List the background jobs of this key, the newest first, without requests and results.
 
-    An interrupted job was running when the server stopped. `result` is the body of POST /ablation
-    once the job is done. `request` can be sent again: the same adapters answer the same questions,
-    or it is refused with 409.
+    For an admin, those of all keys.
     """
-    job = ablations.job(id, caller)
-    result = await asyncio.to_thread(ablations.jobs.result, job)
-    return {**_shown(job), "result": result}
+    listed = []
+    for job in await ablations.jobs.newest(_seen_by(caller)):
+        shown = _shown(job)
+        del shown["request"]
+        listed.append(shown)
+    return listed
+
+
+@router.get("/ablation/{id}", responses=documented(401, 403, 404, 503, example_of="/ablation/{id}"))
+async def ablation_job(id: str, ablations: TheAblations, caller: TheCaller) -> Response:
+    """Report on a background job: queued, running, done, failed, cancelled or interrupted.
+
+    A job that was running when a server stopped is queued again and goes on after the items that
+    are finished; only an older release left interrupted ones. `result` is the body of POST
+    /ablation once the job is done. `request` can be sent again: the same adapters answer the same
+    questions, or it is refused with 409.
+    """
+    job, result = await ablations.jobs.get_with_result(id, _seen_by(caller))
+    # The result is kept as the JSON that is sent: a large one is not read and written again.
+    start = json.dumps(_shown(job)).removesuffix("}")
+    content = f'{start}, "result": {result or "null"}}}'
+    return Response(content, media_type="application/json")
+
+
+def _seen_by(caller: Caller) -> str | None:
+    """The owner whose jobs exist for a caller; None: everyone's."""
+    return None if Scope.ADMIN in caller.scopes else caller.name
+
+
+def _shown(job: Job) -> dict[str, Any]:
+    """A job as its owner sees it, without its result."""
+    return {
+        "id": job.id,
+        "status": job.status,
+        "created": job.created,
+        "request": job.request,
+        "progress": {"done": job.num_done, "total": job.num_items},
+        "error": job.error,
+    }
 
 
 @router.get(
-    "/ablation/{id}/events", responses=documented(401, 403, 404), response_class=StreamingResponse
+    "/ablation/{id}/events",
+    responses=documented(401, 403, 404, 503),
+    response_class=StreamingResponse,
 )
 async def ablation_events(
-    id: str, ablations: TheAblations, frontend: TheFrontend, caller: TheCaller
+    id: str, ablations: TheAblations, caller: TheCaller, frontend: TheFrontend
 ) -> StreamingResponse:
-    """Stream server-sent events: `progress` {done, total} at every change, then `done` {status}."""
-    job = ablations.job(id, caller)
+    """Stream server-sent events: `progress` {done, total} at every change, then `done` {status}.
+
+    The stream ends without `done` when the server stops: the job goes on elsewhere or later.
+    """
+    jobs = ablations.jobs
+    owner = _seen_by(caller)
+    await jobs.get(id, owner)  # an unknown one is refused before the stream begins
 
     async def events() -> AsyncIterator[str]:
-        async for each in ablations.jobs.watch(job):
-            if frontend.draining:
-                return
-            yield event(dict(each.progress), "progress")
-        yield event({"status": job.status}, "done")
+        async for job in jobs.watch(id, owner, lambda: frontend.draining):
+            yield event({"done": job.num_done, "total": job.num_items}, "progress")
+            if job.has_ended:
+                yield event({"status": job.status}, "done")
 
     return StreamingResponse(events(), media_type="text/event-stream", headers=STREAM_HEADERS)
 
 
-@router.delete("/ablation/{id}", responses=documented(401, 403, 404))
+@router.delete("/ablation/{id}", responses=documented(401, 403, 404, 503, 507))
 async def cancel_ablation(id: str, ablations: TheAblations, caller: TheCaller) -> dict[str, Any]:
-    """Cancel a job if it is still running; its record stays."""
-    job = ablations.job(id, caller)
-    await ablations.jobs.cancel(job)
-    return _shown(job)
+    """Cancel a job unless it has ended; its record stays."""
+    return _shown(await ablations.jobs.cancel(id, _seen_by(caller)))
 
 
-def _shown(job: Job) -> dict[str, Any]:
-    """A job as its owner sees it."""
-    return {name: value for name, value in asdict(job).items() if name != "owner"}
-
-
-@router.get("/question_sets", responses=documented(401, 403, example_of="/question_sets"))
-async def question_sets(ablations: TheAblations) -> list[dict[str, Any]]:
+@router.get("/question_sets", responses=documented(401, 403, 503, example_of="/question_sets"))
+async def question_sets(ablations: TheAblations, caller: TheCaller) -> list[dict[str, Any]]:
     """List name, digest and number of items of the store's sets and of the uploaded ones."""
-    return await asyncio.to_thread(ablations.question_sets.describe)
+    return await ablations.question_sets.describe(caller.name)
 
 
 _TEXT = {"schema": {"type": "string"}}
@@ -150,7 +187,7 @@ _LINES = {
 
 @admin.put(
     "/question_sets/{name}",
-    responses=documented(400, 401, 403, 413, 422),
+    responses=documented(400, 401, 403, 413, 422, 503, 507),
     openapi_extra=_LINES,
 )
 async def upload_question_set(
@@ -161,12 +198,12 @@ async def upload_question_set(
 ) -> dict[str, Any]:
     """Keep a question set, one question per line: id, task, question, answers, optional choices.
 
-    An error names the line at fault.
+    The lines are checked and kept as they arrive, and the set appears once the last is there, for
+    every key. An error names the line at fault.
     """
     try:
-        lines = await request.body()
+        kept = await ablations.question_sets.upload(name, EVERYONE, request.stream())
     except (UnicodeDecodeError, ClientDisconnect) as error:
         raise HTTPException(400) from error  # as for any other body: server/http/error_handlers.py
-    question_set = await asyncio.to_thread(ablations.question_sets.write, name, lines)
-    act.about["digest"] = question_set.digest
-    return question_set.describe()
+    act.about["digest"] = kept["digest"]
+    return kept

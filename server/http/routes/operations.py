@@ -36,13 +36,19 @@ async def readyz(frontend: TheFrontend, caller: TheCaller, response: Response) -
     """200 once the store is verified and the engine has run a step.
 
     503 before that, and while the server drains. `problems` names every task that cannot answer,
-    with the reason. They do not make it 503: the other tasks and the base model answer. Once some
-    tasks do not exist for some key, it names those that the request's key may use.
+    with the reason. They do not make it 503: the other tasks and the base model answer. Neither
+    does `store_problem`, why the store cannot be read now: what it held before goes on serving.
+    Once some tasks do not exist for some key, both are shown to whom these tasks exist.
     """
     reason = frontend.not_ready()
     response.status_code = 503 if reason else 200
     status = "not_ready" if reason else "ready"
-    return {"status": status, "reason": reason, "problems": _problems(frontend, caller)}
+    return {
+        "status": status,
+        "reason": reason,
+        "problems": _problems(frontend, caller),
+        "store_problem": _store_problem(frontend, caller),
+    }
 
 
 def _problems(frontend: Frontend, caller: Caller) -> dict[str, str]:
@@ -51,6 +57,13 @@ def _problems(frontend: Frontend, caller: Caller) -> dict[str, str]:
         return {}
     found = frontend.registry.problems.items()
     return {name: why for name, why in found if caller.may_use(name)}
+
+
+def _store_problem(frontend: Frontend, caller: Caller) -> str | None:
+    """Why the store cannot be read, if a caller may see the names that may be in it."""
+    if frontend.keys.is_restricted and (not caller.name or caller.tasks is not None):
+        return None
+    return frontend.registry.store_problem
 
 
 @router.get("/health", response_class=Response, responses=_EMPTY)

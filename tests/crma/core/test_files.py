@@ -61,6 +61,7 @@ def test_a_failed_replacement_leaves_the_old_bytes_and_can_be_repeated(
         with pytest.raises(PowerFailure):
             replace_file(path, b"new")
     assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["channels.json"]
     replace_file(path, b"new")
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["channels.json"]
@@ -70,8 +71,20 @@ def test_the_next_writer_deletes_what_a_dead_one_left(tmp_path: Path) -> None:
     leftover = tmp_path / f"{TEMPORARY_PREFIX}x"
     leftover.mkdir()
     (leftover / "half").write_bytes(b"1")
+    file = tmp_path / f"{TEMPORARY_PREFIX}channels.json"  # it stayed for ever
+    file.write_bytes(b"half")
     with locked(tmp_path):
         assert not leftover.exists()
+        assert not file.exists()
+
+
+def test_a_writer_that_does_not_wait_leaves_the_other_one_alone(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        leftover = tmp_path / f"{TEMPORARY_PREFIX}x"
+        leftover.mkdir()
+        with pytest.raises(BlockingIOError), locked(tmp_path, wait=False):
+            raise AssertionError("both hold the lock")
+        assert leftover.exists()
 
 
 def test_the_names_in_a_folder_that_is_missing_or_a_link(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from crma.core.files import locked
+from crma.core.files import TEMPORARY_PREFIX, locked
 from crma.store.adapter_store import AdapterStore
-from crma.store.incoming import INCOMING_PREFIX, incoming_folder
+from crma.store.incoming import INCOMING_PREFIX, incoming_folder, remove_leftovers
 
 
 def folders(root: Path) -> list[Path]:
@@ -54,3 +54,20 @@ def test_the_folder_of_a_process_that_died_is_removed_by_the_next(tmp_path: Path
     assert len(folders(tmp_path)) == 1
     with incoming_folder(tmp_path) as folder:
         assert folders(tmp_path) == [folder]
+
+
+def test_leftovers_are_removed_and_what_is_in_use_stays(tmp_path: Path) -> None:
+    remove_leftovers(tmp_path / "missing")
+    assert not (tmp_path / "missing").exists()
+    for name in (f"{INCOMING_PREFIX}dead", f"{TEMPORARY_PREFIX}dead"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f"{TEMPORARY_PREFIX}channels.json").write_bytes(b"half")
+    with incoming_folder(tmp_path) as mine:
+        publishing = tmp_path / f"{TEMPORARY_PREFIX}alive"
+        with locked(tmp_path):
+            publishing.mkdir()
+            remove_leftovers(tmp_path)
+            assert publishing.exists()
+        remove_leftovers(tmp_path)
+        assert folders(tmp_path) == [mine]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]

@@ -35,14 +35,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-async def serve(root: Path) -> AsyncIterator[Serve]:
+async def serve(root: Path, tmp_path: Path) -> AsyncIterator[Serve]:
     """Starts an app with the settings given; waits until it is ready unless `wait=False`."""
     async with AsyncExitStack() as stack:
 
         async def start(
             *, wait: bool = True, engine: ScriptedEngine | None = None, **options: Any
         ) -> Served:
-            settings = Settings(**{"store": root, "allowed_hosts": "test", **options})
+            own = {"store": root, "evaluations": tmp_path / "evaluations", "allowed_hosts": "test"}
+            settings = Settings(**{**own, **options})
             engine = engine or ScriptedEngine()
             metrics = Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
             tokenizer = tiny.tokenizer()

@@ -170,20 +170,17 @@ async def test_a_forbidden_task_answers_as_an_unknown_one_to_the_byte(
 async def test_a_variant_without_the_adapter_does_not_use_a_forbidden_tasks_prompt_format(
     restricted: Keyed,
 ) -> None:
-    body = json.loads(json.dumps(RESTRICTED_BODIES["/ablation"]).replace("NAME", "legal"))
-    body["variants"] = ["base"]
-    frontend = restricted.served.app.state.frontend
-    seen = []
-    find = frontend.registry.task
+    """The base model is asked in the format of the question's task, which is the task's secret."""
 
-    def task(name: str, caller: Any) -> Any:
-        seen.append(caller.name)
-        return find(name, caller)
+    async def prompt(task: str, key: str) -> tuple[int, ...]:
+        text = json.dumps(RESTRICTED_BODIES["/ablation"]).replace("NAME", task)
+        body = {**json.loads(text), "variants": ["base"]}
+        answer = await restricted.send("POST", "/ablation", restricted.keys[key], body)
+        assert answer.status_code == 200
+        return restricted.served.engine.requests[-1].prompt_ids
 
-    frontend.registry.task = task
-    answer = await restricted.send("POST", "/ablation", restricted.keys["narrow"], body)
-    assert answer.status_code == 200
-    assert seen == ["narrow"]
+    assert await prompt("legal", "narrow") == await prompt("lxgal", "narrow")
+    assert await prompt("legal", "wide") != await prompt("lxgal", "wide")
 
 
 async def test_lists_have_the_tasks_of_the_key_only(restricted: Keyed) -> None:
@@ -228,15 +225,18 @@ async def test_a_job_exists_for_its_key_and_for_admins_only(serve: Serve, tmp_pa
     file = tmp_path / "keys.json"
     keys = {name: api_keys.add(file, name, "ablate") for name in ("mine", "other")}
     keys["boss"] = api_keys.add(file, "boss", "ablate", "admin")
-    kept = tmp_path / "evaluations"
+    jobs: list[str] = []
     for _ in range(2):  # also after the server has started again
-        keyed = Keyed(await serve(keys_file=file, evaluations=kept), keys)
-        jobs = [path.stem for path in kept.glob("ablations/*.json")]
+        keyed = Keyed(await serve(keys_file=file), keys)
         if not jobs:
             body = {"question_set": "public", "variants": ["task"], "background": True}
             started = await keyed.send("POST", "/ablation", keys["mine"], body)
             jobs = [started.json()["id"]]
             await keyed.send("GET", f"/ablation/{jobs[0]}/events", keys["mine"])
+        listed = {
+            name: len((await keyed.send("GET", "/ablation", keys[name])).json()) for name in keys
+        }
+        assert listed == {"mine": 1, "other": 0, "boss": 1}
         unknown = "abl-" + "0" * 32
         for method, end in (("GET", ""), ("GET", "/events"), ("DELETE", "")):
             answers = {}

@@ -12,6 +12,7 @@ import tiny
 from api import BASE, Serve, Served
 
 from crma.store.adapter_store import AdapterStore
+from server.engine.request import Request
 
 BODY: dict[str, Any] = {
     "question_set": "public",
@@ -54,19 +55,6 @@ def same(body: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in body.items() if name not in ("id", "wall_s")}
 
 
-def record_file(folder: Path, url: str) -> Path:
-    """Return the file in which a job is kept."""
-    return folder / "ablations" / f"{url.removeprefix('/ablation/')}.json"
-
-
-async def first_record(file: Path) -> bytes:
-    """Return the record that a job writes in its own task, after its id was answered."""
-    async with asyncio.timeout(30):
-        while not file.exists():
-            await asyncio.sleep(0)
-    return file.read_bytes()
-
-
 async def test_a_job_reports_progress_gives_the_direct_answer_and_survives_a_restart(
     serve: Serve, tmp_path: Path
 ) -> None:
@@ -88,38 +76,110 @@ async def test_a_job_reports_progress_gives_the_direct_answer_and_survives_a_res
     assert (await again.client.delete(url)).json()["status"] == "done"
 
 
-async def test_a_job_can_be_cancelled_and_a_stopped_or_killed_server_interrupts_it(
+async def test_a_stopped_servers_job_goes_on_and_gives_the_answer_of_an_undisturbed_one(
     serve: Serve, tmp_path: Path
 ) -> None:
-    served = await serve(evaluations=tmp_path)
-    questions = [{**LINE, "id": str(i)} for i in range(300)]
-    body = {"question_set": None, "tasks": None, "questions": questions}
-    cancelled, left, killed = [await start(served, **body) for _ in range(3)]
-    assert (await served.client.delete(cancelled)).json()["status"] == "cancelled"
-    snapshot = await first_record(record_file(tmp_path, killed))
+    """It was recorded as interrupted, and what it had computed was lost."""
+    served = await serve(evaluations=tmp_path, max_ablation_inflight=1)
+    direct = (await served.client.post("/ablation", json=BODY)).json()
+    stop = asyncio.Event()
+    asked: list[str] = []
+
+    def answer(request: Request) -> str:
+        asked.append(request.id)
+        if len(asked) == 3:
+            stop.set()
+        return "one two"
+
+    served.engine.answer = answer
+    url = await start(served)
+    await stop.wait()
     await served.stop()
     assert served.engine.running == 0
-    kept = json.loads(record_file(tmp_path, left).read_bytes())
-    assert kept["status"] == "interrupted", "the server's end, not its next start, wrote it"
-    record_file(tmp_path, killed).write_bytes(snapshot)  # as kill -9 leaves it
-    (tmp_path / "ablations" / "other.json").write_text("{}")
-    again = await serve(evaluations=tmp_path)
-    for url, status in (
-        (cancelled, "cancelled"),
-        (left, "interrupted"),
-        (killed, "interrupted"),
-    ):
-        found = await record(again, url)
-        assert (found["status"], found["result"]) == (status, None)
-        assert found["progress"]["done"] < 600
-    assert (await events(again, killed))[-1] == ("done", {"status": "interrupted"})
+    again = await serve(evaluations=tmp_path, max_ablation_inflight=1)
+    assert (await events(again, url))[-1] == ("done", {"status": "done"})
+    found = await record(again, url)
+    assert same(found["result"]) == same(direct)
+    num_again = len(again.engine.requests) - 1  # without the warm-up
+    assert 6 - len(asked) <= num_again < 6
+
+
+async def test_a_job_keeps_its_adapters_when_others_serve_before_it_goes_on(
+    serve: Serve, root: Path, tmp_path: Path
+) -> None:
+    store = AdapterStore(shutil.copytree(root, tmp_path / "store"))
+    served = await serve(store=store.root, max_ablation_inflight=1)
+    direct = (await served.client.post("/ablation", json=BODY)).json()
+    begun = asyncio.Event()
+
+    def answer(request: Request) -> str:
+        begun.set()
+        return "one two"
+
+    served.engine.answer = answer
+    url = await start(served)
+    await begun.wait()
+    await served.stop()
+    backbone = tiny.publish_backbone(store, BASE, 5, serve=False)
+    task = tiny.publish(store, BASE, "medical", 7, backbone=backbone.digest, serve=False)
+    store.set_serving({"backbone": backbone.version, "tasks/medical": task.version})
+    again = await serve(store=store.root)
+    assert (await events(again, url))[-1] == ("done", {"status": "done"})
+    assert same((await record(again, url))["result"]) == same(direct)
+
+
+async def test_a_job_can_be_cancelled(serve: Serve, tmp_path: Path) -> None:
+    served = await serve(evaluations=tmp_path)
+    questions = [{**LINE, "id": str(i)} for i in range(300)]
+    url = await start(served, question_set=None, tasks=None, questions=questions)
+    assert (await served.client.delete(url)).json()["status"] == "cancelled"
+    assert served.engine.running == 0
+    found = await record(served, url)
+    assert (found["status"], found["result"]) == ("cancelled", None)
+    assert found["progress"]["done"] < 600
+    assert (await events(served, url))[-1] == ("done", {"status": "cancelled"})
+
+
+async def test_jobs_over_the_limit_wait_and_are_listed(serve: Serve, tmp_path: Path) -> None:
+    served = await serve(evaluations=tmp_path, max_ablation_jobs=1, max_ablation_queue=1)
+    questions = [{**LINE, "id": str(i)} for i in range(300)]
+    body = {"question_set": None, "tasks": None, "questions": questions}
+    first = await start(served, **body)
+    async with asyncio.timeout(30):
+        while (await record(served, first))["status"] == "queued":
+            await asyncio.sleep(0)
+    second = await start(served, **body)
+    refused = await served.client.post("/ablation", json={**BODY, "background": True})
+    assert error_of(refused) == (429, "too_many_jobs")
+    listed = (await served.client.get("/ablation")).json()
+    assert [f"/ablation/{job['id']}" for job in listed] == [second, first]
+    assert [job["status"] for job in listed] == ["queued", "running"]
+    assert "request" not in listed[0]
+    await served.client.delete(first)
+    assert (await events(served, second))[-1] == ("done", {"status": "done"})
+
+
+async def test_records_that_cannot_be_written_are_told_and_everything_else_goes_on(
+    serve: Serve, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    served = await serve(evaluations=tmp_path / "file")
+    refused = await served.client.post("/ablation", json={**BODY, "background": True})
+    assert error_of(refused) == (507, "records_not_writable")
+    assert (await served.client.post("/ablation", json=BODY)).status_code == 200
+    assert (await served.client.get("/question_sets")).status_code == 200
+    gone = await serve(database_url=f"postgresql:///crma?host={tmp_path}")
+    refused = await gone.client.post("/ablation", json={**BODY, "background": True})
+    assert error_of(refused) == (503, "records_unavailable")
+    assert refused.headers["Retry-After"] == "5"
+    assert (await gone.generate()).status_code == 200
 
 
 @pytest.fixture
 async def writable(serve: Serve, root: Path, tmp_path: Path) -> tuple[Served, AdapterStore]:
     """An app on a store of its own."""
     store = AdapterStore(shutil.copytree(root, tmp_path / "store"))
-    return await serve(evaluations=tmp_path / "kept", store=store.root), store
+    return await serve(store=store.root), store
 
 
 async def publish_second_version(served: Served, store: AdapterStore) -> None:
@@ -183,20 +243,20 @@ async def test_a_server_without_jobs_says_so_instead_of_asking_to_try_again(
     assert "Retry-After" not in refused.headers
 
 
-async def test_running_and_kept_jobs_are_limited_and_only_the_servers_ids_are_known(
+async def test_kept_jobs_are_limited_and_only_the_servers_ids_are_known(
     serve: Serve, tmp_path: Path
 ) -> None:
-    served = await serve(evaluations=tmp_path, max_ablation_jobs=1, max_ablation_kept=1)
-    first = await start(served)
-    refused = await served.client.post("/ablation", json={**BODY, "background": True})
-    assert error_of(refused) == (429, "too_many_jobs")
+    served = await serve(evaluations=tmp_path, max_ablation_kept=1)
+    first, second = [await start(served) for _ in range(2)]
     await events(served, first)
-    second = await start(served)
     await events(served, second)
-    assert (await served.client.get(first)).status_code == 404
-    assert (await served.client.get(second)).status_code == 200
-    kept = list((tmp_path / "ablations").glob("abl-*.json"))
-    assert kept == [record_file(tmp_path, second)]
+    third = await start(served)
+    await events(served, third)
+    assert [(await served.client.get(url)).status_code for url in (first, second, third)] == [
+        404,
+        404,
+        200,
+    ]
     for id in ("abl-0", "..%2F..%2Fchannels", "other"):
         for method in ("GET", "DELETE"):
             unknown = await served.client.request(method, f"/ablation/{id}")
@@ -206,7 +266,7 @@ async def test_running_and_kept_jobs_are_limited_and_only_the_servers_ids_are_kn
 async def test_an_uploaded_set_is_listed_and_asked_and_a_bad_one_is_refused_with_its_line(
     serve: Serve, tmp_path: Path
 ) -> None:
-    served = await serve(evaluations=tmp_path, admin_key="admin")
+    served = await serve(evaluations=tmp_path, admin_key="admin", max_question_set_mib=1)
     lines = "\n".join(json.dumps({**LINE, "id": str(i)}) for i in range(2))
 
     async def put(name: str, content: str | bytes, **headers: str) -> tuple[int, Any]:

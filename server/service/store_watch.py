@@ -1,0 +1,106 @@
+"""Looks at a store again and again, whatever becomes of it: it may be damaged, gone, or hang."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from crma.core.errors import StoreError
+from crma.store.channels import CHANNELS
+from server.service.metrics import Metrics
+
+log = logging.getLogger("server")
+
+
+class StoreProblems:
+    """The problems of a store, in the log and in the metrics.
+
+    Args:
+        metrics: of the app.
+
+    Attributes:
+        current: why the store as a whole cannot be read now; None if it can.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.current: str | None = None
+        self._metrics = metrics
+        self._num_refused = 0
+
+    def report(self, problem: StoreError) -> None:
+        """Log and count a problem that was found."""
+        log.error("adapter store: %s", problem.message)
+        self._metrics.verification_failures.inc()
+
+    def set(self, problem: StoreError | None) -> None:
+        """The store cannot be read because of `problem`, which is reported once; or can be read."""
+        before = self.current
+        self.current = None if problem is None else problem.message
+        if problem is not None and problem.message != before:
+            self.report(problem)
+        if problem is None and before is not None:
+            log.info("the adapter store can be read again")
+        self.count(self._num_refused)
+
+    def count(self, num_refused: int) -> None:
+        """Show how many problems there are now, given how many versions may not serve."""
+        self._num_refused = num_refused
+        self._metrics.store_problems.set(num_refused + (self.current is not None))
+
+
+def fingerprint(root: Path) -> object:
+    """A value that changes when channels.json is replaced, or a version appears or goes."""
+    try:
+        status = (root / CHANNELS).stat()
+    except OSError as error:
+        return error.errno
+    versions = [*root.glob("tasks/*/v*"), *root.glob("backbones/v*")]
+    return status.st_mtime_ns, status.st_ino, status.st_size, sorted(map(str, versions))
+
+
+def check_still_there(root: Path) -> None:
+    """Raises StoreError if a store that has been read holds no channels any more.
+
+    To a reader that is an empty store, and every task would stop: but what is gone by mistake, or
+    with its disk, comes back.
+    """
+    if not os.path.lexists(root / CHANNELS):
+        where = root / CHANNELS if root.exists() else root
+        message = f"{where} has gone: what served goes on serving. Bring it back, or restart"
+        raise StoreError(message, field="store", value=str(root), allowed="the store as it was")
+
+
+async def with_patience(
+    looking: Awaitable[None], patience_s: float, problems: StoreProblems
+) -> None:
+    """Wait for a look at the store. That it takes longer than `patience_s` seconds is a problem.
+
+    There is no second look meanwhile: it would wait for the same file system.
+    """
+    look = asyncio.ensure_future(looking)
+    try:
+        done, _ = await asyncio.wait({look}, timeout=patience_s)
+        message = f"the store has not answered for {patience_s:g} s: what served goes on serving"
+        if not done:
+            problems.set(StoreError(message, field="store", allowed="a file system that answers"))
+        await look
+        if problems.current == message:
+            problems.set(None)
+    finally:
+        look.cancel()
+
+
+async def watch(
+    refresh: Callable[[], Awaitable[None]],
+    poll_s: float,
+    patience_s: float,
+    problems: StoreProblems,
+) -> None:
+    """Look at the store every `poll_s` seconds, for ever."""
+    while True:
+        await asyncio.sleep(poll_s)
+        try:
+            await with_patience(refresh(), patience_s, problems)
+        except Exception:
+            log.exception("the adapter store cannot be read; the last view keeps serving")
