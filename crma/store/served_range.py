@@ -32,8 +32,10 @@ def check_range(
     scaled = B.largest * abs(scaling)
     low_rank = A.largest * num_inputs
     update = scaled * rank * low_rank
-    largest = max(scaled, low_rank, update, update * update if is_normed else 0.0)
+    # `LoraPair.delta` scales the product with A, the server scales B: neither may overflow.
+    scaled_low_rank = low_rank * max(1.0, abs(scaling))
+    largest = max(scaled, scaled_low_rank, update, update * update if is_normed else 0.0)
     if largest > LARGEST:
         message = "The weights overflow as they are served: scaled, in bfloat16."
-        allowed = f"A, scaling * B and their product below {LARGEST:.3g}"
+        allowed = f"A and B times scaling, and their product, below {LARGEST:.3g}"
         raise invalid(message, path, f"{largest:.3g}", allowed)
