@@ -22,6 +22,7 @@ from crma.models.prompts import Format
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from crma.store.serving import lineage_problem
+from crma.store.signature import signature_stamps
 from server.engine.inference_engine import InferenceEngine
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
@@ -351,6 +352,7 @@ class Registry:
         try:
             entry = read(version)
             entry.check_base(self.base.digest)
+            self.store.check_signature(entry)
             if entry.digest not in self._num_parameters:
                 weights = entry.load(self.shape).parameters()
                 self._num_parameters[entry.digest] = sum(tensor.numel() for tensor in weights)
@@ -372,7 +374,8 @@ class Registry:
         except FileNotFoundError:
             return None
         versions = [*root.glob("tasks/*/v*"), *root.glob("backbones/v*")]
-        return stat.st_mtime_ns, stat.st_ino, stat.st_size, sorted(map(str, versions))
+        signatures = signature_stamps(root)
+        return stat.st_mtime_ns, stat.st_ino, stat.st_size, sorted(map(str, versions)), signatures
 
     async def _watch(self) -> None:
         while True:
