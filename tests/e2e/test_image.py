@@ -95,9 +95,11 @@ def container(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
                 break
         else:
             pytest.fail("".join(log))
-        threading.Thread(target=lambda: log.extend(process.stderr), daemon=True).start()
+        reader = threading.Thread(target=log.extend, args=(process.stderr,))
+        reader.start()
         yield Container(image, volume, variables, process, log)
         process.terminate()
+        reader.join()  # it ends with the process
     assert process.returncode in (0, -signal.SIGTERM), log[-5:]
 
 
