@@ -14,7 +14,7 @@ PYTHON_IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11) and "CRM
 # The environments of tests/e2e/openai_clients. Where vLLM or guidellm is in .venv-clients/ too, under its name, their benchmarks are clients as well.
 CLIENTS  ?= common instructor llama-index
 
-.PHONY: setup serve test check test-gpu e2e clients train ablate bench docs clean
+.PHONY: setup supply serve test check test-gpu e2e clients train ablate bench docs lock sbom audit lint-image clean
 
 setup: .venv/.installed  ## make .venv, once; again only when pyproject.toml or constraints.txt changes
 
@@ -54,6 +54,29 @@ docs: setup  ## the documentation as a website in site/; fails on a warning or o
 	$(BIN)/pip install -qq --only-binary=:all: $(PIP_ARGS) -c constraints.txt --group docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# What is in the image, with hashes: docker/torch-cpu.lock is written by hand.
+LOCKS := docker/requirements.lock docker/torch-cpu.lock
+LOCK  := UV_CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes -c constraints.txt
+
+supply: setup
+	$(BIN)/pip install -qq --only-binary=:all: $(PIP_ARGS) -c constraints.txt --group supply
+
+lock: supply  ## the lock files of the image again, from pyproject.toml and constraints.txt
+	$(LOCK) --config-file docker/uv.toml --no-emit-package torch --extra otel --extra postgres --extra signing pyproject.toml -o docker/requirements.lock
+	echo torch | $(LOCK) --no-config - -o docker/torch-cuda.lock
+
+sbom: supply  ## build/sbom.json: the packages of the image, in CycloneDX's format
+	@mkdir -p build
+	cat $(LOCKS) | $(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o build/sbom.json -
+
+# torch by the lock file of CUDA: PyPI knows that build. Strict: a package that PyPI does not know is no good news.
+audit: supply  ## known vulnerabilities of the packages of the image; asks PyPI
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r docker/requirements.lock
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r docker/torch-cuda.lock
+
+lint-image: supply  ## hadolint on the Dockerfile
+	$(BIN)/hadolint Dockerfile
+
 clean:  ## remove .venv and what tools left behind; pulled models and results stay
 	rm -rf .venv .venv-clients build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
@@ -62,7 +85,7 @@ clean:  ## remove .venv and what tools left behind; pulled models and results st
 	@echo 'making .venv: PyTorch and 80 smaller packages, a minute or more'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install -qq --upgrade 'pip>=25.1'
-	@$(BIN)/pip install -qq --only-binary=:all: $(PIP_ARGS) -c constraints.txt -e '.[train]' --group dev
+	@$(BIN)/pip install -qq --only-binary=:all: $(PIP_ARGS) -c constraints.txt -e '.[train,signing]' --group dev
 	@touch $@
 
 .venv-clients/node/.installed: tests/e2e/openai_clients/package.json tests/e2e/openai_clients/package-lock.json

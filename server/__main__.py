@@ -38,7 +38,7 @@ log = logging.getLogger("server")
 
 def build(settings: Settings) -> FastAPI:
     """The app on the native engine. Raises CrmaError for what it cannot serve, named."""
-    store = open_store(settings.store)
+    store = open_store(settings.store, settings.require_signature)
     base = find_base(settings.model, home=settings.home)
     telemetry = None
     if settings.otlp_endpoint is not None:

@@ -51,6 +51,9 @@ class Settings(BaseSettings):
         "SmolLM2-135M-Instruct", "Base model: a pulled one's name, or its folder.", min_length=1
     )
     store: Path = _setting(Path("adapters_store"), "Folder of the adapter store.")
+    require_signature: Path | None = _setting(
+        None, "Public key, a PEM file: only versions that it signed serve; unset: all do."
+    )
     load_backbone: bool = _setting(
         True, "Load the CRMA backbone; false: requests that need it get 409."
     )

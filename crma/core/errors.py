@@ -12,6 +12,7 @@ CrmaError
     ├── BaseMismatch     an adapter was made for another base model
     ├── LineageMismatch  a LoRA meets a backbone other than its own or one of its descendants
     ├── VersionServes    a version that serves cannot be removed
+    ├── NotSigned        a version has no signature of the required key
     └── InvalidAdapter   wrong shape, unknown or missing tensor, pickle, unsafe path, unknown field
 
 To add an error, derive it here and add its line above. If a request can cause it, also give it an
@@ -86,6 +87,10 @@ class LineageMismatch(StoreError):
 
 class VersionServes(StoreError):
     """A version that serves cannot be removed."""
+
+
+class NotSigned(StoreError):
+    """A version has no signature, or one of another key or of other files."""
 
 
 class InvalidAdapter(StoreError):

@@ -10,13 +10,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from crma.core.errors import LineageMismatch, NotFound, StoreError
+from crma.core.errors import LineageMismatch, NotFound, NotSigned, StoreError
 from crma.core.files import about, locked, names_in
 from crma.models.base_model import BaseModel
 from crma.models.model_shape import ModelShape
 from crma.models.prompts import Format
 from crma.store import publication
-from crma.store.channels import BACKBONE, Channels, read_channels, task_channel, write_channels
+from crma.store.channels import (
+    BACKBONE,
+    Channels,
+    nothing_before,
+    read_channels,
+    task_channel,
+    write_channels,
+)
 from crma.store.entry import (
     BackboneEntry,
     TaskEntry,
@@ -32,6 +39,7 @@ from crma.store.peft_format import StoredLora, check_fits, lora_from_peft
 from crma.store.publication import Origin
 from crma.store.removal import remove_task
 from crma.store.serving import check_change
+from crma.store.signature import check_signature, sign
 from crma.store.verification import find_problems
 
 if TYPE_CHECKING:
@@ -46,10 +54,12 @@ class AdapterStore:
 
     Args:
         root: the folder; the first publish creates it if it is missing.
+        public_key: if given, only versions with a signature of this key may begin to serve.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, public_key: Path | None = None) -> None:
         self.root = root
+        self.public_key = public_key
 
     # Reading ------------------------------------------------------------------------------------
 
@@ -192,6 +202,7 @@ class AdapterStore:
         trust_base: bool = False,
         prompt_format: str | None = None,
         repeat: bool = True,
+        private_key: Path | None = None,
     ) -> TaskEntry:
         """Publishes a PEFT LoRA from a local folder, its tensors in their own dtype.
 
@@ -209,13 +220,19 @@ class AdapterStore:
             prompt_format: as the name in `import_format.import_format`.
             repeat: False: if the same adapter serves already, that version is returned and nothing
                 is published.
+            private_key: signs the version before it serves; needed if the store has a public key.
 
         Raises:
+            NotSigned: the store has a public key, and no private one is given.
             NotFound, BaseMismatch: as `peft_folder.read_folder`.
             ConfigError: as `import_format.import_format`.
             InvalidAdapter: as all of these, `import_format.check_vocabulary`,
                 `peft_format.lora_from_peft` and `peft_format.check_fits`.
         """
+        if self.public_key is not None and private_key is None:
+            message = f"{name}: what is published here must be signed, and this process has no key."
+            allowed = "crma import --sign-key, where the private key is"
+            raise NotSigned(message, field="signature", value=name, allowed=allowed)
         with about(str(path)):
             config, tensors = read_folder(path, base, shape=shape, trust_base=trust_base)
             lora = lora_from_peft(config, tensors)
@@ -228,8 +245,15 @@ class AdapterStore:
         if not repeat:
             serving = publication.serving_alike(self.root, name, lora, fields, origin)
             if serving is not None:
+                if private_key is not None:
+                    sign(self.root, serving, private_key)
                 return serving
-        return publication.publish_lora(self.root, name, lora, fields, origin, serve=True)
+        serve = private_key is None
+        entry = publication.publish_lora(self.root, name, lora, fields, origin, serve)
+        if private_key is not None:
+            sign(self.root, entry, private_key)
+            self.set_serving({task_channel(name): entry.version})
+        return entry
 
     def publish_backbone(
         self,
@@ -312,7 +336,7 @@ class AdapterStore:
             channels = before.roll_back(channel, evidence)
             version = channels.version(channel)
             if version is None:
-                raise _nothing_before(channel, before)
+                raise nothing_before(channel, before)
             if channel != BACKBONE:
                 return self._write([channel], before, channels)
             backbone = read_backbone(self.root, version)
@@ -350,7 +374,12 @@ class AdapterStore:
             base: if given, every entry must be made for this base model.
             shape: of that model; if given, every entry must fit it.
         """
-        return find_problems(self.root, base, shape)
+        return find_problems(self.root, base, shape, self.public_key)
+
+    def check_signature(self, entry: TaskEntry | BackboneEntry) -> None:
+        """Raises NotSigned if the store has a public key and the entry no signature of it."""
+        if self.public_key is not None:
+            check_signature(self.root, entry, self.public_key)
 
     # --------------------------------------------------------------------------------------------
 
@@ -362,25 +391,7 @@ class AdapterStore:
         for channel in moved:
             version = channels.version(channel)
             if version is not None:
-                read_entry(self.root, channel, version)
+                self.check_signature(read_entry(self.root, channel, version))
         check_change(self.root, before, channels)
         write_channels(self.root, channels)
         return channels
-
-
-def _nothing_before(channel: str, serving: Channels) -> NotFound:
-    """The error for a roll back to nothing, which would stop the task in silence.
-
-    Without a backbone, every task that was trained on one would be refused.
-    """
-    version = serving.version(channel)
-    if channel == BACKBONE:
-        message = f"No backbone served before {version}, so it cannot be rolled back."
-        allowed = "a backbone that was replaced"
-    else:
-        message = (
-            f"Nothing served before {version} of {channel}, so it cannot be rolled back: publish "
-            "another version (crma import, crma train --ship)."
-        )
-        allowed = "a task whose version was replaced"
-    return NotFound(message, field="channel", value=channel, allowed=allowed)

@@ -187,3 +187,21 @@ def write_channels(root: Path, channels: Channels) -> None:
 def now() -> str:
     """The current time in UTC, to the second: 2026-01-31T12:00:00Z."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def nothing_before(channel: str, serving: Channels) -> NotFound:
+    """The error for a roll back to nothing, which would stop the task in silence.
+
+    Without a backbone, every task that was trained on one would be refused.
+    """
+    version = serving.version(channel)
+    if channel == BACKBONE:
+        message = f"No backbone served before {version}, so it cannot be rolled back."
+        allowed = "a backbone that was replaced"
+    else:
+        message = (
+            f"Nothing served before {version} of {channel}, so it cannot be rolled back: publish "
+            "another version (crma import, crma train --ship)."
+        )
+        allowed = "a task whose version was replaced"
+    return NotFound(message, field="channel", value=channel, allowed=allowed)

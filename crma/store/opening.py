@@ -16,10 +16,15 @@ def is_store(root: Path) -> bool:
     return any((root / mark).exists() for mark in MARKS)
 
 
-def open_store(root: Path) -> AdapterStore:
-    """The store in a folder. Raises NotFound if it is none."""
+def open_store(root: Path, public_key: Path | None = None) -> AdapterStore:
+    """The store in a folder. Raises NotFound if it is none.
+
+    Args:
+        root: the folder.
+        public_key: as that of `AdapterStore`.
+    """
     if is_store(root):
-        return AdapterStore(root)
+        return AdapterStore(root, public_key)
     if root.is_dir():
         message = f"{root} is no adapter store: it holds none of {', '.join(MARKS)}."
     else:

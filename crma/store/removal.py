@@ -10,6 +10,7 @@ from crma.core.errors import NotFound, VersionServes
 from crma.core.files import TEMPORARY_PREFIX, locked, names_in, sync_folder
 from crma.store.channels import channel_folder, read_channels, task_channel
 from crma.store.entry import versions_in
+from crma.store.signature import signature_path
 
 
 def remove_task(root: Path, name: str, version: str | None) -> tuple[str, ...]:
@@ -45,6 +46,8 @@ def remove_task(root: Path, name: str, version: str | None) -> tuple[str, ...]:
             rule = "a version that does not serve"
             raise VersionServes(message, field="task", value=value, allowed=rule)
         _remove(root, root / channel_folder(channel), removed, whole=removed == published)
+        for each in removed:  # else it would be that of a later version with this number
+            signature_path(root, f"{channel}/{each}").unlink(missing_ok=True)
     return removed
 
 

@@ -14,22 +14,29 @@ from crma.store.channels import BACKBONE, Channels, channel_folder, read_channel
 from crma.store.entry import BackboneEntry, TaskEntry, read_entry
 from crma.store.manifest import check_version
 from crma.store.serving import Entry, lineage_problem
+from crma.store.signature import check_signature
 
 
-def find_problems(root: Path, base: BaseModel | None, shape: ModelShape | None) -> list[StoreError]:
+def find_problems(
+    root: Path, base: BaseModel | None, shape: ModelShape | None, public_key: Path | None = None
+) -> list[StoreError]:
     """Every problem of a store; empty if it is sound. Damage is reported, not raised.
 
     Args:
         root: of the store.
         base: if given, every entry must be made for this base model.
         shape: if given, every entry must fit a base model of this shape.
+        public_key: if given, every entry must have a signature of this key.
     """
     problems: list[StoreError] = []
     entries = _read_entries(root, problems)
     channels = _read_channels(root, entries, problems)
     for entry in entries:
         with _collected(problems):
-            _check_entry(entry, base, shape)
+            check_entry(entry, base, shape)
+        if public_key is not None:
+            with _collected(problems):
+                check_signature(root, entry, public_key)
     _check_lineages(entries, channels, problems)
     return problems
 
@@ -60,8 +67,11 @@ def _read_channels(root: Path, entries: Sequence[Entry], problems: list[StoreErr
     return channels
 
 
-def _check_entry(entry: Entry, base: BaseModel | None, shape: ModelShape | None) -> None:
-    """The base model first: an entry for another one rarely fits this one's shape either."""
+def check_entry(entry: Entry, base: BaseModel | None, shape: ModelShape | None) -> None:
+    """Raises StoreError if an entry is damaged. Args are those of `find_problems`.
+
+    The base model first: an entry for another one rarely fits this one's shape either.
+    """
     if base is not None:
         entry.check_base(base.digest)
     if isinstance(entry, TaskEntry):

@@ -14,6 +14,7 @@ from crma.core.errors import (
     InvalidAdapter,
     LineageMismatch,
     NotFound,
+    NotSigned,
 )
 from server.engine.errors import (
     AdapterPoolFull,
@@ -162,6 +163,7 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
     (BaseMismatch, 409, "base_mismatch"),
     (LineageMismatch, 409, "lineage_mismatch"),
     (DigestMismatch, 409, "digest_mismatch"),
+    (NotSigned, 409, "not_signed"),
     (InvalidAdapter, 409, "invalid_adapter"),
     (AdapterPoolFull, 409, "adapter_pool_full"),
     (ConfigError, 422, "invalid_field"),

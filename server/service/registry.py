@@ -346,6 +346,7 @@ class Registry:
         try:
             entry = read(folder.name)
             entry.check_base(self.base.digest)
+            self.store.check_signature(entry)
             if entry.digest not in self._num_parameters or self._suspects.was_found(folder):
                 weights = entry.load(self.shape).parameters()
                 self._num_parameters[entry.digest] = sum(tensor.numel() for tensor in weights)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from crma.core.errors import StoreError
 from crma.store.channels import CHANNELS
+from crma.store.signature import signature_stamps
 from server.service.metrics import Metrics
 
 log = logging.getLogger("server")
@@ -50,13 +51,16 @@ class StoreProblems:
 
 
 def fingerprint(root: Path) -> object:
-    """A value that changes when channels.json is replaced, or a version appears or goes."""
+    """A value that changes when channels.json or a signature is replaced, or a version comes or
+    goes.
+    """
     try:
         status = (root / CHANNELS).stat()
     except OSError as error:
         return error.errno
-    versions = [*root.glob("tasks/*/v*"), *root.glob("backbones/v*")]
-    return status.st_mtime_ns, status.st_ino, status.st_size, sorted(map(str, versions))
+    versions = sorted(map(str, (*root.glob("tasks/*/v*"), *root.glob("backbones/v*"))))
+    change = status.st_mtime_ns, status.st_ino, status.st_size
+    return *change, versions, signature_stamps(root)
 
 
 def check_still_there(root: Path) -> None:

@@ -1,7 +1,6 @@
 """The Docker files, as far as they can be checked without a Docker engine."""
 
 import http.server
-import json
 import re
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
+from dockerfile import Dockerfile
 from tables import ROOT, metric_families
 
 from server.settings import Settings
@@ -55,9 +56,8 @@ def test_the_image_and_compose_use_settings_that_exist() -> None:
 
 
 def dockerfile_command(instruction: str) -> list[str]:
-    """The exec form after `instruction`, with continued lines joined as Docker joins them."""
-    joined = (ROOT / "Dockerfile").read_text("utf-8").replace("\\\n", "")
-    return json.loads(re.findall(rf"^{instruction}.*?(\[.*\])$", joined, re.MULTILINE)[-1])
+    """The exec form after `instruction` in the last stage."""
+    return Dockerfile.read().stages[-1].command(instruction)
 
 
 @pytest.mark.parametrize("ready", [True, False])
@@ -82,3 +82,53 @@ def test_the_start_command_is_valid_shell_and_ends_in_the_server() -> None:
     assert (shell, option) == ("sh", "-c")
     assert subprocess.run([shell, "-n", option, script], check=False).returncode == 0
     assert "exec python -m server" in script, "the server must be the process that gets SIGTERM"
+
+
+def services() -> dict:
+    return yaml.safe_load((ROOT / "docker/compose.yaml").read_text("utf-8"))["services"]
+
+
+def test_every_base_image_is_named_by_its_digest() -> None:
+    """A tag can be another image tomorrow."""
+    images = [stage.base for stage in Dockerfile.read().stages if not stage.is_local]
+    images += [service["image"] for service in services().values() if "image" in service]
+    assert len(images) == 4
+    for image in images:
+        assert re.fullmatch(r"[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}", image), image
+
+
+def test_the_last_stage_has_no_compiler_and_installs_nothing() -> None:
+    """The image came with g++, so whoever broke in could build."""
+    runs = [text for name, text in Dockerfile.read().stages[-1].steps if name == "RUN"]
+    assert not any(re.search(r"apt-get|g\+\+|pip", text) for text in runs), runs
+
+
+def test_all_packages_of_the_image_come_with_hashes() -> None:
+    steps = [step for stage in Dockerfile.read().stages for step in stage.steps]
+    commands = [part for name, text in steps if name == "RUN" for part in text.split("&&")]
+    installs = [each for each in commands if "pip install" in each]
+    assert len(installs) == 3
+    for install in installs:
+        assert "--no-deps" in install
+        assert "--require-hashes" in install or "--no-build-isolation -e ." in install
+
+
+def test_the_server_has_one_volume_to_write_to_and_is_nobody_special() -> None:
+    server = services()["server"]
+    assert server["read_only"]
+    assert server["cap_drop"] == ["ALL"]
+    writable = [each for each in server["volumes"] if not each.endswith(":ro")]
+    assert writable == ["models:/var/lib/crma"]
+    steps = Dockerfile.read().stages[-1].steps
+    assert ("USER", "10001") in steps
+    assert not any("chown" in text for name, text in steps if name == "COPY")
+
+
+def test_compose_neither_serves_without_a_key_nor_has_a_known_password() -> None:
+    """Without CRMA_API_KEYS it served everyone; Grafana had admin/admin."""
+    started = services()
+    assert started["server"]["environment"]["CRMA_API_KEYS"].startswith("${CRMA_API_KEYS:?")
+    grafana = started["grafana"]["environment"]
+    assert grafana["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    for service in started.values():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])

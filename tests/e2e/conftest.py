@@ -1,4 +1,4 @@
-"""The option that sets the length of the churn test."""
+"""The options of the long tests."""
 
 import pytest
 
@@ -9,4 +9,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=float,
         default=60.0,
         help="how many seconds tests/e2e/test_churn.py runs",
+    )
+    parser.addoption(
+        "--image-base",
+        default=None,
+        help="folder that debootstrap made, for tests/e2e/test_image.py; default: a new one",
     )

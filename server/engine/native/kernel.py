@@ -20,6 +20,7 @@ from torch import Tensor
 
 from crma.core.errors import ConfigError
 from server.engine.native.kernel_build import build
+from server.engine.native.prebuilt_kernel import find_prebuilt
 
 MAX_INT8 = 127
 INT8_WIDTH = 64  # bytes that one instruction multiplies; weights are padded to a multiple
@@ -42,7 +43,7 @@ class Kernel:
 
     Args:
         dtype: float32 or bfloat16.
-        folder: holds the built library.
+        folder: where the library is built, unless the server came with one.
 
     Raises:
         ConfigError: the library cannot be built or loaded; the message says why.
@@ -58,7 +59,7 @@ class Kernel:
     def __init__(self, dtype: torch.dtype, folder: Path) -> None:
         self.dtype = dtype
         try:
-            library = ctypes.CDLL(str(build(folder)))
+            library = ctypes.CDLL(str(find_prebuilt() or build(folder)))
         except (OSError, subprocess.SubprocessError) as error:
             message = f"the kernel cannot be built or loaded: {error}"
             raise ConfigError(

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -14,18 +15,18 @@ import torch
 from crma.core.errors import ConfigError
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
-FLAGS = [
+OPTIONS = (  # of the compiler, whatever the processor
     "-std=c++20",
     "-O3",
-    "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fopenmp",
     "-fPIC",
     "-shared",
-]
+)
+_OWN_PROCESSOR = ["-march=native"]
 if platform.machine() == "x86_64":
-    FLAGS.append("-mprefer-vector-width=512")
+    _OWN_PROCESSOR.append("-mprefer-vector-width=512")
 _VARIES_BY_CORE = re.compile(r"processor|.*(MHz|apicid|core id|bogomips)", re.IGNORECASE)
 
 
@@ -40,23 +41,41 @@ def build(folder: Path) -> Path:
         OSError: the folder cannot be written to.
         subprocess.SubprocessError: the compiler does not say its version.
     """
+    path = folder / f"kernel-{_fingerprint(_command(_OWN_PROCESSOR))}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        compile_kernel(_OWN_PROCESSOR, path)
+    return path
+
+
+def compile_kernel(options: Sequence[str], path: Path) -> None:
+    """Compile the source into `path`, which is complete or absent.
+
+    Args:
+        options: of the compiler, for the processor.
+        path: the library, in a folder that exists.
+
+    Raises:
+        ConfigError: there is no compiler, or it does not build the source; the message says why.
+    """
+    command = _command(options)
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        unfinished = Path(temporary) / path.name
+        _compile([*command, "-o", str(unfinished)])
+        unfinished.rename(path)
+
+
+def _command(options: Sequence[str]) -> list[str]:
+    """The compiler and its arguments. Raises ConfigError if there is no compiler."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise ConfigError(
             "there is no C++ compiler", field="kernel", value="on", allowed="c++ or g++ on the PATH"
         )
-    command = [compiler, *FLAGS, str(SOURCE), "-Wl,--as-needed", *_openmp_libraries()]
-    path = folder / f"kernel-{_fingerprint(command)}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            unfinished = Path(temporary) / path.name
-            _compile([*command, "-o", str(unfinished)])
-            unfinished.rename(path)
-    return path
+    return [compiler, *OPTIONS, *options, str(SOURCE), "-Wl,--as-needed", *openmp_libraries()]
 
 
-def _openmp_libraries() -> list[str]:
+def openmp_libraries() -> list[str]:
     """The OpenMP library that torch has loaded: a second one would run threads of its own."""
     libraries = Path(torch.__file__).parent / "lib"
     return [str(path) for path in sorted(libraries.glob("libgomp*"))]

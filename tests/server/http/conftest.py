@@ -48,7 +48,7 @@ async def serve(root: Path, tmp_path: Path) -> AsyncIterator[Serve]:
             metrics = Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
             tokenizer = tiny.tokenizer()
             registry = Registry(
-                store=AdapterStore(settings.store),
+                store=AdapterStore(settings.store, settings.require_signature),
                 base=BASE,
                 engine=engine,
                 base_format=BASE_TEMPLATE,
