@@ -211,14 +211,12 @@ async def test_jobs_wait_for_room_and_the_owner_with_fewest_running_is_next(
 
 async def test_a_busy_owners_next_job_comes_after_anothers_first(start_server: Started) -> None:
     items = Items()
-    jobs = start_server(items.on("server"), JobLimits(2, 9, 100, 1e6))
+    jobs = start_server(items.on("first"))
     await add(jobs, "a1", "a")
     await items.begun.wait()
-    jobs.runner.limits = JobLimits(1, 9, 100, 1e6)
     for id, owner in (("a2", "a"), ("b1", "b")):
         await add(jobs, id, owner)
-    jobs.runner.limits = JobLimits(2, 9, 100, 1e6)
-    jobs.runner.wake()
+    start_server(items.on("second"))
     async with asyncio.timeout(30):
         while len(items.ran) < 2:
             await asyncio.sleep(0.001)
