@@ -35,6 +35,9 @@ class BodyLimit:
     texts: Mapping[str, int] = field(default_factory=dict)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # the app's own start and end, which come when they come
+            await self.app(scope, receive, send)
+            return
         is_upload = scope.get("method") == "POST" and scope["path"] in self.uploads
         body = _Upload(self.uploads[scope["path"]]) if is_upload else self._text(scope)
         started: float | None = None

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -132,6 +133,18 @@ def stop(sig: signal.Signals = signal.SIGTERM) -> None:
 
 def code(response: httpx.Response) -> tuple[int, str]:
     return response.status_code, response.json()["error"]["code"]
+
+
+async def test_a_server_that_runs_longer_than_a_body_may_take_still_ends_in_order(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The time of a body ran out for the app's own end: it failed, and closed nothing."""
+    async with start(body_timeout_s=0.1, drain_grace_s=0) as running:
+        started = time.monotonic()
+        while time.monotonic() < started + 0.5:
+            assert (await running.client.get("/readyz")).status_code == 200
+    assert running.engine.closed
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_readyz_is_503_first_and_new_requests_get_503_while_the_port_is_open(
