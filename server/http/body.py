@@ -65,7 +65,7 @@ def _field_names(body: type[BaseModel]) -> frozenset[str]:
 
 
 class InnerBody(Body):
-    """A JSON object of which a body may have thousands. The body has checked its texts."""
+    """A JSON object in a body, which has checked its texts."""
 
     checks_texts = False
 

@@ -56,6 +56,7 @@ class BodyLimit:
                 raise _too_slow(body.size, allowed_s) from error
             if message["type"] == "http.request":
                 body.take(message.get("body", b""), is_last=not message.get("more_body", False))
+                await asyncio.sleep(0)  # others first: reading a large body takes long again
             return message
 
         await self.app(scope, checked_receive, send)

@@ -7,7 +7,7 @@ from pydantic import Field, JsonValue, SkipValidation
 
 from server.engine.errors import InvalidConstraint
 from server.engine.request import Constraint, ConstraintKind
-from server.http.body import Body
+from server.http.body import Body, InnerBody
 from server.service.errors import InvalidField
 
 # Not validated here: the engine reads a schema, and says what is wrong with it. pydantic's union
@@ -17,7 +17,7 @@ JsonSchemaOrText = Annotated[dict[str, JsonValue] | bool | str | None, SkipValid
 Labels = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=1024)]
 
 
-class StructuredOutputs(Body):
+class StructuredOutputs(InnerBody):
     """What the answer has to be: one of these, as vLLM names them."""
 
     choice: Labels | None = Field(None, description="One of these texts.")
@@ -62,7 +62,7 @@ class Structured(Body):
         return found[0] if found else None
 
 
-class NamedSchema(Body):
+class NamedSchema(InnerBody):
     """OpenAI's name for a schema, and the schema."""
 
     name: str | None = Field(None, description="Ignored.")
@@ -73,7 +73,7 @@ class NamedSchema(Body):
     )
 
 
-class ResponseFormat(Body):
+class ResponseFormat(InnerBody):
     """OpenAI's form of a constraint."""
 
     type: Literal["text", "json_object", "json_schema"]
