@@ -141,6 +141,7 @@ def _serve(options: Mapping[str, Any], links: Sequence[str], ports: ExitStack) -
         app,
         http=connections,
         ws="none",
+        lifespan="on",  # an app that cannot start ends the server; by default uvicorn would go on
         log_config=None,
         access_log=False,
         timeout_keep_alive=settings.keep_alive_s,
