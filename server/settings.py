@@ -91,7 +91,7 @@ class Settings(BaseSettings):
         None, "Limit on the weights of resident adapters, in MiB; unset: no limit.", ge=1
     )
     target_step_s: float = _setting(
-        0.25,
+        0.5,
         "How long prompts may make a step, and so the gaps of running streams; 0: no limit.",
         ge=0,
     )

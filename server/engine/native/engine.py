@@ -215,12 +215,16 @@ class Engine:
         # Load in the order in which sequences start: an adapter loaded for an earlier background
         # request would take the room of an interactive one's.
         self.pool.prefetch(islice(self.scheduler.waiting.selections(), NUM_PREFETCHED))
-        max_prompt_tokens = None if self.budget is None else self.budget.max_prompt_tokens()
-        step = self.scheduler.schedule(self._admit, max_prompt_tokens)
+        step = self.scheduler.schedule(self._admit, self._max_prompt_tokens())
         for sequence in step.preempted:
             self.pool.release(sequence.request.selection)
         self._count(step)
         return step
+
+    def _max_prompt_tokens(self) -> int | None:
+        """The most tokens of prompts in the next step; None: a prompt alone makes nobody wait."""
+        is_alone = len(self.scheduler.running) + len(self.scheduler.waiting) <= 1
+        return None if self.budget is None or is_alone else self.budget.max_prompt_tokens()
 
     def _admit(self, sequence: Sequence) -> Admission:
         """Decide whether a sequence may start; if so, its adapters are in use from here on."""

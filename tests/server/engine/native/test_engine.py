@@ -3,6 +3,7 @@
 That its tokens are right is tested in tests/numerics.
 """
 
+import itertools
 from dataclasses import replace
 
 import tiny
@@ -12,6 +13,7 @@ from tiny import PROMPT, ask
 from crma.core.selection import AdapterSelection
 from crma.models.reference import generate
 from server.engine.native.engine import MAX_OVERTAKEN, Engine, model_stop_ids
+from server.engine.native.step_budget import FEWEST_TOKENS, StepBudget
 from server.engine.request import FinishReason, Request, RequestOutput, Timings
 
 
@@ -235,3 +237,22 @@ def test_an_interactive_request_starts_though_background_decodes_use_the_whole_b
     engine.add(ask("interactive", prompt=(5,), max_tokens=2))
     outputs = engine.step() + engine.step()
     assert "interactive" in {output.request_id for output in outputs}
+
+
+def test_only_a_prompt_beside_other_sequences_is_cut_to_the_time_of_a_step() -> None:
+    """Smaller steps cost more a token; a prompt that is alone makes nobody wait."""
+    engine = make(max_num_batched_tokens=256, num_blocks=120)
+    engine.budget = StepBudget(0.5)
+    times = itertools.count()
+    engine.clock = lambda: 10.0 * next(times)  # every step takes long
+    counts = []
+    for names in (("alone",), ("decodes", "beside")):
+        for name in names:
+            first = 2 if name == "alone" else 50  # nothing of it is cached
+            length = 2 if name == "decodes" else 200
+            engine.add(ask(name, prompt=tuple(range(first, first + length)), max_tokens=4))
+            engine.step()
+        counts.append(engine.scheduler.running[-1].num_computed_tokens)
+        while engine.scheduler.unfinished():
+            engine.step()
+    assert counts == [200, FEWEST_TOKENS]

@@ -29,8 +29,8 @@ def test_a_step_with_prompts_takes_the_target(decode_s: float, token_s: float) -
 
 
 def test_where_decode_is_slow_prompts_get_as_much_time_as_it_takes() -> None:
-    """Else a prompt of 2,000 tokens would take 125 steps of the smallest number."""
-    assert after(StepBudget(0.25), decode_s=1.0, token_s=0.01) == pytest.approx(2.0, rel=0.05)
+    """Else most of a step would be decode."""
+    assert after(StepBudget(0.25), decode_s=1.0, token_s=0.001) == pytest.approx(2.0, rel=0.05)
 
 
 def test_prompts_go_on_however_long_their_tokens_take() -> None:
@@ -41,8 +41,8 @@ def test_prompts_go_on_however_long_their_tokens_take() -> None:
 
 def test_one_step_that_was_held_up_does_not_last() -> None:
     budget = StepBudget(0.25)
-    after(budget, decode_s=0.05, token_s=0.002)
+    after(budget, decode_s=0.05, token_s=0.0005)
     usual = budget.max_prompt_tokens()
     budget.measure(60.0, usual, 4)
     assert budget.max_prompt_tokens() == FEWEST_TOKENS
-    assert after(budget, 0.05, 0.002) == pytest.approx(0.25, rel=0.05)
+    assert after(budget, 0.05, 0.0005) == pytest.approx(0.25, rel=0.05)
