@@ -318,11 +318,12 @@ async def test_a_lost_lease_refuses_everything(open_database: Open) -> None:
 async def test_a_job_waits_while_the_database_does_not_answer(
     start_server: Started, open_database: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.records.database._BUSY_S", 0.01)
+    holder = open_database()  # it waits for the job's own writes: only what is made below gives up
+    monkeypatch.setattr("server.records.database._BUSY_S", 0.5)
     monkeypatch.setitem(
         __import__("server.records.database", fromlist=["_POSTGRESQL"])._POSTGRESQL,
         "options",
-        "-c lock_timeout=10ms",
+        "-c lock_timeout=500ms",
     )
     items = Items()
     jobs = start_server(items.on("server"))
@@ -336,7 +337,7 @@ async def test_a_job_waits_while_the_database_does_not_answer(
         loop.call_soon_threadsafe(locked.set)
         asyncio.run_coroutine_threadsafe(go.wait(), loop).result(30)
 
-    holding = asyncio.create_task(open_database().run(hold))
+    holding = asyncio.create_task(holder.run(hold))
     await locked.wait()
     items.go.set()
     async with asyncio.timeout(30):
