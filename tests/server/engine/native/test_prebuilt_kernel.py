@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from server.engine.native import cpu_class, kernel_build, prebuilt_kernel
-from server.engine.native.cpu_class import classes_of, own_classes
+from server.engine.native.cpu_class import own_classes
 from server.engine.native.kernel import Kernel
 
 AVX2 = "abm avx avx2 bmi1 bmi2 f16c fma movbe sse4_2"
@@ -74,8 +74,8 @@ def test_a_prebuilt_kernel_serves_where_there_is_no_compiler(
     if not own_classes():
         pytest.skip("this processor belongs to no class")
     monkeypatch.setattr(prebuilt_kernel, "PREBUILT", tmp_path / "prebuilt")
-    built = prebuilt_kernel.build_all()
-    assert len(built) == len(classes_of(platform.machine()))
+    monkeypatch.setattr(prebuilt_kernel, "classes_of", lambda _: own_classes()[:1])
+    assert len(prebuilt_kernel.build_all()) == 1
     monkeypatch.setenv("PATH", "")
     kernel = Kernel(torch.float32, tmp_path / "kernels")
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
