@@ -88,10 +88,10 @@ class AsyncEngine:
 
     def submit(self, request: Request) -> Outputs:
         """Queue a request; its outputs follow. See `InferenceEngine.submit`."""
+        self._loop = asyncio.get_running_loop()
         self._check_open()
         self._check_length(request)
         self._check_room(request)
-        self._loop = asyncio.get_running_loop()
         stream = _Stream(request, asyncio.Queue(), set(range(request.sampling.n)))
         self._streams[request.id] = stream
         self._send(lambda: self.engine.add(request))
@@ -218,6 +218,15 @@ class AsyncEngine:
                 del self._streams[output.request_id]
             stream.queue.put_nowait(output)
 
+    def _end_streams(self) -> None:
+        """Every open request ends with an error: the engine has failed.
+
+        On the event loop, where no request is half submitted and nothing ends meanwhile.
+        """
+        failed = partial(RequestOutput, finish_reason=FinishReason.ERROR, error="the engine failed")
+        for request_id, stream in list(self._streams.items()):
+            self._put([failed(request_id, index) for index in sorted(stream.open)])
+
     # To and from the engine's thread -----------------------------------------------------------
 
     def _send(self, command: Command) -> None:
@@ -236,9 +245,14 @@ class AsyncEngine:
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """Send outputs to the event loop, all at once: every call wakes the loop."""
+        if outputs:
+            self._call(partial(self._put, outputs))
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Have the event loop call a function, after all that it was sent before."""
         loop = self._loop
-        if outputs and loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(self._put, outputs)
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(function)
 
     # In the engine's thread --------------------------------------------------------------------
 
@@ -256,7 +270,7 @@ class AsyncEngine:
                 self._ended = True
                 self._commands.clear()
             self._stats = replace(self._stats, has_failed=True, failure=str(error))
-            self._deliver(self._failed_outputs())
+            self._call(self._end_streams)
             self.on_failure()
 
     def _serve(self) -> None:
@@ -312,20 +326,6 @@ class AsyncEngine:
     def _count_step(self, seconds: float) -> None:
         """Keep a moving average of the time that a step takes."""
         self._step_seconds = 0.9 * self._step_seconds + 0.1 * seconds
-
-    def _failed_outputs(self) -> list[RequestOutput]:
-        """The last output of every open request."""
-        outputs = []
-        for stream in list(self._streams.values()):
-            for index in range(stream.request.sampling.n):
-                failed = RequestOutput(
-                    stream.request.id,
-                    index,
-                    finish_reason=FinishReason.ERROR,
-                    error="the engine failed",
-                )
-                outputs.append(failed)
-        return outputs
 
     def _snapshot(self) -> EngineStats:
         scheduler = self.engine.scheduler
