@@ -11,6 +11,7 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+from server.daemon_threads import DaemonThreads
 from server.engine.errors import EngineStopped, PromptTooLong, QueueFull
 from server.engine.inference_engine import Outputs, ServedModel
 from server.engine.native.adapter_pool import AdapterPool, Loader
@@ -27,6 +28,8 @@ from server.engine.request import (
 )
 
 logger = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 5.0  # the longest wait for a load at the end: its file system may never answer
 
 Command = Callable[[], list[RequestOutput] | None]
 
@@ -71,6 +74,7 @@ class AsyncEngine:
         self._commands: list[Command] = []
         self._streams: dict[str, _Stream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None  # the loop that submits
+        self._threads = DaemonThreads()  # that wait for loads
         self._stopped = False
         self._ended = False  # the thread has carried out its last command
         self._step_seconds = 0.1
@@ -115,14 +119,18 @@ class AsyncEngine:
                     raise EngineStopped(f"the first step failed: {output.error}")
 
     async def close(self) -> None:
-        """Take nothing new, abort what has not finished, and end all threads."""
+        """Take nothing new, abort what has not finished, and end all threads but one that hangs."""
         for request_id in list(self._streams):
             self.abort(request_id)
         with self._wake:
             self._stopped = True
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
-        await asyncio.to_thread(self.pool.close)
+        closing = asyncio.ensure_future(self._threads.run(self.pool.close))
+        await self._threads.wait(CLOSE_SECONDS)
+        if not closing.done():
+            closing.cancel()
+            logger.warning("an adapter still loads, and is left behind: its files do not answer")
         self.engine.constraints.close()
 
     # Adapters ----------------------------------------------------------------------------------
@@ -134,7 +142,7 @@ class AsyncEngine:
 
     async def load(self, digest: str) -> None:
         """Make an adapter resident. See `InferenceEngine.load`."""
-        await asyncio.to_thread(self.pool.load, digest)
+        await self._threads.run(partial(self.pool.load, digest))
 
     async def unload(self, digest: str, *, wait_s: float = 0.0, cancel: bool = False) -> None:
         """Free a resident adapter. See `InferenceEngine.unload`."""
@@ -143,7 +151,7 @@ class AsyncEngine:
 
     async def pin(self, digest: str) -> None:
         """Load an adapter and keep it resident until `unpin`."""
-        await asyncio.to_thread(self.pool.pin, digest)
+        await self._threads.run(partial(self.pool.pin, digest))
 
     def unpin(self, digest: str) -> None:
         """Let a pinned adapter be evicted again."""
