@@ -149,8 +149,9 @@ def _serve(options: Mapping[str, Any], links: Sequence[str], ports: ExitStack) -
     )
     server = DrainingServer(config, app.state.frontend)
     app.state.frontend.engine.on_failure = server.fail
+    server.on_drained = server.end_process_in_time
     server.run(sockets)
-    return 1 if server.has_failed else 0
+    return server.exit_code
 
 
 if __name__ == "__main__":

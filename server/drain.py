@@ -1,10 +1,13 @@
 """How a server stops: it says so, finishes what runs, and ends what takes too long."""
 
 import asyncio
+import faulthandler
 import logging
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -15,6 +18,7 @@ log = logging.getLogger("server")
 
 END_SECONDS = 5.0  # for requests that were ended to send their last words
 CANCEL_SECONDS = 2  # then those that did not are cancelled
+CLOSE_SECONDS = 20.0  # for what is left to close once no request runs; then the process ends
 
 
 class DrainingServer(uvicorn.Server):
@@ -30,6 +34,7 @@ class DrainingServer(uvicorn.Server):
 
     Attributes:
         has_failed: the engine can run no more requests.
+        on_drained: called when no request runs any more, before the app closes.
     """
 
     def __init__(self, config: uvicorn.Config, frontend: Frontend) -> None:
@@ -37,6 +42,12 @@ class DrainingServer(uvicorn.Server):
         self._frontend = frontend
         self._grace_s = 0.0
         self.has_failed = False
+        self.on_drained: Callable[[], None] = lambda: None
+
+    @property
+    def exit_code(self) -> int:
+        """Of the process."""
+        return 1 if self.has_failed else 0
 
     def fail(self) -> None:
         """End the server, so that its supervisor starts another. May be called in any thread."""
@@ -68,6 +79,22 @@ class DrainingServer(uvicorn.Server):
             num_running = len(self.server_state.tasks)
             log.warning("%d requests run after CRMA_DRAIN_TIMEOUT_S, and are ended", num_running)
             await self._end_requests()
+        self.on_drained()
+
+    def end_process_in_time(self) -> None:
+        """End the process in CLOSE_SECONDS even if a thread hangs.
+
+        Python waits for its threads, and one that reads a file system that has gone never ends.
+        """
+
+        def end() -> None:
+            log.error("after %g s more, threads that hang are left behind", CLOSE_SECONDS)
+            faulthandler.dump_traceback()
+            os._exit(self.exit_code)
+
+        timer = threading.Timer(CLOSE_SECONDS, end)
+        timer.daemon = True
+        timer.start()
 
     def _has_drained(self, seconds: float) -> bool:
         """Whether to stop now, that long after the signal."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from crma.access.key import Key
 from crma.core.errors import ConfigError
-from crma.core.files import PRIVATE, locked, replace_file, to_json
+from crma.core.files import PRIVATE, locked, read_plain, replace_file, to_json
 
 MAX_BYTES = 4 * 2**20
 
@@ -45,12 +45,11 @@ class KeyFile:
         """The keys.
 
         Raises:
-            ConfigError: the file is missing or cannot be read, or is no list of keys; the message
-                never shows what it holds.
+            ConfigError: the file is missing, no plain file or cannot be read, or is no list of
+                keys; the message never shows what it holds.
         """
         try:
-            with self.path.open("rb") as stream:
-                data = stream.read(MAX_BYTES + 1)
+            data = read_plain(self.path, MAX_BYTES + 1)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             message = f"{self.path} cannot be read: {reason}; crma keys add makes it"

@@ -1,5 +1,6 @@
 """Files on disk: reads that refuse links and oversized files, writes that survive a crash."""
 
+import errno
 import fcntl
 import json
 import math
@@ -60,12 +61,43 @@ def read_regular(path: Path, limit: int) -> bytes:
     except OSError as error:
         message = f"Cannot be opened: {error.strerror}."
         raise invalid(message, path.name, path, "a plain file, not a link") from error
-    with os.fdopen(descriptor, "rb") as stream:
+    with _closing(descriptor):
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise invalid("Not a plain file.", path.name, path, "a plain file")
         if status.st_size > limit:
             raise invalid("Too large.", path.name, status.st_size, f"<= {limit} bytes")
+        return _read(descriptor, limit)
+
+
+def read_plain(path: Path, limit: int = -1) -> bytes:
+    """Read a file that somebody named, which may be a link, as Kubernetes' secrets are.
+
+    Args:
+        path: the file.
+        limit: how many bytes to read at most; -1: all.
+
+    Raises:
+        OSError: it cannot be read, or is no plain file: a named pipe would be waited for.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with _closing(descriptor):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a plain file")
+        return _read(descriptor, limit)
+
+
+@contextmanager
+def _closing(descriptor: int) -> Iterator[None]:
+    """Close it in any case; `os.fdopen` leaves that of a folder open."""
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _read(descriptor: int, limit: int) -> bytes:
+    with os.fdopen(descriptor, "rb", closefd=False) as stream:
         return stream.read(limit)
 
 

@@ -24,6 +24,7 @@ from crma.models.model_shape import ModelShape
 from crma.models.prompts import AsSent, base_format, encode_text
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry
+from crma.store.serving import check_selection
 
 Note = Callable[[str], None]
 _Answerer = Callable[[str, Sequence[Question]], Sequence[ItemResult]]  # (task, its questions)
@@ -86,7 +87,7 @@ class Served:
             without = [other for other in VARIANTS if "crma" not in other]
             message = f"Variant {variant!r} needs a backbone, and none serves."
             raise ConfigError(message, field="variants", value=variant, allowed=without)
-        self.store.check_selection(entry, backbone, self.base.digest)
+        check_selection(entry, backbone, self.base.digest)
         return entry, backbone
 
     def selection(self, variant: str, task: str) -> AdapterSelection:

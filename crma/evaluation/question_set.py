@@ -7,11 +7,8 @@ question, answers and, optionally, choices; no other key is allowed. Any fault i
 whose field names the line (or the index, for questions given inline). No question is ever skipped.
 """
 
-import errno
 import hashlib
 import json
-import os
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +18,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from crma.core.errors import ConfigError
+from crma.core.files import read_plain
 from crma.core.json_lines import Text, checked, read_lines
 from crma.evaluation.scorers import has_words
 
@@ -163,22 +161,13 @@ def read_question_set(path: Path) -> QuestionSet:
         ConfigError: the file cannot be read, or as `parse_question_set`.
     """
     try:
-        return parse_question_set(path.stem, _read_plain(path))
+        return parse_question_set(path.stem, read_plain(path))
     except OSError as error:
         message = f"Question set {path} cannot be read: {error.strerror}."
         allowed = "a readable file"
         raise ConfigError(
             message, field="question_set", value=str(path), allowed=allowed
         ) from error
-
-
-def _read_plain(path: Path) -> bytes:
-    """The bytes of a plain file; a named pipe would be waited for. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a plain file")
-        return stream.read()
 
 
 def parse_question_set(name: str, lines: bytes) -> QuestionSet:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from crma.core.errors import LineageMismatch, NotFound, NotSigned, StoreError
+from crma.core.errors import NotFound, NotSigned, StoreError
 from crma.core.files import about, locked, names_in
 from crma.models.base_model import BaseModel
 from crma.models.model_shape import ModelShape
@@ -113,34 +113,6 @@ class AdapterStore:
         if version is None:
             version = self.channels().backbone
         return None if version is None else read_backbone(self.root, version)
-
-    def check_selection(
-        self, task: TaskEntry | None, backbone: BackboneEntry | None, base_digest: str
-    ) -> None:
-        """Whether the two may serve together on a base model.
-
-        A LoRA serves on its own base model only, and under CRMA only if it was trained on this
-        backbone or on an ancestor of it.
-
-        Raises:
-            BaseMismatch: the task adapter or the backbone was made for another base model.
-            LineageMismatch: the backbone that the LoRA was trained on, if any, does not fit
-                `backbone`.
-        """
-        for entry in (task, backbone):
-            if entry is not None:
-                entry.check_base(base_digest)
-        if task is None or backbone is None:
-            return
-        trained_on = task.manifest.backbone
-        if trained_on is not None and backbone.descends_from(trained_on):
-            return
-        reason = "was trained without CRMA"
-        if trained_on is not None:
-            other = f"{backbone.version} ({backbone.digest})"
-            reason = f"was trained on backbone {trained_on}, from which {other} does not descend"
-        message = f"{task.name}@{task.version} {reason}: use it with CRMA off."
-        raise LineageMismatch(message, field="crma", value=True, allowed=False)
 
     def newcomers(self, candidate: BackboneEntry) -> list[TaskEntry]:
         """The tasks that can serve under `candidate` but not under the serving backbone.

@@ -5,6 +5,8 @@ from typing import Any
 
 from crma.store.channels import BACKBONE, Channels, task_channel
 
+MAX_PERCENT = 1e9  # beyond any measure; an integer of JSON may be more than a float holds
+
 
 def promotion_drift(channels: Channels) -> dict[str, float]:
     """The growth of each task's validation loss since its publication: 0.02 is 2 % worse.
@@ -37,10 +39,13 @@ def _measured(evidence: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _ratios(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Percentages of the evidence as ratios, by channel; what is no number is left out."""
+    """Percentages of the evidence as ratios, by channel; what cannot be one is left out.
+
+    Evidence may be any JSON, so nothing in it may keep a store from being read.
+    """
     ratios = {}
     for name, score in scores.items():
         percent = score.get("drift") if isinstance(score, dict) else None
-        if isinstance(percent, int | float):
-            ratios[task_channel(name)] = percent / 100
+        if isinstance(percent, int | float) and abs(percent) <= MAX_PERCENT:
+            ratios[f"tasks/{name}"] = percent / 100  # perhaps no valid name, and then no task's
     return ratios

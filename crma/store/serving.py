@@ -1,7 +1,8 @@
-"""Whether the tasks that serve can serve: a LoRA trained on a backbone needs that one to serve too.
+"""What may serve together. A LoRA trained on a backbone needs that one, or a descendant of it.
 
-A backbone that descends from it will do. No change of the channels may take that from a task
-(`check_change`); a store in which it was taken otherwise is reported by `verification`.
+A request chooses both (`check_selection`). A task that serves needs its backbone to serve too: no
+change of the channels may take that from it (`check_change`), and a store in which it was taken
+otherwise is reported by `verification`.
 """
 
 from pathlib import Path
@@ -11,6 +12,34 @@ from crma.store.channels import Channels
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone, read_task
 
 Entry = TaskEntry | BackboneEntry
+
+
+def check_selection(
+    task: TaskEntry | None, backbone: BackboneEntry | None, base_digest: str
+) -> None:
+    """Whether the two may serve together on a base model.
+
+    A LoRA serves on its own base model only, and under CRMA only if it was trained on this backbone
+    or on an ancestor of it.
+
+    Raises:
+        BaseMismatch: the task adapter or the backbone was made for another base model.
+        LineageMismatch: the backbone that the LoRA was trained on, if any, does not fit `backbone`.
+    """
+    for entry in (task, backbone):
+        if entry is not None:
+            entry.check_base(base_digest)
+    if task is None or backbone is None:
+        return
+    trained_on = task.manifest.backbone
+    if trained_on is not None and backbone.descends_from(trained_on):
+        return
+    reason = "was trained without CRMA"
+    if trained_on is not None:
+        other = f"{backbone.version} ({backbone.digest})"
+        reason = f"was trained on backbone {trained_on}, from which {other} does not descend"
+    message = f"{task.name}@{task.version} {reason}: use it with CRMA off."
+    raise LineageMismatch(message, field="crma", value=True, allowed=False)
 
 
 def lineage_problem(task: TaskEntry, serving: BackboneEntry | None) -> LineageMismatch | None:

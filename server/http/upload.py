@@ -3,10 +3,10 @@
 Nothing in the body becomes a path: a file has one of the names that the caller expects.
 """
 
-import asyncio
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +15,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
+from server.daemon_threads import DaemonThreads
 from server.service.errors import InvalidField, MalformedBody, UnknownField
 
 MAX_FIELD_BYTES = 1024
@@ -152,13 +153,18 @@ class Upload:
 
 
 async def receive_form(
-    request: Request, folder: Path, known_files: Collection[str], known_fields: Collection[str]
+    request: Request,
+    folder: Path,
+    known_files: Collection[str],
+    known_fields: Collection[str],
+    threads: DaemonThreads,
 ) -> dict[str, str]:
     """Read a form whose files go into `folder`, off the event loop.
 
     Args:
         request: its body has not been read.
         folder, known_files, known_fields: as for `Upload`.
+        threads: write the files.
 
     Returns:
         The form's fields.
@@ -172,12 +178,13 @@ async def receive_form(
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise _malformed()
     upload = Upload(folder, known_files, known_fields, options[b"boundary"])
-    with upload.files:
-        try:
-            async for piece in request.stream():
-                await asyncio.to_thread(upload.write, piece)
-        except ClientDisconnect as error:
-            raise HTTPException(400) from error  # as for any other body: error_handlers.py
+    try:
+        async for piece in request.stream():
+            await threads.run(partial(upload.write, piece))
+    except ClientDisconnect as error:
+        raise HTTPException(400) from error  # as for any other body: error_handlers.py
+    finally:
+        await threads.run(upload.files.close)  # which writes what is left
     if not upload.is_complete:
         raise _malformed()
     return upload.fields

@@ -74,5 +74,6 @@ class Audit:
             log.error("%s: %r is not in the audit log: %s", self.file, act.what, error)
 
     def _open(self, file: Path) -> int:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(file, flags, PRIVATE)
+        # O_NONBLOCK: a named pipe that nobody reads is an error, instead of a wait.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        return os.open(file, flags | os.O_CLOEXEC, PRIVATE)

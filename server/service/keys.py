@@ -11,6 +11,7 @@ from crma.access.key import Key, digest_of
 from crma.access.key_file import KeyFile
 from crma.access.scope import Scope
 from crma.core.errors import ConfigError
+from server.daemon_threads import DaemonThreads
 from server.service.audit import Act, Audit
 from server.service.caller import ADMIN, ANYONE, NOBODY, Caller, named_by_key
 from server.settings import Settings
@@ -49,6 +50,7 @@ class Keys:
         self._in_file: tuple[Key, ...] = ()
         self._callers = self._from_settings
         self._fingerprint = self._stat()
+        self._threads = DaemonThreads()  # the file system of the file may hang
         self._watching: asyncio.Task[None] | None = None
         if self._file is not None:
             self._take(self._file.read())
@@ -87,6 +89,7 @@ class Keys:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
+        await self._threads.wait(POLL_S)
 
     def refresh(self) -> None:
         """Read the file if it changed. A file that is damaged or gone changes no key: that a slip
@@ -125,7 +128,7 @@ class Keys:
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                await asyncio.to_thread(self.refresh)
+                await self._threads.run(self.refresh)
             except Exception:
                 log.exception("the file of keys cannot be watched now")
 

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from crma.core.errors import NotFound, StoreError, VersionServes
@@ -70,15 +71,17 @@ class Publisher:
             if not replace and name in registry.task_names:
                 message = f"task {name!r} serves already: send load_inplace true to replace it"
                 raise AdapterExists(message, field="lora_name", value=name, allowed="a new name")
-            entry = await asyncio.to_thread(
-                registry.store.import_peft,
-                folder,
-                name,
-                registry.base,
-                licence=licence,
-                shape=registry.shape,
-                trust_base=trust_base,
-                prompt_format=prompt_format,
+            entry = await registry.threads.run(
+                partial(
+                    registry.store.import_peft,
+                    folder,
+                    name,
+                    registry.base,
+                    licence=licence,
+                    shape=registry.shape,
+                    trust_base=trust_base,
+                    prompt_format=prompt_format,
+                )
             )
             await registry.refresh()
         return entry
@@ -97,7 +100,8 @@ class Publisher:
                 allowed = registry.task_names
                 raise NotFound(message, field="lora_name", value=name, allowed=allowed)
             entries = registry.versions(name)
-            await asyncio.to_thread(registry.store.set_serving, {task_channel(name): None})
+            stop = partial(registry.store.set_serving, {task_channel(name): None})
+            await registry.threads.run(stop)
             await registry.refresh()
             await self._free(entries)
 
@@ -113,10 +117,11 @@ class Publisher:
             AdapterServes: a version to remove serves.
         """
         async with self._changing():
-            entries = await asyncio.to_thread(self._unserved, name, version)
+            threads = self.registry.threads
+            entries = await threads.run(partial(self._unserved, name, version))
             for entry in entries:
                 await self.registry.hold(entry)
-            removed = await asyncio.to_thread(self._remove, name, version)
+            removed = await threads.run(partial(self._remove, name, version))
             await self.registry.refresh()
             self.registry.forget(entries, after_s=self.longest_request_s)
             await self._free(entries)

@@ -15,10 +15,10 @@ from crma.core.errors import ConfigError, NotFound
 from crma.evaluation.question_lines import QuestionLines
 from crma.evaluation.question_set import Question, QuestionSet, read_question_set
 from crma.store.manifest import NAME_PATTERN
+from server.daemon_threads import DaemonThreads
 from server.records import question_sets as rows
 from server.records.database import Database
 from server.records.errors import RecordsError
-from server.service.daemon_threads import DaemonThreads
 from server.service.errors import InvalidField
 
 log = logging.getLogger("server")

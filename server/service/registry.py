@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from crma.core.errors import LineageMismatch, NotFound, StoreError
+from crma.core.errors import ConfigError, CrmaError, LineageMismatch, NotFound, StoreError
 from crma.core.selection import AdapterSelection
 from crma.models.base_model import BaseModel
 from crma.models.model_shape import ModelShape
@@ -24,9 +24,10 @@ from crma.store.adapter_store import AdapterStore
 from crma.store.drift import promotion_drift
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from crma.store.incoming import remove_leftovers
+from crma.store.serving import check_selection
+from server.daemon_threads import DaemonThreads
 from server.engine.inference_engine import InferenceEngine
 from server.service.caller import ANYONE, Caller
-from server.service.daemon_threads import DaemonThreads
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
 from server.service.store_view import StoreView
@@ -72,6 +73,9 @@ class Registry:
         shape: of the base; adapters must fit it.
         load_backbone: False: backbones are never read, and requests that need one are refused.
         patience_s: seconds after which a store that does not answer is a problem.
+
+    Attributes:
+        threads: for all work on the store.
     """
 
     store: AdapterStore
@@ -88,11 +92,11 @@ class Registry:
     def __post_init__(self) -> None:
         self._view = StoreView()
         self._num_parameters: dict[str, int] = {}  # by digest, of the adapters that were checked
-        self._fingerprint_read: object = None
+        self._fingerprint_read: object = None  # None: read again, whatever it looks like
         self._suspects = Suspects()
         self._has_channels = False  # the store was read, and was not empty
         self._problems = StoreProblems(self.metrics)
-        self._threads = DaemonThreads()
+        self.threads = DaemonThreads()
         self._watching: asyncio.Task[None] | None = None
         self._refreshing = asyncio.Lock()  # else an older view could replace a newer one
 
@@ -108,9 +112,9 @@ class Registry:
         )
 
     async def _verify(self) -> None:
-        await self._threads.run(partial(remove_leftovers, self.store.root))
+        await self.threads.run(partial(remove_leftovers, self.store.root))
         verify = partial(self.store.verify, base=self.base, shape=self.shape)
-        for problem in await self._threads.run(verify):
+        for problem in await self.threads.run(verify):
             self._problems.report(problem)
         await self.refresh()
 
@@ -119,7 +123,7 @@ class Registry:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        await self._threads.wait(self.patience_s)
+        await self.threads.wait(self.patience_s)
 
     async def refresh(self) -> None:
         """Read the store if it changed. New versions are checked, and loaded where they replace a
@@ -154,7 +158,7 @@ class Registry:
         if uses_crma is None:
             uses_crma = entry is not None and entry.manifest.backbone is not None
         backbone = self._backbone(crma, entry, crma_version) if uses_crma else None
-        self.store.check_selection(entry, backbone, self.base.digest)
+        check_selection(entry, backbone, self.base.digest)
         selection = AdapterSelection(
             task_digest=entry.digest if entry else None,
             crma_digest=backbone.digest if backbone else None,
@@ -229,7 +233,7 @@ class Registry:
         """Keep an adapter loadable from memory whose files are about to go, for requests that have
         it already."""
         try:
-            lora = await asyncio.to_thread(entry.load, self.shape)
+            lora = await self.threads.run(partial(entry.load, self.shape))
         except StoreError:  # damaged: no request has it
             return
         self._register(entry, lambda: lora)
@@ -246,19 +250,20 @@ class Registry:
         asyncio.get_running_loop().call_later(after_s, forget)
 
     async def _refresh(self) -> None:
-        seen = await self._threads.run(partial(fingerprint, self.store.root))
+        seen = await self.threads.run(partial(fingerprint, self.store.root))
         is_same = seen == self._fingerprint_read
-        if is_same and not await self._threads.run(self._suspects.have_changed):
+        if is_same and not await self.threads.run(self._suspects.have_changed):
             return
         view = self._view
+        problem: CrmaError | None = None
         try:
-            view = await self._threads.run(self._read)
-            self._problems.set(None)
-        except StoreError as error:
-            self._problems.set(error)
+            view = await self.threads.run(self._read)
+        except (StoreError, ConfigError) as error:  # ConfigError: of the key that signs
+            problem = error
         except OSError as error:
             message = f"cannot be read: {error.strerror}: {error.filename}"
-            self._problems.set(StoreError(message, field="store", value=str(self.store.root)))
+            problem = StoreError(message, field="store", value=str(self.store.root))
+        self._problems.set(problem)
         self._problems.count(view.num_refused())
         sound: list[TaskEntry | BackboneEntry] = [*view.sound_tasks(), *view.sound_backbones()]
         for entry in sound:
@@ -266,7 +271,7 @@ class Registry:
         await self._preload(view)
         problems = self.problems
         self._view = view
-        self._fingerprint_read = seen
+        self._fingerprint_read = seen if problem is None else None
         self.metrics.serve_adapters(view.tasks)
         self.metrics.set_drift(view.drift)
         self.metrics.set_backbone(self.backbone)

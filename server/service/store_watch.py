@@ -6,7 +6,7 @@ import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from crma.core.errors import StoreError
+from crma.core.errors import CrmaError, StoreError
 from crma.store.channels import CHANNELS
 from crma.store.signature import signature_stamps
 from server.service.metrics import Metrics
@@ -29,12 +29,12 @@ class StoreProblems:
         self._metrics = metrics
         self._num_refused = 0
 
-    def report(self, problem: StoreError) -> None:
+    def report(self, problem: CrmaError) -> None:
         """Log and count a problem that was found."""
         log.error("adapter store: %s", problem.message)
         self._metrics.verification_failures.inc()
 
-    def set(self, problem: StoreError | None) -> None:
+    def set(self, problem: CrmaError | None) -> None:
         """The store cannot be read because of `problem`, which is reported once; or can be read."""
         before = self.current
         self.current = None if problem is None else problem.message
@@ -56,11 +56,11 @@ def fingerprint(root: Path) -> object:
     """
     try:
         status = (root / CHANNELS).stat()
+        versions = sorted(map(str, (*root.glob("tasks/*/v*"), *root.glob("backbones/v*"))))
+        change = status.st_mtime_ns, status.st_ino, status.st_size
+        return *change, versions, signature_stamps(root)
     except OSError as error:
         return error.errno
-    versions = sorted(map(str, (*root.glob("tasks/*/v*"), *root.glob("backbones/v*"))))
-    change = status.st_mtime_ns, status.st_ino, status.st_size
-    return *change, versions, signature_stamps(root)
 
 
 def check_still_there(root: Path) -> None:

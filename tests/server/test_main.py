@@ -4,7 +4,11 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import pytest
@@ -81,6 +85,13 @@ def test_an_option_that_does_not_exist_ends_the_process() -> None:
     assert caught.value.code == 2
 
 
+class Process(NamedTuple):
+    """A server as a process, and where it listens."""
+
+    server: subprocess.Popen[str]
+    address: str
+
+
 BROKEN_LATER = """
 import sys
 from server.__main__ import main
@@ -101,15 +112,15 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("num_passes", [0, 1], ids=["at the first step", "later"])
-def test_a_server_whose_engine_has_failed_ends_with_code_1(num_passes: int, tmp_path: Path) -> None:
-    """It was -15, as after an orderly stop, so that `Restart=on-failure` did nothing."""
+@contextmanager
+def running(script: str, *arguments: str, tmp_path: Path, **settings: str) -> Iterator[Process]:
+    """A server on a tiny model, started by a script that calls `main`."""
     base = tiny.pulled_base(tmp_path)
     store = tiny.filled_store(tmp_path / "store", base)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {
+    own = {
         "CRMA_HOME": str(tmp_path / "home"),
         "CRMA_MODEL": "tiny",
         "CRMA_STORE": str(store.root),
@@ -119,19 +130,68 @@ def test_a_server_whose_engine_has_failed_ends_with_code_1(num_passes: int, tmp_
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     with subprocess.Popen(
-        [sys.executable, "-c", BROKEN_LATER, str(num_passes)],
+        [sys.executable, "-c", script, *arguments],
         cwd=tmp_path,
-        env={**os.environ, **settings},
+        env={**os.environ, **own, **settings},
         stderr=subprocess.PIPE,
         text=True,
     ) as server:
+        try:
+            yield Process(server, f"http://127.0.0.1:{port}")
+        finally:
+            server.kill()
+
+
+@pytest.mark.parametrize("num_passes", [0, 1], ids=["at the first step", "later"])
+def test_a_server_whose_engine_has_failed_ends_with_code_1(num_passes: int, tmp_path: Path) -> None:
+    """It was -15, as after an orderly stop, so that `Restart=on-failure` did nothing."""
+    with running(BROKEN_LATER, str(num_passes), tmp_path=tmp_path) as (server, address):
         assert server.stderr is not None
         if num_passes:
             assert any(" ready: " in line for line in server.stderr)
             for _ in range(3):
                 body = {"prompt": "one", "max_tokens": 2}
-                answer = httpx.post(f"http://127.0.0.1:{port}/generate", json=body, timeout=30)
+                answer = httpx.post(f"{address}/generate", json=body, timeout=30)
                 assert answer.status_code == 500
         _, shown = server.communicate(timeout=60)
     assert server.returncode == 1
     assert "the device is gone" in shown
+
+
+HANGING_LOADS = """
+import sys
+import threading
+
+from crma.store.entry import TaskEntry
+from server import drain
+from server.__main__ import main
+
+drain.CLOSE_SECONDS = 5
+load = TaskEntry.load
+
+def hang(self, shape):
+    if threading.current_thread().name.startswith("adapters"):
+        print("the load hangs", file=sys.stderr, flush=True)
+        threading.Event().wait()
+    return load(self, shape)
+
+TaskEntry.load = hang
+sys.exit(main())
+"""
+
+
+def test_a_file_system_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
+    """The end waited for the thread of the loads, and for every thread that waited for that."""
+    settings = {"CRMA_DRAIN_TIMEOUT_S": "1", "CRMA_ADMIN_KEY": "admin"}
+    with running(HANGING_LOADS, tmp_path=tmp_path, **settings) as (server, address):
+        assert server.stderr is not None
+        assert any(" ready: " in line for line in server.stderr)
+        headers = {"Authorization": "Bearer admin"}
+        with ThreadPoolExecutor() as threads, httpx.Client(base_url=address, timeout=30) as client:
+            waiting = threads.submit(client.post, "/adapters/medical/load", headers=headers)
+            assert any("the load hangs" in line for line in server.stderr)
+            server.terminate()
+            assert waiting.result().status_code == 503
+        _, shown = server.communicate(timeout=60)
+    assert server.returncode == 0
+    assert "threads that hang" in shown

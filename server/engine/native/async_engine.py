@@ -11,6 +11,7 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+from server.daemon_threads import DaemonThreads
 from server.engine.errors import EngineStopped, PromptTooLong, QueueFull
 from server.engine.inference_engine import Outputs, ServedModel
 from server.engine.native.adapter_pool import AdapterPool, Loader
@@ -27,6 +28,8 @@ from server.engine.request import (
 )
 
 logger = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 5.0  # the longest wait for a load at the end: its file system may never answer
 
 Command = Callable[[], list[RequestOutput] | None]
 
@@ -71,6 +74,7 @@ class AsyncEngine:
         self._commands: list[Command] = []
         self._streams: dict[str, _Stream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None  # the loop that submits
+        self._threads = DaemonThreads()  # that wait for loads
         self._stopped = False
         self._ended = False  # the thread has carried out its last command
         self._step_seconds = 0.1
@@ -88,10 +92,10 @@ class AsyncEngine:
 
     def submit(self, request: Request) -> Outputs:
         """Queue a request; its outputs follow. See `InferenceEngine.submit`."""
+        self._loop = asyncio.get_running_loop()
         self._check_open()
         self._check_length(request)
         self._check_room(request)
-        self._loop = asyncio.get_running_loop()
         stream = _Stream(request, asyncio.Queue(), set(range(request.sampling.n)))
         self._streams[request.id] = stream
         self._send(lambda: self.engine.add(request))
@@ -115,14 +119,18 @@ class AsyncEngine:
                     raise EngineStopped(f"the first step failed: {output.error}")
 
     async def close(self) -> None:
-        """Take nothing new, abort what has not finished, and end all threads."""
+        """Take nothing new, abort what has not finished, and end all threads but one that hangs."""
         for request_id in list(self._streams):
             self.abort(request_id)
         with self._wake:
             self._stopped = True
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
-        await asyncio.to_thread(self.pool.close)
+        closing = asyncio.ensure_future(self._threads.run(self.pool.close))
+        await self._threads.wait(CLOSE_SECONDS)
+        if not closing.done():
+            closing.cancel()
+            logger.warning("an adapter still loads, and is left behind: its files do not answer")
         self.engine.constraints.close()
 
     # Adapters ----------------------------------------------------------------------------------
@@ -134,7 +142,7 @@ class AsyncEngine:
 
     async def load(self, digest: str) -> None:
         """Make an adapter resident. See `InferenceEngine.load`."""
-        await asyncio.to_thread(self.pool.load, digest)
+        await self._threads.run(partial(self.pool.load, digest))
 
     async def unload(self, digest: str, *, wait_s: float = 0.0, cancel: bool = False) -> None:
         """Free a resident adapter. See `InferenceEngine.unload`."""
@@ -143,7 +151,7 @@ class AsyncEngine:
 
     async def pin(self, digest: str) -> None:
         """Load an adapter and keep it resident until `unpin`."""
-        await asyncio.to_thread(self.pool.pin, digest)
+        await self._threads.run(partial(self.pool.pin, digest))
 
     def unpin(self, digest: str) -> None:
         """Let a pinned adapter be evicted again."""
@@ -218,6 +226,15 @@ class AsyncEngine:
                 del self._streams[output.request_id]
             stream.queue.put_nowait(output)
 
+    def _end_streams(self) -> None:
+        """Every open request ends with an error: the engine has failed.
+
+        On the event loop, where no request is half submitted and nothing ends meanwhile.
+        """
+        failed = partial(RequestOutput, finish_reason=FinishReason.ERROR, error="the engine failed")
+        for request_id, stream in list(self._streams.items()):
+            self._put([failed(request_id, index) for index in sorted(stream.open)])
+
     # To and from the engine's thread -----------------------------------------------------------
 
     def _send(self, command: Command) -> None:
@@ -236,9 +253,14 @@ class AsyncEngine:
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """Send outputs to the event loop, all at once: every call wakes the loop."""
+        if outputs:
+            self._call(partial(self._put, outputs))
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Have the event loop call a function, after all that it was sent before."""
         loop = self._loop
-        if outputs and loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(self._put, outputs)
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(function)
 
     # In the engine's thread --------------------------------------------------------------------
 
@@ -256,7 +278,7 @@ class AsyncEngine:
                 self._ended = True
                 self._commands.clear()
             self._stats = replace(self._stats, has_failed=True, failure=str(error))
-            self._deliver(self._failed_outputs())
+            self._call(self._end_streams)
             self.on_failure()
 
     def _serve(self) -> None:
@@ -312,20 +334,6 @@ class AsyncEngine:
     def _count_step(self, seconds: float) -> None:
         """Keep a moving average of the time that a step takes."""
         self._step_seconds = 0.9 * self._step_seconds + 0.1 * seconds
-
-    def _failed_outputs(self) -> list[RequestOutput]:
-        """The last output of every open request."""
-        outputs = []
-        for stream in list(self._streams.values()):
-            for index in range(stream.request.sampling.n):
-                failed = RequestOutput(
-                    stream.request.id,
-                    index,
-                    finish_reason=FinishReason.ERROR,
-                    error="the engine failed",
-                )
-                outputs.append(failed)
-        return outputs
 
     def _snapshot(self) -> EngineStats:
         scheduler = self.engine.scheduler

@@ -75,7 +75,6 @@ class Engine:
         blocks = self.scheduler.blocks
         assert blocks.blocks_for(self.max_model_len) <= blocks.capacity
         self.constraints = Constraints(self.tokenizer, self.stop_ids)
-        self._not_admitted: list[Sequence] = []
         self.is_idle = True
         self._num_faults = 0  # steps in a row that failed as a whole
         self._next_deadline = math.inf  # no sequence has an earlier one
@@ -147,13 +146,12 @@ class Engine:
         outputs += self._end_expired()
         outputs += self._end_unloadable()
         step = self._schedule()
-        outputs += self._end_failed(self._not_admitted)
-        self._not_admitted = []
-        if not step.chunks:
-            self.is_idle = True
-            return None
-        started = self.clock()
+        outputs += self._end_failed(step.failed)
         runner = StepRunner(self.runner, self.num_tokens, self.on_pass)
+        if not step.chunks:
+            self.is_idle = not step.failed
+            return self._probe(runner) if step.failed else None
+        started = self.clock()
         results = runner.run(step)
         if self.budget is not None:
             self.budget.measure(self.clock() - started, step.num_prompt_tokens, step.num_decodes)
@@ -162,7 +160,14 @@ class Engine:
         if results.computed:
             self._num_faults = 0
             return None
-        # Nothing could be computed: is that the sequences' fault, or is the model broken?
+        return self._probe(runner)
+
+    def _probe(self, runner: StepRunner) -> Exception | None:
+        """Nothing could be computed: is that the sequences' fault, or is the engine broken?
+
+        Returns:
+            The fault, if the model cannot compute a token either.
+        """
         free = self.scheduler.blocks.allocate(1)
         if free is None:
             return None
@@ -229,13 +234,7 @@ class Engine:
     def _admit(self, sequence: Sequence) -> Admission:
         """Decide whether a sequence may start; if so, its adapters are in use from here on."""
         selection = sequence.request.selection
-        try:
-            is_in_use = self.pool.acquire(selection)
-        except Exception:
-            logger.exception("request %s cannot use its adapters", sequence.request.id)
-            self._not_admitted.append(sequence)
-            return Admission.LATER
-        if is_in_use:
+        if self.pool.acquire(selection):
             return Admission.NOW
         if sequence.num_overtaken < MAX_OVERTAKEN or self.pool.is_loading(selection):
             return Admission.LATER

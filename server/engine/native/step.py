@@ -60,11 +60,13 @@ class Step:
         chunks: the tokens to compute, at most one chunk for a sequence.
         new_blocks: blocks allocated for them, whose old content has to be zeroed.
         preempted: sequences that went back to the queue, in the order in which they did.
+        failed: sequences that could not be planned, because something raised.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
     new_blocks: list[int] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    failed: list[Sequence] = field(default_factory=list)
 
     @property
     def num_decodes(self) -> int:

@@ -1,5 +1,6 @@
 """Plans one step: how many tokens each sequence computes, and which are preempted. No torch."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from server.engine.native.sequence import Sequence
 from server.engine.native.step import Chunk, Step
 from server.engine.native.turns import Turns
 from server.engine.native.waiting import Waiting
+
+logger = logging.getLogger(__name__)
 
 
 class Admission(Enum):
@@ -36,6 +39,7 @@ class StepPlanner:
     """A step while it is planned: the tokens left in its budget, and the sequences that it changes.
 
     It moves sequences between the scheduler's two queues, and allocates their blocks, as it goes.
+    What raises for one sequence is that sequence's fault; the others are planned.
 
     Args:
         waiting: the scheduler's queues, with the shares to which planned tokens are charged.
@@ -58,18 +62,19 @@ class StepPlanner:
     _chunks: dict[Sequence, Chunk] = field(default_factory=dict, init=False)
     _new_blocks: list[int] = field(default_factory=list, init=False)
     _preempted: list[Sequence] = field(default_factory=list, init=False)
+    _failed: list[Sequence] = field(default_factory=list, init=False)
     _passed_over: list[Sequence] = field(default_factory=list, init=False)
     _is_closed: bool = field(default=False, init=False)  # nothing else starts in this step
 
     def step(self) -> Step:
         """Return the step as planned so far."""
-        return Step(list(self._chunks.values()), self._new_blocks, self._preempted)
+        return Step(list(self._chunks.values()), self._new_blocks, self._preempted, self._failed)
 
     def continue_running(self, sequences: list[Sequence]) -> None:
         """Plan the next tokens of running sequences, in order, as far as the budget goes."""
         for sequence in sequences:
             if sequence not in self._preempted:
-                self._continue(sequence)
+                self._plan(sequence, self._continue)
 
     def plan_prompts(self, turns: Turns) -> None:
         """Plan prompts, those that have begun and those that wait, as far as the budget goes.
@@ -81,13 +86,21 @@ class StepPlanner:
             turns.close()
         for sequence in turns:
             if sequence in self.running:
-                self._continue(sequence)
+                self._plan(sequence, self._continue)
             elif sequence not in self._preempted:
-                self._try_to_start(sequence)
+                self._plan(sequence, self._try_to_start)
             if self._is_closed:
                 turns.close()
             elif self._passed_over:
                 turns.hold(self._passed_over[-1].request.selection)
+
+    def _plan(self, sequence: Sequence, plan: Callable[[Sequence], None]) -> None:
+        """Plan one sequence. A fault is pinned to it."""
+        try:
+            plan(sequence)
+        except Exception:
+            logger.exception("request %s cannot be planned", sequence.request.id)
+            self._failed.append(sequence)
 
     def _continue(self, sequence: Sequence) -> None:
         count = self._most_tokens(sequence)
@@ -175,12 +188,13 @@ class StepPlanner:
 
     def _start(self, sequence: Sequence, place: _Place) -> None:
         """Make room for an admitted sequence, move it to the running ones and plan its tokens."""
+        # First: of what fails below, the engine has to know that its adapters are in use.
+        self.waiting.queue_of(sequence).remove(sequence)
+        self.running.append(sequence)
         for other in self._passed_over:
             other.num_overtaken += 1
         for victim in place.victims:
             self._preempt(victim)
-        self.waiting.queue_of(sequence).remove(sequence)
-        self.running.append(sequence)
         self.tables.share(sequence, place.cached)
         if sequence.first_scheduled is None:
             sequence.num_cached_tokens = sequence.num_computed_tokens
@@ -212,8 +226,8 @@ class StepPlanner:
 
     def _add_chunk(self, sequence: Sequence, count: int) -> None:
         chunk = Chunk(sequence, sequence.num_computed_tokens, count)
-        self._chunks[sequence] = chunk
         self._charge(chunk, 1)
+        self._chunks[sequence] = chunk
 
     def _preempt(self, victim: Sequence) -> None:
         """Move a running sequence to the head of the queue; its tokens go back to the budget."""

@@ -1,8 +1,8 @@
 """What an administrator publishes and deletes: uploads, imports from a path, vLLM's LoRA routes."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from crma.core.errors import StoreError
 from crma.store.import_format import TOKENIZER_FILES
 from crma.store.incoming import incoming_folder
 from crma.store.manifest import TASK_FILES
+from server.daemon_threads import DaemonThreads
 from server.http.audited import audited
 from server.http.auth import require_admin
 from server.http.dependencies import TheFrontend
@@ -79,8 +80,9 @@ async def upload_adapter(
     """
     frontend.check_ready()
     with writing():
-        async with _incoming(frontend.settings.store) as folder:
-            fields = await receive_form(request, folder, _FILES, UploadForm.model_fields)
+        threads = frontend.registry.threads
+        async with _incoming(frontend.settings.store, threads) as folder:
+            fields = await receive_form(request, folder, _FILES, UploadForm.model_fields, threads)
             form = _checked(fields)
             act.about["task"] = form.name
             entry = await frontend.publisher.publish(
@@ -121,7 +123,8 @@ async def load_lora_adapter(
     """
     act.about["task"] = body.lora_name
     frontend.check_ready()
-    folder = await asyncio.to_thread(find_folder, body.lora_path, frontend.settings.import_roots)
+    find = partial(find_folder, body.lora_path, frontend.settings.import_roots)
+    folder = await frontend.registry.threads.run(find)
     entry = await frontend.publisher.publish(
         folder,
         body.lora_name,
@@ -148,13 +151,13 @@ async def unload_lora_adapter(
 
 
 @asynccontextmanager
-async def _incoming(store: Path) -> AsyncIterator[Path]:
+async def _incoming(store: Path, threads: DaemonThreads) -> AsyncIterator[Path]:
     """`incoming_folder`, whose work on files is done off the event loop.
 
     Errors do not name the folder, which whoever uploads has never seen.
     """
     manager = incoming_folder(store)
-    folder = await asyncio.to_thread(manager.__enter__)
+    folder = await threads.run(manager.__enter__)
     try:
         yield folder
     except StoreError as error:
@@ -163,7 +166,7 @@ async def _incoming(store: Path) -> AsyncIterator[Path]:
             error.value = None
         raise
     finally:
-        await asyncio.to_thread(manager.__exit__, None, None, None)
+        await threads.run(partial(manager.__exit__, None, None, None))
 
 
 def _checked(fields: dict[str, str]) -> UploadForm:

@@ -1,6 +1,7 @@
 """The file of keys: what it refuses, that it is private, and that changes are whole."""
 
 import json
+import os
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +49,18 @@ def test_keys_cannot_be_guessed() -> None:
     keys = {new_key() for _ in range(100)}
     assert len(keys) == 100
     assert all(len(each) >= 40 for each in keys)
+
+
+def test_a_named_pipe_is_refused_by_name_and_a_link_is_followed(tmp_path: Path) -> None:
+    """The start waited for somebody to write to the pipe. Kubernetes mounts secrets as links."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match=f"{pipe} cannot be read: not a plain file") as caught:
+        KeyFile(pipe).read()
+    assert caught.value.field == "keys_file"
+    KeyFile(tmp_path / "keys.json").add(key())
+    link.symlink_to(tmp_path / "keys.json")
+    assert KeyFile(link).read() == (key(),)
 
 
 def test_a_name_is_given_once_and_only_a_known_name_is_revoked(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from crma.core.files import (
     locked,
     names_in,
     publish_folder,
+    read_plain,
+    read_regular,
     replace_file,
     to_json,
 )
@@ -92,6 +94,32 @@ def test_the_names_in_a_folder_that_is_missing_or_a_link(tmp_path: Path) -> None
     (tmp_path / "tasks").symlink_to(tmp_path)
     with pytest.raises(InvalidAdapter, match="Not a folder of the store"):
         names_in(tmp_path, "tasks")
+
+
+def num_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_what_is_no_plain_file_is_refused_at_once_and_left_closed(tmp_path: Path) -> None:
+    """The descriptor of a folder stayed open: a server that looks every two seconds ran out."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    before = num_descriptors()
+    for name in ("pipe", "folder"):
+        with pytest.raises(InvalidAdapter, match="Not a plain file"):
+            read_regular(tmp_path / name, 9)
+        with pytest.raises(OSError, match="not a plain file"):
+            read_plain(tmp_path / name)
+    assert num_descriptors() == before
+
+
+def test_a_link_is_a_plain_file_to_whoever_named_it_and_not_to_a_store(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    (tmp_path / "link").symlink_to("file")
+    assert read_plain(tmp_path / "link") == b"abc"
+    assert read_plain(tmp_path / "link", 2) == b"ab"
+    with pytest.raises(InvalidAdapter, match="Cannot be opened"):
+        read_regular(tmp_path / "link", 9)
 
 
 def test_equal_content_gives_equal_bytes() -> None:

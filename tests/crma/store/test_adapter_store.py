@@ -131,35 +131,6 @@ def test_a_lineage_that_lacks_an_ancestor_or_changes_the_base_is_refused(
         publish(store, base=OTHER, backbone=first.digest)
 
 
-# Selections ---------------------------------------------------------------------------------------
-
-
-def test_a_selection_needs_the_same_base_and_a_backbone_of_the_tasks_lineage(
-    store: AdapterStore,
-) -> None:
-    first = publish_backbone(store)
-    task = publish(store, backbone=first.digest)
-    second = publish_backbone(store, seed=1, lineage=[first.digest])
-    stranger = publish_backbone(store, seed=2, serve=False)
-    imported = publish(store, "imported", backbone=None)
-    younger = publish(store, "younger", backbone=second.digest)
-    for allowed in [
-        (None, None),
-        (task, None),
-        (None, first),
-        (task, first),
-        (task, second),
-        (imported, None),
-    ]:
-        store.check_selection(*allowed, BASE.digest)
-    for refused in [(task, stranger), (imported, first), (younger, first)]:
-        with pytest.raises(LineageMismatch):
-            store.check_selection(*refused, BASE.digest)
-    for selection in [(task, None), (None, first)]:
-        with pytest.raises(BaseMismatch):
-            store.check_selection(*selection, OTHER.digest)
-
-
 # Channels -----------------------------------------------------------------------------------------
 
 

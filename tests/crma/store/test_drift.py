@@ -54,3 +54,11 @@ def test_rolling_the_backbone_back_ends_it() -> None:
 def test_evidence_in_another_form_counts_as_none() -> None:
     for odd in ({"lambda": 1.0}, {"lambda": 1.0, "tried": [1, {"lambda": 1.0, "tasks": 3}]}):
         assert promotion_drift(served().serve(BACKBONE, "v2", odd)) == {}
+
+
+def test_evidence_that_cannot_be_of_a_task_does_not_keep_the_store_from_being_read() -> None:
+    """A number that no float holds ended the look at the store, and a name that is none did."""
+    odd = evidence(0.25, legal=10**400)
+    odd["tried"][1]["tasks"]["../x"] = {"drift": 1.0}
+    odd["tried"][1]["tasks"]["code"] = {"drift": 2.0}
+    assert promotion_drift(served().serve(BACKBONE, "v2", odd)) == {"code": 0.02}

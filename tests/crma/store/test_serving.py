@@ -1,13 +1,14 @@
-"""crma.store.serving: no change of the channels leaves a serving task unable to serve."""
+"""crma.store.serving: what may serve together, and no change leaves a serving task unable to."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from published import publish, publish_backbone
+from published import BASE, OTHER, publish, publish_backbone
 
-from crma.core.errors import LineageMismatch
+from crma.core.errors import BaseMismatch, LineageMismatch
 from crma.store.adapter_store import AdapterStore
+from crma.store.serving import check_selection
 
 
 @pytest.fixture
@@ -21,6 +22,31 @@ def store(tmp_path: Path) -> AdapterStore:
 
 def publish_for_stranger(store: AdapterStore) -> None:
     publish(store, "other", 3, backbone=store.backbone("v2").digest)
+
+
+def test_a_selection_needs_the_same_base_and_a_backbone_of_the_tasks_lineage(
+    store: AdapterStore,
+) -> None:
+    first, stranger = store.backbone(), store.backbone("v2")
+    task = store.task("medical")
+    second = publish_backbone(store, seed=2, lineage=[first.digest])
+    imported = publish(store, "imported", backbone=None)
+    younger = publish(store, "younger", backbone=second.digest)
+    for allowed in [
+        (None, None),
+        (task, None),
+        (None, first),
+        (task, first),
+        (task, second),
+        (imported, None),
+    ]:
+        check_selection(*allowed, BASE.digest)
+    for refused in [(task, stranger), (imported, first), (younger, first)]:
+        with pytest.raises(LineageMismatch):
+            check_selection(*refused, BASE.digest)
+    for selection in [(task, None), (None, first)]:
+        with pytest.raises(BaseMismatch):
+            check_selection(*selection, OTHER.digest)
 
 
 CHANGES: dict[str, Callable[[AdapterStore], object]] = {

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import stat
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def test_acts_are_appended_as_json_lines_to_a_private_file(tmp_path: Path) -> No
 
 
 def test_a_server_does_not_start_on_an_audit_log_that_cannot_be_written(tmp_path: Path) -> None:
-    for file in (tmp_path, tmp_path / "nowhere" / "audit.jsonl"):
+    pipe = tmp_path / "pipe"  # whose reader the start waited for
+    os.mkfifo(pipe)
+    for file in (tmp_path, tmp_path / "nowhere" / "audit.jsonl", pipe):
         with pytest.raises(ConfigError) as caught:
             Audit(file).check()
         assert caught.value.field == "audit_log"

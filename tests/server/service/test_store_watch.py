@@ -1,6 +1,7 @@
 """server.service.store_watch: a store that is damaged, gone, or hangs, and comes back."""
 
 import asyncio
+import errno
 import logging
 import os
 import shutil
@@ -15,11 +16,14 @@ from paths import ROOT
 from prometheus_client import CollectorRegistry
 from published import BASE, SHAPE, publish
 from scripted_engine import ScriptedEngine
+from signing_keys import make_keys
 from tiny import FORMAT
 
 from crma.store.adapter_store import AdapterStore
+from crma.store.signing import sign_versions
 from server.service.metrics import Metrics
 from server.service.registry import Registry
+from server.service.store_view import StoreView
 
 
 @pytest.fixture
@@ -111,6 +115,48 @@ async def test_what_served_goes_on_serving_while_the_store_cannot_be_read(
     assert made.resolve("task", None) == before
 
 
+async def test_a_store_that_could_not_be_read_once_is_read_again(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked as it had when it could not be read, so it was never read again."""
+    made = await started(store)
+    publish(store, "another", 1)
+    read = made._read
+
+    def fail() -> StoreView:
+        raise OSError(errno.EMFILE, "Too many open files", "channels.json")
+
+    monkeypatch.setattr(made, "_read", fail)
+    await made.refresh()
+    assert made.store_problem == "cannot be read: Too many open files: channels.json"
+    monkeypatch.setattr(made, "_read", read)
+    await made.refresh()
+    assert made.store_problem is None
+    assert made.task_names == ["another", "task"]
+
+
+async def test_a_key_for_signatures_that_has_gone_is_a_problem_of_the_store(
+    store: AdapterStore, tmp_path: Path
+) -> None:
+    """It was a traceback in the log every two seconds, and nowhere else."""
+    keys = make_keys(tmp_path, "own")
+    sign_versions(store, keys.private)
+    made = await started(AdapterStore(store.root, keys.public))
+    before = made.resolve("task", None)
+    key = keys.public.read_bytes()
+    keys.public.unlink()
+    publish(store, "task", 1)
+    sign_versions(store, keys.private)
+    await made.refresh()
+    assert made.store_problem is not None
+    assert "own.pub cannot be used" in made.store_problem
+    assert made.resolve("task", None) == before
+    keys.public.write_bytes(key)
+    await made.refresh()
+    assert made.store_problem is None
+    assert made.resolve("task", None).selection != before.selection
+
+
 async def test_a_store_that_was_empty_at_the_start_is_no_problem(tmp_path: Path) -> None:
     made = await started(AdapterStore(tmp_path / "store"))
     assert (made.store_problem, made.task_names) == (None, [])
@@ -167,7 +213,7 @@ def test_work_that_never_ends_does_not_keep_the_process() -> None:
     """asyncio and Python wait for their threads at the end: with one that hangs, for ever."""
     script = """
         import asyncio, threading
-        from server.service.daemon_threads import DaemonThreads
+        from server.daemon_threads import DaemonThreads
 
         async def main():
             threads = DaemonThreads()

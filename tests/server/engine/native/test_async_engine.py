@@ -251,6 +251,36 @@ async def test_an_unexpected_failure_of_the_engine_ends_every_request(start: Any
     await asyncio.wait_for(served.engine.close(), 10)
 
 
+async def test_a_sequence_that_has_ended_ends_no_second_time_when_the_engine_fails(
+    start: Any,
+) -> None:
+    served = start(max_num_seqs=1)
+    ends = []
+    async for output in served.engine.submit(ask("r", n=2, max_tokens=300)):
+        if output.finish_reason is not None:
+            ends.append((output.index, output.finish_reason))
+            served.core.scheduler.schedule = None
+    assert ends == [(0, FinishReason.LENGTH), (1, FinishReason.ERROR)]
+    await asyncio.wait_for(served.engine.close(), 10)
+
+
+async def test_a_request_that_comes_while_the_engine_fails_ends_with_an_error(start: Any) -> None:
+    """It was in no queue that anybody looked at any more, so it waited for ever."""
+    served = start()
+    check_room = served.engine._check_room
+
+    def fail_meanwhile(request: Request) -> None:
+        check_room(request)
+        served.core.scheduler.schedule = None
+        served.engine._wake_thread()
+        served.engine._thread.join(10)
+
+    served.engine._check_room = fail_meanwhile
+    outputs = await asyncio.wait_for(served.outputs(ask("r")), 10)
+    assert ending(outputs) == (FinishReason.ERROR, "the engine failed")
+    await asyncio.wait_for(served.engine.close(), 10)
+
+
 async def test_a_warm_up_whose_step_fails_raises(start: Any) -> None:
     served = start()
     served.failures.append(RuntimeError("out of memory"))

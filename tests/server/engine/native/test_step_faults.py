@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from crma.core.selection import BASE, AdapterSelection
 from server.engine.native import sampler, step_results
+from server.engine.native.block_tables import BlockTables
 from server.engine.native.engine import Engine, EngineFailed
+from server.engine.native.sequence import Sequence
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 
 SAMPLED = SamplingParams(8, temperature=1.0, seed=5, logprobs=2)
@@ -183,6 +185,23 @@ def test_an_adapter_that_cannot_be_taken_into_use(world: World) -> None:
     check(world, ask("bad", AdapterSelection("task-2")), spoil)
 
 
+@pytest.mark.parametrize("method", ["find_cached", "share", "allocate"])
+def test_a_sequence_that_cannot_be_planned(
+    world: World, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """While it waits, once its adapters are in use, and while it runs."""
+    plain = getattr(BlockTables, method)
+
+    def failing(tables: BlockTables, sequence: Sequence, *args: Any) -> Any:
+        has_begun = method != "allocate" or sequence.num_output_tokens
+        if sequence.request.id == "bad" and has_begun:
+            raise FAULT
+        return plain(tables, sequence, *args)
+
+    monkeypatch.setattr(BlockTables, method, failing)
+    check(world, ask("bad", AdapterSelection("task-1", "crma-1")), lambda _: None)
+
+
 def test_a_request_that_cannot_begin(world: World) -> None:
     options: dict[str, Any] = {"seed": 2**70}
     check(world, ask("bad", **options), lambda _: None)
@@ -274,6 +293,36 @@ def test_requests_that_fail_one_after_the_other_by_their_own_fault_end_nothing()
     assert [fail(engine, "bad") for _ in range(9)] == [FinishReason.ERROR] * 9
     engine.check_integrity()
     assert run(engine, [ask()])["r", 0].reason is FinishReason.LENGTH
+
+
+def test_requests_that_cannot_be_planned_one_after_the_other_end_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, _ = tiny.make_engine(tiny.injection(), {})
+    plain = BlockTables.find_cached
+
+    def failing(tables: BlockTables, sequence: Sequence) -> list[int]:
+        if sequence.request.id == "bad":
+            raise FAULT
+        return plain(tables, sequence)
+
+    monkeypatch.setattr(BlockTables, "find_cached", failing)
+    assert [fail(engine, "bad") for _ in range(9)] == [FinishReason.ERROR] * 9
+    assert run(engine, [ask()])["r", 0].reason is FinishReason.LENGTH
+
+
+def test_three_steps_in_a_row_in_which_nothing_can_be_planned_end_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def allocate(*_: Any) -> Any:
+        raise FAULT
+
+    engine, _ = tiny.make_engine(tiny.injection(), {})
+    monkeypatch.setattr(engine.scheduler.blocks, "allocate", allocate)
+    assert [fail(engine, str(i)) for i in range(2)] == [FinishReason.ERROR] * 2
+    engine.add(ask("third"))
+    with pytest.raises(EngineFailed, match="the last one with: injected"):
+        engine.step()
 
 
 def test_a_fault_outside_of_the_computation_ends_those_that_run_and_no_others() -> None:

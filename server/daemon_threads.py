@@ -50,7 +50,7 @@ class DaemonThreads:
             with suppress(RuntimeError):  # the loop has ended, and with it everyone who waits
                 loop.call_soon_threadsafe(finish, result, error)
 
-        threading.Thread(target=run, name="store", daemon=True).start()
+        threading.Thread(target=run, name="daemon", daemon=True).start()
         return await done
 
     async def wait(self, timeout_s: float) -> None:
