@@ -23,6 +23,7 @@ from server.http.log import UNKNOWN_ROUTE, RequestLog
 from server.http.routes import (
     ablation,
     adapters,
+    audit,
     generate,
     models,
     openai,
@@ -30,6 +31,7 @@ from server.http.routes import (
     publishing,
     responses,
     tokens,
+    usage,
 )
 from server.http.security_headers import SecurityHeaders
 from server.service.ablation import Ablations
@@ -53,6 +55,8 @@ ROUTERS = (
     adapters.admin,
     publishing.admin,
     publishing.openai_admin,
+    usage.router,
+    audit.admin,
     operations.router,
     operations.metrics_router,
 )
@@ -79,6 +83,7 @@ def create_app(frontend: Frontend) -> FastAPI:
         asyncio.get_running_loop().set_default_executor(workers)
         await ablations.start()
         frontend.keys.start()
+        frontend.usage.start()
         disks.start()
         app.state.starting = asyncio.create_task(_start(frontend))
         yield
@@ -89,7 +94,7 @@ def create_app(frontend: Frontend) -> FastAPI:
         await frontend.keys.stop()
         await ablations.stop()
         await frontend.engine.close()  # uvicorn has given running requests their time by now
-        frontend.close()
+        await frontend.close()
         disks.stop()
         if frontend.telemetry is not None:
             await frontend.telemetry.close()

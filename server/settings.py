@@ -146,10 +146,18 @@ class Settings(BaseSettings):
         256, "Largest upload of a question set, in MiB; above it 413.", ge=1, le=8192
     )
     evaluations: Path = _setting(
-        Path("evaluations"), "Folder of background ablations and uploaded question sets."
+        Path("evaluations"),
+        "Folder of background ablations, uploaded question sets, acts of administrators and usage.",
     )
     database_url: SecretStr | None = _setting(
         None, "PostgreSQL to keep them in, `postgresql://…`; unset: SQLite in `evaluations`."
+    )
+    audit_kept_s: float = _setting(
+        31_536_000.0, "How long the acts of administrators are kept there.", gt=0
+    )
+    usage_kept_s: float = _setting(34_560_000.0, "How long the usage of a day is kept there.", gt=0)
+    usage_flush_s: float = _setting(
+        5.0, "How often usage is written there; a server that is killed loses so much.", gt=0
     )
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = _setting(

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 
 from paths import ROOT, STORE
 
@@ -29,9 +30,16 @@ def running_server(*, max_descriptors: int | None = None, **settings: str) -> It
     command = [sys.executable, "-m", "server"]
     if max_descriptors is not None:
         command = ["prlimit", f"--nofile={max_descriptors}", *command]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | own | settings, stderr=subprocess.PIPE, text=True
-    ) as server:
+    with (
+        TemporaryDirectory() as kept,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | own | {"CRMA_EVALUATIONS": kept} | settings,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as server,
+    ):
         assert server.stderr is not None
         assert any(" ready: " in line for line in server.stderr)
         threading.Thread(target=server.stderr.read, daemon=True).start()

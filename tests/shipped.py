@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from tempfile import TemporaryDirectory
 
 import httpx
 from paths import STORE
@@ -17,11 +18,13 @@ async def server(**settings: object) -> AsyncIterator[httpx.AsyncClient]:
     Args:
         settings: settings of the server that differ from the defaults.
     """
-    app = build(Settings(store=STORE, allowed_hosts="test", **settings))
-    async with app.router.lifespan_context(app):
-        await app.state.starting
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(
-            transport=transport, base_url="http://test", timeout=300
-        ) as client:
-            yield client
+    with TemporaryDirectory() as kept:
+        own = {"store": STORE, "allowed_hosts": "test", "evaluations": kept}
+        app = build(Settings(**{**own, **settings}))
+        async with app.router.lifespan_context(app):
+            await app.state.starting
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://test", timeout=300
+            ) as client:
+                yield client

@@ -387,8 +387,9 @@ async def serving(base: BaseModel, store: Path, **options: Any) -> AsyncIterator
         "allowed_hosts": "test",  # what clients over ASGI call it
         **options,
     }
-    app = build(Settings(**settings))
-    async with app.router.lifespan_context(app):
-        await app.state.starting
-        yield app
+    with tempfile.TemporaryDirectory() as kept:
+        app = build(Settings(**{"evaluations": Path(kept), **settings}))
+        async with app.router.lifespan_context(app):
+            await app.state.starting
+            yield app
     assert not app.state.frontend.engine._thread.is_alive()

@@ -89,7 +89,8 @@ def start_servers(
     log = folder / "log"
     engines = {}
     for name, settings in SERVERS.items():
-        environment = {"CRMA_DEVICE": "cpu", "CRMA_STORE": store, **settings}
+        own = {"CRMA_STORE": store, "CRMA_EVALUATIONS": str(folder / "evaluations")}
+        environment = {"CRMA_DEVICE": "cpu", **own, **settings}
         starts: list[Metrics] = []
         for _ in range(repetitions + 1):
             with start_server(environment, log) as (_, seconds):

@@ -1,22 +1,24 @@
 """The dependency of routes whose acts are audited."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import Depends, Request
 
-from server.http.auth import TheCaller
+from server.http.auth import TheCaller, needs_admin
 from server.http.dependencies import TheFrontend
+from server.http.error_handlers import as_api_error
+from server.http.log import request_id
 from server.service.audit import Act
-from server.service.errors import to_api_error
+from server.service.generation import ABORTED
 
 
 def audited(what: str) -> Any:
     """A dependency that gives the act to the route, which adds what it finds out.
 
-    The act is in the audit log before the answer is sent. Requests without a key for the route
-    are none.
+    It also checks that the caller is an administrator: what another key tries is an act that is
+    refused. Requests without a key are none, so that nobody can fill the records without one. The
+    act is written before the answer is sent.
 
     Args:
         what: the act, as a verb.
@@ -28,13 +30,24 @@ def _acting(what: str) -> Callable[..., AsyncIterator[Act]]:
     async def acting(
         request: Request, frontend: TheFrontend, caller: TheCaller
     ) -> AsyncIterator[Act]:
-        act = Act(caller.name, what, dict(request.path_params))
+        about = dict(request.path_params)
+        act = Act(caller.name, what, about, tenant=caller.tenant, request_id=request_id.get())
+        is_allowed = False
         try:
+            await needs_admin(frontend, caller)
+            is_allowed = True
             yield act
         except Exception as error:
-            act.result = to_api_error(error).code
+            answered = as_api_error(request, error)
+            act.result, act.reason = answered.code, answered.message
+            raise
+        except BaseException:  # the server stops: how far the act came is not known
+            act.result = ABORTED
             raise
         finally:
-            await asyncio.to_thread(frontend.audit.write, act)
+            if is_allowed:
+                await frontend.audit.write(act)
+            elif caller.name:
+                await frontend.audit.write_attempt(act)
 
     return acting

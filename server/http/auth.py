@@ -3,7 +3,8 @@
 Without API keys, everyone may generate and ablate. Admin routes always need a key: where this
 server has none for them they answer 403; no key or an unknown one is 401; a key without the scope
 is 403. The admin key opens every route. Health and documentation need no key; neither do the
-metrics, unless some tasks do not exist for some key. Every route has one of the `require_…` below.
+metrics, unless some tasks do not exist for some key. Every route has one of the `require_…` below,
+or `audited`, which also asks for an administrator.
 """
 
 from typing import Annotated
@@ -82,9 +83,10 @@ async def counted(frontend: TheFrontend, caller: TheCaller, after_response: Afte
     after_response.callback(frontend.quotas.leave, caller)
 
 
+needs_admin = Needs(Scope.ADMIN)
 require_generate = Depends(Needs(Scope.GENERATE))
 require_ablate = Depends(Needs(Scope.ABLATE))
-require_admin = Depends(Needs(Scope.ADMIN))
+require_admin = Depends(needs_admin)
 require_key = Depends(Needs(Scope.GENERATE, Scope.ABLATE, Scope.ADMIN))
 require_nothing = Depends(Open())
 require_metrics = Depends(NeedsForNames(Scope.METRICS, Scope.ADMIN))

@@ -69,7 +69,9 @@ def install(app: FastAPI) -> None:
     """Add the handlers to an app."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        answered = _as_api_error(request, error)
+        answered = as_api_error(request, error)
+        if answered.status >= 500 and answered is not error:
+            log.error("%s: %s", type(error).__name__, error, exc_info=error)
         request.state.error_code = answered.code  # for the log and the metrics
         return error_response(answered, request.scope["path"])
 
@@ -130,16 +132,13 @@ def _openai_field(error: ApiError, field: str | None, path: str) -> str | None:
     return PROMPT_FIELDS.get(path, field) if is_prompt else field
 
 
-def _as_api_error(request: Request, error: Exception) -> ApiError:
-    """What a client sees of an exception; an unexpected one is logged."""
+def as_api_error(request: Request, error: Exception) -> ApiError:
+    """What a client sees of an exception."""
     if isinstance(error, RequestValidationError):
         return _from_validation(request, error)
     if isinstance(error, HTTPException):
         return _from_http(request, error)
-    answered = to_api_error(error)
-    if answered.status >= 500 and answered is not error:
-        log.error("%s: %s", type(error).__name__, error, exc_info=error)
-    return answered
+    return to_api_error(error)
 
 
 def _from_validation(request: Request, error: RequestValidationError) -> ApiError:

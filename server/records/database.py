@@ -137,7 +137,7 @@ def migrate(engine: Engine) -> None:
             command.upgrade(config, "head")
         except CommandError as error:
             message = (
-                "the database of jobs and question sets is of a newer release of this server: "
+                "the database of the records is of a newer release of this server: "
                 f"update the server, or give it another database ({error})"
             )
             raise RecordsUnavailable(message, field="database_url") from error
@@ -220,7 +220,7 @@ def _translated(field: str) -> Iterator[None]:
 
 
 def _unavailable(reason: str, field: str) -> RecordsUnavailable:
-    message = f"the database of jobs and question sets does not answer: {reason}"
+    message = f"the database of the records does not answer: {reason}"
     return RecordsUnavailable(message, field=field, allowed="a database that answers")
 
 

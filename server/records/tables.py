@@ -6,6 +6,7 @@ every character is escaped: PostgreSQL's text takes no NUL, and SQLite's no lone
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     Double,
@@ -74,4 +75,44 @@ questions = Table(
     ),
     Column("position", Integer, primary_key=True),
     Column("question", JSON, nullable=False),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    # SQLite counts rows by themselves only in a column of this type.
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("time", String(32), nullable=False),  # UTC, ISO 8601 in one length: it sorts
+    Column("who", String(256), nullable=False),  # name of the key
+    Column("tenant", String(256), nullable=False),  # "": the key has none
+    Column("what", String(64), nullable=False),  # the act, as a verb
+    Column("object", JSON(none_as_null=True)),  # the name as it was sent
+    Column("version", Text),
+    Column("digest", String(80)),
+    Column("result", String(64), nullable=False),  # "done", or the code of an error
+    Column("reason", JSON(none_as_null=True)),  # the error in words
+    Column("request_id", String(64)),
+    Index("audit_by_time", "time"),
+)
+
+usage = Table(
+    "usage",  # sums; a server adds what it has counted since it last did
+    metadata,
+    Column("day", String(10), primary_key=True),  # UTC, ISO 8601: it sorts
+    Column("key", String(256), primary_key=True),  # its name; "": none was asked for
+    Column("task", String(64), primary_key=True),  # "": the base model
+    Column("task_digest", String(80), primary_key=True),  # "": the base model
+    Column("crma", Boolean, primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+)
+
+usage_writers = Table(
+    "usage_writers",  # so that a server whose commit got no answer does not add twice
+    metadata,
+    Column("server", String(32), primary_key=True),
+    Column("num_writes", BigInteger, nullable=False),
+    Column("day", String(10), nullable=False),  # of its last write
 )

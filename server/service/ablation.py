@@ -7,9 +7,11 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from pydantic import TypeAdapter
+from sqlalchemy import Connection
 
 from crma.core.selection import AdapterSelection
 from crma.evaluation.ablation import (
@@ -25,8 +27,7 @@ from crma.evaluation.report import body
 from crma.evaluation.scorers import Likelihood, continuations
 from server.engine.errors import PromptTooLong, QueueFull
 from server.engine.request import Constraint, ConstraintKind, SamplingParams
-from server.records.database import Database
-from server.service import jobs
+from server.service import audit, jobs, usage
 from server.service.ablation_adapters import AblationAdapters, check_provenance
 from server.service.ablation_spec import AblationSpec, read_spec, write_spec
 from server.service.caller import Caller
@@ -43,6 +44,7 @@ from server.service.job_runner import JobLimits, JobRunner, RunningJob
 from server.service.old_files import import_files
 from server.service.question_sets import QuestionSets
 from server.service.registry import Resolved
+from server.settings import Settings
 
 _SEED_BYTES = 6  # of the seed of a sampled item; JSON numbers hold them exactly
 _OUTCOME = TypeAdapter(ItemResult)
@@ -62,10 +64,7 @@ class Ablations:
 
     def __init__(self, frontend: Frontend) -> None:
         settings = frontend.settings
-        url = settings.database_url
-        self._database = Database(
-            settings.evaluations, None if url is None else url.get_secret_value()
-        )
+        database = frontend.database
         limits = JobLimits(
             settings.max_ablation_jobs,
             settings.max_ablation_queue,
@@ -73,24 +72,29 @@ class Ablations:
             settings.ablation_kept_s,
         )
         self._runner = JobRunner(
-            self._database, frontend.model.digest, self._run_job, self._is_ready, limits
+            database,
+            frontend.model.digest,
+            self._run_job,
+            self._is_ready,
+            limits,
+            also_clean=partial(_remove_old, settings),
         )
         self.jobs = jobs.Jobs(self._runner)
-        self.question_sets = QuestionSets(settings.store / "question_sets", self._database)
+        self.question_sets = QuestionSets(settings.store / "question_sets", database)
         self._frontend = frontend
         # Items in the engine at once, of all ablations together.
         self._slots = asyncio.Semaphore(settings.max_ablation_inflight)
 
     async def start(self) -> None:
         """Take over what an older release kept in files, and run jobs from now on."""
-        await import_files(self._frontend.settings.evaluations, self._database)
+        frontend = self._frontend
+        await import_files(frontend.settings.evaluations, frontend.database)
         self._runner.start()
 
     async def stop(self) -> None:
         """Stop the jobs that run here; another server, or the next start, goes on with them."""
         await self._runner.stop()
         await self.question_sets.stop()
-        await asyncio.to_thread(self._database.close)
 
     def _is_ready(self) -> bool:
         return self._frontend.not_ready() is None
@@ -329,6 +333,12 @@ class _Item:
                 return generation
             except QueueFull as error:
                 await asyncio.sleep(min(left, error.retry_after))
+
+
+def _remove_old(settings: Settings, connection: Connection) -> None:
+    """Remove the acts and the usage that are not kept any longer."""
+    audit.remove_old(connection, settings.audit_kept_s)
+    usage.remove_old(connection, settings.usage_kept_s)
 
 
 def _read_outcomes(content: Mapping[int, Any]) -> dict[int, ItemResult]:

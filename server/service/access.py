@@ -4,7 +4,7 @@ import ipaddress
 
 from crma.access.key_file import KeyFile
 from crma.core.errors import ConfigError
-from server.service.audit import Audit
+from server.service.audit import AuditLog
 from server.settings import Settings
 
 
@@ -24,7 +24,7 @@ def check_access(settings: Settings) -> None:
         raise ConfigError(message, field="host", value=settings.host, allowed=allowed)
     if settings.keys_file is not None:
         KeyFile(settings.keys_file).read()
-    Audit(settings.audit_log).check()
+    AuditLog(settings.audit_log).check()
 
 
 def _is_loopback(host: str) -> bool:

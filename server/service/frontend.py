@@ -17,7 +17,8 @@ from crma.models.tools import ToolMarkup, tool_markup
 from server import __version__
 from server.engine.inference_engine import InferenceEngine
 from server.engine.request import Constraint, Request, SamplingParams
-from server.service.audit import Audit
+from server.records.database import Database
+from server.service.audit import Audit, AuditLog
 from server.service.caller import Caller
 from server.service.errors import (
     DeadlineExceeded,
@@ -29,12 +30,14 @@ from server.service.errors import (
 from server.service.generation import Generation
 from server.service.keys import Keys
 from server.service.metrics import Metrics
+from server.service.outcome import Outcome
 from server.service.prompt_encoder import Prompt, PromptEncoder
 from server.service.publisher import Publisher
 from server.service.quotas import Quotas
 from server.service.registry import Registry, Resolved
 from server.service.telemetry import Telemetry
 from server.service.token_texts import TokenTexts
+from server.service.usage import Usage
 from server.settings import Settings
 
 T = TypeVar("T")
@@ -53,7 +56,9 @@ class Frontend:
 
     Attributes:
         keys: who may send requests.
-        quotas: how much they have used.
+        quotas: how much they have used of their limits, here.
+        database: the records; the app closes it.
+        usage: how much they have used, by day.
         audit: what administrators did.
         draining: the server stops and takes no new requests.
     """
@@ -73,7 +78,12 @@ class Frontend:
         self.encoder = PromptEncoder(
             self.tokenizer, self.model.num_tokens, max_queue, max_model_len
         )
-        self.audit = Audit(self.settings.audit_log)
+        url = self.settings.database_url
+        self.database = Database(
+            self.settings.evaluations, None if url is None else url.get_secret_value()
+        )
+        self.usage = Usage(self.database, self.settings.usage_flush_s, self.metrics)
+        self.audit = Audit(AuditLog(self.settings.audit_log), self.database, self.metrics)
         self.keys = Keys(self.settings, self.audit)
         self.quotas = Quotas()
         self.texts = TokenTexts(self.tokenizer)
@@ -246,11 +256,16 @@ class Frontend:
             request,
             self.metrics,
             (self.metrics.adapter_label(task), crma),
-            partial(self.quotas.spend, resolved.caller),
+            partial(self._count, resolved.caller),
             task=task,
             own_deadline=own_deadline,
             telemetry=self.telemetry,
         )
+
+    def _count(self, caller: Caller, outcome: Outcome) -> None:
+        """Count what a request has used that ends now."""
+        self.quotas.spend(caller, outcome.num_tokens)
+        self.usage.count(caller.name, outcome)
 
     async def _check_constraint(self, constraint: Constraint, deadline: float) -> None:
         """Raises InvalidConstraint, QueueFull or DeadlineExceeded."""
@@ -304,10 +319,13 @@ class Frontend:
         """
         return await asyncio.get_running_loop().run_in_executor(self._builder, build)
 
-    def close(self) -> None:
-        """End the threads."""
+    async def close(self) -> None:
+        """Write what is left to be written, and end the threads. No request runs any more."""
         self.encoder.close()
         self._builder.shutdown(wait=False, cancel_futures=True)
+        await self.usage.stop()
+        await self.audit.stop()
+        await asyncio.to_thread(self.database.close)
 
 
 def _check_min_tokens(sampling: SamplingParams) -> None:

@@ -54,7 +54,7 @@ class Generation:
 
     Args:
         labels: of the request in the metrics.
-        spend: is told at the end how many tokens it had, unless it was refused.
+        count: is told how it ended, unless it was refused.
         task: the store name of its task adapter; None: the base model.
         own_deadline: its client chose the deadline.
         telemetry: told of the request where it has run; None: traces are off.
@@ -66,7 +66,7 @@ class Generation:
         request: Request,
         metrics: Metrics,
         labels: Labels,
-        spend: Callable[[int], None],
+        count: Callable[[Outcome], None],
         *,
         task: str | None = None,
         own_deadline: bool = False,
@@ -81,7 +81,7 @@ class Generation:
         self._engine = engine
         self._metrics = metrics
         self._labels = labels
-        self._spend = spend
+        self._count = count
         self._own_deadline = own_deadline
         self._telemetry = telemetry
         self._trace = None if telemetry is None else telemetry.current_trace()
@@ -185,12 +185,7 @@ class Generation:
         self._metrics.count_request(outcome)
         if self._telemetry is not None:
             self._telemetry.record(outcome, self._trace)
-        self._spend(self._num_tokens())
-
-    def _num_tokens(self) -> int:
-        """Tokens of the prompt, and of the answers as far as they have come."""
-        sampled = sum(len(sequence.token_ids) for sequence in self.sequences)
-        return len(self.request.prompt_ids) + sampled
+        self._count(outcome)
 
 
 def _raise_failure(output: RequestOutput) -> None:

@@ -87,6 +87,7 @@ class JobRunner:
         limits: of this server.
         poll_s: seconds between looks at the records.
         lease_s: a server that has not written for so long has lost its jobs.
+        also_clean: removes what is old of other records, when old jobs are removed.
 
     Attributes:
         failed: id -> reason, of jobs that failed and whose end cannot be recorded yet.
@@ -100,6 +101,7 @@ class JobRunner:
     limits: JobLimits
     poll_s: float = 1.0
     lease_s: float = 30.0
+    also_clean: Callable[[Connection], None] = lambda _: None
     failed: dict[str, str] = field(default_factory=dict, init=False)
     num_changes: int = field(default=0, init=False)
     _server: str = field(init=False)
@@ -186,6 +188,7 @@ class JobRunner:
             await self.end(id)
         if is_cleaning:
             await self.database.run_if_made(None, _clean, self.limits)
+            await self.database.run_if_made(None, self.also_clean)
         while self._has_room():
             lease = f"{self._server}-{uuid.uuid4().hex[:8]}"
             taken = await self.database.run_if_made(None, _take, self.base, lease, self.lease_s)

@@ -91,24 +91,28 @@ class Keys:
             await asyncio.gather(self._watching, return_exceptions=True)
         await self._threads.wait(POLL_S)
 
-    def refresh(self) -> None:
+    def refresh(self) -> list[Act]:
         """Read the file if it changed. A file that is damaged or gone changes no key: that a slip
-        of the editor shuts everyone out is no better than that a revoked key works on."""
+        of the editor shuts everyone out is no better than that a revoked key works on.
+
+        Returns:
+            What was changed, and is not in the audit yet.
+        """
         fingerprint = self._stat()
         if self._file is None or fingerprint == self._fingerprint:
-            return
+            return []
         self._fingerprint = fingerprint
         try:
             keys = self._file.read()
         except ConfigError as error:
             log.error("the keys stay as they were: %s", error.message)
-            return
+            return []
         before = {key.name: key for key in self._in_file}
         after = {key.name: key for key in keys}
         self._take(keys)
-        for name in sorted(before.keys() | after.keys()):
-            if before.get(name) != after.get(name):
-                self._audit.write(_change(name, before.get(name), after.get(name)))
+        names = sorted(before.keys() | after.keys())
+        changed = [name for name in names if before.get(name) != after.get(name)]
+        return [_change(name, before.get(name), after.get(name)) for name in changed]
 
     def _take(self, keys: tuple[Key, ...]) -> None:
         self._in_file = keys
@@ -128,7 +132,8 @@ class Keys:
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                await self._threads.run(self.refresh)
+                for act in await self._threads.run(self.refresh):
+                    await self._audit.write(act)
             except Exception:
                 log.exception("the file of keys cannot be watched now")
 

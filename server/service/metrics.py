@@ -135,6 +135,14 @@ class Metrics:
         )
         for who in ("client", "server"):
             self.deadlines_missed.labels(who)
+        self.record_failures = counter(
+            "record_failures",
+            "Failed writes of acts (audit_log: the file, audit: the database) and of usage, which "
+            "is tried again.",
+            ("record",),
+        )
+        for record in ("audit_log", "audit", "usage"):
+            self.record_failures.labels(record)
         self.verification_failures = counter(
             "adapter_verification_failures", "Problems found in the store."
         )

@@ -51,3 +51,8 @@ class Outcome:
     def prompt_tokens(self) -> int:
         """The length of the prompt."""
         return len(self.request.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt and of all answers."""
+        return self.prompt_tokens + sum(self.output_tokens)

@@ -102,6 +102,17 @@ CASES = {
     "CrmaSlowFirstToken": Case(histogram("crma_time_to_first_token_seconds", "5.0")),
     "CrmaAdaptersThrash": Case({'crma_adapter_evictions_total{instance="a"}': bursts(60)}),
     "CrmaKvCacheFull": Case({'crma_num_preemptions_total{instance="a"}': bursts(30)}),
+    "CrmaActNotRecorded": Case(
+        {
+            'crma_record_failures_total{instance="a",record="audit"}': "0x20 1x40",
+            'crma_record_failures_total{instance="a",record="audit_log"}': "0x60",
+        },
+        {"record": "audit", **INSTANCE},
+        well_at=50,
+    ),
+    "CrmaUsageNotRecorded": Case(
+        {'crma_record_failures_total{instance="a",record="usage"}': bursts(12)}
+    ),
     "CrmaDiskFull": Case(
         {
             'crma_disk_free_bytes{instance="a",folder="store"}': level(50, 5),
@@ -130,6 +141,9 @@ HARMLESS = {
     'crma_request_success_total{instance="a",finished_reason="abort"}': steady(6000),
     'crma_request_success_total{instance="a",finished_reason="error"}': "0x60",
     'crma_num_requests_waiting{instance="a"}': "8x60",
+    'crma_record_failures_total{instance="a",record="audit"}': "0x60",
+    'crma_record_failures_total{instance="a",record="audit_log"}': "0x60",
+    'crma_record_failures_total{instance="a",record="usage"}': "0x20 1x40",
 }
 """One client sends nothing but what must fail, as fast as it can; and an ablation waits."""
 

@@ -5,6 +5,7 @@ import shlex
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 from paths import ROOT
@@ -154,8 +155,8 @@ def test_settings_exist() -> None:
     assert set(re.findall(r"\bCRMA_[A-Z_]*[A-Z]\b", all_text())) <= known
 
 
-def test_bodies_of_curl_commands_are_accepted_by_the_schemas() -> None:
-    from server.http import openai_schemas, publishing_schemas, schemas
+def test_bodies_and_queries_of_curl_commands_are_accepted_by_the_schemas() -> None:
+    from server.http import openai_schemas, publishing_schemas, records_schemas, schemas
 
     bodies: dict[str, Any] = {
         "/generate": schemas.GenerateRequest,
@@ -163,20 +164,28 @@ def test_bodies_of_curl_commands_are_accepted_by_the_schemas() -> None:
         "/v1/completions": openai_schemas.CompletionRequest,
         "/v1/chat/completions": openai_schemas.ChatRequest,
     }
+    queries: dict[str, Any] = {
+        "/audit": records_schemas.AuditQuery,
+        "/usage": records_schemas.UsageQuery,
+    }
     joined = all_text().replace("\\\n", " ")
     curls = [shlex.split(line) for line in joined.splitlines() if line.startswith("curl ")]
     sent = set()
     for words in curls:
         address = next(word for word in words if word.startswith("127.0.0.1:8000/"))
-        path = address.removeprefix("127.0.0.1:8000")
+        path, _, query = address.removeprefix("127.0.0.1:8000").partition("?")
+        sent.add(path)
         if "-F" in words:
             parts = [word.partition("=") for option, word in pairwise(words) if option == "-F"]
             fields = {name: value for name, _, value in parts if not value.startswith("@")}
             publishing_schemas.UploadForm.model_validate_strings(fields)
-            continue
-        bodies[path].model_validate_json(words[words.index("-d") + 1])
-        sent.add(path)
-    assert sent == bodies.keys()
+        elif path in queries:
+            given = parse_qs(query, strict_parsing=True)
+            one = {name: values if name == "by" else values[0] for name, values in given.items()}
+            queries[path].model_validate(one)
+        else:
+            bodies[path].model_validate_json(words[words.index("-d") + 1])
+    assert sent == {*bodies, *queries, "/adapters"}
 
 
 @pytest.mark.parametrize("page", sorted((DOCS / "decisions").glob("0*.md")), ids=lambda p: p.stem)

@@ -14,6 +14,7 @@ from crma_client.streams import AsyncTokenStream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import date
     from os import PathLike
 
     from typing_extensions import Self, Unpack
@@ -127,6 +128,34 @@ class AsyncClient:
         content = calls.write_body({"tokens": list(tokens)})
         response = await self._send("POST", "/detokenize", content=content)
         return str(calls.read_object(response)["prompt"])
+
+    async def usage(
+        self,
+        first_day: date | str | None = None,
+        last_day: date | str | None = None,
+        *,
+        key: str | None = None,
+        task: str | None = None,
+        by: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """Sum up the tokens that keys have used; see `Client.usage` for the arguments."""
+        days = {"from": first_day, "to": last_day}
+        path = calls.query_path("/usage", {**days, "key": key, "task": task, "by": by})
+        response = await self._send("GET", path)
+        return calls.read_object(response)
+
+    async def audit(
+        self,
+        *,
+        limit: int | None = None,
+        before: int | None = None,
+        who: str | None = None,
+        what: str | None = None,
+    ) -> list[Any]:
+        """List what administrators did; see `Client.audit` for the arguments."""
+        fields = {"limit": limit, "before": before, "who": who, "what": what}
+        response = await self._send("GET", calls.query_path("/audit", fields))
+        return calls.read_list(response)
 
     async def health(self) -> bool:
         """Whether the server process is alive."""

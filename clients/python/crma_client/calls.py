@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 
@@ -118,6 +118,12 @@ def question_set_path(name: str) -> str:
 def adapter_path(task: str) -> str:
     """The path of one task adapter, as `name` or `name@version`."""
     return f"/adapters/{quote(task, safe='@')}"
+
+
+def query_path(path: str, fields: Mapping[str, Any]) -> str:
+    """A path with those fields as its query that are not None; the server judges their values."""
+    sent = {name: value for name, value in fields.items() if value is not None}
+    return f"{path}?{urlencode(sent, doseq=True)}"
 
 
 @contextmanager

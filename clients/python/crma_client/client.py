@@ -13,6 +13,7 @@ from crma_client.streams import TokenStream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import date
     from os import PathLike
 
     from typing_extensions import Self, Unpack
@@ -241,6 +242,52 @@ class Client:
         content = calls.write_body({"tokens": list(tokens)})
         response = self._send("POST", "/detokenize", content=content)
         return str(calls.read_object(response)["prompt"])
+
+    def usage(
+        self,
+        first_day: date | str | None = None,
+        last_day: date | str | None = None,
+        *,
+        key: str | None = None,
+        task: str | None = None,
+        by: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """Sum up the tokens that this key has used, by day; with the admin key, those of all keys.
+
+        Args:
+            first_day: such as 2026-11-27, in UTC. None: 29 days before the last.
+            last_day: None: today.
+            key: only that of the key of this name.
+            task: only that of this task; base: the base model without one.
+            by: a sum for each of these: day, key, task, task_digest, crma. None: of all of them.
+
+        Returns:
+            from, to and usage, as the server sent them.
+        """
+        days = {"from": first_day, "to": last_day}
+        path = calls.query_path("/usage", {**days, "key": key, "task": task, "by": by})
+        response = self._send("GET", path)
+        return calls.read_object(response)
+
+    def audit(
+        self,
+        *,
+        limit: int | None = None,
+        before: int | None = None,
+        who: str | None = None,
+        what: str | None = None,
+    ) -> list[Any]:
+        """List what administrators did, the newest first. Needs the admin key.
+
+        Args:
+            limit: at most so many; the server gives 100 by default, and 1000 at most.
+            before: the `id` of an act: only earlier ones.
+            who: only acts of the key of this name.
+            what: only this act, such as publish.
+        """
+        fields = {"limit": limit, "before": before, "who": who, "what": what}
+        response = self._send("GET", calls.query_path("/audit", fields))
+        return calls.read_list(response)
 
     def health(self) -> bool:
         """Whether the server process is alive."""

@@ -8,18 +8,23 @@ from typing import Any
 
 import api_keys
 import pytest
+from prometheus_client import CollectorRegistry
 
 from crma.access.key_file import KeyFile
 from crma.access.scope import Scope
 from crma.core.errors import ConfigError
-from server.service.audit import Audit
+from server.records.audit import Filter
+from server.records.database import Database
+from server.service.audit import Audit, AuditLog
 from server.service.caller import ADMIN, ANYONE, NOBODY
 from server.service.keys import Keys
+from server.service.metrics import Metrics
 from server.settings import Settings
 
 
-def made(audit: Path | None = None, **settings: Any) -> Keys:
-    return Keys(Settings(**settings), Audit(audit))
+def made(audit: Audit | None = None, **settings: Any) -> Keys:
+    unused = Audit(AuditLog(None), Database(Path("nowhere")), Metrics(CollectorRegistry()))
+    return Keys(Settings(**settings), audit or unused)
 
 
 @pytest.fixture
@@ -93,24 +98,19 @@ def test_an_admin_key_of_the_file_turns_admin_routes_on(file: Path) -> None:
     assert keys.has_admin
 
 
-def test_a_change_of_the_file_counts_once_it_is_read_again_and_is_audited(
-    file: Path, tmp_path: Path
-) -> None:
-    audit = tmp_path / "audit.jsonl"
-    keys = made(audit, keys_file=file)
+def test_a_change_of_the_file_counts_once_it_is_read_again_and_is_an_act(file: Path) -> None:
+    keys = made(keys_file=file)
     api_keys.add(file, "two")
     KeyFile(file).revoke("one")
     assert keys.caller(secret("one")).name == "one"
-    keys.refresh()
+    acts = keys.refresh()
     assert keys.caller(secret("one")) == NOBODY
     assert keys.caller(secret("two")).name == "two"
-    acts = [json.loads(line) for line in audit.read_text().splitlines()]
-    assert [(act["what"], act["key"]) for act in acts] == [
+    assert [(act.what, act.about["key"]) for act in acts] == [
         ("revoke key", "one"),
         ("add key", "two"),
     ]
-    keys.refresh()
-    assert len(audit.read_text().splitlines()) == 2
+    assert keys.refresh() == []
 
 
 @pytest.mark.parametrize("damage", ["missing", "damaged", "empty"])
@@ -140,14 +140,22 @@ def test_a_server_does_not_start_on_a_file_that_is_missing(tmp_path: Path) -> No
     assert caught.value.field == "keys_file"
 
 
-async def test_a_running_server_reads_the_file_again(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_running_server_reads_the_file_again_and_the_change_is_audited(
+    file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("server.service.keys.POLL_S", 0.001)
-    keys = made(keys_file=file)
+    database = Database(tmp_path / "kept")
+    audit = Audit(AuditLog(tmp_path / "audit"), database, Metrics(CollectorRegistry()))
+    keys = made(audit, keys_file=file)
     keys.start()
     KeyFile(file).revoke("one")
     async with asyncio.timeout(10):
-        while keys.caller(secret("one")) != NOBODY:
+        while not (acts := await audit.newest(Filter(), 10)):
             await asyncio.sleep(0.001)
     await keys.stop()
+    assert keys.caller(secret("one")) == NOBODY
+    assert [(act["who"], act["what"], act["object"]) for act in acts] == [
+        ("file of keys", "revoke key", "one")
+    ]
+    assert json.loads((tmp_path / "audit").read_text())["key"] == "one"
+    database.close()
