@@ -18,10 +18,11 @@ CLIENTS  ?= common instructor llama-index
 
 setup: .venv/.installed  ## make .venv, once; again only when pyproject.toml or constraints.txt changes
 
+# exec: make passes SIGTERM on to its child, and a shell would not pass it on to the server.
 serve: setup  ## pull the base model if it is not there, verify the adapters, serve on PORT
 	$(BIN)/crma pull $(MODEL)
 	-@$(BIN)/crma verify $${CRMA_STORE:-adapters_store} --model $(MODEL)
-	CRMA_PORT=$(PORT) CRMA_MODEL=$(MODEL) CRMA_DEVICE=$(DEVICE) $(BIN)/python -m server
+	exec env CRMA_PORT=$(PORT) CRMA_MODEL=$(MODEL) CRMA_DEVICE=$(DEVICE) $(BIN)/python -m server
 
 check: setup  ## lint, format, types, imports between rooms
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
