@@ -112,12 +112,12 @@ class Ablations:
         """
         question_set = await self._question_set(spec)
         questions = question_set.questions
-        await asyncio.to_thread(spec.settings.check, questions)
-        adapters = AblationAdapters(self._frontend, spec, caller)
-        work = await asyncio.to_thread(plan, questions, spec.settings, adapters.select)
         if not spec.background:
             num_item_variants = len(questions) * len(spec.settings.variants)
             _check_size(num_item_variants, self._frontend.settings.max_ablation_direct)
+        await asyncio.to_thread(spec.settings.check, questions)
+        adapters = AblationAdapters(self._frontend, spec, caller)
+        work = await asyncio.to_thread(plan, questions, spec.settings, adapters.select)
         for constraint in {_constraint(spec.settings, question) for question in questions}:
             if constraint is not None:
                 await self._frontend.engine.check(constraint)
