@@ -7,10 +7,12 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from crma.access.scope import Scope
 from crma.core.selection import AdapterSelection
 from crma.evaluation.ablation import (
     AblationPlan,
@@ -33,7 +35,6 @@ from server.service.caller import Caller
 from server.service.errors import (
     AdapterUnloaded,
     DeadlineExceeded,
-    Forbidden,
     GenerationFailed,
     InvalidField,
 )
@@ -76,7 +77,9 @@ class Ablations:
             self._database, frontend.model.digest, self._run_job, self._is_ready, limits
         )
         self.jobs = jobs.Jobs(self._runner)
-        self.question_sets = QuestionSets(settings.store / "question_sets", self._database)
+        self.question_sets = QuestionSets(
+            settings.store / "question_sets", self._database, settings.max_question_sets
+        )
         self._frontend = frontend
         # Items in the engine at once, of all ablations together.
         self._slots = asyncio.Semaphore(settings.max_ablation_inflight)
@@ -146,12 +149,10 @@ class Ablations:
     async def _run_job(self, running: RunningJob) -> dict[str, Any]:
         """Run the rest of a job from its spec.
 
-        Raises Forbidden if its key was revoked; as `prepare`, and as `running.keep`.
+        Raises as `Keys.current`, `prepare` and `running.keep`.
         """
         spec = await asyncio.to_thread(read_spec, running.job.spec)
-        caller = self._frontend.keys.named(spec.owner)
-        if caller is None:
-            raise Forbidden("the key of this job may do nothing any more", field="Authorization")
+        caller = self._frontend.keys.current(Caller(spec.owner), Scope.ABLATE)
         ablation = replace(await self.prepare(spec, caller), id=running.job.id)
         finished = await asyncio.to_thread(_read_outcomes, running.outcomes)
 
@@ -236,7 +237,8 @@ class Ablation:
 
     async def _outcome(self, job: Job) -> ItemResult:
         """Answer one job as the scorer needs; if it fails, the failure is its outcome."""
-        await self.frontend.quotas.until_tokens(self.caller)  # no part of the item's time
+        current = partial(self.frontend.keys.current, self.caller, Scope.ABLATE)
+        await self.frontend.quotas.until_tokens(current)  # no part of the item's time
         question = self.question_set.questions[job.question]
         scorer = self.spec.settings.scorer
         timeout_s = self.spec.timeout_s or self.frontend.settings.request_timeout_s
