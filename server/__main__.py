@@ -25,7 +25,7 @@ from server.drain import CANCEL_SECONDS, DrainingServer
 from server.engine.native.async_engine import AsyncEngine
 from server.engine.native.launch import EngineConfig, start_engine
 from server.http.log import configure as configure_logs
-from server.listener import addresses, listen, protocol, raise_descriptor_limit
+from server.listener import addresses, listen, max_connections, protocol, raise_descriptor_limit
 from server.service.access import check_access
 from server.service.frontend import Frontend
 from server.service.metrics import Metrics
@@ -129,7 +129,7 @@ def _serve(options: Mapping[str, Any], links: Sequence[str], ports: ExitStack) -
         if links:
             log.warning("ignored, because Kubernetes set it for a Service: %s", ", ".join(links))
         check_access(settings)
-        connections = protocol(settings, raise_descriptor_limit())
+        most = max_connections(settings, raise_descriptor_limit())
         sockets = [ports.enter_context(each) for each in listen(settings)]
         app = build(settings)
     except CrmaError as error:
@@ -139,7 +139,7 @@ def _serve(options: Mapping[str, Any], links: Sequence[str], ports: ExitStack) -
     log.info("listening on %s; /docs has documentation and examples", addresses(sockets))
     config = uvicorn.Config(
         app,
-        http=connections,
+        http=protocol(settings, most, app.state.frontend.metrics),
         ws="none",
         lifespan="on",  # an app that cannot start ends the server; by default uvicorn would go on
         log_config=None,

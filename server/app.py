@@ -50,7 +50,7 @@ ROUTERS = (
     models.router,
     tokens.router,
     ablation.router,
-    ablation.admin,
+    ablation.owned,
     adapters.router,
     adapters.admin,
     publishing.admin,

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 from crma.core.errors import ConfigError
 from server.http.connection import Connection, ConnectionLimits, Door
+from server.http.refusals import Refusals
+from server.service.metrics import Metrics
 from server.settings import Settings
 
 BACKLOG = 2048  # connections that wait to be accepted
@@ -86,18 +88,17 @@ def raise_descriptor_limit() -> int:
     return most
 
 
-def protocol(settings: Settings, num_descriptors: int) -> type[Connection]:
+def protocol(settings: Settings, most: int, metrics: Metrics) -> type[Connection]:
     """What uvicorn makes of each connection.
 
     Args:
-        num_descriptors: those of this process.
-
-    Raises:
-        ConfigError: `max_connections` needs more descriptors than there are.
+        most: connections at once, as `max_connections` finds it.
+        metrics: count the refused ones.
     """
-    doors = {settings.port: Door(_max_connections(settings, num_descriptors))}
+    refusals = Refusals(metrics)
+    doors = {settings.port: Door(most, refusals)}
     if settings.health_port is not None:
-        doors[settings.health_port] = Door(HEALTH_CONNECTIONS)
+        doors[settings.health_port] = Door(HEALTH_CONNECTIONS, refusals)
     limits = ConnectionLimits(
         max_head_bytes=settings.max_head_bytes,
         head_timeout_s=settings.head_timeout_s,
@@ -107,7 +108,15 @@ def protocol(settings: Settings, num_descriptors: int) -> type[Connection]:
     return cast(type[Connection], made)  # uvicorn only calls it
 
 
-def _max_connections(settings: Settings, num_descriptors: int) -> int:
+def max_connections(settings: Settings, num_descriptors: int) -> int:
+    """How many connections there may be at once.
+
+    Args:
+        num_descriptors: those of this process.
+
+    Raises:
+        ConfigError: the setting needs more descriptors than there are.
+    """
     room = max(num_descriptors - RESERVED_DESCRIPTORS, num_descriptors // 2)
     wanted = settings.max_connections
     if wanted is None:

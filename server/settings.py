@@ -145,6 +145,9 @@ class Settings(BaseSettings):
     max_question_set_mib: int = _setting(
         256, "Largest upload of a question set, in MiB; above it 413.", ge=1, le=8192
     )
+    max_question_sets: int = _setting(
+        100, "Uploaded question sets of one key, and shared ones; one more gets 409.", ge=1
+    )
     evaluations: Path = _setting(
         Path("evaluations"),
         "Folder of background ablations, uploaded question sets, acts of administrators and usage.",

@@ -21,11 +21,13 @@ class Rule(NamedTuple):
         scopes: one of them is needed; empty: no key is.
         counts: requests count against the limits of their key.
         only_if_restricted: no key is needed while every key has all tasks.
+        needs_owner: on a server without keys it is for admins only.
     """
 
     scopes: tuple[str, ...] = ()
     counts: bool = False
     only_if_restricted: bool = False
+    needs_owner: bool = False
 
 
 OPEN = Rule()
@@ -51,7 +53,8 @@ RULES: dict[str, Rule] = {
     "GET /v1/models/{model}": KEY,
     "GET /adapters": KEY,
     "GET /usage": KEY,
-    "PUT /question_sets/{name}": ADMIN,
+    "PUT /question_sets/{name}": Rule(("ablate", "admin"), counts=True, needs_owner=True),
+    "DELETE /question_sets/{name}": Rule(("ablate", "admin"), needs_owner=True),
     "POST /adapters": ADMIN,
     "DELETE /adapters/{task}": ADMIN,
     "POST /adapters/{task}/load": ADMIN,

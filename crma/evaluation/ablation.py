@@ -18,6 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 from crma.core.errors import ConfigError
@@ -27,6 +28,8 @@ from crma.evaluation.question_set import Question
 from crma.evaluation.scorers import Likelihood, Scorer
 
 Status = Literal["scored", "failed", "timed_out"]
+MAX_COMPARISONS = 2_000_000
+"""Pairs of a choice and an answer that one ablation may look through: a few seconds."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,29 @@ class AblationSettings:
         """
         self.judge()
         statistics.check_share(self.margin)
+        self._check_num_comparisons(questions)
+        num_steps = 0
         for i, question in enumerate(questions):
             place = f"questions[{i}]"
             scorers.check_answers(self.scorer, place, question.answers, question.choices)
+            num_steps += scorers.num_steps(self.scorer, question.answers)
+            if num_steps > scorers.MAX_PATTERN_STEPS:
+                message = f"{place}: the patterns up to here are too large together."
+                allowed = f"<= {scorers.MAX_PATTERN_STEPS} instructions of RE2 over all questions"
+                raise ConfigError(message, field=place, value=num_steps, allowed=allowed)
             if self.choices:
                 self._check_choices(place, question)
+
+    def _check_num_comparisons(self, questions: Sequence[Question]) -> None:
+        """Raises ConfigError for choices that it takes too long to look through for right ones."""
+        if not self.choices:
+            return
+        pairs = (len(self.choices_of(each)) * len(each.answers) for each in questions)
+        num_pairs = sum(pairs)
+        if num_pairs > MAX_COMPARISONS:
+            message = f"choices: {num_pairs} pairs of a choice and an answer are too many."
+            allowed = f"<= {MAX_COMPARISONS} pairs over all questions"
+            raise ConfigError(message, field="choices", value=num_pairs, allowed=allowed)
 
     def _check_choices(self, place: str, question: Question) -> None:
         """Raises ConfigError if a question cannot be answered by one of its choices."""
@@ -91,7 +112,9 @@ class AblationSettings:
             raise ConfigError(message, field="choices", value=self.choices, allowed=allowed)
         choices = self.choices_of(question)
         is_right = self.judge()
-        if not any(is_right(choice, question.answers) for choice in choices):
+        # Answer by answer, so that each is read (a pattern: compiled) once for all choices.
+        pairs = product(question.answers, choices)
+        if not any(is_right(choice, (answer,)) for answer, choice in pairs):
             message = f"{place}: none of its choices is a right answer."
             allowed = "choices, one of which is right"
             raise ConfigError(message, field="choices", value=list(choices), allowed=allowed)

@@ -20,22 +20,29 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from crma.core.errors import ConfigError
 from crma.core.files import read_plain
 from crma.core.json_lines import Text, checked, read_lines
-from crma.evaluation.scorers import has_words
+from crma.evaluation.scorers import composed_length, has_words
 
 MAX_ITEMS = 100_000
 MAX_CHOICES = 26
 MAX_ANSWERS = 1000  # of one question
-MAX_ANSWER_CHARS = 10_000  # scorers normalise answers, which makes some of them 18 times as long
+MAX_ANSWER_CHARS = 10_000
 
 
-def _not_only_punctuation(answer: str) -> str:
+def _comparable(answer: str) -> str:
+    # Scorers normalise answers, which makes one character up to 18.
+    length = composed_length(answer)
+    if length > MAX_ANSWER_CHARS:
+        raise ValueError(
+            f"An answer has at most {MAX_ANSWER_CHARS} characters once Unicode's compatibility "
+            f"forms are unified, not {length}"
+        )
     # Scorers compare normalised texts, so no text could ever match an answer of punctuation alone.
     if not has_words(answer):
         raise ValueError("An answer needs a letter, digit or symbol")
     return answer
 
 
-Answer = Annotated[str, Field(max_length=MAX_ANSWER_CHARS), AfterValidator(_not_only_punctuation)]
+Answer = Annotated[str, Field(max_length=MAX_ANSWER_CHARS), AfterValidator(_comparable)]
 
 
 class Question(BaseModel):

@@ -8,8 +8,9 @@ first answer is. These last three need the log-probabilities of given texts inst
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import re2
@@ -29,9 +30,13 @@ _MINUS_SIGN = "−"  # U+2212 is a mathematical sign and not punctuation
 # Apostrophes, full stops and thousands' commas: "court's" is "courts", "U.S." is "US", and "1,000"
 # is "1000". A full stop before a digit is a decimal point and stays.
 _DROPPED = re.compile(r"['’]|\.(?!\d)|(?<=\d),(?=\d{3}(?!\d))")
-_MAX_PATTERN_BYTES = 1 << 20
+_MAX_PATTERN_BYTES = 1 << 18
+MAX_PATTERN_STEPS = 2_000_000
+"""Instructions of RE2, of all patterns of a question set together: seconds of work."""
+_MANY = 4096  # more than one question has answers and choices: each is read once, not once a pair
 
 
+@lru_cache(_MANY)
 def normalise(text: str) -> str:
     """Return a text as scorers compare it: case folded, without punctuation, single spaces.
 
@@ -50,7 +55,22 @@ def normalise(text: str) -> str:
 
 def has_words(text: str) -> bool:
     """Whether anything of a text is left once it is normalised, found out without doing so."""
-    return any(normalise(char) for char in set(text))
+    return any(_is_word(char) for char in set(text))
+
+
+def composed_length(text: str) -> int:
+    """The most characters that NFKC makes of a text, found out without doing so."""
+    return sum(count * _composed_length(char) for char, count in Counter(text).items())
+
+
+@cache
+def _is_word(char: str) -> bool:
+    return normalise.__wrapped__(char) != ""
+
+
+@cache
+def _composed_length(char: str) -> int:
+    return len(unicodedata.normalize("NFKC", char))
 
 
 def _separates_words(char: str) -> bool:
@@ -78,6 +98,7 @@ def contains(text: str, answers: Sequence[str]) -> bool:
     return any(f" {wanted} " in found for wanted in map(normalise, answers) if wanted)
 
 
+@lru_cache(_MANY)
 def number_in(text: str) -> float | None:
     """Return the last number in a text, or None.
 
@@ -121,13 +142,18 @@ def regex(text: str, answers: Sequence[str]) -> bool:
     return any(pattern(answer).search(text) is not None for answer in answers)
 
 
-@lru_cache(256)
+@lru_cache(1024)
 def pattern(source: str) -> Any:
-    """Compile an RE2 pattern within 1 MiB. Raises re2.error."""
+    """Compile an RE2 pattern within 256 KiB. Raises re2.error."""
     options = re2.Options()
     options.max_mem = _MAX_PATTERN_BYTES
     options.log_errors = False
     return re2.compile(source, options)
+
+
+def num_steps(name: str, answers: Sequence[str]) -> int:
+    """Instructions of the patterns that a scorer makes of answers, which it can use."""
+    return sum(pattern(answer).programsize for answer in answers) if name == "regex" else 0
 
 
 def among(text: str, answers: Sequence[str]) -> bool:

@@ -5,7 +5,6 @@ A route says what they hold.
 
 import asyncio
 import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -17,13 +16,11 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from server.engine.request import RequestOutput, TokenLogprob
-from server.http.error_handlers import error_body
+from server.http.error_handlers import answered, error_body
 from server.http.json_text import json_text
-from server.service.errors import ApiError, ClientGone, to_api_error
+from server.service.errors import ApiError, ClientGone
 from server.service.frontend import Frontend
 from server.service.generation import Generation, NumberedOutputs, all_of, outputs_of
-
-log = logging.getLogger("server")
 
 T = TypeVar("T")
 Body = TypeVar("Body")
@@ -127,11 +124,7 @@ class Answer(ABC, Generic[Body]):
             for text in await self._texts(self.done(), is_heavy=self._num_logprobs > HEAVY):
                 yield text
         except Exception as error:  # the status is sent already: an error can only be an event
-            if not isinstance(error, ApiError):
-                log.exception("unexpected %s in a stream", type(error).__name__)
-            answered = to_api_error(error)
-            request.state.error_code = answered.code
-            for text in self.failed(answered, request.scope["path"]):
+            for text in self.failed(answered(request, error), request.scope["path"]):
                 yield text
 
     def provenance(self) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from typing import Any
 
 from fastapi import Depends, Request
 
-from server.http.auth import TheCaller, needs_admin
+from crma.access.scope import Scope
+from server.http.auth import Needs, TheCaller, needs_admin
 from server.http.dependencies import TheFrontend
 from server.http.error_handlers import as_api_error
 from server.http.log import request_id
@@ -13,29 +14,28 @@ from server.service.audit import Act
 from server.service.generation import ABORTED
 
 
-def audited(what: str) -> Any:
+def audited(what: str, needs: Needs = needs_admin) -> Any:
     """A dependency that gives the act to the route, which adds what it finds out.
 
-    It also checks that the caller is an administrator: what another key tries is an act that is
-    refused. Requests without a key are none, so that nobody can fill the records without one. The
-    act is written before the answer is sent.
+    It also checks the caller: what another key tries is an act that is refused. Requests without a
+    key are none, so that nobody can fill the records without one. The act is written before the
+    answer is sent.
 
     Args:
         what: the act, as a verb.
+        needs: checks the caller.
     """
-    return Depends(_acting(what), scope="function")
+    return Depends(_acting(what, needs), scope="function")
 
 
-def _acting(what: str) -> Callable[..., AsyncIterator[Act]]:
+def _acting(what: str, needs: Needs) -> Callable[..., AsyncIterator[Act]]:
     async def acting(
         request: Request, frontend: TheFrontend, caller: TheCaller
     ) -> AsyncIterator[Act]:
         about = dict(request.path_params)
         act = Act(caller.name, what, about, tenant=caller.tenant, request_id=request_id.get())
-        is_allowed = False
         try:
-            await needs_admin(frontend, caller)
-            is_allowed = True
+            await needs(frontend, caller)
             yield act
         except Exception as error:
             answered = as_api_error(request, error)
@@ -45,9 +45,9 @@ def _acting(what: str) -> Callable[..., AsyncIterator[Act]]:
             act.result = ABORTED
             raise
         finally:
-            if is_allowed:
+            if Scope.ADMIN in caller.scopes:
                 await frontend.audit.write(act)
             elif caller.name:
-                await frontend.audit.write_attempt(act)
+                await frontend.audit.write_limited(act)
 
     return acting

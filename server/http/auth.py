@@ -75,6 +75,17 @@ class NeedsForNames(Needs):
             await super().__call__(frontend, caller)
 
 
+class NeedsOwner(Needs):
+    """The same for routes that keep what belongs to somebody: without keys nobody can be told
+    apart, and only an admin may."""
+
+    async def __call__(self, frontend: TheFrontend, caller: TheCaller) -> None:
+        """Check the caller. Raises as `Needs`."""
+        if frontend.keys.is_open:
+            await Needs(Scope.ADMIN)(frontend, caller)
+        await super().__call__(frontend, caller)
+
+
 async def counted(frontend: TheFrontend, caller: TheCaller, after_response: AfterResponse) -> None:
     """A dependency of routes that compute: the request counts against the limits of its key until
     its answer is sent or its client is gone. Raises OverQuota.
@@ -84,6 +95,7 @@ async def counted(frontend: TheFrontend, caller: TheCaller, after_response: Afte
 
 
 needs_admin = Needs(Scope.ADMIN)
+needs_owner = NeedsOwner(Scope.ABLATE, Scope.ADMIN)
 require_generate = Depends(Needs(Scope.GENERATE))
 require_ablate = Depends(Needs(Scope.ABLATE))
 require_admin = Depends(needs_admin)

@@ -14,6 +14,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.http.error_handlers import error_body
+from server.http.refusals import DISPLACED, Refusals
 from server.service.errors import (
     ApiError,
     HeadTooLarge,
@@ -48,10 +49,12 @@ class Door:
 
     Attributes:
         max_connections: at most so many are open at once.
+        refusals: is told of those that are refused.
         waiting: those whose client has to send something, the longest waiting first.
     """
 
     max_connections: int
+    refusals: Refusals
     num_open: int = 0
     waiting: dict["Connection", None] = field(default_factory=dict)
 
@@ -66,6 +69,7 @@ class Door:
                 return False
             oldest.leave()
             oldest.transport.abort()
+            self.refusals.add(DISPLACED, oldest.client)
         self.num_open += 1
         return True
 
@@ -102,6 +106,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         assert self.server is not None
         door = self._doors[self.server[1] or 0]
+        self._refusals = door.refusals
         if not door.admit():
             message = "the server has no connection left; try again"
             allowed = f"<= {door.max_connections} at once"
@@ -227,6 +232,7 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer with an error and close; while another answer is being sent, only close."""
+        self._refusals.add(error.code, self.client)
         if not self._is_answering:
             body = json.dumps(error_body(error, path="/")).encode()
             head = [

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.http.error_handlers import error_response
+from server.http.error_handlers import refuse
 from server.service.errors import Draining
 from server.service.frontend import Frontend
 
@@ -35,4 +35,4 @@ class CutOff:
                 raise
             if not has_begun:
                 error = Draining("the server has stopped before the answer was there")
-                await error_response(error, scope["path"])(scope, receive, send)
+                await refuse(error, scope, receive, send)

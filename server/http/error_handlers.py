@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from crma.core.errors import CrmaError
 from server.http.body import EXAMPLES
@@ -26,6 +27,7 @@ from server.service.errors import (
     MalformedBody,
     MethodNotAllowed,
     NoRoute,
+    StoreNotWritable,
     UnknownField,
     to_api_error,
 )
@@ -69,14 +71,30 @@ def install(app: FastAPI) -> None:
     """Add the handlers to an app."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        answered = as_api_error(request, error)
-        if answered.status >= 500 and answered is not error:
-            log.error("%s: %s", type(error).__name__, error, exc_info=error)
-        request.state.error_code = answered.code  # for the log and the metrics
-        return error_response(answered, request.scope["path"])
+        return error_response(answered(request, error), request.scope["path"])
 
     for kind in (CrmaError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
+
+
+def answered(request: Request, error: Exception) -> ApiError:
+    """What a client sees of an exception. The access log and the metrics have its code.
+
+    What the server is to blame for is logged: in a line, or with a traceback if nobody foresaw it.
+    """
+    found = as_api_error(request, error)
+    request.state.error_code = found.code
+    is_disk = found.status == StoreNotWritable.status
+    if found.status >= 500 and (found is not error or is_disk):
+        is_unforeseen = found.code == ApiError.code
+        log.error("%s: %s", type(error).__name__, error, exc_info=error if is_unforeseen else None)
+    return found
+
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request with an error, outside of the app's own handlers."""
+    scope.setdefault("state", {})["error_code"] = error.code
+    await error_response(error, scope["path"])(scope, receive, send)
 
 
 def error_response(error: ApiError, path: str) -> JSONResponse:

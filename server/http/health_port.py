@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.http.error_handlers import error_response
+from server.http.error_handlers import refuse
 from server.service.errors import NoRoute
 
 
@@ -24,6 +24,6 @@ class HealthPort:
                 allowed = sorted(self.paths)
                 message = f"no route {path} on the port for health"
                 error = NoRoute(message, field="path", value=path, allowed=allowed)
-                await error_response(error, path)(scope, receive, send)
+                await refuse(error, scope, receive, send)
                 return
         await self.app(scope, receive, send)

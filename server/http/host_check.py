@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.http.error_handlers import error_response
+from server.http.error_handlers import refuse
 from server.service.errors import WrongHost
 
 ALL = "*"
@@ -40,7 +40,7 @@ class HostCheck:
         refusal = WrongHost(
             f"{message} CRMA_ALLOWED_HOSTS", field="Host", value=given, allowed=names
         )
-        await error_response(refusal, scope["path"])(scope, receive, send)
+        await refuse(refusal, scope, receive, send)
 
     def _is_allowed(self, host: str) -> bool:
         if ALL in self.names:

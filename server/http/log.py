@@ -17,7 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.access_fields import access_fields
-from server.http.error_handlers import error_response
+from server.http.error_handlers import refuse
 from server.service.errors import ClientGone, to_api_error
 from server.service.metrics import Metrics
 
@@ -79,8 +79,7 @@ class RequestLog:
             scope["state"]["error_code"] = answered.code
             if status:  # the answer has begun: the connection can only be cut
                 raise
-            response = error_response(answered, scope["path"])
-            await response(scope, receive, send_with_id)
+            await refuse(answered, scope, receive, send_with_id)
         finally:
             self._record(scope, status or ClientGone.status, time.monotonic() - started)
             request_id.reset(token)

@@ -17,8 +17,8 @@ from pydantic import (
 
 from crma.core.errors import ConfigError
 from crma.core.selection import read_cell
-from crma.evaluation.question_set import MAX_ITEMS, Question
-from crma.evaluation.scorers import SCORERS
+from crma.evaluation.question_set import MAX_ANSWER_CHARS, MAX_ITEMS, Question
+from crma.evaluation.scorers import SCORERS, composed_length
 from server.http.body import Body, InnerBody, example
 from server.http.sampling_fields import Sampled, Seed, Temperature
 from server.http.small_json import SmallJson
@@ -46,6 +46,8 @@ def _check_choices(value: Any) -> Any:
     if isinstance(value, list) and len(value) > MAX_CHOICES:
         raise ValueError(f"Input should have at most {MAX_CHOICES} texts, not {len(value)}")
     is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    if is_list and max(map(composed_length, value), default=0) > MAX_ANSWER_CHARS:
+        raise ValueError(f"Input should have texts of at most {MAX_ANSWER_CHARS} characters")
     if value != "own" and not (is_list and len(set(value)) == len(value) > 1):
         raise ValueError('Input should be two or more distinct texts, or "own"')
     return value

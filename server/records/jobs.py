@@ -42,8 +42,8 @@ class Job:
         owner: whose job it is; only they see it.
         base: what a server needs to be able to run it.
         created: UTC, ISO 8601, with six digits after the second.
-        request: as its client sees it.
-        spec: from which a server runs it.
+        request: as its client sees it; empty in a list.
+        spec: from which a server runs it; empty in a list.
         num_items: of the work.
         num_done: items that are finished.
         status: "interrupted" only if an older release said so.
@@ -70,6 +70,8 @@ class Job:
 
 
 _COLUMNS = [jobs.c[name] for name in Job.__dataclass_fields__]
+_LISTED = [column for column in _COLUMNS if column.name not in ("request", "spec")]
+"""Both may be megabytes, and a list may have a thousand jobs."""
 
 
 def add(connection: Connection, job: Job, result: str | None = None) -> None:
@@ -93,14 +95,20 @@ def find(connection: Connection, id: str, owner: str | None) -> Job | None:
     return None if row is None else _job(row)
 
 
+def find_listed(connection: Connection, id: str, owner: str | None) -> Job | None:
+    """As `find`, without its request and spec."""
+    row = connection.execute(select(*_LISTED).where(_is(id, owner))).one_or_none()
+    return None if row is None else _job(row)
+
+
 def result_of(connection: Connection, id: str) -> str | None:
     """The result of a job, as JSON; None unless it is done."""
     return connection.execute(select(jobs.c.result).where(jobs.c.id == id)).scalar_one_or_none()
 
 
 def newest(connection: Connection, owner: str | None, limit: int) -> list[Job]:
-    """The jobs of an owner, or of everyone, the newest first."""
-    query = select(*_COLUMNS).where(_owned_by(owner))
+    """The jobs of an owner, or of everyone, the newest first, without requests and specs."""
+    query = select(*_LISTED).where(_owned_by(owner))
     ordered = query.order_by(jobs.c.created.desc(), jobs.c.id).limit(limit)
     return [_job(row) for row in connection.execute(ordered)]
 
@@ -261,4 +269,4 @@ def _held(id: str, lease: str) -> Update:
 
 
 def _job(row: Row[Any]) -> Job:
-    return Job(**row._mapping)
+    return Job(**{"request": {}, "spec": {}, **row._mapping})

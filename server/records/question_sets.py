@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
 from server.records.clock import now_s
 from server.records.tables import question_sets, questions
@@ -85,6 +85,20 @@ def remove_abandoned(connection: Connection) -> None:
     """Remove what arrived of sets whose senders have gone."""
     has_gone = question_sets.c.arriving_until < now_s()
     connection.execute(delete(question_sets).where(~question_sets.c.is_complete, has_gone))
+
+
+def num_others(connection: Connection, owner: str, name: str) -> int:
+    """How many sets of an owner are there, or arrive, beside the one of this name that is there."""
+    is_it = question_sets.c.is_complete & (question_sets.c.name == name)
+    query = select(func.count()).where(question_sets.c.owner == owner, ~is_it)
+    return connection.execute(query).scalar_one()
+
+
+def remove_named(connection: Connection, owner: str, name: str) -> bool:
+    """Remove an owner's set of this name. False: there is none."""
+    is_named = (question_sets.c.owner == owner) & (question_sets.c.name == name)
+    removed = delete(question_sets).where(is_named, question_sets.c.is_complete)
+    return connection.execute(removed).rowcount > 0
 
 
 def visible(connection: Connection, owner: str) -> list[StoredSet]:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from sqlalchemy import Connection
 
+from crma.access.scope import Scope
 from crma.core.selection import AdapterSelection
 from crma.evaluation.ablation import (
     AblationPlan,
@@ -34,7 +35,6 @@ from server.service.caller import Caller
 from server.service.errors import (
     AdapterUnloaded,
     DeadlineExceeded,
-    Forbidden,
     GenerationFailed,
     InvalidField,
 )
@@ -80,7 +80,9 @@ class Ablations:
             also_clean=partial(_remove_old, settings),
         )
         self.jobs = jobs.Jobs(self._runner)
-        self.question_sets = QuestionSets(settings.store / "question_sets", database)
+        self.question_sets = QuestionSets(
+            settings.store / "question_sets", database, settings.max_question_sets
+        )
         self._frontend = frontend
         # Items in the engine at once, of all ablations together.
         self._slots = asyncio.Semaphore(settings.max_ablation_inflight)
@@ -116,12 +118,12 @@ class Ablations:
         """
         question_set = await self._question_set(spec)
         questions = question_set.questions
-        await asyncio.to_thread(spec.settings.check, questions)
-        adapters = AblationAdapters(self._frontend, spec, caller)
-        work = await asyncio.to_thread(plan, questions, spec.settings, adapters.select)
         if not spec.background:
             num_item_variants = len(questions) * len(spec.settings.variants)
             _check_size(num_item_variants, self._frontend.settings.max_ablation_direct)
+        await asyncio.to_thread(spec.settings.check, questions)
+        adapters = AblationAdapters(self._frontend, spec, caller)
+        work = await asyncio.to_thread(plan, questions, spec.settings, adapters.select)
         for constraint in {_constraint(spec.settings, question) for question in questions}:
             if constraint is not None:
                 await self._frontend.engine.check(constraint)
@@ -150,12 +152,10 @@ class Ablations:
     async def _run_job(self, running: RunningJob) -> dict[str, Any]:
         """Run the rest of a job from its spec.
 
-        Raises Forbidden if its key was revoked; as `prepare`, and as `running.keep`.
+        Raises as `Keys.current`, `prepare` and `running.keep`.
         """
         spec = await asyncio.to_thread(read_spec, running.job.spec)
-        caller = self._frontend.keys.named(spec.owner)
-        if caller is None:
-            raise Forbidden("the key of this job may do nothing any more", field="Authorization")
+        caller = self._frontend.keys.current(Caller(spec.owner), Scope.ABLATE)
         ablation = replace(await self.prepare(spec, caller), id=running.job.id)
         finished = await asyncio.to_thread(_read_outcomes, running.outcomes)
 
@@ -240,7 +240,8 @@ class Ablation:
 
     async def _outcome(self, job: Job) -> ItemResult:
         """Answer one job as the scorer needs; if it fails, the failure is its outcome."""
-        await self.frontend.quotas.until_tokens(self.caller)  # no part of the item's time
+        current = partial(self.frontend.keys.current, self.caller, Scope.ABLATE)
+        await self.frontend.quotas.until_tokens(current)  # no part of the item's time
         question = self.question_set.questions[job.question]
         scorer = self.spec.settings.scorer
         timeout_s = self.spec.timeout_s or self.frontend.settings.request_timeout_s

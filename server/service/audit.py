@@ -28,7 +28,7 @@ from server.service.metrics import Metrics
 log = logging.getLogger("server")
 lines = logging.getLogger("server.audit")
 
-MAX_ATTEMPTS = 60  # a minute
+MAX_BY_OTHERS = 60  # a minute
 PATIENCE_S = 10.0  # for the database; the answer waits
 _MAX_TEXT = 1000  # characters of what a request can make as long as it likes
 _OBJECTS = ("task", "name", "key")
@@ -147,7 +147,7 @@ class Audit:
         self._log = audit_log
         self._database = database
         self._failures = metrics.record_failures
-        self._attempts: dict[str, Allowance] = {}
+        self._others: dict[str, Allowance] = {}
         self._writing: set[asyncio.Task[None]] = set()
 
     async def write(self, act: Act) -> None:
@@ -160,13 +160,13 @@ class Audit:
         task.add_done_callback(self._writing.discard)
         await asyncio.shield(task)
 
-    async def write_attempt(self, act: Act) -> None:
-        """Write an act that its caller may not do, as `write`; of one caller, so many a minute.
+    async def write_limited(self, act: Act) -> None:
+        """Write an act of a caller that is no administrator, as `write`: so many a minute of each.
 
         The access log has them all.
         """
         now = time.monotonic()
-        allowance = self._attempts.setdefault(act.who, Allowance(MAX_ATTEMPTS, now))
+        allowance = self._others.setdefault(act.who, Allowance(MAX_BY_OTHERS, now))
         if not allowance.wait_s(1, now):
             allowance.spend(1, now)
             await self.write(act)

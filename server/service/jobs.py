@@ -72,8 +72,11 @@ class Jobs:
         return job
 
     async def get(self, id: str, owner: str | None) -> Job:
-        """Return a job of an owner, or anyone's. Raises NotFound, RecordsError."""
-        return self._seen(await self._if_made(rows.find, id, owner), id)
+        """Return a job of an owner, or anyone's, without its request.
+
+        Raises NotFound, RecordsError.
+        """
+        return self._seen(await self._if_made(rows.find_listed, id, owner), id)
 
     async def get_with_result(self, id: str, owner: str | None) -> tuple[Job, str | None]:
         """Return a job, and its result as JSON if it is done. Raises as `get`."""
@@ -86,7 +89,7 @@ class Jobs:
         return self._seen(job, id), result
 
     async def newest(self, owner: str | None) -> list[Job]:
-        """Return the jobs of an owner, or everyone's, the newest first. Raises RecordsError."""
+        """Return the newest jobs of an owner, or everyone's, as `get` does. Raises RecordsError."""
         found = await self.runner.database.run_if_made([], rows.newest, owner, MAX_LISTED)
         return [self._seen(job, job.id) for job in found]
 

@@ -14,6 +14,7 @@ from crma.core.errors import ConfigError
 from server.daemon_threads import DaemonThreads
 from server.service.audit import Act, Audit
 from server.service.caller import ADMIN, ANYONE, NOBODY, Caller, named_by_key
+from server.service.errors import Forbidden
 from server.settings import Settings
 
 log = logging.getLogger("server")
@@ -48,7 +49,7 @@ class Keys:
         if settings.admin_key is not None:
             self._from_settings[digest_of(settings.admin_key.get_secret_value())] = ADMIN
         self._in_file: tuple[Key, ...] = ()
-        self._callers = self._from_settings
+        self._show(self._from_settings)
         self._fingerprint = self._stat()
         self._threads = DaemonThreads()  # the file system of the file may hang
         self._watching: asyncio.Task[None] | None = None
@@ -62,12 +63,18 @@ class Keys:
             return unknown
         return self._callers.get(digest_of(key), unknown)
 
-    def named(self, name: str) -> Caller | None:
-        """Who has the key of this name, as it is now; None once it is revoked. For work that goes
-        on after its request."""
-        if not name:
-            return ANYONE if self.is_open else None
-        return next((each for each in self._callers.values() if each.name == name), None)
+    def current(self, caller: Caller, scope: Scope) -> Caller:
+        """The caller with what its key may do by now, for work that goes on after its request.
+
+        Raises Forbidden if the key was revoked, or is not for `scope` any more.
+        """
+        found = ANYONE if self.is_open and not caller.name else None
+        if caller.name:
+            found = self._by_name.get(caller.name)
+        if found is None or scope not in found.scopes:
+            message = f"the key of this work is not for {scope} any more"
+            raise Forbidden(message, field="Authorization")
+        return found
 
     @property
     def has_admin(self) -> bool:
@@ -116,7 +123,11 @@ class Keys:
 
     def _take(self, keys: tuple[Key, ...]) -> None:
         self._in_file = keys
-        self._callers = {**{key.sha256: _caller(key) for key in keys}, **self._from_settings}
+        self._show({**{key.sha256: _caller(key) for key in keys}, **self._from_settings})
+
+    def _show(self, callers: dict[str, Caller]) -> None:
+        self._callers = callers
+        self._by_name = {caller.name: caller for caller in callers.values()}
 
     def _stat(self) -> tuple[int, int, int] | None:
         """What is another once the file is another; None if it cannot be seen."""

@@ -128,6 +128,9 @@ class Metrics:
         self.errors = counter("errors", "Requests that ended with an error, by code.", ("code",))
         for _, code in CODES:
             self.errors.labels(code)
+        self.connections_refused = counter(
+            "connections_refused", "Connections that ended before a request came.", ("reason",)
+        )
         self.deadlines_missed = counter(
             "deadlines_missed",
             "Requests cut short, by who had set the deadline: client (timeout_s) or server.",

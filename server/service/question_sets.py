@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Connection
+
 from crma.core.errors import ConfigError, NotFound
 from crma.evaluation.question_lines import QuestionLines
 from crma.evaluation.question_set import Question, QuestionSet, read_question_set
@@ -19,11 +21,12 @@ from server.daemon_threads import DaemonThreads
 from server.records import question_sets as rows
 from server.records.database import Database
 from server.records.errors import RecordsError
-from server.service.errors import InvalidField
+from server.service.errors import InvalidField, TooManyQuestionSets
 
 log = logging.getLogger("server")
 
-BATCH = 500  # questions a transaction
+BATCH = 500  # questions a transaction, about
+_BATCH_BYTES = 2**20  # or so many bytes of them: a line may have a megabyte
 _PATIENCE_S = 3600.0  # an upload of which nothing came for so long is removed
 
 
@@ -35,10 +38,12 @@ class QuestionSets:
         built_in: the store's folder of files `<name>.jsonl`. A name is looked up among those that
             exist; a name from a request never becomes a path.
         database: has the uploaded sets.
+        max_kept: uploaded sets of one owner.
     """
 
     built_in: Path
     database: Database
+    max_kept: int = 100
     _threads: DaemonThreads = field(default_factory=DaemonThreads, init=False)
 
     async def stop(self, patience_s: float = 10.0) -> None:
@@ -66,17 +71,23 @@ class QuestionSets:
         return await asyncio.to_thread(_parsed, name, content)
 
     async def describe(self, owner: str) -> list[dict[str, Any]]:
-        """Return name, digest and number of items of each set; damaged files are only logged.
+        """Return name, digest, number of items and source of each set that an owner may ask.
+
+        The source is "store", "shared" or "own": of sets with one name, the first of these is
+        asked, but for an own one, which comes before a shared one. Damaged files are only logged.
 
         Raises RecordsError.
         """
         described = {}
         for stored in await self.database.run_if_made([], rows.visible, owner):
-            described[stored.name] = _described(stored.name, stored.digest, stored.num_items)
+            described[stored.name] = _described(
+                stored.name, stored.digest, stored.num_items, stored.owner
+            )
         for name, file in (await self._files()).items():
             try:
                 question_set = await self._threads.run(partial(read_question_set, file))
-                described[name] = await asyncio.to_thread(question_set.describe)
+                content = await asyncio.to_thread(question_set.describe)
+                described[name] = {**content, "source": "store"}
             except ConfigError as error:
                 log.warning("a question set cannot be used: %s", error.message)
         return [described[name] for name in sorted(described)]
@@ -92,10 +103,11 @@ class QuestionSets:
             pieces: of the lines, cut anywhere.
 
         Returns:
-            Its name, digest and number of items.
+            Its name, digest, number of items and source.
 
         Raises:
             InvalidField: the name is not allowed, or is that of a set of the store.
+            TooManyQuestionSets: the owner has `max_kept` others.
             ConfigError: a line is wrong; the field names it.
             RecordsError: it cannot be kept.
         """
@@ -104,7 +116,15 @@ class QuestionSets:
             allowed = f"{NAME_PATTERN}, and not the name of a set of the store"
             raise InvalidField(message, field="name", value=name, allowed=allowed)
         id = uuid.uuid4().hex
-        await self.database.run(rows.begin, id, owner, name, _PATIENCE_S)
+
+        def begin(connection: Connection) -> None:
+            if rows.num_others(connection, owner, name) >= self.max_kept:
+                message = f"{self.max_kept} question sets of this key are kept; delete one first"
+                allowed = f"<= {self.max_kept}"
+                raise TooManyQuestionSets(message, field="name", value=name, allowed=allowed)
+            rows.begin(connection, id, owner, name, _PATIENCE_S)
+
+        await self.database.run(begin)
         try:
             digest, num_items = await self._receive(id, name, pieces)
             await self.database.run(rows.complete, id, digest, num_items)
@@ -112,17 +132,33 @@ class QuestionSets:
             with suppress(RecordsError):  # then it is removed later
                 await asyncio.shield(self.database.run(rows.remove, id))
             raise
-        return _described(name, digest, num_items)
+        return _described(name, digest, num_items, owner)
+
+    async def delete(self, name: str, owner: str) -> None:
+        """Remove an uploaded set of an owner. Jobs that have begun to ask it go on.
+
+        Raises:
+            NotFound: the owner has none of that name.
+            RecordsError: it cannot be removed.
+        """
+        if not await self.database.run_if_made(False, rows.remove_named, owner, name):
+            uploaded = await self.database.run_if_made([], rows.visible, owner)
+            allowed = [each.name for each in uploaded if each.owner == owner]
+            message = f"no uploaded question set {name!r} that is yours to delete"
+            raise NotFound(message, field="name", value=name, allowed=allowed)
 
     async def _receive(self, id: str, name: str, pieces: AsyncIterator[bytes]) -> tuple[str, int]:
         """Check and keep questions as they arrive. Returns their digest and number."""
         lines = QuestionLines(name)
         waiting: list[Question] = []
+        num_bytes = 0
         async for piece in pieces:
             waiting += await asyncio.to_thread(lines.read, piece)
-            while len(waiting) >= BATCH:
-                await self._keep(id, lines.num_items - len(waiting), waiting[:BATCH])
-                del waiting[:BATCH]
+            num_bytes += len(piece)
+            if waiting and (len(waiting) >= BATCH or num_bytes >= _BATCH_BYTES):
+                await self._keep(id, lines.num_items - len(waiting), waiting)
+                waiting = []
+                num_bytes = 0
         last, digest = await asyncio.to_thread(lines.end)
         waiting += last
         if waiting:
@@ -130,10 +166,11 @@ class QuestionSets:
         return digest, lines.num_items
 
     async def _keep(self, id: str, first: int, questions: Sequence[Question]) -> None:
-        content = [
-            question.model_dump(mode="json", exclude_defaults=True) for question in questions
-        ]
-        await self.database.run(rows.add_questions, id, first, content, _PATIENCE_S)
+        def add(connection: Connection) -> None:
+            content = [each.model_dump(mode="json", exclude_defaults=True) for each in questions]
+            rows.add_questions(connection, id, first, content, _PATIENCE_S)
+
+        await self.database.run(add)
 
     async def _files(self) -> dict[str, Path]:
         """Return name -> file, of the store."""
@@ -153,6 +190,7 @@ def _parsed(name: str, content: Sequence[Any]) -> QuestionSet:
     return question_set
 
 
-def _described(name: str, digest: str, num_items: int) -> dict[str, Any]:
-    """As `QuestionSet.describe`."""
-    return {"name": name, "digest": digest, "items": num_items}
+def _described(name: str, digest: str, num_items: int, owner: str) -> dict[str, Any]:
+    """As `QuestionSet.describe`, of an uploaded set."""
+    source = "shared" if owner == rows.EVERYONE else "own"
+    return {"name": name, "digest": digest, "items": num_items, "source": source}

@@ -13,6 +13,7 @@ from server.service.errors import OverQuota
 
 _A_TOKEN = 1.0
 _A_REQUEST = 1.0
+_LOOK_AGAIN_S = 5.0  # the key may have other limits by then, or be revoked
 
 
 @dataclass
@@ -67,19 +68,27 @@ class Quotas:
         self._uses[caller.name].num_running -= 1
 
     def spend(self, caller: Caller, num_tokens: int) -> None:
-        """Count tokens of a prompt and its answers."""
-        tokens = self._use(caller).tokens
-        if tokens is not None:
-            tokens.spend(num_tokens, self._clock())
+        """Count tokens of a prompt and its answers.
 
-    async def until_tokens(self, caller: Caller) -> None:
-        """Wait until a caller may use tokens: for work in the background, which is not refused."""
+        They count under the limits that the key has by now, whatever it had when they were asked
+        for: old limits that came back would begin a new minute with every request.
+        """
+        use = self._uses.get(caller.name) or self._use(caller)
+        if use.tokens is not None:
+            use.tokens.spend(num_tokens, self._clock())
+
+    async def until_tokens(self, current: Callable[[], Caller]) -> None:
+        """Wait until a caller may use tokens: for work in the background, which is not refused.
+
+        Args:
+            current: the caller, with what its key may do by now. What it raises ends the wait.
+        """
         while True:
-            tokens = self._use(caller).tokens
+            tokens = self._use(current()).tokens
             wait_s = 0.0 if tokens is None else tokens.wait_s(_A_TOKEN, self._clock())
             if not wait_s:
                 return
-            await asyncio.sleep(wait_s)
+            await asyncio.sleep(min(wait_s, _LOOK_AGAIN_S))
 
     def _use(self, caller: Caller) -> _Use:
         """The use of a caller. New limits begin a new minute; what runs goes on."""

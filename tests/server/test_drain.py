@@ -95,7 +95,7 @@ def start(tmp_path: Path) -> Start:
         app = create_app(frontend)
         config = uvicorn.Config(
             app,
-            http=protocol(settings, 1024),  # type: ignore[arg-type]
+            http=protocol(settings, 100, metrics),  # type: ignore[arg-type]
             ws="none",
             log_config=None,
             timeout_graceful_shutdown=CANCEL_SECONDS,
@@ -190,6 +190,23 @@ async def test_past_the_limit_streams_end_with_an_error_event(start: Start) -> N
             stop()
             rest = [line async for line in lines]
         assert "event: error" in rest
+        error = json.loads(rest[rest.index("event: error") + 1].removeprefix("data: "))
+        assert error["error"]["code"] == DRAINING
+        async with asyncio.timeout(10):
+            await running.ended
+
+
+async def test_the_events_of_a_job_end_with_an_error_event_at_once(start: Start) -> None:
+    """They ended without a word."""
+    question = {"id": "1", "task": "medical", "question": "One?", "answers": ["x"]}
+    body = {"questions": [question], "variants": ["base"], "background": True}
+    async with start(drain_grace_s=0, drain_timeout_s=60) as running:
+        job = (await running.client.post("/ablation", json=body)).json()
+        async with running.client.stream("GET", f"{job['status_url']}/events") as response:
+            lines = response.aiter_lines()
+            assert await anext(lines) == "event: progress"
+            stop()
+            rest = [line async for line in lines]
         error = json.loads(rest[rest.index("event: error") + 1].removeprefix("data: "))
         assert error["error"]["code"] == DRAINING
         async with asyncio.timeout(10):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from crma.core.errors import ConfigError
 from server.listener import (
@@ -13,9 +14,11 @@ from server.listener import (
     RESERVED_DESCRIPTORS,
     addresses,
     listen,
+    max_connections,
     protocol,
     raise_descriptor_limit,
 )
+from server.service.metrics import Metrics
 from server.settings import Settings
 
 
@@ -90,19 +93,19 @@ def test_the_limit_of_descriptors_is_raised_as_far_as_allowed() -> None:
     [(65_536, DEFAULT_CONNECTIONS), (1024, 1024 - RESERVED_DESCRIPTORS), (256, 128)],
 )
 def test_connections_leave_descriptors_for_everything_else(num_descriptors: int, most: int) -> None:
-    settings = Settings()
-    door = protocol(settings, num_descriptors).keywords["doors"][settings.port]
-    assert door.max_connections == most
+    assert max_connections(Settings(), num_descriptors) == most
 
 
 def test_more_connections_than_descriptors_are_refused_by_name() -> None:
     with pytest.raises(ConfigError) as caught:
-        protocol(Settings(max_connections=800), 1024)
+        max_connections(Settings(max_connections=800), 1024)
     assert (caught.value.field, caught.value.value) == ("max_connections", 800)
     assert "<= 768" in str(caught.value.allowed)
-    assert protocol(Settings(max_connections=768), 1024)
+    assert max_connections(Settings(max_connections=768), 1024) == 768
 
 
 def test_the_health_port_has_connections_of_its_own() -> None:
-    doors = protocol(Settings(health_port=9), 1024).keywords["doors"]
-    assert doors[9] is not doors[Settings().port]
+    settings = Settings(health_port=9)
+    doors = protocol(settings, 100, Metrics(CollectorRegistry())).keywords["doors"]
+    assert doors[settings.port].max_connections == 100
+    assert doors[9] is not doors[settings.port]

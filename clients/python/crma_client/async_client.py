@@ -68,6 +68,11 @@ class AsyncClient:
         response = await self._send("POST", "/ablation", calls.write_body(body))
         return calls.read_object(response)
 
+    async def ablation_jobs(self) -> list[Any]:
+        """List the background jobs of your key, newest first, without requests and results."""
+        response = await self._send("GET", "/ablation")
+        return calls.read_list(response)
+
     async def ablation_job(self, id: str) -> dict[str, Any]:
         """Get the status, progress and request of a background job and, once done, its result."""
         response = await self._send("GET", calls.ablation_path(id))

@@ -158,6 +158,11 @@ class Client:
         response = self._send("POST", "/ablation", calls.write_body(body))
         return calls.read_object(response)
 
+    def ablation_jobs(self) -> list[Any]:
+        """List the background jobs of your key, newest first, without requests and results."""
+        response = self._send("GET", "/ablation")
+        return calls.read_list(response)
+
     def ablation_job(self, id: str) -> dict[str, Any]:
         """Get the status, progress and request of a background job and, once done, its result."""
         response = self._send("GET", calls.ablation_path(id))

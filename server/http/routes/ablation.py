@@ -12,20 +12,23 @@ from crma.access.scope import Scope
 from crma.evaluation.ablation import AblationSettings
 from server.http.answer import STREAM_HEADERS, event, unless_gone
 from server.http.audited import audited
-from server.http.auth import TheCaller, counts, require_ablate
+from server.http.auth import TheCaller, counts, needs_owner, require_ablate
 from server.http.dependencies import TheAblations, TheFrontend
-from server.http.error_handlers import documented
+from server.http.error_handlers import answered, documented, error_body
 from server.http.schemas import AblationRequest
 from server.records.jobs import Job
 from server.records.question_sets import EVERYONE
 from server.service.ablation_spec import AblationSpec
 from server.service.audit import Act
 from server.service.caller import Caller
+from server.service.errors import Draining
 
 UPLOADS = "/question_sets/"
 
 router = APIRouter(dependencies=[require_ablate])
-admin = APIRouter()
+owned = APIRouter()
+
+_UPLOADING = audited("upload question set", needs_owner)
 
 
 _STARTED: dict[int | str, dict[str, Any]] = {202: {"description": "Started in the background."}}
@@ -145,21 +148,31 @@ def _shown(job: Job) -> dict[str, Any]:
     response_class=StreamingResponse,
 )
 async def ablation_events(
-    id: str, ablations: TheAblations, caller: TheCaller, frontend: TheFrontend
+    id: str,
+    request: Request,
+    ablations: TheAblations,
+    caller: TheCaller,
+    frontend: TheFrontend,
 ) -> StreamingResponse:
     """Stream server-sent events: `progress` {done, total} at every change, then `done` {status}.
 
-    The stream ends without `done` when the server stops: the job goes on elsewhere or later.
+    `error` ends the stream in place of `done` if nothing more can be told. Its code is `draining`
+    when the server stops: the job goes on elsewhere or later, and can be watched there.
     """
     jobs = ablations.jobs
     owner = _seen_by(caller)
-    await jobs.get(id, owner)  # an unknown one is refused before the stream begins
+    job = await jobs.get(id, owner)  # an unknown one is refused before the stream begins
 
     async def events() -> AsyncIterator[str]:
-        async for job in jobs.watch(id, owner, lambda: frontend.draining):
-            yield event({"done": job.num_done, "total": job.num_items}, "progress")
-            if job.has_ended:
-                yield event({"status": job.status}, "done")
+        nonlocal job
+        try:
+            async for job in jobs.watch(id, owner, lambda: frontend.draining):
+                yield event({"done": job.num_done, "total": job.num_items}, "progress")
+            if not job.has_ended:
+                raise Draining("the server is stopping; the job goes on elsewhere or later")
+            yield event({"status": job.status}, "done")
+        except Exception as error:  # the status is sent already
+            yield event(error_body(answered(request, error), request.scope["path"]), "error")
 
     return StreamingResponse(events(), media_type="text/event-stream", headers=STREAM_HEADERS)
 
@@ -172,7 +185,11 @@ async def cancel_ablation(id: str, ablations: TheAblations, caller: TheCaller) -
 
 @router.get("/question_sets", responses=documented(401, 403, 503, example_of="/question_sets"))
 async def question_sets(ablations: TheAblations, caller: TheCaller) -> list[dict[str, Any]]:
-    """List name, digest and number of items of the store's sets and of the uploaded ones."""
+    """List name, digest and number of items of the sets that this key may ask.
+
+    `source` is store, shared (uploaded by an admin) or own. Of one name, an own set hides a shared
+    one; sets of the store cannot be hidden.
+    """
     return await ablations.question_sets.describe(caller.name)
 
 
@@ -185,25 +202,49 @@ _LINES = {
 }
 
 
-@admin.put(
+@owned.put(
     "/question_sets/{name}",
-    responses=documented(400, 401, 403, 413, 422, 503, 507),
+    responses=documented(400, 401, 403, 409, 413, 422, 429, 503, 507),
     openapi_extra=_LINES,
+    dependencies=[_UPLOADING, counts],  # in this order: what is refused costs nothing
 )
 async def upload_question_set(
     name: str,
     request: Request,
     ablations: TheAblations,
-    act: Annotated[Act, audited("upload question set")],
+    frontend: TheFrontend,
+    caller: TheCaller,
+    act: Annotated[Act, _UPLOADING],
 ) -> dict[str, Any]:
     """Keep a question set, one question per line: id, task, question, answers, optional choices.
 
-    The lines are checked and kept as they arrive, and the set appears once the last is there, for
-    every key. An error names the line at fault.
+    The lines are checked and kept as they arrive, and the set appears once the last is there. An
+    error names the line at fault. The set is for this key only, and hides a shared one of that
+    name; a key for admin shares it with every key. It replaces an earlier one of the same name.
     """
+    frontend.check_ready()
+    sets = ablations.question_sets
     try:
-        kept = await ablations.question_sets.upload(name, EVERYONE, request.stream())
+        kept = await sets.upload(name, _owner_of_sets(caller), request.stream())
     except (UnicodeDecodeError, ClientDisconnect) as error:
         raise HTTPException(400) from error  # as for any other body: server/http/error_handlers.py
     act.about["digest"] = kept["digest"]
     return kept
+
+
+@owned.delete(
+    "/question_sets/{name}",
+    responses=documented(401, 403, 404, 503, 507),
+    dependencies=[audited("delete question set", needs_owner)],
+)
+async def delete_question_set(
+    name: str, ablations: TheAblations, caller: TheCaller
+) -> dict[str, Any]:
+    """Delete an uploaded question set of this key; a key for admin deletes shared ones."""
+    await ablations.question_sets.delete(name, _owner_of_sets(caller))
+    return {"name": name, "deleted": True}
+
+
+def _owner_of_sets(caller: Caller) -> str:
+    """Whose the sets are that a caller uploads and deletes."""
+    return EVERYONE if Scope.ADMIN in caller.scopes else caller.name

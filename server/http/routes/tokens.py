@@ -1,6 +1,7 @@
 """POST /tokenize and /detokenize: vLLM's routes, for clients that count or cut prompts."""
 
 import asyncio
+import time
 from typing import Any
 
 from fastapi import APIRouter
@@ -14,7 +15,7 @@ from server.service.errors import InvalidField
 
 router = APIRouter(dependencies=[require_generate, counts])
 
-STATUSES = (400, 401, 403, 404, 409, 413, 422, 429, 503)
+STATUSES = (400, 401, 403, 404, 409, 413, 422, 429, 503, 504)
 
 
 @router.post("/tokenize", responses=documented(*STATUSES, example_of="/tokenize"))
@@ -36,6 +37,8 @@ async def tokenize(
         raw=body.prompt is not None,
         add_special_tokens=body.add_special_tokens is not False,
         answer=None,
+        owner=caller.name,
+        deadline=time.monotonic() + frontend.settings.request_timeout_s,
     )
     ids = encoded.prompt_ids
     token_strs = None

@@ -1,11 +1,13 @@
 """crma.evaluation.ablation: the plan runs equal selections once; settings are checked first."""
 
 import math
+from typing import Any
 
 import pytest
 
 from crma.core.errors import ConfigError
 from crma.core.selection import AdapterSelection, Cell, read_cell
+from crma.evaluation import scorers
 from crma.evaluation.ablation import AblationSettings, ItemResult, of_likelihoods, plan
 from crma.evaluation.question_set import Question
 from crma.evaluation.report import report
@@ -37,6 +39,35 @@ def test_choices_are_checked_by_the_scorer_that_judges_the_answers() -> None:
     ) as caught:
         AblationSettings(choices=("no", "maybe")).check(questions(2))
     assert (caught.value.field, caught.value.value) == ("choices", ["no", "maybe"])
+
+
+def test_each_text_is_normalised_once_however_many_pairs_there_are() -> None:
+    """25 choices and 34 answers of 9,900 U+FDFA took 58 s."""
+    answers = tuple(f"answer {i}" for i in range(300))
+    question = Question(id="1", task="medical", question="?", answers=answers)
+    scorers.normalise.cache_clear()
+    with pytest.raises(ConfigError, match="none of its choices is a right"):
+        AblationSettings(choices=tuple(f"choice {i}" for i in range(200))).check([question])
+    assert scorers.normalise.cache_info().misses == 500
+
+
+def test_more_pairs_than_can_be_looked_through_are_refused_before_one_is() -> None:
+    choices = tuple(map(str, range(1024)))
+    question = Question(id="1", task="medical", question="?", answers=("0",) * 1000)
+    AblationSettings(choices=choices).check([question])
+    with pytest.raises(ConfigError, match="2048000 pairs") as caught:
+        AblationSettings(choices=choices).check([question] * 2)
+    assert caught.value.field == "choices"
+
+
+def test_patterns_that_are_too_large_together_are_refused(monkeypatch: Any) -> None:
+    """1,000 patterns of 8 characters took 55 s."""
+    monkeypatch.setattr(scorers, "MAX_PATTERN_STEPS", 100)
+    settings = AblationSettings(scorer="regex")
+    settings.check([Question(id="1", task="medical", question="?", answers=("a{20}",) * 3)])
+    with pytest.raises(ConfigError, match="too large together") as caught:
+        settings.check([Question(id="1", task="medical", question="?", answers=("a{20}",) * 9)])
+    assert caught.value.field == "questions[0]"
 
 
 @pytest.mark.parametrize(

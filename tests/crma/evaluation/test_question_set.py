@@ -70,6 +70,7 @@ WRONG: list[tuple[object, str]] = [
     ({**GOOD, "question": " \n"}, ".question"),
     ({**GOOD, "answers": []}, ".answers"),
     ({**GOOD, "answers": ["a", "?!"]}, ".answers[1]"),
+    ({**GOOD, "answers": ["a", "\ufdfa" * 556]}, ".answers[1]"),  # 18 characters each, unified
     ({**GOOD, "question": "half \ud800"}, ""),
     ({**GOOD, "answers": [{"a": [float("nan")]}]}, ".answers[0]"),
     ("text", ""),

@@ -13,9 +13,11 @@ from api import Serve, Served
 from api_keys import Headers, bearer
 from route_rules import ANY, RULES, Rule, named
 
+from crma.access.key_file import KeyFile
 from crma.access.scope import Scope
 from crma.store.adapter_store import AdapterStore
 from crma.store.manifest import TASK_FILES
+from server.engine.request import Request
 
 WEIGHTS = TASK_FILES[1]
 NONE: Headers = {}
@@ -100,7 +102,7 @@ async def test_without_keys_everything_but_admin_routes_is_open(serve: Serve) ->
     served = Keyed(await serve(), {})
     for route, rule in RULES.items():
         status = await served.status(*path_of(route), bearer("x"))
-        assert (status == 403) == (rule.scopes == ("admin",)), route
+        assert (status == 403) == (rule.scopes == ("admin",) or rule.needs_owner), route
         assert status not in (401, 421, 500), route
 
 
@@ -247,6 +249,76 @@ async def test_a_job_exists_for_its_key_and_for_admins_only(serve: Serve, tmp_pa
             missing = await keyed.send(method, f"/ablation/{unknown}{end}", keys["other"])
             assert answers["other"].text.replace(jobs[0], unknown) == missing.text
         await keyed.served.stop()
+
+
+async def test_a_question_set_exists_for_its_key_only_and_one_of_an_admin_for_all(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """A key could upload none, and everything uploaded was everyone's."""
+    file = tmp_path / "keys.json"
+    keys = {name: api_keys.add(file, name, "ablate") for name in ("mine", "other")}
+    keys["boss"] = api_keys.add(file, "boss", "ablate", "admin")
+    keyed = Keyed(await serve(keys_file=file), keys)
+
+    def line(id: str) -> dict[str, Any]:
+        return {"id": id, "task": "medical", "question": "Which?", "answers": ["x"]}
+
+    async def seen(name: str) -> dict[str, str]:
+        listed = (await keyed.send("GET", "/question_sets", keys[name])).json()
+        return {each["name"]: each["source"] for each in listed if each["name"] != "public"}
+
+    async def asked(name: str, question_set: str) -> str | int:
+        body = {"question_set": question_set, "variants": ["base"]}
+        answer = await keyed.send("POST", "/ablation", keys[name], body)
+        return answer.json()["items"][0]["id"] if answer.is_success else answer.status_code
+
+    sent = await keyed.send("PUT", "/question_sets/a", keys["mine"], line("mine"))
+    assert (sent.status_code, sent.json()["source"]) == (200, "own")
+    assert (await seen("mine"), await seen("other")) == ({"a": "own"}, {})
+    assert (await asked("mine", "a"), await asked("other", "a")) == ("mine", 404)
+    sent = await keyed.send("PUT", "/question_sets/a", keys["boss"], line("boss"))
+    assert sent.json()["source"] == "shared"
+    assert (await seen("mine"), await seen("other")) == ({"a": "own"}, {"a": "shared"})
+    assert (await asked("mine", "a"), await asked("other", "a")) == ("mine", "boss")
+    for name, status in (("other", 404), ("mine", 200), ("mine", 404), ("boss", 200)):
+        assert await keyed.status("DELETE", "/question_sets/a", keys[name]) == status, name
+    assert [await seen(name) for name in keys] == [{}, {}, {}]
+
+
+async def test_a_key_keeps_no_more_question_sets_than_it_may(serve: Serve, tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    keys = {name: api_keys.add(file, name, "ablate") for name in ("mine", "other")}
+    keyed = Keyed(await serve(keys_file=file, max_question_sets=2), keys)
+    line = {"id": "1", "task": "medical", "question": "Which?", "answers": ["x"]}
+
+    async def put(name: str, key: str = "mine") -> int:
+        return await keyed.status("PUT", f"/question_sets/{name}", keys[key], line)
+
+    assert [await put(name) for name in ("a", "b", "c", "a")] == [200, 200, 409, 200]
+    assert await put("c", "other") == 200
+    await keyed.status("DELETE", "/question_sets/a", keys["mine"])
+    assert await put("c") == 200
+
+
+async def test_work_of_a_key_ends_when_it_is_revoked(serve: Serve, tmp_path: Path) -> None:
+    """A job of a revoked key went on to its last item."""
+    file = tmp_path / "keys.json"
+    mine, boss = api_keys.add(file, "mine", "ablate"), api_keys.add(file, "boss", *ANY)
+    keyed = Keyed(await serve(keys_file=file, max_ablation_inflight=1), {})
+
+    def revoke(_: Request) -> str:
+        if "mine" in {key.name for key in KeyFile(file).read()}:
+            KeyFile(file).revoke("mine")
+            keyed.served.app.state.frontend.keys.refresh()
+        return "one two"
+
+    keyed.served.engine.answer = revoke
+    body = {"question_set": "public", "variants": ["base"], "background": True}
+    job = (await keyed.send("POST", "/ablation", mine, body)).json()["id"]
+    await keyed.send("GET", f"/ablation/{job}/events", boss)
+    record = (await keyed.send("GET", f"/ablation/{job}", boss)).json()
+    assert record["status"] == "failed"
+    assert "not for ablate any more" in record["error"]
 
 
 async def test_requests_carry_their_key_and_its_tenant_to_the_engine(

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import uvicorn
+from prometheus_client import CollectorRegistry
 from starlette.types import Receive, Scope, Send
 
 from server.http.connection import Connection, ConnectionLimits, Door
+from server.http.refusals import DISPLACED, INTERVAL_S, REASONS, Refusals
+from server.service.metrics import Metrics
 
 LIMITS = ConnectionLimits(max_head_bytes=4096, head_timeout_s=0.2, stall_timeout_s=0.2)
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -77,6 +80,12 @@ class Port:
     app: App
     door: Door
     connect: Callable[[], Any]
+    metrics: Metrics
+
+    def refused(self) -> dict[str, float]:
+        """How many connections were refused, by reason, but for those with none."""
+        samples = self.metrics.connections_refused.collect()[0].samples
+        return {each.labels["reason"]: each.value for each in samples if each.value}
 
 
 Serve = Callable[..., Any]
@@ -92,7 +101,8 @@ async def serve() -> AsyncIterator[Serve]:
             limits = ConnectionLimits(**{**LIMITS.__dict__, **changes})
             listening = socket.create_server(("127.0.0.1", 0))
             number = listening.getsockname()[1]
-            door = Door(max_connections)
+            metrics = Metrics(CollectorRegistry())
+            door = Door(max_connections, Refusals(metrics))
             app = App()
             config = uvicorn.Config(
                 app,
@@ -114,7 +124,7 @@ async def serve() -> AsyncIterator[Serve]:
                 stack.callback(client.writer.close)
                 return client
 
-            return Port(app, door, connect)
+            return Port(app, door, connect, metrics)
 
         yield start
 
@@ -278,6 +288,49 @@ async def test_what_is_no_http_is_a_400_as_all_errors_are(serve: Serve) -> None:
     status, body = await client.answer()
     assert (status, body["error"]["code"]) == (400, "malformed_request")
     assert await client.end() == b""
+
+
+async def test_every_refusal_is_counted_by_reason_and_logged_now_and_then(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Operators saw nothing of them, neither in a metric nor in the log."""
+    port = await serve(max_connections=1)
+    assert {*REASONS} == {
+        each.labels["reason"] for each in port.metrics.connections_refused.collect()[0].samples
+    }
+    for head in (TOO_LARGE["a header"], TOO_LARGE["a path"], GET[:-2], b"\x16\x03"):
+        client = await port.connect()
+        await client.send(head)
+        await client.answer()
+    idle = await port.connect()
+    port.app.go.clear()
+    busy = await port.connect()
+    await busy.send(GET)
+    assert await idle.end() == b""
+    async with asyncio.timeout(10):
+        while not port.app.num_asked:
+            await asyncio.sleep(0.01)
+    await (await port.connect()).answer()
+    counts = {"head_too_large": 2, "request_timeout": 1, "malformed_request": 1}
+    assert port.refused() == {**counts, DISPLACED: 1, "too_many_connections": 1}
+    port.app.go.set()
+    await busy.answer()
+    lines = [each.message for each in caplog.records if "refused" in each.message]
+    assert len(lines) == 5
+    assert "connections refused: displaced: 1 since the last line, from 127.0.0.1" in lines
+
+
+def test_a_flood_of_refusals_is_a_line_in_ten_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    now = 1000.0
+    refusals = Refusals(Metrics(CollectorRegistry()), clock=lambda: now)
+    for _ in range(1000):
+        refusals.add(DISPLACED, ("192.0.2.1", 9))
+    now += INTERVAL_S
+    refusals.add(DISPLACED, None)
+    assert [each.message for each in caplog.records] == [
+        "connections refused: displaced: 1 since the last line, from 192.0.2.1",
+        "connections refused: displaced: 1000 since the last line, from unknown",
+    ]
 
 
 # Number ---------------------------------------------------------------------------------------

@@ -160,8 +160,9 @@ async def test_jobs_over_the_limit_wait_and_are_listed(serve: Serve, tmp_path: P
 
 
 async def test_records_that_cannot_be_written_are_told_and_everything_else_goes_on(
-    serve: Serve, tmp_path: Path
+    serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Each refusal was a traceback in the log, of fifty lines."""
     (tmp_path / "file").write_text("in the way")
     served = await serve(evaluations=tmp_path / "file")
     refused = await served.client.post("/ablation", json={**BODY, "background": True})
@@ -173,6 +174,12 @@ async def test_records_that_cannot_be_written_are_told_and_everything_else_goes_
     assert error_of(refused) == (503, "records_unavailable")
     assert refused.headers["Retry-After"] == "5"
     assert (await gone.generate()).status_code == 200
+    logged = [each for each in caplog.records if each.message.startswith("Records")]
+    assert [each.message.partition(":")[0] for each in logged] == [
+        "RecordsNotWritable",
+        "RecordsUnavailable",
+    ]
+    assert not any(each.exc_info for each in caplog.records)
 
 
 @pytest.fixture
@@ -287,7 +294,8 @@ async def test_an_uploaded_set_is_listed_and_asked_and_a_bad_one_is_refused_with
     assert [(each["name"], each["items"]) for each in listed] == [("mine", 2), ("public", 6)]
     asked = {"question_set": "mine", "variants": ["task"]}
     body = (await served.client.post("/ablation", json=asked)).json()
-    assert (body["question_set"], body["variants"]["task"]["correct"]) == (described, 2)
+    assert {**body["question_set"], "source": "shared"} == described
+    assert body["variants"]["task"]["correct"] == 2
 
 
 @pytest.mark.parametrize("route", ["/ablation/x", "/ablation/x/events", "/question_sets"])

@@ -46,6 +46,7 @@ TOO_MUCH: list[tuple[str, dict[str, Any], str, str]] = [
     ),
     ("/ablation", ablation(question={"answers": ["a"] * 1001}), "questions.0.answers", "1000"),
     ("/ablation", ablation(choices=[str(i) for i in range(1025)]), "choices", "1024"),
+    ("/ablation", ablation(choices=["a", "\ufdfa" * 556]), "choices", "10000 characters"),
     ("/ablation", ablation(tasks=["medical"] * 1025), "tasks", "1024"),
     ("/ablation", ablation(provenance=WIDE), "provenance", f"{MAX_CHARS} characters"),
     ("/ablation", ablation(provenance=deep(MAX_LEVELS)), "provenance", f"{MAX_LEVELS} levels"),

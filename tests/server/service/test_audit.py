@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from crma.core.errors import ConfigError
 from server.records.audit import Filter
 from server.records.database import Database
-from server.service.audit import MAX_ATTEMPTS, Act, Audit, AuditLog, remove_old
+from server.service.audit import MAX_BY_OTHERS, Act, Audit, AuditLog, remove_old
 from server.service.metrics import Metrics
 
 TIME = "2026-01-01T00:00:00.000+00:00"
@@ -130,15 +130,15 @@ async def test_an_act_whose_request_is_cancelled_meanwhile_is_written(database: 
     assert [act["what"] for act in await listed(audit)] == ["pin"]
 
 
-async def test_only_so_many_attempts_of_one_key_are_written_in_a_minute(
+async def test_only_so_many_others_of_one_key_are_written_in_a_minute(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.service.audit.time.monotonic", lambda: 1.0)
     audit = made(database)
-    for _ in range(MAX_ATTEMPTS + 5):
-        await audit.write_attempt(Act("web", "delete", result="forbidden"))
-    await audit.write_attempt(Act("lab", "delete", result="forbidden"))
-    assert len(await listed(audit)) == MAX_ATTEMPTS + 1
+    for _ in range(MAX_BY_OTHERS + 5):
+        await audit.write_limited(Act("web", "delete", result="forbidden"))
+    await audit.write_limited(Act("lab", "delete", result="forbidden"))
+    assert len(await listed(audit)) == MAX_BY_OTHERS + 1
 
 
 async def test_acts_are_kept_as_long_as_is_set(database: Database) -> None:

@@ -67,6 +67,21 @@ async def start_server(open_database: Open) -> AsyncIterator[Started]:
         await server.runner.stop()
 
 
+async def test_a_list_and_a_watcher_read_no_requests(start_server: Started) -> None:
+    """A hundred jobs of a megabyte each were read for a list, and one for each change of a job."""
+    items = Items()
+    jobs = start_server(items.on("one"))
+    await jobs.start("job", "a", {"large": "x"}, {"large": "x"}, 3)
+    await items.begun.wait()
+    listed = await jobs.newest("a")
+    assert [(job.id, job.request, job.spec) for job in listed] == [("job", {}, {})]
+    assert (await jobs.get("job", "a")).spec == {}
+    items.go.set()
+    await ended(jobs, "job", "a")
+    job, _ = await jobs.get_with_result("job", "a")
+    assert job.request == {"large": "x"}
+
+
 async def ended(jobs: Jobs, id: str, owner: str = "") -> rows.Job:
     """A job once it has ended."""
     async with asyncio.timeout(30):

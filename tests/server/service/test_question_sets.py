@@ -59,9 +59,10 @@ async def test_a_set_in_pieces_is_the_set_of_the_whole_file(
     cut = [content[start : start + 1009] for start in range(0, len(content), 1009)]
     described = await sets.upload("mine", "", pieces(cut))
     whole = parse_question_set("mine", content)
-    assert described == whole.describe()
+    assert described == {**whole.describe(), "source": "shared"}
     assert await sets.read("mine", "anybody") == whole
-    assert await sets.describe("") == [described, parse_question_set("public", line(0)).describe()]
+    public = {**parse_question_set("public", line(0)).describe(), "source": "store"}
+    assert await sets.describe("") == [described, public]
     assert await numbers(database) == (1, 2 * BATCH + 8)
 
 
@@ -82,7 +83,8 @@ async def test_a_set_of_a_hundred_thousand_questions_is_uploaded_and_read(
 ) -> None:
     blocks = (b"".join(line(i) for i in range(k, k + 1000)) for k in range(0, 100_000, 1000))
     described = await sets.upload("large", "", pieces(blocks))
-    assert (await sets.read("large", "")).describe() == described
+    read = await sets.read("large", "")
+    assert {**read.describe(), "source": "shared"} == described
     assert described["items"] == question_set.MAX_ITEMS == 100_000
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from crma.access.key import Limits
 from server.service.caller import ANYONE, Caller
-from server.service.errors import OverQuota
+from server.service.errors import Forbidden, OverQuota
 from server.service.quotas import Quotas
 
 
@@ -119,7 +119,37 @@ async def test_background_work_waits_for_tokens(
         clock.now += seconds
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    await quotas.until_tokens(one)
-    assert slept == [31.0]
-    await quotas.until_tokens(ANYONE)
-    assert slept == [31.0]
+    await quotas.until_tokens(lambda: one)
+    assert sum(slept) == 31.0
+    await quotas.until_tokens(lambda: ANYONE)
+    assert sum(slept) == 31.0
+
+
+def test_work_that_began_under_other_limits_gives_back_no_tokens(quotas: Quotas) -> None:
+    """Each of its requests ended with a full minute for the key."""
+    before, after = caller(tokens_per_minute=1000), caller(tokens_per_minute=10)
+    quotas.enter(before)
+    quotas.enter(after)
+    quotas.spend(after, 70)
+    quotas.spend(before, 1)
+    assert refused(lambda: quotas.enter(after)) == ("tokens_per_minute", 6 * (61 + 1))
+
+
+async def test_who_waits_for_tokens_sees_that_the_key_was_revoked(
+    quotas: Quotas, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = caller(tokens_per_minute=1)
+    quotas.spend(one, 1000)
+
+    def current() -> Caller:
+        if clock.now > 1000:
+            raise Forbidden("revoked")
+        return one
+
+    async def sleep(seconds: float) -> None:
+        assert seconds <= 5
+        clock.now += seconds
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    with pytest.raises(Forbidden):
+        await quotas.until_tokens(current)
