@@ -18,12 +18,17 @@ from crma.core.errors import ConfigError
 from server.service_links import service_links
 
 PREFIX = "CRMA_"
+MAX_SECONDS = 31_536_000  # a year; the longest that clocks can wait is a few hundred
 _ADDRESS = r"https?://[^\s?#]+"
 _ORIGIN = r"https?://[^\s/?#@*]+"  # as browsers send it: no path, not even a final slash
 
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:
     return Field(default=default, description=help, **limits)
+
+
+def _seconds(default: float, help: str, **limits: Any) -> Any:
+    return _setting(default, help, le=MAX_SECONDS, **limits)
 
 
 def _expanded(value: Any) -> Any:
@@ -90,25 +95,25 @@ class Settings(BaseSettings):
     max_adapter_mib: int | None = _setting(
         None, "Limit on the weights of resident adapters, in MiB; unset: no limit.", ge=1
     )
-    target_step_s: float = _setting(
+    target_step_s: float = _seconds(
         0.5,
         "How long prompts may make a step, and so the gaps of running streams; 0: no limit.",
         ge=0,
     )
-    step_timeout_s: float = _setting(
+    step_timeout_s: float = _seconds(
         300.0, "The process ends with code 1 if a step takes longer; 0: never.", ge=0
     )
     max_queue: int = _setting(
         256, "Sequences that may wait, and prompts to encode; one more gets 429.", ge=1
     )
 
-    request_timeout_s: float = _setting(
+    request_timeout_s: float = _seconds(
         120.0, "Deadline of a request, and the longest it may ask for; then 504.", gt=0
     )
-    drain_timeout_s: float = _setting(
+    drain_timeout_s: float = _seconds(
         30.0, "How long running requests may go on after SIGTERM.", ge=0
     )
-    drain_grace_s: float = _setting(
+    drain_grace_s: float = _seconds(
         5.0, "How long the port stays open after SIGTERM at least, answering 503.", ge=0
     )
     max_connections: int | None = _setting(
@@ -116,8 +121,8 @@ class Settings(BaseSettings):
     )
     keep_alive_s: int = _setting(5, "How long a connection may wait for its next request.", ge=1)
     max_head_bytes: int = _setting(65_536, "Largest request line and headers; then 431.", ge=1024)
-    head_timeout_s: float = _setting(10.0, "Time for a request's headers to come; then 408.", gt=0)
-    body_timeout_s: float = _setting(
+    head_timeout_s: float = _seconds(10.0, "Time for a request's headers to come; then 408.", gt=0)
+    body_timeout_s: float = _seconds(
         30.0, "Time for a body to come, and 1 s more for 4 KiB; then 408.", gt=0
     )
     max_body_bytes: int = _setting(1 << 20, "Largest request body; above it 413.", ge=1024)
@@ -139,7 +144,7 @@ class Settings(BaseSettings):
     max_ablation_kept: int = _setting(
         100, "Background ablations of one key that are kept; the oldest is deleted.", ge=1
     )
-    ablation_kept_s: float = _setting(
+    ablation_kept_s: float = _seconds(
         2_592_000.0, "How long an ended background ablation is kept, and how long one waits.", gt=0
     )
     max_question_set_mib: int = _setting(
