@@ -1,17 +1,20 @@
 """The rows of what keys have used. Every function is one transaction (`Database.run`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import BigInteger, Connection, Select, cast, delete, func, select
+from sqlalchemy import BigInteger, Connection, Select, Table, cast, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from server.records.tables import usage, usage_writers
 
 Column = Literal["day", "key", "task", "task_digest", "crma"]
 COUNTS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
-_INSERTS = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+_INSERTS: dict[str, Callable[[Table], sqlite.Insert | postgresql.Insert]] = {
+    "sqlite": sqlite.insert,
+    "postgresql": postgresql.insert,
+}
 
 
 class Use(NamedTuple):
