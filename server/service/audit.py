@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from sqlalchemy import Connection
 
 from crma.core.errors import ConfigError
 from crma.core.files import PRIVATE
+from crma.store.channels import BACKBONE, Change, channel_task
 from server.records import audit as rows
 from server.records.audit import Filter
 from server.records.database import Database
@@ -29,6 +31,7 @@ log = logging.getLogger("server")
 lines = logging.getLogger("server.audit")
 
 MAX_BY_OTHERS = 60  # a minute
+STORE = "the store"  # who does what its history says
 PATIENCE_S = 10.0  # for the database; the answer waits
 _MAX_TEXT = 1000  # characters of what a request can make as long as it likes
 _OBJECTS = ("task", "name", "key")
@@ -155,10 +158,7 @@ class Audit:
 
         It is written whether or not the caller is cancelled meanwhile.
         """
-        task = asyncio.create_task(self._write(act))
-        self._writing.add(task)
-        task.add_done_callback(self._writing.discard)
-        await asyncio.shield(task)
+        await asyncio.shield(self._begin(act))
 
     async def write_limited(self, act: Act) -> None:
         """Write an act of a caller that is no administrator, as `write`: so many a minute of each.
@@ -171,6 +171,11 @@ class Audit:
             allowance.spend(1, now)
             await self.write(act)
 
+    def note_changes(self, changes: Sequence[Change]) -> None:
+        """Begin to write what the store's history gained: commands on the machine are acts too."""
+        for change in changes:
+            self._begin(_change_of_store(change))
+
     async def stop(self) -> None:
         """Wait until everything is written."""
         await asyncio.gather(*self._writing)
@@ -178,6 +183,12 @@ class Audit:
     async def newest(self, wanted: Filter, limit: int) -> list[dict[str, Any]]:
         """The acts that are wanted, the newest first. Raises RecordsError."""
         return await self._database.run_if_made([], rows.newest, wanted, limit)
+
+    def _begin(self, act: Act) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._write(act))
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+        return task
 
     async def _write(self, act: Act) -> None:
         now = _iso(datetime.now(UTC))
@@ -195,6 +206,15 @@ class Audit:
 def remove_old(connection: Connection, kept_s: float) -> None:
     """Remove the acts that are older than so many seconds."""
     rows.remove_old(connection, _iso(datetime.now(UTC) - timedelta(seconds=kept_s)))
+
+
+def _change_of_store(change: Change) -> Act:
+    """The act that is a line of the store's history."""
+    what = "stop" if change.after is None else change.action.replace("_", " ")
+    about = {"name": BACKBONE}
+    if change.channel != BACKBONE:
+        about = {"task": channel_task(change.channel)}
+    return Act(STORE, what, {**about, "version": change.after})
 
 
 def _iso(time: datetime) -> str:

@@ -84,6 +84,7 @@ class Frontend:
         )
         self.usage = Usage(self.database, self.settings.usage_flush_s, self.metrics)
         self.audit = Audit(AuditLog(self.settings.audit_log), self.database, self.metrics)
+        self.registry.on_changes = self.audit.note_changes
         self.keys = Keys(self.settings, self.audit)
         self.quotas = Quotas()
         self.texts = TokenTexts(self.tokenizer)

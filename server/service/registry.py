@@ -21,6 +21,7 @@ from crma.models.base_model import BaseModel
 from crma.models.model_shape import ModelShape
 from crma.models.prompts import Format
 from crma.store.adapter_store import AdapterStore
+from crma.store.channels import Change
 from crma.store.drift import promotion_drift
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from crma.store.incoming import remove_leftovers
@@ -76,6 +77,7 @@ class Registry:
 
     Attributes:
         threads: for all work on the store.
+        on_changes: is told what the store's history gained while the server runs.
     """
 
     store: AdapterStore
@@ -90,6 +92,7 @@ class Registry:
     verified: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        self.on_changes: Callable[[Sequence[Change]], None] = lambda _: None
         self._view = StoreView()
         self._num_parameters: dict[str, int] = {}  # by digest, of the adapters that were checked
         self._fingerprint_read: object = None  # None: read again, whatever it looks like
@@ -270,12 +273,15 @@ class Registry:
             self._register(entry, self._suspects.loader(entry, self.shape))
         await self._preload(view)
         problems = self.problems
+        changes = view.history[len(self._view.history) :]
         self._view = view
         self._fingerprint_read = seen if problem is None else None
         self.metrics.serve_adapters(view.tasks)
         self.metrics.set_drift(view.drift)
         self.metrics.set_backbone(self.backbone)
         self._show_problems(problems)
+        if self.verified and changes:
+            self.on_changes(changes)
 
     def _show_problems(self, before: Mapping[str, str]) -> None:
         """Count the tasks that cannot serve, and log those that could `before`."""
@@ -339,7 +345,9 @@ class Registry:
                     backbones[version] = self._checked(read, root / "backbones" / version)
         self._has_channels = self._has_channels or bool(channels.history)
         drift = promotion_drift(channels)
-        return StoreView(tasks, dict(channels.tasks), backbones, channels.backbone, drift)
+        return StoreView(
+            tasks, dict(channels.tasks), backbones, channels.backbone, drift, channels.history
+        )
 
     def _register(self, entry: TaskEntry | BackboneEntry, loader: "Loader") -> None:
         num_parameters = self._num_parameters.get(entry.digest, 0)  # an estimate until it is loaded

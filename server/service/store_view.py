@@ -1,9 +1,10 @@
 """What the server knows of the store: a reading of it, which requests resolve their names in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from crma.core.errors import StoreError
+from crma.store.channels import Change
 from crma.store.entry import BackboneEntry, TaskEntry
 from crma.store.serving import lineage_problem
 
@@ -12,7 +13,8 @@ from crma.store.serving import lineage_problem
 class StoreView:
     """The store as it was read: by version, the entry, or the reason why it may not serve.
 
-    tasks: by name, then version. serving: the serving version of each task.
+    tasks: by name, then version. serving: the serving version of each task. history: what served
+    before, the oldest change first.
     """
 
     tasks: Mapping[str, Mapping[str, TaskEntry | StoreError]] = field(default_factory=dict)
@@ -20,6 +22,7 @@ class StoreView:
     backbones: Mapping[str, BackboneEntry | StoreError] = field(default_factory=dict)
     serving_backbone: str | None = None
     drift: Mapping[str, float] = field(default_factory=dict)  # `promotion_drift`
+    history: Sequence[Change] = ()
 
     @property
     def backbone(self) -> BackboneEntry | StoreError | None:

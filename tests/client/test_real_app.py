@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def call_everything(client: Client) -> dict[str, Any]:
         "tokens of a prompt": client.tokenize("Hi", return_token_strs=True),
         "tokens of a talk": client.tokenize(messages=MESSAGES, model="legal"),
         "text": client.detokenize((5, 9)),
+        "usage": client.usage(date(2026, 1, 1), "2026-01-31", task="legal", by=("day", "key")),
     }
 
 
@@ -133,6 +135,9 @@ async def call_everything_async(client: AsyncClient) -> dict[str, Any]:
         "tokens of a prompt": await client.tokenize("Hi", return_token_strs=True),
         "tokens of a talk": await client.tokenize(messages=MESSAGES, model="legal"),
         "text": await client.detokenize((5, 9)),
+        "usage": await client.usage(
+            date(2026, 1, 1), "2026-01-31", task="legal", by=("day", "key")
+        ),
     }
 
 
@@ -160,6 +165,7 @@ async def test_the_blocking_client_returns_the_same_as_the_async_client(
     assert returned == awaited
     assert awaited["health"] is awaited["ready"] is awaited["metrics"] is True
     assert awaited["stream choices"] == awaited["choices"]
+    assert awaited["usage"] == {"from": "2026-01-01", "to": "2026-01-31", "usage": []}
     (choice,) = awaited["choices"]
     assert choice.text == "".join(token.text for token in awaited["tokens"])
     assert choice.finish_reason == "length"
@@ -180,7 +186,12 @@ async def test_a_folder_is_uploaded_and_deleted_by_either_client(
         await admin.delete_adapter("new@v2")
     with blocking(client, "admin") as blocking_admin:
         deleted = await asyncio.to_thread(blocking_admin.delete_adapter, "new@v1")
+        acts = await asyncio.to_thread(lambda: blocking_admin.audit(who="admin", what="publish"))
     assert deleted == {"name": "new", "deleted": ["v1"]}
+    assert [act["version"] for act in acts] == ["v2", "v1"]
+    (newest,) = await admin.audit(limit=1, who="admin")
+    assert (newest["what"], newest["version"]) == ("delete", "v1")
+    assert newest not in await admin.audit(before=newest["id"])
     with pytest.raises(errors.NotFound):
         await admin.delete_adapter("a/../b")
     with pytest.raises(errors.InvalidArgument, check=lambda error: error.field == "folder"):

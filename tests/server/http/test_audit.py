@@ -57,7 +57,7 @@ async def test_every_act_is_listed_newest_first_with_what_it_was_done_to(
     assert await act(served, "POST", "/v1/unload_lora_adapter", json=body) == 200
     assert (await delete(served, "new")).status_code == 200
     assert await act(served, "PUT", "/question_sets/mine", content=LINE) == 200
-    listed = await acts(served)
+    listed = await acts(served, "?who=admin")
     what = ["load", "pin", "unpin", "unload", "publish", "stop", "delete", "upload question set"]
     assert [each["what"] for each in listed] == what[::-1]
     objects = ["legal"] * 4 + ["new"] * 3 + ["mine"]
@@ -137,15 +137,34 @@ async def test_acts_outlive_the_server_and_another_server_lists_them(
     assert await acts(again) == before
 
 
+async def test_what_commands_change_in_the_store_is_listed_once_the_server_sees_it(
+    served: Served, own: AdapterStore
+) -> None:
+    """`crma promote`, `rollback` and `import` need no server, and no key."""
+    frontend = served.app.state.frontend
+    assert await acts(served) == []  # what was there at the start is in the store's history
+    own.set_serving(dict.fromkeys(("tasks/legal", "tasks/medical", "backbone")))
+    await frontend.registry.refresh()
+    await frontend.audit.stop()
+    own.roll_back("tasks/legal")
+    await frontend.registry.refresh()
+    await frontend.audit.stop()
+    listed = [line(each, "what", "object", "version") for each in await acts(served)]
+    stopped = {("stop", name, None) for name in ("legal", "medical", "backbone")}
+    assert listed[0] == ("roll back", "legal", "v1")
+    assert {*listed[1:]} == stopped
+    assert {each["who"] for each in await acts(served)} == {"the store"}
+
+
 async def test_an_act_is_done_although_it_cannot_be_recorded(
-    serve: Serve, own: AdapterStore, tmp_path: Path, peft: Path, caplog: pytest.LogCaptureFixture
+    serve: Serve, own: AdapterStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Who removes a bad adapter does not depend on a database."""
     (tmp_path / "full").write_text("no folder can be made here")
     served = await serve(store=own.root, evaluations=tmp_path / "full", **BOSS)
-    assert (await upload(served, peft)).status_code == 201
-    assert own.task("new").version == "v1"
-    assert "'publish' by 'admin' is not in the records" in caplog.text
+    assert await act(served, "POST", "/adapters/legal/pin") == 200
+    assert own.task("legal").digest in served.engine.resident()
+    assert "'pin' by 'admin' is not in the records" in caplog.text
     metrics = await served.metrics()
     assert 'crma_record_failures_total{record="audit"} 1.0' in metrics
     assert 'crma_record_failures_total{record="audit_log"} 0.0' in metrics
@@ -161,6 +180,17 @@ async def test_acts_have_the_tenant_of_their_key(serve: Serve, tmp_path: Path) -
     (listed,) = (await served.client.get("/audit", headers=headers)).json()
     assert line(listed, "who", "tenant") == ("boss", "acme")
     assert json.loads((tmp_path / "audit.jsonl").read_text())["tenant"] == "acme"
+
+
+async def test_acts_and_usage_are_removed_when_old_jobs_are(
+    served: Served, serve: Serve, own: AdapterStore, database_url: str | None
+) -> None:
+    await act(served, "POST", "/adapters/legal/pin")
+    kept = {"store": own.root, "database_url": database_url, **BOSS}
+    for kept_s, num_left in ((3600.0, 1), (1e-6, 0)):
+        again = await serve(**kept, audit_kept_s=kept_s, usage_kept_s=kept_s)
+        await again.app.state.ablations.jobs.runner._look(is_cleaning=True)
+        assert len(await acts(again)) == num_left
 
 
 async def test_a_server_without_acts_answers_and_makes_no_database(

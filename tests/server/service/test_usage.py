@@ -2,11 +2,15 @@
 
 import asyncio
 import logging
+import signal
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 from prometheus_client import CollectorRegistry
 
 from crma.core.selection import AdapterSelection
@@ -106,6 +110,39 @@ async def test_a_write_that_was_done_but_not_answered_is_not_done_twice(
     await usage.stop()
     assert await num_requests(usage) == 2
     assert usage._failures._value.get() == 2
+
+
+KILLED = """
+import os, signal, sys  # as kill -9 ends a server
+sys.path[:0] = sys.argv[2:]
+import asyncio
+from pathlib import Path
+from test_usage import made, outcome
+from server.records.database import Database
+
+async def run():
+    usage = made(Database(Path(sys.argv[1])))
+    for number in range(10):
+        usage.count("web", outcome())
+    await usage.flush()
+    usage.count("web", outcome())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(run())
+"""
+
+
+async def test_a_server_that_is_killed_loses_what_came_since_the_last_write_and_no_more(
+    tmp_path: Path,
+) -> None:
+    folders = [str(Path(__file__).parent), str(ROOT), str(ROOT / "tests")]
+    killed = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", KILLED, str(tmp_path), *folders
+    )
+    assert await killed.wait() == -signal.SIGKILL
+    database = Database(tmp_path)
+    assert await num_requests(made(database)) == 10
+    database.close()
 
 
 async def test_a_server_that_ends_without_its_database_says_what_is_lost(
