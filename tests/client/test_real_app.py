@@ -216,9 +216,10 @@ async def test_an_uploaded_folder_brings_its_own_chat_template_unless_told_other
         assert store.task("own", info["version"]).prompt_format == expected
 
 
-async def test_only_an_administrator_uploads_a_question_set(client: AsyncClient) -> None:
-    with pytest.raises(errors.StatusError, check=lambda error: error.status == 403):
-        await client.upload_question_set("mine", json.dumps(QUESTION).encode())
+async def test_a_question_set_of_a_key_is_its_own(client: AsyncClient) -> None:
+    kept = await client.upload_question_set("mine", json.dumps(QUESTION).encode())
+    assert (kept["name"], kept["source"]) == ("mine", "own")
+    assert (await client.delete_question_set("mine"))["deleted"] is True
 
 
 async def test_a_background_ablation_on_an_uploaded_set_gives_the_direct_report(
@@ -239,6 +240,10 @@ async def test_a_background_ablation_on_an_uploaded_set_gives_the_direct_report(
     assert job["result"]["items"] == direct["items"]
     cancelled = await client.cancel_ablation(started["id"])
     assert cancelled["status"] == "done"
+    assert [job["id"] for job in await client.ablation_jobs()] == [started["id"]]
+    await admin.delete_question_set("mine")
+    with pytest.raises(errors.NotFound):
+        await client.ablation(**body)
 
 
 @pytest.mark.parametrize("unknown", ["abl-0", "../x"])

@@ -9,10 +9,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import api_keys
 import httpx
 import pytest
 import yaml
@@ -52,8 +53,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def scraping(folder: Path, server: str) -> Iterator[httpx.Client]:
-    """Prometheus with our configuration, which scrapes `server`; and a client of its API."""
+def scraping(folder: Path, server: str, key: str = "") -> Iterator[httpx.Client]:
+    """Prometheus with our configuration, which scrapes `server`; and a client of its API.
+
+    Args:
+        key: of the metrics; empty: they need none.
+    """
     assert PROMETHEUS is not None
     config = yaml.safe_load((ROOT / "docker" / "prometheus.yml").read_text("utf-8"))
     config["rule_files"] = [str(ROOT / "docker" / "alerts.yml")]
@@ -61,6 +66,7 @@ def scraping(folder: Path, server: str) -> Iterator[httpx.Client]:
     for job in config["scrape_configs"]:
         job["static_configs"] = [{"targets": [server.removeprefix("http://")]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    (folder / "crma.key").write_text(key)
     port = free_port()
     command = [
         PROMETHEUS,
@@ -105,10 +111,43 @@ def load(server: str, seconds: float) -> None:
             client.post("/generate", json={"prompt": "Hi", "task": "nowhere"})
 
 
+def test_prometheus_shows_the_key_of_a_server_that_asks_for_one(tmp_path: Path) -> None:
+    base = pulled_base(tmp_path)
+    keys = tmp_path / "keys.json"
+    api_keys.add(keys, "narrow", tasks=["medical"])
+    header = api_keys.add(keys, "prometheus", "metrics")["Authorization"]
+    settings = {
+        "CRMA_HOME": str(base.path.parents[1]),
+        "CRMA_MODEL": base.name,
+        "CRMA_STORE": str(filled_store(tmp_path / "store", base).root),
+        "CRMA_EVALUATIONS": str(tmp_path / "evaluations"),
+        "CRMA_KEYS_FILE": str(keys),
+    }
+    with running_server(**settings) as server:
+        assert httpx.get(f"{server}/metrics").status_code == 401
+        for key, is_up in ((header.removeprefix("Bearer "), 1.0), ("", 0.0)):
+            folder = tmp_path / f"prometheus-{is_up}"
+            folder.mkdir()
+            with scraping(folder, server, key) as client:
+                assert first_value(client, "up") == is_up
+
+
 def value_of(client: httpx.Client, query: str) -> list[dict[str, Any]]:
     answer = client.get("/query", params={"query": query})
     assert answer.status_code == 200, f"{query}: {answer.text}"
     return answer.json()["data"]["result"]
+
+
+def first_value(client: httpx.Client, query: str) -> float:
+    """The value of a query, once Prometheus runs and has one."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with suppress(httpx.TransportError, AssertionError):
+            found = value_of(client, query)
+            if found:
+                return float(found[0]["value"][1])
+        time.sleep(0.2)
+    raise TimeoutError(query)
 
 
 def test_every_panel_has_data_under_load_and_no_alert_fires(tmp_path: Path) -> None:

@@ -174,13 +174,18 @@ class Client:
         return calls.read_object(response)
 
     def question_sets(self) -> list[Any]:
-        """List name, digest and number of items of every question set on the server."""
+        """List name, digest, number of items and source of the question sets that you may ask."""
         response = self._send("GET", "/question_sets")
         return calls.read_list(response)
 
     def upload_question_set(self, name: str, lines: bytes) -> dict[str, Any]:
-        """Store a question set, given as JSON Lines, on the server. Needs the admin key."""
+        """Store a question set, given as JSON Lines, for your key; an admin's is for every key."""
         response = self._send("PUT", calls.question_set_path(name), lines)
+        return calls.read_object(response)
+
+    def delete_question_set(self, name: str) -> dict[str, Any]:
+        """Delete a question set that you uploaded."""
+        response = self._send("DELETE", calls.question_set_path(name))
         return calls.read_object(response)
 
     def adapters(self) -> dict[str, Any]:

@@ -228,7 +228,7 @@ async def upload_question_set(
         kept = await sets.upload(name, _owner_of_sets(caller), request.stream())
     except (UnicodeDecodeError, ClientDisconnect) as error:
         raise HTTPException(400) from error  # as for any other body: server/http/error_handlers.py
-    act.about["digest"] = kept["digest"]
+    act.about.update(digest=kept["digest"], source=kept["source"])
     return kept
 
 
@@ -241,7 +241,9 @@ async def delete_question_set(
     name: str, ablations: TheAblations, caller: TheCaller
 ) -> dict[str, Any]:
     """Delete an uploaded question set of this key; a key for admin deletes shared ones."""
-    await ablations.question_sets.delete(name, _owner_of_sets(caller))
+    owner = _owner_of_sets(caller)
+    act.about["source"] = "shared" if owner == EVERYONE else "own"
+    await ablations.question_sets.delete(name, owner)
     return {"name": name, "deleted": True}
 
 

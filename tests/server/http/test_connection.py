@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from starlette.types import Receive, Scope, Send
 
 from server.http.connection import Connection, ConnectionLimits, Door
-from server.http.refusals import DISPLACED, INTERVAL_S, REASONS, Refusals
+from server.http.refusals import DISPLACED, REASONS, Refusals
 from server.service.metrics import Metrics
 
 LIMITS = ConnectionLimits(max_head_bytes=4096, head_timeout_s=0.2, stall_timeout_s=0.2)
@@ -318,19 +318,6 @@ async def test_every_refusal_is_counted_by_reason_and_logged_now_and_then(
     lines = [each.message for each in caplog.records if "refused" in each.message]
     assert len(lines) == 5
     assert "connections refused: displaced: 1 since the last line, from 127.0.0.1" in lines
-
-
-def test_a_flood_of_refusals_is_a_line_in_ten_seconds(caplog: pytest.LogCaptureFixture) -> None:
-    now = 1000.0
-    refusals = Refusals(Metrics(CollectorRegistry()), clock=lambda: now)
-    for _ in range(1000):
-        refusals.add(DISPLACED, ("192.0.2.1", 9))
-    now += INTERVAL_S
-    refusals.add(DISPLACED, None)
-    assert [each.message for each in caplog.records] == [
-        "connections refused: displaced: 1 since the last line, from 192.0.2.1",
-        "connections refused: displaced: 1000 since the last line, from unknown",
-    ]
 
 
 # Number ---------------------------------------------------------------------------------------

@@ -1,7 +1,11 @@
 """POST /tokenize and /detokenize: as the generating routes encode, and as the tokenizer decodes."""
 
+import asyncio
+import threading
+from pathlib import Path
 from typing import Any
 
+import api_keys
 import pytest
 import tiny
 from api import Serve, Served, refused
@@ -128,3 +132,26 @@ async def test_both_need_a_key_where_generating_does(serve: Serve) -> None:
         assert (await served.client.post(path, json=body)).status_code == 401
         headers = {"Authorization": "Bearer user"}
         assert (await served.client.post(path, json=body, headers=headers)).status_code == 200
+
+
+async def test_it_waits_for_a_thread_as_its_key_and_until_the_deadline(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """All keys waited as one, without end: 20 MiB of one kept a word of another waiting."""
+    headers = api_keys.add(tmp_path / "keys.json", "web")
+    served = await serve(keys_file=tmp_path / "keys.json", request_timeout_s=1.0)
+    encoder = served.app.state.frontend.encoder
+    go = threading.Event()
+    for lane in encoder._lanes:
+        lane.is_busy = True
+        lane.thread.submit(go.wait)
+    try:
+        sent = served.client.post("/tokenize", json={"prompt": "Hi"}, headers=headers)
+        async with asyncio.timeout(30):
+            waiting = asyncio.create_task(sent)
+            while not len(encoder._queue):
+                await asyncio.sleep(0.01)
+            assert [ticket.owner for ticket in encoder._queue._waiting] == ["web"]
+            assert (await waiting).json()["error"]["code"] == "deadline_exceeded"
+    finally:
+        go.set()
