@@ -235,10 +235,12 @@ async def upload_question_set(
 @owned.delete(
     "/question_sets/{name}",
     responses=documented(401, 403, 404, 503, 507),
-    dependencies=[audited("delete question set", needs_owner)],
 )
 async def delete_question_set(
-    name: str, ablations: TheAblations, caller: TheCaller
+    name: str,
+    ablations: TheAblations,
+    caller: TheCaller,
+    act: Annotated[Act, audited("delete question set", needs_owner)],
 ) -> dict[str, Any]:
     """Delete an uploaded question set of this key; a key for admin deletes shared ones."""
     owner = _owner_of_sets(caller)

@@ -204,7 +204,9 @@ async def test_generation_goes_on_while_usage_cannot_be_written(
     serve: Serve, options: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "full").write_text("no folder can be made here")
-    served = await serve(**{**options, "database_url": None}, evaluations=tmp_path / "full")
+    served = await serve(
+        **{**options, "database_url": None}, evaluations=tmp_path / "full", usage_flush_s=3600
+    )
     await generate(served, WEB)
     await served.app.state.frontend.usage.flush()
     assert 'crma_record_failures_total{record="usage"} 1.0' in await served.metrics()
