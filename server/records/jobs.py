@@ -24,6 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.sql.dml import Update
 
 from server.records.clock import now_s
+from server.records.name import has_name
 from server.records.tables import jobs, outcomes
 
 Status = Literal["queued", "running", "done", "failed", "cancelled", "interrupted"]
@@ -256,7 +257,7 @@ def remove_old(connection: Connection, max_kept: int, kept_s: float) -> None:
 
 
 def _is(id: str, owner: str | None) -> ColumnElement[bool]:
-    return (jobs.c.id == id) & _owned_by(owner)
+    return has_name(jobs.c.id, id) & _owned_by(owner)
 
 
 def _owned_by(owner: str | None) -> ColumnElement[bool]:

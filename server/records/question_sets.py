@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
 from server.records.clock import now_s
+from server.records.name import has_name
 from server.records.tables import question_sets, questions
 
 EVERYONE = ""  # the owner of sets that everyone may ask
@@ -111,7 +112,7 @@ def visible(connection: Connection, owner: str) -> list[StoredSet]:
 
 def find(connection: Connection, name: str, owner: str) -> tuple[StoredSet, list[Any]] | None:
     """A set that an owner may ask, with its questions as parsed JSON; None if there is none."""
-    query = select(*_COLUMNS).where(_may_ask(owner), question_sets.c.name == name)
+    query = select(*_COLUMNS).where(_may_ask(owner), has_name(question_sets.c.name, name))
     own_first = query.order_by(question_sets.c.owner.desc()).limit(1)
     row = connection.execute(own_first).one_or_none()
     if row is None:

@@ -14,7 +14,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection, text
 
 from crma.core.errors import ConfigError
-from server.records import jobs
+from server.records import jobs, question_sets
 from server.records.database import FILE, Database
 from server.records.errors import RecordsNotWritable, RecordsUnavailable
 from server.records.tables import metadata
@@ -50,6 +50,15 @@ async def test_texts_may_hold_any_character(open_database: Open) -> None:
     first, second = open_database(), open_database()
     await first.run(jobs.add, JOB)
     assert await second.run(jobs.find, JOB.id, "") == JOB
+
+
+async def test_a_name_with_a_nul_is_nobodys(database: Database) -> None:
+    """PostgreSQL refused the query, and whoever sent such an id got a 500."""
+    await database.run(jobs.add, JOB)
+    for name in ("abl-1\0", "\0"):
+        assert await database.run(jobs.find, name, "") is None
+        assert await database.run(jobs.cancel, name, "") is None
+        assert await database.run(question_sets.find, name, "") is None
 
 
 async def test_the_database_of_a_newer_release_is_refused(open_database: Open) -> None:
