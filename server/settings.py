@@ -18,6 +18,7 @@ from crma.core.errors import ConfigError
 from server.service_links import service_links
 
 PREFIX = "CRMA_"
+MAX_KEPT_SECONDS = 3_153_600_000  # a hundred years, which dates can go back
 MAX_SECONDS = 31_536_000  # a year; the longest that clocks can wait is a few hundred
 _ADDRESS = r"https?://[^\s?#]+"
 _ORIGIN = r"https?://[^\s/?#@*]+"  # as browsers send it: no path, not even a final slash
@@ -161,10 +162,15 @@ class Settings(BaseSettings):
         None, "PostgreSQL to keep them in, `postgresql://…`; unset: SQLite in `evaluations`."
     )
     audit_kept_s: float = _setting(
-        31_536_000.0, "How long the acts of administrators are kept there.", gt=0
+        31_536_000.0,
+        "How long the acts of administrators are kept there.",
+        gt=0,
+        le=MAX_KEPT_SECONDS,
     )
-    usage_kept_s: float = _setting(34_560_000.0, "How long the usage of a day is kept there.", gt=0)
-    usage_flush_s: float = _setting(
+    usage_kept_s: float = _setting(
+        34_560_000.0, "How long the usage of a day is kept there.", gt=0, le=MAX_KEPT_SECONDS
+    )
+    usage_flush_s: float = _seconds(
         5.0, "How often usage is written there; a server that is killed loses so much.", gt=0
     )
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
+from pydantic import ValidationError
 
 from crma.core.errors import ConfigError
 from server.records.audit import Filter
 from server.records.database import Database
+from server.service import usage
 from server.service.audit import MAX_BY_OTHERS, Act, Audit, AuditLog, remove_old
 from server.service.metrics import Metrics
+from server.settings import MAX_KEPT_SECONDS, Settings
 
 TIME = "2026-01-01T00:00:00.000+00:00"
 
@@ -148,3 +151,17 @@ async def test_acts_are_kept_as_long_as_is_set(database: Database) -> None:
     assert len(await listed(audit)) == 1
     await database.run(remove_old, -1.0)
     assert await listed(audit) == []
+
+
+async def test_the_longest_that_acts_may_be_kept_is_a_time_that_dates_have(
+    database: Database,
+) -> None:
+    """A longer one would end every look at old records."""
+    audit = made(database)
+    await audit.write(Act("boss", "pin"))
+    for name, remove in (("audit_kept_s", remove_old), ("usage_kept_s", usage.remove_old)):
+        kept_s = getattr(Settings(**{name: MAX_KEPT_SECONDS}), name)
+        await database.run(remove, kept_s)
+        with pytest.raises(ValidationError):
+            Settings(**{name: MAX_KEPT_SECONDS + 1})
+    assert len(await listed(audit)) == 1
