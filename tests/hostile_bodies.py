@@ -1,4 +1,4 @@
-"""Bodies that are small enough to be read, and were made to keep the server busy: name -> path, body."""
+"""Bodies of requests, within the limits, that were made to keep the server busy."""
 
 import json
 from typing import Any

@@ -63,20 +63,25 @@ class Asker:
 
     def disconnect(self) -> None:
         """Read a little of a stream, or nothing, and close the connection."""
-        num_outages = self.caller.gate.num_outages
+        mark = self.caller.gate.mark()
         task = self.rng.choice([*STABLE, *CHURNED])
         body = question(self.rng.choice(self.expected.prompts), task, None)
         body |= {"stream": True, "max_tokens": 200, "ignore_eos": True}
         num_left = self.rng.choice([0, 1, 5, 30])
         try:
-            with httpx.Client(headers=self.caller.headers, timeout=60) as client:
-                with client.stream("POST", f"{self.caller.url}/generate", json=body) as response:
-                    for _ in response.iter_lines():
-                        num_left -= 1
-                        if num_left < 0:
-                            break
+            with httpx.stream(
+                "POST",
+                f"{self.caller.url}/generate",
+                json=body,
+                headers=self.caller.headers,
+                timeout=60,
+            ) as response:
+                for _ in response.iter_lines():
+                    num_left -= 1
+                    if num_left < 0:
+                        break
         except httpx.TransportError:
-            if self.caller.gate.num_outages == num_outages:
+            if not self.caller.gate.was_out_since(mark):
                 raise
         self.caller.tally.count("disconnect", "closed")
 

@@ -72,18 +72,18 @@ class Caller:
         Returns:
             The response; None if the server was killed meanwhile.
         """
-        num_outages = self.gate.num_outages
+        mark = self.gate.mark()
         try:
             response = self.client.request(method, path, **request)
         except httpx.TransportError as error:
-            self._failed(kind, error, num_outages)
+            self._failed(kind, error, mark)
             return None
         self.note(kind, label(response), may, response.text)
         return response
 
     def stream(self, kind: str, path: str, may: Set[str], body: dict[str, Any]) -> Stream | None:
         """Send a request whose answer is streamed. Returns None for one that failed."""
-        num_outages = self.gate.num_outages
+        mark = self.gate.mark()
         started = time.monotonic()
         events: list[tuple[str, str]] = []
         first = None
@@ -98,7 +98,7 @@ class Caller:
                     events += parser.feed(chunk)
                     first = first or time.monotonic()
         except httpx.TransportError as error:
-            self._failed(kind, error, num_outages)
+            self._failed(kind, error, mark)
             return None
         found = Stream(events, (first or time.monotonic()) - started)
         came = "200" if found.failure is None else f"event {found.failure}"
@@ -111,8 +111,8 @@ class Caller:
         if came not in may:
             self.tally.unexpected.append(f"{kind} of {self.name}: {came}: {details[:300]}")
 
-    def _failed(self, kind: str, error: httpx.TransportError, num_outages: int) -> None:
-        if self.gate.num_outages > num_outages:
+    def _failed(self, kind: str, error: httpx.TransportError, mark: int) -> None:
+        if self.gate.was_out_since(mark):
             self.tally.count(kind, CUT_OFF)
             return
         self.note(kind, type(error).__name__, frozenset(), str(error))

@@ -209,13 +209,13 @@ class Attacker:
     def _do(self, name: str, act: Callable[[], str], *, may_succeed: bool = True) -> None:
         """Do a fault; note what its client saw, and what became of the others and of the server."""
         tally = self.caller.tally
-        num_outages = self.caller.gate.num_outages
+        mark = self.caller.gate.mark()
         num_hurt = len(tally.wrong) + len(tally.unexpected)
         try:
             saw = act()
         except (httpx.TransportError, OSError) as error:
             saw = type(error).__name__
-        if self.caller.gate.num_outages > num_outages:
+        if self.caller.gate.was_out_since(mark):
             tally.fault(name, CUT_OFF, lost=0, recovered=True)
             return
         lost = len(tally.wrong) + len(tally.unexpected) - num_hurt
@@ -225,11 +225,11 @@ class Attacker:
             tally.unexpected.append(f"fault {name!r}: {saw}")
 
     def _answers(self) -> bool:
-        num_outages = self.caller.gate.num_outages
+        mark = self.caller.gate.mark()
         try:
             return httpx.get(f"{self.caller.url}/healthz", timeout=10).status_code == 200
         except httpx.TransportError:
-            return self.caller.gate.num_outages > num_outages
+            return self.caller.gate.was_out_since(mark)
 
 
 def _first_line(connection: socket.socket) -> str:

@@ -10,20 +10,21 @@ from dataclasses import dataclass, field
 class Gate:
     """Where every worker waits before each act.
 
-    Attributes:
-        num_outages: how often the server was killed. An act during which this changes may fail.
+    A request that the server was killed under may fail: `mark` before it, `was_out_since` after.
     """
 
-    num_outages: int = 0
+    _num_outages: int = 0
+    _is_out: bool = False
     _is_open: bool = False
     _is_over: bool = False
     _num_acting: int = 0
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def open(self) -> None:
-        """Let the workers act."""
+        """Let the workers act: the server answers."""
         with self._changed:
             self._is_open = True
+            self._is_out = False
             self._changed.notify_all()
 
     def hold(self) -> None:
@@ -40,8 +41,17 @@ class Gate:
     def outage(self) -> None:
         """Hold the workers: the server is about to be killed."""
         with self._changed:
-            self.num_outages += 1
+            self._num_outages += 1
+            self._is_out = True
             self._is_open = False
+
+    def mark(self) -> int:
+        """The beginning of a request, for `was_out_since`."""
+        return self._num_outages - self._is_out
+
+    def was_out_since(self, mark: int) -> bool:
+        """Whether the server was away since."""
+        return self._num_outages > mark
 
     def end(self) -> None:
         """Let every worker end."""

@@ -1,4 +1,4 @@
-"""One life of the server, from its start to its end: memory, descriptors, what an idle one holds."""
+"""One life of the server, from a start to an end: its memory, and what it holds when idle."""
 
 import statistics
 from collections import Counter
@@ -65,9 +65,7 @@ class Life:
         """What an idle server held, and the descriptors that it has more than at the first time."""
         found: dict[str, float] = {}
         for state in self.idle:
-            for name, value in state.held.items():
-                if value:
-                    found[name] = value
+            found.update({name: value for name, value in state.held.items() if value})
         if len(self.idle) > 1:
             found.update(self.idle[-1].descriptors - self.idle[0].descriptors)
         return found
