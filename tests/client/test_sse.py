@@ -69,7 +69,7 @@ cut_places = st.lists(st.integers(0, 10**6), max_size=12)
 lines = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\0"), max_size=20)
 
 
-@settings(derandomize=True, max_examples=500, deadline=2000)
+@settings(derandomize=True, max_examples=500, deadline=None)
 @given(streams, cut_places)
 def test_any_bytes_give_the_same_events_wherever_they_are_split(
     data: bytes, cuts: list[int]
@@ -77,7 +77,7 @@ def test_any_bytes_give_the_same_events_wherever_they_are_split(
     assert parse(*cut(data, cuts)) == parse(data)
 
 
-@settings(derandomize=True, max_examples=300, deadline=2000)
+@settings(derandomize=True, max_examples=300, deadline=None)
 @given(
     st.lists(st.tuples(lines.filter(bool), st.lists(lines, min_size=1, max_size=3)), max_size=5),
     st.sampled_from(["\n", "\r", "\r\n"]),
@@ -90,6 +90,7 @@ def test_events_come_back_as_they_were_sent(
     for name, data in events:
         sent = [f"event: {name}", *(f"data: {line}" for line in data), ": a comment", "", ""]
         written += newline.join(sent)
+    written += ":"  # a CR at the end of a chunk waits for what comes after it
     expected = [(name, "\n".join(data)) for name, data in events]
     assert parse(*cut(written.encode(), cuts)) == expected
 
@@ -103,22 +104,14 @@ def test_a_long_line_takes_time_in_proportion_to_its_length() -> None:
 
 
 answers = st.fixed_dictionaries(
-    {
-        "id": st.just("1"),
-        "text": st.just(""),
-        "finish_reason": st.just("stop"),
-        "crma": st.just(True),
-    },
-    optional={
-        name: json_values()
-        for name in ("id", "choices", "task", "crma", "usage", "timings", "provenance", "error")
-    },
+    {name: st.just(value) | st.just(value) | json_values() for name, value in GOOD.items()},
+    optional={name: json_values() for name in ("choices", "error", "index", "text", "logprob")},
 )
 datas = (answers | json_values()).map(json.dumps) | st.text(max_size=10)
 known = st.sampled_from(["token", "done", "error", "message"])
 
 
-@settings(derandomize=True, max_examples=500, deadline=2000)
+@settings(derandomize=True, max_examples=500, deadline=None)
 @given(st.lists(st.tuples(known, datas), max_size=4), cut_places)
 def test_a_stream_of_any_events_is_read_or_ends_with_an_error_of_ours(
     events: list[tuple[str, str]], cuts: list[int]

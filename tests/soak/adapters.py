@@ -18,7 +18,7 @@ from crma.store.manifest import TASK_FILES
 STABLE = ("legal", "science")  # what ablations ask: never published over, and never deleted
 CHURNED = ("medical", "code")
 UPLOADED = ("up-a", "up-b")  # known by their uploads only
-STRENGTHS = (0.5, 0.8)
+STRENGTHS = (0.5,)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ def _publish_descendant(store: AdapterStore) -> None:
     backbone = first.load()
     with torch.no_grad():
         backbone.W.mul_(0.5)
-    store.publish_backbone(backbone, lineage=(first.digest,), serve=False, **_origin(first))
+    store.publish_backbone(
+        backbone, lineage=(first.digest, *first.manifest.lineage), serve=False, **_origin(first)
+    )
 
 
 def _weaker(lora: Lora, strength: float) -> Lora:

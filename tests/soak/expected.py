@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-MAX_TOKENS = 24
+MAX_TOKENS = 16
 CLEAR = 0.01  # log-probabilities that are closer may change places with the order of a sum
 ABLATION_VARIANTS = ("task+crma", "task", "base")
 Key = tuple[str | None, str | None, str]  # task digest, backbone digest, prompt
@@ -42,7 +42,7 @@ class Expected:
     def ablation(self, **more: Any) -> dict[str, Any]:
         """The body of the ablation."""
         variants = list(ABLATION_VARIANTS)
-        return {"questions": self.items, "variants": variants, "max_tokens": 12, **more}
+        return {"questions": self.items, "variants": variants, "max_tokens": 8, **more}
 
     def learn(self, task: str | None, crma: bool) -> None:
         """Ask every prompt of a selection that has not been asked yet."""

@@ -48,11 +48,10 @@ SETTINGS = {
     "CRMA_MAX_ABLATION_KEPT": "100000",
 }
 PROMPTS = [
-    "Hi",
     "Name three primary colours, and say which of them is the colour of the sky.",
     "Explain in one sentence why the sea is salty. " * 8,
 ]
-NUM_QUESTIONS = 4  # of each stable task
+NUM_QUESTIONS = 3  # of each stable task
 NUM_ASKERS = 2  # of each key
 LAST_LOAD_S = 12.0  # between the look at an idle server and its end
 STILL_S = 300.0
@@ -262,7 +261,8 @@ def _questions() -> dict[str, list[Any]]:
 
 
 def _prompts() -> list[str]:
-    return [*PROMPTS, *(each[0].question for each in _questions().values())]
+    questions = _questions()
+    return [*PROMPTS, *(questions[task][0].question for task in STABLE)]
 
 
 def _items() -> list[dict[str, Any]]:
