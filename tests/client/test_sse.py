@@ -103,6 +103,8 @@ def test_a_long_line_takes_time_in_proportion_to_its_length() -> None:
     assert list(parser.feed(b"\n\n"))
 
 
+GOOD = {"id": "1", "finish_reason": "stop", "task": None, "crma": True, "usage": {}}
+GOOD |= {"timings": {}, "provenance": {}}
 answers = st.fixed_dictionaries(
     {name: st.just(value) | st.just(value) | json_values() for name, value in GOOD.items()},
     optional={name: json_values() for name in ("choices", "error", "index", "text", "logprob")},

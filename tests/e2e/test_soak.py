@@ -7,7 +7,6 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from soak.soak import Soak
@@ -17,32 +16,6 @@ pytestmark = pytest.mark.e2e
 LIFE_S = 600.0
 MIN_LIVES = 3  # so that it is killed twice
 MAX_MIB_PER_HOUR = 200.0  # in the mean of the lives
-
-
-def report(soak: Soak) -> dict[str, Any]:
-    tally = soak.tally
-    owners = soak.owners
-    return {
-        "requests": sum(tally.counts.values()) + sum(each.tries for each in tally.faults.values()),
-        "answers_compared": tally.checked,
-        "near_ties": tally.near_ties,
-        "wrong_answers": len(tally.wrong),
-        "unexpected": len(tally.unexpected),
-        "jobs": {
-            name: sum(getattr(owner, f"num_{name}") for owner in owners)
-            for name in ("accepted", "done", "cancelled", "resumed")
-        },
-        "lost_jobs": sum(len(owner.lost) for owner in owners),
-        "tenant_checks": soak.spy.num_checks,
-        "shared_prefixes": soak.spy.num_shared,
-        "tenant_leaks": len(tally.leaks),
-        "complaints_in_logs": len(soak.server.complaints()),
-        "recovery_s": [round(each, 1) for each in soak.server.starts_s[1:]],
-        "lives": [life.report() for life in soak.lives],
-        "ttft_by_minute": tally.ttft_by_minute(),
-        "faults": tally.fault_table(),
-        "by_kind": tally.by_kind(),
-    }
 
 
 def test_an_hour_of_everything_loses_and_leaks_nothing(
@@ -55,7 +28,7 @@ def test_an_hour_of_everything_loses_and_leaks_nothing(
         soak.begin()
         soak.run(num_lives, seconds / num_lives)
     with capsys.disabled():
-        sys.stderr.write(json.dumps(report(soak), indent=1) + "\n")
+        sys.stderr.write(json.dumps(soak.report(), indent=1) + "\n")
     assert soak.tally.wrong == []
     assert soak.tally.unexpected == []
     assert soak.tally.leaks == []

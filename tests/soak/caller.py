@@ -57,7 +57,7 @@ class Caller:
     tally: Tally
 
     def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=self.url, headers=self.headers, timeout=PATIENCE_S)
+        self.client = client_of(self.url, self.headers)
 
     def send(
         self, kind: str, method: str, path: str, may: Set[str], **request: Any
@@ -116,6 +116,15 @@ class Caller:
             self.tally.count(kind, CUT_OFF)
             return
         self.note(kind, type(error).__name__, frozenset(), str(error))
+
+
+def client_of(url: str, headers: Headers) -> httpx.Client:
+    """A client that gives up idle connections before the server does.
+
+    A request on a connection that is just being closed would fail.
+    """
+    limits = httpx.Limits(keepalive_expiry=1.0)
+    return httpx.Client(base_url=url, headers=headers, timeout=PATIENCE_S, limits=limits)
 
 
 def label(response: httpx.Response) -> str:

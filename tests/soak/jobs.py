@@ -1,15 +1,17 @@
 """Background ablations: every one that was accepted must end, with the report of an idle server."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from soak.caller import Caller
 from soak.expected import Expected, outcome
+from soak.tally import MAX_SHOWN
 
 MAX_OPEN = 2
 ENDED = {"done", "failed", "cancelled", "interrupted"}
 GET = frozenset({"200"})
-# A job whose cancellation was cut off may have ended either way.
 
 
 @dataclass
@@ -18,10 +20,12 @@ class AcceptedJob:
 
     Attributes:
         num_done: items that were once reported as done: never fewer afterwards.
-        may_be_cancelled: its cancellation was sent.
+        is_unwanted: it is cancelled once its first item is done.
+        may_be_cancelled: its cancellation was sent; whether it came in time is not known.
     """
 
     id: str
+    is_unwanted: bool = False
     num_done: int = 0
     may_be_cancelled: bool = False
 
@@ -46,12 +50,10 @@ class JobOwner:
     lost: list[str] = field(default_factory=list)
 
     def start_or_follow(self) -> None:
-        """Start a job if few are open; look at all that are; cancel one now and then."""
+        """Start a job if few are open, and look at all that are."""
         if len(self.open) < MAX_OPEN:
             self._start()
         self.follow()
-        if self.num_accepted % 5 == 4 and len(self.open) == MAX_OPEN:
-            self._cancel(next(iter(self.open.values())))
         self.caller.gate.pause(1.0)
 
     def follow(self) -> None:
@@ -77,7 +79,7 @@ class JobOwner:
         response = self.caller.send("start ablation", "POST", "/ablation", may, json=body)
         if response is not None and response.status_code == 202:
             id = response.json()["id"]
-            self.open[id] = AcceptedJob(id)
+            self.open[id] = AcceptedJob(id, is_unwanted=self.num_accepted % 5 == 4)
             self.num_accepted += 1
 
     def _cancel(self, job: AcceptedJob) -> None:
@@ -110,7 +112,19 @@ class JobOwner:
             del self.open[job.id]
         elif record["status"] in ENDED:
             self._lose(job, f"{record['status']}: {record['error']}")
+        elif job.is_unwanted and num_done:
+            self._cancel(job)
 
     def _lose(self, job: AcceptedJob, reason: str) -> None:
         self.lost.append(f"job {job.id} of {self.caller.name}: {reason[:500]}")
         del self.open[job.id]
+
+
+def report_of(owners: Sequence[JobOwner]) -> dict[str, Any]:
+    """What became of the jobs of all owners."""
+    lost = [line for owner in owners for line in owner.lost]
+    counts = {
+        name: sum(getattr(owner, f"num_{name}") for owner in owners)
+        for name in ("accepted", "done", "cancelled", "resumed")
+    }
+    return {"jobs": counts, "num_lost_jobs": len(lost), "lost_jobs": lost[:MAX_SHOWN]}

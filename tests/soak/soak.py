@@ -1,5 +1,6 @@
 """A server under mixed load, churn and faults, which is killed and started again and again."""
 
+import json
 import random
 import threading
 import time
@@ -10,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 from api_keys import Headers, add
 from health_probe import watched
 
@@ -18,15 +18,15 @@ from crma.evaluation.question_set import read_question_set
 from crma.store.channels import BACKBONE
 from soak.adapters import CHURNED, STABLE, UPLOADED, Adapters, make_adapters
 from soak.asking import Asker
-from soak.caller import Caller
+from soak.caller import Caller, client_of
 from soak.churn import Churn
 from soak.expected import Expected
 from soak.faults import Attacker
 from soak.gate import Gate
-from soak.jobs import JobOwner
+from soak.jobs import JobOwner, report_of
 from soak.life import IdleState, Life
 from soak.server_run import ServerRun
-from soak.tally import Tally
+from soak.tally import MAX_SHOWN, Tally
 from soak.tenants import Spy
 
 KEYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # name -> scopes, fields
@@ -83,11 +83,10 @@ class Soak:
             **SETTINGS,
         }
         self.server = ServerRun(self.folder, settings)
-        self.expected = Expected(self._client("alice"), _prompts(), _items())
-        self.callers = {
-            name: Caller(name, headers, self.server.url, self.gate, self.tally)
-            for name, headers in self.headers.items()
-        }
+        alone = client_of(self.server.url, self.headers["alice"])
+        self.clients = [alone]
+        self.expected = Expected(alone, _prompts(), _items())
+        self.callers = {name: self._caller(name) for name in KEYS}
         self.owners = [JobOwner(self.callers[name], self.expected) for name in ("alice", "bob")]
         others = [self.callers[name] for name in ("anna", "bob", "carl")]
         self.spy = Spy(self.owners[0], *others, random.Random(0))
@@ -135,7 +134,10 @@ class Soak:
     # Lives --------------------------------------------------------------------------------------
 
     def run(self, num_lives: int, life_s: float) -> None:
-        """Live and be killed; the last life ends as an operator ends it."""
+        """Live and be killed; the last life ends as an operator ends it.
+
+        `report.json` in the folder has what was seen so far, after each life.
+        """
         for number in range(1, num_lives + 1):
             life = Life(self.server.starts_s[-1])
             self.lives.append(life)
@@ -146,6 +148,7 @@ class Soak:
                 life.exit_code = self.server.stop()
             else:
                 self._kill()
+            (self.folder / "report.json").write_text(json.dumps(self.report(), indent=1))
 
     def _load(self, life: Life, life_s: float, *, is_last: bool) -> None:
         """Load for a life, with a look at the idle server after its first part and at its end."""
@@ -204,6 +207,18 @@ class Soak:
         life.healthz_s = watch.slowest_s
         life.num_unhealthy = watch.num_failed
 
+    def report(self) -> dict[str, Any]:
+        """Everything that was counted and measured so far, as JSON."""
+        return {
+            **self.tally.report(),
+            **report_of(self.owners),
+            "tenant_checks": self.spy.num_checks,
+            "shared_prefixes": self.spy.num_shared,
+            "complaints_in_logs": self.server.complaints()[:MAX_SHOWN],
+            "recovery_s": [round(each, 1) for each in self.server.starts_s[1:]],
+            "lives": [life.report() for life in self.lives],
+        }
+
     # Workers ------------------------------------------------------------------------------------
 
     @contextmanager
@@ -219,20 +234,24 @@ class Soak:
             for thread in threads:
                 thread.join()
             self.server.end()
+            for client in self.clients:
+                client.close()
 
     def _acts(self) -> list[Callable[[], None]]:
         acts: list[Callable[[], None]] = [self.spy.spy, self.churn.change]
         acts += [owner.start_or_follow for owner in self.owners]
         acts += [attacker.attack for attacker in self.attackers]
         for seed, name in enumerate(["alice", "anna", "bob"] * NUM_ASKERS):
-            asker = Asker(self._another(name), self.expected, random.Random(100 + seed))
+            asker = Asker(self._caller(name), self.expected, random.Random(100 + seed))
             acts.append(asker.ask)
         acts += [asker.disconnect, asker.sample]
         return acts
 
-    def _another(self, name: str) -> Caller:
+    def _caller(self, name: str) -> Caller:
         """A caller with connections of its own."""
-        return Caller(name, self.headers[name], self.server.url, self.gate, self.tally)
+        caller = Caller(name, self.headers[name], self.server.url, self.gate, self.tally)
+        self.clients.append(caller.client)
+        return caller
 
     def _repeat(self, act: Callable[[], None]) -> None:
         is_over = False
@@ -247,9 +266,6 @@ class Soak:
             act()
         except Exception:  # noted as what nobody expected, and the worker goes on
             self.tally.unexpected.append(traceback.format_exc())
-
-    def _client(self, name: str) -> httpx.Client:
-        return httpx.Client(base_url=self.server.url, headers=self.headers[name], timeout=300)
 
 
 def _questions() -> dict[str, list[Any]]:

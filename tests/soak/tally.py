@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MINUTE = 60.0
+MAX_SHOWN = 20  # lines of a kind in the report
 
 
 @dataclass
@@ -84,6 +85,24 @@ class Tally:
             row = {"minute": minute, "n": len(values), "p50": p50, "p99": _p99(values)}
             rows.append({name: round(value, 3) for name, value in row.items()})
         return rows
+
+    def report(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        num_faults = sum(fault.tries for fault in self.faults.values())
+        return {
+            "requests": sum(self.counts.values()) + num_faults,
+            "answers_compared": self.checked,
+            "near_ties": self.near_ties,
+            "num_wrong": len(self.wrong),
+            "wrong": self.wrong[:MAX_SHOWN],
+            "num_unexpected": len(self.unexpected),
+            "unexpected": self.unexpected[:MAX_SHOWN],
+            "num_tenant_leaks": len(self.leaks),
+            "tenant_leaks": self.leaks[:MAX_SHOWN],
+            "ttft_by_minute": self.ttft_by_minute(),
+            "faults": self.fault_table(),
+            "by_kind": self.by_kind(),
+        }
 
     def by_kind(self) -> dict[str, dict[str, int]]:
         """kind of request -> what came -> how often."""
