@@ -59,7 +59,7 @@ def refusal(read: Any) -> tuple[str | None, str] | None:
     return None
 
 
-@settings(derandomize=True, max_examples=400, deadline=None)
+@settings(derandomize=True, max_examples=150, deadline=None)
 @given(contents, cut_places)
 def test_any_lines_are_read_or_refused_alike_however_they_arrive(
     content: bytes, cuts: list[int]

@@ -114,7 +114,7 @@ def kind_of(values: dict[str, Any]) -> Kind:
     return TaskManifest if values is TASK else BackboneManifest
 
 
-@settings(derandomize=True, max_examples=300, deadline=None)
+@settings(derandomize=True, max_examples=150, deadline=None)
 @given(st.sampled_from([TASK, BACKBONE]), st.data())
 def test_a_manifest_with_any_field_changed_is_read_as_it_is_or_refused(
     values: dict[str, Any], data: st.DataObject
@@ -129,7 +129,7 @@ def test_a_manifest_with_any_field_changed_is_read_as_it_is_or_refused(
         assert parse_record(kind_of(values), to_json(read), MANIFEST) == read
 
 
-@settings(derandomize=True, max_examples=300, deadline=None)
+@settings(derandomize=True, max_examples=150, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 1999), st.integers(0, 50))
 def test_a_damaged_manifest_is_read_or_refused(damage: bytes, start: int, length: int) -> None:
     intact = to_json(made(TASK))

@@ -110,13 +110,13 @@ headers = st.dictionaries(
 )
 
 
-@settings(derandomize=True, max_examples=500, deadline=None)
+@settings(derandomize=True, max_examples=200, deadline=None)
 @given(headers | json_values() | st.binary(max_size=60), st.binary(max_size=64))
 def test_a_file_with_any_header_is_read_or_refused(header: Any, content: bytes) -> None:
     read_or_refused(file_with(header, content))
 
 
-@settings(derandomize=True, max_examples=300, deadline=None)
+@settings(derandomize=True, max_examples=150, deadline=None)
 @given(st.integers(0, 2**64 - 1), st.binary(max_size=64))
 def test_a_header_of_any_claimed_length_is_read_or_refused(claimed: int, content: bytes) -> None:
     """A length of 2^63 must not be allocated."""
@@ -125,7 +125,7 @@ def test_a_header_of_any_claimed_length_is_read_or_refused(claimed: int, content
     read_or_refused(file_with(header, b"1234" + content, min(claimed, 200)))
 
 
-@settings(derandomize=True, max_examples=300, deadline=None)
+@settings(derandomize=True, max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.binary(min_size=1, max_size=16))
 def test_a_damaged_file_is_read_or_refused(place: int, damage: bytes) -> None:
     """What is read still has as many bytes as its shapes say."""
