@@ -109,7 +109,10 @@ answers = st.fixed_dictionaries(
     {name: st.just(value) | st.just(value) | json_values() for name, value in GOOD.items()},
     optional={name: json_values() for name in ("choices", "error", "index", "text", "logprob")},
 )
-details = st.fixed_dictionaries({"message": json_values(), "allowed": json_values()})
+details = st.fixed_dictionaries(
+    {"message": st.sampled_from(["", "no", 3, [], ["x"], {}, {"a": 1}, None])},
+    optional={"allowed": json_values()},
+)
 errors = st.fixed_dictionaries({"error": details})
 datas = (answers | errors | json_values()).map(json.dumps) | st.text(max_size=10)
 known = st.sampled_from(["token", "done", "error", "message"])
