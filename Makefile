@@ -6,6 +6,7 @@ PYTHON   ?= python3
 # Passed to pip when the environment is made: for instance an index that has PyTorch's CPU-only wheels, which are a
 # tenth of the size of the default ones. Any build of the release in constraints.txt will do.
 PIP_ARGS ?=
+SOAK_MINUTES ?= 60
 
 BIN    := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -14,7 +15,7 @@ PYTHON_IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11) and "CRM
 # The environments of tests/e2e/openai_clients. Where vLLM or guidellm is in .venv-clients/ too, under its name, their benchmarks are clients as well.
 CLIENTS  ?= common instructor llama-index
 
-.PHONY: setup supply serve test check test-gpu e2e clients train ablate bench docs lock sbom audit lint-image clean
+.PHONY: setup supply serve test check test-gpu e2e soak clients train ablate bench docs lock sbom audit lint-image clean
 
 setup: .venv/.installed  ## make .venv, once; again only when pyproject.toml or constraints.txt changes
 
@@ -34,7 +35,10 @@ test: setup  ## all tests except the long ones and those that need a GPU
 
 e2e: setup clients  ## the long tests, on the real model, with other people's clients
 	$(BIN)/pip install -qq --prefer-binary $(PIP_ARGS) -c constraints.txt --group e2e
-	$(BIN)/python -m pytest -m e2e
+	$(BIN)/python -m pytest -m e2e --ignore tests/e2e/test_soak.py
+
+soak: setup  ## an hour of mixed load, churn, wrong input and kills, or SOAK_MINUTES of it
+	$(BIN)/python -m pytest -m e2e tests/e2e/test_soak.py --soak-minutes $(SOAK_MINUTES)
 
 clients: $(CLIENTS:%=.venv-clients/%/.installed)  ## the OpenAI clients of the long tests, versions pinned
 	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory .venv-clients/node/.installed; else echo 'no npm: the AI SDK is left out'; fi

@@ -256,6 +256,7 @@ class EngineStats(EngineCounters, PoolCounters):
         num_requests_running: requests with a running sequence.
         num_requests_waiting: requests with a waiting sequence.
         kv_cache_usage: the share of blocks in use, from 0 to 1.
+        adapter_uses: uses of adapters by running sequences; a task adapter and a backbone are two.
         resident: digests of the adapters in memory.
         running_adapters: digests of the task adapters of running requests.
         waiting_adapters: digests of the task adapters of waiting requests.
@@ -266,6 +267,7 @@ class EngineStats(EngineCounters, PoolCounters):
     num_requests_running: int = 0
     num_requests_waiting: int = 0
     kv_cache_usage: float = 0.0
+    adapter_uses: int = 0
     resident: tuple[str, ...] = ()
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()

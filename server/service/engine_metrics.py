@@ -40,6 +40,7 @@ ENGINE_METRICS = (
     _GAUGE("num_requests_running", "num_requests_running", "Requests in the running batch."),
     _GAUGE("num_requests_waiting", "num_requests_waiting", "Requests in the queue."),
     _GAUGE("kv_cache_usage", "kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1."),
+    _GAUGE("adapter_uses", "adapter_uses", "Uses of adapters by running sequences; 0 when idle."),
     _COUNTER("num_steps", "engine_steps", "Forward steps."),
     _COUNTER("num_preemptions", "num_preemptions", "Sequences preempted and computed again."),
     _COUNTER("prompt_tokens", "prompt_tokens", "Prompt tokens, cached ones too."),

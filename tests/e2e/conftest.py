@@ -15,3 +15,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="folder that debootstrap made, for tests/e2e/test_image.py; default: a new one",
     )
+    parser.addoption(
+        "--soak-minutes",
+        type=float,
+        default=60.0,
+        help="how many minutes tests/e2e/test_soak.py runs; the server is killed every ten, and "
+        "twice at least",
+    )

@@ -6,6 +6,7 @@ lm-eval scores the server as it scores the weights with its own Hugging Face bac
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from api_keys import add
 from paths import STORE
 from server_process import running_server
 
+from crma.access.scope import Scope
 from crma.core.selection import Variant
 from crma.data.splits import load_split
 from crma.evaluation.offline import Served
@@ -210,17 +213,55 @@ def test_lm_eval_scores_the_server_as_it_scores_the_weights(
         assert chat_answers(tasks, address, model) == theirs.answers
 
 
-def test_schemathesis_finds_no_fault_and_no_undocumented_answer(
-    address: str, tmp_path: Path
-) -> None:
-    """A 504 is not a fault: the request chooses its deadline, and may choose an absurd one."""
+def check_with_schemathesis(address: str, folder: Path, key: str | None = None) -> None:
+    """Have schemathesis look for faults and undocumented answers.
+
+    A 504 is not a fault: the request chooses its deadline, and may choose an absurd one.
+
+    Args:
+        folder: for its configuration.
+        key: that it sends; None: none.
+    """
     pytest.importorskip("schemathesis")
-    (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS_CONFIG)
+    (folder / "schemathesis.toml").write_text(SCHEMATHESIS_CONFIG)
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json"]
     command += ["--url", address]
     command += ["--checks", ",".join(SCHEMATHESIS_CHECKS)]
     command += ["--max-examples", "20"]
     command += ["--phases", "examples,fuzzing"]
     command += ["--request-timeout", "120"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    if key is not None:
+        command += ["--header", f"Authorization: {key}"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert found.returncode == 0, found.stdout[-3000:]
+
+
+def test_schemathesis_finds_no_fault_and_no_undocumented_answer(
+    address: str, tmp_path: Path
+) -> None:
+    check_with_schemathesis(address, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """The address of a server whose store may be changed, and scope -> a key for it."""
+    folder = tmp_path_factory.mktemp("keyed")
+    shutil.copytree(STORE, folder / "store", ignore=shutil.ignore_patterns(".lock"))
+    file = folder / "keys.json"
+    keys = {scope: add(file, f"for-{scope}", scope)["Authorization"] for scope in Scope}
+    settings = {
+        "CRMA_STORE": str(folder / "store"),
+        "CRMA_KEYS_FILE": str(file),
+        "CRMA_EVALUATIONS": str(folder / "kept"),
+    }
+    with running_server(**settings) as address:
+        yield address, {**keys}
+
+
+@pytest.mark.parametrize("scope", ["none", *Scope])
+def test_schemathesis_finds_no_fault_under_any_scope(
+    scope: str, keyed: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    """On a server with keys, of which it sends one for the scope, or none."""
+    address, keys = keyed
+    check_with_schemathesis(address, tmp_path, keys.get(scope))

@@ -204,7 +204,7 @@ def read_json(text: str | bytes) -> object:
     """Decode JSON; raises ProtocolError if it is none."""
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: nested too deep
         raise ProtocolError(f"the answer is not JSON: {error}", value=text[:200]) from error
 
 

@@ -155,5 +155,6 @@ def _details(body: object, default_message: str) -> dict[str, Any]:
     error = body.get("error") if isinstance(body, Mapping) else None
     given = error if isinstance(error, Mapping) else {}
     details = {key: given.get(key) for key in ("code", "field", "value", "allowed")}
-    details["message"] = given.get("message") or default_message
+    message = given.get("message")
+    details["message"] = message if message and isinstance(message, str) else default_message
     return details

@@ -20,7 +20,7 @@ class EventParser:
     def __init__(self) -> None:
         utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-        self._unfinished_line = ""
+        self._unfinished_line: list[str] = []  # in pieces: joined once, when it ends
         self._name = ""
         self._data: list[str] = []
 
@@ -29,9 +29,11 @@ class EventParser:
 
         Invalid UTF-8 becomes U+FFFD, as the standard asks.
         """
-        text = self._unfinished_line + self._decoder.decode(chunk)
-        *lines, self._unfinished_line = text.split("\n")
-        for line in lines:
+        first, *others = self._decoder.decode(chunk).split("\n")
+        self._unfinished_line.append(first)
+        for next_line in others:
+            line = "".join(self._unfinished_line)
+            self._unfinished_line = [next_line]
             field, _, value = line.partition(":")
             if field == "event":
                 self._name = value.removeprefix(" ")

@@ -344,6 +344,7 @@ class AsyncEngine:
             num_requests_running=_num_requests(scheduler.running),
             num_requests_waiting=scheduler.waiting.num_requests(),
             kv_cache_usage=1 - blocks.num_free / blocks.capacity,
+            adapter_uses=self.pool.num_users(),
             resident=self.pool.resident(),
             running_adapters=_task_digests(scheduler.running),
             waiting_adapters=tuple(sorted(scheduler.waiting.tasks())),

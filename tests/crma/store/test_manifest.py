@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from json_values import json_values
 from paths import STORE
 
 from crma.core.digests import content_digest, file_digest
-from crma.core.errors import InvalidAdapter
+from crma.core.errors import DigestMismatch, InvalidAdapter, StoreError
 from crma.core.files import parse_json, to_json
 from crma.store.channels import CHANNELS, Channels
 from crma.store.manifest import (
@@ -91,3 +94,45 @@ def test_anything_but_one_json_object_of_finite_numbers_is_refused(data: bytes) 
 def test_the_examples_on_the_formats_page_are_valid() -> None:
     assert made(TASK).keys() == EXAMPLE.keys()
     parse_record(Channels, to_json(CHANGES), CHANNELS).check_integrity()
+
+
+Kind = type[TaskManifest] | type[BackboneManifest]
+
+
+def read_or_refused(kind: Kind, data: bytes) -> TaskManifest | BackboneManifest | StoreError:
+    """The manifest, or the error that names the field; both in a bounded time."""
+    try:
+        return parse_record(kind, data, MANIFEST)
+    except (InvalidAdapter, DigestMismatch) as error:
+        refused = error
+    assert refused.field
+    assert len(str(refused)) < 5000
+    return refused
+
+
+def kind_of(values: dict[str, Any]) -> Kind:
+    return TaskManifest if values is TASK else BackboneManifest
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(st.sampled_from([TASK, BACKBONE]), st.data())
+def test_a_manifest_with_any_field_changed_is_read_as_it_is_or_refused(
+    values: dict[str, Any], data: st.DataObject
+) -> None:
+    """What is read is written as it was: no field is dropped, and none is turned into another."""
+    manifest = made(values)
+    field = data.draw(st.sampled_from([*manifest, "surprise"]))
+    manifest[field] = data.draw(json_values())
+    read = read_or_refused(kind_of(values), json.dumps(manifest).encode())
+    if not isinstance(read, StoreError):
+        assert json.loads(to_json(read)) == manifest
+        assert parse_record(kind_of(values), to_json(read), MANIFEST) == read
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 1999), st.integers(0, 50))
+def test_a_damaged_manifest_is_read_or_refused(damage: bytes, start: int, length: int) -> None:
+    intact = to_json(made(TASK))
+    start %= len(intact)
+    damaged = intact[:start] + damage + intact[start + length :]
+    read_or_refused(TaskManifest, damaged)

@@ -1,8 +1,17 @@
 """Stored tensors: the bytes of safetensors' torch module, and torch's view of which are finite."""
 
+import json
+import struct
+import tracemalloc
+from typing import Any
+
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from json_values import json_values
 
 from crma.core.errors import InvalidAdapter
 from crma.store.stored_tensor import StoredTensor, read_tensors, write_tensors
@@ -58,3 +67,98 @@ def test_other_dtypes_are_refused() -> None:
     for refusal in (lambda: tensor.check_dtype("a"), tensor.to_torch):
         with pytest.raises(InvalidAdapter, match="Unsupported dtype"):
             refusal()
+
+
+MAX_MEMORY = 2**20  # bytes, for files of a few hundred
+
+
+def read_or_refused(data: bytes) -> dict[str, StoredTensor] | None:
+    """What a file holds; None if it was refused by name. Neither takes more memory than a file."""
+    tracemalloc.start()
+    found = refused = None
+    try:
+        found = read_tensors(data, "f")
+    except InvalidAdapter as error:
+        refused = error
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < MAX_MEMORY
+    assert refused is None or refused.field == "f"
+    return found
+
+
+def file_with(header: Any, content: bytes, claimed: int | None = None) -> bytes:
+    """A file with a header, whose length is claimed to be another one."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    length = len(text) if claimed is None else claimed
+    return struct.pack("<Q", length) + text + content
+
+
+sizes = st.integers(-2, 2**64) | st.sampled_from([0, 1, 2, 4, 8, 2**31, 2**62, 2**63 - 1, 10**30])
+tensor_headers = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "BF16", "F16", "F64", "I8", "F8_E4M3", "X"])
+        | json_values(),
+        "shape": st.lists(sizes, max_size=4) | json_values(),
+        "data_offsets": st.lists(sizes, max_size=3) | json_values(),
+        "surprise": json_values(),
+    },
+)
+headers = st.dictionaries(
+    st.text(max_size=8) | st.just("__metadata__"), tensor_headers | json_values(), max_size=4
+)
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(headers | json_values() | st.binary(max_size=60), st.binary(max_size=64))
+def test_a_file_with_any_header_is_read_or_refused(header: Any, content: bytes) -> None:
+    read_or_refused(file_with(header, content))
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(st.integers(0, 2**64 - 1), st.binary(max_size=64))
+def test_a_header_of_any_claimed_length_is_read_or_refused(claimed: int, content: bytes) -> None:
+    """A length of 2^63 must not be allocated."""
+    header = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    read_or_refused(file_with(header, content, claimed))
+    read_or_refused(file_with(header, b"1234" + content, min(claimed, 200)))
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(st.integers(0, 10**6), st.binary(min_size=1, max_size=16))
+def test_a_damaged_file_is_read_or_refused(place: int, damage: bytes) -> None:
+    """What is read still has as many bytes as its shapes say."""
+    intact = write_tensors({name: StoredTensor.of(tensor) for name, tensor in MIXED.items()})
+    place %= len(intact)
+    damaged = intact[:place] + damage + intact[place + len(damage) :]
+    widths = {"F32": 4, "BF16": 2, "F16": 2}
+    for tensor in (read_or_refused(damaged) or {}).values():
+        if tensor.dtype in widths:
+            assert tensor.data.nbytes == tensor.numel * widths[tensor.dtype]
+
+
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+dtypes = st.sampled_from(["F32", "BF16", "F16"])
+shapes = st.lists(st.integers(0, 4), max_size=3)
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(
+    st.dictionaries(names, st.tuples(st.sampled_from(["F32", "BF16", "F16"]), shapes)), st.data()
+)
+def test_tensors_of_any_name_and_shape_come_back_bit_for_bit(
+    specs: dict[str, tuple[str, list[int]]], data: st.DataObject
+) -> None:
+    """NaN included: the bytes are kept, whatever number they are."""
+    specs.pop("__metadata__", None)  # the format's own
+    stored = {}
+    for name, (dtype, shape) in specs.items():
+        length = int(np.prod(shape)) * (4 if dtype == "F32" else 2)
+        content = data.draw(st.binary(min_size=length, max_size=length))
+        stored[name] = StoredTensor(dtype, tuple(shape), np.frombuffer(content, np.uint8))
+    found = read_tensors(write_tensors(stored), "f")
+    assert found.keys() == stored.keys()
+    for name, tensor in found.items():
+        assert (tensor.dtype, tensor.shape) == (stored[name].dtype, stored[name].shape)
+        assert tensor.data.tobytes() == stored[name].data.tobytes()

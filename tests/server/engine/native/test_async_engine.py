@@ -142,6 +142,19 @@ async def check_unread_was_aborted(unread: AsyncIterator[RequestOutput]) -> None
     assert [output.finish_reason for output in outputs] == [FinishReason.ABORT] * 2
 
 
+async def test_stats_show_what_running_sequences_hold_and_nothing_afterwards(start: Any) -> None:
+    served = start()
+    stream = served.engine.submit(ask("long", BOTH, max_tokens=300))
+    await anext(stream)
+    stats = served.engine.stats()
+    assert stats.adapter_uses == 2
+    assert stats.kv_cache_usage > 0
+    await stream.aclose()
+    await served.settled()
+    stats = served.engine.stats()
+    assert (stats.adapter_uses, stats.kv_cache_usage) == (0, 0.0)
+
+
 async def test_a_request_can_be_aborted_at_every_stage(start: Any) -> None:
     served = start(go=False, max_num_seqs=1)
     tasks, unread = await begin_at_every_stage(served)
