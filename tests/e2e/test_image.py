@@ -20,6 +20,11 @@ from image import USER_ID, Image, enter, environment, make_base
 from crma.core.cache import cache_home
 
 NEEDED = ("debootstrap", "unshare", "chroot")
+EXTRAS = (  # what the server imports once a setting asks for it
+    "model_signing.verifying",
+    "psycopg",
+    "opentelemetry.exporter.otlp.proto.http.trace_exporter",
+)
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "as", "ld", "make")
 
 pytestmark = [
@@ -131,10 +136,21 @@ def test_it_is_not_root_and_writes_to_its_volume_only(container: Container) -> N
     assert f"Uid:\t{USER_ID}\t{USER_ID}" in status
 
 
+def test_it_keeps_jobs_in_its_volume(container: Container) -> None:
+    """Which needs the migrations: they are found by their folder, not by imports."""
+    body = {"question_set": "public", "variants": ["base"], "background": True}
+    status, started = container.ask("/ablation", body, "secret")
+    assert status == 202, started
+    kept = container.volume / "evaluations" / "records.sqlite3"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    status, job = container.ask(f"/ablation/{started['id']}", key="secret")
+    assert (status, job["status"]) in [(200, "queued"), (200, "running")], job
+
+
 def test_all_its_packages_fit_together(container: Container) -> None:
     done = container.run("python", "-m", "pip", "check")
     assert done.returncode == 0, done.stdout
-    for module in ("server.app", "model_signing.verifying"):  # whose needs pip may not know of
+    for module in ("server.app", *EXTRAS):  # whose needs pip may not know of
         done = container.run("python", "-c", f"import {module}")
         assert done.returncode == 0, done.stderr
     assert container.run("crma", "verify", "adapters_store").returncode == 0
