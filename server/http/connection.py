@@ -7,6 +7,7 @@ h11, limits the size of a head and nothing else, and is written in Python.
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from server.service.errors import (
 )
 
 FIELD_BYTES = 32  # that a header counts beside its text, as in HTTP/2: each costs memory and time
+LINGER_S = 2.0  # for a client that was refused to read it and close
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,7 @@ class Door:
             oldest = next(iter(self.waiting), None)
             if oldest is None:
                 return False
-            oldest.leave()
-            oldest.transport.abort()
-            self.refusals.add(DISPLACED, oldest.client)
+            oldest.make_room()
         self.num_open += 1
         return True
 
@@ -96,6 +96,7 @@ class Connection(HttpToolsProtocol):
         self._reads_body = False
         self._head_bytes = 0
         self._refusal: ApiError | None = None
+        self._is_refused = False
         self._late: asyncio.TimerHandle | None = None  # when the client has to have sent it
         self._unread: asyncio.TimerHandle | None = None  # when it has to have read
 
@@ -130,6 +131,13 @@ class Connection(HttpToolsProtocol):
             self._door.num_open -= 1
             self._door = None
 
+    def make_room(self) -> None:
+        """Close at once, for another connection."""
+        if not self._is_refused:
+            self._refusals.add(DISPLACED, self.client)
+        self.leave()
+        self.transport.abort()
+
     def _wait(self) -> None:
         """From now on, something has to come from the client."""
         if self._door is not None:
@@ -139,7 +147,7 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on; refuse a head that grows too large."""
-        if self._door is None:
+        if self._door is None or self._is_refused:
             return
         in_head = self._reads_head
         super().data_received(data)
@@ -244,8 +252,23 @@ class Connection(HttpToolsProtocol):
             for name, value in error.headers.items():
                 head.append(f"{name.lower()}: {value}\r\n".encode())
             self.transport.write(b"".join([*head, b"\r\n", body]))
-        self.transport.close()
-        self._abort_unless_read()
+        if self._door is None or self._is_answering:
+            self.transport.close()
+            self._abort_unless_read()
+        else:
+            self._close_when_client_does()
+
+    def _close_when_client_does(self) -> None:
+        """Say that no more comes, and pass over what the client sends until it closes.
+
+        If the server closed while a byte of the client was on its way, the system would answer with
+        a reset, and the client could lose what it has not read yet.
+        """
+        self._is_refused = True
+        self._expect(None)
+        self._wait()
+        self.transport.write_eof()
+        self._abort_unless_read(LINGER_S)
 
     # Time --------------------------------------------------------------------------------------
 
@@ -276,10 +299,10 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
         self._abort_unless_read()
 
-    def _abort_unless_read(self) -> None:
+    def _abort_unless_read(self, most_s: float = math.inf) -> None:
         """Closing waits until the client has read what was written: not for ever."""
         if self._unread is None:
-            timeout_s = self._limits.stall_timeout_s
+            timeout_s = min(self._limits.stall_timeout_s, most_s)
             self._unread = self.loop.call_later(timeout_s, self.transport.abort)
 
     def _trust_to_read(self) -> None:

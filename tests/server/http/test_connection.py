@@ -152,7 +152,6 @@ async def test_half_a_head_is_answered_408_after_its_time(serve: Serve, part: by
     assert body["error"]["field"] == "headers"
     assert body["error"]["allowed"] == "<= 0.2 s"
     assert await client.end() == b""
-    assert port.door.num_open == 0
 
 
 async def test_a_client_that_sends_nothing_is_closed_without_a_word(serve: Serve) -> None:
@@ -169,6 +168,25 @@ async def test_sending_slowly_gains_no_time(serve: Serve) -> None:
         await client.send(bytes([byte]))
         await asyncio.sleep(0.02)
     assert (await client.answer())[0] == 408
+
+
+async def test_a_client_that_still_sends_can_read_why_it_was_refused(serve: Serve) -> None:
+    """Closing while something was on its way reset the connection, and the answer was lost."""
+    client = await (await serve(stall_timeout_s=NEVER)).connect()
+    await client.send(b"GET / HTTP/1.1\r\nX: " + b"x" * (4 << 20))
+    assert (await client.answer())[0] == 431
+    await client.send(b"x" * (4 << 20))
+    assert await client.end() == b""
+
+
+async def test_a_client_that_was_refused_cannot_stay(serve: Serve) -> None:
+    port = await serve()
+    client = await port.connect()
+    await client.send(b"no HTTP\r\n\r\n")
+    assert (await client.answer())[0] == 400
+    async with asyncio.timeout(10):
+        while port.door.num_open:
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("between", [b"", b"\r\n"], ids=["nothing", "an empty line"])
