@@ -28,7 +28,7 @@ class QuestionLines:
         self.num_items = 0
         self._name = name
         self._num_lines = 0
-        self._rest = b""
+        self._rest = bytearray()
         self._ids = QuestionIds()
         self._digest = QuestionsDigest()
 
@@ -39,8 +39,12 @@ class QuestionLines:
             ConfigError: as `parse_question_set`; or there are too many questions, or a line is
                 longer than MAX_LINE_BYTES.
         """
-        *lines, self._rest = (self._rest + piece).split(b"\n")
-        questions = [question for line in lines for question in self._read_line(line)]
+        first, *others = piece.split(b"\n")
+        self._rest += first  # in place: a line may come byte by byte
+        questions: list[Question] = []
+        for begun in others:
+            questions += self._read_line(bytes(self._rest))
+            self._rest = bytearray(begun)
         self._check_length(self._rest)
         return questions
 
@@ -49,7 +53,7 @@ class QuestionLines:
 
         Raises ConfigError as `read`, or if there was no question at all.
         """
-        questions = self._read_line(self._rest)
+        questions = self._read_line(bytes(self._rest))
         check_size(self._name, self.num_items)
         return questions, self._digest.value
 
@@ -74,7 +78,7 @@ class QuestionLines:
     def _place(self) -> str:
         return f"{self._name} line {self._num_lines}"
 
-    def _check_length(self, line: bytes) -> None:
+    def _check_length(self, line: bytes | bytearray) -> None:
         if len(line) > MAX_LINE_BYTES:
             place = f"{self._name} line {self._num_lines + 1}"
             allowed = f"<= {MAX_LINE_BYTES} bytes"
