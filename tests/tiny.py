@@ -34,9 +34,9 @@ from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry
 from server.engine.native.adapter_pool import AdapterPool
 from server.engine.native.block_pool import BlockPool, root_key
+from server.engine.native.cpu_class import own_classes
 from server.engine.native.engine import Engine
 from server.engine.native.kernel import Kernel
-from server.engine.native.cpu_class import own_classes
 from server.engine.native.kernel_build import build
 from server.engine.native.model_runner import ModelRunner
 from server.engine.native.scheduler import Scheduler

@@ -1,10 +1,10 @@
 """`python -m bench.kernels`: the native kernel's products against torch's, in turn.
 
-It prints a line of JSON for each number of rows: the milliseconds of all linears and the head of one
+It prints a line of JSON for each number of rows: the milliseconds of all linears and the head of a
 step of the default base model, whose shapes it takes and whose weights it does not need, and the
-share of the machine's limits. The limits come first: bytes read per second, and the rate of a large
-product, the better of torch's and the kernel's. Prompts need no head for all of their rows, so from
-128 rows on it is left out.
+shares of the machine's limits. The limits come first: bytes read per second, and the rate of a
+large product, the better of torch's and the kernel's. Prompts need the head for one row only, so it
+is left out where there are many rows.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in ways}
     for repetition in range(repetitions + 1):
         for name, way in ways.items():
-            taken = seconds(lambda way=way: step(way, inputs, rows))
+            taken = seconds(partial(step, way, inputs, rows))
             if repetition:
                 times[name].append(taken)
     return times

@@ -105,6 +105,4 @@ def _compile(command: list[str]) -> None:
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         message = f"{command[0]} does not build the kernel: {run.stderr.strip()[:500]}"
-        raise ConfigError(
-            message, field="kernel", value="on", allowed="a compiler of C++20"
-        )
+        raise ConfigError(message, field="kernel", value="on", allowed="a compiler of C++20")

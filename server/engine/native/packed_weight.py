@@ -57,4 +57,5 @@ class PackedWeight:
 
 def is_exact_in_bfloat16(weight: Tensor) -> bool:
     """Whether rounding a weight to bfloat16 changes none of its values."""
-    return all(torch.equal(part.bfloat16().to(part.dtype), part) for part in weight.split(1024))
+    parts = torch.split(weight, 1024)  # so that no copy is as large as the weight
+    return all(torch.equal(part.bfloat16().to(part.dtype), part) for part in parts)
