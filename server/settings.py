@@ -72,8 +72,10 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = _setting(
         "auto", "Where the model runs; auto: CUDA if there is one."
     )
-    kernel: Literal["auto", "on", "off"] = _setting(
-        "auto", "Native CPU kernel; auto: where a compiler builds it."
+    kernel: Literal[
+        "auto", "on", "off", "amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "generic"
+    ] = _setting(
+        "auto", "Native CPU kernel; auto: where a compiler builds it; or the class of processors."
     )
     num_threads: int = _setting(0, "CPU threads of the model; 0: one per core.", ge=0)
 

@@ -34,6 +34,7 @@ from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry
 from server.engine.native.adapter_pool import AdapterPool
 from server.engine.native.block_pool import BlockPool, root_key
+from server.engine.native.cpu_class import own_classes
 from server.engine.native.engine import Engine
 from server.engine.native.kernel import Kernel
 from server.engine.native.kernel_build import build
@@ -68,6 +69,7 @@ FAMILIES: dict[str, partial[PretrainedConfig]] = {
     "phi3": partial(transformers.Phi3Config, **SIZES, **GQA),
     "gpt_neox": partial(transformers.GPTNeoXConfig, **SIZES),
 }
+TIED = {"llama_tied": partial(transformers.LlamaConfig, **SIZES, **GQA, tie_word_embeddings=True)}
 # Models whose rotary frequencies depend on the length of a sequence, from 13 tokens on.
 LONGROPE = {
     "rope_type": "longrope",
@@ -101,7 +103,7 @@ def injection(family: str = "llama") -> Injection:
     One per process: tests that change the model take a `fresh` copy.
     """
     torch.manual_seed(0)
-    config = {**FAMILIES, **SCALED}[family]()
+    config = {**FAMILIES, **TIED, **SCALED}[family]()
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() == 1:  # norms start at 1 and biases at 0, which would hide mistakes
@@ -227,7 +229,8 @@ def library() -> Path | None:
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     try:
-        return build(Path(folder.name))
+        measured = [each for each in own_classes() if each.is_measured]
+        return build(Path(folder.name), measured[0])
     except ConfigError:
         return None
 

@@ -1,5 +1,7 @@
 """Loads a pulled base model: frozen, on a device, in a dtype that the hardware computes in."""
 
+import platform
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -51,7 +53,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         ConfigError: `dtype` is none of these.
     """
     if dtype == "auto":
-        return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
+        return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if dtype not in dtypes:
         message = f"dtype: {dtype!r} is not supported"
@@ -59,9 +61,13 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return dtypes[dtype]
 
 
-def _computes_in_bfloat16(device: torch.device) -> bool:
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 itself."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
+    if platform.machine() == "x86_64":
+        # torch calls every AVX-512 supported; without the instructions it converts to float.
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

@@ -15,9 +15,11 @@ from crma.method.injection import Injection
 from server.engine.native.decoder import Decoder
 from server.engine.native.engine import Engine
 from server.engine.native.lora_stack import StackedRows
+from server.engine.native.packed_weight import PackedWeight
 from server.engine.request import SamplingParams
 
 COVERED = ("llama", "mistral", "qwen2", "qwen3")
+TIED = "llama_tied"
 TOLERANCE = 1e-4  # of a log-probability, in fp32
 ALL_LOGPROBS = SamplingParams(9, logprobs=1, prompt_logprobs=1)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -52,9 +54,17 @@ def of_tokens(world: World, call: Call, answer: Answer) -> Tensor:
     return world.distribution(call, answer.tokens).gather(-1, tokens)[:, 0]
 
 
-def taken(family: str, dtype: torch.dtype, *, native: bool = False) -> tuple[Engine, World]:
-    """An engine that has taken a model's weights, and an oracle with the same ones."""
+def taken(
+    family: str, dtype: torch.dtype, *, native: bool = False, is_rounded: bool = False
+) -> tuple[Engine, World]:
+    """An engine that has taken a model's weights, and an oracle with the same ones.
+
+    Args:
+        is_rounded: the weights are those of a checkpoint in bf16, which the kernel multiplies.
+    """
     original = tiny.injection(family)
+    if is_rounded:
+        original = Injection(tiny.fresh(original).bfloat16().float())
     world = World(Injection(tiny.fresh(original).to(dtype)), tiny.adapters(original))
     model = Injection(tiny.fresh(original).to(dtype))
     limits = {"max_num_seqs": 16, "max_resident": 5}
@@ -99,6 +109,22 @@ def test_it_computes_what_the_modules_compute(
     if dtype == torch.bfloat16:
         assert is_rounded_like_the_modules(engine, world, family)
         return
+    calls = one_call_a_selection(ALL_LOGPROBS)
+    for call, answer in zip(calls, answers(engine, world, calls), strict=True):
+        expected = of_tokens(world, call, answer)
+        torch.testing.assert_close(logprobs(answer), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("family", [*COVERED, TIED])
+def test_weights_in_bf16_are_multiplied_in_fp32_and_are_in_memory_once(family: str) -> None:
+    """As exact as fp32 weights, also where the embedding is the head's packed weight."""
+    engine, world = taken(family, torch.float32, native=True, is_rounded=True)
+    decoder = engine.runner.decoder
+    assert decoder is not None
+    if decoder.kernel is None:
+        pytest.skip("no C++ compiler")
+    if family == TIED:
+        assert isinstance(decoder._embedding.weight, PackedWeight)
     calls = one_call_a_selection(ALL_LOGPROBS)
     for call, answer in zip(calls, answers(engine, world, calls), strict=True):
         expected = of_tokens(world, call, answer)

@@ -82,17 +82,17 @@ def test_an_int8_product_is_that_of_the_rounded_row_and_weight(kernel: Kernel, r
     assert error.amax() <= int8.scales.amax() / 2 * 1.0001
     steps = x.float().abs().amax(1, keepdim=True) / 127
     rounded_x = (x.float() / steps).round() * steps
-    found = kernel.product(x, int8)
+    found = kernel.product_int8(x, int8)
     rtol = relative_tolerance(kernel, 1e-5)
     torch.testing.assert_close(found.float(), rounded_x @ rounded_weight.T, rtol=rtol, atol=1e-4)
-    assert torch.equal(found[-1:], kernel.product(x[-1:], int8))
+    assert torch.equal(found[-1:], kernel.product_int8(x[-1:], int8))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 9])
 def test_a_row_that_is_not_finite_has_an_int8_product_of_nan(kernel: Kernel, rows: int) -> None:
     x = draw(kernel, rows, 100)
     x[0, 3] = torch.inf
-    product = kernel.product(x, Int8Weight.of(draw(kernel, 36, 100)))
+    product = kernel.product_int8(x, Int8Weight.of(draw(kernel, 36, 100)))
     assert product.isnan().all(-1).tolist() == [True] + [False] * (rows - 1)
 
 

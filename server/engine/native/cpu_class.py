@@ -1,4 +1,7 @@
-"""Classes of processors: what the kernel is built for before it is known where it will run."""
+"""Classes of processors, for each of which the kernel is built.
+
+A class needs no more than Linux lists for a core; on other systems there is only `generic`.
+"""
 
 import platform
 from dataclasses import dataclass
@@ -9,6 +12,12 @@ _LISTS = ("flags", "Features")  # how Linux names the list of a core: on x86, on
 
 _V3 = frozenset({"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
 _V4 = _V3 | {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
+_VNNI = _V4 | {"avx512_vnni"}
+_BF16 = _VNNI | {"avx512_bf16"}
+_AMX = _BF16 | {"amx_tile", "amx_bf16"}
+
+_V4_OPTIONS = ("-march=x86-64-v4", "-mprefer-vector-width=512")
+_BF16_OPTIONS = (*_V4_OPTIONS, "-mavx512vnni", "-mavx512bf16")
 
 
 @dataclass(frozen=True)
@@ -16,36 +25,37 @@ class CpuClass:
     """Processors that one build of the kernel suits.
 
     Args:
-        name: part of the name of the built file.
-        machine: as `platform.machine` says it.
+        name: how the setting `kernel` names it; part of the name of the built file.
+        machine: as `platform.machine` says it; None: any.
         options: of the compiler.
         needs: what Linux must list for a core, or the build would be killed by an instruction.
+        multiplies_bfloat16: as it is; others multiply float.
+        is_measured: on such a processor. One that is not is chosen only by name.
     """
 
     name: str
-    machine: str
+    machine: str | None
     options: tuple[str, ...]
     needs: frozenset[str]
+    multiplies_bfloat16: bool = False
+    is_measured: bool = True
 
 
-# Of each machine, the best class first. The kernel has code of its own for VNNI (8-bit products);
-# AMX and AVX512-BF16 would change nothing, because torch computes the other products.
-CPU_CLASSES = (
-    CpuClass(
-        "avx512-vnni",
-        "x86_64",
-        ("-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"),
-        _V4 | {"avx512_vnni"},
-    ),
-    CpuClass("avx512", "x86_64", ("-march=x86-64-v4", "-mprefer-vector-width=512"), _V4),
+GENERIC = CpuClass("generic", None, (), frozenset())  # on Arm it has NEON
+
+CPU_CLASSES = (  # the best first
+    CpuClass("amx", "x86_64", (*_BF16_OPTIONS, "-mamx-tile", "-mamx-bf16"), _AMX, True, False),
+    CpuClass("avx512bf16", "x86_64", _BF16_OPTIONS, _BF16, True, False),
+    CpuClass("avx512vnni", "x86_64", (*_V4_OPTIONS, "-mavx512vnni"), _VNNI),
+    CpuClass("avx512", "x86_64", _V4_OPTIONS, _V4),
     CpuClass("avx2", "x86_64", ("-march=x86-64-v3",), _V3),
-    CpuClass("armv8", "aarch64", ("-march=armv8-a",), frozenset({"asimd"})),
+    GENERIC,
 )
 
 
 def classes_of(machine: str) -> list[CpuClass]:
-    """The classes of a machine, best first; none for one that has no class."""
-    return [each for each in CPU_CLASSES if each.machine == machine]
+    """The classes of a machine, best first."""
+    return [each for each in CPU_CLASSES if each.machine in (machine, None)]
 
 
 def own_classes() -> list[CpuClass]:

@@ -1,7 +1,7 @@
 """A lean forward pass for Llama-like models, from a Hugging Face model's configuration and weights.
 
 It saves three things against transformers' modules: linears that read the same input are one
-product, weights are laid out as the CPU's matrix unit reads them, and a layer takes some twenty
+product, weights are laid out as the processor reads them best, and a layer takes some twenty
 operations. It computes what the modules compute, and they are its oracle. In bf16 it also rounds
 where they round, except in the sum of a linear and its adapters.
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, rms_norm, silu
+from torch.nn.functional import linear, rms_norm, silu
 from transformers import PreTrainedModel
 
 from crma.method.backbone import FoldedPair
@@ -26,10 +26,11 @@ from crma.method.injection import (
     embedding_shape,
     head_shape,
 )
-from server.engine.native.joined_linear import Linear, join
+from server.engine.native.joined_linear import JoinedLinear, Linear, join
 from server.engine.native.kernel import Kernel
 from server.engine.native.kv_cache import PagedKv, attend
 from server.engine.native.lora_stack import NO_ADAPTER, Site
+from server.engine.native.token_embedding import TokenEmbedding
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [T, 1, e], the first half of the sines negated
 Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # h, positions -> cosines, sines
@@ -93,8 +94,8 @@ class Decoder:
         model: gives configuration and weights, which both share.
         take_weights: empty the model, so that no weight is in memory twice; afterwards only the
             decoder can compute.
-        kernel: computes everything except the products; None: torch does.
-        int8: round the linears' weights to 8 bits and let the kernel compute their products.
+        kernel: None: torch computes everything.
+        int8: round the linears' weights to 8 bits; needs the kernel.
         rotary: takes the place of the model's rotary embedding.
     """
 
@@ -119,14 +120,16 @@ class Decoder:
         tokens: nn.Embedding = model.get_input_embeddings()
         if take_weights:
             _own_unpacked_weights(model, tokens)
-        self._int8 = kernel if int8 else None
+        self._int8 = int8
         self._frozen: dict[str, FrozenLinear] = {}
         self._rotary: Rotary = rotary or inner.rotary_emb
-        self._embedding = tokens.weight.data
         self._norm = inner.norm.weight.data
         (self._embedding_path,) = embedding_shape(model)
         self._layers = [self._layer(f"{path}.{i}", block) for i, block in enumerate(blocks)]
-        self._head = self._join(tuple(head_shape(model)), [model.get_output_embeddings()])
+        head = model.get_output_embeddings()
+        joined = join([head], kernel, int8=int8)
+        self._head = self._projection(tuple(head_shape(model)), joined)
+        self._embedding = _embedding(tokens, head, joined)
         if take_weights:
             for parameter in model.parameters():
                 parameter.data = parameter.data.new_empty(0)
@@ -139,7 +142,7 @@ class Decoder:
     def frozen(self, path: str) -> FrozenLinear:
         """A linear of the model, or its embedding, by its path."""
         if path == self._embedding_path:
-            return FrozenLinear.of_embedding(self._embedding)
+            return self._embedding.frozen()
         return self._frozen[path]
 
     def _sites(self) -> Iterator[Site]:
@@ -149,15 +152,15 @@ class Decoder:
             for projection in (layer.qkv, layer.attention_out, layer.gate_up, layer.down):
                 yield projection.site
 
-    def _join(self, site: Site, linears: list[nn.Linear]) -> _Projection:
-        joined = join(linears, self._int8)
+    def _projection(self, site: Site, joined: JoinedLinear) -> _Projection:
         self._frozen.update(zip(site, joined.parts, strict=True))
         return _Projection(site, joined.linear)
 
     def _layer(self, path: str, block: Any) -> _Layer:
         def projection(names: tuple[str, ...]) -> _Projection:
             site = tuple(f"{path}.{name}" for name in names)
-            return self._join(site, [block.get_submodule(name) for name in names])
+            linears = [block.get_submodule(name) for name in names]
+            return self._projection(site, join(linears, self.kernel, int8=self._int8))
 
         shared_window = getattr(self.config, "sliding_window", None)
         return _Layer(
@@ -188,7 +191,7 @@ class Decoder:
         Returns:
             Logits [rows, vocab] of the plan's `head_rows`.
         """
-        h = embedding(input_ids, self._embedding)
+        h = self._embedding(input_ids)
         if plan.stacked is not None:
             plan.stacked.add_((self._embedding_path,), h, input_ids)
         rotation = self._rotation(h, positions)
@@ -297,6 +300,14 @@ def _backbone_in_kernel(
         kernel.add_lora(h, h, A, B.mT, offsets, spans, adapters)
 
     return add_delta
+
+
+def _embedding(tokens: nn.Embedding, head: nn.Linear, joined: JoinedLinear) -> TokenEmbedding:
+    """The model's embedding; if its weight is the head's, they share the packed one."""
+    is_tied = head.weight is tokens.weight
+    if is_tied and joined.packed is not None:
+        return TokenEmbedding(joined.packed, tokens.weight.dtype)
+    return TokenEmbedding(tokens.weight.data, tokens.weight.dtype)
 
 
 def _own_unpacked_weights(model: PreTrainedModel, tokens: nn.Embedding) -> None:

@@ -1,6 +1,6 @@
 """Linears on the same input as one product, with their outputs side by side.
 
-In bf16 on a CPU the weights are packed once, for all products, and with int8 they are rounded.
+With the kernel, weights are packed in bfloat16, or rounded to 8 bits.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from crma.method.frozen_linear import FrozenLinear, squared_norms
+from crma.models.loading import computes_in_bfloat16
 from server.engine.native.kernel import Int8Weight, Kernel
+from server.engine.native.packed_weight import PackedWeight, is_exact_in_bfloat16
 
 Linear = Callable[[Tensor], Tensor]  # [T, in] -> [T, out]
 Product = Callable[[Tensor, Tensor | None], Tensor]  # the same, of an input and the bias to add
@@ -25,26 +27,39 @@ class JoinedLinear:
     Attributes:
         linear: the product, with the biases.
         parts: each linear as an adapter needs it, which changes more than a low-rank update does.
+        packed: the weights in the kernel's layout; None: they are not in it.
     """
 
     linear: Linear
     parts: list[FrozenLinear]
+    packed: PackedWeight | None = None
 
 
-def join(linears: list[nn.Linear], int8: Kernel | None = None) -> JoinedLinear:
+def join(
+    linears: list[nn.Linear], kernel: Kernel | None = None, *, int8: bool = False
+) -> JoinedLinear:
     """Join linears on the same input.
 
-    Unless the weights are packed or rounded, those of the linears become views of the joined ones.
+    The kernel computes the product where that changes no weight, or if `int8`. Where torch does and
+    does not pack the weights, those of the linears become views of the joined ones.
 
     Args:
         linears: all with a bias, or all without.
-        int8: computes the products with weights of 8 bits; None: the weights are not rounded.
+        kernel: None: torch computes the product.
+        int8: round the weights to 8 bits; needs the kernel.
     """
     norms = [squared_norms(one.weight) for one in linears]
     bias = None
     if linears[0].bias is not None:
         bias = torch.cat([one.bias for one in linears])
-    product = _product(linears) if int8 is None else _product_in_int8(int8, linears)
+    packed = None
+    if kernel is not None and int8:
+        product = _product_in_int8(kernel, linears)
+    elif kernel is not None and _multiplies(kernel, linears):
+        packed = PackedWeight.of(torch.cat([one.weight for one in linears]))
+        product = partial(_product_of_packed, kernel, packed)
+    else:
+        product = _product(linears)
     parts = []
     stop = 0
     for one, squared in zip(linears, norms, strict=True):
@@ -52,11 +67,17 @@ def join(linears: list[nn.Linear], int8: Kernel | None = None) -> JoinedLinear:
         stop = columns.stop
         own_bias = None if bias is None else bias[columns]
         parts.append(FrozenLinear(partial(_columns, product, columns), squared, own_bias))
-    return JoinedLinear(lambda x: product(x, bias), parts)
+    return JoinedLinear(lambda x: product(x, bias), parts, packed)
 
 
 def _columns(product: Product, columns: slice, x: Tensor) -> Tensor:
     return product(x, None)[:, columns]
+
+
+def _multiplies(kernel: Kernel, linears: list[nn.Linear]) -> bool:
+    if _can_pack(linears[0].weight) and not kernel.cpu_class.multiplies_bfloat16:
+        return False
+    return all(is_exact_in_bfloat16(one.weight) for one in linears)
 
 
 def _product(linears: list[nn.Linear]) -> Product:
@@ -73,16 +94,23 @@ def _product(linears: list[nn.Linear]) -> Product:
     return lambda x, bias: linear(x, weight, bias)
 
 
+def _product_of_packed(
+    kernel: Kernel, packed: PackedWeight, x: Tensor, bias: Tensor | None
+) -> Tensor:
+    return kernel.product(x.contiguous(), packed, bias)
+
+
 def _product_in_int8(kernel: Kernel, linears: list[nn.Linear]) -> Product:
     weight = Int8Weight.of(torch.cat([one.weight for one in linears]))
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        y = kernel.product(x, weight)
+        y = kernel.product_int8(x, weight)
         return y if bias is None else y.add_(bias)
 
     return product
 
 
 def _can_pack(weight: Tensor) -> bool:
+    """Whether torch multiplies packed weights of this dtype fast."""
     in_bf16_on_cpu = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
-    return in_bf16_on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return in_bf16_on_cpu and computes_in_bfloat16(weight.device)

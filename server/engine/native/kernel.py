@@ -1,8 +1,8 @@
-"""The native kernel: everything in a decoder step except the matrix products, in C++.
+"""The native kernel: what a decoder step computes, in C++.
 
 It is optional: without it torch computes the same. With few rows, starting one of torch's
-operations costs several times its work; and the kernel's attention reads the cache in place,
-where torch's has to copy the blocks first.
+operations costs several times its work; the kernel's attention reads the cache in place, where
+torch's has to copy the blocks first; and its products read weights of half the bytes.
 
 Shapes: rows of one token each; H query heads over h key-value heads of size e; cache
 [N, z, 2h, e], N blocks of z positions.
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from crma.core.errors import ConfigError
+from server.engine.native.cpu_class import CpuClass, own_classes
 from server.engine.native.kernel_build import build
+from server.engine.native.packed_weight import PackedWeight
 from server.engine.native.prebuilt_kernel import find_prebuilt
 
 MAX_INT8 = 127
@@ -31,8 +33,10 @@ _SIGNATURES = {  # p: pointer, f: float, i: int64
     "rotate": "ppfppppiiii",
     "attend": "pippippifiiiii",
     "add_lora": "pppppppiii",
-    "product": "pppppiiii",
+    "product": "ppppiiii",
+    "product_int8": "pppppiiii",
 }
+_LONG = {"product", "product_int8"}  # calls long enough to let other threads run
 _TYPES = {"p": c_void_p, "f": c_float, "i": c_int64}
 
 
@@ -44,9 +48,15 @@ class Kernel:
     Args:
         dtype: float32 or bfloat16.
         folder: where the library is built, unless the server came with one.
+        cpu_class: name of the class that it is built for; None: the best of this processor's that
+            is measured.
+
+    Attributes:
+        cpu_class: what the library is built for.
 
     Raises:
-        ConfigError: the library cannot be built or loaded; the message says why.
+        ConfigError: the library cannot be built or loaded, or the processor is not of the class;
+            the message says why.
     """
 
     _norm: Any
@@ -55,21 +65,16 @@ class Kernel:
     _attend: Any
     _add_lora: Any
     _product: Any
+    _product_int8: Any
 
-    def __init__(self, dtype: torch.dtype, folder: Path) -> None:
+    def __init__(self, dtype: torch.dtype, folder: Path, cpu_class: str | None = None) -> None:
         self.dtype = dtype
-        try:
-            library = ctypes.CDLL(str(find_prebuilt() or build(folder)))
-        except (OSError, subprocess.SubprocessError) as error:
-            message = f"the kernel cannot be built or loaded: {error}"
-            raise ConfigError(
-                message, field="kernel", value="on", allowed=f"a writable folder {folder}"
-            ) from error
+        self.cpu_class, library = _load(folder, cpu_class)
         suffix = str(dtype).removeprefix("torch.")
         for name, types in _SIGNATURES.items():
-            # PYFUNCTYPE keeps the interpreter lock: most calls are short, and taking the lock back
-            # can take long. A product is long enough to let other threads run.
-            prototype = ctypes.CFUNCTYPE if name == "product" else ctypes.PYFUNCTYPE
+            # PYFUNCTYPE keeps the interpreter lock: taking it back after a short call can take
+            # long.
+            prototype = ctypes.CFUNCTYPE if name in _LONG else ctypes.PYFUNCTYPE
             function_type = prototype(None, *(_TYPES[each] for each in types))
             address = c_void_p.in_dll(library, f"{name}_{suffix}").value or 0
             setattr(self, f"_{name}", function_type(address))
@@ -168,7 +173,21 @@ class Kernel:
         pointers = (each.data_ptr() for each in (y, x, A, B, offsets, spans, adapters))
         self._add_lora(*pointers, len(x), x.shape[1], y.shape[1])
 
-    def product(self, x: Tensor, weight: "Int8Weight") -> Tensor:
+    def product(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+        """x [rows, in] times the weight, plus the bias [out] if any -> [rows, out].
+
+        A row's result has the same bits whatever the other rows are, and however many.
+        """
+        y = x.new_empty(len(x), weight.out_features)
+        # fmt: off
+        self._product(
+            x.data_ptr(), weight.panels.data_ptr(), None if bias is None else bias.data_ptr(),
+            y.data_ptr(), *x.shape, weight.num_pairs, weight.out_features,
+        )
+        # fmt: on
+        return y
+
+    def product_int8(self, x: Tensor, weight: "Int8Weight") -> Tensor:
         """x [rows, in] times the weight -> [rows, out].
 
         Each row of x is rounded to 8 bits, by its own largest value.
@@ -177,8 +196,36 @@ class Kernel:
         y = x.new_empty(len(x), out)
         tensors = (x, weight.values, weight.scales, weight.sums, y)
         pointers = (each.data_ptr() for each in tensors)
-        self._product(*pointers, *x.shape, padded, out)
+        self._product_int8(*pointers, *x.shape, padded, out)
         return y
+
+
+def _load(folder: Path, name: str | None) -> tuple[CpuClass, ctypes.CDLL]:
+    """The library for the class of this name, or for the best class that is measured."""
+    own = own_classes()
+    for cpu_class in own:
+        is_wanted = cpu_class.is_measured if name is None else cpu_class.name == name
+        if not is_wanted:
+            continue
+        library = _load_class(folder, cpu_class)
+        if library.may_run():
+            return cpu_class, library
+    raise ConfigError(
+        f"kernel: this processor does not run that of the class {name}",
+        field="kernel",
+        value=name,
+        allowed=", ".join(each.name for each in own),
+    )
+
+
+def _load_class(folder: Path, cpu_class: CpuClass) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(find_prebuilt(cpu_class) or build(folder, cpu_class)))
+    except (OSError, subprocess.SubprocessError) as error:
+        message = f"the kernel cannot be built or loaded: {error}"
+        raise ConfigError(
+            message, field="kernel", value="on", allowed=f"a writable folder {folder}"
+        ) from error
 
 
 @dataclass(frozen=True)

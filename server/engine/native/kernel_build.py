@@ -1,8 +1,6 @@
-"""Builds the native kernel from `kernel.cpp`, once for a machine: about a second."""
+"""Builds the native kernel from `cpp/`, once for a machine: some seconds."""
 
 import hashlib
-import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -13,39 +11,45 @@ from pathlib import Path
 import torch
 
 from crma.core.errors import ConfigError
+from server.engine.native.cpu_class import CpuClass
 
-SOURCE = Path(__file__).with_name("kernel.cpp")
+SOURCE = Path(__file__).parent / "cpp" / "kernel.cpp"  # includes the headers beside it
 OPTIONS = (  # of the compiler, whatever the processor
     "-std=c++20",
     "-O3",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-fopenmp",
+    "-ffp-contract=fast",
+    "-Wno-psabi",
     "-fPIC",
     "-shared",
 )
-_OWN_PROCESSOR = ["-march=native"]
-if platform.machine() == "x86_64":
-    _OWN_PROCESSOR.append("-mprefer-vector-width=512")
-_VARIES_BY_CORE = re.compile(r"processor|.*(MHz|apicid|core id|bogomips)", re.IGNORECASE)
+OPENMP = "-fopenmp"
+NO_OPENMP = "-fopenmp-simd"  # the kernel's loops are vector code, on one thread
 
 
 @cache
-def build(folder: Path) -> Path:
-    """Return the kernel's library in `folder`; build it if it is not there.
+def build(folder: Path, cpu_class: CpuClass) -> Path:
+    """Return the kernel's library for a class in `folder`; build it if it is not there.
 
-    Its name has the hash of all that it depends on: source, compiler, flags and processor.
+    Its name has the hash of all that it depends on: source, compiler and options.
 
     Raises:
         ConfigError: there is no compiler, or it does not build the source; the message says why.
         OSError: the folder cannot be written to.
         subprocess.SubprocessError: the compiler does not say its version.
     """
-    path = folder / f"kernel-{_fingerprint(_command(_OWN_PROCESSOR))}.so"
+    path = folder / f"kernel-{cpu_class.name}-{_fingerprint(_command(cpu_class.options))}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        compile_kernel(_OWN_PROCESSOR, path)
+        compile_kernel(cpu_class.options, path)
     return path
+
+
+def source_bytes() -> bytes:
+    """All that is compiled, one file after the other."""
+    files = [*SOURCE.parent.glob("*.cpp"), *SOURCE.parent.glob("*.h")]
+    return b"".join(path.read_bytes() for path in sorted(files))
 
 
 def compile_kernel(options: Sequence[str], path: Path) -> None:
@@ -61,7 +65,11 @@ def compile_kernel(options: Sequence[str], path: Path) -> None:
     command = _command(options)
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         unfinished = Path(temporary) / path.name
-        _compile([*command, "-o", str(unfinished)])
+        try:
+            _compile([*command, OPENMP, "-o", str(unfinished), *_linked()])
+        except ConfigError:
+            # Apple's compiler, for one, has no OpenMP of its own.
+            _compile([*command, NO_OPENMP, "-o", str(unfinished)])
         unfinished.rename(path)
 
 
@@ -72,7 +80,11 @@ def _command(options: Sequence[str]) -> list[str]:
         raise ConfigError(
             "there is no C++ compiler", field="kernel", value="on", allowed="c++ or g++ on the PATH"
         )
-    return [compiler, *OPTIONS, *options, str(SOURCE), "-Wl,--as-needed", *openmp_libraries()]
+    return [compiler, *OPTIONS, *options, str(SOURCE)]
+
+
+def _linked() -> list[str]:
+    return ["-Wl,--as-needed", *openmp_libraries()]
 
 
 def openmp_libraries() -> list[str]:
@@ -83,18 +95,9 @@ def openmp_libraries() -> list[str]:
 
 def _fingerprint(command: list[str]) -> str:
     version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
-    texts = [*command, platform.machine(), _processor()]
-    parts = [SOURCE.read_bytes(), *(text.encode() for text in texts), version]
+    texts = [*command, OPENMP, *_linked()]
+    parts = [source_bytes(), *(text.encode() for text in texts), version]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-
-
-def _processor() -> str:
-    """What `-march=native` depends on: the description of a core without what varies by core."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.processor()
-    lines = cpuinfo.read_text().splitlines()[:40]
-    return "".join(line for line in lines if not _VARIES_BY_CORE.match(line))
 
 
 def _compile(command: list[str]) -> None:
@@ -102,6 +105,4 @@ def _compile(command: list[str]) -> None:
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         message = f"{command[0]} does not build the kernel: {run.stderr.strip()[:500]}"
-        raise ConfigError(
-            message, field="kernel", value="on", allowed="a compiler of C++20 with OpenMP"
-        )
+        raise ConfigError(message, field="kernel", value="on", allowed="a compiler of C++20")

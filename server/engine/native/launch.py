@@ -33,6 +33,7 @@ BLOCK_SIZE = 16  # tokens of a KV cache block, the unit of allocation and of pre
 class EngineConfig:
     """The settings of the native engine; `server/settings.py` says what each means and its default.
 
+    kernel: "auto", "on", "off" or the name of a class of processors.
     kernel_folder: where the native kernel is built. max_adapter_bytes: None for no limit.
     target_step_s and step_timeout_s: 0 for none.
     """
@@ -40,7 +41,7 @@ class EngineConfig:
     device: str
     dtype: str
     quantization: Literal["none", "int8"]
-    kernel: Literal["auto", "on", "off"]
+    kernel: str
     kernel_folder: Path
     num_threads: int
     max_num_seqs: int
@@ -153,7 +154,7 @@ def _native_kernel(model: PreTrainedModel, config: EngineConfig) -> Kernel | Non
     """The kernel for the model's dtype; None if off, or if "auto" and it cannot be built.
 
     Raises:
-        ConfigError: it is "on" and cannot be built, or the model is not on a CPU.
+        ConfigError: it is required and cannot be built or run, or the model is not on a CPU.
     """
     if config.kernel == "off":
         return None
@@ -161,9 +162,12 @@ def _native_kernel(model: PreTrainedModel, config: EngineConfig) -> Kernel | Non
         if model.device.type != "cpu":
             message = "the native kernel runs on CPUs only"
             raise ConfigError(message, field="kernel", value=config.kernel, allowed="device=cpu")
-        return Kernel(model.dtype, config.kernel_folder)
+        cpu_class = None if config.kernel in ("auto", "on") else config.kernel
+        kernel = Kernel(model.dtype, config.kernel_folder, cpu_class)
     except ConfigError as error:
-        if config.kernel == "on":
+        if config.kernel != "auto":
             raise
         logger.info("no native kernel: %s", error.message)
         return None
+    logger.info("native kernel: %s", kernel.cpu_class.name)
+    return kernel

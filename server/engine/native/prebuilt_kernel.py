@@ -9,21 +9,18 @@ import sys
 from pathlib import Path
 
 from server.engine.native import kernel_build
-from server.engine.native.cpu_class import CpuClass, classes_of, own_classes
+from server.engine.native.cpu_class import CpuClass, classes_of
 
 PREBUILT = Path(__file__).with_name("prebuilt")
 
 
-def find_prebuilt() -> Path | None:
-    """The best library in `PREBUILT` that this processor can run; None if there is none.
+def find_prebuilt(cpu_class: CpuClass) -> Path | None:
+    """The library of a class in `PREBUILT`; None if there is none.
 
     A library of another source, of other options or for another build of torch is not found.
     """
-    for cpu_class in own_classes():
-        path = _path(cpu_class)
-        if path.exists():
-            return path
-    return None
+    path = _path(cpu_class)
+    return path if path.exists() else None
 
 
 def build_all() -> list[Path]:
@@ -44,7 +41,7 @@ def _path(cpu_class: CpuClass) -> Path:
     """Where the library of a class is: its name has the hash of what it was built from."""
     openmp = [Path(library).name for library in kernel_build.openmp_libraries()]
     texts = [*kernel_build.OPTIONS, *cpu_class.options, *openmp]
-    parts = [kernel_build.SOURCE.read_bytes(), *(text.encode() for text in texts)]
+    parts = [kernel_build.source_bytes(), *(text.encode() for text in texts)]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     return PREBUILT / f"kernel-{cpu_class.name}-{digest}.so"
 

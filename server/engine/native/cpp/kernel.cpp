@@ -1,6 +1,6 @@
-// Everything in a decoder step except the matrix products, row by row: a row's result has the same
-// bits whatever other rows are in the batch. kernel_build.py compiles this file; kernel.py calls it
-// and documents each function. The exception is `product`, a matrix product of 8-bit weights.
+// A decoder step, row by row: a row's result has the same bits whatever other rows are in the batch.
+// kernel_build.py compiles this file with the headers beside it; kernel.py calls it and documents
+// each function.
 //
 // T is float or bfloat16. Sums are float. Intermediate results are rounded to T where transformers'
 // modules round them.
@@ -13,27 +13,11 @@
 #include <cmath>
 #include <cstdint>
 #include <vector>
-#ifdef __AVX512VNNI__
-#include <immintrin.h>
-#endif
 
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-inline float load(bfloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
-
-template <typename T> inline T store(float x);
-template <> inline float store<float>(float x) { return x; }
-template <> inline bfloat16 store<bfloat16>(float x) {  // to nearest, ties to even; NaN stays NaN
-    uint32_t bits = std::bit_cast<uint32_t>(x);
-    uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    return {uint16_t(is_nan ? 0x7fc0 : nearest)};
-}
-
-template <typename T> inline float rounded(float x) { return load(store<T>(x)); }
+#include "bfloat16.h"
+#include "each_row.h"
+#include "product.h"
+#include "product_int8.h"
 
 // exp(x) within 2 units in the last place, by Cephes' polynomial. It has no branches, so loops that
 // call it become vector code. Below -87 the result is 0.
@@ -62,19 +46,6 @@ template <typename T> inline float dot(const float* a, const T* b, int64_t n) {
 template <typename T> inline void add_scaled(float* y, float scale, const T* x, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) y[i] += scale * load(x[i]);
-}
-
-// Call visit(row) for each row. One thread does little work alone: meeting the other threads costs
-// microseconds, or milliseconds when another program is using their cores. An `if` clause would not
-// do: after a team of one thread, libgomp ends its other threads and later starts new ones.
-constexpr int64_t MIN_PARALLEL_OPERATIONS = 100000;
-template <typename F> void each_row(int64_t rows, int64_t operations_per_row, F visit) {
-    if (rows == 1 || rows * operations_per_row < MIN_PARALLEL_OPERATIONS) {
-        for (int64_t r = 0; r < rows; r++) visit(r);
-    } else {
-#pragma omp parallel for schedule(dynamic)
-        for (int64_t r = 0; r < rows; r++) visit(r);
-    }
 }
 
 template <typename T> void norm_row(const T* x, const T* weight, float eps, T* y, int64_t d) {
@@ -228,93 +199,6 @@ void add_lora(T* y, const T* x, const T* A, const T* B, const int64_t* offsets,
     });
 }
 
-// Products in 8 bits. x_bytes [rows, width] and w [out, width] are padded to `width`, a multiple
-// of 64; outputs are computed in tiles of TILE columns and up to TILE rows.
-
-constexpr int64_t TILE = 4;
-
-// AVX-512's product of bytes takes one factor unsigned, so x is shifted by this much: 128 is 0.
-constexpr int32_t ZERO_POINT = 128;
-
-// sums[r * TILE + c] = dot of row r of x_bytes and row c of w.
-template <int ROWS>
-inline void multiply_tile(const uint8_t* x_bytes, const int8_t* w, int64_t width, int32_t* sums) {
-#ifdef __AVX512VNNI__
-    __m512i dots[ROWS][TILE] = {};
-    for (int64_t i = 0; i < width; i += 64)
-        for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < TILE; c++)
-                dots[r][c] =
-                    _mm512_dpbusd_epi32(dots[r][c], _mm512_loadu_si512(x_bytes + r * width + i),
-                                        _mm512_loadu_si512(w + c * width + i));
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < TILE; c++) sums[r * TILE + c] = _mm512_reduce_add_epi32(dots[r][c]);
-#else
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < TILE; c++) {
-            int32_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < width; i++)
-                sum += int32_t(x_bytes[r * width + i]) * w[c * width + i];
-            sums[r * TILE + c] = sum;
-        }
-#endif
-}
-
-// Round a row to bytes around ZERO_POINT and return its scale, which is NaN for a row that is not
-// finite.
-template <typename T> inline float quantise_row(const T* x, uint8_t* x_bytes, int64_t in) {
-    float largest = 0;
-    float zero_or_nan = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : zero_or_nan)
-    for (int64_t i = 0; i < in; i++) {
-        float v = load(x[i]);
-        largest = std::max(largest, std::abs(v));
-        zero_or_nan += v * 0.0f;
-    }
-    float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-#pragma omp simd
-    for (int64_t i = 0; i < in; i++)
-        x_bytes[i] = uint8_t(int32_t(std::rint(load(x[i]) * inverse)) + ZERO_POINT);
-    return largest / 127.0f + zero_or_nan;
-}
-
-template <typename T>
-void product(const T* x, const int8_t* w, const float* w_scales, const int32_t* w_sums, T* y,
-             int64_t rows, int64_t in, int64_t width, int64_t out) {
-    std::vector<uint8_t> x_bytes(rows * width, ZERO_POINT);
-    std::vector<float> x_scales(rows);
-    each_row(rows, 8 * in, [&](int64_t r) {
-        x_scales[r] = quantise_row(x + r * in, &x_bytes[r * width], in);
-    });
-    auto write_tile = [&](int64_t first_row, int64_t num_rows, int64_t column,
-                          const int32_t* sums) {
-        for (int64_t r = 0; r < num_rows; r++)
-            for (int64_t c = 0; c < TILE; c++) {
-                int32_t sum = sums[r * TILE + c] - ZERO_POINT * w_sums[column + c];
-                float scale = x_scales[first_row + r] * w_scales[column + c];
-                y[(first_row + r) * out + column + c] = store<T>(scale * float(sum));
-            }
-    };
-    constexpr int64_t strip = 32;  // columns that a thread takes at a time
-    each_row((out + strip - 1) / strip, strip * rows * width, [&](int64_t s) {
-        int64_t stop = std::min(out, (s + 1) * strip);
-        int32_t sums[TILE * TILE];
-        for (int64_t column = s * strip; column < stop; column += TILE) {
-            const int8_t* columns = w + column * width;
-            int64_t r = 0;
-            for (; r + TILE <= rows; r += TILE) {
-                multiply_tile<TILE>(&x_bytes[r * width], columns, width, sums);
-                write_tile(r, TILE, column, sums);
-            }
-            for (; r < rows; r++) {
-                multiply_tile<1>(&x_bytes[r * width], columns, width, sums);
-                write_tile(r, 1, column, sums);
-            }
-        }
-    });
-}
-
 // Each function's address for each type, under a name that kernel.py finds: norm_float32.
 #define EXPORT(name) auto* name##_float32 = &name<float>; auto* name##_bfloat16 = &name<bfloat16>;
 extern "C" {
@@ -324,4 +208,14 @@ EXPORT(rotate)
 EXPORT(attend)
 EXPORT(add_lora)
 EXPORT(product)
+EXPORT(product_int8)
+
+// Whether the system lets this process use all that the kernel is built for.
+int may_run() {
+#ifdef __AMX_BF16__
+    return may_use_amx();
+#else
+    return true;
+#endif
+}
 }
