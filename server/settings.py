@@ -77,7 +77,9 @@ class Settings(BaseSettings):
     ] = _setting(
         "auto", "Native CPU kernel; auto: where a compiler builds it; or the class of processors."
     )
-    num_threads: int = _setting(0, "CPU threads of the model; 0: one per core.", ge=0)
+    num_threads: int = _setting(
+        0, "CPU threads of the model; 0: one per core, or per CPU of a container's quota.", ge=0
+    )
 
     max_num_seqs: int = _setting(16, "Sequences that run at once.", ge=1)
     max_num_batched_tokens: int = _setting(

@@ -17,6 +17,7 @@ from server.engine.inference_engine import ServedModel
 from server.engine.native.adapter_pool import AdapterPool
 from server.engine.native.async_engine import AsyncEngine
 from server.engine.native.block_pool import BlockPool, root_key
+from server.engine.native.cpu_quota import cpu_quota
 from server.engine.native.engine import Engine, model_stop_ids
 from server.engine.native.kernel import Kernel
 from server.engine.native.model_runner import ModelRunner
@@ -62,7 +63,7 @@ def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
     Raises:
         CrmaError: the model cannot be served with this configuration.
     """
-    num_threads = config.num_threads or torch.get_num_threads()
+    num_threads = config.num_threads or _num_cpus()
     # One thread for everything but the engine's own thread, which sets its number in a step
     # (model_runner.py).
     torch.set_num_threads(1)
@@ -148,6 +149,12 @@ def _dtype_name(model: PreTrainedModel, quantization: str) -> str:
     """
     dtype = str(model.dtype).removeprefix("torch.")
     return dtype if quantization == "none" else f"{dtype}+{quantization}"
+
+
+def _num_cpus() -> int:
+    """The cores of this process, or fewer where a container has a smaller share."""
+    cores = torch.get_num_threads()
+    return min(cores, cpu_quota() or cores)
 
 
 def _native_kernel(model: PreTrainedModel, config: EngineConfig) -> Kernel | None:
