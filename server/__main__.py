@@ -102,9 +102,19 @@ def explain(error: CrmaError) -> str:
 def _options(arguments: Sequence[str]) -> dict[str, Any]:
     """Settings from the command line. Ends the process for one that does not exist."""
     parser = argparse.ArgumentParser(prog="python -m server", description=__doc__)
+    for name in ("store", "model", "host", "port", "device"):
+        parser.add_argument(f"--{name}", help=f"as CRMA_{name.upper()}")
     parser.add_argument(
         "--allow-open", action="store_true", help="as CRMA_ALLOW_OPEN=true: serve without keys"
     )
+    parser.add_argument(
+        "--json",
+        dest="log_format",
+        action="store_const",
+        const="json",
+        help="as CRMA_LOG_FORMAT=json",
+    )
+    parser.add_argument("--quiet", action="store_true", help="log warnings and errors only")
     given = vars(parser.parse_args(arguments))
     return {name: value for name, value in given.items() if value}
 
@@ -116,6 +126,8 @@ def main(arguments: Sequence[str] = ()) -> int:
     failed. The ports are bound before anything is read or written.
     """
     options = _options(arguments)
+    if options.pop("quiet", False):
+        logging.disable(logging.INFO)
     links = drop_service_links()
     with ExitStack() as ports:
         return _serve(options, links, ports)
@@ -124,7 +136,7 @@ def main(arguments: Sequence[str] = ()) -> int:
 def _serve(options: Mapping[str, Any], links: Sequence[str], ports: ExitStack) -> int:
     """As `main`; `ports` closes what was bound."""
     try:
-        settings = Settings.load().model_copy(update=options)
+        settings = Settings.load(**options)
         configure_logs(settings.log_format)
         if links:
             log.warning("ignored, because Kubernetes set it for a Service: %s", ", ".join(links))

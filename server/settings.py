@@ -260,8 +260,8 @@ class Settings(BaseSettings):
         return not self.api_keys and self.keys_file is None
 
     @classmethod
-    def load(cls) -> Self:
-        """Settings from the environment.
+    def load(cls, **given: Any) -> Self:
+        """Settings from the environment, and before that those that are `given`.
 
         Raises:
             ConfigError: an unknown variable, or a value that its setting does not take.
@@ -272,7 +272,7 @@ class Settings(BaseSettings):
                 message = f"{name} is not a setting"
                 raise ConfigError(message, field=name, value=None, allowed=sorted(known))
         try:
-            return cls()
+            return cls(**given)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = str(first["loc"][0])

@@ -49,6 +49,7 @@ def parse_options() -> argparse.Namespace:
         dest="urls",
         help="also measure the server that is running at URL; may be repeated",
     )
+    parser.add_argument("--quiet", action="store_true", help="nothing on stderr")
     return parser.parse_args()
 
 

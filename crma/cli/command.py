@@ -1,35 +1,79 @@
-"""The `crma` command: pull a base model, build data, train, evaluate, manage adapters and keys.
+"""The `crma` command: models, data, training, the adapter store, ablations, and a server's client.
 
-It never speaks HTTP. Results go to stdout, everything else to stderr.
-The exit code is 0; 1 if a check failed; 2 if the command could not run.
+Results go to stdout, everything else to stderr.
 """
 
-# No module of this package imports torch, transformers or numpy at its top, because `crma --help`
-# would then take seconds. A command imports what it needs when it runs.
+# No module of this package imports torch, rich, pydantic or another package that takes long at its
+# top, because `crma --help` would then take long. A command imports what it needs when it runs.
 
 import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
 
 import typer
-from rich.markup import escape
 
-from crma.cli import data, evaluation, gate, keys, models, store, training
-from crma.cli.output import note
-from crma.core.errors import CrmaError
+from crma.cli import (
+    bench,
+    data,
+    environment,
+    evaluation,
+    generation,
+    keys,
+    pull,
+    serve,
+    store,
+    training,
+)
+from crma.cli.options import HELP_NAMES
+from crma.core.errors import ConfigError, CrmaError
+
+HELP = """Start here: `crma pull`, then `crma serve`, then `crma generate "Your question"`.
+
+Serve many fine-tuned tasks from one base model, and find out whether CRMA helps them.
+
+Every command has --json and --quiet. Results go to stdout, everything else to stderr. The exit code
+is 0: done; 1: it failed, or found a problem; 2: wrong use.
+"""
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help=HELP,
+    context_settings=HELP_NAMES,
+    rich_markup_mode=None,  # typer's boxes take twice as long as all the rest of `--help`
 )
-for module in (models, data, training, store, evaluation, gate):
+for module in (pull, serve, generation, evaluation, data, training, environment, bench):
     app.registered_commands += module.group.registered_commands
+app.add_typer(store.group, name="store")
 app.add_typer(keys.group, name="keys")
 
 
 def main() -> None:
-    """Run the command. A CrmaError is printed as one line and gives exit code 2."""
+    """Run the command. An expected error is one line on stderr, and exit code 1 or 2."""
     try:
         app()
     except CrmaError as error:
-        allowed = f" (allowed: {error.allowed})" if error.allowed else ""
-        text = f"{error.field or 'crma'}: {error.message}{allowed}"
-        note(f"[red]error:[/red] {escape(text)}")
-        sys.exit(2)
+        _complain(explain(error))
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _complain(f"{place}{error.strerror or error}")
+        sys.exit(1)
+
+
+def explain(error: CrmaError) -> str:
+    """An error in a line: what is wrong, what is allowed, and what may have been meant."""
+    text = f"{error.field or 'crma'}: {error.message}"
+    if error.allowed:
+        text += f" (allowed: {error.allowed})"
+    if isinstance(error.value, str) and isinstance(error.allowed, Sequence):
+        names = [] if isinstance(error.allowed, str) else map(str, error.allowed)
+        likely = get_close_matches(error.value, names, n=1)
+        text += "".join(f" Did you mean {name!r}?" for name in likely)
+    return text
+
+
+def _complain(text: str) -> None:
+    """Print an error, also if the command is to be quiet."""
+    label = typer.style("error:", fg="red") if sys.stderr.isatty() else "error:"
+    typer.echo(f"{label} {text}", err=True)

@@ -5,12 +5,14 @@ from typing import Annotated
 
 import typer
 
-from crma.cli.output import note, show_json
+from crma.cli.answer import Answer, answers
+from crma.cli.output import columns, note
 
 group = typer.Typer()
 
 
-@group.command()
+@group.command(epilog="Next: crma train CONFIG")
+@answers
 def data(
     domains: Annotated[
         list[str] | None,
@@ -20,7 +22,7 @@ def data(
         list[str] | None,
         typer.Option(help="DOMAIN=FILE: use a source file that you already have."),
     ] = None,
-) -> None:
+) -> Answer:
     """Build the six domains into the cache and check their digests."""
     from crma.data.splits import build
 
@@ -28,4 +30,5 @@ def data(
     for text in source or ():
         domain, _, path = text.partition("=")
         sources[domain] = Path(path)
-    show_json(build(domains or None, sources=sources, note=note))
+    built = build(domains or None, sources=sources, note=note)
+    return Answer(built, columns(list(built.items())) if built else "")

@@ -1,4 +1,4 @@
-"""`crma ablate`: the same questions with and without CRMA."""
+"""`crma ablate`: the same questions with and without CRMA, here or on a server."""
 
 import math
 from collections.abc import Mapping
@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crma.cli.options import Json, Model, StoreFolder
-from crma.cli.output import interval, note, show_json
+from crma.cli.ablation_table import table
+from crma.cli.answer import Answer, answers
+from crma.cli.options import DEFAULT_STORE, KeyFile, Model, Store
+from crma.cli.output import note
+from crma.cli.remote_ablation import ablate_on
 from crma.core.errors import ConfigError, CrmaError
-from crma.evaluation.scorers import SCORERS
 from crma.models.base_model import DEFAULT_MODEL, find_base
 
 if TYPE_CHECKING:
@@ -19,8 +21,17 @@ if TYPE_CHECKING:
 
 group = typer.Typer()
 
+SCORERS = "exact, contains, numeric, regex, choice, choice_normalised, perplexity"
+
+_Server = Annotated[
+    str | None,
+    typer.Option("--server", metavar="URL", help="Ask this running server instead of --store."),
+]
 _Questions = Annotated[
-    Path | None, typer.Option(help="JSON Lines. Default: the store's public question set.")
+    str | None,
+    typer.Option(
+        help="A file of JSON Lines; with --server also the name of a set there. Default: public."
+    ),
 ]
 _Split = Annotated[
     str | None,
@@ -29,7 +40,7 @@ _Split = Annotated[
 _Variants = Annotated[str, typer.Option(help="Comma-separated variants.")]
 _Control = Annotated[Path | None, typer.Option(help="A store of LoRAs trained without CRMA.")]
 _Strengths = Annotated[str, typer.Option(help="Injection strengths, such as 0,.25,.5,.75,1.")]
-_Scorer = Annotated[str, typer.Option(help=f"One of {', '.join(SCORERS)}.")]
+_Scorer = Annotated[str, typer.Option(help=f"One of {SCORERS}.")]
 _Tolerance = Annotated[float, typer.Option(help="Absolute tolerance of the numeric scorer.")]
 _Relative = Annotated[float, typer.Option(help="Relative tolerance of the numeric scorer.")]
 _MaxTokens = Annotated[int, typer.Option(help="Length limit of an answer.")]
@@ -38,10 +49,13 @@ _Raw = Annotated[bool, typer.Option("--raw", help="Ask raw questions, without th
 _Seed = Annotated[int, typer.Option(help="Seed of the bootstrap.")]
 
 
-@group.command()
+@group.command(epilog="What the columns mean: docs/evaluation.md")
+@answers
 def ablate(
-    store: StoreFolder,
+    store: Store = DEFAULT_STORE,
     model: Model = DEFAULT_MODEL,
+    server: _Server = None,
+    key_file: KeyFile = None,
     questions: _Questions = None,
     split: _Split = None,
     variants: _Variants = "task+crma,task,crma,base",
@@ -54,49 +68,71 @@ def ablate(
     margin: _Margin = 0.02,
     seed: _Seed = 0,
     raw: _Raw = False,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Ask the same questions with and without CRMA: accuracies, intervals and flips.
 
-    A split is also answered by a naive Bayes classifier.
+    A split is also answered by a naive Bayes classifier. --split, --control and --strengths need
+    the store, and cannot be had with --server.
     """
+    if max_tokens < 1:
+        message = "not the length of an answer."
+        raise ConfigError(message, field="--max-tokens", value=max_tokens, allowed="1 or more")
+    settings = {
+        "variants": tuple(name.strip() for name in variants.split(",")),
+        "scorer": scorer,
+        "tolerance": tolerance,
+        "relative_tolerance": relative_tolerance,
+        "margin": margin,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "raw": raw,
+    }
+    if server is not None:
+        _refuse_local({"--split": split, "--control": control, "--strengths": strengths})
+        report = ablate_on(server, key_file, settings, questions)
+    else:
+        factors = _read_strengths(strengths)
+        report = _ablate_here(store, model, settings, questions, split, control, factors)
+    return Answer(report, table(split or questions or "public", report))
+
+
+def _refuse_local(given: Mapping[str, object]) -> None:
+    """Raises ConfigError for an option that only an ablation without a server honours."""
+    for option, value in given.items():
+        if value:
+            message = "needs the store on this machine."
+            raise ConfigError(message, field=option, value=str(value), allowed="without --server")
+
+
+def _ablate_here(
+    store: Path,
+    model: str,
+    settings: Mapping[str, Any],
+    questions: str | None,
+    split: str | None,
+    control: Path | None,
+    strengths: list[float],
+) -> dict[str, Any]:
+    """The report of an ablation in this process."""
     # Imported here, so that `crma --help` does not wait for torch.
     from crma.evaluation import offline
     from crma.evaluation.ablation import AblationSettings
     from crma.store.opening import open_store
 
-    factors = _read_strengths(strengths)
-    if max_tokens < 1:
-        message = "not the length of an answer."
-        raise ConfigError(message, field="--max-tokens", value=max_tokens, allowed="1 or more")
-    settings = AblationSettings(
-        variants=tuple(name.strip() for name in variants.split(",")),
-        scorer=scorer,
-        tolerance=tolerance,
-        relative_tolerance=relative_tolerance,
-        margin=margin,
-        seed=seed,
-        max_tokens=max_tokens,
-        raw=raw,
-    )
     adapters = open_store(store)
     control_store = open_store(control) if control else None
-    file = questions or _public_set(store, split)
+    file = Path(questions) if questions else _public_set(store, split)
     sources = _sources(adapters) if split else None
     question_set = _question_set(sources, split, file)
-    result = offline.ablate(
+    return offline.ablate(
         offline.Served(find_base(model), adapters),
         question_set,
-        settings,
+        AblationSettings(**settings),
         control=control_store,
-        strengths=factors,
-        naive_bayes_of=None if scorer == "perplexity" else sources,
+        strengths=strengths,
+        naive_bayes_of=None if settings["scorer"] == "perplexity" else sources,
         note=note,
     )
-    if as_json:
-        show_json(result)
-    else:
-        typer.echo(_table(split or str(file), result))
 
 
 def _read_strengths(text: str) -> list[float]:
@@ -155,31 +191,3 @@ def _question_set(
     if sources is None or split is None:
         return read_question_set(file)
     return split_questions(sources, split)
-
-
-def _table(title: str, result: Mapping[str, Any]) -> str:
-    """Lay out an ablation's answer: a line per variant, then a line per comparison."""
-    lines = [f"{title}: accuracy [95 %, Wilson]"]
-    for variant, row in result["variants"].items():
-        if "perplexity" in row:
-            perplexity = _number(row["perplexity"], ".4g")
-            measured = f"perplexity {perplexity}, averaged over {row['scored']} answers"
-        else:
-            accuracy = _number(row["accuracy"], ".2f")
-            counts = f"{row['correct']} of {row['scored']}"
-            measured = f"{accuracy} {interval(row['wilson'])} {counts}"
-        lines.append(f"{variant:<15} {measured}")
-    for pair in result["comparisons"]:
-        difference = _number(pair["difference"], "+.2f")
-        line = f"{pair['a']} - {pair['b']}: {difference} {interval(pair['bootstrap'])}"
-        flips = pair.get("mcnemar")
-        if flips is not None:
-            p = _number(flips["p"], ".2g")
-            line += f", gained {flips['gained']}, lost {flips['lost']}, p = {p}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def _number(value: float | None, form: str) -> str:
-    """Format a number, or a dash for one that too few items leave undefined."""
-    return "–" if value is None else format(value, form)

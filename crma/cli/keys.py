@@ -1,16 +1,22 @@
 """`crma keys add`, `crma keys ls`, `crma keys revoke`: who may call the server."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from crma.access.scope import Scope
-from crma.cli.options import Json
-from crma.cli.output import note, show_json
+from crma.cli.answer import Answer, answers
+from crma.cli.output import note
 
-group = typer.Typer(no_args_is_help=True, help="The keys of the server, in a file.")
+if TYPE_CHECKING:
+    from crma.access.key import Key
+
+group = typer.Typer(
+    no_args_is_help=True,
+    help="Next: `crma keys add NAME` makes a key. The keys of a server, in a file.",
+)
 
 KeyFileOption = Annotated[
     Path,
@@ -24,6 +30,7 @@ Name = Annotated[str, typer.Argument(help="The name of the key.")]
 
 
 @group.command()
+@answers
 def add(
     name: Name,
     file: KeyFileOption,
@@ -46,7 +53,7 @@ def add(
     concurrency: Annotated[
         int | None, typer.Option(help="Requests at once. Default: no limit.")
     ] = None,
-) -> None:
+) -> Answer:
     """Make a key, and print it: it cannot be shown again, because the file has its hash only."""
     from crma.access.key import digest_of, new_key, read_key
     from crma.access.key_file import KeyFile
@@ -66,35 +73,42 @@ def add(
         limits=limits,
     )
     KeyFile(file).add(record)
-    typer.echo(key)
-    note(f"key {escape(name)} is for {', '.join(record.scopes)}; {file} has its hash only")
+    note(f"key {name} is for {', '.join(record.scopes)}; {file} has its hash only")
+    return Answer({"key": key, **_shown(record)}, key)
 
 
 @group.command()
-def ls(file: KeyFileOption, as_json: Json = False) -> None:
+@answers
+def ls(file: KeyFileOption) -> Answer:
     """List the keys: names, what they may do, and when they were made."""
     from crma.access.key_file import KeyFile
 
-    shown = [key.model_dump(mode="json", exclude={"sha256"}) for key in KeyFile(file).read()]
-    if as_json:
-        show_json({"keys": shown})
-        return
-    for key in shown:
-        limits = {name: limit for name, limit in key.pop("limits").items() if limit is not None}
-        tasks = "all tasks" if key["tasks"] is None else ", ".join(key["tasks"])
-        tenant = f" tenant {key['tenant']}" if key["tenant"] else ""
-        scopes = ", ".join(key["scopes"])
-        bounds = "".join(f" {name}={limit}" for name, limit in limits.items())
-        typer.echo(f"{key['name']} [{scopes}] {tasks}{tenant}{bounds} since {key['created']}")
+    keys = [_shown(key) for key in KeyFile(file).read()]
+    return Answer({"keys": keys}, "\n".join(map(_line, keys)))
+
+
+def _shown(key: "Key") -> dict[str, Any]:
+    """What may be shown of a key: not its hash."""
+    return key.model_dump(mode="json", exclude={"sha256"})
+
+
+def _line(key: Mapping[str, Any]) -> str:
+    """A key as `ls` lists it."""
+    limits = [f" {name}={limit}" for name, limit in key["limits"].items() if limit is not None]
+    tasks = "all tasks" if key["tasks"] is None else ", ".join(key["tasks"])
+    tenant = f" tenant {key['tenant']}" if key["tenant"] else ""
+    scopes = ", ".join(key["scopes"])
+    return f"{key['name']} [{scopes}] {tasks}{tenant}{''.join(limits)} since {key['created']}"
 
 
 @group.command()
-def revoke(name: Name, file: KeyFileOption) -> None:
+@answers
+def revoke(name: Name, file: KeyFileOption) -> Answer:
     """Remove a key. A running server refuses it within seconds; what it runs for it goes on."""
     from crma.access.key_file import KeyFile
 
     KeyFile(file).revoke(name)
-    note(f"key {escape(name)} is revoked")
+    return Answer({"revoked": name}, f"key {name} is revoked")
 
 
 def _listed(text: str) -> list[str]:

@@ -4,19 +4,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING
 
 from crma.cli.output import console, note
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 Report = Callable[[str, int, int], None]  # (description, done, total)
 INTERVAL_S = 10.0
@@ -50,35 +43,46 @@ class ProgressLines:
 
 
 @contextmanager
-def progress(*begun: str) -> Iterator[Report]:
+def progress(*begun: str, first: str = "loading the model") -> Iterator[Report]:
     """Show progress in the block, for which it returns the function to report with.
 
     Args:
         begun: descriptions that have a bar of their own from the start. All others share one.
+        first: what is said until something is reported.
     """
-    if not console.is_terminal:
-        note("loading the model")
-        lines = ProgressLines(lambda line: note(escape(line)))
-        yield lines.report
+    if not console().is_terminal:
+        note(first)
+        yield ProgressLines(note).report
         return
+    from rich.markup import escape  # here, because `--help` does not need rich
+
     with _bars() as bars:
-        own: dict[str, TaskID] = {description: bars.add_task(description) for description in begun}
-        shared = bars.add_task("loading the model", total=None)
+        own: dict[str, TaskID] = {each: bars.add_task(escape(each)) for each in begun}
+        shared = bars.add_task(escape(first), total=None)
 
         def report(description: str, done: int, total: int) -> None:
             bar = own.get(description, shared)
-            bars.update(bar, description=description, completed=done, total=total)
+            bars.update(bar, description=escape(description), completed=done, total=total)
 
         yield report
 
 
-def _bars() -> Progress:
+def _bars() -> "Progress":
     """Bars with the elapsed and the remaining time."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=console,
+        console=console(),
     )

@@ -1,52 +1,144 @@
-"""`crma init`, `crma verify`, `crma sign`, `crma import`, `crma rollback`: the adapter store."""
+"""`crma store`: what is in an adapter store, whether it is sound, and which versions serve."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from crma.cli.options import DEFAULT_STORE, Json, Model, StoreFolder, StoreOption
-from crma.cli.output import note, show_json
+from crma.cli import publishing
+from crma.cli.answer import Answer, answers
+from crma.cli.options import DEFAULT_STORE, Model, Store
+from crma.cli.output import columns, note
 from crma.models.base_model import DEFAULT_MODEL, find_base
 
-PublicKey = Annotated[Path | None, typer.Option(help="PEM of the key whose signature is required.")]
-AuthorKey = Annotated[
-    Path | None,
-    typer.Option(help="PEM of the key that signed the folder: its model.sig must count."),
-]
-SignKey = Annotated[
-    Path | None, typer.Option(help="PEM of the private key that signs the new version.")
-]
-PromptFormat = Annotated[
-    str | None,
-    typer.Option(
-        help="raw, chat (the base model's chat template) or template (the adapter's own). "
-        "Default: the adapter's own if it has one, else chat if the base model has one, else raw."
-    ),
+if TYPE_CHECKING:
+    from crma.store.adapter_store import AdapterStore
+    from crma.store.entry import BackboneEntry, TaskEntry
+
+group = typer.Typer(
+    no_args_is_help=True,
+    help="Next: `crma store ls` lists what a store holds. The adapter store, on disk.",
+)
+group.registered_commands += publishing.group.registered_commands
+
+_PublicKey = Annotated[
+    Path | None, typer.Option(help="PEM of the key whose signature is required.")
 ]
 
-group = typer.Typer()
 
-
-@group.command()
-def init(store: StoreFolder) -> None:
+@group.command(epilog="Next: crma store import FOLDER NAME --store STORE")
+@answers
+def init(store: Store = DEFAULT_STORE) -> Answer:
     """Start an empty store in a folder that is missing or empty. A store stays as it is."""
     from crma.store.opening import start_store
 
-    tasks = ", ".join(start_store(store).task_names()) or "no tasks"
-    note(f"{store} is an adapter store: {escape(tasks)}")
+    names = start_store(store).task_names()
+    text = f"{store} is an adapter store: {', '.join(names) or 'no tasks'}"
+    return Answer({"store": str(store), "tasks": names}, text)
+
+
+@group.command(epilog="Next: crma store show NAME")
+@answers
+def ls(store: Store = DEFAULT_STORE) -> Answer:
+    """List the backbone and the tasks: versions, the one that serves, and its digest."""
+    from crma.store.opening import open_store
+
+    adapters = open_store(store)
+    serving = adapters.channels().serving()
+    versions = {"backbone": adapters.backbone_versions()}
+    for name in _published(adapters):
+        versions[f"tasks/{name}"] = adapters.task_versions(name)
+    listed = []
+    for channel, published in versions.items():
+        entry = _serving_entry(adapters, channel) if channel in serving else None
+        listed.append(
+            {
+                "channel": channel,
+                "serves": serving.get(channel),
+                "versions": list(published),
+                "digest": entry.digest if entry else None,
+            }
+        )
+    rows = [("CHANNEL", "SERVES", "VERSIONS", "DIGEST")]
+    for each in listed:
+        rows.append(
+            tuple(_cell(each[name]) for name in ("channel", "serves", "versions", "digest"))
+        )
+    return Answer({"store": str(store), "channels": listed}, columns(rows))
+
+
+def _published(store: "AdapterStore") -> list[str]:
+    """The tasks that have a version, whether one serves or not."""
+    from crma.core.files import names_in
+
+    return sorted(names_in(store.root, "tasks"))
+
+
+def _serving_entry(store: "AdapterStore", channel: str) -> "TaskEntry | BackboneEntry | None":
+    if channel == "backbone":
+        return store.backbone()
+    return store.task(channel.removeprefix("tasks/"))
+
+
+def _cell(value: Any) -> str:
+    """A value in a table: a dash for none, and a list with commas."""
+    if isinstance(value, list):
+        return ", ".join(value) or "–"
+    return "–" if value is None else str(value)
 
 
 @group.command()
+@answers
+def show(
+    name: Annotated[
+        str, typer.Argument(help="A task, or backbone; @VERSION may follow: medical@v1.")
+    ],
+    store: Store = DEFAULT_STORE,
+) -> Answer:
+    """Show the manifest of a version; without @VERSION, of the one that serves."""
+    from crma.store.opening import open_store
+
+    adapters = open_store(store)
+    task, _, version = name.partition("@")
+    if task == "backbone":
+        entry = _backbone(adapters, version or None)
+        manifest = entry.manifest.model_dump(mode="json", by_alias=True)
+    else:
+        manifest = adapters.task(task, version or None).manifest.model_dump(mode="json")
+    rows = [(key, _short(value)) for key, value in manifest.items()]
+    return Answer(manifest, columns(rows))
+
+
+def _backbone(store: "AdapterStore", version: str | None) -> "BackboneEntry":
+    """A version of the backbone. Raises NotFound if it is not there, or none serves."""
+    from crma.core.errors import NotFound
+
+    entry = store.backbone(version)
+    if entry is None:
+        allowed = [f"backbone@{each}" for each in store.backbone_versions()]
+        message = "No backbone serves: name a version."
+        raise NotFound(message, field="name", value="backbone", allowed=allowed)
+    return entry
+
+
+def _short(value: Any) -> str:
+    """A field of a manifest in a line: nested values as keys only, if they are long."""
+    if isinstance(value, dict):
+        inner = [
+            f"{key}={each}" for key, each in value.items() if not isinstance(each, list | dict)
+        ]
+        hidden = [f"{key}=…" for key, each in value.items() if isinstance(each, list | dict)]
+        return " ".join(inner + hidden) or "–"
+    return _cell(value)
+
+
+@group.command()
+@answers
 def verify(
-    store: StoreFolder,
-    model: Model = DEFAULT_MODEL,
-    public_key: PublicKey = None,
-    as_json: Json = False,
-) -> None:
-    """Check a store: every file, digest, shape and lineage, the backbone's certificate, and with
-    --public-key every version's signature.
+    store: Store = DEFAULT_STORE, model: Model = DEFAULT_MODEL, public_key: _PublicKey = None
+) -> Answer:
+    """Check every file, digest, shape and lineage, the certificate, and with --public-key every
+    version's signature.
 
     The exit code is 1 if anything is wrong. Every problem is listed.
     """
@@ -55,109 +147,21 @@ def verify(
 
     adapters = open_store(store, public_key)
     base = find_base(model)
-    problems = adapters.verify(base=base, shape=read_shape(base))
+    problems = [each.message for each in adapters.verify(base=base, shape=read_shape(base))]
     serving = adapters.backbone() if not problems else None
     certificate = {} if serving is None else serving.manifest.certificate
-    if as_json:
-        messages = [problem.message for problem in problems]
-        show_json({"problems": messages, "certificate": certificate})
-    for problem in problems:
-        note(f"[red]✗[/red] {escape(problem.message)}")
-    if not problems:
-        tasks = ", ".join(adapters.task_names()) or "no tasks"
-        bounds = {key: value for key, value in certificate.items() if key != "layers"}
-        note(f"[green]✓[/green] {store}: {tasks}; certificate {bounds}")
-    raise typer.Exit(1 if problems else 0)
+    value = {"problems": problems, "certificate": certificate}
+    if problems:
+        return Answer(value, "\n".join(f"✗ {problem}" for problem in problems), code=1)
+    tasks = ", ".join(adapters.task_names()) or "no tasks"
+    bounds = {key: bound for key, bound in certificate.items() if key != "layers"}
+    return Answer(value, f"✓ {store}: {tasks}; certificate {bounds}")
 
 
 @group.command()
-def sign(
-    store: StoreFolder,
-    key: Annotated[
-        Path, typer.Argument(help="PEM of an elliptic private key: P-256, P-384 or P-521.")
-    ],
-    version: Annotated[
-        list[str] | None,
-        typer.Option(help="tasks/NAME/vN or backbones/vN, signed again if it is signed already."),
-    ] = None,
-) -> None:
-    """Sign versions of a store; without --version, those that have no signature.
-
-    A version whose files are not those of its manifest is refused.
-    """
-    from crma.store.opening import open_store
-    from crma.store.signing import sign_versions
-
-    signed = sign_versions(open_store(store), key, version)
-    for place in signed:
-        note(f"signed {place}")
-    if not signed:
-        note("every version has a signature")
-
-
-@group.command("import")
-def import_adapter(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            help="A PEFT LoRA: a folder with adapter_config.json and adapter_model.safetensors."
-        ),
-    ],
-    name: Annotated[str, typer.Argument(help="The task name to publish it under.")],
-    store: StoreOption = DEFAULT_STORE,
-    model: Model = DEFAULT_MODEL,
-    licence: Annotated[
-        str, typer.Option(help="Licence of the adapter, such as Apache-2.0.")
-    ] = "unknown",
-    prompt_format: PromptFormat = None,
-    trust_base: Annotated[
-        bool,
-        typer.Option("--trust-base", help="Import it even if it names another base model."),
-    ] = False,
-    public_key: AuthorKey = None,
-    sign_key: SignKey = None,
-) -> None:
-    """Publish a PEFT LoRA from a local folder as a task, and serve it.
-
-    It was not trained with CRMA, so it serves with CRMA off only. An adapter that serves already,
-    in the same prompt format and under the same licence, is not published again.
-    """
-    from crma.models.model_shape import read_shape
-    from crma.store.import_format import describe
-    from crma.store.opening import is_store, writable_store
-    from crma.store.signature import check_folder
-
-    if public_key is not None:
-        check_folder(folder, public_key)
-    adapters = writable_store(store)
-    is_new = not is_store(store)
-    served = adapters.channels().tasks.get(name)
-    base = find_base(model)
-    shape = read_shape(base)
-    entry = adapters.import_peft(
-        folder,
-        name,
-        base,
-        licence=licence,
-        shape=shape,
-        trust_base=trust_base,
-        prompt_format=prompt_format,
-        repeat=False,
-        private_key=sign_key,
-    )
-    if is_new:
-        note(f"started a new store: {store}")
-    note(f"{entry.name}@{entry.version} {entry.digest}")
-    note(f"prompt format {describe(entry.prompt_format)}")
-    if entry.version == served:
-        note(f"tasks/{name}: already published as {served}")
-    elif served is not None:
-        note(f"replaces {served}; undo: crma rollback --channel tasks/{name} --store {store}")
-
-
-@group.command()
+@answers
 def rollback(
-    store: StoreOption = DEFAULT_STORE,
+    store: Store = DEFAULT_STORE,
     channel: Annotated[
         str,
         typer.Option(
@@ -165,14 +169,42 @@ def rollback(
             "or stop if they served nothing that fits."
         ),
     ] = "backbone",
-) -> None:
+) -> Answer:
     """Serve the version that served before the current one. A running server notices at once."""
     from crma.store.opening import open_store
 
     adapters = open_store(store)
     before = adapters.channels().serving()
     after = adapters.roll_back(channel).serving()
-    note(f"serving: {after}")
     stopped = sorted(before.keys() - after.keys())
     if stopped:
         note(f"no longer served: {', '.join(stopped)}")
+    text = columns([("CHANNEL", "SERVES"), *after.items()])
+    return Answer({"serving": after, "stopped": stopped}, text)
+
+
+@group.command()
+@answers
+def gc(
+    store: Store = DEFAULT_STORE,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete them. Nobody can bring them back.")
+    ] = False,
+) -> Answer:
+    """List the versions of tasks that came before the one that a roll back would serve.
+
+    With --delete they are deleted. A server that still has one in memory goes on with it.
+    """
+    from crma.store.garbage import outdated
+    from crma.store.opening import open_store
+
+    adapters = open_store(store)
+    found = outdated(adapters.root)
+    lines = [f"{name}@{version}" for name, versions in found.items() for version in versions]
+    if delete:
+        for name, versions in found.items():
+            for version in versions:
+                adapters.remove_task(name, version)
+    done = "deleted" if delete else "can be deleted, with --delete"
+    note(f"{len(lines)} versions {done}")
+    return Answer({"outdated": lines, "deleted": delete}, "\n".join(lines))

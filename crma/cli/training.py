@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crma.cli.output import note, show_json
+from crma.cli.answer import Answer, answers
+from crma.cli.output import columns, note
 from crma.cli.progress import progress
 from crma.models.base_model import find_base
 
@@ -18,7 +19,8 @@ group = typer.Typer()
 _SUMMARY = ("arm", "seed", "loss", "accuracy", "drift", "norm_log", "training")
 
 
-@group.command()
+@group.command(epilog="Next: crma ablate --store STORE --split holdout")
+@answers
 def train(
     config: Annotated[Path, typer.Argument(help="A TOML file; see crma/experiments.")],
     out: Annotated[
@@ -32,7 +34,7 @@ def train(
             help="Publish into this store; if a backbone serves there, the new one is a candidate."
         ),
     ] = None,
-) -> None:
+) -> Answer:
     """Train task after task, measure, and write the run's record."""
     from crma.store.opening import writable_store
     from crma.training.arms import ARMS
@@ -54,7 +56,8 @@ def train(
     if shipment is not None:
         _note_shipment(shipment, ship)
     note(f"record: {folder / 'record.json'}")
-    show_json({key: record[key] for key in _SUMMARY})
+    summary = {key: record[key] for key in _SUMMARY}
+    return Answer(summary, columns([(key, str(value)) for key, value in summary.items()]))
 
 
 def _note_shipment(shipment: "Shipment", store: Path | None) -> None:
@@ -64,10 +67,11 @@ def _note_shipment(shipment: "Shipment", store: Path | None) -> None:
     if shipment.candidate is None:
         note(f"{store} serves it")
     else:
-        note(f"next: crma promote {shipment.candidate.version} --store {store}")
+        note(f"next: crma store promote {shipment.candidate.version} --store {store}")
 
 
-@group.command()
+@group.command(epilog="Next: crma plots")
+@answers
 def experiment(
     config: Annotated[Path, typer.Argument(help="A TOML file; see crma/experiments.")],
     results: Annotated[Path, typer.Option(help="The folder of the records.")] = Path(
@@ -77,7 +81,7 @@ def experiment(
     only: Annotated[
         str, typer.Option(help="Only runs whose name matches a pattern, such as '*-seed0'.")
     ] = "*",
-) -> None:
+) -> Answer:
     """Make the missing records of an experiment, and print the table of all its records."""
     from crma.training.experiment import execute, read_experiment
     from crma.training.tables import arms_table
@@ -86,16 +90,21 @@ def experiment(
     with progress(planned.name) as report:
         paths = execute(planned, results, work, only=only, report=report)
     note(f"{len(paths)} records in {results / planned.name}")
-    typer.echo(arms_table({path.stem: json.loads(path.read_text()) for path in paths}))
+    records = {path.stem: json.loads(path.read_text()) for path in paths}
+    return Answer(records, arms_table(records))
 
 
 @group.command()
+@answers
 def plots(
     results: Annotated[
         Path, typer.Argument(help="The folder of the records that the other commands wrote.")
     ] = Path("crma/results"),
-) -> None:
+) -> Answer:
     """Draw the records as SVG files in RESULTS/plots."""
     from crma.training.plots import draw
 
-    draw(results, results / "plots")
+    folder = results / "plots"
+    draw(results, folder)
+    drawn = sorted(str(path) for path in folder.glob("*.svg"))
+    return Answer({"plots": drawn}, "\n".join(drawn))

@@ -10,3 +10,8 @@ def cache_home() -> Path:
     if chosen:
         return Path(chosen).expanduser()
     return Path.home() / ".cache" / "crma"
+
+
+def setting_names() -> list[str]:
+    """The variables of the environment that are, or look like, settings; without their values."""
+    return sorted(name for name in os.environ if name.startswith("CRMA_"))

@@ -6,6 +6,7 @@ CrmaError
 ├── DataError            a data set cannot be obtained, or does not match its digest
 ├── PullError            a base model cannot be fetched, converted or verified
 ├── TrainingError        a training run failed one of its own checks
+├── ServerError          a server that a command talks to cannot be reached, or failed
 └── StoreError           a store, or an adapter in it, is not usable
     ├── NotFound         no such task, backbone or version
     ├── DigestMismatch   a file is not the one its manifest describes
@@ -63,6 +64,10 @@ class PullError(CrmaError):
 
 class TrainingError(CrmaError):
     """A training run failed one of its own checks."""
+
+
+class ServerError(CrmaError):
+    """A server that a command talks to cannot be reached, or failed."""
 
 
 class StoreError(CrmaError):

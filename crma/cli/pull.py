@@ -5,19 +5,20 @@ from typing import Annotated
 
 import typer
 
-from crma.cli.output import note
+from crma.cli.answer import Answer, answers
 from crma.core.errors import UnsupportedModel
 from crma.models.base_model import DEFAULT_MODEL
 
 group = typer.Typer()
 
 
-@group.command()
+@group.command(epilog="Next: crma serve")
+@answers
 def pull(
     source: Annotated[
         str, typer.Argument(help="The default model's name, a hub id, or a folder.")
     ] = DEFAULT_MODEL,
-) -> None:
+) -> Answer:
     """Fetch a base model and convert it into the cache, unless it is there already."""
     from crma.models.model_shape import read_shape
     from crma.models.pull import pull as fetch
@@ -25,4 +26,5 @@ def pull(
     base = fetch(source)
     with suppress(UnsupportedModel):  # such a model can be pulled, but takes no adapters
         read_shape(base)  # recorded now, because computing it takes seconds
-    note(f"{base.name} {base.digest} in {base.path}")
+    value = {"name": base.name, "digest": base.digest, "path": str(base.path)}
+    return Answer(value, f"{base.name} {base.digest} in {base.path}")
