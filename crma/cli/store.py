@@ -21,6 +21,7 @@ group = typer.Typer(
 )
 group.registered_commands += publishing.group.registered_commands
 
+_COLUMNS = ("channel", "serves", "versions", "digest")
 _PublicKey = Annotated[
     Path | None, typer.Option(help="PEM of the key whose signature is required.")
 ]
@@ -59,12 +60,8 @@ def ls(store: Store = DEFAULT_STORE) -> Answer:
                 "digest": entry.digest if entry else None,
             }
         )
-    rows = [("CHANNEL", "SERVES", "VERSIONS", "DIGEST")]
-    for each in listed:
-        rows.append(
-            tuple(_cell(each[name]) for name in ("channel", "serves", "versions", "digest"))
-        )
-    return Answer({"store": str(store), "channels": listed}, columns(rows))
+    table = [tuple(name.upper() for name in _COLUMNS), *map(_row, listed)]
+    return Answer({"store": str(store), "channels": listed}, columns(table))
 
 
 def _published(store: "AdapterStore") -> list[str]:
@@ -78,6 +75,10 @@ def _serving_entry(store: "AdapterStore", channel: str) -> "TaskEntry | Backbone
     if channel == "backbone":
         return store.backbone()
     return store.task(channel.removeprefix("tasks/"))
+
+
+def _row(channel: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(_cell(channel[name]) for name in _COLUMNS)
 
 
 def _cell(value: Any) -> str:
@@ -128,7 +129,7 @@ def _short(value: Any) -> str:
             f"{key}={each}" for key, each in value.items() if not isinstance(each, list | dict)
         ]
         hidden = [f"{key}=…" for key, each in value.items() if isinstance(each, list | dict)]
-        return " ".join(inner + hidden) or "–"
+        return repr(" ".join(inner + hidden)).strip("'") or "–"
     return _cell(value)
 
 
@@ -205,6 +206,7 @@ def gc(
         for name, versions in found.items():
             for version in versions:
                 adapters.remove_task(name, version)
-    done = "deleted" if delete else "can be deleted, with --delete"
-    note(f"{len(lines)} versions {done}")
+        note(f"{len(lines)} versions deleted")
+    else:
+        note(f"{len(lines)} versions can be deleted" + (", with --delete" if lines else ""))
     return Answer({"outdated": lines, "deleted": delete}, "\n".join(lines))

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
 from crma_client import calls
+from crma_client.async_connection import AsyncConnection
+from crma_client.chats import ChatReader
 from crma_client.client import DEFAULT_URL
-from crma_client.streams import AsyncTokenStream
+from crma_client.errors import ConnectionFailed, CrmaClientError
+from crma_client.job_events import POLL_S, ProgressReader
+from crma_client.streams import AsyncTokenStream, TokenReader
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from datetime import date
     from os import PathLike
 
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Unpack
 
-    from crma_client.calls import GenerateOptions
+    from crma_client.calls import ChatOptions, GenerateOptions
+    from crma_client.chats import Chat
+    from crma_client.job_events import OnProgress
     from crma_client.types import Generation
 
 
-class AsyncClient:
+class AsyncClient(AsyncConnection):
     """An async client of one CRMA Server.
 
     Use it as an async context manager, or call `aclose()`. Its methods are those of `Client`,
@@ -36,12 +41,11 @@ class AsyncClient:
         *,
         api_key: str | None = None,
         timeout: float | None = 60.0,
+        retries: int = 2,
         **http: Any,
     ) -> None:
         """Take the arguments of `Client`; `http` are further arguments of `httpx.AsyncClient`."""
-        headers = calls.headers(api_key)
-        url = calls.server_url(base_url)
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, **http)
+        super().__init__(base_url, api_key, timeout, retries, **http)
 
     async def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> Generation:
         """Generate an answer to a prompt; see `Client.generate` for the options."""
@@ -51,17 +55,27 @@ class AsyncClient:
     @asynccontextmanager
     async def stream(
         self, prompt: str, **options: Unpack[GenerateOptions]
-    ) -> AsyncIterator[AsyncTokenStream]:
+    ) -> AsyncIterator[AsyncTokenStream[Generation]]:
         """Generate an answer token by token, in an `async with` block; see `Client.stream`."""
         body = calls.generate_body(prompt, options, stream=True)
-        request = self._http.build_request("POST", "/generate", content=body)
-        with calls.transport_errors():
-            response = await self._http.send(request, stream=True)
-        async with aclosing(response):
-            if response.status_code != 200:
-                with calls.transport_errors():
-                    await response.aread()
-            yield AsyncTokenStream(calls.checked(response))
+        async with self._opened("POST", "/generate", body) as response:
+            yield AsyncTokenStream(response, TokenReader())
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]
+    ) -> Chat:
+        """Answer a conversation; see `Client.chat` for the options."""
+        body = calls.chat_body(messages, options)
+        return calls.read_chat_answer(await self._send("POST", "/v1/chat/completions", body))
+
+    @asynccontextmanager
+    async def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]
+    ) -> AsyncIterator[AsyncTokenStream[Chat]]:
+        """Answer a conversation token by token, in an `async with` block; see `Client.chat`."""
+        body = calls.chat_body(messages, options, stream=True)
+        async with self._opened("POST", "/v1/chat/completions", body) as response:
+            yield AsyncTokenStream(response, ChatReader())
 
     async def ablation(self, **body: Any) -> dict[str, Any]:
         """Compare variants on a question set; see `Client.ablation` for the arguments."""
@@ -72,6 +86,48 @@ class AsyncClient:
         """List the background jobs of your key, newest first, without requests and results."""
         response = await self._send("GET", "/ablation")
         return calls.read_list(response)
+
+    async def run_ablation(
+        self, on_progress: OnProgress | None = None, **body: Any
+    ) -> dict[str, Any]:
+        """Run an ablation as a background job, and wait for its report; see `Client.run_ablation`.
+
+        Cancelling the task that waits cancels the job.
+        """
+        started = await self.ablation(**{**body, "background": True})
+        id = str(started["id"])
+        try:
+            return await self.wait_for_ablation(id, on_progress)
+        except CrmaClientError as error:
+            error.value = error.value or id
+            raise
+        except BaseException:
+            with suppress(CrmaClientError):
+                await self.cancel_ablation(id)
+            raise
+
+    async def wait_for_ablation(
+        self, id: str, on_progress: OnProgress | None = None
+    ) -> dict[str, Any]:
+        """Wait for the report of a background job; see `Client.run_ablation`."""
+        while True:
+            with suppress(ConnectionFailed):  # then the job is asked for, and that may fail
+                async for done, total in self._progress(id):
+                    if on_progress is not None:
+                        on_progress(done, total)
+            result = calls.job_result(await self.ablation_job(id))
+            if result is not None:
+                return result
+            await asyncio.sleep(POLL_S)
+
+    async def _progress(self, id: str) -> AsyncIterator[tuple[int, int]]:
+        """Yield (done, total) of a job until its events end."""
+        reader = ProgressReader()
+        async with self._opened("GET", calls.events_path(id)) as response:
+            with calls.transport_errors():
+                async for chunk in response.aiter_bytes():
+                    for progress in reader.feed(chunk):
+                        yield progress
 
     async def ablation_job(self, id: str) -> dict[str, Any]:
         """Get the status, progress and request of a background job and, once done, its result."""
@@ -169,32 +225,15 @@ class AsyncClient:
 
     async def health(self) -> bool:
         """Whether the server process is alive."""
-        response = await self._send("GET", "/healthz")
+        response = await self._send("GET", "/healthz", accepted=[503])
         return calls.read_probe(response)
 
     async def ready(self) -> bool:
         """Whether the server accepts requests: False while it starts or drains."""
-        response = await self._send("GET", "/readyz")
+        response = await self._send("GET", "/readyz", accepted=[503])
         return calls.read_probe(response)
 
     async def metrics(self) -> str:
         """Get the server's metrics in the Prometheus text format."""
         response = await self._send("GET", "/metrics")
         return calls.read_text(response)
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
-    async def _send(
-        self, method: str, path: str, content: bytes | None = None, **form: Any
-    ) -> httpx.Response:
-        """Send a request and read the whole response, whatever its status."""
-        with calls.transport_errors():
-            return await self._http.request(method, path, content=content, **form)

@@ -11,15 +11,17 @@ from urllib.parse import quote, urlencode
 
 import httpx
 
+from crma_client.chats import Chat, read_chat
 from crma_client.errors import (
     ConnectionFailed,
     InvalidArgument,
-    ProtocolError,
+    JobFailed,
     TimedOut,
     status_error,
 )
-from crma_client.types import Generation, read, read_generation
+from crma_client.types import Generation, read, read_generation, read_json
 
+CONNECT_S = 10.0
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER_FILES = (
     "chat_template.jinja",
@@ -39,16 +41,14 @@ class Form(TypedDict):
     headers: dict[str, str]
 
 
-class GenerateOptions(TypedDict, total=False):
-    """Options of `generate` and `stream`, which `Client.generate` documents.
+class SamplingOptions(TypedDict, total=False):
+    """Options of every generating method, which `Client.generate` documents.
 
     An option that is absent or None is not sent: the server decides.
     """
 
     task: str | None
     crma: bool | None
-    raw: bool | None
-    add_special_tokens: bool | None
     max_tokens: int | None
     min_tokens: int | None
     temperature: float | None
@@ -69,8 +69,25 @@ class GenerateOptions(TypedDict, total=False):
     skip_special_tokens: bool | None
     logprobs: bool | None
     top_logprobs: int | None
-    prompt_logprobs: bool | None
     timeout_s: float | None
+
+
+class GenerateOptions(SamplingOptions, total=False):
+    """Options of `generate` and `stream`."""
+
+    raw: bool | None
+    add_special_tokens: bool | None
+    prompt_logprobs: bool | None
+
+
+class ChatOptions(SamplingOptions, total=False):
+    """Options of `chat` and `stream_chat`, which `Client.chat` documents."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
+    response_format: Mapping[str, Any] | None
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 def server_url(base_url: str) -> httpx.URL:
@@ -105,9 +122,26 @@ def generate_body(prompt: str, options: Mapping[str, Any], *, stream: bool = Fal
     return write_body(fields)
 
 
+def chat_body(
+    messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], *, stream: bool = False
+) -> bytes:
+    """The body of POST /v1/chat/completions; raises as `write_body`."""
+    model = options.get("task") or "base"
+    fields = {**options, "task": None, "model": model, "messages": list(messages)}
+    if stream:
+        fields["stream"] = True
+        fields["stream_options"] = {"include_usage": True}
+    return write_body(fields)
+
+
 def ablation_path(id: str) -> str:
     """The path of one ablation job."""
     return f"/ablation/{quote(id, safe='')}"
+
+
+def events_path(id: str) -> str:
+    """The path of the progress of one ablation job."""
+    return f"{ablation_path(id)}/events"
 
 
 def question_set_path(name: str) -> str:
@@ -164,6 +198,12 @@ def write_body(fields: Mapping[str, Any]) -> bytes:
         raise InvalidArgument(message, field="body", value=body) from error
 
 
+def time_limits(timeout: float | None) -> httpx.Timeout:
+    """The limits of a client: `timeout` for everything, and at most CONNECT_S for a connection."""
+    connect = CONNECT_S if timeout is None else min(timeout, CONNECT_S)
+    return httpx.Timeout(timeout, connect=connect)
+
+
 @contextmanager
 def transport_errors() -> Iterator[None]:
     """Turn the errors that httpx raises in the block, and only those, into errors of this package.
@@ -200,34 +240,45 @@ def checked(response: httpx.Response, *accepted: int) -> httpx.Response:
     raise status_error(response.status_code, body, response.headers.get("retry-after"))
 
 
-def read_json(text: str | bytes) -> object:
-    """Decode JSON; raises ProtocolError if it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # the latter: nested too deep
-        raise ProtocolError(f"the answer is not JSON: {error}", value=text[:200]) from error
-
-
 def read_answer(response: httpx.Response) -> Generation:
     """Read the answer of POST /generate."""
-    return read_generation(read_json(checked(response).content))
+    return read_generation(read_json(response.content))
+
+
+def read_chat_answer(response: httpx.Response) -> Chat:
+    """Read the answer of POST /v1/chat/completions."""
+    return read_chat(read_json(response.content))
+
+
+def job_result(job: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of a background job; None while it waits or runs.
+
+    Raises:
+        JobFailed: it ended without one.
+    """
+    if job["status"] in ("queued", "running"):
+        return None
+    if job["status"] != "done":
+        reason = (job.get("error") or {}).get("message") or "there is no report"
+        raise JobFailed(f"the job {job['id']} is {job['status']}: {reason}", value=job["id"])
+    return read(dict, job["result"])
 
 
 def read_object(response: httpx.Response) -> dict[str, Any]:
     """Read an answer that is a JSON object."""
-    return read(dict, read_json(checked(response).content))
+    return read(dict, read_json(response.content))
 
 
 def read_list(response: httpx.Response) -> list[Any]:
     """Read an answer that is a JSON array."""
-    return read(list, read_json(checked(response).content))
+    return read(list, read_json(response.content))
 
 
 def read_text(response: httpx.Response) -> str:
     """Read an answer that is plain text."""
-    return checked(response).text
+    return response.text
 
 
 def read_probe(response: httpx.Response) -> bool:
-    """Read the answer of GET /healthz or /readyz: 503 means no."""
-    return checked(response, 503).status_code == 200
+    """Read the answer of GET /healthz or /readyz, whose status may be 503: no."""
+    return response.status_code == 200

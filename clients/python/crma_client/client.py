@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
 from crma_client import calls
-from crma_client.streams import TokenStream
+from crma_client.chats import ChatReader
+from crma_client.connection import Connection
+from crma_client.errors import ConnectionFailed, CrmaClientError
+from crma_client.job_events import POLL_S, ProgressReader
+from crma_client.streams import TokenReader, TokenStream
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from datetime import date
     from os import PathLike
 
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Unpack
 
-    from crma_client.calls import GenerateOptions
+    from crma_client.calls import ChatOptions, GenerateOptions
+    from crma_client.chats import Chat
+    from crma_client.job_events import OnProgress
     from crma_client.types import Generation
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-class Client:
+class Client(Connection):
     """A blocking client of one CRMA Server.
 
     Use it as a context manager, or call `close()`. Threads may share it. Every method raises a
@@ -37,6 +42,7 @@ class Client:
         *,
         api_key: str | None = None,
         timeout: float | None = 60.0,
+        retries: int = 2,
         **http: Any,
     ) -> None:
         """Prepare a client; it connects at the first request.
@@ -45,15 +51,18 @@ class Client:
             base_url: the address of the server.
             api_key: sent as a bearer token.
             timeout: seconds to wait for a connection and for each part of an answer: the next token
-                of a stream, or else the whole answer. None waits for ever.
+                of a stream, or else the whole answer. None waits for ever, but no longer than 10 s
+                for a connection.
+            retries: most attempts after the first. Only what cannot have run is sent again (there
+                was no connection, or the server was full or not ready), and what only reads, after
+                any failure but a time-out. Waits grow, differ at random, and are never shorter than
+                Retry-After.
             http: further arguments of `httpx.Client`, such as verify, proxy or transport.
 
         Raises:
             InvalidArgument: `base_url` is not a URL, or a header cannot carry `api_key`.
         """
-        headers = calls.headers(api_key)
-        url = calls.server_url(base_url)
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, **http)
+        super().__init__(base_url, api_key, timeout, retries, **http)
 
     def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> Generation:
         """Generate an answer to a prompt and wait for all of it.
@@ -105,7 +114,9 @@ class Client:
         return calls.read_answer(response)
 
     @contextmanager
-    def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> Iterator[TokenStream]:
+    def stream(
+        self, prompt: str, **options: Unpack[GenerateOptions]
+    ) -> Iterator[TokenStream[Generation]]:
         """Generate an answer token by token, in a `with` block; the options are `generate`'s.
 
         Leaving the block before the end cancels the request on the server.
@@ -118,14 +129,37 @@ class Client:
                 otherwise as `generate`.
         """
         body = calls.generate_body(prompt, options, stream=True)
-        request = self._http.build_request("POST", "/generate", content=body)
-        with calls.transport_errors():
-            response = self._http.send(request, stream=True)
-        with closing(response):
-            if response.status_code != 200:
-                with calls.transport_errors():
-                    response.read()
-            yield TokenStream(calls.checked(response))
+        with self._opened("POST", "/generate", body) as response:
+            yield TokenStream(response, TokenReader())
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> Chat:
+        """Answer a conversation and wait for all of the answer.
+
+        Args:
+            messages: turns as OpenAI has them: {"role": "user", "content": "Hi"}.
+            tools: functions that the model may call, as OpenAI describes them.
+            tool_choice: none, auto, required, or one function.
+            parallel_tool_calls: whether an answer may have several calls.
+            response_format: what the answer has to be, as OpenAI says it.
+            chat_template_kwargs: further variables of the chat template.
+
+        The other options are those of `generate`; raw prompts are not chats. Without max_tokens an
+        answer may fill the context.
+
+        Raises:
+            As `generate`.
+        """
+        body = calls.chat_body(messages, options)
+        return calls.read_chat_answer(self._send("POST", "/v1/chat/completions", body))
+
+    @contextmanager
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]
+    ) -> Iterator[TokenStream[Chat]]:
+        """Answer a conversation token by token, in a `with` block, as `stream`; see `chat`."""
+        body = calls.chat_body(messages, options, stream=True)
+        with self._opened("POST", "/v1/chat/completions", body) as response:
+            yield TokenStream(response, ChatReader())
 
     def ablation(self, **body: Any) -> dict[str, Any]:
         """Compare variants on a question set and wait for the report, for at most `timeout`.
@@ -162,6 +196,53 @@ class Client:
         """List the background jobs of your key, newest first, without requests and results."""
         response = self._send("GET", "/ablation")
         return calls.read_list(response)
+
+    def run_ablation(self, on_progress: OnProgress | None = None, **body: Any) -> dict[str, Any]:
+        """Run an ablation as a background job, and wait for its report however long it takes.
+
+        Args:
+            on_progress: called with (done, total) at the start and whenever something is done.
+            body: the arguments of `ablation`, without background.
+
+        Returns:
+            The report.
+
+        Raises:
+            JobFailed: the job failed, or somebody cancelled it.
+            ConnectionFailed: the connection was lost for longer than the retries. The job goes on:
+                `wait_for_ablation` takes its id, which is the `value` of the error.
+
+        Any other exception, such as Ctrl-C or one of `on_progress`, cancels the job.
+        """
+        id = str(self.ablation(**{**body, "background": True})["id"])
+        try:
+            return self.wait_for_ablation(id, on_progress)
+        except CrmaClientError as error:
+            error.value = error.value or id
+            raise
+        except BaseException:
+            with suppress(CrmaClientError):
+                self.cancel_ablation(id)
+            raise
+
+    def wait_for_ablation(self, id: str, on_progress: OnProgress | None = None) -> dict[str, Any]:
+        """Wait for the report of a background job; see `run_ablation`."""
+        while True:
+            with suppress(ConnectionFailed):  # then the job is asked for, and that may fail
+                for done, total in self._progress(id):
+                    if on_progress is not None:
+                        on_progress(done, total)
+            result = calls.job_result(self.ablation_job(id))
+            if result is not None:
+                return result
+            time.sleep(POLL_S)
+
+    def _progress(self, id: str) -> Iterator[tuple[int, int]]:
+        """Yield (done, total) of a job until its events end."""
+        reader = ProgressReader()
+        with self._opened("GET", calls.events_path(id)) as response, calls.transport_errors():
+            for chunk in response.iter_bytes():
+                yield from reader.feed(chunk)
 
     def ablation_job(self, id: str) -> dict[str, Any]:
         """Get the status, progress and request of a background job and, once done, its result."""
@@ -301,32 +382,15 @@ class Client:
 
     def health(self) -> bool:
         """Whether the server process is alive."""
-        response = self._send("GET", "/healthz")
+        response = self._send("GET", "/healthz", accepted=[503])
         return calls.read_probe(response)
 
     def ready(self) -> bool:
         """Whether the server accepts requests: False while it starts or drains."""
-        response = self._send("GET", "/readyz")
+        response = self._send("GET", "/readyz", accepted=[503])
         return calls.read_probe(response)
 
     def metrics(self) -> str:
         """Get the server's metrics in the Prometheus text format."""
         response = self._send("GET", "/metrics")
         return calls.read_text(response)
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _send(
-        self, method: str, path: str, content: bytes | None = None, **form: Any
-    ) -> httpx.Response:
-        """Send a request and read the whole response, whatever its status."""
-        with calls.transport_errors():
-            return self._http.request(method, path, content=content, **form)

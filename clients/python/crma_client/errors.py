@@ -6,6 +6,7 @@ CrmaClientError
 │   └── TimedOut         the client's own `timeout` expired
 ├── ProtocolError        the answer does not follow the server's documented format
 ├── GenerationFailed     the server sent an `error` event after a stream had begun
+├── JobFailed            a background job ended without a report; `value` is its id
 └── StatusError          the server refused the request or failed; `status` is set
     ├── InvalidRequest       400, 413, 422   not JSON, body too large, or a field is invalid
     ├── NotAuthorized        401, 403        API key missing, unknown or without permission
@@ -77,6 +78,10 @@ class ProtocolError(CrmaClientError):
 
 class GenerationFailed(CrmaClientError):
     """The server sent an `error` event after a stream had begun."""
+
+
+class JobFailed(CrmaClientError):
+    """A background job failed, or was cancelled; `value` is its id."""
 
 
 class StatusError(CrmaClientError):
@@ -155,6 +160,8 @@ def _details(body: object, default_message: str) -> dict[str, Any]:
     error = body.get("error") if isinstance(body, Mapping) else None
     given = error if isinstance(error, Mapping) else {}
     details = {key: given.get(key) for key in ("code", "field", "value", "allowed")}
+    if details["field"] is None:
+        details["field"] = given.get("param")  # as OpenAI's routes call it
     message = given.get("message")
     details["message"] = message if message and isinstance(message, str) else default_message
     return details

@@ -2,25 +2,37 @@
 
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from typing import Generic, Protocol, TypeVar
 
 import httpx
 
-from crma_client.calls import read_json, transport_errors
+from crma_client.calls import transport_errors
 from crma_client.errors import ProtocolError, stream_error
 from crma_client.sse import EventParser
-from crma_client.types import Choice, Generation, Token, read, read_generation
+from crma_client.types import Choice, Generation, Token, read, read_generation, read_json
+
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Reader(Protocol[R_co]):
+    """Turns the bytes of a streamed answer into tokens and, at its end, the whole answer."""
+
+    def feed(self, chunk: bytes) -> Iterator[Token]:
+        """Yield the tokens that `chunk` completes."""
+
+    def result(self) -> R_co:
+        """The whole answer. Raises ProtocolError if the stream has not ended."""
 
 
 class TokenReader:
-    """Turns the bytes of a streamed answer into tokens and, at its end, a Generation."""
+    """Reads a stream of POST /generate."""
 
-    def __init__(self, response: httpx.Response) -> None:
-        self._response = response
+    def __init__(self) -> None:
         self._events = EventParser()
         self._seen: list[Token] = []
         self._result: Generation | None = None
 
-    @property
     def result(self) -> Generation:
         """The whole answer, texts included.
 
@@ -31,7 +43,7 @@ class TokenReader:
             raise ProtocolError("there is no result: the stream has not sent its done event")
         return self._result
 
-    def _feed(self, chunk: bytes) -> Iterator[Token]:
+    def feed(self, chunk: bytes) -> Iterator[Token]:
         """Yield the tokens that `chunk` completes; the `done` event sets the result.
 
         Events that this version does not know are ignored.
@@ -59,12 +71,18 @@ class TokenReader:
         return replace(choice, text=text, logprobs=logprobs or None)
 
 
-class TokenStream(TokenReader):
-    """The tokens of one answer as they arrive. Iterate once; then `result` is the Generation."""
+class TokenStream(Generic[R]):
+    """The tokens of one answer as they arrive. Iterate once; then `result` is the whole answer."""
 
-    def __init__(self, response: httpx.Response) -> None:
-        super().__init__(response)
+    def __init__(self, response: httpx.Response, reader: Reader[R]) -> None:
+        self._response = response
+        self._reader = reader
         self._tokens = self._read_tokens()
+
+    @property
+    def result(self) -> R:
+        """The whole answer. Raises ProtocolError before the end of the stream."""
+        return self._reader.result()
 
     def __iter__(self) -> Iterator[Token]:
         return self._tokens
@@ -72,16 +90,22 @@ class TokenStream(TokenReader):
     def _read_tokens(self) -> Iterator[Token]:
         with transport_errors():
             for chunk in self._response.iter_bytes():
-                yield from self._feed(chunk)
+                yield from self._reader.feed(chunk)
         _ = self.result  # raises if the stream broke off
 
 
-class AsyncTokenStream(TokenReader):
+class AsyncTokenStream(Generic[R]):
     """The tokens of one answer, for `async for`; otherwise like TokenStream."""
 
-    def __init__(self, response: httpx.Response) -> None:
-        super().__init__(response)
+    def __init__(self, response: httpx.Response, reader: Reader[R]) -> None:
+        self._response = response
+        self._reader = reader
         self._tokens = self._read_tokens()
+
+    @property
+    def result(self) -> R:
+        """As `TokenStream.result`."""
+        return self._reader.result()
 
     def __aiter__(self) -> AsyncIterator[Token]:
         return self._tokens
@@ -89,6 +113,6 @@ class AsyncTokenStream(TokenReader):
     async def _read_tokens(self) -> AsyncIterator[Token]:
         with transport_errors():
             async for chunk in self._response.aiter_bytes():
-                for token in self._feed(chunk):
+                for token in self._reader.feed(chunk):
                     yield token
         _ = self.result  # raises if the stream broke off

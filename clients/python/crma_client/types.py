@@ -4,6 +4,7 @@ Parts that the server only reports stay plain JSON: usage, timings and provenanc
 report of an ablation, the list of adapters. The server documents their fields at `/docs`.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
@@ -96,6 +97,14 @@ def read(cls: type[T], data: object) -> T:
         ProtocolError: a value has the wrong type; `field` is its path in the answer.
     """
     return _read_value(cls, data, cls.__name__)
+
+
+def read_json(text: str | bytes) -> object:
+    """Decode JSON; raises ProtocolError if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter: nested too deep
+        raise ProtocolError(f"the answer is not JSON: {error}", value=text[:200]) from error
 
 
 def read_generation(data: object) -> Generation:
