@@ -22,8 +22,8 @@ setup: .venv/.installed  ## make .venv, once; again only when pyproject.toml or 
 # exec: make passes SIGTERM on to its child, and a shell would not pass it on to the server.
 serve: setup  ## pull the base model if it is not there, verify the adapters, serve on PORT
 	$(BIN)/crma pull $(MODEL)
-	-@$(BIN)/crma verify $${CRMA_STORE:-adapters_store} --model $(MODEL)
-	exec env CRMA_PORT=$(PORT) CRMA_MODEL=$(MODEL) CRMA_DEVICE=$(DEVICE) $(BIN)/python -m server
+	-@$(BIN)/crma store verify --model $(MODEL)
+	exec $(BIN)/crma serve --model $(MODEL) --port $(PORT) --device $(DEVICE)
 
 check: setup  ## lint, format, types, imports between rooms
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
@@ -50,7 +50,7 @@ train: setup  ## train the shipped adapters again, as crma/experiments/shipped.t
 	$(BIN)/crma train crma/experiments/shipped.toml
 
 ablate: setup  ## CRMA on against off on the public question set
-	$(BIN)/crma ablate adapters_store --model $(MODEL)
+	$(BIN)/crma ablate --model $(MODEL)
 
 bench: setup  ## our server, PEFT and transformers on one load: clients/bench/README.md
 	@PYTHONPATH=clients $(BIN)/python -m bench $(BENCH_ARGS)
@@ -90,7 +90,7 @@ clean:  ## remove .venv and what tools left behind; pulled models and results st
 	@echo 'making .venv: PyTorch and 80 smaller packages, a minute or more'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install -qq --upgrade 'pip>=25.1'
-	@$(BIN)/pip install -qq --only-binary=:all: $(PIP_ARGS) -c constraints.txt -e '.[train,signing]' --group dev
+	@$(BIN)/pip install -qq --only-binary=:all: $(PIP_ARGS) -c constraints.txt -e clients/python -e '.[client,train,signing]' --group dev
 	@touch $@
 
 .venv-clients/node/.installed: tests/e2e/openai_clients/package.json tests/e2e/openai_clients/package-lock.json

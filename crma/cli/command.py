@@ -3,7 +3,7 @@
 Results go to stdout, everything else to stderr.
 """
 
-# No module of this package imports torch, rich, pydantic or another package that takes long at its
+# No module of this package imports torch, rich, httpx or another package that takes long at its
 # top, because `crma --help` would then take long. A command imports what it needs when it runs.
 
 import sys

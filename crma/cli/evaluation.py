@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -34,8 +34,8 @@ _Questions = Annotated[
     ),
 ]
 _Split = Annotated[
-    str | None,
-    typer.Option(help="Ask this split of every task trained here: validation or holdout."),
+    Literal["train", "validation", "holdout"] | None,
+    typer.Option(help="Ask this split of every task trained here."),
 ]
 _Variants = Annotated[str, typer.Option(help="Comma-separated variants.")]
 _Control = Annotated[Path | None, typer.Option(help="A store of LoRAs trained without CRMA.")]

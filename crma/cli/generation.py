@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 group = typer.Typer()
 
-_MaxTokens = Annotated[int | None, typer.Option(help="Length limit of an answer.", min=1)]
+_MaxTokens = Annotated[int | None, typer.Option(help="Length limit of an answer.")]
 _Temperature = Annotated[
     float | None, typer.Option(help="0 takes the most probable token each time.")
 ]
@@ -44,7 +44,7 @@ def generate(
     max_tokens: _MaxTokens = None,
     temperature: _Temperature = None,
     seed: _Seed = None,
-    n: Annotated[int | None, typer.Option("-n", help="Answers to draw.", min=1)] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Answers to draw.")] = None,
     fields: _Fields = None,
     as_json: bool = False,
 ) -> Answer:

@@ -1,7 +1,7 @@
 """`crma store import`, `sign` and `promote`: what is published, signed, and let serve."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -20,7 +20,7 @@ _SignKey = Annotated[
     Path | None, typer.Option(help="PEM of the private key that signs the new version.")
 ]
 _PromptFormat = Annotated[
-    str | None,
+    Literal["raw", "chat", "template"] | None,
     typer.Option(
         help="raw, chat (the base model's chat template) or template (the adapter's own). "
         "Default: the adapter's own if it has one, else chat if the base model has one, else raw."

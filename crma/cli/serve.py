@@ -1,29 +1,28 @@
 """`crma serve`: becomes `python -m server`."""
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from crma.cli.answer import Json, Quiet
-from crma.cli.options import Store
+from crma.cli.options import DEFAULT_STORE, Model, Store
 from crma.cli.program import become, options
 from crma.models.base_model import DEFAULT_MODEL
 
 group = typer.Typer()
 
-_Model = Annotated[
-    str, typer.Option("--model", envvar="CRMA_MODEL", help="A pulled base model, or its folder.")
+_Device = Annotated[
+    Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where the model runs.")
 ]
 
 
 @group.command(epilog='Next: crma generate "Your question" --task medical')
 def serve(
-    store: Store = Path("adapters_store"),
-    model: _Model = DEFAULT_MODEL,
+    store: Store = DEFAULT_STORE,
+    model: Model = DEFAULT_MODEL,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on.", min=1, max=65535)] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    device: _Device = None,
     allow_open: Annotated[
         bool, typer.Option("--allow-open", help="Serve without keys to other machines too.")
     ] = False,

@@ -203,7 +203,7 @@ class AdapterStore:
         """
         if self.public_key is not None and private_key is None:
             message = f"{name}: what is published here must be signed, and this process has no key."
-            allowed = "crma import --sign-key, where the private key is"
+            allowed = "crma store import --sign-key, where the private key is"
             raise NotSigned(message, field="signature", value=name, allowed=allowed)
         with about(str(path)):
             config, tensors = read_folder(path, base, shape=shape, trust_base=trust_base)

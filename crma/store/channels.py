@@ -201,7 +201,7 @@ def nothing_before(channel: str, serving: Channels) -> NotFound:
     else:
         message = (
             f"Nothing served before {version} of {channel}, so it cannot be rolled back: publish "
-            "another version (crma import, crma train --ship)."
+            "another version (crma store import, crma train --ship)."
         )
         allowed = "a task whose version was replaced"
     return NotFound(message, field="channel", value=channel, allowed=allowed)

@@ -58,7 +58,7 @@ def import_format(folder: Path, base: BaseModel, name: str | None = None) -> For
 
 
 def describe(prompt_format: Format | None) -> str:
-    """A prompt format in the words of `crma import --prompt-format`."""
+    """A prompt format in the words of `crma store import --prompt-format`."""
     if isinstance(prompt_format, TemplateFormat):
         if prompt_format.template is None:
             return "chat: the base model's chat template"

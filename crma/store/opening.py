@@ -30,7 +30,7 @@ def open_store(root: Path, public_key: Path | None = None) -> AdapterStore:
     else:
         message = f"There is no folder {root}."
     if _may_become_store(root):
-        message += f" To start a new store there: `crma init {root}`."
+        message += f" To start a new store there: `crma store init --store {root}`."
     allowed = "the folder of an adapter store"
     raise NotFound(message, field="store", value=str(root), allowed=allowed)
 

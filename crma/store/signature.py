@@ -155,7 +155,7 @@ def _digests(entry: TaskEntry | BackboneEntry) -> dict[str, str]:
 
 def _not_signed(place: str, reason: str) -> NotSigned:
     message = f"{place}: not signed by the key that is required: {reason}."
-    return NotSigned(message, field="signature", value=place, allowed="crma sign")
+    return NotSigned(message, field="signature", value=place, allowed="crma store sign")
 
 
 @contextmanager

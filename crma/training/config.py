@@ -81,7 +81,7 @@ class TrainConfig(Settings):
     start: str = _key(
         "",
         "An adapter store whose serving backbone goes on learning: every task then trains as a "
-        "later one, and the result is a candidate for `crma promote`. Empty: a new backbone.",
+        "later one, and the result is a candidate for `crma store promote`. Empty: a new backbone.",
     )
     measure: Literal["validation", "holdout"] = _key(
         "holdout",

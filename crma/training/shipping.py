@@ -21,7 +21,7 @@ class Shipment(NamedTuple):
     """What `ship` did.
 
     Attributes:
-        candidate: the backbone that waits for `crma promote`; None if everything serves.
+        candidate: the backbone that waits for `crma store promote`; None if everything serves.
         existing: channel -> the version of it that was published before.
     """
 
@@ -44,8 +44,8 @@ def ship(run: Run, target: AdapterStore) -> Shipment:
     """Publish the last backbone of a finished run, and every LoRA with its measures under it.
 
     Everything serves at once, unless another backbone serves in the store. Then nothing that serves
-    changes, and the new backbone is a candidate for `crma promote`. What an earlier call published
-    is not published again.
+    changes, and the new backbone is a candidate for `crma store promote`. What an earlier call
+    published is not published again.
 
     Args:
         run: a run that has finished `execute`.

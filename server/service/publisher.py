@@ -60,7 +60,7 @@ class Publisher:
             folder: holds PEFT's files; trusted, and only read.
             replace: False: a task of this name must not serve yet.
             trust_base: publish it even if its config names another base model.
-            prompt_format: raw, chat or template; None: as `crma import` chooses.
+            prompt_format: raw, chat or template; None: as `crma store import` chooses.
 
         Raises:
             AdapterExists: it serves, and is not to be replaced.
@@ -158,7 +158,7 @@ class Publisher:
         try:
             return self.registry.store.remove_task(name, version)
         except VersionServes as error:
-            first = "POST /v1/unload_lora_adapter stops the task; crma rollback serves another"
+            first = "POST /v1/unload_lora_adapter stops the task; crma store rollback serves another"
             message = f"{error.message} ({first})"
             raise AdapterServes(message, field="task", value=error.value, allowed=first) from error
 

@@ -11,6 +11,8 @@ from paths import ROOT
 
 SERVER = f"""#!{sys.executable}
 import signal, sys
+if "serve" not in sys.argv:
+    sys.exit()
 signal.signal(signal.SIGTERM, lambda *_: (print("stopped", flush=True), sys.exit(0)))
 signal.alarm(10)
 print("started", flush=True)
@@ -24,7 +26,7 @@ def test_a_signal_to_make_serve_stops_the_server(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "constraints.txt", ".venv/.installed", "crma", "python"):
         place = tmp_path / name
         place.parent.mkdir(exist_ok=True)
-        place.write_text(SERVER if name == "python" else "#!/bin/sh\n")
+        place.write_text(SERVER if name == "crma" else "#!/bin/sh\n")
         place.chmod(0o700)
     command = ["make", "--silent", "serve", f"BIN={tmp_path}"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as make:

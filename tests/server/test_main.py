@@ -46,7 +46,7 @@ def test_a_folder_that_is_no_store_stops_the_start_by_name(there: bool, tmp_path
     line = explain(caught.value)
     assert line.startswith("CRMA_STORE: ")
     assert str(folder) in line
-    assert there or f"`crma init {folder}`" in line
+    assert there or f"`crma store init --store {folder}`" in line
 
 
 def test_what_kubernetes_set_is_named_in_the_log(

@@ -74,7 +74,7 @@ async def upload_adapter(
     A form with `name`, the task's; `licence` if you know it; `trust_base` true if its config names
     this base model by another name; `prompt_format` raw, chat or template to choose one; and
     `files`: adapter_config.json and adapter_model.safetensors, and those of its tokenizer if it
-    has a chat template of its own. It is the task's next version, as `crma import` makes it.
+    has a chat template of its own. It is the task's next version, as `crma store import` makes it.
     Nothing remains of an upload that is refused.
     """
     frontend.check_ready()

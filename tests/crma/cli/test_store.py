@@ -1,4 +1,4 @@
-"""`crma import` on a model whose shape is recorded: fast, because it imports no torch."""
+"""`crma store import` on a model whose shape is recorded: fast, because it imports no torch."""
 
 import json
 import shutil
@@ -35,11 +35,11 @@ def test_an_import_loads_neither_torch_nor_transformers(
     read_shape(base)
     folder = store.task("medical").path  # published adapters are PEFT's files
     target = tmp_path / "target"
-    arguments = ["import", folder, "task", "--store", target, "--model", base.path]
+    arguments = ["store", "import", folder, "task", "--store", target, "--model", base.path]
     done = run(arguments)
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, [json.dumps([])]), done.stderr
     entry = AdapterStore(target).task("task")
-    assert entry.digest in done.stderr
+    assert entry.digest in done.stdout
     assert entry.digest == store.task("medical").digest  # the same bytes under another name
 
 
@@ -51,9 +51,9 @@ def test_an_import_names_both_base_models_and_can_be_told_to_trust(
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "Qwen/Other"}))
     target = tmp_path / "target"
-    arguments = ["import", folder, "task", "--store", target, "--model", base.path]
+    arguments = ["store", "import", folder, "task", "--store", target, "--model", base.path]
     refused = run(arguments)
-    assert refused.returncode == 2
+    assert refused.returncode == 1
     assert "made for Qwen/Other" in refused.stderr
     assert f"the base model is {base.name}" in refused.stderr
     assert run([*arguments, "--trust-base"]).returncode == 0

@@ -9,7 +9,7 @@ LEGAL, CODE = task_channel("legal"), task_channel("code")
 
 
 def evidence(weight: float, **drift: float) -> dict[str, Any]:
-    """Evidence as `crma promote` records it: of a blend that harms, and of the one chosen."""
+    """Evidence as `crma store promote` records it: of a blend that harms, and of the one chosen."""
     tasks = {
         name: {"loss": 1.0, "drift": percent, "change": None} for name, percent in drift.items()
     }
