@@ -13,8 +13,9 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
 from dataclasses import asdict
+from io import StringIO
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,8 @@ def main() -> int:
     model = origin.pop("model")
     report = Report(origin)
     with ExitStack() as stack:
+        if options.quiet:
+            stack.enter_context(redirect_stderr(StringIO()))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         peers = stack.enter_context(start_peers(model, folder))
         limits = [peers.measure_limits()]
@@ -229,7 +232,7 @@ def main() -> int:
         rows = groups[0] | groups[1]
         report_rows(report, rows, results, limits + later_limits)
         report_ratios(report, rows, results, engines)
-    sys.stderr.write(report.table())
+        sys.stderr.write(report.table())
     return 1 if report.has_failures else 0
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crma.core.errors import ConfigError, CrmaError, ServerError
 
@@ -42,7 +42,11 @@ def _translated(error: Exception, server: str) -> CrmaError:
     from crma_client import errors
 
     assert isinstance(error, errors.CrmaClientError)
-    details = {"field": error.field or server, "value": error.value, "allowed": error.allowed}
+    details: dict[str, Any] = {
+        "field": error.field or server,
+        "value": error.value,
+        "allowed": error.allowed,
+    }
     wrong_use = (errors.InvalidArgument, errors.InvalidRequest, errors.NotFound)
     if isinstance(error, wrong_use):
         return ConfigError(error.message, **details)
