@@ -158,7 +158,7 @@ class Publisher:
         try:
             return self.registry.store.remove_task(name, version)
         except VersionServes as error:
-            first = "POST /v1/unload_lora_adapter stops the task; crma store rollback serves another"
+            first = "POST /v1/unload_lora_adapter stops it; crma store rollback serves another"
             message = f"{error.message} ({first})"
             raise AdapterServes(message, field="task", value=error.value, allowed=first) from error
 

@@ -153,4 +153,4 @@ def test_all_its_packages_fit_together(container: Container) -> None:
     for module in ("server.app", *EXTRAS):  # whose needs pip may not know of
         done = container.run("python", "-c", f"import {module}")
         assert done.returncode == 0, done.stderr
-    assert container.run("crma", "verify", "adapters_store").returncode == 0
+    assert container.run("crma", "store", "verify").returncode == 0

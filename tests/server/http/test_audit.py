@@ -140,7 +140,7 @@ async def test_acts_outlive_the_server_and_another_server_lists_them(
 async def test_what_commands_change_in_the_store_is_listed_once_the_server_sees_it(
     served: Served, own: AdapterStore
 ) -> None:
-    """`crma promote`, `rollback` and `import` need no server, and no key."""
+    """`crma store promote`, `rollback` and `import` need no server, and no key."""
     frontend = served.app.state.frontend
     assert await acts(served) == []  # what was there at the start is in the store's history
     own.set_serving(dict.fromkeys(("tasks/legal", "tasks/medical", "backbone")))
