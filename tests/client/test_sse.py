@@ -1,14 +1,16 @@
 """The parser of server-sent events, with every line ending and every way to split a stream."""
 
 import json
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
 import httpx
 import pytest
+from crma_client.chats import ChatReader
 from crma_client.errors import CrmaClientError
 from crma_client.sse import EventParser
-from crma_client.streams import TokenStream
+from crma_client.streams import TokenReader, TokenStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from json_values import json_values
@@ -125,7 +127,7 @@ def test_a_stream_of_any_events_is_read_or_ends_with_an_error_of_ours(
 ) -> None:
     written = "".join(f"event: {name}\ndata: {data}\n\n" for name, data in events)
     content = cut(written.encode("utf-8", "replace"), cuts)
-    stream = TokenStream(httpx.Response(200, content=iter(content)))
+    stream = TokenStream(httpx.Response(200, content=iter(content)), TokenReader())
     refused = None
     try:
         texts = [token.text for token in stream]
@@ -136,7 +138,34 @@ def test_a_stream_of_any_events_is_read_or_ends_with_an_error_of_ours(
     assert isinstance(str(refused), str)
 
 
+deltas = st.fixed_dictionaries(
+    {"content": st.sampled_from(["a", "", None, 1])},
+    optional={"tool_calls": st.lists(json_values(), max_size=2) | json_values()},
+)
+chat_choices = st.fixed_dictionaries(
+    {"index": st.just(0) | json_values(), "delta": deltas | json_values()},
+    optional={name: json_values() for name in ("finish_reason", "logprobs")},
+)
+chunks = st.fixed_dictionaries(
+    {"id": st.just("1") | json_values(), "choices": st.lists(chat_choices) | json_values()},
+    optional={name: json_values() for name in ("usage", "provenance", "error")},
+)
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(st.lists((chunks | json_values()).map(json.dumps), max_size=4), cut_places)
+def test_a_chat_of_any_chunks_is_read_or_ends_with_an_error_of_ours(
+    sent: list[str], cuts: list[int]
+) -> None:
+    written = "".join(f"data: {data}\n\n" for data in [*sent, "[DONE]"])
+    content = cut(written.encode(), cuts)
+    stream = TokenStream(httpx.Response(200, content=iter(content)), ChatReader())
+    with suppress(CrmaClientError):
+        assert all(isinstance(token.text, str) for token in stream)
+        assert isinstance(stream.result.text, str)
+
+
 def test_data_that_is_nested_too_deep_is_no_answer() -> None:
     event: Any = b'event: token\ndata: {"text": ' + b"[" * 100_000 + b"\n\n"
     with pytest.raises(CrmaClientError):
-        list(TokenStream(httpx.Response(200, content=event)))
+        list(TokenStream(httpx.Response(200, content=event), TokenReader()))

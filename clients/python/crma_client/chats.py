@@ -73,6 +73,8 @@ class Chat:
 def read_chat(data: object) -> Chat:
     """Read an answer. Raises ProtocolError if the JSON is not one."""
     body = read(dict, data)
+    if not body.get("choices"):
+        raise ProtocolError("the answer has no choices", field="choices")
     return read(Chat, {**body, "raw": body})
 
 
@@ -82,7 +84,7 @@ class ChatReader:
     def __init__(self) -> None:
         self._events = EventParser()
         self._messages: dict[int, dict[str, Any]] = {}
-        self._reasons: dict[int, str] = {}
+        self._reasons: dict[int, Any] = {}
         self._last: dict[str, Any] = {}
         self._usage: Mapping[str, Any] = {}
         self._has_ended = False
@@ -121,29 +123,31 @@ class ChatReader:
             delta = read(dict, choice.get("delta"))
             empty = {"role": "assistant", "content": ""}
             message = self._messages.setdefault(index, empty)
-            self._add_calls(message, delta.get("tool_calls") or [])
-            if choice.get("finish_reason"):
-                self._reasons[index] = choice["finish_reason"]
+            for call in read(list, delta.get("tool_calls") or []):
+                self._add_call(message, call)
+            self._reasons[index] = choice.get("finish_reason") or self._reasons.get(index)
             text = read(str, delta.get("content") or "")
             message["content"] += text
             if text:
                 yield Token(index, text, _logprob(choice))
 
-    @staticmethod
-    def _add_calls(message: dict[str, Any], deltas: Sequence[Any]) -> None:
-        """Join the parts of function calls: the arguments of one come in several chunks."""
-        calls = message.setdefault("tool_calls", []) if deltas else []
-        for delta in deltas:
-            part = read(dict, delta)
-            function = read(dict, part.get("function") or {})
-            if read(int, part.get("index")) >= len(calls):
-                calls.append({"id": part.get("id"), "type": "function", "function": {**function}})
-                continue
-            known = calls[part["index"]]["function"]
-            known["arguments"] = known.get("arguments", "") + function.get("arguments", "")
+    def _add_call(self, message: dict[str, Any], delta: object) -> None:
+        """Add a part of a function call: the arguments of one come in several chunks."""
+        part = read(dict, delta)
+        function = read(dict, part.get("function") or {})
+        arguments = read(str, function.get("arguments") or "")
+        calls = message.setdefault("tool_calls", [])
+        index = read(int, part.get("index"))
+        if index == len(calls):
+            named = {"name": function.get("name"), "arguments": arguments}
+            calls.append({"id": part.get("id"), "type": "function", "function": named})
+        elif 0 <= index < len(calls):
+            calls[index]["function"]["arguments"] += arguments
+        else:
+            raise ProtocolError(f"a part of function call {index} comes before its beginning")
 
 
 def _logprob(choice: Mapping[str, Any]) -> float | None:
     """The log-probability of a chunk's token, if the chunk has one."""
-    content = (choice.get("logprobs") or {}).get("content") or []
+    content = read(list, read(dict, choice.get("logprobs") or {}).get("content") or [])
     return read(float, read(dict, content[0]).get("logprob")) if content else None
