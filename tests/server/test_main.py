@@ -79,10 +79,29 @@ def test_a_server_for_others_starts_without_keys_only_if_told_so(
 
 
 def test_an_option_that_does_not_exist_ends_the_process() -> None:
-    """`python -m server --port 9000` listened on 8000."""
+    """It was ignored in silence."""
     with pytest.raises(SystemExit) as caught:
-        main(["--port", "9000"])
+        main(["--max-num-seqs", "9000"])
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--port", "x"], "CRMA_PORT: Input should be a valid integer"),
+        (["--device", "tpu"], "CRMA_DEVICE: Input should be 'auto', 'cpu' or 'cuda'"),
+        (["--store", "typo"], "CRMA_STORE: There is no folder typo."),
+    ],
+)
+def test_an_option_is_a_setting_and_comes_before_the_environment(
+    options: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CRMA_STORE", "elsewhere")
+    assert main(options) == 2
+    assert said in capsys.readouterr().err
 
 
 class Process(NamedTuple):
