@@ -28,6 +28,7 @@ from server.http.routes import (
     models,
     openai,
     operations,
+    page,
     publishing,
     responses,
     tokens,
@@ -111,7 +112,7 @@ def create_app(frontend: Frontend) -> FastAPI:
     app.state.ablations = ablations
     _watch_engine(frontend)
     error_handlers.install(app)
-    for router in ROUTERS:
+    for router in (*ROUTERS, page.router) if settings.page else ROUTERS:
         app.include_router(router)
         for route in router.routes:
             if isinstance(route, APIRoute):

@@ -71,6 +71,8 @@ RULES: dict[str, Rule] = {
     "GET /ping": OPEN,
     "POST /ping": OPEN,
     "GET /version": OPEN,
+    "GET /": OPEN,
+    "GET /page/{path:path}": OPEN,
     "GET /docs": OPEN,
     "GET /docs/oauth2-redirect": OPEN,
     "GET /openapi.json": OPEN,
