@@ -49,6 +49,7 @@ RULES: dict[str, Rule] = {
     "GET /ablation/{id}/events": ABLATE,
     "DELETE /ablation/{id}": ABLATE,
     "GET /question_sets": ABLATE,
+    "GET /question_sets/{name}": ABLATE,
     "GET /v1/models": KEY,
     "GET /v1/models/{model}": KEY,
     "GET /adapters": KEY,

@@ -15,6 +15,8 @@ import { useResource } from "./resource.js";
 
 const TABS = {
   ask: { name: "Ask", load: async () => (await import("./ask/ask.js")).Ask },
+  ablation: { name: "Ablation", load: async () => (await import("./ablation/ablation.js")).Ablation },
+  live: { name: "Live", load: async () => (await import("./live/live.js")).Live },
 };
 const FIRST = "ask";
 const CHECK_MS = 15_000;

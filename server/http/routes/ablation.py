@@ -1,5 +1,6 @@
 """/ablation and /question_sets: the same questions under several variants, directly or as a job."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
@@ -31,6 +32,7 @@ owned = APIRouter()
 _UPLOADING = audited("upload question set", needs_owner)
 
 
+_LONG = frozenset({"questions", "provenance"})  # fields of a request that a list leaves out
 _STARTED: dict[int | str, dict[str, Any]] = {202: {"description": "Started in the background."}}
 _ANSWERS = (
     documented(400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 507, example_of="/ablation")
@@ -97,14 +99,16 @@ def _choices(body: AblationRequest) -> tuple[str, ...] | Literal["own"]:
 
 @router.get("/ablation", responses=documented(401, 403, 503))
 async def ablation_jobs(ablations: TheAblations, caller: TheCaller) -> list[dict[str, Any]]:
-    """List the background jobs of this key, the newest first, without requests and results.
+    """List the background jobs of this key, the newest first, without results.
 
-    For an admin, those of all keys.
+    Of each request, `settings` has what is short: neither questions nor provenance. For an admin,
+    those of all keys.
     """
     listed = []
     for job in await ablations.jobs.newest(_seen_by(caller)):
         shown = _shown(job)
-        del shown["request"]
+        request = shown.pop("request")
+        shown["settings"] = {name: request[name] for name in request if name not in _LONG}
         listed.append(shown)
     return listed
 
@@ -194,12 +198,36 @@ async def question_sets(ablations: TheAblations, caller: TheCaller) -> list[dict
 
 
 _TEXT = {"schema": {"type": "string"}}
+_QUESTIONS: dict[int | str, dict[str, Any]] = {200: {"content": {"application/x-ndjson": _TEXT}}}
+_BATCH = 500  # questions that become text at once
 _LINES = {
     "requestBody": {
         "content": {"application/x-ndjson": _TEXT, "text/plain": _TEXT},
         "required": True,
     }
 }
+
+
+@router.get(
+    "/question_sets/{name}",
+    responses=documented(401, 403, 404, 422, 503) | _QUESTIONS,
+    response_class=StreamingResponse,
+)
+async def question_set(name: str, ablations: TheAblations, caller: TheCaller) -> StreamingResponse:
+    """Return a question set as JSON Lines, as PUT takes it.
+
+    Without the questions of tasks that the key may not use.
+    """
+    found = await ablations.question_sets.read(name, caller.name)
+    questions = [each for each in found.questions if caller.may_use(each.task)]
+
+    async def lines() -> AsyncIterator[str]:
+        for start in range(0, len(questions), _BATCH):
+            batch = questions[start : start + _BATCH]
+            yield "".join(f"{each.model_dump_json(exclude_defaults=True)}\n" for each in batch)
+            await asyncio.sleep(0)  # others have their turn
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson")
 
 
 @owned.put(

@@ -2,6 +2,7 @@
 
 import { useState } from "preact/hooks";
 
+import { CheckField } from "../field.js";
 import { html } from "../html.js";
 import { readSampling, Sampling } from "./sampling.js";
 import { selectionOf, VARIANTS } from "./variant.js";
@@ -43,11 +44,8 @@ export function AskForm({ adapters, isBusy, onAsk, onStop }) {
         )}
         <p class="hint">auto: as the task was trained.</p>
       </fieldset>
-      <label class="check">
-        <input type="checkbox" checked=${isCompared}
-          onChange=${(event) => setCompared(event.target.checked)} />
-        Compare: base, crma, task and task+crma side by side
-      </label>
+      <${CheckField} label="Compare: base, crma, task and task+crma side by side"
+        onChange=${(event) => setCompared(event.target.checked)} />
       <${Sampling} />
       <div class="row">
         <button class="main">${isCompared ? "Compare" : "Ask"}</button>

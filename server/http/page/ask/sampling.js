@@ -1,5 +1,6 @@
 // How tokens are chosen: the fields of the same names of POST /generate.
 
+import { CheckField, NumberField } from "../field.js";
 import { html } from "../html.js";
 
 /** name, label, default of the server, limits and step of its field. */
@@ -39,15 +40,7 @@ export function Sampling() {
         <label>Seed <input name="seed" type="number" min="0" step="1" placeholder="drawn" /></label>
         <label>Stop text <input name="stop" type="text" maxlength="256" placeholder="none" /></label>
       </div>
-      <label class="check"><input type="checkbox" name="raw" /> Raw: without the prompt format</label>
+      <${CheckField} name="raw" label="Raw: without the prompt format" />
     </details>
-  `;
-}
-
-function NumberField({ name, label, value, min, max, step }) {
-  return html`
-    <label>${label}
-      <input name=${name} type="number" value=${value} min=${min} max=${max} step=${step} required />
-    </label>
   `;
 }
