@@ -31,6 +31,7 @@ from server.http.routes import (
     page,
     publishing,
     responses,
+    runs,
     tokens,
     usage,
 )
@@ -58,6 +59,7 @@ ROUTERS = (
     publishing.openai_admin,
     usage.router,
     audit.admin,
+    runs.router,
     operations.router,
     operations.metrics_router,
 )

@@ -34,6 +34,7 @@ class Visit:
         errors: what the page logged as errors: exceptions, refused scripts and styles.
         asked: the addresses that it asked for.
         expected: parts of errors that this test expects.
+        screenshots: where `show` saves pictures; None: nowhere.
     """
 
     page: Page
@@ -41,15 +42,18 @@ class Visit:
     errors: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     expected: list[str] = field(default_factory=list)
+    screenshots: Path | None = None
 
     @classmethod
-    def of(
-        cls, browser: Browser, url: str, downloads: Path, *, dark: bool = False, phone: bool = False
-    ) -> Self:
-        """Open an address in a new tab that knows nothing of others."""
+    def of(cls, browser: Browser, url: str, look: str = "light") -> Self:
+        """Open an address in a new tab that knows nothing of others.
+
+        Args:
+            look: light, dark or phone.
+        """
         context = browser.new_context(
-            viewport=PHONE if phone else DESK,
-            color_scheme="dark" if dark else "light",
+            viewport=PHONE if look == "phone" else DESK,
+            color_scheme="dark" if look == "dark" else "light",
             permissions=["clipboard-read", "clipboard-write"],
         )
         context.set_default_timeout(PATIENCE_MS)
@@ -66,10 +70,10 @@ class Visit:
         if message.type == "error":
             self.errors.append(message.text)
 
-    def open(self, tab: str) -> None:
-        """Open a tab of the page."""
-        self.page.get_by_role("navigation").get_by_role("link", name=tab, exact=True).click()
-        expect(self.page.locator("main h2").first).to_be_attached()
+    def show(self, name: str) -> None:
+        """Keep a picture of the whole page for people, if they asked for it."""
+        if self.screenshots is not None:
+            self.page.screenshot(path=self.screenshots / f"{name}.png", full_page=True)
 
     def shifts(self) -> float:
         """How much has moved that nobody touched, as browsers measure it."""
@@ -93,7 +97,5 @@ class Visit:
     def close(self) -> None:
         """Close the tab; nothing unexpected was logged."""
         self.context.close()
-        left = [
-            error for error in self.errors if not any(part in error for part in self.expected)
-        ]
+        left = [error for error in self.errors if not any(part in error for part in self.expected)]
         assert not left

@@ -21,7 +21,7 @@ from crma.models.base_model import BaseModel
 from crma.models.model_shape import ModelShape
 from crma.models.prompts import Format
 from crma.store.adapter_store import AdapterStore
-from crma.store.channels import Change
+from crma.store.channels import Change, task_channel
 from crma.store.drift import promotion_drift
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from crma.store.incoming import remove_leftovers
@@ -176,18 +176,41 @@ class Registry:
         verified.
         """
         name, at, version = task.partition("@")
-        versions = self._view.tasks.get(name) if caller.may_use(name) else None
-        if versions is None:
-            hint = "; leave task out for the base model" if name == "base" else ""
-            message = f"no task {name!r} in this server's store{hint}"
-            allowed = [each for each in self.task_names if caller.may_use(each)]
-            raise NotFound(message, field="task", value=task, allowed=allowed)
+        versions = self._versions(name, task, caller)
         entry = versions.get(version if at else self._view.serving[name])
         if entry is None:
             allowed = [f"{name}@{known}" for known in versions]
             message = f"no version {version!r} of task {name!r}"
             raise NotFound(message, field="task", value=task, allowed=allowed)
         return _sound(entry)
+
+    def task_versions(self, name: str, caller: Caller) -> Mapping[str, TaskEntry | StoreError]:
+        """Every version of a task that serves, or why it may not serve, the oldest first.
+
+        Raises NotFound, also where the caller may not use it.
+        """
+        versions = self._versions(name, name, caller)
+        return {version: versions[version] for version in sorted(versions, key=_number)}
+
+    def serving_version(self, name: str) -> str:
+        """The version that serves of a task that does. Raises KeyError if it does not."""
+        return self._view.serving[name]
+
+    def task_history(self, name: str) -> list[Change]:
+        """Which versions of a task served, and why it changed, the oldest first."""
+        channel = task_channel(name)
+        return [change for change in self._view.history if change.channel == channel]
+
+    def _versions(
+        self, name: str, asked: str, caller: Caller
+    ) -> Mapping[str, TaskEntry | StoreError]:
+        versions = self._view.tasks.get(name) if caller.may_use(name) else None
+        if versions is None:
+            hint = "; leave task out for the base model" if name == "base" else ""
+            message = f"no task {name!r} in this server's store{hint}"
+            allowed = [each for each in self.task_names if caller.may_use(each)]
+            raise NotFound(message, field="task", value=asked, allowed=allowed)
+        return versions
 
     @property
     def backbone(self) -> BackboneEntry | None:
@@ -369,6 +392,10 @@ class Registry:
                 self._problems.report(error)
             return error
         return entry
+
+
+def _number(version: str) -> int:
+    return int(version.removeprefix("v"))
 
 
 def _sound(entry: Entry | StoreError) -> Entry:

@@ -20,9 +20,7 @@ def sources(*tops: str) -> list[Path]:
     files = (file for top in tops for file in sorted((ROOT / top).rglob("*")))
     foreign = {"build", "vendor"}  # made, or other people's as they published it
     return [
-        file
-        for file in files
-        if file.suffix in SOURCE_SUFFIXES and foreign.isdisjoint(file.parts)
+        file for file in files if file.suffix in SOURCE_SUFFIXES and foreign.isdisjoint(file.parts)
     ]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from page_visit import ADMIN_KEY, API_KEY, Visit
+from paths import STORE
 from playwright.sync_api import Browser, sync_playwright
 from server_process import running_server
 
@@ -28,9 +29,13 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a server without keys but for an admin key."""
+    """The URL of a server without keys but for an admin key, on a copy of the shipped store."""
     evaluations = str(tmp_path_factory.mktemp("evaluations"))
-    with running_server(CRMA_EVALUATIONS=evaluations, CRMA_ADMIN_KEY=ADMIN_KEY) as url:
+    store = tmp_path_factory.mktemp("store") / "store"
+    shutil.copytree(STORE, store)
+    with running_server(
+        CRMA_EVALUATIONS=evaluations, CRMA_ADMIN_KEY=ADMIN_KEY, CRMA_STORE=str(store)
+    ) as url:
         yield url
 
 
@@ -50,12 +55,14 @@ def api(server: str) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def visit(browser: Browser, tmp_path: Path) -> Iterator[Callable[..., Visit]]:
+def visit(browser: Browser, pytestconfig: pytest.Config) -> Iterator[Callable[..., Visit]]:
     """Opens a page; at the end of the test, nothing it logged may be an error."""
     visits: list[Visit] = []
+    folder = pytestconfig.getoption("--screenshots")
 
     def open_page(url: str, **options: object) -> Visit:
-        opened = Visit.of(browser, url, tmp_path, **options)
+        opened = Visit.of(browser, url, **options)
+        opened.screenshots = None if folder is None else Path(folder)
         visits.append(opened)
         return opened
 

@@ -34,6 +34,7 @@ def paste(visit: Visit, text: str) -> Locator:
 
 def finished(visit: Visit) -> str:
     """Wait for the run that is open; returns its id."""
+    visit.page.wait_for_url("**/#/ablation/abl-*")
     expect(visit.page.locator(".badge").first).to_have_text("done", timeout=180_000)
     return visit.page.url.rsplit("/", 1)[1]
 
@@ -170,6 +171,7 @@ def test_progress_is_live_and_a_run_can_be_cancelled(
     for name in ("crma", "base"):
         page.get_by_label(name, exact=True).check()
     page.get_by_role("button", name="Start").click()  # all of `public`
+    page.wait_for_url("**/#/ablation/abl-*")
     expect(page.locator(".progress .figure")).to_have_text(re.compile(r"^[1-9]\d* of 400$"))
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator(".badge").first).to_have_text("cancelled")
@@ -194,13 +196,15 @@ def test_axe_finds_nothing_serious_and_nothing_is_too_wide(
     body = {"questions": questions(api, "medical", "code", num=2), "background": True}
     body["variants"] = ["task+crma", "task", "crma", "base"]
     id = api.post("/ablation", json=body).json()["id"]
-    seen = visit(f"{server}/#/ablation", dark=look == "dark", phone=look == "phone")
+    seen = visit(f"{server}/#/ablation", look=look)
     expect(seen.page.get_by_role("heading", name="Past runs")).to_be_visible()
     paste(seen, "no JSON")
+    seen.show(f"ablation-form-{look}")
     assert seen.axe() == []
     assert not seen.is_too_wide()
     seen.page.goto(f"{server}/#/ablation/{id}")
     finished(seen)
     expect(seen.page.locator(".item")).to_have_count(4)
+    seen.show(f"ablation-{look}")
     assert seen.axe() == []
     assert not seen.is_too_wide()

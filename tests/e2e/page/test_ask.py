@@ -190,7 +190,7 @@ def test_a_server_with_keys_asks_for_one_and_a_wrong_one_is_told(
 def test_axe_finds_nothing_serious_and_nothing_is_too_wide(
     visit: Open, server: str, look: str
 ) -> None:
-    seen = visit(server, dark=look == "dark", phone=look == "phone")
+    seen = visit(server, look=look)
     ask(seen, compare=True)
     for name in SELECTIONS:
         shown = answer(seen, name)

@@ -24,7 +24,9 @@ def test_figures_follow_the_metrics(visit: Open, server: str, api: httpx.Client)
     seen = visit(f"{server}/#/live")
     page = seen.page
     expect(page.locator("[data-series=running]")).to_have_text("0")
-    api.post("/generate", json={"prompt": "Hi", "task": "legal", "max_tokens": 8}).raise_for_status()
+    api.post(
+        "/generate", json={"prompt": "Hi", "task": "legal", "max_tokens": 8}
+    ).raise_for_status()
     expect(page.locator("[data-series=ttft]")).to_have_text(re.compile(r"\d (ms|s)$"))
     expect(page.locator("canvas")).to_have_count(5)
     for name, versions in resident(api).items():
@@ -46,8 +48,9 @@ def test_a_server_that_is_gone_is_told(visit: Open, server: str) -> None:
 def test_axe_finds_nothing_serious_and_nothing_is_too_wide(
     visit: Open, server: str, look: str
 ) -> None:
-    seen = visit(f"{server}/#/live", dark=look == "dark", phone=look == "phone")
+    seen = visit(f"{server}/#/live", look=look)
     expect(seen.page.locator("canvas")).to_have_count(5)
     expect(seen.page.locator("[data-series=running]")).to_have_text("0")
+    seen.show(f"live-{look}")
     assert seen.axe() == []
     assert not seen.is_too_wide()

@@ -38,10 +38,15 @@ function differenceInWords({ a, b, n, difference, bootstrap }) {
 }
 
 function luckInWords(p) {
-  const chance = p < 0.001 ? "fewer than 1 in 1,000 runs" : `${fixed(p * 100, p < 0.1 ? 1 : 0)} of 100 runs`;
+  const chance = chanceInWords(p);
   const told = `If the two were equally good, a split at least as uneven would come up in ${chance}`;
   const verdict = p <= ALPHA ? "hardly chance" : "it may well be chance";
   return `${told}: ${verdict} (McNemar's exact p ${p < 0.001 ? "" : "= "}${pValue(p)}).`;
+}
+
+function chanceInWords(p) {
+  if (p < 0.001) return "fewer than 1 of 1,000 runs";
+  return p < 0.01 ? `${fixed(p * 1000, 0)} of 1,000 runs` : `${fixed(p * 100, 0)} of 100 runs`;
 }
 
 function powerInWords(detectable, size) {
