@@ -53,7 +53,7 @@ def test_admin_acts_need_the_admin_key_and_then_change_the_server(
     page = seen.page
     page.get_by_label("Show what an admin key may do").check()
     card = page.get_by_role("region", name="Task finance")
-    card.get_by_role("button", name="Load finance v1").click()
+    card.get_by_role("button", name="Load finance v1", exact=True).click()
     expect(page.get_by_label("This server asks for a key")).to_be_visible()
     page.locator("#key").fill(ADMIN_KEY)
     page.get_by_role("button", name="Use key").click()

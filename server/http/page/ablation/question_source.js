@@ -6,6 +6,7 @@ import { html } from "../html.js";
 import { count } from "../number.js";
 import { EXAMPLE_LINES, readLines } from "./question_lines.js";
 
+const MAX_TOLD = 20;
 const OWN = ""; // the choice of the list that is no set of the server
 
 /**
@@ -63,9 +64,13 @@ function OwnQuestions({ text, faults, onChange }) {
       <button type="button" class="small" onClick=${() => onChange(EXAMPLE_LINES)}>Insert an example</button>
       <span class="hint" aria-live="polite">${count(questions.length, "question")}</span>
     </div>
-    <ul id="question-faults" class="faults" role="alert">
-      ${told.slice(0, 20).map((each) => html`<li>${each}</li>`)}
-      ${told.length > 20 && html`<li>and ${told.length - 20} more</li>`}
-    </ul>
+    <div id="question-faults" role="alert">
+      ${told.length > 0 && html`
+        <ul class="faults">
+          ${told.slice(0, MAX_TOLD).map((each) => html`<li>${each}</li>`)}
+          ${told.length > MAX_TOLD && html`<li>and ${told.length - MAX_TOLD} more</li>`}
+        </ul>
+      `}
+    </div>
   `;
 }

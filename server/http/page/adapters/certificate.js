@@ -6,6 +6,7 @@ import { fixed } from "../number.js";
 const WIDTH = 640;
 const HEIGHT = 200;
 const LEFT = 34;
+const TOP = 8;
 const BOTTOM = 24;
 
 /** `layers` have bound and norm each. */
@@ -13,8 +14,8 @@ export function Certificate({ certificate }) {
   const { layers, holds } = certificate;
   const top = Math.max(...layers.map((layer) => layer.bound)) * 1.08;
   const step = (WIDTH - LEFT) / layers.length;
-  const y = (value) => (HEIGHT - BOTTOM) * (1 - value / top);
-  const ticks = [0, top / 3, (2 * top) / 3, top * 0.98];
+  const y = (value) => TOP + (HEIGHT - BOTTOM - TOP) * (1 - value / top);
+  const ticks = [0, top / 3, (2 * top) / 3, top];
   return html`
     <p>${holds ? "The certificate holds: no layer can stretch what goes through it by more than its bound." : "The certificate does not hold."}
       ${" "}Largest bound ${fixed(certificate.max_bound, 3)}, largest norm measured ${fixed(certificate.max_norm, 3)}.</p>

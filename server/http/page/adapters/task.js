@@ -18,7 +18,7 @@ export function Task({ name, round, isAdmin, onDone }) {
       ${[...versions].reverse().map((version) => html`
         <${Version} key=${version.version} version=${version} isAdmin=${isAdmin} onDone=${onDone} />
       `)}
-      ${isAdmin && html`<${RollBack} name=${name} onDone=${onDone} />`}
+      ${isAdmin && history.length > 1 && html`<${RollBack} name=${name} onDone=${onDone} />`}
       <details>
         <summary>History</summary>
         <ol class="history">
