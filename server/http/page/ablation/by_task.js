@@ -2,6 +2,7 @@
 
 import { html } from "../html.js";
 import { percent, points, pValue } from "../number.js";
+import { Scroll } from "../scroll.js";
 
 /** The table; nothing for a set of one task, which would say the same again. */
 export function ByTask({ comparison, variants }) {
@@ -10,7 +11,7 @@ export function ByTask({ comparison, variants }) {
   const { a, b } = comparison;
   return html`
     <h4>By task</h4>
-    <div class="scroll">
+    <${Scroll} label="Comparison by task">
       <table class="by-task">
         <thead><tr>
           <th scope="col">Task</th><th scope="col" class="number">${a}</th>
@@ -33,7 +34,7 @@ export function ByTask({ comparison, variants }) {
           `)}
         </tbody>
       </table>
-    </div>
+    <//>
     <p class="hint">With ${rows.length} tasks, one of them may look different by chance. Holm's p allows for
       that: 0.05 or less in any row is hardly chance.</p>
   `;

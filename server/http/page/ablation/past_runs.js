@@ -3,6 +3,7 @@
 import { html } from "../html.js";
 import { when } from "../number.js";
 import { Problem } from "../problem.js";
+import { Scroll } from "../scroll.js";
 import { titleOf } from "./run.js";
 
 /** `runs` is what GET /ablation lists. */
@@ -13,7 +14,7 @@ export function PastRuns({ runs, error }) {
       <${Problem} error=${error} />
       ${runs?.length === 0 && html`<p class="hint">None yet. A run stays here until the server deletes it.</p>`}
       ${runs?.length > 0 && html`
-        <div class="scroll"><table>
+        <${Scroll} label="Past runs"><table>
           <thead><tr><th scope="col">Run</th><th scope="col">Variants</th><th scope="col">Started</th>
             <th scope="col">Status</th><th scope="col" class="number">Done</th></tr></thead>
           <tbody>
@@ -27,7 +28,7 @@ export function PastRuns({ runs, error }) {
               </tr>
             `)}
           </tbody>
-        </table></div>
+        </table><//>
       `}
     </section>
   `;

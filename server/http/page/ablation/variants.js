@@ -2,6 +2,7 @@
 
 import { html } from "../html.js";
 import { fixed, percent } from "../number.js";
+import { Scroll } from "../scroll.js";
 import { Bar } from "./bar.js";
 
 /** The table of all questions. */
@@ -9,7 +10,7 @@ export function VariantTable({ variants }) {
   const rows = Object.entries(variants);
   if ("perplexity" in rows[0][1]) return html`<${PerplexityTable} rows=${rows} />`;
   return html`
-    <div class="scroll">
+    <${Scroll} label="Variants">
       <table class="variants">
         <thead><tr>
           <th scope="col">Variant</th><th scope="col" class="wide">Right, with its 95 % interval</th>
@@ -28,7 +29,7 @@ export function VariantTable({ variants }) {
           `)}
         </tbody>
       </table>
-    </div>
+    <//>
   `;
 }
 
@@ -43,7 +44,7 @@ function intervalInWords(wilson) {
 
 function PerplexityTable({ rows }) {
   return html`
-    <div class="scroll">
+    <${Scroll} label="Variants">
       <table class="variants">
         <thead><tr>
           <th scope="col">Variant</th><th scope="col" class="number">Perplexity</th>
@@ -60,6 +61,6 @@ function PerplexityTable({ rows }) {
           `)}
         </tbody>
       </table>
-    </div>
+    <//>
   `;
 }

@@ -2,6 +2,7 @@
 
 import { html } from "../html.js";
 import { fixed } from "../number.js";
+import { Scroll } from "../scroll.js";
 
 const WIDTH = 640;
 const HEIGHT = 200;
@@ -19,7 +20,7 @@ export function Certificate({ certificate }) {
   return html`
     <p>${holds ? "The certificate holds: no layer can stretch what goes through it by more than its bound." : "The certificate does not hold."}
       ${" "}Largest bound ${fixed(certificate.max_bound, 3)}, largest norm measured ${fixed(certificate.max_norm, 3)}.</p>
-    <div class="scroll" tabindex="0" role="group" aria-label="Plot of bounds and norms by layer">
+    <${Scroll} label="Plot of bounds and norms by layer">
     <svg class="certificate" viewBox="0 0 ${WIDTH} ${HEIGHT}" role="img"
       aria-label="Bound and norm of ${layers.length} layers; the table has the numbers">
       ${ticks.map((value) => html`
@@ -37,19 +38,19 @@ export function Certificate({ certificate }) {
           </g>
         `;
       })}
-    </svg></div>
+    </svg><//>
     <p class="hint"><span class="key-norm" aria-hidden="true"></span> norm, measured
       ${" "}<span class="key-bound" aria-hidden="true"></span> bound, proved · layers from 0</p>
     <details>
       <summary>Numbers by layer</summary>
-      <div class="scroll" tabindex="0" role="group" aria-label="Numbers by layer"><table>
+      <${Scroll} label="Numbers by layer"><table>
         <thead><tr><th scope="col">Layer</th><th scope="col" class="number">Norm</th>
           <th scope="col" class="number">Bound</th><th scope="col" class="number">Gate</th></tr></thead>
         <tbody>${layers.map((layer, index) => html`
           <tr><th scope="row">${index}</th><td class="number">${fixed(layer.norm, 4)}</td>
             <td class="number">${fixed(layer.bound, 4)}</td><td class="number">${fixed(layer.gate, 4)}</td></tr>
         `)}</tbody>
-      </table></div>
+      </table><//>
     </details>
   `;
 }

@@ -10,15 +10,15 @@ const DARK = matchMedia("(prefers-color-scheme: dark)");
 
 /**
  * `series` are {name, label, colour}: `name` is the field of a point, `colour` a custom property.
- * `show` writes a value.
+ * `show` writes a value. The scale ends at `max`, or follows the values from `least` on.
  */
-export function Chart({ title, points, series, show, max }) {
+export function Chart({ title, points, series, show, least, max }) {
   const place = useRef(null);
   const plot = useRef(null);
   useEffect(() => {
     const draw = () => {
       plot.current?.destroy();
-      plot.current = new uPlot(options(place.current, series, show, max), data(points, series), place.current);
+      plot.current = new uPlot(options(place.current, series, show, least, max), data(points, series), place.current);
     };
     draw();
     const resized = new ResizeObserver(() => {
@@ -52,7 +52,11 @@ function data(points, series) {
   return [points.map((point) => point.time), ...series.map(({ name }) => points.map((point) => point[name]))];
 }
 
-function options(place, series, show, max) {
+function clock(time) {
+  return new Date(time * 1000).toLocaleTimeString("en-GB");
+}
+
+function options(place, series, show, least, max) {
   const colour = (name) => getComputedStyle(place).getPropertyValue(name).trim();
   const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false } };
   return {
@@ -60,9 +64,9 @@ function options(place, series, show, max) {
     height: HEIGHT,
     legend: { show: false },
     cursor: { show: false },
-    scales: { y: { range: (_, low, high) => [0, max ?? Math.max(high * 1.1, 1e-3)] } },
+    scales: { y: { range: (_, low, high) => [0, max ?? Math.max(high * 1.1, least)] } },
     axes: [
-      { ...axis, values: (_, times) => times.map((time) => new Date(time * 1000).toLocaleTimeString("en-GB")) , space: 90 },
+      { ...axis, size: 28, space: 90, values: (_, times) => times.map(clock) },
       { ...axis, size: 58, values: (_, values) => values.map(show) },
     ],
     series: [{}, ...series.map(({ colour: name, label }) => ({

@@ -20,21 +20,21 @@ export function Live() {
     <p class="hint">Read from <a href="metrics">/metrics</a> every two seconds while this tab is open.</p>
     <${Problem} error=${error} />
     <div class="charts">
-      <${Chart} title="Requests" points=${points} show=${number} series=${[
+      <${Chart} title="Requests" points=${points} show=${number} least=${1} series=${[
         { name: "running", label: "running", colour: "--accent" },
         { name: "waiting", label: "in the queue", colour: "--other" },
       ]} />
-      <${Chart} title="Tokens a second" points=${points} show=${number} series=${[
+      <${Chart} title="Tokens a second" points=${points} show=${number} least=${1} series=${[
         { name: "generated", label: "generated", colour: "--accent" },
         { name: "prompt", label: "of prompts", colour: "--crma" },
       ]} />
-      <${Chart} title="Time to first token, mean" points=${points} show=${seconds} series=${[
-        { name: "ttft", label: "of requests since the last reading", colour: "--accent" },
+      <${Chart} title="Time to first token, mean" points=${points} show=${seconds} least=${0.1} series=${[
+        { name: "ttft", label: "since the last reading", colour: "--accent" },
       ]} />
       <${Chart} title="KV cache in use" points=${points} show=${(share) => percent(share)} max=${1} series=${[
         { name: "kv", label: "of its blocks", colour: "--accent" },
       ]} />
-      <${Chart} title="Requests finished a second" points=${points} show=${number} series=${[
+      <${Chart} title="Requests finished a second" points=${points} show=${number} least=${1} series=${[
         { name: "finished", label: "finished", colour: "--accent" },
       ]} />
       <${Residents} samples=${samples} />

@@ -1,6 +1,7 @@
 // A matrix of a run: a row for the base model and one after each stage, a column for each task.
 
 import { html } from "../html.js";
+import { Scroll } from "../scroll.js";
 
 const STRONGEST = 40; // percent of the colour: texts stay readable on it
 
@@ -10,7 +11,7 @@ export function Matrix({ title, tasks, rows, show, shade }) {
   return html`
     <figure class="matrix">
       <figcaption><h4>${title}</h4></figcaption>
-      <div class="scroll" tabindex="0" role="group" aria-label=${title}>
+      <${Scroll} label=${title}>
         <table>
           <thead><tr><td></td>${tasks.map((task) => html`<th scope="col" class="number">${task}</th>`)}</tr></thead>
           <tbody>
@@ -24,7 +25,7 @@ export function Matrix({ title, tasks, rows, show, shade }) {
             `)}
           </tbody>
         </table>
-      </div>
+      <//>
     </figure>
   `;
 }

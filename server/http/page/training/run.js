@@ -5,7 +5,10 @@ import { html } from "../html.js";
 import { fixed, percent } from "../number.js";
 import { Problem } from "../problem.js";
 import { useResource } from "../resource.js";
+import { Scroll } from "../scroll.js";
 import { Matrix } from "./matrix.js";
+
+const SUPERSCRIPTS = Object.fromEntries([..."-0123456789"].map((each, i) => [each, [..."⁻⁰¹²³⁴⁵⁶⁷⁸⁹"][i]]));
 
 /** `id` is one that GET /runs lists. */
 export function Run({ id }) {
@@ -41,7 +44,7 @@ function Measures({ record }) {
 function Drift({ record }) {
   return html`
     <h4>Drift: growth of a task's loss since it was learned</h4>
-    <div class="scroll" tabindex="0" role="group" aria-label="Drift by task"><table>
+    <${Scroll} label="Drift by task"><table>
       <thead><tr><th scope="col">Task</th><th scope="col" class="number">Percent</th>
         <th scope="col" class="number">Nats a token</th><th scope="col" class="number">Gain retained</th></tr></thead>
       <tbody>
@@ -51,7 +54,7 @@ function Drift({ record }) {
             <td class="number">${percent(record.retained_gain?.[t], 2)}</td></tr>
         `)}
       </tbody>
-    </table></div>
+    </table><//>
   `;
 }
 
@@ -80,5 +83,8 @@ function shown(value, digits) {
 }
 
 function scientific(value) {
-  return value == null ? "–" : value.toExponential(2).replace("e-", " × 10^\u2212").replace("e+", " × 10^");
+  if (value == null) return "–";
+  const [digits, power] = value.toExponential(2).split("e");
+  const raised = [...power.replace("+", "")].map((each) => SUPERSCRIPTS[each]).join("");
+  return `${digits} × 10${raised}`;
 }

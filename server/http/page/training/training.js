@@ -5,13 +5,14 @@ import { html } from "../html.js";
 import { fixed, percent, short } from "../number.js";
 import { Problem } from "../problem.js";
 import { useResource } from "../resource.js";
+import { Scroll } from "../scroll.js";
 import { Run } from "./run.js";
 
 /** The tab; `argument` is the id of a run, or "": the first. */
 export function Training({ argument, adapters }) {
   const runs = useResource((signal) => get("runs", signal));
   const listed = runs.value ?? [];
-  const id = argument || listed[0]?.id;
+  const id = argument || (listed.find((run) => run.ACC != null) ?? listed[0])?.id;
   return html`
     <h2>Training</h2>
     <${Problem} error=${runs.error} />
@@ -20,7 +21,7 @@ export function Training({ argument, adapters }) {
       <div>
         <section class="card" aria-labelledby="runs-heading">
           <h3 id="runs-heading">Runs</h3>
-          <div class="scroll runs" tabindex="0" role="group" aria-label="Runs"><table>
+          <${Scroll} label="Runs" className="runs"><table>
             <thead><tr><th scope="col">Run</th><th scope="col" class="number">ACC</th>
               <th scope="col" class="number">Drift %</th></tr></thead>
             <tbody>
@@ -30,7 +31,7 @@ export function Training({ argument, adapters }) {
                   <td class="number">${run.mean_drift == null ? "–" : fixed(run.mean_drift, 2)}</td></tr>
               `)}
             </tbody>
-          </table></div>
+          </table><//>
         </section>
         <${Serving} tasks=${adapters.value?.tasks ?? []} />
       </div>
@@ -50,11 +51,11 @@ function Serving({ tasks }) {
     <section class="card" aria-labelledby="serving-heading">
       <h3 id="serving-heading">What serves was trained as</h3>
       <${Problem} error=${found.error} />
-      <div class="scroll" tabindex="0" role="group" aria-label="What serves"><table>
+      <${Scroll} label="What serves"><table>
         <thead><tr><th scope="col">Task</th><th scope="col">Arm</th><th scope="col" class="number">Seed</th>
           <th scope="col">Commit</th><th scope="col">Backbone</th></tr></thead>
         <tbody>${(found.value ?? []).map(servingRow)}</tbody>
-      </table></div>
+      </table><//>
     </section>
   `;
 }
