@@ -21,7 +21,7 @@ from crma.models.base_model import BaseModel
 from crma.models.model_shape import ModelShape
 from crma.models.prompts import Format
 from crma.store.adapter_store import AdapterStore
-from crma.store.channels import Change, task_channel
+from crma.store.channels import Change
 from crma.store.drift import promotion_drift
 from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
 from crma.store.incoming import remove_leftovers
@@ -31,7 +31,7 @@ from server.engine.inference_engine import InferenceEngine
 from server.service.caller import ANYONE, Caller
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
-from server.service.store_view import StoreView
+from server.service.store_view import StoreView, TaskRecord
 from server.service.store_watch import (
     StoreProblems,
     check_still_there,
@@ -184,22 +184,12 @@ class Registry:
             raise NotFound(message, field="task", value=task, allowed=allowed)
         return _sound(entry)
 
-    def task_versions(self, name: str, caller: Caller) -> Mapping[str, TaskEntry | StoreError]:
-        """Every version of a task that serves, or why it may not serve, the oldest first.
-
-        Raises NotFound, also where the caller may not use it.
+    def task_record(self, name: str, caller: Caller) -> TaskRecord:
+        """All versions of a task that serves. Raises NotFound, also where the caller may not use
+        it.
         """
-        versions = self._versions(name, name, caller)
-        return {version: versions[version] for version in sorted(versions, key=_number)}
-
-    def serving_version(self, name: str) -> str:
-        """The version that serves of a task that does. Raises KeyError if it does not."""
-        return self._view.serving[name]
-
-    def task_history(self, name: str) -> list[Change]:
-        """Which versions of a task served, and why it changed, the oldest first."""
-        channel = task_channel(name)
-        return [change for change in self._view.history if change.channel == channel]
+        self._versions(name, name, caller)
+        return self._view.task_record(name)
 
     def _versions(
         self, name: str, asked: str, caller: Caller
@@ -392,10 +382,6 @@ class Registry:
                 self._problems.report(error)
             return error
         return entry
-
-
-def _number(version: str) -> int:
-    return int(version.removeprefix("v"))
 
 
 def _sound(entry: Entry | StoreError) -> Entry:

@@ -68,20 +68,18 @@ async def adapter(task: str, frontend: TheFrontend, caller: TheCaller) -> dict[s
     `problem` says why a version may not serve; null: it may. `history` has the changes of what
     serves, each with the evidence for it if there is some.
     """
-    versions = frontend.registry.task_versions(task, caller)
-    serving = frontend.registry.serving_version(task)
+    record = frontend.registry.task_record(task, caller)
     shown = []
-    for version, entry in versions.items():
-        about = {"version": version, "serves": version == serving}
+    for version, entry in record.versions.items():
+        about = {"version": version, "serves": version == record.serving}
         if isinstance(entry, StoreError):
             shown.append({**about, "problem": entry.message})
             continue
         fields = {"licence", "created", "alpha", "trained_on"}
         manifest = entry.manifest.model_dump(mode="json", include=fields)
         shown.append({**about, "problem": None, **task_info(entry, frontend), **manifest})
-    changes = frontend.registry.task_history(task)
-    history = [each.model_dump(mode="json", by_alias=True) for each in changes]
-    return {"name": task, "serving": serving, "versions": shown, "history": history}
+    history = [each.model_dump(mode="json", by_alias=True) for each in record.history]
+    return {"name": task, "serving": record.serving, "versions": shown, "history": history}
 
 
 @admin.post("/load")

@@ -1,23 +1,50 @@
 """Debian's Chromium on the page of a real server, with the real model.
 
-Without Chromium these tests are skipped: `apt-get install chromium`.
+`make e2e` installs playwright; without it these tests are left out, and without Chromium
+(`apt-get install chromium`) they are skipped.
 """
+
+from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
-from page_visit import ADMIN_KEY, API_KEY, Visit
 from paths import STORE
-from playwright.sync_api import Browser, sync_playwright
 from server_process import running_server
+
+if TYPE_CHECKING:
+    from page_visit import Visit
+    from playwright.sync_api import Browser
+
+if find_spec("playwright") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+ADMIN_KEY = "the admin key"
+API_KEY = "an API key"
+
+
+@pytest.fixture(scope="session")
+def admin_key() -> str:
+    """Of `server`."""
+    return ADMIN_KEY
+
+
+@pytest.fixture(scope="session")
+def api_key() -> str:
+    """Of `keyed_server`."""
+    return API_KEY
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One browser for a module of tests. It ends with it: no loop of asyncio's can run meanwhile."""
+    """One browser for a module of tests; while it runs, no loop of asyncio's can."""
+    from playwright.sync_api import sync_playwright
+
     path = shutil.which("chromium")
     if path is None:
         pytest.skip("no chromium")
@@ -57,11 +84,13 @@ def api(server: str) -> Iterator[httpx.Client]:
 @pytest.fixture
 def visit(browser: Browser, pytestconfig: pytest.Config) -> Iterator[Callable[..., Visit]]:
     """Opens a page; at the end of the test, nothing it logged may be an error."""
-    visits: list[Visit] = []
-    folder = pytestconfig.getoption("--screenshots")
+    from page_visit import Visit
 
-    def open_page(url: str, **options: object) -> Visit:
-        opened = Visit.of(browser, url, **options)
+    visits: list[Visit] = []
+    folder = pytestconfig.getoption("--screenshots", None)
+
+    def open_page(url: str, look: str = "light") -> Visit:
+        opened = Visit.of(browser, url, look)
         opened.screenshots = None if folder is None else Path(folder)
         visits.append(opened)
         return opened

@@ -1,4 +1,4 @@
-"""The tab Ablation: a set is asked, followed, read, filtered and downloaded; its errors have lines."""
+"""The tab Ablation: a set is asked, followed, read, filtered, downloaded; errors have lines."""
 
 import csv
 import json

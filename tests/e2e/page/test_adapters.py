@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from page_visit import ADMIN_KEY, Visit
+from page_visit import Visit
 from paths import STORE
 from playwright.sync_api import expect
 
@@ -46,7 +46,7 @@ def test_tasks_and_certificate_are_those_of_the_api(
 
 
 def test_admin_acts_need_the_admin_key_and_then_change_the_server(
-    visit: Open, server: str, api: httpx.Client
+    visit: Open, server: str, api: httpx.Client, admin_key: str
 ) -> None:
     seen = visit(f"{server}/#/adapters")
     seen.expected.append("401")
@@ -55,7 +55,7 @@ def test_admin_acts_need_the_admin_key_and_then_change_the_server(
     card = page.get_by_role("region", name="Task finance")
     card.get_by_role("button", name="Load finance v1", exact=True).click()
     expect(page.get_by_label("This server asks for a key")).to_be_visible()
-    page.locator("#key").fill(ADMIN_KEY)
+    page.locator("#key").fill(admin_key)
     page.get_by_role("button", name="Use key").click()
     expect(page.get_by_role("button", name="Key set")).to_be_visible()
 
@@ -70,9 +70,11 @@ def test_admin_acts_need_the_admin_key_and_then_change_the_server(
         assert resident() is after
 
 
-def test_an_upload_serves_and_is_rolled_back(visit: Open, server: str, api: httpx.Client) -> None:
+def test_an_upload_serves_and_is_rolled_back(
+    visit: Open, server: str, api: httpx.Client, admin_key: str
+) -> None:
     seen = visit(f"{server}/#/adapters")
-    use_key(seen, ADMIN_KEY)
+    use_key(seen, admin_key)
     page = seen.page
     form = page.get_by_role("form", name="Upload a LoRA")
     form.get_by_label("Task").fill("code")

@@ -1,4 +1,4 @@
-"""The tab Ask: streaming, comparing, looking into tokens, copying; a wrong key, a lost connection."""
+"""The tab Ask: streams, comparisons, tokens, copies; a wrong key, a lost connection."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from cutting_proxy import CuttingProxy
-from page_visit import API_KEY, Visit
+from page_visit import Visit
 from paths import ROOT
 from playwright.sync_api import Locator, expect
 
@@ -165,7 +165,7 @@ def test_a_refusal_of_the_server_is_shown_in_its_own_words(visit: Open, server: 
 
 
 def test_a_server_with_keys_asks_for_one_and_a_wrong_one_is_told(
-    visit: Open, keyed_server: str
+    visit: Open, keyed_server: str, api_key: str
 ) -> None:
     seen = visit(keyed_server)
     seen.expected.append("401")
@@ -175,15 +175,15 @@ def test_a_server_with_keys_asks_for_one_and_a_wrong_one_is_told(
     expect(seen.page.get_by_role("alert")).to_contain_text("key")
     assert seen.page.evaluate("sessionStorage.length") == 0
     assert seen.axe() == []
-    field.fill(API_KEY)
+    field.fill(api_key)
     field.press("Enter")
     expect(field).to_have_count(0)
     ask(seen)
     shown = answer(seen, "medical")
-    assert seen.page.evaluate("Object.values(sessionStorage)") == [API_KEY]
+    assert seen.page.evaluate("Object.values(sessionStorage)") == [api_key]
     assert seen.page.evaluate("localStorage.length + document.cookie.length") == 0
     shown.get_by_text("As curl or Python").click()
-    assert API_KEY not in seen.page.content()
+    assert api_key not in seen.page.content()
 
 
 @pytest.mark.parametrize("look", ["light", "dark", "phone"])

@@ -1,4 +1,4 @@
-"""The page as a browser gets it: its files, its policy, and that it needs nothing from elsewhere."""
+"""The page as a browser gets it: its files, its policy, and that it needs nothing else."""
 
 import base64
 import hashlib

@@ -17,8 +17,8 @@ export function plainBody(body) {
 export function asCurl(body) {
   const quoted = JSON.stringify(plainBody(body)).replaceAll("'", "'\\''");
   const key = storedKey() ? ` \\\n  -H "Authorization: Bearer $CRMA_KEY"` : "";
-  const json = "-H 'Content-Type: application/json'";
-  return `curl -s ${addressOf("generate")} ${json}${key} \\\n  -d '${quoted}'`;
+  const json = " \\\n  -H 'Content-Type: application/json'";
+  return `curl -s ${addressOf("generate")}${json}${key} \\\n  -d '${quoted}'`;
 }
 
 /** The request for crma_client. */
