@@ -32,7 +32,6 @@ owned = APIRouter()
 _UPLOADING = audited("upload question set", needs_owner)
 
 
-_LONG = frozenset({"questions", "provenance"})  # fields of a request that a list leaves out
 _STARTED: dict[int | str, dict[str, Any]] = {202: {"description": "Started in the background."}}
 _ANSWERS = (
     documented(400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 507, example_of="/ablation")
@@ -99,17 +98,16 @@ def _choices(body: AblationRequest) -> tuple[str, ...] | Literal["own"]:
 
 @router.get("/ablation", responses=documented(401, 403, 503))
 async def ablation_jobs(ablations: TheAblations, caller: TheCaller) -> list[dict[str, Any]]:
-    """List the background jobs of this key, the newest first, without results.
+    """List the background jobs of this key, the newest first, without requests and results.
 
-    Of each request, `settings` has what is short: neither questions nor provenance. For an admin,
-    those of all keys.
+    `settings` has question_set, variants and scorer, as far as the request named them. For an
+    admin, those of all keys.
     """
     listed = []
     for job in await ablations.jobs.newest(_seen_by(caller)):
         shown = _shown(job)
-        request = shown.pop("request")
-        shown["settings"] = {name: request[name] for name in request if name not in _LONG}
-        listed.append(shown)
+        del shown["request"]
+        listed.append({**shown, "settings": job.settings})
     return listed
 
 
