@@ -11,7 +11,7 @@ AXE = ROOT / "tests/e2e/page/vendor/axe.min.js"
 SERIOUS = ("serious", "critical")
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1280, "height": 860}
-PATIENCE_MS = 15_000
+PATIENCE_MS = 60_000
 
 expect.set_options(timeout=PATIENCE_MS)
 

@@ -15,9 +15,18 @@ import { useResource } from "./resource.js";
 
 const TABS = {
   ask: { name: "Ask", load: async () => (await import("./ask/ask.js")).Ask },
-  ablation: { name: "Ablation", load: async () => (await import("./ablation/ablation.js")).Ablation },
-  adapters: { name: "Adapters", load: async () => (await import("./adapters/adapters.js")).Adapters },
-  training: { name: "Training", load: async () => (await import("./training/training.js")).Training },
+  ablation: {
+    name: "Ablation",
+    load: async () => (await import("./ablation/ablation.js")).Ablation,
+  },
+  adapters: {
+    name: "Adapters",
+    load: async () => (await import("./adapters/adapters.js")).Adapters,
+  },
+  training: {
+    name: "Training",
+    load: async () => (await import("./training/training.js")).Training,
+  },
   live: { name: "Live", load: async () => (await import("./live/live.js")).Live },
 };
 const FIRST = "ask";

@@ -4,5 +4,7 @@ import { html } from "./html.js";
 
 /** `label` says to screen readers what is in it. */
 export function Scroll({ label, className = "", children }) {
-  return html`<div class="scroll ${className}" tabindex="0" role="group" aria-label=${label}>${children}</div>`;
+  return html`
+    <div class="scroll ${className}" tabindex="0" role="group" aria-label=${label}>${children}</div>
+  `;
 }

@@ -13,10 +13,13 @@ export function Bar({ share, interval }) {
     <svg class="interval" viewBox="0 0 ${WIDTH} ${HEIGHT}" preserveAspectRatio="none" aria-hidden="true">
       <rect class="ground" width=${WIDTH} height=${HEIGHT} />
       <rect class="share" width=${x(share ?? 0)} height=${HEIGHT} />
-      ${share !== null && html`
+      ${
+        share !== null &&
+        html`
         <path class="whisker" vector-effect="non-scaling-stroke"
           d="M${x(low)} 2V10M${x(low)} 6H${x(high)}M${x(high)} 2V10" />
-      `}
+      `
+      }
     </svg>
   `;
 }

@@ -20,7 +20,8 @@ export function ByTask({ comparison, variants }) {
           <th scope="col" class="number">p</th><th scope="col" class="number">p, Holm</th>
         </tr></thead>
         <tbody>
-          ${rows.map(([task, row]) => html`
+          ${rows.map(
+            ([task, row]) => html`
             <tr>
               <th scope="row">${task}</th>
               <td class="number">${percent(variants[a].by_task[task].accuracy)}</td>
@@ -31,7 +32,8 @@ export function ByTask({ comparison, variants }) {
               <td class="number">${pValue(row.mcnemar.p)}</td>
               <td class="number">${pValue(row.mcnemar.p_holm)}</td>
             </tr>
-          `)}
+          `,
+          )}
         </tbody>
       </table>
     <//>

@@ -6,7 +6,8 @@ import { html } from "../html.js";
 export function Downloads({ result }) {
   const { id } = result;
   return html`
-    <button type="button" class="small" onClick=${() => save(`${id}.json`, "application/json", JSON.stringify(result, null, 1))}>
+    <button type="button" class="small"
+      onClick=${() => save(`${id}.json`, "application/json", JSON.stringify(result, null, 1))}>
       Download JSON</button>
     <button type="button" class="small" onClick=${() => save(`${id}.csv`, "text/csv", asCsv(result))}>
       Download CSV</button>

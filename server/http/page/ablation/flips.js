@@ -26,7 +26,8 @@ export function FlipTable({ comparison, picked, onPick }) {
     const [, field, label] = KINDS.find(([name]) => name === kind);
     return html`
       <td class="flip ${kind}">
-        <button type="button" aria-pressed=${picked === kind} onClick=${() => onPick(picked === kind ? null : kind)}>
+        <button type="button" aria-pressed=${picked === kind}
+          onClick=${() => onPick(picked === kind ? null : kind)}>
           <strong>${table[field]}</strong> ${label}
         </button>
       </td>

@@ -9,7 +9,15 @@ import { Problem } from "../problem.js";
 import { linesNaming, readLines, withLines } from "./question_lines.js";
 import { QuestionSource } from "./question_source.js";
 
-export const SCORERS = ["exact", "contains", "numeric", "regex", "choice", "choice_normalised", "perplexity"];
+export const SCORERS = [
+  "exact",
+  "contains",
+  "numeric",
+  "regex",
+  "choice",
+  "choice_normalised",
+  "perplexity",
+];
 const COMPARED_FIRST = ["task+crma", "task"];
 
 /** The form; `onStarted(id)` is called with the id of the job. */
@@ -49,9 +57,12 @@ export function AblationForm({ sets, onStarted }) {
       <${QuestionSource} sets=${sets} source=${given} faults=${faults} onChange=${change} />
       <fieldset>
         <legend>Variants, compared pair by pair</legend>
-        ${["task+crma", "task", "crma", "base"].map((name) => html`
-          <${CheckField} name="variant" value=${name} label=${name} isChecked=${COMPARED_FIRST.includes(name)} />
-        `)}
+        ${["task+crma", "task", "crma", "base"].map(
+          (name) => html`
+          <${CheckField} name="variant" value=${name} label=${name}
+            isChecked=${COMPARED_FIRST.includes(name)} />
+        `,
+        )}
       </fieldset>
       <label>Scorer
         <select name="scorer" value=${scorer} onChange=${(event) => setScorer(event.target.value)}>
@@ -67,11 +78,16 @@ export function AblationForm({ sets, onStarted }) {
           <${NumberField} name="max_tokens" label="Most tokens" value="16" min="1" step="1" />
           <${NumberField} name="temperature" label="Temperature" value="0" min="0" max="2" step="0.1" />
           <${NumberField} name="seed" label="Seed" value="0" min="0" step="1" />
-          <${NumberField} name="margin" label="Equivalent within" value="0.02" min="0.001" max="0.999" step="0.001" />
-          ${scorer === "numeric" && html`
+          <${NumberField} name="margin" label="Equivalent within" value="0.02" min="0.001" max="0.999"
+            step="0.001" />
+          ${
+            scorer === "numeric" &&
+            html`
             <${NumberField} name="tolerance" label="Tolerance" value="0" min="0" step="any" />
-            <${NumberField} name="relative_tolerance" label="Relative tolerance" value="0" min="0" step="any" />
-          `}
+            <${NumberField} name="relative_tolerance" label="Relative tolerance" value="0" min="0"
+              step="any" />
+          `
+          }
         </div>
         <${CheckField} name="own_choices" label="Every answer is one of its question's choices" />
         <${CheckField} name="repeat" label="Run variants of one selection apart" />
@@ -85,14 +101,25 @@ export function AblationForm({ sets, onStarted }) {
 
 /** The body of POST /ablation; always in the background, so that it has an address. */
 function readForm(data, set, own) {
-  const others = data.get("others").split(",").map((name) => name.trim()).filter(Boolean);
+  const others = data
+    .get("others")
+    .split(",")
+    .map((name) => name.trim())
+    .filter(Boolean);
   const body = {
     ...(own ? { questions: own.questions } : { question_set: set }),
     variants: [...data.getAll("variant"), ...others],
     scorer: data.get("scorer"),
     background: true,
   };
-  for (const name of ["max_tokens", "temperature", "seed", "margin", "tolerance", "relative_tolerance"]) {
+  for (const name of [
+    "max_tokens",
+    "temperature",
+    "seed",
+    "margin",
+    "tolerance",
+    "relative_tolerance",
+  ]) {
     if (data.has(name)) body[name] = Number(data.get(name));
   }
   for (const name of ["repeat", "raw"]) if (data.has(name)) body[name] = true;

@@ -25,7 +25,9 @@ export function Items({ items, comparison, questions, kind, onKind }) {
     <section aria-labelledby="items-heading">
       <h3 id="items-heading">Questions</h3>
       <div class="filters">
-        ${isJudged && html`
+        ${
+          isJudged &&
+          html`
           <label>Show
             <select value=${kind ?? ""} onChange=${(event) => onKind(event.target.value || null)}>
               <option value="">all</option>
@@ -34,7 +36,8 @@ export function Items({ items, comparison, questions, kind, onKind }) {
               )}
             </select>
           </label>
-        `}
+        `
+        }
         <label>Task
           <select value=${task} onChange=${(event) => setTask(event.target.value)}>
             <option value="">all</option>
@@ -47,20 +50,27 @@ export function Items({ items, comparison, questions, kind, onKind }) {
         <p class="hint" role="status">${count(found.length, "question")}</p>
       </div>
       <ol class="items">
-        ${found.slice(0, numShown).map((item) => html`
+        ${found.slice(0, numShown).map(
+          (item) => html`
           <${Item} key=${item.id} item=${item} question=${questions.get(item.id)} />
-        `)}
+        `,
+        )}
       </ol>
-      ${found.length > numShown && html`
+      ${
+        found.length > numShown &&
+        html`
         <button type="button" onClick=${() => setNumShown(numShown + PAGE)}>Show ${PAGE} more</button>
-      `}
+      `
+      }
     </section>
   `;
 }
 
 function textOf(item, questions) {
   const outputs = Object.values(item.outputs).map((output) => output.text ?? "");
-  return [item.id, questions.get(item.id) ?? "", ...item.answers, ...outputs].join("\n").toLowerCase();
+  return [item.id, questions.get(item.id) ?? "", ...item.answers, ...outputs]
+    .join("\n")
+    .toLowerCase();
 }
 
 function Item({ item, question }) {
@@ -69,13 +79,15 @@ function Item({ item, question }) {
       <p class="question"><span class="hint">${item.id} · ${item.task}</span> ${question}</p>
       <p class="right">Right: ${item.answers.join(" · ")}</p>
       <dl>
-        ${Object.entries(item.outputs).map(([name, output]) => html`
+        ${Object.entries(item.outputs).map(
+          ([name, output]) => html`
           <div data-variant=${name}>
             <dt><span class="swatch" aria-hidden="true"></span>${name}</dt>
             <dd><span class="verdict ${verdict(output)}">${verdict(output)}</span> ${output.text}
               ${output.error && html`<span class="hint"> ${output.error}</span>`}</dd>
           </div>
-        `)}
+        `,
+        )}
       </dl>
     </li>
   `;

@@ -12,13 +12,17 @@ export function PastRuns({ runs, error }) {
     <section class="card" aria-labelledby="past-heading">
       <h3 id="past-heading">Past runs</h3>
       <${Problem} error=${error} />
-      ${runs?.length === 0 && html`<p class="hint">None yet. A run stays here until the server deletes it.</p>`}
-      ${runs?.length > 0 && html`
+      ${runs?.length === 0 &&
+      html`<p class="hint">None yet. A run stays here until the server deletes it.</p>`}
+      ${
+        runs?.length > 0 &&
+        html`
         <${Scroll} label="Past runs"><table>
           <thead><tr><th scope="col">Run</th><th scope="col">Variants</th><th scope="col">Started</th>
             <th scope="col">Status</th><th scope="col" class="number">Done</th></tr></thead>
           <tbody>
-            ${runs.map((run) => html`
+            ${runs.map(
+              (run) => html`
               <tr>
                 <td><a href="#/ablation/${run.id}">${titleOf(run.settings)}</a></td>
                 <td>${(run.settings.variants ?? []).join(", ")}</td>
@@ -26,10 +30,12 @@ export function PastRuns({ runs, error }) {
                 <td><span class="badge ${run.status}">${run.status}</span></td>
                 <td class="number">${run.progress.done} of ${run.progress.total}</td>
               </tr>
-            `)}
+            `,
+            )}
           </tbody>
         </table><//>
-      `}
+      `
+      }
     </section>
   `;
 }

@@ -2,8 +2,18 @@
 // its words find their line.
 
 const EXAMPLE = [
-  { id: "q1", task: "medical", question: 'Which ICD-10-CM chapter covers "Cholera"?', answers: ["infectious diseases"] },
-  { id: "q2", task: "medical", question: 'Which ICD-10-CM chapter covers "Asthma"?', answers: ["respiratory diseases"] },
+  {
+    id: "q1",
+    task: "medical",
+    question: 'Which ICD-10-CM chapter covers "Cholera"?',
+    answers: ["infectious diseases"],
+  },
+  {
+    id: "q2",
+    task: "medical",
+    question: 'Which ICD-10-CM chapter covers "Asthma"?',
+    answers: ["respiratory diseases"],
+  },
 ];
 export const EXAMPLE_LINES = EXAMPLE.map((question) => JSON.stringify(question)).join("\n");
 
@@ -15,22 +25,25 @@ const PLACE = /questions(?:\[(\d+)\]|\.(\d+))(?=[.\s:]|$)\.?/g;
  */
 export function readLines(text) {
   const found = { questions: [], lines: [], errors: [] };
-  text.replace(/^\ufeff/, "").split("\n").forEach((line, index) => {
-    if (!line.trim()) return;
-    try {
-      found.questions.push(readObject(line));
-      found.lines.push(index + 1);
-    } catch (error) {
-      found.errors.push({ line: index + 1, message: error.message });
-    }
-  });
+  text
+    .replace(/^\ufeff/, "")
+    .split("\n")
+    .forEach((line, index) => {
+      if (!line.trim()) return;
+      try {
+        found.questions.push(readObject(line));
+        found.lines.push(index + 1);
+      } catch (error) {
+        found.errors.push({ line: index + 1, message: error.message });
+      }
+    });
   return found;
 }
 
 function readObject(line) {
   const value = JSON.parse(line);
   if (value === null || typeof value !== "object" || Array.isArray(value)) {
-    throw new Error("A line is one question: {\"id\": …, \"task\": …, \"question\": …, \"answers\": […]}");
+    throw new Error('A line is one question: {"id": …, "task": …, "question": …, "answers": […]}');
   }
   return value;
 }

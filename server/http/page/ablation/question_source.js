@@ -30,16 +30,20 @@ export function QuestionSource({ sets, source, faults, onChange }) {
       onDrop=${drop}>
       <label>Question set
         <select value=${source.set} onChange=${(event) => onChange({ ...source, set: event.target.value })}>
-          ${sets.map((each) => html`
+          ${sets.map(
+            (each) => html`
             <option value=${each.name}>${each.name} (${count(each.items, "question")})</option>
-          `)}
+          `,
+          )}
           <option value=${OWN}>my own: paste or drop</option>
         </select>
       </label>
-      ${source.set === OWN
-        ? html`<${OwnQuestions} text=${source.text} faults=${faults}
+      ${
+        source.set === OWN
+          ? html`<${OwnQuestions} text=${source.text} faults=${faults}
             onChange=${(text) => onChange({ set: OWN, text })} />`
-        : html`<p class="hint">Or drop a file of JSON Lines here.</p>`}
+          : html`<p class="hint">Or drop a file of JSON Lines here.</p>`
+      }
     </div>
   `;
 }
@@ -65,12 +69,15 @@ function OwnQuestions({ text, faults, onChange }) {
       <span class="hint" aria-live="polite">${count(questions.length, "question")}</span>
     </div>
     <div id="question-faults" role="alert">
-      ${told.length > 0 && html`
+      ${
+        told.length > 0 &&
+        html`
         <ul class="faults">
           ${told.slice(0, MAX_TOLD).map((each) => html`<li>${each}</li>`)}
           ${told.length > MAX_TOLD && html`<li>and ${told.length - MAX_TOLD} more</li>`}
         </ul>
-      `}
+      `
+      }
     </div>
   `;
 }

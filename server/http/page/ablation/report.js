@@ -21,22 +21,29 @@ export function Report({ request, result }) {
   const questions = useResource((signal) => questionTexts(request, result, signal), [result.id]);
   const comparison = comparisons[index];
   return html`
-    ${comparison && html`
+    ${
+      comparison &&
+      html`
       <section class="card" aria-labelledby="comparison-heading">
         <div class="row spread">
           <h3 id="comparison-heading">${comparison.a} against ${comparison.b}</h3>
-          ${comparisons.length > 1 && html`
+          ${
+            comparisons.length > 1 &&
+            html`
             <label class="reference">Compare
               <select value=${index} onChange=${(event) => setIndex(Number(event.target.value))}>
                 ${comparisons.map(({ a, b }, i) => html`<option value=${i}>${a} against ${b}</option>`)}
               </select>
             </label>
-          `}
+          `
+          }
         </div>
-        <${Comparison} comparison=${comparison} margin=${request.margin ?? MARGIN} kind=${kind} onKind=${setKind} />
+        <${Comparison} comparison=${comparison} margin=${request.margin ?? MARGIN} kind=${kind}
+          onKind=${setKind} />
         <${ByTask} comparison=${comparison} variants=${variants} />
       </section>
-    `}
+    `
+    }
     <section class="card" aria-labelledby="variants-heading">
       <h3 id="variants-heading">Variants</h3>
       <${VariantTable} variants=${variants} />

@@ -1,4 +1,4 @@
-// One ablation by its id: its progress while it runs, then its report. Its address is its permalink.
+// One ablation by its id: its progress while it runs, then its report. Its address is a permalink.
 
 import { useState } from "preact/hooks";
 
@@ -22,13 +22,14 @@ export function Run({ id, onStarted }) {
         <h3>${titleOf(job.request)}</h3>
         <span class="badge ${job.status}">${job.status}</span>
       </div>
-      <p class="hint">${job.request.variants?.join(", ") ?? "task+crma, task"} · scorer ${job.request.scorer ?? "exact"} ·
-        started ${when(job.created)}${job.result && html` · ${fixed(job.result.wall_s, 1)} s`}</p>
+      <p class="hint">${job.request.variants?.join(", ") ?? "task+crma, task"} · scorer${" "}
+        ${job.request.scorer ?? "exact"} · started ${when(job.created)}${job.result && html` · ${fixed(job.result.wall_s, 1)} s`}</p>
       ${!hasEnded && html`<${Progress} id=${id} job=${job} />`}
       ${job.error && html`<p class="problem" role="alert">${job.error.message ?? job.error}</p>`}
       <${Problem} error=${error} />
       <div class="row actions">
-        <span class="hint">Permalink</span><${CopyButton} text=${location.href} label="Copy the permalink" />
+        <span class="hint">Permalink</span>
+        <${CopyButton} text=${location.href} label="Copy the permalink" />
         ${job.result && html`<${Downloads} result=${job.result} />`}
         ${hasEnded && html`<${Again} request=${job.request} onStarted=${onStarted} />`}
       </div>
@@ -63,7 +64,9 @@ function Again({ request, onStarted }) {
   const [error, setError] = useState(null);
   const run = async (body) => {
     try {
-      onStarted((await (await send("POST", "ablation", { body: { ...body, background: true } })).json()).id);
+      onStarted(
+        (await (await send("POST", "ablation", { body: { ...body, background: true } })).json()).id,
+      );
     } catch (refused) {
       setError(refused);
     }
@@ -71,9 +74,12 @@ function Again({ request, onStarted }) {
   const { provenance, ...now } = request;
   return html`
     <button type="button" class="small" onClick=${() => run(request)}>Run again</button>
-    ${error?.status === 409 && html`
+    ${
+      error?.status === 409 &&
+      html`
       <button type="button" class="small" onClick=${() => run(now)}>Run with what serves now</button>
-    `}
+    `
+    }
     <${Problem} error=${error} />
   `;
 }
@@ -97,5 +103,7 @@ function Answered({ result }) {
 }
 
 function shown(value) {
-  return value !== null && typeof value === "object" ? Object.values(value).map(short).join(", ") : value;
+  return value !== null && typeof value === "object"
+    ? Object.values(value).map(short).join(", ")
+    : value;
 }

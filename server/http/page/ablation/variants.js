@@ -18,7 +18,8 @@ export function VariantTable({ variants }) {
           <th scope="col" class="number">Questions</th>
         </tr></thead>
         <tbody>
-          ${rows.map(([name, row]) => html`
+          ${rows.map(
+            ([name, row]) => html`
             <tr data-variant=${name}>
               <th scope="row"><span class="swatch" aria-hidden="true"></span>${name}</th>
               <td class="wide"><${Bar} share=${row.accuracy} interval=${row.wilson} /></td>
@@ -26,7 +27,8 @@ export function VariantTable({ variants }) {
               <td class="number">${intervalInWords(row.wilson)}</td>
               <td class="number">${row.correct} of ${row.scored}${unscored(row)}</td>
             </tr>
-          `)}
+          `,
+          )}
         </tbody>
       </table>
     <//>
@@ -51,14 +53,16 @@ function PerplexityTable({ rows }) {
           <th scope="col" class="number">Nats a token</th><th scope="col" class="number">Scored</th>
         </tr></thead>
         <tbody>
-          ${rows.map(([name, row]) => html`
+          ${rows.map(
+            ([name, row]) => html`
             <tr data-variant=${name}>
               <th scope="row"><span class="swatch" aria-hidden="true"></span>${name}</th>
               <td class="number">${row.perplexity == null ? "–" : fixed(row.perplexity, 3)}</td>
               <td class="number">${row.logprob_per_token == null ? "–" : fixed(row.logprob_per_token, 4)}</td>
               <td class="number">${row.scored}${unscored(row)}</td>
             </tr>
-          `)}
+          `,
+          )}
         </tbody>
       </table>
     <//>

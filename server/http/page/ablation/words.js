@@ -11,21 +11,35 @@ export function comparisonInWords(comparison, margin) {
   const { gained, lost, p } = mcnemar;
   const said = [differenceInWords(comparison)];
   if (gained + lost === 0) said.push("No question was answered right by only one of the two.");
-  else said.push(`${count(gained, "question")} only ${a} got right, ${count(lost, "question")} only ${b}. ${luckInWords(p)}`);
+  else
+    said.push(
+      `${count(gained, "question")} only ${a} got right, ${count(lost, "question")} only ${b}. ${luckInWords(p)}`,
+    );
   said.push(powerInWords(detectable, count(n, "question")));
   if (comparison.equivalent_within_margin) {
-    said.push(`They are equivalent: their difference is less than ${points(margin, 1).slice(1)} points.`);
+    said.push(
+      `They are equivalent: their difference is less than ${points(margin, 1).slice(1)} points.`,
+    );
   }
   return said;
 }
 
 /** Sentences about a comparison of log-probabilities. */
-export function perplexityInWords({ a, b, n, difference, bootstrap, detectable_difference: detectable }) {
+export function perplexityInWords({
+  a,
+  b,
+  n,
+  difference,
+  bootstrap,
+  detectable_difference: detectable,
+}) {
   if (difference == null) return ["No question was scored under both."];
   const said = [`${a} gives the answers ${signed(difference)} nats a token compared with ${b}.`];
   if (bootstrap) said.push(`95 % interval: ${signed(bootstrap[0])} to ${signed(bootstrap[1])}.`);
   if (detectable != null) {
-    said.push(`80 of 100 runs with ${count(n, "question")} would see a difference of ${fixed(detectable, 3)} nats.`);
+    said.push(
+      `80 of 100 runs with ${count(n, "question")} would see a difference of ${fixed(detectable, 3)} nats.`,
+    );
   }
   return said;
 }
@@ -51,7 +65,8 @@ function chanceInWords(p) {
 
 function powerInWords(detectable, size) {
   if (detectable == null) return `${size} are too few to find any difference.`;
-  return `80 of 100 runs with ${size} would see a difference of ${points(detectable).slice(1)} points; a smaller one may be missed.`;
+  const seen = `a difference of ${points(detectable).slice(1)} points`;
+  return `80 of 100 runs with ${size} would see ${seen}; a smaller one may be missed.`;
 }
 
 function signed(nats) {

@@ -18,10 +18,13 @@ export function Acts({ name, version, onDone }) {
   const { act, isBusy, error, done } = useAct(onDone);
   return html`
     <div class="row acts">
-      ${ACTS.map((each) => html`
+      ${ACTS.map(
+        (each) => html`
         <button type="button" class="small" disabled=${isBusy} aria-label="${each.label} ${name} ${version}"
-          onClick=${() => act("POST", `adapters/${name}@${version}/${each.name}`, each.label)}>${each.label}</button>
-      `)}
+          onClick=${() => act("POST", `adapters/${name}@${version}/${each.name}`, each.label)}>
+          ${each.label}</button>
+      `,
+      )}
       <span class="hint" role="status">${done && `${done}: done`}</span>
     </div>
     <${Problem} error=${error} />
@@ -38,11 +41,14 @@ export function RollBack({ name, onDone }) {
   };
   return html`
     <div class="row acts">
-      ${isSure
-        ? html`<span>Serve the version of ${name} that served before?</span>
+      ${
+        isSure
+          ? html`<span>Serve the version of ${name} that served before?</span>
             <button type="button" class="small danger" onClick=${go}>Yes, roll back</button>
             <button type="button" class="small" onClick=${() => setSure(false)}>No</button>`
-        : html`<button type="button" class="small" disabled=${isBusy} onClick=${() => setSure(true)}>Roll back ${name}</button>`}
+          : html`<button type="button" class="small" disabled=${isBusy}
+              onClick=${() => setSure(true)}>Roll back ${name}</button>`
+      }
       <span class="hint" role="status">${done && `${done}: done`}</span>
     </div>
     <${Problem} error=${error} />

@@ -1,4 +1,4 @@
-// The tab Adapters: the base model, the backbone with its certificate, the tasks with their versions.
+// The tab Adapters: the base model, the backbone and its certificate, the tasks and their versions.
 
 import { useState } from "preact/hooks";
 
@@ -23,7 +23,8 @@ export function Adapters({ adapters }) {
     <div class="row spread">
       <h2>Adapters</h2>
       <label class="check">
-        <input type="checkbox" checked=${isAdmin} onChange=${(event) => setAdmin(event.target.checked)} />
+        <input type="checkbox" checked=${isAdmin}
+          onChange=${(event) => setAdmin(event.target.checked)} />
         Show what an admin key may do
       </label>
     </div>
@@ -40,15 +41,20 @@ export function Adapters({ adapters }) {
         </section>
         <section class="card" aria-labelledby="backbone-heading">
           <h3 id="backbone-heading">CRMA backbone</h3>
-          ${backbone ? html`<${Backbone} backbone=${backbone} />` : html`<p class="hint">None is loaded.</p>`}
+          ${backbone
+            ? html`<${Backbone} backbone=${backbone} />`
+            : html`<p class="hint">None is loaded.</p>`}
         </section>
         ${isAdmin && html`<${Upload} onDone=${done} />`}
       </div>
       <div>
         ${tasks.length === 0 && html`<p class="hint">No task serves.</p>`}
-        ${tasks.map((task) => html`
-          <${Task} key=${task.name} name=${task.name} round=${round} isAdmin=${isAdmin} onDone=${done} />
-        `)}
+        ${tasks.map(
+          (task) => html`
+          <${Task} key=${task.name} name=${task.name} round=${round} isAdmin=${isAdmin}
+            onDone=${done} />
+        `,
+        )}
       </div>
     </div>
   `;

@@ -10,6 +10,9 @@ const LEFT = 34;
 const TOP = 8;
 const BOTTOM = 24;
 
+const HOLDS =
+  "The certificate holds: no layer can stretch what goes through it by more than its bound.";
+
 /** `layers` have bound and norm each. */
 export function Certificate({ certificate }) {
   const { layers, holds } = certificate;
@@ -18,23 +21,29 @@ export function Certificate({ certificate }) {
   const y = (value) => TOP + (HEIGHT - BOTTOM - TOP) * (1 - value / top);
   const ticks = [0, top / 3, (2 * top) / 3, top];
   return html`
-    <p>${holds ? "The certificate holds: no layer can stretch what goes through it by more than its bound." : "The certificate does not hold."}
-      ${" "}Largest bound ${fixed(certificate.max_bound, 3)}, largest norm measured ${fixed(certificate.max_norm, 3)}.</p>
+    <p>${holds ? HOLDS : "The certificate does not hold."}
+      ${" "}Largest bound ${fixed(certificate.max_bound, 3)}, largest norm measured
+      ${" "}${fixed(certificate.max_norm, 3)}.</p>
     <${Scroll} label="Plot of bounds and norms by layer">
     <svg class="certificate" viewBox="0 0 ${WIDTH} ${HEIGHT}" role="img"
       aria-label="Bound and norm of ${layers.length} layers; the table has the numbers">
-      ${ticks.map((value) => html`
+      ${ticks.map(
+        (value) => html`
         <line class="grid" x1=${LEFT} x2=${WIDTH} y1=${y(value)} y2=${y(value)} />
         <text x=${LEFT - 6} y=${y(value) + 4} text-anchor="end">${fixed(value, 1)}</text>
-      `)}
+      `,
+      )}
       ${layers.map((layer, index) => {
         const x = LEFT + index * step;
         return html`
           <g>
             <title>Layer ${index}: bound ${fixed(layer.bound, 4)}, norm ${fixed(layer.norm, 4)}</title>
-            <rect class="norm" x=${x + step * 0.2} y=${y(layer.norm)} width=${step * 0.6} height=${y(0) - y(layer.norm)} />
-            <line class="bound" x1=${x + step * 0.08} x2=${x + step * 0.92} y1=${y(layer.bound)} y2=${y(layer.bound)} />
-            ${index % 5 === 0 && html`<text x=${x + step / 2} y=${HEIGHT - 7} text-anchor="middle">${index}</text>`}
+            <rect class="norm" x=${x + step * 0.2} y=${y(layer.norm)} width=${step * 0.6}
+              height=${y(0) - y(layer.norm)} />
+            <line class="bound" x1=${x + step * 0.08} x2=${x + step * 0.92}
+              y1=${y(layer.bound)} y2=${y(layer.bound)} />
+            ${index % 5 === 0 &&
+            html`<text x=${x + step / 2} y=${HEIGHT - 7} text-anchor="middle">${index}</text>`}
           </g>
         `;
       })}
@@ -46,10 +55,12 @@ export function Certificate({ certificate }) {
       <${Scroll} label="Numbers by layer"><table>
         <thead><tr><th scope="col">Layer</th><th scope="col" class="number">Norm</th>
           <th scope="col" class="number">Bound</th><th scope="col" class="number">Gate</th></tr></thead>
-        <tbody>${layers.map((layer, index) => html`
+        <tbody>${layers.map(
+          (layer, index) => html`
           <tr><th scope="row">${index}</th><td class="number">${fixed(layer.norm, 4)}</td>
             <td class="number">${fixed(layer.bound, 4)}</td><td class="number">${fixed(layer.gate, 4)}</td></tr>
-        `)}</tbody>
+        `,
+        )}</tbody>
       </table><//>
     </details>
   `;

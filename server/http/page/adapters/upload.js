@@ -1,5 +1,6 @@
 // Publishes a PEFT LoRA from its files.
 
+import { CheckField } from "../field.js";
 import { html } from "../html.js";
 import { Problem } from "../problem.js";
 import { useAct } from "./acts.js";
@@ -27,7 +28,8 @@ export function Upload({ onDone }) {
         <select name="prompt_format"><option value="">as found</option>
           <option>raw</option><option>chat</option><option>template</option></select>
       </label>
-      <label class="check"><input type="checkbox" name="trust_base" value="true" /> Its config names this base model by another name</label>
+      <${CheckField} name="trust_base" value="true"
+        label="Its config names this base model by another name" />
       <div class="row"><button class="main" disabled=${isBusy}>Upload</button>
         <span class="hint" role="status">${isBusy ? "uploading" : done && "published"}</span></div>
       <${Problem} error=${error} />

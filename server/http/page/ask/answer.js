@@ -29,11 +29,16 @@ export function Answer({ asked, reference }) {
       </div>
       <${TokenText} answer=${answer} label="Text of ${name}" chosen=${chosen} marked=${marked}
         onChoose=${setChosen} />
-      ${reference && html`
+      ${
+        reference &&
+        html`
         <p class="parting">
-          ${isCompared ? partingInWords(answer, reference.answer, reference.name) : "The others are compared with this one"}
+          ${isCompared
+            ? partingInWords(answer, reference.answer, reference.name)
+            : "The others are compared with this one"}
         </p>
-      `}
+      `
+      }
       <${Problem} error=${answer.error} />
       <${TokenPanel} token=${chosen === null ? null : answer.tokens[chosen]} />
       <div class="more">

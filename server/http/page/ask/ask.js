@@ -35,13 +35,16 @@ export function Ask({ adapters }) {
         onStop=${() => control.current?.abort()} />
       <section class="answers" aria-label="Answers">
         ${asked.length === 0 && html`<p class="hint empty">The answer will be here.</p>`}
-        ${isCompared && html`
+        ${
+          isCompared &&
+          html`
           <label class="reference">Mark where the others part from
             <select value=${reference.name} onChange=${(event) => setReferenceName(event.target.value)}>
               ${asked.map((each) => html`<option>${each.name}</option>`)}
             </select>
           </label>
-        `}
+        `
+        }
         <div class="grid">
           ${asked.map(
             (each) => html`

@@ -18,7 +18,8 @@ export function partsAt(answer, reference) {
 /** What to say of it. */
 export function partingInWords(answer, reference, name) {
   const at = partsAt(answer, reference);
-  if (at !== null) return at === 0 ? `Differs from ${name} at once` : `As ${name} for ${count(at, "token")}`;
+  if (at !== null)
+    return at === 0 ? `Differs from ${name} at once` : `As ${name} for ${count(at, "token")}`;
   const both = answer.status === "done" && reference.status === "done";
   return both ? `The same as ${name}` : "";
 }

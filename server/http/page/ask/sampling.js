@@ -10,7 +10,14 @@ const FIELDS = [
   { name: "top_p", label: "top_p", value: 1, min: 0.01, max: 1, step: 0.01 },
   { name: "top_k", label: "top_k (0: off)", value: 0, min: 0, max: 100_000, step: 1 },
   { name: "min_p", label: "min_p", value: 0, min: 0, max: 1, step: 0.01 },
-  { name: "repetition_penalty", label: "Repetition penalty", value: 1, min: 0.01, max: 2, step: 0.01 },
+  {
+    name: "repetition_penalty",
+    label: "Repetition penalty",
+    value: 1,
+    min: 0.01,
+    max: 2,
+    step: 0.01,
+  },
 ];
 
 /** The fields of a form that say how to sample; those at their default are left out. */

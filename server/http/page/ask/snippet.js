@@ -46,7 +46,10 @@ function literal(value) {
 
 /** Both, to copy. */
 export function Snippets({ body }) {
-  const texts = [["curl", asCurl(body)], ["Python", asPython(body)]];
+  const texts = [
+    ["curl", asCurl(body)],
+    ["Python", asPython(body)],
+  ];
   return html`
     <details class="snippets">
       <summary>As curl or Python</summary>

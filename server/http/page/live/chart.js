@@ -18,7 +18,11 @@ export function Chart({ title, points, series, show, least, max }) {
   useEffect(() => {
     const draw = () => {
       plot.current?.destroy();
-      plot.current = new uPlot(options(place.current, series, show, least, max), data(points, series), place.current);
+      plot.current = new uPlot(
+        options(place.current, series, show, least, max),
+        data(points, series),
+        place.current,
+      );
     };
     draw();
     const resized = new ResizeObserver(() => {
@@ -38,10 +42,15 @@ export function Chart({ title, points, series, show, least, max }) {
     <figure class="card chart">
       <figcaption>
         <h3>${title}</h3>
-        ${series.map(({ name, label, colour }) => html`
-          <span class="value"><span class="swatch" style=${{ background: `var(${colour})` }} aria-hidden="true"></span>
-            ${label} <strong data-series=${name}>${last?.[name] == null ? "–" : show(last[name])}</strong></span>
-        `)}
+        ${series.map(
+          ({ name, label, colour }) => html`
+          <span class="value">
+            <span class="swatch" style=${{ background: `var(${colour})` }} aria-hidden="true"></span>
+            ${label}${" "}
+            <strong data-series=${name}>${last?.[name] == null ? "–" : show(last[name])}</strong>
+          </span>
+        `,
+        )}
       </figcaption>
       <div ref=${place} class="plot" aria-hidden="true"></div>
     </figure>
@@ -49,7 +58,10 @@ export function Chart({ title, points, series, show, least, max }) {
 }
 
 function data(points, series) {
-  return [points.map((point) => point.time), ...series.map(({ name }) => points.map((point) => point[name]))];
+  return [
+    points.map((point) => point.time),
+    ...series.map(({ name }) => points.map((point) => point[name])),
+  ];
 }
 
 function clock(time) {
@@ -58,7 +70,11 @@ function clock(time) {
 
 function options(place, series, show, least, max) {
   const colour = (name) => getComputedStyle(place).getPropertyValue(name).trim();
-  const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false } };
+  const axis = {
+    stroke: colour("--soft"),
+    grid: { stroke: colour("--line"), width: 1 },
+    ticks: { show: false },
+  };
   return {
     width: place.clientWidth,
     height: HEIGHT,
@@ -69,8 +85,15 @@ function options(place, series, show, least, max) {
       { ...axis, size: 28, space: 90, values: (_, times) => times.map(clock) },
       { ...axis, size: 58, values: (_, values) => values.map(show) },
     ],
-    series: [{}, ...series.map(({ colour: name, label }) => ({
-      label, stroke: colour(name), width: 1.5, spanGaps: true, points: { size: 4 },
-    }))],
+    series: [
+      {},
+      ...series.map(({ colour: name, label }) => ({
+        label,
+        stroke: colour(name),
+        width: 1.5,
+        spanGaps: true,
+        points: { size: 4 },
+      })),
+    ],
   };
 }

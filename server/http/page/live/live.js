@@ -48,9 +48,13 @@ function Residents({ samples }) {
     <section class="card" aria-labelledby="residents-heading">
       <h3 id="residents-heading">Adapters in memory</h3>
       <ul class="residents">
-        ${rows.map(({ labels, value }) => html`
-          <li class=${value ? "in" : ""}>${labels.adapter} <span class="hint">${value ? "in memory" : "not loaded"}</span></li>
-        `)}
+        ${rows.map(
+          ({ labels, value }) => html`
+          <li class=${value ? "in" : ""}>
+            ${labels.adapter}${" "}<span class="hint">${value ? "in memory" : "not loaded"}</span>
+          </li>
+        `,
+        )}
       </ul>
     </section>
   `;

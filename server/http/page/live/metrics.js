@@ -16,7 +16,9 @@ export function readText(text) {
   for (const line of text.split("\n")) {
     const found = SAMPLE.exec(line);
     if (found === null) continue; // a comment, or empty
-    const labels = Object.fromEntries([...(found[2] ?? "").matchAll(LABEL)].map(([, name, value]) => [name, value]));
+    const labels = Object.fromEntries(
+      [...(found[2] ?? "").matchAll(LABEL)].map(([, name, value]) => [name, value]),
+    );
     samples.push({ name: found[1], labels, value: Number(found[3]) });
   }
   return samples;

@@ -8,7 +8,9 @@ import { useResource } from "../resource.js";
 import { Scroll } from "../scroll.js";
 import { Matrix } from "./matrix.js";
 
-const SUPERSCRIPTS = Object.fromEntries([..."-0123456789"].map((each, i) => [each, [..."⁻⁰¹²³⁴⁵⁶⁷⁸⁹"][i]]));
+const SUPERSCRIPTS = Object.fromEntries(
+  [..."-0123456789"].map((each, i) => [each, [..."⁻⁰¹²³⁴⁵⁶⁷⁸⁹"][i]]),
+);
 
 /** `id` is one that GET /runs lists. */
 export function Run({ id }) {
@@ -38,7 +40,11 @@ function Measures({ record }) {
     ["FWT: before a task is learned, above the base model", fixed(record.FWT * 100, 2) + " points"],
     ["Mean loss at the end", `${fixed(record.mean_loss, 4)} nats`],
   ];
-  return html`<dl class="facts wide">${rows.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`;
+  return html`
+    <dl class="facts wide">
+      ${rows.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}
+    </dl>
+  `;
 }
 
 function Drift({ record }) {
@@ -48,11 +54,13 @@ function Drift({ record }) {
       <thead><tr><th scope="col">Task</th><th scope="col" class="number">Percent</th>
         <th scope="col" class="number">Nats a token</th><th scope="col" class="number">Gain retained</th></tr></thead>
       <tbody>
-        ${record.order.map((task, t) => html`
+        ${record.order.map(
+          (task, t) => html`
           <tr><th scope="row">${task}</th><td class="number">${shown(record.drift?.[t], 2)}</td>
             <td class="number">${shown(record.drift_nats?.[t], 4)}</td>
             <td class="number">${percent(record.retained_gain?.[t], 2)}</td></tr>
-        `)}
+        `,
+        )}
       </tbody>
     </table><//>
   `;
@@ -60,12 +68,16 @@ function Drift({ record }) {
 
 function NormLog({ record }) {
   const log = record.norm_log ?? {};
-  if (log.steps === undefined) return html`<p class="hint">This arm has no backbone, so it has no norm log.</p>`;
+  if (log.steps === undefined)
+    return html`<p class="hint">This arm has no backbone, so it has no norm log.</p>`;
   return html`
     <h4>Norm log, and what it cannot show</h4>
     <div class="beside">
       <dl class="facts wide">
-        <div><dt>Largest deviation of the norm of M from 1</dt><dd>${scientific(log.max_norm_deviation)}</dd></div>
+        <div>
+          <dt>Largest deviation of the norm of M from 1</dt>
+          <dd>${scientific(log.max_norm_deviation)}</dd>
+        </div>
         <div><dt>over</dt><dd>${log.steps} steps, all layers</dd></div>
       </dl>
       <dl class="facts wide">
@@ -73,8 +85,11 @@ function NormLog({ record }) {
         <div><dt>Gradient of S, median</dt><dd>${scientific(log.median_grad_S)}</dd></div>
       </dl>
     </div>
-    <p class="hint">Every doubly stochastic matrix has norm 1. A norm that stays at 1 shows that M is doubly
-      stochastic, not that the backbone learned or that a task was kept: movement, gradient and drift show that.</p>
+    <p class="hint">
+      Every doubly stochastic matrix has norm 1. A norm that stays at 1 shows that M is doubly
+      stochastic, not that the backbone learned or that a task was kept: movement, gradient and
+      drift show that.
+    </p>
   `;
 }
 

@@ -25,11 +25,15 @@ export function Training({ argument, adapters }) {
             <thead><tr><th scope="col">Run</th><th scope="col" class="number">ACC</th>
               <th scope="col" class="number">Drift %</th></tr></thead>
             <tbody>
-              ${listed.map((run) => html`
-                <tr><td><a href="#/training/${run.id}" aria-current=${run.id === id ? "true" : null}>${run.id}</a></td>
+              ${listed.map(
+                (run) => html`
+                <tr>
+                  <td><a href="#/training/${run.id}"
+                    aria-current=${run.id === id ? "true" : null}>${run.id}</a></td>
                   <td class="number">${percent(run.ACC, 1)}</td>
                   <td class="number">${run.mean_drift == null ? "–" : fixed(run.mean_drift, 2)}</td></tr>
-              `)}
+              `,
+              )}
             </tbody>
           </table><//>
         </section>
@@ -44,7 +48,8 @@ export function Training({ argument, adapters }) {
 function Serving({ tasks }) {
   const names = tasks.map((task) => task.name);
   const found = useResource(
-    (signal) => Promise.all(names.map((name) => get(`adapters/${encodeURIComponent(name)}`, signal))),
+    (signal) =>
+      Promise.all(names.map((name) => get(`adapters/${encodeURIComponent(name)}`, signal))),
     [names.join()],
   );
   return html`
