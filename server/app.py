@@ -28,8 +28,10 @@ from server.http.routes import (
     models,
     openai,
     operations,
+    page,
     publishing,
     responses,
+    runs,
     tokens,
     usage,
 )
@@ -57,6 +59,7 @@ ROUTERS = (
     publishing.openai_admin,
     usage.router,
     audit.admin,
+    runs.router,
     operations.router,
     operations.metrics_router,
 )
@@ -111,7 +114,7 @@ def create_app(frontend: Frontend) -> FastAPI:
     app.state.ablations = ablations
     _watch_engine(frontend)
     error_handlers.install(app)
-    for router in ROUTERS:
+    for router in (*ROUTERS, page.router) if settings.page else ROUTERS:
         app.include_router(router)
         for route in router.routes:
             if isinstance(route, APIRoute):

@@ -197,6 +197,10 @@ class Settings(BaseSettings):
         None, "File with a line for each act of an administrator; unset: only the log has them."
     )
 
+    runs: Path | None = _setting(
+        None, "Folder of records of training runs, for `GET /runs`; unset: the release's."
+    )
+    page: bool = _setting(True, "Serve the page for people at `/`; off: leave it out.")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = _setting(
         (), "Comma-separated origins whose web pages may call this server, or `*`; empty: none."
     )

@@ -10,8 +10,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ALWAYS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
-# The pages of the documentation are bundled: they load nothing from elsewhere, and call this server
-# only. Swagger UI sets styles in its own elements, and has images in its style sheet.
+# Our pages and those of the documentation are bundled: they load nothing from elsewhere, and call
+# this server only. Swagger UI and charts set styles in their own elements; Swagger UI has images in
+# its style sheet.
 _PAGE = (
     "default-src 'none'",
     "connect-src 'self'",
@@ -21,7 +22,7 @@ _PAGE = (
     "form-action 'self'",
     "frame-ancestors 'none'",
 )
-_INLINE_SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
+_INLINE_SCRIPT = re.compile(rb'<script(?: type="importmap")?>(.*?)</script>', re.DOTALL)
 
 
 @dataclass
@@ -59,7 +60,7 @@ class SecurityHeaders:
 
 
 def content_security_policy(page: bytes) -> str:
-    """The policy of a page of the documentation, which is one piece."""
+    """The policy of a page, which is one piece. An import map is an inline script too."""
     scripts = ["script-src 'self'"]
     for script in _INLINE_SCRIPT.findall(page):
         digest = base64.b64encode(hashlib.sha256(script).digest()).decode()

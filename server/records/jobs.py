@@ -6,7 +6,7 @@ passed to another: so two servers never mix their outcomes, however late one of 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sqlalchemy import (
@@ -50,6 +50,7 @@ class Job:
         status: "interrupted" only if an older release said so.
         error: why it failed.
         num_attempts: claims since the last item was finished.
+        settings: what a list says of the request; empty for jobs of an older release.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Job:
     status: Status = "queued"
     error: str | None = None
     num_attempts: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def has_ended(self) -> bool:
@@ -77,7 +79,7 @@ _LISTED = [column for column in _COLUMNS if column.name not in ("request", "spec
 
 def add(connection: Connection, job: Job, result: str | None = None) -> None:
     """Add a job, whose id must be new. `result` is its JSON, if it has ended already."""
-    values: dict[str, Any] = {name: getattr(job, name) for name in Job.__dataclass_fields__}
+    values: dict[str, Any] = {column.name: getattr(job, column.name) for column in _COLUMNS}
     values["result"] = result
     if job.has_ended:
         values["ended"] = now_s()

@@ -39,6 +39,7 @@ jobs = Table(
     Column("num_attempts", Integer, nullable=False),  # claims since the last finished item
     Column("lease", String(64)),  # names the server that runs it, and its claim
     Column("leased_until", Double),  # by `now_s`
+    Column("settings", JSON, nullable=False, server_default="{}"),  # of the request, for lists
     Index("jobs_by_owner", "owner", "created"),
     Index("jobs_by_status", "status", "created"),
 )

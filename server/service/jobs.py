@@ -18,6 +18,8 @@ from server.service.errors import InvalidField, TooManyJobs
 from server.service.job_runner import JobRunner
 
 MAX_LISTED = 1000
+LISTED = ("question_set", "variants", "scorer")
+"""The fields of a request by which its owner tells jobs apart in a list; each is short."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ class Jobs:
             message = "background: this server runs no background jobs (CRMA_MAX_ABLATION_JOBS=0)"
             raise InvalidField(message, field="background", value=True, allowed=False)
         created = datetime.now(UTC).isoformat(timespec="microseconds")
-        job = Job(id, owner, self.runner.base, created, request, spec, num_items)
+        settings = {name: request[name] for name in LISTED if request.get(name) is not None}
+        base = self.runner.base
+        job = Job(id, owner, base, created, request, spec, num_items, settings=settings)
 
         def add(connection: Connection) -> None:
             num_waiting = rows.num_waiting(connection, owner)

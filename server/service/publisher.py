@@ -105,6 +105,23 @@ class Publisher:
             await registry.refresh()
             await self._free(entries)
 
+    async def roll_back(self, name: str) -> str:
+        """Let the version of a task serve that served before, and return it.
+
+        Raises:
+            NotFound: no such task serves, or nothing served before.
+            LineageMismatch: that version does not fit the backbone that serves.
+        """
+        registry = self.registry
+        async with self._changing():
+            if name not in registry.task_names:
+                message = f"no task {name!r} serves"
+                allowed = registry.task_names
+                raise NotFound(message, field="task", value=name, allowed=allowed)
+            channels = await asyncio.to_thread(registry.store.roll_back, task_channel(name))
+            await registry.refresh()
+        return channels.tasks[name]
+
     async def delete(self, name: str, version: str | None) -> tuple[str, ...]:
         """Remove a version of a task, or all of them, from the store. Requests that run or wait
         with them end as they would have.

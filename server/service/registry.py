@@ -31,7 +31,7 @@ from server.engine.inference_engine import InferenceEngine
 from server.service.caller import ANYONE, Caller
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
-from server.service.store_view import StoreView
+from server.service.store_view import StoreView, TaskRecord
 from server.service.store_watch import (
     StoreProblems,
     check_still_there,
@@ -176,18 +176,31 @@ class Registry:
         verified.
         """
         name, at, version = task.partition("@")
-        versions = self._view.tasks.get(name) if caller.may_use(name) else None
-        if versions is None:
-            hint = "; leave task out for the base model" if name == "base" else ""
-            message = f"no task {name!r} in this server's store{hint}"
-            allowed = [each for each in self.task_names if caller.may_use(each)]
-            raise NotFound(message, field="task", value=task, allowed=allowed)
+        versions = self._versions(name, task, caller)
         entry = versions.get(version if at else self._view.serving[name])
         if entry is None:
             allowed = [f"{name}@{known}" for known in versions]
             message = f"no version {version!r} of task {name!r}"
             raise NotFound(message, field="task", value=task, allowed=allowed)
         return _sound(entry)
+
+    def task_record(self, name: str, caller: Caller) -> TaskRecord:
+        """All versions of a task that serves. Raises NotFound, also where the caller may not use
+        it.
+        """
+        self._versions(name, name, caller)
+        return self._view.task_record(name)
+
+    def _versions(
+        self, name: str, asked: str, caller: Caller
+    ) -> Mapping[str, TaskEntry | StoreError]:
+        versions = self._view.tasks.get(name) if caller.may_use(name) else None
+        if versions is None:
+            hint = "; leave task out for the base model" if name == "base" else ""
+            message = f"no task {name!r} in this server's store{hint}"
+            allowed = [each for each in self.task_names if caller.may_use(each)]
+            raise NotFound(message, field="task", value=asked, allowed=allowed)
+        return versions
 
     @property
     def backbone(self) -> BackboneEntry | None:

@@ -4,9 +4,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from crma.core.errors import StoreError
-from crma.store.channels import Change
+from crma.store.channels import Change, task_channel
 from crma.store.entry import BackboneEntry, TaskEntry
 from crma.store.serving import lineage_problem
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What the store has of a task.
+
+    versions: the oldest first; the reason for one that may not serve. serving: one of them.
+    history: which served, and why that changed, the oldest first.
+    """
+
+    versions: Mapping[str, TaskEntry | StoreError]
+    serving: str
+    history: Sequence[Change]
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,14 @@ class StoreView:
     def sound_backbones(self) -> list[BackboneEntry]:
         """Every version of the backbone that may serve."""
         return [entry for entry in self.backbones.values() if isinstance(entry, BackboneEntry)]
+
+    def task_record(self, name: str) -> TaskRecord:
+        """Of a task that serves."""
+        versions = self.tasks[name]
+        by_age = sorted(versions, key=lambda version: int(version.removeprefix("v")))
+        changes = [each for each in self.history if each.channel == task_channel(name)]
+        ordered = {version: versions[version] for version in by_age}
+        return TaskRecord(ordered, self.serving[name], changes)
 
     def problem(self, name: str) -> StoreError | None:
         """Why the serving version of a task cannot answer as it was trained; None if it can."""

@@ -18,7 +18,10 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 def sources(*tops: str) -> list[Path]:
     files = (file for top in tops for file in sorted((ROOT / top).rglob("*")))
-    return [file for file in files if file.suffix in SOURCE_SUFFIXES and "build" not in file.parts]
+    foreign = {"build", "vendor"}  # made, or other people's as they published it
+    return [
+        file for file in files if file.suffix in SOURCE_SUFFIXES and foreign.isdisjoint(file.parts)
+    ]
 
 
 def python_sources(*tops: str) -> list[Path]:

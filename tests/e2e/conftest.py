@@ -11,6 +11,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how many seconds tests/e2e/test_churn.py runs",
     )
     parser.addoption(
+        "--screenshots",
+        default=None,
+        help="folder for a picture of each tab of the page, from tests/e2e/page; default: none",
+    )
+    parser.addoption(
         "--image-base",
         default=None,
         help="folder that debootstrap made, for tests/e2e/test_image.py; default: a new one",

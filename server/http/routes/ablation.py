@@ -1,5 +1,6 @@
 """/ablation and /question_sets: the same questions under several variants, directly or as a job."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
@@ -99,13 +100,14 @@ def _choices(body: AblationRequest) -> tuple[str, ...] | Literal["own"]:
 async def ablation_jobs(ablations: TheAblations, caller: TheCaller) -> list[dict[str, Any]]:
     """List the background jobs of this key, the newest first, without requests and results.
 
-    For an admin, those of all keys.
+    `settings` has question_set, variants and scorer, as far as the request named them. For an
+    admin, those of all keys.
     """
     listed = []
     for job in await ablations.jobs.newest(_seen_by(caller)):
         shown = _shown(job)
         del shown["request"]
-        listed.append(shown)
+        listed.append({**shown, "settings": job.settings})
     return listed
 
 
@@ -194,12 +196,36 @@ async def question_sets(ablations: TheAblations, caller: TheCaller) -> list[dict
 
 
 _TEXT = {"schema": {"type": "string"}}
+_QUESTIONS: dict[int | str, dict[str, Any]] = {200: {"content": {"application/x-ndjson": _TEXT}}}
+_BATCH = 500  # questions that become text at once
 _LINES = {
     "requestBody": {
         "content": {"application/x-ndjson": _TEXT, "text/plain": _TEXT},
         "required": True,
     }
 }
+
+
+@router.get(
+    "/question_sets/{name}",
+    responses=documented(401, 403, 404, 422, 503) | _QUESTIONS,
+    response_class=StreamingResponse,
+)
+async def question_set(name: str, ablations: TheAblations, caller: TheCaller) -> StreamingResponse:
+    """Return a question set as JSON Lines, as PUT takes it.
+
+    Without the questions of tasks that the key may not use.
+    """
+    found = await ablations.question_sets.read(name, caller.name)
+    questions = [each for each in found.questions if caller.may_use(each.task)]
+
+    async def lines() -> AsyncIterator[str]:
+        for start in range(0, len(questions), _BATCH):
+            batch = questions[start : start + _BATCH]
+            yield "".join(f"{each.model_dump_json(exclude_defaults=True)}\n" for each in batch)
+            await asyncio.sleep(0)  # others have their turn
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson")
 
 
 @owned.put(

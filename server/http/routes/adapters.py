@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
+from crma.core.errors import StoreError
 from crma.store.entry import TaskEntry
 from server.engine.errors import AdapterInUse
 from server.http.audited import audited
@@ -58,6 +59,27 @@ async def adapters(frontend: TheFrontend, caller: TheCaller) -> dict[str, Any]:
         shown = backbone.manifest.model_dump(include={"version", "digest", "certificate"})
     tasks = [task_info(entry, frontend) for entry in frontend.registry.serving_tasks(caller)]
     return {"base": base, "backbone": shown, "tasks": tasks}
+
+
+@router.get("/adapters/{task}", responses=documented(401, 403, 404), dependencies=[require_key])
+async def adapter(task: str, frontend: TheFrontend, caller: TheCaller) -> dict[str, Any]:
+    """The versions of a task, the oldest first, and which of them served when.
+
+    `problem` says why a version may not serve; null: it may. `history` has the changes of what
+    serves, each with the evidence for it if there is some.
+    """
+    record = frontend.registry.task_record(task, caller)
+    shown = []
+    for version, entry in record.versions.items():
+        about = {"version": version, "serves": version == record.serving}
+        if isinstance(entry, StoreError):
+            shown.append({**about, "problem": entry.message})
+            continue
+        fields = {"licence", "created", "alpha", "trained_on"}
+        manifest = entry.manifest.model_dump(mode="json", include=fields)
+        shown.append({**about, "problem": None, **task_info(entry, frontend), **manifest})
+    history = [each.model_dump(mode="json", by_alias=True) for each in record.history]
+    return {"name": task, "serving": record.serving, "versions": shown, "history": history}
 
 
 @admin.post("/load")

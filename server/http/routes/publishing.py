@@ -24,6 +24,7 @@ from server.http.publishing_schemas import LoadLoraRequest, UnloadLoraRequest, U
 from server.http.routes.adapters import task_info
 from server.http.upload import receive_form
 from server.service.audit import Act
+from server.service.caller import ADMIN
 from server.service.import_roots import find_folder
 from server.service.publisher import writing
 
@@ -109,6 +110,24 @@ async def delete_adapter(
     removed = await frontend.publisher.delete(name, version if at else None)
     act.about["versions"] = removed
     return {"name": name, "deleted": removed}
+
+
+@admin.post(
+    UPLOAD_PATH + "/{task}/rollback",
+    responses=documented(401, 403, 404, 409, 503, 507, example_of="/adapters/{task}"),
+)
+async def roll_back_adapter(
+    task: str, frontend: TheFrontend, act: Annotated[Act, audited("roll back")]
+) -> dict[str, Any]:
+    """Let the version of a task serve that served before, as `crma rollback --channel tasks/NAME`.
+
+    Two calls go back two versions. Requests that run end with the version that they began with.
+    """
+    frontend.check_ready()
+    version = await frontend.publisher.roll_back(task)
+    entry = frontend.registry.task(f"{task}@{version}", ADMIN)
+    act.about.update(version=version, digest=entry.digest)
+    return task_info(entry, frontend)
 
 
 # A response_class with a media type would also be documented as that of the errors.

@@ -1,10 +1,14 @@
 """GET /adapters and the admin routes: the listing, the keys, and unloading while in use."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from api import BASE, Serve, Served
 
+from crma.store.adapter_store import AdapterStore
+from crma.store.manifest import MANIFEST
 from server.http.body import EXAMPLES
 
 ADMIN = {"Authorization": "Bearer root"}
@@ -33,6 +37,26 @@ async def test_the_listing_has_the_documented_fields_and_the_stores_values(serve
     assert "q_proj" in medical["target_modules"]
     assert medical["measured"] == {"accuracy": 0.5}
     assert medical["resident"] is False
+
+
+async def test_a_task_shows_its_versions_and_why_one_may_not_serve(
+    serve: Serve, own: AdapterStore
+) -> None:
+    manifest = own.root / "tasks" / "medical" / "v1" / MANIFEST
+    folder = own.root / "tasks" / "medical" / "v2"
+    shutil.copytree(manifest.parent, folder)
+    served = await serve(store=own.root)
+    body = (await served.client.get("/adapters/medical")).json()
+    listed = (await served.client.get("/adapters")).json()["tasks"][1]
+    sound, damaged = body["versions"]
+    assert listed.items() <= sound.items()
+    assert (sound["serves"], sound["problem"]) == (True, None)
+    assert sound["trained_on"] == json.loads(manifest.read_text())["trained_on"]
+    assert (damaged["version"], damaged["serves"]) == ("v2", False)
+    assert damaged["problem"]
+    assert body["history"][0]["to"] == "v1"
+    unknown = await served.client.get("/adapters/nowhere")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
 
 
 async def test_every_route_but_health_metrics_and_documentation_needs_an_api_key(

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import api_keys
 import httpx
 import pytest
 import tiny
@@ -155,6 +156,7 @@ async def test_jobs_over_the_limit_wait_and_are_listed(serve: Serve, tmp_path: P
     assert [f"/ablation/{job['id']}" for job in listed] == [second, first]
     assert [job["status"] for job in listed] == ["queued", "running"]
     assert "request" not in listed[0]
+    assert listed[0]["settings"] == {"variants": BODY["variants"]}
     await served.client.delete(first)
     assert (await events(served, second))[-1] == ("done", {"status": "done"})
 
@@ -296,6 +298,29 @@ async def test_an_uploaded_set_is_listed_and_asked_and_a_bad_one_is_refused_with
     body = (await served.client.post("/ablation", json=asked)).json()
     assert {**body["question_set"], "source": "shared"} == described
     assert body["variants"]["task"]["correct"] == 2
+
+
+async def test_a_set_is_read_back_as_it_was_uploaded(serve: Serve, tmp_path: Path) -> None:
+    served = await serve(evaluations=tmp_path, admin_key="admin")
+    lines = [{**LINE, "id": str(i), "question": f"Wäre {i}?"} for i in range(1200)]
+    content = "".join(f"{json.dumps(line)}\n" for line in lines)
+    await served.client.put("/question_sets/mine", content=content, headers=ADMIN)
+    answer = await served.client.get("/question_sets/mine")
+    assert answer.headers["Content-Type"].startswith("application/x-ndjson")
+    assert [json.loads(line) for line in answer.text.splitlines()] == lines
+    unknown = await served.client.get("/question_sets/other")
+    assert error_of(unknown) == (404, "not_found")
+
+
+async def test_a_set_shows_a_key_the_questions_of_its_tasks_only(
+    serve: Serve, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.json"
+    narrow = api_keys.add(file, "narrow", "ablate", tasks=["medical"])
+    served = await serve(evaluations=tmp_path, keys_file=file)
+    answer = await served.client.get("/question_sets/public", headers=narrow)
+    tasks = {json.loads(line)["task"] for line in answer.text.splitlines()}
+    assert tasks == {"medical"}
 
 
 @pytest.mark.parametrize("route", ["/ablation/x", "/ablation/x/events", "/question_sets"])

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import tiny
 from admin import ADMIN, contents, delete, lora, upload
@@ -83,6 +84,42 @@ async def test_importing_from_a_path_is_off_without_an_import_root(
     response = await lora(served, "load", "new", lora_path=str(peft))
     assert response.status_code == 403
     assert response.json()["error"]["param"] == "CRMA_IMPORT_ROOTS"
+
+
+# Going back -----------------------------------------------------------------------------------
+
+
+async def roll_back(served: Served, task: str) -> httpx.Response:
+    return await served.client.post(f"/adapters/{task}/rollback", headers=ADMIN)
+
+
+async def test_a_task_goes_back_to_the_version_that_served_before(
+    served: Served, own: AdapterStore, peft: Path
+) -> None:
+    first = (await upload(served, peft)).json()
+    second = (await upload(served, peft)).json()
+    assert second["version"] == "v2"
+    response = await roll_back(served, "new")
+    assert (response.status_code, response.json()) == (200, first)
+    assert own.channels().tasks["new"] == "v1"
+    shown = (await served.client.get("/adapters/new")).json()
+    assert shown["serving"] == "v1"
+    assert [(each["version"], each["serves"]) for each in shown["versions"]] == [
+        ("v1", True),
+        ("v2", False),
+    ]
+    assert [(each["action"], each["from"], each["to"]) for each in shown["history"]] == [
+        ("serve", None, "v1"),
+        ("serve", "v1", "v2"),
+        ("roll_back", "v2", "v1"),
+    ]
+
+
+@pytest.mark.parametrize("task", ["nowhere", "legal", "legal@v1"])
+async def test_a_task_without_an_earlier_version_cannot_go_back(served: Served, task: str) -> None:
+    response = await roll_back(served, task)
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+    assert (await served.generate(task="legal")).status_code == 200
 
 
 # Deletion -------------------------------------------------------------------------------------

@@ -1,0 +1,136 @@
+// A new ablation: the questions, the variants, and how answers are judged.
+
+import { useState } from "preact/hooks";
+
+import { send } from "../api.js";
+import { CheckField, NumberField } from "../field.js";
+import { html } from "../html.js";
+import { Problem } from "../problem.js";
+import { linesNaming, readLines, withLines } from "./question_lines.js";
+import { QuestionSource } from "./question_source.js";
+
+export const SCORERS = [
+  "exact",
+  "contains",
+  "numeric",
+  "regex",
+  "choice",
+  "choice_normalised",
+  "perplexity",
+];
+const COMPARED_FIRST = ["task+crma", "task"];
+
+/** The form; `onStarted(id)` is called with the id of the job. */
+export function AblationForm({ sets, onStarted }) {
+  const [source, setSource] = useState({ set: null, text: "" });
+  const [error, setError] = useState(null);
+  const [faults, setFaults] = useState([]);
+  const [scorer, setScorer] = useState(SCORERS[0]);
+  const [isStarting, setStarting] = useState(false);
+  const given = { ...source, set: source.set ?? sets[0]?.name ?? "" };
+  const change = (next) => {
+    setSource(next);
+    setFaults([]);
+    setError(null);
+  };
+  const start = async (event) => {
+    event.preventDefault();
+    const own = given.set ? null : readLines(given.text);
+    if (own?.errors.length) return;
+    setStarting(true);
+    setError(null);
+    setFaults([]);
+    try {
+      const body = readForm(new FormData(event.target), given.set, own);
+      onStarted((await (await send("POST", "ablation", { body })).json()).id);
+    } catch (refused) {
+      const found = own ? faultsOf(refused, own) : [];
+      setFaults(found);
+      if (!found.length) setError(refused);
+    } finally {
+      setStarting(false);
+    }
+  };
+  return html`
+    <form class="card ablation-form" onSubmit=${start} aria-label="New ablation">
+      <h3>New ablation</h3>
+      <${QuestionSource} sets=${sets} source=${given} faults=${faults} onChange=${change} />
+      <fieldset>
+        <legend>Variants, compared pair by pair</legend>
+        ${["task+crma", "task", "crma", "base"].map(
+          (name) => html`
+          <${CheckField} name="variant" value=${name} label=${name}
+            isChecked=${COMPARED_FIRST.includes(name)} />
+        `,
+        )}
+      </fieldset>
+      <label>Scorer
+        <select name="scorer" value=${scorer} onChange=${(event) => setScorer(event.target.value)}>
+          ${SCORERS.map((name) => html`<option>${name}</option>`)}
+        </select>
+      </label>
+      <details>
+        <summary>More settings</summary>
+        <label>Other variants, such as task@v2 or a second task for a null run
+          <input name="others" type="text" placeholder="separated by commas" />
+        </label>
+        <div class="pair">
+          <${NumberField} name="max_tokens" label="Most tokens" value="16" min="1" step="1" />
+          <${NumberField} name="temperature" label="Temperature" value="0" min="0" max="2" step="0.1" />
+          <${NumberField} name="seed" label="Seed" value="0" min="0" step="1" />
+          <${NumberField} name="margin" label="Equivalent within" value="0.02" min="0.001" max="0.999"
+            step="0.001" />
+          ${
+            scorer === "numeric" &&
+            html`
+            <${NumberField} name="tolerance" label="Tolerance" value="0" min="0" step="any" />
+            <${NumberField} name="relative_tolerance" label="Relative tolerance" value="0" min="0"
+              step="any" />
+          `
+          }
+        </div>
+        <${CheckField} name="own_choices" label="Every answer is one of its question's choices" />
+        <${CheckField} name="repeat" label="Run variants of one selection apart" />
+        <${CheckField} name="raw" label="Raw: without the prompt format" />
+      </details>
+      <div class="row"><button class="main" disabled=${isStarting}>Start</button></div>
+      <${Problem} error=${error} />
+    </form>
+  `;
+}
+
+/** The body of POST /ablation; always in the background, so that it has an address. */
+function readForm(data, set, own) {
+  const others = data
+    .get("others")
+    .split(",")
+    .map((name) => name.trim())
+    .filter(Boolean);
+  const body = {
+    ...(own ? { questions: own.questions } : { question_set: set }),
+    variants: [...data.getAll("variant"), ...others],
+    scorer: data.get("scorer"),
+    background: true,
+  };
+  for (const name of [
+    "max_tokens",
+    "temperature",
+    "seed",
+    "margin",
+    "tolerance",
+    "relative_tolerance",
+  ]) {
+    if (data.has(name)) body[name] = Number(data.get(name));
+  }
+  for (const name of ["repeat", "raw"]) if (data.has(name)) body[name] = true;
+  if (data.has("own_choices")) body.choices = "own";
+  return body;
+}
+
+/** What the server refused about pasted questions, by line; none if it was something else. */
+function faultsOf(error, own) {
+  const lines = linesNaming(error, own);
+  if (lines.length) return lines.map((line) => `line ${line}: ${error.message}`);
+  const told = withLines(error.message, own.lines);
+  return told === error.message ? [] : [told];
+}

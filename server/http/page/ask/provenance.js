@@ -1,0 +1,31 @@
+// What exactly answered, as the answer itself says it.
+
+import { html } from "../html.js";
+import { count, seconds } from "../number.js";
+
+/** The end of a stream: digests, sizes and times, on a click. */
+export function Provenance({ end }) {
+  const { provenance, usage, timings } = end;
+  const rows = [
+    ["Base model", provenance.base],
+    ["Task adapter", provenance.task ?? "none"],
+    ["CRMA backbone", provenance.crma ?? "off"],
+    ["Engine", provenance.engine],
+    ["Type", provenance.dtype],
+    ["Seed", provenance.seed ?? "none: nothing was drawn"],
+    ["Prompt", `${count(usage.prompt_tokens, "token")}, ${usage.cached_tokens} of them cached`],
+    ["Answer", count(usage.completion_tokens, "token")],
+    ["Waited in the queue", seconds(timings.queue_s)],
+    ["First token after", seconds(timings.ttft_s)],
+    ["All after", seconds(timings.e2e_s)],
+    ["Id", end.id],
+  ];
+  return html`
+    <details class="provenance">
+      <summary>Provenance</summary>
+      <dl>
+        ${rows.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}
+      </dl>
+    </details>
+  `;
+}

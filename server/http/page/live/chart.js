@@ -1,0 +1,99 @@
+// A chart of values over time, with its last values in words.
+
+import { useEffect, useRef } from "preact/hooks";
+import uPlot from "uplot";
+
+import { html } from "../html.js";
+
+const HEIGHT = 150;
+const DARK = matchMedia("(prefers-color-scheme: dark)");
+
+/**
+ * `series` are {name, label, colour}: `name` is the field of a point, `colour` a custom property.
+ * `show` writes a value. The scale ends at `max`, or follows the values from `least` on.
+ */
+export function Chart({ title, points, series, show, least, max }) {
+  const place = useRef(null);
+  const plot = useRef(null);
+  useEffect(() => {
+    const draw = () => {
+      plot.current?.destroy();
+      plot.current = new uPlot(
+        options(place.current, series, show, least, max),
+        data(points, series),
+        place.current,
+      );
+    };
+    draw();
+    const resized = new ResizeObserver(() => {
+      plot.current.setSize({ width: place.current.clientWidth, height: HEIGHT });
+    });
+    resized.observe(place.current);
+    DARK.addEventListener("change", draw);
+    return () => {
+      resized.disconnect();
+      DARK.removeEventListener("change", draw);
+      plot.current.destroy();
+    };
+  }, []);
+  useEffect(() => plot.current.setData(data(points, series)), [points]);
+  const last = points.at(-1);
+  return html`
+    <figure class="card chart">
+      <figcaption>
+        <h3>${title}</h3>
+        ${series.map(
+          ({ name, label, colour }) => html`
+          <span class="value">
+            <span class="swatch" style=${{ background: `var(${colour})` }} aria-hidden="true"></span>
+            ${label}${" "}
+            <strong data-series=${name}>${last?.[name] == null ? "–" : show(last[name])}</strong>
+          </span>
+        `,
+        )}
+      </figcaption>
+      <div ref=${place} class="plot" aria-hidden="true"></div>
+    </figure>
+  `;
+}
+
+function data(points, series) {
+  return [
+    points.map((point) => point.time),
+    ...series.map(({ name }) => points.map((point) => point[name])),
+  ];
+}
+
+function clock(time) {
+  return new Date(time * 1000).toLocaleTimeString("en-GB");
+}
+
+function options(place, series, show, least, max) {
+  const colour = (name) => getComputedStyle(place).getPropertyValue(name).trim();
+  const axis = {
+    stroke: colour("--soft"),
+    grid: { stroke: colour("--line"), width: 1 },
+    ticks: { show: false },
+  };
+  return {
+    width: place.clientWidth,
+    height: HEIGHT,
+    legend: { show: false },
+    cursor: { show: false },
+    scales: { y: { range: (_, low, high) => [0, max ?? Math.max(high * 1.1, least)] } },
+    axes: [
+      { ...axis, size: 28, space: 90, values: (_, times) => times.map(clock) },
+      { ...axis, size: 58, values: (_, values) => values.map(show) },
+    ],
+    series: [
+      {},
+      ...series.map(({ colour: name, label }) => ({
+        label,
+        stroke: colour(name),
+        width: 1.5,
+        spanGaps: true,
+        points: { size: 4 },
+      })),
+    ],
+  };
+}

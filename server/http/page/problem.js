@@ -1,0 +1,22 @@
+// An error as people read it: what the server said, and what it would have taken.
+
+import { html } from "./html.js";
+
+const MAX_ALLOWED = 200;
+
+/** Shows an ApiError; nothing without one. */
+export function Problem({ error }) {
+  if (!error) return null;
+  return html`
+    <p class="problem" role="alert">
+      ${error.message}
+      ${error.allowed != null && html` <span class="allowed">${inWords(error.allowed)}</span>`}
+    </p>
+  `;
+}
+
+function inWords(allowed) {
+  const text = Array.isArray(allowed) ? allowed.join(", ") : String(allowed);
+  const shown = text.length > MAX_ALLOWED ? `${text.slice(0, MAX_ALLOWED)}…` : text;
+  return `Allowed: ${shown}.`;
+}

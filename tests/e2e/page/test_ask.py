@@ -1,0 +1,208 @@
+"""The tab Ask: streams, comparisons, tokens, copies; a wrong key, a lost connection."""
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from cutting_proxy import CuttingProxy
+from page_visit import Visit
+from paths import ROOT
+from playwright.sync_api import Locator, expect
+
+pytestmark = pytest.mark.e2e
+
+PROMPT = 'Which ICD-10-CM chapter covers "Cholera"?'
+Open = Callable[..., Visit]
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "base": {"task": None, "crma": False},
+    "crma": {"task": None, "crma": True},
+    "task": {"task": "medical", "crma": False},
+    "task+crma": {"task": "medical", "crma": True},
+}
+
+
+def fill(visit: Visit, *, compare: bool = False, max_tokens: int = 12) -> None:
+    page = visit.page
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_role("combobox", name="Task").select_option("medical")
+    page.get_by_label("Most tokens").fill(str(max_tokens))
+    page.get_by_label("Compare: base").set_checked(compare)
+
+
+def ask(visit: Visit, **options: Any) -> None:
+    fill(visit, **options)
+    visit.page.locator("button.main").click()
+
+
+def answer(visit: Visit, name: str) -> Locator:
+    found = visit.page.get_by_role("article", name=f"Answer of {name}", exact=True)
+    expect(found.locator(".state")).to_have_text(re.compile("token"))
+    return found
+
+
+def answered(api: httpx.Client, **fields: Any) -> dict[str, Any]:
+    body = {"prompt": PROMPT, "max_tokens": 12, "logprobs": True, "top_logprobs": 5, **fields}
+    return api.post("/generate", json=body).raise_for_status().json()
+
+
+def test_an_answer_and_its_provenance_are_those_of_the_api(
+    visit: Open, server: str, api: httpx.Client
+) -> None:
+    seen = visit(server)
+    ask(seen)
+    shown = answer(seen, "medical")
+    truth = answered(api, task="medical")
+    assert shown.locator(".answer-text").text_content() == truth["text"]
+    shown.get_by_text("Provenance").click()
+    digests = shown.locator(".provenance dd").all_text_contents()
+    assert digests[:3] == [truth["provenance"][name] for name in ("base", "task", "crma")]
+
+
+def test_a_token_shows_its_log_probability_and_the_five_likeliest(
+    visit: Open, server: str, api: httpx.Client
+) -> None:
+    """By mouse and by keyboard."""
+    seen = visit(server)
+    ask(seen)
+    shown = answer(seen, "medical")
+    truth = answered(api, task="medical")
+    panel = shown.locator(".token-panel")
+    shown.locator(".token").nth(1).hover()
+    figures = panel.locator("li .figure")
+    expect(figures).to_have_count(5)
+    for figure, each in zip(figures.all_text_contents(), truth["top_logprobs"][1], strict=True):
+        assert math.isclose(float(figure.replace("\u2212", "-")), each["logprob"], abs_tol=6e-4)
+    first = panel.text_content()
+    shown.locator(".answer-text").focus()
+    seen.page.keyboard.press("ArrowLeft")
+    expect(panel).not_to_have_text(first or "")
+
+
+def test_four_variants_side_by_side_are_those_of_the_api_and_their_parting_is_marked(
+    visit: Open, server: str, api: httpx.Client
+) -> None:
+    seen = visit(server)
+    ask(seen, compare=True)
+    texts = {}
+    for name, selection in SELECTIONS.items():
+        texts[name] = answer(seen, name).locator(".token").all_text_contents()
+        assert "".join(texts[name]).removesuffix("∎") == answered(api, **selection)["text"], name
+    reference = texts["task+crma"]
+    for name in ("base", "crma", "task"):
+        marked = answer(seen, name).locator(".token.parts")
+        if texts[name] == reference:
+            expect(marked).to_have_count(0)
+            continue
+        expect(marked).to_have_count(1)
+        at = answer(seen, name).evaluate(
+            "card => [...card.querySelectorAll('.token')].findIndex(t => t.matches('.parts'))"
+        )
+        assert texts[name][:at] == reference[:at]
+        assert texts[name][at] != (reference[at] if at < len(reference) else None)
+
+
+def test_nothing_moves_while_answers_arrive(visit: Open, server: str) -> None:
+    seen = visit(server)
+    fill(seen, compare=True, max_tokens=40)
+    seen.page.keyboard.press("Control+Enter")  # ignored outside the prompt
+    seen.page.get_by_label("Prompt", exact=True).press("Control+Enter")
+    first = seen.page.locator(".token").first
+    expect(first).to_be_visible()
+    before = seen.shifts()
+    for name in SELECTIONS:
+        answer(seen, name)
+    assert seen.shifts() == before
+
+
+def test_what_is_copied_gives_the_same_answer(visit: Open, server: str, api: httpx.Client) -> None:
+    seen = visit(server)
+    ask(seen)
+    shown = answer(seen, "medical")
+    truth = answered(api, task="medical")["text"]
+    shown.get_by_text("As curl or Python").click()
+    shown.get_by_label("Copy as curl").click()
+    expect(shown.get_by_text("Copied")).to_be_visible()
+    curl = seen.page.evaluate("navigator.clipboard.readText()")
+    told = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
+    assert f'"text":"{truth}"' in told.stdout.replace('": "', '":"')
+    code = shown.locator("pre").nth(1).text_content() or ""
+    environment = {"PYTHONPATH": str(ROOT / "clients/python")}
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == truth.strip()
+
+
+def test_a_connection_that_is_lost_in_mid_stream_is_told_and_keeps_what_came(
+    visit: Open, server: str
+) -> None:
+    with CuttingProxy(server, cut_at=b"event: token") as proxy:
+        seen = visit(proxy.url)
+        seen.expected.append("ERR_")
+        ask(seen)
+        shown = seen.page.get_by_role("article", name="Answer of medical")
+        expect(shown.get_by_role("alert")).to_have_text(
+            "The connection ended before the answer did."
+        )
+        expect(shown.locator(".state")).to_have_text("failed")
+        assert shown.locator(".token").count() >= 1
+        proxy.cut_at = b""
+        seen.page.locator("button.main").click()  # and it can be asked again
+        answer(seen, "medical")
+
+
+def test_a_refusal_of_the_server_is_shown_in_its_own_words(visit: Open, server: str) -> None:
+    seen = visit(server)
+    seen.expected.append("400")
+    ask(seen, max_tokens=99_999)
+    alert = seen.page.get_by_role("article").get_by_role("alert")
+    expect(alert).to_contain_text("maximum context length")
+
+
+def test_a_server_with_keys_asks_for_one_and_a_wrong_one_is_told(
+    visit: Open, keyed_server: str, api_key: str
+) -> None:
+    seen = visit(keyed_server)
+    seen.expected.append("401")
+    field = seen.page.get_by_label("This server asks for a key")
+    field.fill("a wrong key")
+    seen.page.get_by_role("button", name="Use key").click()
+    expect(seen.page.get_by_role("alert")).to_contain_text("key")
+    assert seen.page.evaluate("sessionStorage.length") == 0
+    assert seen.axe() == []
+    field.fill(api_key)
+    field.press("Enter")
+    expect(field).to_have_count(0)
+    ask(seen)
+    shown = answer(seen, "medical")
+    assert seen.page.evaluate("Object.values(sessionStorage)") == [api_key]
+    assert seen.page.evaluate("localStorage.length + document.cookie.length") == 0
+    shown.get_by_text("As curl or Python").click()
+    assert api_key not in seen.page.content()
+
+
+@pytest.mark.parametrize("look", ["light", "dark", "phone"])
+def test_axe_finds_nothing_serious_and_nothing_is_too_wide(
+    visit: Open, server: str, look: str
+) -> None:
+    seen = visit(server, look=look)
+    ask(seen, compare=True)
+    for name in SELECTIONS:
+        shown = answer(seen, name)
+        shown.locator(".token").first.click()
+        shown.get_by_text("Provenance").click()
+        shown.get_by_text("As curl or Python").click()
+    assert seen.axe() == []
+    assert not seen.is_too_wide()
+
+
+def test_the_page_asks_nobody_but_its_server(visit: Open, server: str) -> None:
+    seen = visit(server)
+    ask(seen)
+    answer(seen, "medical")
+    assert [url for url in seen.asked if not url.startswith(server)] == []
