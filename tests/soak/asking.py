@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from soak.adapters import CHURNED, STABLE, UPLOADED
-from soak.caller import Caller, Stream
+from soak.caller import PATIENCE_S, Caller, Stream
 from soak.expected import Expected, key_of, question
 
 FINE = frozenset({"200"})
@@ -74,7 +74,7 @@ class Asker:
                 f"{self.caller.url}/generate",
                 json=body,
                 headers=self.caller.headers,
-                timeout=60,
+                timeout=PATIENCE_S,
             ) as response:
                 for _ in response.iter_lines():
                     num_left -= 1

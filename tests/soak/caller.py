@@ -14,7 +14,7 @@ from soak.gate import Gate
 from soak.tally import Tally
 
 CUT_OFF = "cut off"  # by a kill
-PATIENCE_S = 150.0
+PATIENCE_S = 1200.0
 
 
 @dataclass(frozen=True)

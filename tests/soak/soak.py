@@ -46,6 +46,8 @@ SETTINGS = {
     "CRMA_HEAD_TIMEOUT_S": "5",
     "CRMA_BODY_TIMEOUT_S": "8",
     "CRMA_MAX_ABLATION_KEPT": "100000",
+    # What a busy machine does late is no fault.
+    "CRMA_REQUEST_TIMEOUT_S": "1200",
 }
 PROMPTS = [
     "Name three primary colours, and say which of them is the colour of the sky.",
