@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from crma.core.cache import cache_home
-from server.engine.native.kernel import Int8Weight, Kernel
-from server.engine.native.packed_weight import PackedWeight
+from server.engine.native.kernel import Kernel
+from server.engine.native.packed_weight import Int8Weight, PackedWeight
 
 NUM_LAYERS = 30
 LAYER = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # qkv, out, gate and up, down: out, in

@@ -10,7 +10,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from crma.core.errors import ConfigError
 from server.engine.native import kernel_build
-from server.engine.native.kernel import Int8Weight, Kernel
+from server.engine.native.kernel import Kernel
 
 # Query heads, key-value heads, head size and block size: no multiples of a vector's width.
 H, HKV, E, Z = 6, 2, 24, 4
@@ -71,29 +71,6 @@ def test_a_row_attends_to_its_own_blocks_and_window(kernel: Kernel, window: int 
     alone = torch.empty(1, H, E, dtype=kernel.dtype)
     kernel.attend(query[2:3], cache, blocks[2:3], positions[2:3], alone, SCALING, window)
     assert torch.equal(alone[0], out[2])
-
-
-@pytest.mark.parametrize("rows", [1, 3, 4, 9])
-def test_an_int8_product_is_that_of_the_rounded_row_and_weight(kernel: Kernel, rows: int) -> None:
-    x, weight = draw(kernel, rows, 100), draw(kernel, 36, 100)
-    int8 = Int8Weight.of(weight)
-    rounded_weight = int8.values[:, :100].float() * int8.scales[:, None]
-    error = (rounded_weight - weight.float()).abs()
-    assert error.amax() <= int8.scales.amax() / 2 * 1.0001
-    steps = x.float().abs().amax(1, keepdim=True) / 127
-    rounded_x = (x.float() / steps).round() * steps
-    found = kernel.product_int8(x, int8)
-    rtol = relative_tolerance(kernel, 1e-5)
-    torch.testing.assert_close(found.float(), rounded_x @ rounded_weight.T, rtol=rtol, atol=1e-4)
-    assert torch.equal(found[-1:], kernel.product_int8(x[-1:], int8))
-
-
-@pytest.mark.parametrize("rows", [1, 3, 4, 9])
-def test_a_row_that_is_not_finite_has_an_int8_product_of_nan(kernel: Kernel, rows: int) -> None:
-    x = draw(kernel, rows, 100)
-    x[0, 3] = torch.inf
-    product = kernel.product_int8(x, Int8Weight.of(draw(kernel, 36, 100)))
-    assert product.isnan().all(-1).tolist() == [True] + [False] * (rows - 1)
 
 
 def test_a_nan_stays_in_its_row(kernel: Kernel) -> None:

@@ -1,4 +1,4 @@
-"""The kernel's product with weights in bfloat16, in every variant that can run here.
+"""The kernel's products, of weights in bfloat16 and in 8 bits, in every variant that runs here.
 
 Variants that this processor has are the kernel's own libraries. Those with AVX-512, AVX512-BF16 and
 AMX also run everywhere with their instructions emulated (cpp/emulated_instructions.h), which checks
@@ -10,9 +10,10 @@ import shutil
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import tiny
@@ -22,10 +23,14 @@ from torch import Tensor
 from server.engine.native.cpu_class import own_classes
 from server.engine.native.kernel import Kernel
 from server.engine.native.kernel_build import SOURCE
-from server.engine.native.packed_weight import PackedWeight, is_exact_in_bfloat16
+from server.engine.native.packed_weight import (
+    MAX_INT8,
+    Int8Weight,
+    PackedWeight,
+    is_exact_in_bfloat16,
+)
 
 CPP = Path(__file__).parent / "cpp"
-Product = Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
 
 EMULATED = ["-march=x86-64-v3", "-include", str(CPP / "emulated_instructions.h")]
 PROGRAMS = {  # how to compile cpp/product.cpp, and what runs it
@@ -55,8 +60,15 @@ SHAPES = [
 ]
 
 
+class Variant(NamedTuple):
+    """The products of one class of processors."""
+
+    product: Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
+    product_int8: Callable[[Tensor, Int8Weight], Tensor]
+
+
 @pytest.fixture(scope="module", params=VARIANTS)
-def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Product:
+def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Variant:
     name = request.param
     if tiny.library() is None:
         pytest.skip("no C++ compiler")
@@ -73,29 +85,34 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return by_program([*runner, str(program)])
 
 
-def in_process(name: str, folder: Path) -> Product:
+def in_process(name: str, folder: Path) -> Variant:
     @cache
     def kernel(dtype: torch.dtype) -> Kernel:
         return Kernel(dtype, folder, name)
 
+    return Variant(
+        lambda x, weight, bias: kernel(x.dtype).product(x, weight, bias),
+        lambda x, weight: kernel(x.dtype).product_int8(x, weight),
+    )
+
+
+def by_program(command: list[str]) -> Variant:
+    def run(mode: str, sizes: tuple[int, ...], tensors: Sequence[Tensor]) -> Tensor:
+        problem = struct.pack(f"{len(sizes)}q", *sizes) + b"".join(map(bytes_of, tensors))
+        done = subprocess.run([*command, mode], input=problem, capture_output=True, check=True)
+        dtype = tensors[0].dtype
+        return torch.frombuffer(bytearray(done.stdout), dtype=dtype).view(sizes[0], sizes[3])
+
     def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        return kernel(x.dtype).product(x, weight, bias)
+        biases = [] if bias is None else [bias]
+        sizes = (*x.shape, weight.num_words, weight.out_features, sum(map(len, biases)))
+        return run(str(x.dtype).removeprefix("torch."), sizes, [x, weight.panels, *biases])
 
-    return product
+    def product_int8(x: Tensor, weight: Int8Weight) -> Tensor:
+        sizes = (*x.shape, weight.num_words, weight.out_features)
+        return run("int8", sizes, [x, weight.panels, weight.scales, weight.sums])
 
-
-def by_program(command: list[str]) -> Product:
-    def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        num_biases = 0 if bias is None else len(bias)
-        sizes = (*x.shape, weight.num_pairs, weight.out_features, num_biases)
-        tensors = [x, weight.panels, *([] if bias is None else [bias])]
-        problem = struct.pack("5q", *sizes) + b"".join(map(bytes_of, tensors))
-        dtype = str(x.dtype).removeprefix("torch.")
-        run = subprocess.run([*command, dtype], input=problem, capture_output=True, check=True)
-        found = torch.frombuffer(bytearray(run.stdout), dtype=x.dtype)
-        return found.view(len(x), weight.out_features)
-
-    return product
+    return Variant(product, product_int8)
 
 
 def bytes_of(tensor: Tensor) -> bytes:
@@ -121,41 +138,86 @@ def is_close(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> b
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_it_is_the_product_in_float64(
-    variant: Product, shape: tuple[int, int, int], dtype: torch.dtype
+    variant: Variant, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     rows, width, out = shape
     x = draw(rows, width).to(dtype)
     weight = draw(out, width, seed=1).bfloat16()
     bias = draw(out, seed=2).to(dtype)
     packed = PackedWeight.of(weight)
-    assert is_close(variant(x, packed, None), x, weight, None)
-    assert is_close(variant(x, packed, bias), x, weight, bias)
+    assert is_close(variant.product(x, packed, None), x, weight, None)
+    assert is_close(variant.product(x, packed, bias), x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("width", "out"), [(77, 40), (2600, 24)])
 def test_a_rows_bits_depend_on_no_other_row_nor_on_their_number(
-    variant: Product, width: int, out: int, dtype: torch.dtype
+    variant: Variant, width: int, out: int, dtype: torch.dtype
 ) -> None:
     x = draw(70, width).to(dtype)
     packed = PackedWeight.of(draw(out, width, seed=1))
-    alone = torch.cat([variant(row[None], packed, None) for row in x])
+    alone = torch.cat([variant.product(row[None], packed, None) for row in x])
     for rows in (*range(2, 20), 24, 33, 70):
-        assert torch.equal(variant(x[:rows].contiguous(), packed, None), alone[:rows])
-        assert torch.equal(variant(x[-rows:].contiguous(), packed, None), alone[-rows:])
+        assert torch.equal(variant.product(x[:rows].contiguous(), packed, None), alone[:rows])
+        assert torch.equal(variant.product(x[-rows:].contiguous(), packed, None), alone[-rows:])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_row_that_is_not_finite_changes_no_other(variant: Product, value: float) -> None:
+def test_a_row_that_is_not_finite_changes_no_other(variant: Variant, value: float) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x = draw(20, 33).to(dtype)
         packed = PackedWeight.of(draw(17, 33, seed=1))
-        expected = variant(x, packed, None)
+        expected = variant.product(x, packed, None)
         x[7, 32] = value
-        found = variant(x, packed, None)
+        found = variant.product(x, packed, None)
         assert not found[7].isfinite().any()
         others = [row for row in range(20) if row != 7]
         assert torch.equal(found[others], expected[others])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_in_8_bits_it_is_the_product_of_the_rounded_row_and_weight(
+    variant: Variant, shape: tuple[int, int, int]
+) -> None:
+    """Also where all numbers are the largest: sums of 16 bits would saturate."""
+    rows, width, out = shape
+    x = draw(rows, width)
+    weight = draw(out, width, seed=1)
+    x[0] = 3.0
+    weight[0] = 2.0
+    int8 = Int8Weight.of(weight)
+    scales = x.abs().amax(1, keepdim=True) / MAX_INT8
+    # As the kernel computes it: a tie rounds to the same side.
+    rounded_x = (x * (1 / scales)).round().double()
+    sums = rounded_x @ int8.values().double().mT
+    found = variant.product_int8(x, int8)
+    expected = sums * scales.double() * int8.scales.double()
+    slack = scales * int8.scales * MAX_INT8  # one number of x rounded to the other side
+    assert bool(((found - expected).abs() <= expected.abs() * 1e-6 + slack).all())
+    assert found[0, 0] == pytest.approx(6.0 * width, rel=1e-6)
+
+
+def test_in_8_bits_a_rows_bits_depend_on_no_other_row(variant: Variant) -> None:
+    x = draw(70, 2600)
+    int8 = Int8Weight.of(draw(40, 2600, seed=1))
+    alone = torch.cat([variant.product_int8(row[None], int8) for row in x])
+    for rows in (*range(2, 20), 24, 33, 70):
+        assert torch.equal(variant.product_int8(x[-rows:].contiguous(), int8), alone[-rows:])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_in_8_bits_a_row_that_is_not_finite_is_nan_alone(variant: Variant, rows: int) -> None:
+    x = draw(rows, 100)
+    x[0, 3] = torch.inf
+    found = variant.product_int8(x, Int8Weight.of(draw(36, 100)))
+    assert found.isnan().all(-1).tolist() == [True] + [False] * (rows - 1)
+
+
+def test_a_weight_in_8_bits_is_within_half_a_step() -> None:
+    weight = draw(36, 100)
+    int8 = Int8Weight.of(weight)
+    error = (int8.values() * int8.scales[:, None] - weight).abs()
+    assert bool((error <= int8.scales[:, None] / 2 * 1.0001).all())
 
 
 @pytest.fixture

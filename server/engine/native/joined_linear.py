@@ -13,8 +13,8 @@ from torch.nn.functional import linear
 
 from crma.method.frozen_linear import FrozenLinear, squared_norms
 from crma.models.loading import computes_in_bfloat16
-from server.engine.native.kernel import Int8Weight, Kernel
-from server.engine.native.packed_weight import PackedWeight, is_exact_in_bfloat16
+from server.engine.native.kernel import Kernel
+from server.engine.native.packed_weight import Int8Weight, PackedWeight, is_exact_in_bfloat16
 
 Linear = Callable[[Tensor], Tensor]  # [T, in] -> [T, out]
 Product = Callable[[Tensor, Tensor | None], Tensor]  # the same, of an input and the bias to add
@@ -104,7 +104,7 @@ def _product_in_int8(kernel: Kernel, linears: list[nn.Linear]) -> Product:
     weight = Int8Weight.of(torch.cat([one.weight for one in linears]))
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        y = kernel.product_int8(x, weight)
+        y = kernel.product_int8(x.contiguous(), weight)
         return y if bias is None else y.add_(bias)
 
     return product

@@ -11,9 +11,8 @@ Shapes: rows of one token each; H query heads over h key-value heads of size e; 
 import ctypes
 import subprocess
 from ctypes import c_float, c_int64, c_void_p
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +20,9 @@ from torch import Tensor
 from crma.core.errors import ConfigError
 from server.engine.native.cpu_class import CpuClass, own_classes
 from server.engine.native.kernel_build import build
-from server.engine.native.packed_weight import PackedWeight
+from server.engine.native.packed_weight import Int8Weight, PackedWeight
 from server.engine.native.prebuilt_kernel import find_prebuilt
 
-MAX_INT8 = 127
-INT8_WIDTH = 64  # bytes that one instruction multiplies; weights are padded to a multiple
-INT8_OUTPUTS = 4  # outputs that are computed together
 _SIGNATURES = {  # p: pointer, f: float, i: int64
     "norm": "ppfpii",
     "gate": "ppii",
@@ -182,21 +178,20 @@ class Kernel:
         # fmt: off
         self._product(
             x.data_ptr(), weight.panels.data_ptr(), None if bias is None else bias.data_ptr(),
-            y.data_ptr(), *x.shape, weight.num_pairs, weight.out_features,
+            y.data_ptr(), *x.shape, weight.num_words, weight.out_features,
         )
         # fmt: on
         return y
 
-    def product_int8(self, x: Tensor, weight: "Int8Weight") -> Tensor:
+    def product_int8(self, x: Tensor, weight: Int8Weight) -> Tensor:
         """x [rows, in] times the weight -> [rows, out].
 
         Each row of x is rounded to 8 bits, by its own largest value.
         """
-        out, padded = weight.values.shape
-        y = x.new_empty(len(x), out)
-        tensors = (x, weight.values, weight.scales, weight.sums, y)
+        y = x.new_empty(len(x), weight.out_features)
+        tensors = (x, weight.panels, weight.scales, weight.sums, y)
         pointers = (each.data_ptr() for each in tensors)
-        self._product_int8(*pointers, *x.shape, padded, out)
+        self._product_int8(*pointers, *x.shape, weight.num_words, weight.out_features)
         return y
 
 
@@ -226,39 +221,3 @@ def _load_class(folder: Path, cpu_class: CpuClass) -> ctypes.CDLL:
         raise ConfigError(
             message, field="kernel", value="on", allowed=f"a writable folder {folder}"
         ) from error
-
-
-@dataclass(frozen=True)
-class Int8Weight:
-    """A linear's weight in 8 bits: row i is values[i] · scales[i].
-
-    Attributes:
-        values: int8 [out, in], padded with zeros to a multiple of INT8_WIDTH inputs.
-        scales: float32 [out]; a row's largest weight is MAX_INT8 times its scale.
-        sums: int32 [out], of each row's values.
-    """
-
-    values: Tensor
-    scales: Tensor
-    sums: Tensor
-
-    @classmethod
-    def of(cls, weight: Tensor) -> Self:
-        """Round a weight [out, in] to the nearest 8-bit values.
-
-        Raises:
-            ConfigError: out is not a multiple of INT8_OUTPUTS.
-        """
-        out, width = weight.shape
-        if out % INT8_OUTPUTS:
-            raise ConfigError(
-                f"int8 needs linears whose number of outputs is a multiple of {INT8_OUTPUTS}",
-                field="quantization",
-                value=out,
-                allowed=f"a multiple of {INT8_OUTPUTS}",
-            )
-        scales = weight.float().abs().amax(dim=1).clamp(min=1e-30) / MAX_INT8
-        padded = -(-width // INT8_WIDTH) * INT8_WIDTH
-        values = torch.zeros(out, padded, dtype=torch.int8)
-        values[:, :width] = (weight.float() / scales[:, None]).round()
-        return cls(values, scales, values.sum(dim=1, dtype=torch.int32))

@@ -1,7 +1,8 @@
-"""A linear's weight as the kernel reads it: in bfloat16, in panels of columns.
+"""A linear's weight as the kernel reads it: in bfloat16 or in 8 bits, in panels of outputs.
 
-In a panel, two consecutive inputs lie side by side for each of its outputs. That is the layout of
-the instructions that multiply bfloat16, and others take it apart with a shift and a mask.
+In a panel, consecutive inputs lie side by side for each of its outputs, as many as fit 32 bits.
+That is the layout of the instructions that multiply such numbers, and others take it apart with
+shifts.
 
 Shapes: P panels; in and out features of the linear.
 """
@@ -15,6 +16,20 @@ from torch.nn.functional import pad
 
 PANEL = 16  # outputs of a panel
 INPUTS = 32  # inputs of a tile of AMX; weights are padded to a multiple
+MAX_INT8 = 127
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """Panels [P, words, PANEL, inputs of a word] of a weight [out, in], padded with zeros."""
+    out, width = weight.shape
+    padded = pad(weight, (0, -width % INPUTS, 0, -out % PANEL))
+    of_word = 4 // weight.element_size()
+    return padded.view(-1, PANEL, padded.shape[1] // of_word, of_word).transpose(1, 2).contiguous()
+
+
+def _unpacked(panels: Tensor, out: int, width: int) -> Tensor:
+    """A copy of the weight [out, in] that was packed."""
+    return panels.transpose(1, 2).flatten(2).flatten(0, 1)[:out, :width]
 
 
 @dataclass(frozen=True)
@@ -22,7 +37,7 @@ class PackedWeight:
     """A weight [out, in], which a tied embedding shares.
 
     Attributes:
-        panels: bfloat16 [P, pairs, PANEL, 2], padded with zeros.
+        panels: bfloat16 [P, words, PANEL, 2], padded with zeros.
         out_features: of the linear.
         in_features: likewise.
     """
@@ -34,14 +49,11 @@ class PackedWeight:
     @classmethod
     def of(cls, weight: Tensor) -> Self:
         """Pack a weight [out, in], of any dtype; its values are rounded to bfloat16."""
-        out, width = weight.shape
-        padded = pad(weight.bfloat16(), (0, -width % INPUTS, 0, -out % PANEL))
-        panels = padded.view(-1, PANEL, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
-        return cls(panels, out, width)
+        return cls(_packed(weight.bfloat16()), *weight.shape)
 
     @property
-    def num_pairs(self) -> int:
-        """Pairs of inputs in a panel, with the padding."""
+    def num_words(self) -> int:
+        """Words of an output, with the padding."""
         return self.panels.shape[1]
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -51,8 +63,42 @@ class PackedWeight:
 
     def unpacked(self) -> Tensor:
         """A copy of the weight as it was, in bfloat16: [out, in]."""
-        rows = self.panels.transpose(1, 2).flatten(2).flatten(0, 1)
-        return rows[: self.out_features, : self.in_features]
+        return _unpacked(self.panels, self.out_features, self.in_features)
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A weight [out, in] in 8 bits: row i is its values · scales[i].
+
+    Attributes:
+        panels: int8 [P, words, PANEL, 4], padded with zeros.
+        scales: float32 [out]; a row's largest weight is MAX_INT8 times its scale.
+        sums: int32 [out], of each row's values.
+        out_features: of the linear.
+        in_features: likewise.
+    """
+
+    panels: Tensor
+    scales: Tensor
+    sums: Tensor
+    out_features: int
+    in_features: int
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Self:
+        """Round a weight [out, in] to the nearest 8-bit values."""
+        scales = weight.float().abs().amax(dim=1).clamp(min=1e-30) / MAX_INT8
+        values = (weight.float() / scales[:, None]).round().to(torch.int8)
+        return cls(_packed(values), scales, values.sum(dim=1, dtype=torch.int32), *weight.shape)
+
+    @property
+    def num_words(self) -> int:
+        """Words of an output, with the padding."""
+        return self.panels.shape[1]
+
+    def values(self) -> Tensor:
+        """A copy of the weight in 8 bits: [out, in]."""
+        return _unpacked(self.panels, self.out_features, self.in_features)
 
 
 def is_exact_in_bfloat16(weight: Tensor) -> bool:

@@ -1,4 +1,4 @@
-// AVX512-BF16's and AMX's instructions in plain C++. Included before all else, it lets the code that
+// Instructions of AVX512-BF16, AVX512-VNNI and AMX in plain C++. Included before all else, it lets the code that
 // uses them run on any processor. It stops the program where the processor would.
 
 #pragma once
@@ -16,6 +16,7 @@
 
 #define __AVX512F__ 1
 #define __AVX512BF16__ 1
+#define __AVX512VNNI__ 1
 
 inline float float_of(uint16_t bits) {
     uint32_t all = uint32_t(bits) << 16;
@@ -36,6 +37,19 @@ inline __m512 emulated_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
     return sums;
 }
 #define _mm512_dpbf16_ps emulated_dpbf16_ps
+
+inline __m512i emulated_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
+    int32_t s[16];
+    uint8_t x[64];
+    int8_t y[64];
+    memcpy(s, &sums, sizeof s);
+    memcpy(x, &a, sizeof x);
+    memcpy(y, &b, sizeof y);
+    for (int i = 0; i < 64; i++) s[i / 4] += x[i] * y[i];
+    memcpy(&sums, s, sizeof s);
+    return sums;
+}
+#define _mm512_dpbusd_epi32 emulated_dpbusd_epi32
 
 #ifdef EMULATE_AMX
 #define __AMX_BF16__ 1

@@ -39,7 +39,8 @@ class AmxTiles {
 
 // Sums are tiles 0 to 3, two rows of tiles by two columns; x is tiles 4 and 5, the weight 6 and 7.
 template <bool TWO_ROWS, bool TWO_COLUMNS>
-void multiply_amx(const bfloat16* x, int64_t x_stride, const Panels& panels, const Sums& sums) {
+void multiply_amx(const bfloat16* x, int64_t x_stride, const Panels& panels,
+                  const Sums<float>& sums) {
     const int64_t sum_bytes = sums.stride * sizeof(float);
     const int64_t x_bytes = x_stride * sizeof(bfloat16);
     const int64_t panel_bytes = PANEL * sizeof(uint32_t);
@@ -56,7 +57,7 @@ void multiply_amx(const bfloat16* x, int64_t x_stride, const Panels& panels, con
         if (TWO_ROWS) _tile_loadd(2, below, sum_bytes);
         if (TWO_ROWS && TWO_COLUMNS) _tile_loadd(3, below + PANEL, sum_bytes);
     }
-    for (int64_t pair = 0; pair < panels.pairs; pair += AMX_PAIRS) {
+    for (int64_t pair = 0; pair < panels.words_of_column; pair += AMX_PAIRS) {
         const uint32_t* w = panels.words + pair * PANEL;
         for (int64_t word = 0; word < AMX_PAIRS * PANEL; word += PANEL) {
             __builtin_prefetch(w + panels.ahead + word);
@@ -83,7 +84,7 @@ void multiply_amx(const bfloat16* x, int64_t x_stride, const Panels& panels, con
 
 // As the template of panel_tiles.h, for a multiple of AMX_ROWS rows and of AMX_PAIRS pairs.
 inline void multiply_rows(int64_t rows, const bfloat16* x, int64_t x_stride, const Panels& panels,
-                          const Sums& sums) {
+                          const Sums<float>& sums) {
     AmxTiles tiles;
     for (int64_t row = 0; row < rows; row += 2 * AMX_ROWS) {
         bool two_rows = row + AMX_ROWS < rows, two_columns = panels.count == 2;

@@ -1,8 +1,9 @@
-// The inner loops of `product`: some rows of x times one or two panels of the weight.
+// The inner loops of products: some rows of x times one or two panels of the weight.
 //
-// A panel is PANEL columns of the weight, as [width / 2][PANEL][2] numbers in bfloat16: of each
-// column two consecutive k lie side by side, in one 32-bit word. A vector of words becomes two of
-// floats by a shift and a mask, and is what the instructions on pairs of bfloat16 take as it is.
+// A panel is PANEL columns of the weight, as [width / n][PANEL][n] numbers: of each column n
+// consecutive k lie side by side, in one 32-bit word. In bfloat16 n is 2: a vector of words becomes
+// two of floats by a shift and a mask, and is what the instructions on pairs of bfloat16 take as it
+// is. In 8 bits n is 4 (int8_words.h).
 //
 // Every variant adds up the products of a row and a column in the order of k, whatever the number of
 // rows: so a row's bits depend on nothing but itself and the weight.
@@ -28,23 +29,30 @@ constexpr int LANES = 4;
 constexpr int PANEL = 16;  // columns
 constexpr int PANEL_VECTORS = PANEL / LANES;
 
-typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef Floats FloatsInMemory __attribute__((aligned(4), may_alias));
 typedef Words WordsInMemory __attribute__((aligned(4), may_alias));
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+
+// What a number of x takes part in. PER_WORD of them meet a word of the weight.
+template <typename X> struct Arithmetic {
+    using Sum = float;
+    static constexpr int PER_WORD = 2;
+};
+template <typename X> using SumOf = typename Arithmetic<X>::Sum;
+template <typename X> constexpr int PER_WORD = Arithmetic<X>::PER_WORD;
 
 // One or two panels side by side, from some k on.
 struct Panels {
     const uint32_t* words;
     int count;
     int64_t stride;  // words from a panel to the next
-    int64_t pairs;   // of k that are to be multiplied
-    int64_t ahead;   // words from here to what will be read next, and is fetched meanwhile
+    int64_t words_of_column;  // that are to be multiplied
+    int64_t ahead;            // words from here to what is read next, and is fetched meanwhile
 };
 
 // Sums of rows and the columns of the panels. They start at 0, or go on from what they are.
-struct Sums {
-    float* values;
+template <typename Sum> struct Sums {
+    Sum* values;
     int64_t stride;  // from a row to the next
     bool start_at_0;
 
@@ -54,25 +62,27 @@ struct Sums {
 };
 
 // sums[row][vector], while they are in registers.
-template <int ROWS, int VECTORS> struct Tile {
-    Floats sums[ROWS][VECTORS];
+template <typename Sum, int ROWS, int VECTORS> struct Tile {
+    typedef Sum Vector __attribute__((vector_size(4 * LANES)));
+    typedef Vector VectorInMemory __attribute__((aligned(4), may_alias));
+    Vector sums[ROWS][VECTORS];
 
-    explicit Tile(const Sums& from) {
+    explicit Tile(const Sums<Sum>& from) {
         for (int r = 0; r < ROWS; r++)
             for (int c = 0; c < VECTORS; c++)
-                sums[r][c] = from.start_at_0 ? Floats{} : *at(from, r, c);
+                sums[r][c] = from.start_at_0 ? Vector{} : *at(from, r, c);
     }
-    void store_to(const Sums& to) const {
+    void store_to(const Sums<Sum>& to) const {
         for (int r = 0; r < ROWS; r++)
             for (int c = 0; c < VECTORS; c++) *at(to, r, c) = sums[r][c];
     }
-    static FloatsInMemory* at(const Sums& place, int r, int c) {
-        return (FloatsInMemory*)(place.values + r * place.stride + c * LANES);
+    static VectorInMemory* at(const Sums<Sum>& place, int r, int c) {
+        return (VectorInMemory*)(place.values + r * place.stride + c * LANES);
     }
 };
 
-// The words of one pair of k, from the first column of one or two panels on.
-template <int VECTORS> struct PairOfK {
+// One word of each column of one or two panels.
+template <int VECTORS> struct WordsOfColumns {
     const uint32_t* words;
     int64_t stride;
 
@@ -82,30 +92,30 @@ template <int VECTORS> struct PairOfK {
     }
 };
 
-// Add the products of a pair of k; x points to it in the first row. In floats: all vectors of one k
-// first and then row by row, so that the compiler keeps all sums in registers.
+// Add the products of a word of each column; x points to what it meets, in the first row. In floats:
+// all vectors of one k first and then row by row, so that the compiler keeps all sums in registers.
 template <int ROWS, int VECTORS>
-inline void add_pair(Tile<ROWS, VECTORS>& tile, const float* x, int64_t x_stride,
-                     PairOfK<VECTORS> pair) {
+inline void add_word(Tile<float, ROWS, VECTORS>& tile, const float* x, int64_t x_stride,
+                     WordsOfColumns<VECTORS> words) {
     Floats w[VECTORS];
-    for (int c = 0; c < VECTORS; c++) w[c] = (Floats)(pair.at(c) << 16);
+    for (int c = 0; c < VECTORS; c++) w[c] = (Floats)(words.at(c) << 16);
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < VECTORS; c++) tile.sums[r][c] += x[r * x_stride] * w[c];
-    for (int c = 0; c < VECTORS; c++) w[c] = (Floats)(pair.at(c) & 0xffff0000);
+    for (int c = 0; c < VECTORS; c++) w[c] = (Floats)(words.at(c) & 0xffff0000);
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < VECTORS; c++) tile.sums[r][c] += x[r * x_stride + 1] * w[c];
 }
 
 #ifdef __AVX512BF16__
 template <int ROWS, int VECTORS>
-inline void add_pair(Tile<ROWS, VECTORS>& tile, const bfloat16* x, int64_t x_stride,
-                     PairOfK<VECTORS> pair) {
+inline void add_word(Tile<float, ROWS, VECTORS>& tile, const bfloat16* x, int64_t x_stride,
+                     WordsOfColumns<VECTORS> words) {
     Words w[VECTORS];
-    for (int c = 0; c < VECTORS; c++) w[c] = pair.at(c);
+    for (int c = 0; c < VECTORS; c++) w[c] = words.at(c);
     for (int r = 0; r < ROWS; r++) {
-        uint32_t both;
-        __builtin_memcpy(&both, x + r * x_stride, sizeof both);
-        const Words of_row = Words{} + both;
+        uint32_t pair;
+        __builtin_memcpy(&pair, x + r * x_stride, sizeof pair);
+        const Words of_row = Words{} + pair;
         for (int c = 0; c < VECTORS; c++)
             tile.sums[r][c] = (Floats)_mm512_dpbf16_ps((__m512)tile.sums[r][c], (__m512bh)of_row,
                                                        (__m512bh)w[c]);
@@ -115,15 +125,17 @@ inline void add_pair(Tile<ROWS, VECTORS>& tile, const bfloat16* x, int64_t x_str
 
 // Not inlined: by itself, the loop gets all registers.
 template <int ROWS, int COUNT, typename X>
-__attribute__((noinline)) void multiply_tile(const X* x, int64_t x_stride, const Panels& panels, const Sums& sums) {
+__attribute__((noinline)) void multiply_tile(const X* x, int64_t x_stride, const Panels& panels,
+                                             const Sums<SumOf<X>>& sums) {
     constexpr int VECTORS = COUNT * PANEL_VECTORS;
-    Tile<ROWS, VECTORS> tile(sums);
-    const int64_t stride = panels.stride, pairs = panels.pairs;
+    Tile<SumOf<X>, ROWS, VECTORS> tile(sums);
+    const int64_t stride = panels.stride, count = panels.words_of_column;
     const uint32_t* words = panels.words;
     const uint32_t* ahead = words + panels.ahead;
-    for (int64_t i = 0; i < pairs; i++) {
+    for (int64_t i = 0; i < count; i++) {
         for (int n = 0; n < COUNT; n++) __builtin_prefetch(ahead + n * stride + i * PANEL);
-        add_pair(tile, x + 2 * i, x_stride, PairOfK<VECTORS>{words + i * PANEL, stride});
+        add_word(tile, x + PER_WORD<X> * i, x_stride,
+                 WordsOfColumns<VECTORS>{words + i * PANEL, stride});
     }
     tile.store_to(sums);
 }
@@ -134,7 +146,8 @@ constexpr int MAX_ROWS = LANES == 16 ? 8 : 5;  // of a tile: as many sums as the
 constexpr int MAX_WIDE_ROWS = LANES == 16 ? MAX_ROWS : LANES == 8 ? 2 : 1;
 
 template <int ROWS, typename X>
-void multiply_panels(const X* x, int64_t x_stride, const Panels& panels, const Sums& sums) {
+void multiply_panels(const X* x, int64_t x_stride, const Panels& panels,
+                     const Sums<SumOf<X>>& sums) {
     if constexpr (ROWS <= MAX_WIDE_ROWS) {
         if (panels.count == 2) return multiply_tile<ROWS, 2>(x, x_stride, panels, sums);
     }
@@ -146,7 +159,7 @@ void multiply_panels(const X* x, int64_t x_stride, const Panels& panels, const S
 // multiply_panels<rows>, for a number of rows that is known only now.
 template <typename X, int ROWS = MAX_ROWS>
 void multiply_few(int64_t rows, const X* x, int64_t x_stride, const Panels& panels,
-                  const Sums& sums) {
+                  const Sums<SumOf<X>>& sums) {
     if constexpr (ROWS > 0) {
         if (rows == ROWS) return multiply_panels<ROWS>(x, x_stride, panels, sums);
         multiply_few<X, ROWS - 1>(rows, x, x_stride, panels, sums);
@@ -156,7 +169,7 @@ void multiply_few(int64_t rows, const X* x, int64_t x_stride, const Panels& pane
 // Add the products of all rows, in tiles of nearly the same number of rows.
 template <typename X>
 void multiply_rows(int64_t rows, const X* x, int64_t x_stride, const Panels& panels,
-                   const Sums& sums) {
+                   const Sums<SumOf<X>>& sums) {
     int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int64_t t = 0; t < tiles; t++) {
         int64_t first = rows * t / tiles;

@@ -60,58 +60,76 @@ inline int64_t rows_at_once(int64_t row_bytes) {
     return std::max(cache_bytes / row_bytes / step, int64_t(1)) * step;
 }
 
-// How many pairs of k are multiplied before the next ones. Each tile of rows reads the same part of a
-// panel: where there are many, it should stay in the nearest cache.
-inline int64_t pairs_at_once(int64_t rows, int64_t pairs) {
+// How many words of a column are multiplied before the next ones. Each tile of rows reads the same
+// part of a panel: where there are many, it should stay in the nearest cache.
+inline int64_t words_at_once(int64_t rows, int64_t words) {
     constexpr int64_t many_rows = 24, block = 256;
-    return rows < many_rows ? pairs : block;
+    return rows < many_rows ? words : block;
 }
 
-// sums = x times the panels, of which each has `pairs` pairs of k.
-template <typename F>
-void multiply_in_blocks(int64_t rows, const F* x, int64_t x_stride, Panels panels, Sums sums) {
-    const int64_t pairs = panels.pairs;
-    const int64_t block = pairs_at_once(rows, pairs);
-    for (int64_t first = 0; first < pairs; first += block) {
-        panels.pairs = std::min(block, pairs - first);
-        bool is_last = first + block >= pairs;
+// sums = x times the panels.
+template <typename X>
+void multiply_in_blocks(int64_t rows, const X* x, int64_t x_stride, Panels panels,
+                        Sums<SumOf<X>> sums) {
+    const int64_t words = panels.words_of_column;
+    const int64_t block = words_at_once(rows, words);
+    for (int64_t first = 0; first < words; first += block) {
+        panels.words_of_column = std::min(block, words - first);
+        bool is_last = first + block >= words;
         panels.ahead = is_last ? panels.count * panels.stride - first * PANEL : block * PANEL;
-        multiply_rows(rows, x + 2 * first, x_stride, panels, sums);
+        multiply_rows(rows, x + PER_WORD<X> * first, x_stride, panels, sums);
         panels.words += block * PANEL;
         sums.start_at_0 = false;
     }
 }
 
-// y [rows, out] = x [rows, in] times w, plus bias [out] if there is one. w is `out` columns in panels
-// of `panel_pairs` pairs of k; both are padded with zeros.
-template <typename T>
-void product(const T* x, const uint32_t* w, const T* bias, T* y, int64_t rows, int64_t in,
-             int64_t panel_pairs, int64_t out) {
-    using F = Factor<T>;
-    const Factors<T> factors(x, rows, in);
-    const int64_t stride = panel_pairs * PANEL, panels = up_to(PANEL, out) / PANEL;
-    const int64_t chunk = std::min(factors.rows, rows_at_once(factors.stride * sizeof(F)));
+// A weight of `columns` columns in panels of `words_of_column` words a column; both are padded.
+struct Weight {
+    const uint32_t* words;
+    int64_t words_of_column, columns;
+};
+
+// Multiply x, [rows, x_stride], and call write(row, first column, number of columns, sums) for parts of
+// rows, which lie next to each other. The threads take turns.
+template <typename X, typename Write>
+void multiply(int64_t rows, const X* x, int64_t x_stride, Weight w, Write write) {
+    const int64_t panel_words = w.words_of_column * PANEL;
+    const int64_t panels = up_to(PANEL, w.columns) / PANEL;
+    const int64_t chunk = std::min(rows, rows_at_once(x_stride * sizeof(X)));
     const int64_t strip = std::clamp<int64_t>(panels / 32 * 2, 2, 32);  // panels of a turn
-    each_row((panels + strip - 1) / strip, strip * PANEL * in * rows, [&](int64_t turn) {
-        std::vector<float> memory(chunk * 2 * PANEL);
+    auto multiply_strip = [&](int64_t turn) {
+        std::vector<SumOf<X>> memory(chunk * 2 * PANEL);
         const int64_t stop = std::min(panels, (turn + 1) * strip);
-        for (int64_t first = 0; first < factors.rows; first += chunk) {
-            const int64_t num_rows = std::min(chunk, factors.rows - first);
+        for (int64_t first = 0; first < rows; first += chunk) {
+            const int64_t num_rows = std::min(chunk, rows - first);
             for (int64_t panel = turn * strip; panel < stop; panel += 2) {
                 const int count = int(std::min<int64_t>(2, stop - panel));
-                const Sums sums{memory.data(), count * PANEL, true};
-                const Panels two{w + panel * stride, count, stride, factors.stride / 2, 0};
-                multiply_in_blocks(num_rows, factors.values + first * factors.stride,
-                                   factors.stride, two, sums);
                 const int64_t column = panel * PANEL;
-                const int64_t columns = std::min<int64_t>(count * PANEL, out - column);
-                for (int64_t r = first; r < std::min(rows, first + num_rows); r++) {
-                    const float* sum = sums.from(r - first, 0).values;
-                    T* to = y + r * out + column;
-                    for (int64_t c = 0; c < columns; c++)
-                        to[c] = store<T>(sum[c] + (bias ? load(bias[column + c]) : 0.0f));
-                }
+                const Sums<SumOf<X>> sums{memory.data(), count * PANEL, true};
+                multiply_in_blocks(num_rows, x + first * x_stride, x_stride,
+                                   Panels{w.words + panel * panel_words, count, panel_words,
+                                          x_stride / PER_WORD<X>, 0},
+                                   sums);
+                for (int64_t r = 0; r < num_rows; r++)
+                    write(first + r, column, std::min<int64_t>(count * PANEL, w.columns - column),
+                          sums.from(r, 0).values);
             }
         }
-    });
+    };
+    each_row((panels + strip - 1) / strip, strip * PANEL * x_stride * rows, multiply_strip);
+}
+
+// y [rows, columns] = x [rows, in] times w, plus bias [columns] if there is one.
+template <typename T>
+void product(const T* x, const uint32_t* words, const T* bias, T* y, int64_t rows, int64_t in,
+             int64_t words_of_column, int64_t columns) {
+    const Factors<T> factors(x, rows, in);
+    const Weight w{words, words_of_column, columns};
+    auto write = [&](int64_t row, int64_t column, int64_t count, const float* sums) {
+        if (row >= rows) return;
+        T* to = y + row * columns + column;
+        for (int64_t c = 0; c < count; c++)
+            to[c] = store<T>(sums[c] + (bias ? load(bias[column + c]) : 0.0f));
+    };
+    multiply(factors.rows, factors.values, factors.stride, w, write);
 }
