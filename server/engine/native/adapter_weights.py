@@ -1,6 +1,6 @@
 """An adapter's weights as the engine serves them: checked, on the model's device, in its dtype."""
 
-from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ def prepare(adapter: Lora | Backbone, injection: Injection) -> Weights:
         weights = adapter.folded(model.device, model.dtype)
     else:
         injection.check(adapter)
-        weights = injection.bind(adapter.to(model.device, model.dtype))
-    if not all(tensor.isfinite().all() for tensor in _served(weights)):
+        weights = _laid_out(injection.bind(adapter.to(model.device, model.dtype)))
+    if not all(tensor.isfinite().all() for tensor in _tensors(weights)):
         limit = torch.finfo(model.dtype).max
         raise InvalidAdapter(
             f"weights overflow in {model.dtype}, the dtype that serves",
@@ -40,12 +40,13 @@ def prepare(adapter: Lora | Backbone, injection: Injection) -> Weights:
     return weights
 
 
-def _served(weights: Weights) -> Iterator[Tensor]:
-    """Every tensor that takes part in a step, one after the other."""
-    yield from _tensors(weights)
-    if isinstance(weights, Lora):
-        for pair in weights.pairs.values():
-            yield pair.scaled_b
+def _laid_out(lora: Lora) -> Lora:
+    """The same LoRA as it serves: scaled, and each column of B contiguous in memory."""
+    pairs = {
+        path: replace(pair, A=pair.A.contiguous(), B=pair.scaled_b.mT.contiguous().mT, scaling=1.0)
+        for path, pair in lora.pairs.items()
+    }
+    return Lora(lora.config, pairs)
 
 
 def size_in_bytes(weights: Weights) -> int:

@@ -26,10 +26,12 @@ from crma.method.injection import (
     embedding_shape,
     head_shape,
 )
+from crma.method.lora import LoraPair
 from server.engine.native.joined_linear import JoinedLinear, Linear, join
 from server.engine.native.kernel import Kernel
 from server.engine.native.kv_cache import PagedKv, attend
-from server.engine.native.lora_stack import NO_ADAPTER, Site
+from server.engine.native.lora_stack import Site
+from server.engine.native.lora_table import table_of
 from server.engine.native.token_embedding import TokenEmbedding
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [T, 1, e], the first half of the sines negated
@@ -218,14 +220,11 @@ class Decoder:
             rows: of h; None: all.
             pairs: one a layer.
         """
-        # To the kernel a backbone is a stack of one LoRA, which some rows use.
-        if rows is None:
-            adapters = torch.full((len(h),), 0, device=h.device)
-        else:
-            adapters = torch.full((len(h),), NO_ADAPTER, device=h.device).index_fill_(0, rows, 0)
         if self.kernel is not None and len(h) <= MAX_KERNEL_ROWS:
-            return _backbone_in_kernel(self.kernel, h, adapters, pairs)
-        unused = adapters[:, None] == NO_ADAPTER
+            return _backbone_in_kernel(self.kernel, h, rows, pairs)
+        unused = torch.full((len(h), 1), rows is not None, device=h.device)
+        if rows is not None:
+            unused.index_fill_(0, rows, False)
 
         def add_delta(layer: int) -> None:
             # Multiply all rows and blank the unused ones: cheaper than to gather and scatter.
@@ -288,16 +287,15 @@ class Decoder:
 
 
 def _backbone_in_kernel(
-    kernel: Kernel, h: Tensor, adapters: Tensor, pairs: Sequence[FoldedPair]
+    kernel: Kernel, h: Tensor, rows: Tensor | None, pairs: Sequence[FoldedPair]
 ) -> AddDelta:
-    rank, d = pairs[0].A.shape
-    offsets = torch.tensor([0, rank])
-    spans = torch.tensor([[0, d]] * rank)
-    assert pairs[0].B.mT.is_contiguous()
+    # To the kernel a backbone is a LoRA with one pair a layer, which some rows use.
+    table = table_of([[(0, LoraPair(A, B, 1.0))] for A, B in pairs], 1)
+    uses = torch.zeros(len(h), dtype=torch.int64)
+    uses[slice(None) if rows is None else rows] = 1
 
     def add_delta(layer: int) -> None:
-        A, B = pairs[layer]
-        kernel.add_lora(h, h, A, B.mT, offsets, spans, adapters)
+        kernel.add_lora(h, h, uses * table[layer].data_ptr(), 0, 1)
 
     return add_delta
 

@@ -28,7 +28,7 @@ _SIGNATURES = {  # p: pointer, f: float, i: int64
     "gate": "ppii",
     "rotate": "ppfppppiiii",
     "attend": "pippippifiiiii",
-    "add_lora": "pppppppiii",
+    "add_lora": "pppiiiii",
     "product": "ppppiiii",
     "product_int8": "pppppiiii",
 }
@@ -147,27 +147,17 @@ class Kernel:
         )
         # fmt: on
 
-    def add_lora(
-        self,
-        y: Tensor,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        offsets: Tensor,
-        spans: Tensor,
-        adapters: Tensor,
-    ) -> None:
+    def add_lora(self, y: Tensor, x: Tensor, loras: Tensor, site: int, pairs_of_site: int) -> None:
         """Add each row's own delta for x [rows, in] to y [rows, out], in place.
 
         Args:
-            A: [R, in], the adapters one after the other.
-            B: [R, out], likewise, with the scaling multiplied in.
-            offsets: [adapters + 1]; adapter i owns rows offsets[i] to offsets[i + 1] of A and B.
-            spans: [R, 2]; row j of B is zero outside columns spans[j, 0] to spans[j, 1].
-            adapters: [rows]; -1 for a row without one.
+            loras: int64 [rows], where the `LoraTable` of each row's adapter is in memory; 0 for a
+                row without one.
+            site: index of the site in the tables.
+            pairs_of_site: how many pairs the tables have for each site.
         """
-        pointers = (each.data_ptr() for each in (y, x, A, B, offsets, spans, adapters))
-        self._add_lora(*pointers, len(x), x.shape[1], y.shape[1])
+        pointers = (each.data_ptr() for each in (y, x, loras))
+        self._add_lora(*pointers, site, pairs_of_site, len(x), x.shape[1], y.shape[1])
 
     def product(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
         """x [rows, in] times the weight, plus the bias [out] if any -> [rows, out].

@@ -1,5 +1,7 @@
 """Several LoRAs side by side, so that a batch of mixed rows needs two matrix products a site.
 
+For where there is no kernel, which would read each row's adapter in place (lora_table.py).
+
 Shapes: b rows of a batch; in and out features of a site; r the rank of one pair; R the sum of the
 ranks of all pairs on a site, over the adapters and over the linears of the site.
 """
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 
 from crma.method.frozen_linear import Affine
 from crma.method.lora import Lora, LoraPair
-from server.engine.native.kernel import Kernel
 
 MAX_MIXED = 256  # rows of prompts for which several adapters share a pair of products
 NO_ADAPTER = -1
@@ -58,8 +59,6 @@ class _StackedSite:
         B: [R, out], with the scaling multiplied in.
         offsets: one more than there are adapters.
         offsets_tensor: the same as a tensor.
-        spans: [R, 2]; row j of B belongs to one linear, so it is zero outside columns
-            `spans[j, 0]` to `spans[j, 1]`.
         affine: None: no adapter rescales the outputs.
     """
 
@@ -67,7 +66,6 @@ class _StackedSite:
     B: Tensor
     offsets: tuple[int, ...]
     offsets_tensor: Tensor
-    spans: Tensor
     affine: _StackedAffine | None
 
 
@@ -128,17 +126,15 @@ def _stack(placed: Sequence[_PlacedPair], num_adapters: int, out: int) -> _Stack
     A = torch.cat([each.pair.A for each in placed])
     B = A.new_zeros(len(A), out)
     ranks = [0] * num_adapters
-    spans: list[tuple[int, int]] = []
+    row = 0
     for adapter, start, pair in placed:
         width, rank = pair.B.shape
-        stop = start + width
-        row = len(spans)
-        B[row : row + rank, start:stop] = pair.scaled_b.mT
+        B[row : row + rank, start : start + width] = pair.scaled_b.mT
         ranks[adapter] += rank
-        spans += [(start, stop)] * rank
+        row += rank
     offsets = (0, *accumulate(ranks))
     affine = _stack_affine(placed, num_adapters, out)
-    return _StackedSite(A, B, offsets, torch.tensor(offsets), torch.tensor(spans), affine)
+    return _StackedSite(A, B, offsets, torch.tensor(offsets), affine)
 
 
 def _affine(pair: LoraPair) -> Affine | None:
@@ -178,31 +174,19 @@ class StackedRows:
             segment. The rows after them must be in the stack's order; adapters share a segment
             there up to MAX_MIXED rows.
         num_single: how many rows at the start are single tokens of their sequences.
-        kernel: computes the first segment; None: torch computes all of them.
     """
 
-    def __init__(
-        self,
-        stack: LoraStack,
-        digests: Sequence[str | None],
-        num_single: int,
-        kernel: Kernel | None = None,
-    ) -> None:
+    def __init__(self, stack: LoraStack, digests: Sequence[str | None], num_single: int) -> None:
         self._stack = stack
-        self._kernel = kernel
-        self._kernel_segments: list[_Segment] = []
-        self._torch_segments: list[_Segment] = []
+        self._segments: list[_Segment] = []
         adapters = [NO_ADAPTER if digest is None else stack.index[digest] for digest in digests]
         self._rescaled: Tensor | None = None
         if not stack.rescaling.isdisjoint(adapters):
             self._rescaled = torch.tensor(adapters)
-        single = adapters[:num_single]
         start = 0
-        for part in [single, *_cut(adapters[num_single:])]:
+        for part in [adapters[:num_single], *_cut(adapters[num_single:])]:
             if any(adapter != NO_ADAPTER for adapter in part):
-                in_kernel = kernel is not None and start + len(part) <= num_single
-                segments = self._kernel_segments if in_kernel else self._torch_segments
-                segments.append(_Segment(start, part))
+                self._segments.append(_Segment(start, part))
             start += len(part)
 
     def add_(self, site: Site, y: Tensor, x: Tensor) -> None:
@@ -216,21 +200,7 @@ class StackedRows:
             return
         if stacked.affine is not None and self._rescaled is not None:
             stacked.affine.apply_(y, self._rescaled)
-        torch_segments = self._torch_segments
-        if not x.is_floating_point():
-            torch_segments = [*self._kernel_segments, *torch_segments]
-        elif self._kernel is not None:
-            for segment in self._kernel_segments:
-                self._kernel.add_lora(
-                    y[segment.rows],
-                    x[segment.rows].contiguous(),
-                    stacked.A,
-                    stacked.B,
-                    stacked.offsets_tensor,
-                    stacked.spans,
-                    segment.adapters,
-                )
-        for segment in torch_segments:
+        for segment in self._segments:
             columns = segment.columns(stacked)
             z = _low_rank(x[segment.rows], stacked.A[columns])
             if segment.is_mixed:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crma.core.errors import ConfigError, UnsupportedModel
 from crma.core.selection import AdapterSelection
-from crma.method.injection import Injection, Plan, plan_rows
+from crma.method.injection import Injection, Plan, RowDeltas, plan_rows
 from crma.models.rope import RopeScaling
 from server.engine.native.adapter_pool import AdapterPool
 from server.engine.native.batch import Batch
@@ -21,7 +21,8 @@ from server.engine.native.block_pool import BlockPool
 from server.engine.native.decoder import COVERED, Decoder, covers
 from server.engine.native.kernel import Kernel
 from server.engine.native.kv_cache import ATTENTION, PagedKv, make_cache
-from server.engine.native.lora_stack import LoraStack, StackedRows
+from server.engine.native.lora_stack import StackedRows
+from server.engine.native.lora_table import LoraRows, LoraTables
 from server.engine.native.rotary import ScaledRotary
 
 
@@ -88,6 +89,7 @@ class ModelRunner:
             injection.frozen = self.decoder.frozen
         else:
             self.sites = [(path,) for path in injection.all_shapes]
+        self._tables = LoraTables(self.sites, injection.all_shapes)
         self.kv = make_cache(model, blocks.num_blocks, blocks.block_size)
 
     @torch.inference_mode()
@@ -142,24 +144,24 @@ class ModelRunner:
         crma = [AdapterSelection(None, selection.crma_digest) for selection in batch.selections]
         plan = plan_rows(crma, {}, self.pool.backbones, self.kv.device)
         tasks = [selection.task_digest for selection in batch.selections]
-        digests = {digest for digest in tasks if digest is not None}
-        if not digests:
+        if not any(tasks):
             return replace(plan, head_rows=batch.logit_rows)
-        stack = self.pool.stack(digests, self.sites)
-        stacked = StackedRows(stack, tasks, batch.num_single, self.kernel)
-        return replace(
-            plan,
-            stacked=stacked,
-            head_rows=batch.logit_rows,
-            stacked_head=self._stacked_head(stack, tasks, batch),
-        )
+        head = None
+        if self._adapts_head(tasks):
+            rows = batch.logit_rows.tolist()
+            num_single = sum(row < batch.num_single for row in rows)
+            head = self._row_deltas([tasks[row] for row in rows], num_single)
+        stacked = self._row_deltas(tasks, batch.num_single)
+        return replace(plan, stacked=stacked, head_rows=batch.logit_rows, stacked_head=head)
 
-    def _stacked_head(
-        self, stack: LoraStack, tasks: Sequence[str | None], batch: Batch
-    ) -> StackedRows | None:
-        """The adapters of the rows whose logits are computed; None if none is on the head."""
-        if stack.sites.keys().isdisjoint((path,) for path in self.injection.head):
-            return None
-        rows = batch.logit_rows.tolist()
-        num_single = sum(row < batch.num_single for row in rows)
-        return StackedRows(stack, [tasks[row] for row in rows], num_single, self.kernel)
+    def _adapts_head(self, tasks: Sequence[str | None]) -> bool:
+        """Whether a row's adapter has a pair on the head."""
+        used = (self.pool.loras[digest] for digest in set(tasks) if digest is not None)
+        return any(not lora.pairs.keys().isdisjoint(self.injection.head) for lora in used)
+
+    def _row_deltas(self, tasks: Sequence[str | None], num_single: int) -> RowDeltas:
+        """The adapters of rows, of which the first are single tokens of their sequences."""
+        if self.kernel is not None:
+            return LoraRows(self._tables, self.pool.loras, tasks, self.kernel)
+        digests = {digest for digest in tasks if digest is not None}
+        return StackedRows(self.pool.stack(digests, self.sites), tasks, num_single)

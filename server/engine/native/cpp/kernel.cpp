@@ -180,20 +180,29 @@ void attend(const T* query, int64_t query_stride, const T* cache, const int64_t*
     });
 }
 
+// One pair of a LoRA: y[start, start + width) += x times A [rank, in] times B [rank, width].
+template <typename T> struct LoraPair {
+    const T* A;
+    const T* B;
+    int64_t rank, start, width;
+};
+
+// `loras` has for each row where its adapter's pairs are, [sites, pairs of a site], or null.
 template <typename T>
-void add_lora(T* y, const T* x, const T* A, const T* B, const int64_t* offsets,
-              const int64_t* spans, const int64_t* adapters, int64_t rows, int64_t in,
-              int64_t out) {
+void add_lora(T* y, const T* x, const LoraPair<T>* const* loras, int64_t site, int64_t site_pairs,
+              int64_t rows, int64_t in, int64_t out) {
     each_row(rows, 8 * (in + out), [&](int64_t r) {
-        int64_t adapter = adapters[r];
-        if (adapter < 0) return;
+        if (!loras[r]) return;
+        const LoraPair<T>* pairs = loras[r] + site * site_pairs;
         std::vector<float> inputs(in), sums(out);
         for (int64_t i = 0; i < in; i++) inputs[i] = load(x[r * in + i]);
         for (int64_t i = 0; i < out; i++) sums[i] = load(y[r * out + i]);
-        for (int64_t j = offsets[adapter]; j < offsets[adapter + 1]; j++) {
-            float z = dot(inputs.data(), A + j * in, in);
-            int64_t start = spans[2 * j], stop = spans[2 * j + 1];
-            add_scaled(sums.data() + start, z, B + j * out + start, stop - start);
+        for (int64_t p = 0; p < site_pairs; p++) {
+            const LoraPair<T>& pair = pairs[p];
+            for (int64_t j = 0; j < pair.rank; j++) {
+                float z = dot(inputs.data(), pair.A + j * in, in);
+                add_scaled(sums.data() + pair.start, z, pair.B + j * pair.width, pair.width);
+            }
         }
         for (int64_t i = 0; i < out; i++) y[r * out + i] = store<T>(sums[i]);
     });

@@ -177,7 +177,8 @@ class PoolMachine(RuleBasedStateMachine):
         in_use = {*self.users.elements(), *self.pinned}
         assert in_use <= set(self.pool.resident()), "an adapter in use is gone"
         for digest, lora in self.pool.loras.items():
-            assert torch.equal(lora.pairs[PATH].B, served(ADAPTERS[digest]).pairs[PATH].B)
+            expected = served(ADAPTERS[digest]).pairs[PATH]
+            assert torch.equal(lora.pairs[PATH].scaled_b, expected.scaled_b)
 
     def teardown(self) -> None:
         """Whatever happened: once nothing is used or pinned, every selection that fits loads."""

@@ -1,0 +1,171 @@
+"""Where the pairs of a LoRA are in memory, for the kernel, which reads each row's adapter in place.
+
+So nothing is copied when other adapters run than before.
+
+Shapes: S sites of the model; P pairs of a site, the most that one has; b rows of a batch; in and
+out, the features of a site.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from crma.method.frozen_linear import Affine
+from crma.method.lora import Lora, LoraPair
+from server.engine.native.kernel import Kernel
+from server.engine.native.lora_stack import Site
+
+_ENTRY = 5  # int64 of a pair: addresses of A [rank, in] and B [rank, width], rank, start, width
+
+
+def table_of(sites: Sequence[Sequence[tuple[int, LoraPair]]], pairs_of_site: int) -> Tensor:
+    """The table [S, P, 5] of the pairs of each site, each after its first output column.
+
+    Args:
+        sites: the A of their pairs is contiguous, and so is B, transposed; the scaling is 1. The
+            table does not keep them in memory.
+        pairs_of_site: P.
+    """
+    rows = []
+    for pairs in sites:
+        entries = [_entry(start, pair) for start, pair in pairs]
+        entries += [[0] * _ENTRY] * (pairs_of_site - len(pairs))
+        rows.append(entries)
+    return torch.tensor(rows)
+
+
+def _entry(start: int, pair: LoraPair) -> list[int]:
+    assert pair.A.is_contiguous()
+    assert pair.B.mT.is_contiguous()
+    assert pair.scaling == 1.0
+    out, rank = pair.B.shape
+    return [pair.A.data_ptr(), pair.B.data_ptr(), rank, start, out]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is kept of an adapter: nothing that keeps it in memory.
+
+    Attributes:
+        lora: the adapter, as long as it is resident.
+        table: [S, P, 5].
+        sites: those on which it has a pair.
+        rescaled: the linears whose outputs it rescales.
+    """
+
+    lora: ref[Lora]
+    table: Tensor
+    sites: frozenset[Site]
+    rescaled: frozenset[str]
+
+
+class LoraTables:
+    """The tables of the adapters that have been used lately.
+
+    Args:
+        sites: all sites of the model.
+        shapes: module path -> (out, in).
+
+    Attributes:
+        places: site -> its index in the tables, and the first output column of each of its linears.
+        pairs_of_site: P.
+    """
+
+    def __init__(self, sites: Sequence[Site], shapes: Mapping[str, tuple[int, int]]) -> None:
+        self.pairs_of_site = max(map(len, sites))
+        self.places: dict[Site, tuple[int, list[int]]] = {}
+        for index, site in enumerate(sites):
+            columns = [0, *accumulate(shapes[path][0] for path in site)]
+            self.places[site] = index, columns[:-1]
+        self._known: dict[str, _Known] = {}
+
+    def find(self, digest: str, lora: Lora) -> _Known:
+        """What is known of an adapter, computed once for as long as it is resident."""
+        known = self._known.get(digest)
+        if known is None or known.lora() is not lora:
+            self._known = {d: each for d, each in self._known.items() if each.lora() is not None}
+            known = self._known[digest] = self._know(lora)
+        return known
+
+    def _know(self, lora: Lora) -> _Known:
+        pairs = lora.pairs
+        return _Known(
+            ref(lora),
+            table_of([self._placed(site, lora) for site in self.places], self.pairs_of_site),
+            frozenset(site for site in self.places if not pairs.keys().isdisjoint(site)),
+            frozenset(path for path, pair in pairs.items() if isinstance(pair.output, Affine)),
+        )
+
+    def _placed(self, site: Site, lora: Lora) -> list[tuple[int, LoraPair]]:
+        _, columns = self.places[site]
+        placed = zip(columns, site, strict=True)
+        return [(start, lora.pairs[path]) for start, path in placed if path in lora.pairs]
+
+
+class LoraRows:
+    """Applies to each row of a batch its own adapter, in the kernel; implements `RowDeltas`.
+
+    Args:
+        tables: find each adapter's pairs.
+        loras: by digest; those of the batch stay in memory until it is computed.
+        digests: one a row; None for a row without an adapter.
+        kernel: computes the deltas, except that of an embedding.
+    """
+
+    def __init__(
+        self,
+        tables: LoraTables,
+        loras: Mapping[str, Lora],
+        digests: Sequence[str | None],
+        kernel: Kernel,
+    ) -> None:
+        self._kernel = kernel
+        self._tables = tables
+        self._loras = {digest: loras[digest] for digest in digests if digest is not None}
+        known = {digest: tables.find(digest, lora) for digest, lora in self._loras.items()}
+        addresses = {digest: each.table.data_ptr() for digest, each in known.items()}
+        self._addresses = torch.tensor([addresses.get(digest or "", 0) for digest in digests])
+        self._known = list(known.values())
+        self._rescaled = frozenset[str]().union(*(each.rescaled for each in self._known))
+        self._digests = digests
+
+    def add_(self, site: Site, y: Tensor, x: Tensor) -> None:
+        """Change each row of y [b, out] as its adapter does for its row of x, in place.
+
+        x is [b, in], or, of the embedding, token ids [b]. Rows without an adapter, or whose adapter
+        has no pair on the site, stay as they are.
+        """
+        if not any(site in each.sites for each in self._known):
+            return
+        index, columns = self._tables.places[site]
+        for start, path in zip(columns, site, strict=True):
+            if path in self._rescaled:
+                self._rescale(path, start, y)
+        if x.is_floating_point():
+            pairs_of_site = self._tables.pairs_of_site
+            self._kernel.add_lora(y, x.contiguous(), self._addresses, index, pairs_of_site)
+        else:
+            self._embed(site[0], y, x)
+
+    def _rescale(self, path: str, start: int, y: Tensor) -> None:
+        """Rescale the outputs of one linear, for the adapters that do."""
+        for digest, pair in self._pairs(path):
+            if isinstance(pair.output, Affine):
+                columns = y[:, start : start + len(pair.output.scale)]
+                columns.copy_(pair.output.applied(columns, self._rows(digest)))
+
+    def _embed(self, path: str, y: Tensor, ids: Tensor) -> None:
+        for digest, pair in self._pairs(path):
+            rows = self._rows(digest)
+            y.index_add_(0, rows, pair.delta(ids[rows]))
+
+    def _pairs(self, path: str) -> list[tuple[str, LoraPair]]:
+        return [(d, lora.pairs[path]) for d, lora in self._loras.items() if path in lora.pairs]
+
+    def _rows(self, digest: str) -> Tensor:
+        """The rows of an adapter, as an index."""
+        return torch.tensor([i for i, each in enumerate(self._digests) if each == digest])
