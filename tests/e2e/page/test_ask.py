@@ -197,6 +197,7 @@ def test_axe_finds_nothing_serious_and_nothing_is_too_wide(
         shown.locator(".token").first.click()
         shown.get_by_text("Provenance").click()
         shown.get_by_text("As curl or Python").click()
+    seen.show(f"ask-{look}")
     assert seen.axe() == []
     assert not seen.is_too_wide()
 

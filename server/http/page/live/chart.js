@@ -6,6 +6,7 @@ import uPlot from "uplot";
 import { html } from "../html.js";
 
 const HEIGHT = 150;
+const LEAST_SPAN_S = 60; // one reading alone has no span
 const DARK = matchMedia("(prefers-color-scheme: dark)");
 
 /**
@@ -80,7 +81,10 @@ function options(place, series, show, least, max) {
     height: HEIGHT,
     legend: { show: false },
     cursor: { show: false },
-    scales: { y: { range: (_, low, high) => [0, max ?? Math.max(high * 1.1, least)] } },
+    scales: {
+      x: { range: (_, first, last) => [Math.min(first, last - LEAST_SPAN_S), last] },
+      y: { range: (_, low, high) => [0, max ?? Math.max(high * 1.1, least)] },
+    },
     axes: [
       { ...axis, size: 28, space: 90, values: (_, times) => times.map(clock) },
       { ...axis, size: 58, values: (_, values) => values.map(show) },
