@@ -57,6 +57,6 @@ def test_the_lines_of_the_readme_run(python: Path, tmp_path: Path) -> None:
     with running_server(**settings) as address:
         shown = run(python, example.replace("http://127.0.0.1:8000", address), tmp_path)
     lines = shown.splitlines()
-    assert lines[0].startswith("infectious diseases ")
+    assert re.fullmatch(r".+ \d+ sha256:[0-9a-f]{64}", lines[0])
     assert "200 200" in lines  # the progress at the end
     assert [line.split()[0] for line in lines[-2:]] == ["task+crma", "task"]
