@@ -13,12 +13,13 @@ import httpx
 import pytest
 import tiny
 from crma_client import AsyncClient, Client, errors
-from crma_client.calls import GenerateOptions
+from crma_client.calls import ChatOptions, GenerateOptions
 from crma_client.types import read_generation
 
 from crma.models.base_model import BaseModel
 from crma.models.prompts import BASE_TEMPLATE, RAW_FORMAT, TemplateFormat
 from crma.store.adapter_store import AdapterStore
+from server.http.openai_schemas import ChatRequest
 from server.http.schemas import GenerateRequest
 
 OPTIONS: dict[str, Any] = {
@@ -298,3 +299,46 @@ async def test_a_refusal_names_the_field_and_the_allowed_values(client: AsyncCli
         assert error.code == "lineage_mismatch"
         assert error.field == "crma"
         assert error.allowed is not None
+
+
+async def test_a_job_reports_its_progress_and_ends_in_the_direct_report(
+    client: AsyncClient,
+) -> None:
+    seen: list[tuple[int, int]] = []
+    report = await client.run_ablation(lambda *progress: seen.append(progress), **ABLATION)
+    direct = await client.ablation(**ABLATION)
+    assert report["variants"] == direct["variants"]
+    assert seen == sorted(seen)
+    assert seen[-1] == (2, 2)
+    (job,) = await client.ablation_jobs()
+    assert await client.wait_for_ablation(job["id"]) == report
+
+
+async def test_a_chat_is_answered_by_both_clients_streamed_or_not(client: AsyncClient) -> None:
+    options: dict[str, Any] = {"task": "legal", "max_tokens": 6, "temperature": 0}
+    whole = await client.chat(MESSAGES, **options)
+    async with client.stream_chat(MESSAGES, logprobs=True, **options) as stream:
+        tokens = [token async for token in stream]
+    assert stream.result.text == whole.text
+    assert stream.result.usage == whole.usage
+    assert stream.result.provenance == whole.provenance
+    assert all(token.logprob is not None for token in tokens)
+    with blocking(client, "key") as blocking_client:
+        blocked = await asyncio.to_thread(lambda: blocking_client.chat(MESSAGES, **options))
+    assert (blocked.choices, blocked.usage) == (whole.choices, whole.usage)
+
+
+async def test_every_sampling_option_of_a_chat_can_be_sent(client: AsyncClient) -> None:
+    known = ChatRequest.model_fields.keys()
+    assert ChatOptions.__annotations__.keys() - known == {"task"}  # which is its model
+    answer = await client.chat(
+        MESSAGES,
+        max_tokens=4,
+        min_tokens=2,
+        logit_bias={34: 100.0},
+        seed=1,
+        n=2,
+        response_format={"type": "text"},
+        tool_choice="none",
+    )
+    assert [choice.text for choice in answer.choices] == ["AAAA", "AAAA"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from crma_client import calls
@@ -111,16 +111,18 @@ class AsyncClient(AsyncConnection):
     ) -> dict[str, Any]:
         """Wait for the report of a background job; see `Client.run_ablation`."""
         while True:
-            with suppress(ConnectionFailed):  # then the job is asked for, and that may fail
-                async for done, total in self._progress(id):
-                    if on_progress is not None:
-                        on_progress(done, total)
+            # After a lost connection the job is asked for, which may raise.
+            with suppress(ConnectionFailed):
+                async with aclosing(self._progress(id)) as progress:
+                    async for done, total in progress:
+                        if on_progress is not None:
+                            on_progress(done, total)
             result = calls.job_result(await self.ablation_job(id))
             if result is not None:
                 return result
             await asyncio.sleep(POLL_S)
 
-    async def _progress(self, id: str) -> AsyncIterator[tuple[int, int]]:
+    async def _progress(self, id: str) -> AsyncGenerator[tuple[int, int]]:
         """Yield (done, total) of a job until its events end."""
         reader = ProgressReader()
         async with self._opened("GET", calls.events_path(id)) as response:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from crma_client import calls
@@ -228,8 +228,9 @@ class Client(Connection):
     def wait_for_ablation(self, id: str, on_progress: OnProgress | None = None) -> dict[str, Any]:
         """Wait for the report of a background job; see `run_ablation`."""
         while True:
-            with suppress(ConnectionFailed):  # then the job is asked for, and that may fail
-                for done, total in self._progress(id):
+            # After a lost connection the job is asked for, which may raise.
+            with suppress(ConnectionFailed), closing(self._progress(id)) as progress:
+                for done, total in progress:
                     if on_progress is not None:
                         on_progress(done, total)
             result = calls.job_result(self.ablation_job(id))
@@ -237,7 +238,7 @@ class Client(Connection):
                 return result
             time.sleep(POLL_S)
 
-    def _progress(self, id: str) -> Iterator[tuple[int, int]]:
+    def _progress(self, id: str) -> Generator[tuple[int, int]]:
         """Yield (done, total) of a job until its events end."""
         reader = ProgressReader()
         with self._opened("GET", calls.events_path(id)) as response, calls.transport_errors():

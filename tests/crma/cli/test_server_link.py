@@ -1,17 +1,14 @@
 """Commands that talk to a real server on a tiny model, over a socket."""
 
-import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
-import uvicorn
 from command_line import crma
+from socket_server import socket_server
 
 from crma.models.base_model import BaseModel
 
@@ -21,34 +18,12 @@ ITEMS = [
 ]
 
 
-async def serve(base: BaseModel, store: Path, started: list[Any], ready: threading.Event) -> None:
-    async with tiny.serving(base, store, api_keys=("key",), allowed_hosts="127.0.0.1") as app:
-        config = uvicorn.Config(app, port=0, lifespan="off", log_config=None)
-        server = uvicorn.Server(config)
-        running = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        started += [server, server.servers[0].sockets[0].getsockname()[1]]
-        ready.set()
-        await running
-
-
 @pytest.fixture(scope="module")
 def address(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server that runs in a thread."""
+    """The address of a server."""
     store = tiny.filled_store(tmp_path_factory.mktemp("served") / "store", base)
-    started: list[Any] = []
-    ready = threading.Event()
-    thread = threading.Thread(
-        target=lambda: asyncio.run(serve(base, store.root, started, ready)), daemon=True
-    )
-    thread.start()
-    assert ready.wait(60)
-    server, port = started
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(60)
-    assert not thread.is_alive()
+    with socket_server(base, store.root) as address:
+        yield address
 
 
 @pytest.fixture

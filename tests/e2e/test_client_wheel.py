@@ -1,0 +1,62 @@
+"""The client as its users have it: its wheel in a fresh environment, on the lines of its README."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+from server_process import running_server
+
+pytestmark = pytest.mark.e2e
+
+CLIENT = ROOT / "clients" / "python"
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that has the client's wheel and what that needs."""
+    folder = tmp_path_factory.mktemp("fresh")
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    source = folder / "source"
+    subprocess.run(["cp", "-r", str(CLIENT), str(source)], check=True)  # building leaves files
+    subprocess.run([*pip, "--wheel-dir", str(folder), str(source)], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+    fresh = folder / "venv" / "bin" / "python"
+    constraints = str(ROOT / "constraints.txt")
+    install = [str(fresh), "-m", "pip", "install", "-q", "-c", constraints, str(wheel)]
+    subprocess.run(install, check=True)
+    return fresh
+
+
+def run(python: Path, script: str, folder: Path) -> str:
+    """Stdout of a script outside the checkout, without its paths."""
+    command = [str(python), "-I", "-c", script]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_client_needs_httpx_and_brings_its_types(python: Path, tmp_path: Path) -> None:
+    script = """
+import sys, pathlib, crma_client
+from importlib.metadata import requires, version
+print(requires("crma-client"), pathlib.Path(crma_client.__file__).with_name("py.typed").exists())
+print([name for name in ("torch", "numpy", "pydantic", "crma", "server") if name in sys.modules])
+"""
+    needs, heavy = run(python, script, tmp_path).splitlines()
+    assert needs == "['httpx>=0.28'] True"
+    assert heavy == "[]"
+
+
+def test_the_lines_of_the_readme_run(python: Path, tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (CLIENT / "README.md").read_text(), re.DOTALL)
+    settings = {"CRMA_EVALUATIONS": str(tmp_path / "kept"), "CRMA_DTYPE": "bfloat16"}
+    with running_server(**settings) as address:
+        shown = run(python, example.replace("http://127.0.0.1:8000", address), tmp_path)
+    lines = shown.splitlines()
+    assert re.fullmatch(r".+ \d+ sha256:[0-9a-f]{64}", lines[0])
+    assert "200 200" in lines  # the progress at the end
+    assert [line.split()[0] for line in lines[-2:]] == ["task+crma", "task"]
