@@ -18,6 +18,7 @@ from server_process import running_server
 pytestmark = pytest.mark.e2e
 
 MAX_HEALTHZ_S = 0.25
+SHORTEST_S = 0.5  # a body is sent again for so long: some are refused before /healthz was asked
 ALICE = {"Authorization": "Bearer alice"}
 BOB = {"Authorization": "Bearer bob"}
 
@@ -40,10 +41,14 @@ def check_health(watch: Watch) -> None:
 def test_no_body_holds_up_health(server: str, name: str) -> None:
     """An answer of 340,000 U+FDFA held the event loop for 11.9 s."""
     path, body = BODIES[name]
-    with watched(server) as watch:
-        headers = ALICE | {"Content-Type": "application/json"}
-        response = httpx.post(f"{server}{path}", content=body, headers=headers, timeout=60)
-    assert response.status_code < 500, response.text
+    headers = ALICE | {"Content-Type": "application/json"}
+    end = time.monotonic() + SHORTEST_S
+    with watched(server) as watch, httpx.Client(base_url=server, headers=headers) as client:
+        while True:
+            response = client.post(path, content=body, timeout=60)
+            assert response.status_code < 500, response.text
+            if time.monotonic() > end:
+                break
     check_health(watch)
 
 
