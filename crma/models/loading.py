@@ -1,14 +1,20 @@
 """Loads a pulled base model: frozen, on a device, in a dtype that the hardware computes in."""
 
 import platform
+from unittest.mock import patch
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers.utils
+
+# transformers imports scipy for the losses of models that find objects in pictures: it takes a
+# second and 60 MiB.
+with patch.object(transformers.utils, "is_scipy_available", lambda: False):
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 from transformers.utils import logging
 
 from crma.core.errors import ConfigError

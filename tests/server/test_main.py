@@ -13,6 +13,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 import tiny
+from paths import ROOT
 
 from crma.core.errors import ConfigError, CrmaError, NotFound, UnsupportedModel
 from server.__main__ import build, explain, main
@@ -214,3 +215,12 @@ def test_a_file_system_that_hangs_does_not_keep_the_process_from_ending(tmp_path
         _, shown = server.communicate(timeout=60)
     assert server.returncode == 0
     assert "threads that hang" in shown
+
+
+def test_only_what_serving_needs_is_imported() -> None:
+    """scipy and alembic took a second of every start, and 60 MiB."""
+    unneeded = ["scipy", "alembic", "pandas", "matplotlib", "model_signing", "peft", "crma.cli"]
+    script = f"import sys, server.__main__; print([n for n in {unneeded} if n in sys.modules])"
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300, check=True)
+    assert run.stdout.decode().strip() == "[]"
