@@ -23,6 +23,7 @@ from crma.store.opening import open_store
 from server.app import create_app
 from server.drain import CANCEL_SECONDS, DrainingServer
 from server.engine.native.async_engine import AsyncEngine
+from server.engine.native.freed_memory import return_freed_memory
 from server.engine.native.launch import EngineConfig, start_engine
 from server.http.log import configure as configure_logs
 from server.listener import addresses, listen, max_connections, protocol, raise_descriptor_limit
@@ -147,6 +148,7 @@ def _serve(options: Mapping[str, Any], links: Sequence[str], ports: ExitStack) -
     except CrmaError as error:
         sys.stderr.write(explain(error) + "\n")
         return 2
+    return_freed_memory()
     gc.freeze()  # what is loaded now stays: collections need not look through it again and again
     log.info("listening on %s; /docs has documentation and examples", addresses(sockets))
     config = uvicorn.Config(

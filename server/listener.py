@@ -82,10 +82,16 @@ def raise_descriptor_limit() -> int:
     most = MAX_DESCRIPTORS
     if hard != resource.RLIM_INFINITY:
         most = min(hard, most)
-    if soft == resource.RLIM_INFINITY or soft >= most:
-        return most if soft == resource.RLIM_INFINITY else soft
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return most
+    if soft == resource.RLIM_INFINITY:
+        return most
+    while most > soft:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        except (ValueError, OSError):  # macOS says that there is no limit, and has one
+            most //= 2
+        else:
+            return most
+    return soft
 
 
 def protocol(settings: Settings, most: int, metrics: Metrics) -> type[Connection]:

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -194,6 +195,8 @@ def locked(root: Path, *, wait: bool = True) -> Iterator[None]:
 
     The lock file is created on first use, and the kernel releases the lock when its holder dies.
     No other writer can be active in the block, so whatever a dead writer left is deleted first.
+    At its end the lock file gets another time: to see that something was written, readers need look
+    at nothing else.
 
     Args:
         root: the store's folder.
@@ -205,9 +208,20 @@ def locked(root: Path, *, wait: bool = True) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         for leftover in root.glob(f"{TEMPORARY_PREFIX}*"):
             _remove(leftover)
-        yield
+        try:
+            yield
+        finally:
+            _mark_written(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _mark_written(descriptor: int) -> None:
+    now = time.time_ns()
+    try:
+        os.utime(descriptor, ns=(now, now))
+    except PermissionError:  # only a file's owner may choose its time
+        os.utime(descriptor)
 
 
 def _remove(leftover: Path) -> None:

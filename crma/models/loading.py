@@ -1,14 +1,20 @@
 """Loads a pulled base model: frozen, on a device, in a dtype that the hardware computes in."""
 
 import platform
+from unittest.mock import patch
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers.utils
+
+# transformers imports scipy for the losses of models that find objects in pictures: it takes a
+# second and 60 MiB.
+with patch.object(transformers.utils, "is_scipy_available", lambda: False):
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 from transformers.utils import logging
 
 from crma.core.errors import ConfigError
@@ -68,7 +74,8 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     if platform.machine() == "x86_64":
         # torch calls every AVX-512 supported; without the instructions it converts to float.
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # torch for macOS comes without mkldnn.
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def load_model(base: BaseModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -40,7 +40,8 @@ from crma.store.publication import Origin
 from crma.store.removal import remove_task
 from crma.store.serving import check_change
 from crma.store.signature import check_signature, sign
-from crma.store.verification import find_problems
+from crma.store.verification import Examination, examine
+from crma.store.version_stamp import Stamp, version_stamp
 
 if TYPE_CHECKING:
     from crma.method.backbone import Backbone
@@ -346,7 +347,17 @@ class AdapterStore:
             base: if given, every entry must be made for this base model.
             shape: of that model; if given, every entry must fit it.
         """
-        return find_problems(self.root, base, shape, self.public_key)
+        return self.examine(base=base, shape=shape).problems
+
+    def examine(
+        self, *, base: BaseModel | None = None, shape: ModelShape | None = None
+    ) -> Examination:
+        """Every problem, and every version that has none. Args are those of `verify`."""
+        return examine(self.root, base, shape, self.public_key)
+
+    def stamp(self, place: str) -> Stamp:
+        """What the version at a place looks like, and what signs it; another once it changes."""
+        return version_stamp(self.root, place, self.public_key)
 
     def check_signature(self, entry: TaskEntry | BackboneEntry) -> None:
         """Raises NotSigned if the store has a public key and the entry no signature of it."""

@@ -88,6 +88,10 @@ class TaskEntry(_Entry[TaskManifest]):
         """The weights in their stored dtype. Arguments and errors are those of `read`."""
         return self.read(shape).to_lora()
 
+    def num_parameters(self, shape: ModelShape | None = None) -> int:
+        """Numbers in its tensors. Arguments and errors are those of `read`."""
+        return self.read(shape).num_parameters
+
     def read(self, shape: ModelShape | None = None) -> StoredLora:
         """The weights as they are stored, made from the bytes whose digests were checked.
 
@@ -149,6 +153,10 @@ class BackboneEntry(_Entry[BackboneManifest]):
             if shape is not None:
                 _check_backbone_fits(backbone.config, shape)
             return backbone
+
+    def num_parameters(self, shape: ModelShape | None = None) -> int:
+        """Numbers in its tensors. Arguments and errors are those of `load`."""
+        return sum(tensor.numel() for tensor in self.load(shape).parameters())
 
 
 def read_task(root: Path, name: str, version: str) -> TaskEntry:

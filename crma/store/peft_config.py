@@ -8,6 +8,7 @@ A field that is not known here and is set is refused, and every refusal says wha
 import json
 import math
 from collections.abc import Mapping
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -71,6 +72,7 @@ _CONVERTIBLE_STARTS = ("pissa", "olora", "corda", "lora_ga")
 _Rank = Annotated[int, Field(ge=1)]
 _Alpha = Annotated[float, Field(ge=-1e6, le=1e6)]
 _Flag = bool | None
+_Modules = str | frozenset[str]  # a pattern, or names
 _Value = TypeVar("_Value")
 
 
@@ -123,13 +125,22 @@ class PeftConfig(BaseModel):
 
         "all-linear" matches every path: which modules it means, the base model says.
         """
-        if self.exclude_modules and _names(self.exclude_modules, path):
+        if self.exclude_modules and _names(self._excluded, path):
             return False
         if self.target_modules == ALL_LINEAR:
             return True
-        if isinstance(self.target_modules, str) or path in self.target_modules:
-            return _names(self.target_modules, path)
-        return _names(self.target_modules, path) and self._transforms_layer_of(path)
+        if not _names(self._targeted, path):
+            return False
+        is_whole = isinstance(self._targeted, str) or path in self._targeted
+        return is_whole or self._transforms_layer_of(path)
+
+    @cached_property
+    def _targeted(self) -> _Modules:
+        return _as_set(self.target_modules)
+
+    @cached_property
+    def _excluded(self) -> _Modules:
+        return _as_set(self.exclude_modules or [])
 
     def _scaling(self, alpha: float, rank: int) -> float:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -201,11 +212,22 @@ def _check_start(start: bool | str | None) -> None:
     raise refused(reason, "init_lora_weights", start, CONVERT if converts else MERGE)
 
 
-def _names(modules: str | list[str], path: str) -> bool:
-    """Whether a pattern matches a whole path, or a name in a list ends it, from a dot on."""
+def _as_set(modules: str | list[str]) -> _Modules:
+    return modules if isinstance(modules, str) else frozenset(modules)
+
+
+def _names(modules: _Modules, path: str) -> bool:
+    """Whether a pattern matches a whole path, or one of the names ends it, from a dot on."""
     if isinstance(modules, str):
         return compile_pattern("modules", modules).fullmatch(path) is not None
-    return f".{path}".endswith(tuple(f".{name}" for name in modules))
+    return not modules.isdisjoint(_endings(path))
+
+
+@lru_cache(4096)
+def _endings(path: str) -> tuple[str, ...]:
+    """A path, and what comes after each of its dots: kept, because all adapters have the same."""
+    names = path.split(".")
+    return tuple(".".join(names[first:]) for first in range(len(names)))
 
 
 def _first_match(patterns: Mapping[str, _Value] | None, path: str, default: _Value) -> _Value:

@@ -120,6 +120,12 @@ class StoredLora:
         """alpha / rank."""
         return self.alpha / self.rank
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all tensors."""
+        parts = (part for pair in self.pairs.values() for part in pair.parts().values())
+        return sum(part.numel for part in parts)
+
     @classmethod
     def of(cls, lora: Lora, dtype: torch.dtype | None = None) -> StoredLora:
         """A LoRA in memory with its tensors cast to `dtype`; None leaves each as it is."""

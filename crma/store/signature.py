@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,15 +40,6 @@ def signature_path(root: Path, place: str) -> Path:
         place: of the version, relative to `root`.
     """
     return root / FOLDER / f"{place}.json"
-
-
-def signature_stamps(root: Path) -> list[tuple[str, int]]:
-    """What changes when a signature appears, goes or is replaced: each file's path and time."""
-    stamps = []
-    for path in sorted((root / FOLDER).glob("**/*.json")):
-        with suppress(OSError):  # it goes just now
-            stamps.append((str(path), path.stat().st_mtime_ns))
-    return stamps
 
 
 def sign(root: Path, entry: TaskEntry | BackboneEntry, private_key: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from crma.core.errors import InvalidAdapter, LineageMismatch, NotFound, StoreError
@@ -15,12 +16,41 @@ from crma.store.entry import BackboneEntry, TaskEntry, read_entry
 from crma.store.manifest import check_version
 from crma.store.serving import Entry, lineage_problem
 from crma.store.signature import check_signature
+from crma.store.version_stamp import Stamp, version_stamp
 
 
-def find_problems(
+@dataclass(frozen=True)
+class SoundVersion:
+    """A version that was read whole, and has no problem of its own.
+
+    Attributes:
+        entry: its manifest.
+        stamp: what it looked like before it was read.
+        num_parameters: numbers in its tensors.
+    """
+
+    entry: Entry
+    stamp: Stamp
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What reading a whole store once has found.
+
+    Attributes:
+        problems: empty if the store is sound.
+        sound: the versions without a problem.
+    """
+
+    problems: list[StoreError]
+    sound: list[SoundVersion]
+
+
+def examine(
     root: Path, base: BaseModel | None, shape: ModelShape | None, public_key: Path | None = None
-) -> list[StoreError]:
-    """Every problem of a store; empty if it is sound. Damage is reported, not raised.
+) -> Examination:
+    """Read and check every version of a store. Damage is reported, not raised.
 
     Args:
         root: of the store.
@@ -29,26 +59,36 @@ def find_problems(
         public_key: if given, every entry must have a signature of this key.
     """
     problems: list[StoreError] = []
-    entries = _read_entries(root, problems)
+    sound = []
+    stamped = _read_entries(root, public_key, problems)
+    entries = [entry for entry, _ in stamped]
     channels = _read_channels(root, entries, problems)
-    for entry in entries:
+    for entry, stamp in stamped:
+        num_before = len(problems)
+        num_parameters = 0
         with _collected(problems):
-            check_entry(entry, base, shape)
+            num_parameters = check_entry(entry, base, shape)
         if public_key is not None:
             with _collected(problems):
                 check_signature(root, entry, public_key)
+        if len(problems) == num_before:
+            sound.append(SoundVersion(entry, stamp, num_parameters))
     _check_lineages(entries, channels, problems)
-    return problems
+    return Examination(problems, sound)
 
 
-def _read_entries(root: Path, problems: list[StoreError]) -> list[Entry]:
-    """The entries whose folder and manifest are sound."""
-    entries: list[Entry] = []
+def _read_entries(
+    root: Path, public_key: Path | None, problems: list[StoreError]
+) -> list[tuple[Entry, Stamp]]:
+    """The entries whose folder and manifest are sound, with the stamps that they had before."""
+    entries: list[tuple[Entry, Stamp]] = []
     tasks = _valid_names(root, "tasks", task_channel, problems)
     for channel in (BACKBONE, *map(task_channel, tasks)):
-        for version in _valid_names(root, channel_folder(channel), check_version, problems):
+        folder = channel_folder(channel)
+        for version in _valid_names(root, folder, check_version, problems):
+            stamp = version_stamp(root, f"{folder}/{version}", public_key)
             with _collected(problems):
-                entries.append(read_entry(root, channel, version))
+                entries.append((read_entry(root, channel, version), stamp))
     return entries
 
 
@@ -67,19 +107,26 @@ def _read_channels(root: Path, entries: Sequence[Entry], problems: list[StoreErr
     return channels
 
 
-def check_entry(entry: Entry, base: BaseModel | None, shape: ModelShape | None) -> None:
-    """Raises StoreError if an entry is damaged. Args are those of `find_problems`.
+def check_entry(entry: Entry, base: BaseModel | None, shape: ModelShape | None) -> int:
+    """Read the weights of an entry. Args are those of `examine`.
 
     The base model first: an entry for another one rarely fits this one's shape either.
+
+    Returns:
+        How many numbers its tensors hold.
+
+    Raises:
+        StoreError: the entry is damaged.
     """
     if base is not None:
         entry.check_base(base.digest)
     if isinstance(entry, TaskEntry):
-        entry.read(shape)
-        return
+        return entry.num_parameters(shape)
     from crma.method.certificate import certify
 
-    entry.check_certificate(certify(entry.load(shape)))
+    backbone = entry.load(shape)
+    entry.check_certificate(certify(backbone))
+    return sum(tensor.numel() for tensor in backbone.parameters())
 
 
 def _check_lineages(

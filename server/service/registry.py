@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from crma.core.errors import ConfigError, CrmaError, LineageMismatch, NotFound, StoreError
@@ -22,8 +21,7 @@ from crma.models.model_shape import ModelShape
 from crma.models.prompts import Format
 from crma.store.adapter_store import AdapterStore
 from crma.store.channels import Change
-from crma.store.drift import promotion_drift
-from crma.store.entry import BackboneEntry, TaskEntry, read_backbone
+from crma.store.entry import BackboneEntry, TaskEntry
 from crma.store.incoming import remove_leftovers
 from crma.store.serving import check_selection
 from server.daemon_threads import DaemonThreads
@@ -31,15 +29,9 @@ from server.engine.inference_engine import InferenceEngine
 from server.service.caller import ANYONE, Caller
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
+from server.service.store_reader import StoreReader
 from server.service.store_view import StoreView, TaskRecord
-from server.service.store_watch import (
-    StoreProblems,
-    check_still_there,
-    fingerprint,
-    watch,
-    with_patience,
-)
-from server.service.suspects import Suspects, signature
+from server.service.store_watch import StoreProblems, watch, with_patience
 
 if TYPE_CHECKING:
     from server.engine.inference_engine import Loader
@@ -94,11 +86,10 @@ class Registry:
     def __post_init__(self) -> None:
         self.on_changes: Callable[[Sequence[Change]], None] = lambda _: None
         self._view = StoreView()
-        self._num_parameters: dict[str, int] = {}  # by digest, of the adapters that were checked
-        self._fingerprint_read: object = None  # None: read again, whatever it looks like
-        self._suspects = Suspects()
-        self._has_channels = False  # the store was read, and was not empty
         self._problems = StoreProblems(self.metrics)
+        self._reader = StoreReader(
+            self.store, self.base, self.shape, self.load_backbone, self._report
+        )
         self.threads = DaemonThreads()
         self._watching: asyncio.Task[None] | None = None
         self._refreshing = asyncio.Lock()  # else an older view could replace a newer one
@@ -116,10 +107,13 @@ class Registry:
 
     async def _verify(self) -> None:
         await self.threads.run(partial(remove_leftovers, self.store.root))
-        verify = partial(self.store.verify, base=self.base, shape=self.shape)
-        for problem in await self.threads.run(verify):
+        for problem in await self.threads.run(self._reader.verify):
             self._problems.report(problem)
         await self.refresh()
+
+    def _report(self, problem: StoreError) -> None:
+        if self.verified:  # before that, `start` reports the problems that `verify` found
+            self._problems.report(problem)
 
     async def stop(self) -> None:
         """Stop watching."""
@@ -219,13 +213,14 @@ class Registry:
 
         A backbone that the operator left out (`load_backbone`) is no such reason.
         """
-        problems = {}
-        for name in sorted(self._view.tasks):
-            problem = self._view.problem(name)
-            if problem is None or (not self.load_backbone and isinstance(problem, LineageMismatch)):
-                continue
-            problems[name] = problem.message
-        return problems
+        problems = self._view.problems
+        if not self.load_backbone:
+            problems = {
+                name: problem
+                for name, problem in problems.items()
+                if not isinstance(problem, LineageMismatch)
+            }
+        return {name: problem.message for name, problem in problems.items()}
 
     def serving_tasks(self, caller: Caller) -> list[TaskEntry]:
         """The serving version of every sound task that exists for a caller, by name."""
@@ -266,14 +261,12 @@ class Registry:
         asyncio.get_running_loop().call_later(after_s, forget)
 
     async def _refresh(self) -> None:
-        seen = await self.threads.run(partial(fingerprint, self.store.root))
-        is_same = seen == self._fingerprint_read
-        if is_same and not await self.threads.run(self._suspects.have_changed):
+        if not await self.threads.run(self._reader.has_changed):
             return
         view = self._view
         problem: CrmaError | None = None
         try:
-            view = await self.threads.run(self._read)
+            view = await self.threads.run(self._reader.read)
         except (StoreError, ConfigError) as error:  # ConfigError: of the key that signs
             problem = error
         except OSError as error:
@@ -283,12 +276,11 @@ class Registry:
         self._problems.count(view.num_refused())
         sound: list[TaskEntry | BackboneEntry] = [*view.sound_tasks(), *view.sound_backbones()]
         for entry in sound:
-            self._register(entry, self._suspects.loader(entry, self.shape))
+            self._register(entry, self._reader.suspects.loader(entry, self.shape))
         await self._preload(view)
         problems = self.problems
         changes = view.history[len(self._view.history) :]
         self._view = view
-        self._fingerprint_read = seen if problem is None else None
         self.metrics.serve_adapters(view.tasks)
         self.metrics.set_drift(view.drift)
         self.metrics.set_backbone(self.backbone)
@@ -336,52 +328,9 @@ class Registry:
             raise NoBackbone(message, field="crma", value=asked, allowed=False)
         return _sound(self._view.backbone)
 
-    def _read(self) -> StoreView:
-        """A view of the store as it is now. Raises StoreError or OSError if it cannot be read."""
-        channels = self.store.channels()
-        if self._has_channels and not channels.history:
-            check_still_there(self.store.root)
-            channels = self.store.channels()  # it came back meanwhile
-        root = self.store.root
-        self._suspects.begin()
-        tasks: dict[str, dict[str, TaskEntry | StoreError]] = {}
-        for name, serving in channels.tasks.items():
-            versions = dict.fromkeys((*self.store.task_versions(name), serving))
-            read_task = partial(self.store.task, name)
-            folder = root / "tasks" / name
-            tasks[name] = {each: self._checked(read_task, folder / each) for each in versions}
-        backbones: dict[str, BackboneEntry | StoreError] = {}
-        if self.load_backbone:
-            read = partial(read_backbone, root)
-            for version in (*self.store.backbone_versions(), channels.backbone):
-                if version is not None and version not in backbones:
-                    backbones[version] = self._checked(read, root / "backbones" / version)
-        self._has_channels = self._has_channels or bool(channels.history)
-        drift = promotion_drift(channels)
-        return StoreView(
-            tasks, dict(channels.tasks), backbones, channels.backbone, drift, channels.history
-        )
-
     def _register(self, entry: TaskEntry | BackboneEntry, loader: "Loader") -> None:
-        num_parameters = self._num_parameters.get(entry.digest, 0)  # an estimate until it is loaded
+        num_parameters = self._reader.num_parameters(entry.manifest.place)
         self.engine.register(entry.digest, loader, num_parameters)
-
-    def _checked(self, read: Callable[[str], Entry], folder: Path) -> Entry | StoreError:
-        """The entry, or the problem with it. Its weights are checked once, and after a problem."""
-        seen = signature(folder)
-        try:
-            entry = read(folder.name)
-            entry.check_base(self.base.digest)
-            self.store.check_signature(entry)
-            if entry.digest not in self._num_parameters or self._suspects.was_found(folder):
-                weights = entry.load(self.shape).parameters()
-                self._num_parameters[entry.digest] = sum(tensor.numel() for tensor in weights)
-        except StoreError as error:
-            self._suspects.add(folder, seen)
-            if self.verified:  # before that, `start` reports the problems that `verify` found
-                self._problems.report(error)
-            return error
-        return entry
 
 
 def _sound(entry: Entry | StoreError) -> Entry:

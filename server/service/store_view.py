@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from crma.core.errors import StoreError
 from crma.store.channels import Change, task_channel
@@ -68,8 +69,13 @@ class StoreView:
         ordered = {version: versions[version] for version in by_age}
         return TaskRecord(ordered, self.serving[name], changes)
 
-    def problem(self, name: str) -> StoreError | None:
-        """Why the serving version of a task cannot answer as it was trained; None if it can."""
+    @cached_property
+    def problems(self) -> dict[str, StoreError]:
+        """Why the serving version of a task cannot answer as it was trained, by name, in order."""
+        found = {name: self._problem(name) for name in sorted(self.tasks)}
+        return {name: problem for name, problem in found.items() if problem is not None}
+
+    def _problem(self, name: str) -> StoreError | None:
         entry = self.tasks[name][self.serving[name]]
         if isinstance(entry, StoreError):
             return entry

@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from crma.core.errors import CrmaError, StoreError
+from crma.core.files import LOCK
 from crma.store.channels import CHANNELS
-from crma.store.signature import signature_stamps
+from crma.store.version_stamp import file_stamp
 from server.service.metrics import Metrics
 
 log = logging.getLogger("server")
@@ -51,16 +52,15 @@ class StoreProblems:
 
 
 def fingerprint(root: Path) -> object:
-    """A value that changes when channels.json or a signature is replaced, or a version comes or
-    goes.
+    """A value that changes when a writer has held the store's lock, or its folders change.
+
+    It takes no longer however much the store holds.
     """
     try:
-        status = (root / CHANNELS).stat()
-        versions = sorted(map(str, (*root.glob("tasks/*/v*"), *root.glob("backbones/v*"))))
-        change = status.st_mtime_ns, status.st_ino, status.st_size
-        return *change, versions, signature_stamps(root)
+        (root / CHANNELS).stat()
     except OSError as error:
         return error.errno
+    return [file_stamp(root / name) for name in (CHANNELS, LOCK, "", "tasks", "backbones")]
 
 
 def check_still_there(root: Path) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 import tiny
+from paths import ROOT
 
 from crma.core.errors import ConfigError, CrmaError, NotFound, UnsupportedModel
 from server.__main__ import build, explain, main
@@ -214,3 +215,78 @@ def test_a_file_system_that_hangs_does_not_keep_the_process_from_ending(tmp_path
         _, shown = server.communicate(timeout=60)
     assert server.returncode == 0
     assert "threads that hang" in shown
+
+
+def test_only_what_serving_needs_is_imported() -> None:
+    """scipy and alembic took a second of every start, and 60 MiB."""
+    unneeded = ["scipy", "alembic", "pandas", "matplotlib", "model_signing", "peft", "crma.cli"]
+    script = f"import sys, server.__main__; print([n for n in {unneeded} if n in sys.modules])"
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300, check=True)
+    assert run.stdout.decode().strip() == "[]"
+
+
+NOT_LINUX = """
+import errno
+import faulthandler
+import os
+import platform
+import resource
+import sys
+import types
+
+import torch
+
+stat = os.stat
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+set_limit = resource.setrlimit
+
+def check(path):
+    if str(path).startswith(("/proc", "/sys")):
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+
+def audit(event, arguments):
+    if event in ("open", "os.listdir", "os.scandir"):
+        check(arguments[0])
+
+def stat_of_others(path, **options):
+    check(path)
+    return stat(path, **options)
+
+def set_limit_as_macos(which, limits):
+    if limits[0] > 10_240:
+        raise ValueError("current limit exceeds maximum limit")
+    set_limit(which, limits)
+
+sys.addaudithook(audit)
+os.stat = stat_of_others
+resource.setrlimit = set_limit_as_macos
+del os.sched_getaffinity, os.O_PATH, os.fdatasync, os.posix_fadvise
+del faulthandler.dump_traceback_later, faulthandler.cancel_dump_traceback_later
+platform.machine = lambda: "arm64"
+torch.backends.mkldnn.is_available = lambda: False
+torch.ops.mkldnn = types.SimpleNamespace()
+
+from server.__main__ import main
+status = main()
+print("descriptors:", resource.getrlimit(resource.RLIMIT_NOFILE)[0], file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def test_a_server_needs_nothing_that_only_linux_has(tmp_path: Path) -> None:
+    """macOS has no /proc, allows fewer open files than it says, and its torch has no mkldnn."""
+    with running(NOT_LINUX, tmp_path=tmp_path, CRMA_DTYPE="auto") as (server, address):
+        assert server.stderr is not None
+        assert any(" ready: " in line for line in server.stderr)
+        for task in (None, "medical"):
+            body = {"prompt": "one", "max_tokens": 2, "task": task}
+            answer = httpx.post(f"{address}/generate", json=body, timeout=60)
+            assert answer.status_code == 200, answer.text
+        assert httpx.get(f"{address}/metrics", timeout=60).status_code == 200
+        server.terminate()
+        _, shown = server.communicate(timeout=120)
+    assert server.returncode == 0, shown
+    num_descriptors = int(shown.rsplit("descriptors: ", 1)[1])
+    assert 256 < num_descriptors <= 10_240

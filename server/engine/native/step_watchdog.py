@@ -13,11 +13,12 @@ class StepWatchdog:
     and ends the process at once, with exit code 1.
 
     Args:
-        limit_s: how long a pass may take, in seconds; 0: for ever.
+        limit_s: how long a pass may take, in seconds; 0: for ever. So it is where Python has been
+            built without this part of faulthandler.
     """
 
     def __init__(self, limit_s: float) -> None:
-        self.limit_s = limit_s
+        self.limit_s = limit_s if hasattr(faulthandler, "dump_traceback_later") else 0.0
 
     def arm(self) -> None:
         """A pass begins, and the time for it."""

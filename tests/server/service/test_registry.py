@@ -256,7 +256,7 @@ async def test_a_view_that_was_read_earlier_never_replaces_a_later_one(
     publish(store, "old")
     made = await started(store)
     publish(store, "mid")
-    read, has_read, go = made._read, threading.Event(), threading.Event()
+    read, has_read, go = made._reader.read, threading.Event(), threading.Event()
 
     def read_slowly() -> Any:
         view = read()
@@ -264,10 +264,10 @@ async def test_a_view_that_was_read_earlier_never_replaces_a_later_one(
         assert go.wait(10)
         return view
 
-    monkeypatch.setattr(made, "_read", read_slowly)
+    monkeypatch.setattr(made._reader, "read", read_slowly)
     polled = asyncio.create_task(made.refresh())
     await asyncio.to_thread(has_read.wait, 10)
-    monkeypatch.setattr(made, "_read", read)
+    monkeypatch.setattr(made._reader, "read", read)
     publish(store, "new")
     uploaded = asyncio.create_task(made.refresh())
     for _ in range(20):  # threads start in order: a refresh that did not wait would be done

@@ -121,15 +121,15 @@ async def test_a_store_that_could_not_be_read_once_is_read_again(
     """It looked as it had when it could not be read, so it was never read again."""
     made = await started(store)
     publish(store, "another", 1)
-    read = made._read
+    read = made._reader.read
 
     def fail() -> StoreView:
         raise OSError(errno.EMFILE, "Too many open files", "channels.json")
 
-    monkeypatch.setattr(made, "_read", fail)
+    monkeypatch.setattr(made._reader, "read", fail)
     await made.refresh()
     assert made.store_problem == "cannot be read: Too many open files: channels.json"
-    monkeypatch.setattr(made, "_read", read)
+    monkeypatch.setattr(made._reader, "read", read)
     await made.refresh()
     assert made.store_problem is None
     assert made.task_names == ["another", "task"]
