@@ -74,8 +74,8 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     if platform.machine() == "x86_64":
         # torch calls every AVX-512 supported; without the instructions it converts to float.
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    # torch for macOS comes without mkldnn.
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # macOS's torch has not
 
 
 def load_model(base: BaseModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
