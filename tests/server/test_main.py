@@ -200,6 +200,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.e2e
 def test_a_file_system_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
     """The end waited for the thread of the loads, and for every thread that waited for that."""
     settings = {"CRMA_DRAIN_TIMEOUT_S": "1", "CRMA_ADMIN_KEY": "admin"}
@@ -275,6 +276,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.e2e
 def test_a_server_needs_nothing_that_only_linux_has(tmp_path: Path) -> None:
     """macOS has no /proc, allows fewer open files than it says, and its torch has no mkldnn."""
     with running(NOT_LINUX, tmp_path=tmp_path, CRMA_DTYPE="auto") as (server, address):

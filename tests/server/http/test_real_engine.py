@@ -289,6 +289,9 @@ async def test_requests_that_run_while_their_task_is_stopped_and_deleted_end_as_
     running = asyncio.create_task(served.answer(task="legal"))
     assert await asyncio.to_thread(reached.wait, 10)
     waiting = asyncio.create_task(served.answer(task="legal"))
+    async with asyncio.timeout(10):
+        while len(served.engine._streams) < 2:
+            await asyncio.sleep(0.001)
     body = {"lora_name": "legal"}
     await served.client.post("/v1/unload_lora_adapter", json=body, headers=admin)
     response = await served.client.delete("/adapters/legal", headers=admin)

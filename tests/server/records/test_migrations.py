@@ -8,7 +8,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, inspect
 
-from server.records import audit, database, jobs, question_sets, usage
+from server.records import audit, jobs, question_sets, usage
 from server.records.audit import Filter
 from server.records.database import Database
 
@@ -23,7 +23,7 @@ def old_release(monkeypatch: pytest.MonkeyPatch, revision: str) -> None:
     def up_to_then(config: Config, _: str) -> None:
         upgrade(config, revision)
 
-    monkeypatch.setattr(database.command, "upgrade", up_to_then)
+    monkeypatch.setattr(command, "upgrade", up_to_then)
     known = [column for column in jobs._COLUMNS if column.name != "settings"]  # of 0003
     monkeypatch.setattr(jobs, "_COLUMNS", known)
 

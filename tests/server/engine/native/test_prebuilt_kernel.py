@@ -95,6 +95,7 @@ def test_a_prebuilt_kernel_serves_where_there_is_no_compiler(
     assert not (tmp_path / "kernels").exists()
 
 
+@pytest.mark.e2e
 def test_a_class_that_is_not_measured_is_chosen_only_by_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -113,6 +114,7 @@ def test_a_class_that_this_processor_does_not_have_is_refused(tmp_path: Path) ->
     assert "generic" in str(caught.value.allowed)
 
 
+@pytest.mark.e2e
 def test_a_compiler_without_openmp_builds_a_kernel_of_one_thread(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

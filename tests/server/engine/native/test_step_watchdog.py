@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import asyncio, ctypes
 import tiny
@@ -44,6 +46,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.e2e
 def test_a_step_that_hangs_ends_the_process_and_a_slow_one_that_moves_does_not() -> None:
     """It hangs in native code that keeps the interpreter's lock: no other Python code can run.
 
