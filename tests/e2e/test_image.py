@@ -49,7 +49,7 @@ class Container:
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """As `docker exec` does."""
         argv = enter(self.root, command, self.variables, folder="/app", volume=self.volume)
-        return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
+        return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=300)
 
     def ask(self, path: str, body: object = None, key: str = "") -> tuple[int, dict]:
         """Status and body of a request."""
