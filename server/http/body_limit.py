@@ -13,6 +13,7 @@ from server.service.errors import BodyTooLarge, MalformedBody, RequestTimeout
 
 LEAST_RATE = 4096  # bytes a second of a body that may take longer than the time limit
 MAX_DEPTH = 512  # objects and lists in one another
+LARGE = 65_536  # bytes; a body of 1 MiB takes 10 ms to be read and checked
 MAX_SIZE = 100_000  # objects and lists; the largest question set has 30,000
 
 
@@ -33,6 +34,7 @@ class BodyLimit:
     timeout_s: float
     uploads: Mapping[str, int] = field(default_factory=dict)
     texts: Mapping[str, int] = field(default_factory=dict)
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # the app's own start and end, which come when they come
@@ -56,10 +58,22 @@ class BodyLimit:
                 raise _too_slow(body.size, allowed_s) from error
             if message["type"] == "http.request":
                 body.take(message.get("body", b""), is_last=not message.get("more_body", False))
-                await asyncio.sleep(0)  # others first: reading a large body takes long again
+                await self._others_first(body.size)
             return message
 
         await self.app(scope, checked_receive, send)
+
+    async def _others_first(self, size: int) -> None:
+        """Let the event loop do what waits: what follows, reading `size` bytes, takes long again.
+
+        Large bodies go on one by one, part by part. Else all that came since the loop last looked
+        at its sockets would be read before it looks again.
+        """
+        if size > LARGE:
+            async with self._turn:
+                await asyncio.sleep(0)
+        else:
+            await asyncio.sleep(0)
 
     def _text(self, scope: Scope) -> "_Text":
         """What the body has to be: JSON, or, below some paths, lines that their route checks."""
