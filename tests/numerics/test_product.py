@@ -38,12 +38,9 @@ PROGRAMS = {  # how to compile cpp/product.cpp, and what runs it
     "amx-emulated": (["g++", *EMULATED, "-DEMULATE_AMX"], []),
     "arm": (["aarch64-linux-gnu-g++", "-static"], ["qemu-aarch64"]),
 }
-E2E = {"arm"}
 NATIVE = [each.name for each in own_classes()]
-VARIANTS = [
-    *NATIVE,
-    *(pytest.param(each, marks=pytest.mark.e2e if each in E2E else ()) for each in PROGRAMS),
-]
+# The programs take half a minute to compile.
+VARIANTS = [*NATIVE, *(pytest.param(each, marks=pytest.mark.e2e) for each in PROGRAMS)]
 
 # Rows, inputs, outputs: fewer and more than a tile, a panel, a pair, a block of k and a chunk of
 # rows; the last ones take several turns of the threads.

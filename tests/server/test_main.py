@@ -162,7 +162,10 @@ def running(script: str, *arguments: str, tmp_path: Path, **settings: str) -> It
             server.kill()
 
 
-@pytest.mark.parametrize("num_passes", [0, 1], ids=["at the first step", "later"])
+@pytest.mark.parametrize(
+    "num_passes",
+    [pytest.param(0, id="at the first step", marks=pytest.mark.e2e), pytest.param(1, id="later")],
+)
 def test_a_server_whose_engine_has_failed_ends_with_code_1(num_passes: int, tmp_path: Path) -> None:
     """It was -15, as after an orderly stop, so that `Restart=on-failure` did nothing."""
     with running(BROKEN_LATER, str(num_passes), tmp_path=tmp_path) as (server, address):

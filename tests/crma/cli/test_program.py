@@ -60,6 +60,7 @@ def test_a_server_takes_its_options_before_its_variables(
         assert process.stdout.read() == ""
 
 
+@pytest.mark.e2e
 def test_a_server_that_cannot_start_says_why_in_a_line(tmp_path: Path) -> None:
     with serving("--store", tmp_path / "typo", "--quiet") as process:
         assert process.stderr is not None

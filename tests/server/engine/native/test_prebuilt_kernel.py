@@ -78,6 +78,7 @@ def test_a_library_of_another_source_is_not_found(
     assert prebuilt_kernel.find_prebuilt(GENERIC) is None
 
 
+@pytest.mark.e2e
 def test_a_prebuilt_kernel_serves_where_there_is_no_compiler(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
