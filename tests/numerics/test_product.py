@@ -67,10 +67,11 @@ class Variant(NamedTuple):
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Variant:
     name = request.param
-    if tiny.library() is None:
+    library = tiny.library()
+    if library is None:
         pytest.skip("no C++ compiler")
     if name in NATIVE:
-        return in_process(name, tmp_path_factory.mktemp("kernels"))
+        return in_process(name, library.parent)
     compiler, runner = PROGRAMS[name]
     for tool in (compiler[0], *runner):
         if shutil.which(tool) is None:

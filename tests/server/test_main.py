@@ -221,6 +221,7 @@ def test_a_file_system_that_hangs_does_not_keep_the_process_from_ending(tmp_path
     assert "threads that hang" in shown
 
 
+@pytest.mark.e2e
 def test_only_what_serving_needs_is_imported() -> None:
     """scipy and alembic took a second of every start, and 60 MiB."""
     unneeded = ["scipy", "alembic", "pandas", "matplotlib", "model_signing", "peft", "crma.cli"]

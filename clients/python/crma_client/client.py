@@ -147,7 +147,7 @@ class Client(Connection):
         answer may fill the context.
 
         Raises:
-            As `generate`.
+            CrmaClientError: as `generate`.
         """
         body = calls.chat_body(messages, options)
         return calls.read_chat_answer(self._send("POST", "/v1/chat/completions", body))

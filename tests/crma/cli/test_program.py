@@ -39,6 +39,7 @@ def serving(*arguments: object, **settings: str) -> Iterator[subprocess.Popen[st
             process.terminate()
 
 
+@pytest.mark.e2e
 def test_a_server_takes_its_options_before_its_variables(
     base: BaseModel, store: AdapterStore, tmp_path: Path
 ) -> None:

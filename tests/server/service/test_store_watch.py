@@ -209,6 +209,7 @@ async def test_a_registry_that_stops_waits_for_a_look_that_ends(store: AdapterSt
     await asyncio.wait_for(stopping, 5)
 
 
+@pytest.mark.e2e
 def test_work_that_never_ends_does_not_keep_the_process() -> None:
     """asyncio and Python wait for their threads at the end: with one that hangs, for ever."""
     script = """
