@@ -1,5 +1,6 @@
 """`crma store import`, `sign` and `promote`: what is published, signed, and let serve."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -58,26 +59,26 @@ def import_adapter(
     from crma.models.model_shape import read_shape
     from crma.store.import_format import describe
     from crma.store.opening import is_store, writable_store
-    from crma.store.signature import check_folder
+    from crma.store.signature import signed_copy
 
-    if public_key is not None:
-        check_folder(folder, public_key)
-    adapters = writable_store(store)
-    if not is_store(store):
-        note(f"starts a new store: {store}")
-    served = adapters.channels().tasks.get(name)
-    base = find_base(model)
-    entry = adapters.import_peft(
-        folder,
-        name,
-        base,
-        licence=licence,
-        shape=read_shape(base),
-        trust_base=trust_base,
-        prompt_format=prompt_format,
-        repeat=False,
-        private_key=sign_key,
-    )
+    checked = nullcontext(folder) if public_key is None else signed_copy(folder, public_key)
+    with checked as source:
+        adapters = writable_store(store)
+        if not is_store(store):
+            note(f"starts a new store: {store}")
+        served = adapters.channels().tasks.get(name)
+        base = find_base(model)
+        entry = adapters.import_peft(
+            source,
+            name,
+            base,
+            licence=licence,
+            shape=read_shape(base),
+            trust_base=trust_base,
+            prompt_format=prompt_format,
+            repeat=False,
+            private_key=sign_key,
+        )
     _note_replaced(name, served, entry.version, store)
     described = describe(entry.prompt_format)
     value = {

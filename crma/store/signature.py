@@ -6,6 +6,7 @@ version, whose files never change. It is a Sigstore bundle over the SHA-256 of e
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,8 +103,12 @@ def check_signature(root: Path, entry: TaskEntry | BackboneEntry, public_key: Pa
             raise _not_signed(place, f"its signature does not count: {reason}") from error
 
 
-def check_folder(folder: Path, public_key: Path) -> None:
-    """Whether a folder with an adapter from elsewhere holds a signature of all its files.
+@contextmanager
+def signed_copy(folder: Path, public_key: Path) -> Iterator[Path]:
+    """A copy of a folder with an adapter from elsewhere, which holds a signature of all its files.
+
+    The copy is what was checked, whatever happens to the folder meanwhile. Links are followed. It
+    is gone when the block ends.
 
     Args:
         folder: with `model.sig`, as `model_signing sign key` writes it.
@@ -116,14 +121,21 @@ def check_folder(folder: Path, public_key: Path) -> None:
         from model_signing import verifying
 
         verifier = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
-    signature = folder / FOLDER_SIGNATURE
-    if not signature.is_file():
+    if not (folder / FOLDER_SIGNATURE).is_file():
         raise _not_signed(str(folder), f"it holds no {FOLDER_SIGNATURE}")
-    try:
-        verifier.verify(folder, signature)
-    except Exception as error:  # as above
-        reason = str(error) or type(error).__name__
-        raise _not_signed(str(folder), f"{FOLDER_SIGNATURE} does not count: {reason}") from error
+    with tempfile.TemporaryDirectory() as copies:
+        copy = Path(copies) / folder.resolve().name
+        try:
+            shutil.copytree(folder, copy)
+        except OSError as error:
+            raise _not_signed(str(folder), f"it cannot be read: {error}") from error
+        try:
+            verifier.verify(copy, copy / FOLDER_SIGNATURE)
+        except Exception as error:  # as above
+            reason = str(error) or type(error).__name__
+            message = f"{FOLDER_SIGNATURE} does not count: {reason}"
+            raise _not_signed(str(folder), message) from error
+        yield copy
 
 
 def _read_signature(root: Path, place: str) -> bytes:

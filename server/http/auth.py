@@ -95,9 +95,10 @@ async def counted(frontend: TheFrontend, caller: TheCaller, after_response: Afte
 
 
 needs_admin = Needs(Scope.ADMIN)
+needs_ablate = Needs(Scope.ABLATE)
 needs_owner = NeedsOwner(Scope.ABLATE, Scope.ADMIN)
 require_generate = Depends(Needs(Scope.GENERATE))
-require_ablate = Depends(Needs(Scope.ABLATE))
+require_ablate = Depends(needs_ablate)
 require_admin = Depends(needs_admin)
 require_key = Depends(Needs(Scope.GENERATE, Scope.ABLATE, Scope.ADMIN))
 require_nothing = Depends(Open())

@@ -34,7 +34,7 @@ MAX_BY_OTHERS = 60  # a minute
 STORE = "the store"  # who does what its history says
 PATIENCE_S = 10.0  # for the database; the answer waits
 _MAX_TEXT = 1000  # characters of what a request can make as long as it likes
-_OBJECTS = ("task", "name", "key")
+_OBJECTS = ("task", "name", "id", "key")
 
 
 @dataclass

@@ -57,14 +57,27 @@ class FairQueue(Generic[T]):
             return None
         ticket = min(fitting, key=lambda each: each.finish)  # the first of equals
         self._now = max(self._now, min(each.start for each in self._waiting))
-        self.remove(ticket)
+        self._waiting.remove(ticket)
+        self._forget()
         return ticket.item
 
     def remove(self, ticket: Ticket[T]) -> None:
-        """Take out an item that waits no more; nothing happens if it has left already."""
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
-        # An owner that is not ahead is as good as new.
+        """Take out an item that waits no more: its owner is not charged for it.
+
+        Nothing happens if it has left already.
+        """
+        if ticket not in self._waiting:
+            return
+        self._waiting.remove(ticket)
+        self._last[ticket.owner] -= ticket.cost
+        for later in self._waiting:
+            if later.owner == ticket.owner and later.start >= ticket.finish:
+                later.start -= ticket.cost
+                later.finish -= ticket.cost
+        self._forget()
+
+    def _forget(self) -> None:
+        """An owner that is not ahead is as good as new."""
         owners = {each.owner for each in self._waiting}
         for owner in [name for name, last in self._last.items() if last <= self._now]:
             if owner not in owners:

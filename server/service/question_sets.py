@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from crma.core.errors import ConfigError, NotFound
 from crma.evaluation.question_lines import QuestionLines
 from crma.evaluation.question_set import Question, QuestionSet, read_question_set
 from crma.store.manifest import NAME_PATTERN
+from crma.store.version_stamp import FileStamp, file_stamp
 from server.daemon_threads import DaemonThreads
 from server.records import question_sets as rows
 from server.records.database import Database
@@ -85,8 +86,7 @@ class QuestionSets:
             )
         for name, file in (await self._files()).items():
             try:
-                question_set = await self._threads.run(partial(read_question_set, file))
-                content = await asyncio.to_thread(question_set.describe)
+                content = await self._threads.run(partial(_describe_file, file))
                 described[name] = {**content, "source": "store"}
             except ConfigError as error:
                 log.warning("a question set cannot be used: %s", error.message)
@@ -180,6 +180,17 @@ class QuestionSets:
 def _find_files(folder: Path) -> dict[str, Path]:
     files = sorted(folder.glob("*.jsonl"))
     return {file.stem: file for file in files if not file.name.startswith(".")}
+
+
+def _describe_file(file: Path) -> dict[str, Any]:
+    """`QuestionSet.describe` of a file. Raises ConfigError if it is damaged."""
+    return _describe_once(file, file_stamp(file))
+
+
+@lru_cache(256)
+def _describe_once(file: Path, stamp: FileStamp | None) -> dict[str, Any]:  # noqa: ARG001
+    """The same: a large file takes seconds, and is read again only when its stamp changes."""
+    return read_question_set(file).describe()
 
 
 def _parsed(name: str, content: Sequence[Any]) -> QuestionSet:

@@ -13,7 +13,7 @@ from crma.access.scope import Scope
 from crma.evaluation.ablation import AblationSettings
 from server.http.answer import STREAM_HEADERS, event, unless_gone
 from server.http.audited import audited
-from server.http.auth import TheCaller, counts, needs_owner, require_ablate
+from server.http.auth import TheCaller, counts, needs_ablate, needs_owner, require_ablate
 from server.http.dependencies import TheAblations, TheFrontend
 from server.http.error_handlers import answered, documented, error_body
 from server.http.schemas import AblationRequest
@@ -179,10 +179,17 @@ async def ablation_events(
     return StreamingResponse(events(), media_type="text/event-stream", headers=STREAM_HEADERS)
 
 
-@router.delete("/ablation/{id}", responses=documented(401, 403, 404, 503, 507))
-async def cancel_ablation(id: str, ablations: TheAblations, caller: TheCaller) -> dict[str, Any]:
+@owned.delete("/ablation/{id}", responses=documented(401, 403, 404, 503, 507))
+async def cancel_ablation(
+    id: str,
+    ablations: TheAblations,
+    caller: TheCaller,
+    act: Annotated[Act, audited("cancel ablation", needs_ablate)],
+) -> dict[str, Any]:
     """Cancel a job unless it has ended; its record stays."""
-    return _shown(await ablations.jobs.cancel(id, _seen_by(caller)))
+    job = await ablations.jobs.cancel(id, _seen_by(caller))
+    act.about["owner"] = job.owner
+    return _shown(job)
 
 
 @router.get("/question_sets", responses=documented(401, 403, 503, example_of="/question_sets"))

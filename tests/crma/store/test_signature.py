@@ -19,7 +19,7 @@ from crma.core.errors import ConfigError, NotFound, NotSigned, StoreError
 from crma.store.adapter_store import AdapterStore
 from crma.store.manifest import TASK_FILES
 from crma.store.peft_format import StoredLora, lora_to_peft
-from crma.store.signature import check_folder, signature_path
+from crma.store.signature import signature_path, signed_copy
 from crma.store.signing import sign_versions
 from crma.store.stored_tensor import write_tensors
 
@@ -240,14 +240,17 @@ def test_a_folder_from_elsewhere_must_be_signed_as_a_whole(
     store: AdapterStore, keys: Keys, tmp_path: Path
 ) -> None:
     folder = peft_folder(store, tmp_path / "peft")
-    with pytest.raises(NotSigned, match=r"holds no model\.sig"):
-        check_folder(folder, keys.public)
+    with pytest.raises(NotSigned, match=r"holds no model\.sig"), signed_copy(folder, keys.public):
+        pass
     command = [sys.executable, "-m", "model_signing", "sign", "key", folder]
     options = ["--signature", folder / "model.sig", "--private_key", keys.private]
     subprocess.run([*command, *options], check=True, capture_output=True)
-    check_folder(folder, keys.public)
-    with pytest.raises(NotSigned, match="does not count"):
-        check_folder(folder, make_keys(tmp_path, "other").public)
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(NotSigned, match=r"tokenizer\.json"):
-        check_folder(folder, keys.public)
+    other = make_keys(tmp_path, "other").public
+    with pytest.raises(NotSigned, match="does not count"), signed_copy(folder, other):
+        pass
+    with signed_copy(folder, keys.public) as copy:
+        signed = {each.name: each.read_bytes() for each in folder.iterdir()}
+        (folder / "tokenizer.json").write_text("{}")
+        assert {each.name: each.read_bytes() for each in copy.iterdir()} == signed
+    with pytest.raises(NotSigned, match=r"tokenizer\.json"), signed_copy(folder, keys.public):
+        pass

@@ -104,6 +104,17 @@ async def test_what_a_key_tries_that_is_not_for_admin_is_listed_and_what_nobody_
     )
 
 
+async def test_an_admins_cancelling_of_anothers_job_is_listed(served: Served) -> None:
+    body = {"question_set": "public", "variants": ["task"], "background": True}
+    answer = await served.client.post("/ablation", json=body, headers=WEB)
+    job = answer.json()["id"]
+    assert await act(served, "DELETE", f"/ablation/{job}") == 200
+    assert await act(served, "DELETE", "/ablation/another") == 404
+    refused, done = await acts(served, "?what=cancel+ablation")
+    assert line(done, "who", "object", "result") == ("admin", job, "done")
+    assert line(refused, "object", "result") == ("another", "not_found")
+
+
 async def test_pages_and_filters(served: Served) -> None:
     for path in ("/adapters/legal/pin", "/adapters/medical/pin", "/adapters/legal/unpin"):
         await act(served, "POST", path)

@@ -76,6 +76,19 @@ def test_small_items_that_overtake_their_owners_large_ones_give_it_no_more_than_
     assert "other" in drained(queue)[:2]
 
 
+def test_an_item_that_was_never_taken_costs_its_owner_nothing() -> None:
+    queue = FairQueue[str]()
+    queue.push("other", 100, "first")
+    assert queue.pop() == "first"
+    for _ in range(5):
+        queue.remove(queue.push("a", 1000, "refused"))
+    early = queue.push("a", 1000, "given up")
+    queue.push("a", 50, "a")
+    queue.remove(early)
+    queue.push("b", 60, "b")
+    assert drained(queue) == ["a", "b"]
+
+
 def test_the_greediest_is_another_owner_with_more_items() -> None:
     queue = FairQueue[str]()
     assert queue.newest_of_greediest("a") is None

@@ -12,12 +12,13 @@ from sqlalchemy import event, func, select
 
 from crma.core.errors import ConfigError, NotFound
 from crma.evaluation import question_lines, question_set
-from crma.evaluation.question_set import parse_question_set
+from crma.evaluation.question_set import QuestionSet, parse_question_set
 from server.records import question_sets as rows
 from server.records.database import Database
 from server.records.errors import RecordsNotWritable
 from server.records.tables import question_sets as table
 from server.records.tables import questions
+from server.service import question_sets as service
 from server.service.errors import InvalidField
 from server.service.question_sets import BATCH, QuestionSets
 
@@ -208,3 +209,24 @@ async def test_a_pipe_in_the_store_is_no_question_set_and_is_not_waited_for(
         assert [each["name"] for each in await sets.describe("")] == ["public"]
         with pytest.raises(ConfigError, match="not a plain file"):
             await sets.read("pipe", "")
+
+
+async def test_a_file_of_the_store_is_read_for_a_list_only_when_it_has_changed(
+    sets: QuestionSets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = service.read_question_set
+    seen = []
+
+    def counted(path: Path) -> QuestionSet:
+        seen.append(path)
+        return read(path)
+
+    monkeypatch.setattr(service, "read_question_set", counted)
+    first = await sets.describe("")
+    assert await sets.describe("") == first
+    assert len(seen) == 1
+    replaced = sets.built_in / "new"
+    replaced.write_bytes(line(0) + line(1))
+    replaced.replace(sets.built_in / "public.jsonl")
+    assert [each["items"] for each in await sets.describe("")] == [2]
+    assert len(seen) == 2
