@@ -151,7 +151,7 @@ class Connection(HttpToolsProtocol):
             return
         in_head = self._reads_head
         super().data_received(data)
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_refused:
             return
         if in_head and self._reads_head:
             self._head_bytes += len(data)  # httptools keeps a header until it is complete

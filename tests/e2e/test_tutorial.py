@@ -8,7 +8,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_tutorial_runs_and_draws_its_ablation() -> None:
-    nbclient = pytest.importorskip("nbclient")  # of the group `e2e`: `make test` collects without it
+    nbclient = pytest.importorskip("nbclient")  # of the group `e2e`: not of `make setup`
     nbformat = pytest.importorskip("nbformat")
     notebook = nbformat.read(ROOT / "docs" / "tutorial.ipynb", as_version=4)
     runner = nbclient.NotebookClient(

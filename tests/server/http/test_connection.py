@@ -244,6 +244,9 @@ async def test_a_head_over_the_limit_is_answered_431(serve: Serve, head: bytes) 
     port = await serve(head_timeout_s=NEVER)
     client = await port.connect()
     await client.send(head[:3000])
+    async with asyncio.timeout(10):
+        while not any(each._reads_head for each in port.door.waiting):
+            await asyncio.sleep(0.01)
     for start in range(3000, len(head), 65536):
         client.writer.write(head[start : start + 65536])
     status, body = await client.answer()
@@ -251,6 +254,7 @@ async def test_a_head_over_the_limit_is_answered_431(serve: Serve, head: bytes) 
     assert body["error"]["field"] == "headers"
     assert body["error"]["allowed"].startswith("<= 4096 bytes")
     assert port.app.num_asked == 0
+    assert port.refused() == {"head_too_large": 1}
     assert await is_served(port)
 
 
