@@ -118,7 +118,8 @@ class Publisher:
                 message = f"no task {name!r} serves"
                 allowed = registry.task_names
                 raise NotFound(message, field="task", value=name, allowed=allowed)
-            channels = await asyncio.to_thread(registry.store.roll_back, task_channel(name))
+            roll_back = partial(registry.store.roll_back, task_channel(name))
+            channels = await registry.threads.run(roll_back)
             await registry.refresh()
         return channels.tasks[name]
 
