@@ -55,10 +55,14 @@ class Life:
     exit_code: int | None = None
 
     def mib_per_hour(self) -> float | None:
-        """The slope of the memory under load; None: too short a life to tell."""
-        if len(self.memory) < MIN_SAMPLES:
+        """The slope of the memory under load; None: too short a life to tell.
+
+        That of the second half: in the first, caches fill.
+        """
+        late = self.memory[len(self.memory) // 2 :]
+        if len(late) < MIN_SAMPLES:
             return None
-        seconds, mib = zip(*self.memory, strict=True)
+        seconds, mib = zip(*late, strict=True)
         return HOUR * statistics.linear_regression(seconds, mib).slope
 
     def leaked(self) -> dict[str, float]:
