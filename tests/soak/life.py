@@ -1,6 +1,7 @@
 """One life of the server, from a start to an end: its memory, and what it holds when idle."""
 
 import statistics
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,9 @@ from soak.server_run import ServerRun
 
 MIN_SAMPLES = 60  # seconds of load, for a slope
 HOUR = 3600.0
+DATABASE = ".sqlite3"  # in the names of its files
+MAX_POOLED = 5  # connections that SQLAlchemy keeps open once there were so many at a time
+NUM_LOOKS = 5  # at the descriptors: the probe of /healthz has one now and then
 HELD = ("crma_kv_cache_usage_perc", "crma_adapter_uses", "crma_num_requests_waiting")
 
 
@@ -18,7 +22,7 @@ class IdleState:
 
     Attributes:
         held: blocks (a share), uses of adapters, waiting requests: each must be 0.
-        descriptors: by kind.
+        descriptors: by kind; those of NUM_LOOKS looks that are open at each.
     """
 
     held: dict[str, float]
@@ -29,7 +33,11 @@ class IdleState:
     def of(cls, server: ServerRun, headers: dict[str, str]) -> "IdleState":
         gauges = server.gauges(headers)
         held = {name: gauges[name] for name in HELD}
-        return cls(held, server.descriptors(), server.resident_mib())
+        descriptors = server.descriptors()
+        for _ in range(NUM_LOOKS - 1):
+            time.sleep(0.2)
+            descriptors &= server.descriptors()
+        return cls(held, descriptors, server.resident_mib())
 
 
 @dataclass
@@ -71,7 +79,9 @@ class Life:
         for state in self.idle:
             found.update({name: value for name, value in state.held.items() if value})
         if len(self.idle) > 1:
-            found.update(self.idle[-1].descriptors - self.idle[0].descriptors)
+            last = self.idle[-1].descriptors
+            more = last - self.idle[0].descriptors
+            found.update({name: more[name] for name in more if not _is_pooled(name, last[name])})
         return found
 
     def report(self) -> dict[str, Any]:
@@ -87,3 +97,7 @@ class Life:
             "leaked": self.leaked(),
             "exit_code": self.exit_code,
         }
+
+
+def _is_pooled(name: str, count: int) -> bool:
+    return DATABASE in name and count <= MAX_POOLED
