@@ -24,6 +24,7 @@ from server.app import create_app
 from server.drain import CANCEL_SECONDS, DrainingServer
 from server.engine.native.async_engine import AsyncEngine
 from server.engine.native.freed_memory import return_freed_memory
+from server.engine.native.kv_size import KvSize
 from server.engine.native.launch import EngineConfig, start_engine
 from server.http.log import configure as configure_logs
 from server.listener import addresses, listen, max_connections, protocol, raise_descriptor_limit
@@ -73,7 +74,7 @@ def _start_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=settings.max_model_len,
-        kv_cache_tokens=settings.kv_cache_tokens,
+        kv_size=KvSize(settings.kv_cache_tokens, settings.kv_cache_mib),
         prefix_caching=settings.prefix_caching,
         max_loaded_adapters=settings.max_loaded_adapters,
         max_adapter_bytes=max_adapter_bytes,

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from crma.core.allowed import describe
@@ -88,8 +88,14 @@ class Settings(BaseSettings):
     max_model_len: int = _setting(
         2048, "Prompt + answer tokens of one sequence; at most the model's own.", ge=2
     )
-    kv_cache_tokens: int = _setting(
-        8192, "Tokens that the KV cache holds, of all sequences; at least max_model_len.", ge=32
+    kv_cache_tokens: int | None = _setting(
+        None,
+        "Tokens that the KV cache holds, of all sequences; at least max_model_len. Unset: 8192; on "
+        "CUDA more, where memory is free.",
+        ge=32,
+    )
+    kv_cache_mib: int | None = _setting(
+        None, "Size of the KV cache in MiB, in place of `kv_cache_tokens`.", ge=1
     )
     prefix_caching: bool = _setting(
         True, "Share the KV of prompts that begin alike, under the same adapters."
@@ -233,6 +239,13 @@ class Settings(BaseSettings):
         if value and not listed:  # a mistyped list of keys must not open the server to all
             raise ValueError("only commas and spaces")
         return listed
+
+    @field_validator("kv_cache_mib")
+    @classmethod
+    def _check_one_size(cls, mib: int | None, info: ValidationInfo) -> int | None:
+        if mib is not None and info.data.get("kv_cache_tokens") is not None:
+            raise ValueError("CRMA_KV_CACHE_TOKENS is set too: only one of the two can be")
+        return mib
 
     @field_validator("cors_origins")
     @classmethod

@@ -1,24 +1,19 @@
 """Loads a pulled base model: frozen, on a device, in a dtype that the hardware computes in."""
 
+from __future__ import annotations
+
 import platform
-from unittest.mock import patch
+from typing import TYPE_CHECKING
 
 import torch
-import transformers.utils
-
-# transformers imports scipy for the losses of models that find objects in pictures: it takes a
-# second and 60 MiB.
-with patch.object(transformers.utils, "is_scipy_available", lambda: False):
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-    )
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from crma.core.errors import ConfigError
 from crma.models.base_model import BaseModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def compute_alone() -> None:
@@ -80,6 +75,8 @@ def computes_in_bfloat16(device: torch.device) -> bool:
 
 def load_model(base: BaseModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Load the base model, frozen and in evaluation mode. Nothing is fetched."""
+    from transformers import AutoModelForCausalLM  # here, because it imports the code of models
+
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype, local_files_only=True)
     if getattr(model.config, "attn_logit_softcapping", None):

@@ -173,3 +173,13 @@ def test_a_list_without_anything_in_it_is_refused(
     with pytest.raises(ConfigError) as caught:
         Settings.load()
     assert caught.value.field == name
+
+
+def test_the_size_of_the_kv_cache_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CRMA_KV_CACHE_MIB", "512")
+    assert Settings.load().kv_cache_mib == 512
+    monkeypatch.setenv("CRMA_KV_CACHE_TOKENS", "8192")
+    with pytest.raises(ConfigError, match="only one of the two") as caught:
+        Settings.load()
+    assert "CRMA_KV_CACHE_MIB" in caught.value.message
+    assert "CRMA_KV_CACHE_TOKENS" in caught.value.message

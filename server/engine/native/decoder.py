@@ -8,14 +8,15 @@ where they round, except in the sum of a linear and its adapters.
 Shapes: as in kv_cache.py; T tokens; d hidden size; f intermediate size.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
-from transformers import PreTrainedModel
 
 from crma.method.backbone import FoldedPair
 from crma.method.frozen_linear import FrozenLinear
@@ -27,12 +28,16 @@ from crma.method.injection import (
     head_shape,
 )
 from crma.method.lora import LoraPair
-from server.engine.native.joined_linear import JoinedLinear, Linear, join
+from server.engine.native.bare_model import BareModel
+from server.engine.native.joined_linear import JoinedLinear, Linear, join, packs
 from server.engine.native.kernel import Kernel
 from server.engine.native.kv_cache import PagedKv, attend
 from server.engine.native.lora_stack import Site
 from server.engine.native.lora_table import table_of
 from server.engine.native.token_embedding import TokenEmbedding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [T, 1, e], the first half of the sines negated
 Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # h, positions -> cosines, sines
@@ -50,6 +55,8 @@ DOWN = ("mlp.down_proj",)
 
 def covers(model: PreTrainedModel) -> bool:
     """Whether a `Decoder` can take the place of the model."""
+    if isinstance(model, BareModel):
+        return True
     return type(model).__name__ in COVERED and model.config.hidden_act == "silu"
 
 
@@ -120,21 +127,24 @@ class Decoder:
         path, blocks = decoder_blocks(model)
         inner = model.get_submodule(path.rpartition(".")[0])
         tokens: nn.Embedding = model.get_input_embeddings()
+        head: nn.Linear = model.get_output_embeddings()
         if take_weights:
-            _own_unpacked_weights(model, tokens)
+            _own_unpacked_weights(model, tokens, is_shared=_is_shared(tokens, head, kernel, int8))
         self._int8 = int8
         self._frozen: dict[str, FrozenLinear] = {}
         self._rotary: Rotary = rotary or inner.rotary_emb
         self._norm = inner.norm.weight.data
         (self._embedding_path,) = embedding_shape(model)
-        self._layers = [self._layer(f"{path}.{i}", block) for i, block in enumerate(blocks)]
-        head = model.get_output_embeddings()
+        self._layers: list[_Layer] = []
+        for i, block in enumerate(blocks):
+            self._layers.append(self._layer(f"{path}.{i}", block))
+            if take_weights:
+                _empty(block)
         joined = join([head], kernel, int8=int8)
         self._head = self._projection(tuple(head_shape(model)), joined)
-        self._embedding = _embedding(tokens, head, joined)
+        self._embedding = _embedding(tokens, head, joined, model.dtype)
         if take_weights:
-            for parameter in model.parameters():
-                parameter.data = parameter.data.new_empty(0)
+            _empty(model)
 
     @property
     def sites(self) -> list[Site]:
@@ -300,19 +310,36 @@ def _backbone_in_kernel(
     return add_delta
 
 
-def _embedding(tokens: nn.Embedding, head: nn.Linear, joined: JoinedLinear) -> TokenEmbedding:
+def _embedding(
+    tokens: nn.Embedding, head: nn.Linear, joined: JoinedLinear, dtype: torch.dtype
+) -> TokenEmbedding:
     """The model's embedding; if its weight is the head's, they share the packed one."""
     is_tied = head.weight is tokens.weight
     if is_tied and joined.packed is not None:
-        return TokenEmbedding(joined.packed, tokens.weight.dtype)
-    return TokenEmbedding(tokens.weight.data, tokens.weight.dtype)
+        return TokenEmbedding(joined.packed, dtype)
+    return TokenEmbedding(tokens.weight.data, dtype)
 
 
-def _own_unpacked_weights(model: PreTrainedModel, tokens: nn.Embedding) -> None:
-    """Copy the weights that the decoder uses unpacked: embeddings, norms and biases.
+def _is_shared(tokens: nn.Embedding, head: nn.Linear, kernel: Kernel | None, int8: bool) -> bool:
+    """Whether the embedding will be the packed weight of the head."""
+    is_tied = head.weight is tokens.weight
+    return is_tied and not int8 and kernel is not None and packs(kernel, [head])
 
-    They are views of the file that all weights were read from, and would keep it in memory.
+
+def _own_unpacked_weights(model: PreTrainedModel, tokens: nn.Embedding, *, is_shared: bool) -> None:
+    """Copy the weights that the decoder uses unpacked: norms, biases, and the embedding unless it
+    is shared.
+
+    They are views of the file that weights were read from, and would keep it in memory.
     """
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    for parameter in (tokens.weight, *vectors):
-        parameter.data = parameter.data.clone()
+    unpacked = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    if not is_shared:
+        unpacked.append(tokens.weight)
+    for parameter in unpacked:
+        parameter.data = parameter.data.to(model.dtype, copy=True)
+
+
+def _empty(module: nn.Module) -> None:
+    """Let go of a module's weights."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.new_empty(0)

@@ -55,8 +55,8 @@ def join(
     packed = None
     if kernel is not None and int8:
         product = _product_in_int8(kernel, linears)
-    elif kernel is not None and _multiplies(kernel, linears):
-        packed = PackedWeight.of(torch.cat([one.weight for one in linears]))
+    elif kernel is not None and packs(kernel, linears):
+        packed = PackedWeight.of(_side_by_side(linears))
         product = partial(_product_of_packed, kernel, packed)
     else:
         product = _product(linears)
@@ -74,17 +74,24 @@ def _columns(product: Product, columns: slice, x: Tensor) -> Tensor:
     return product(x, None)[:, columns]
 
 
-def _multiplies(kernel: Kernel, linears: list[nn.Linear]) -> bool:
-    if _can_pack(linears[0].weight) and not kernel.cpu_class.multiplies_bfloat16:
+def packs(kernel: Kernel, linears: list[nn.Linear]) -> bool:
+    """Whether `join` packs the weights of these linears in bfloat16, unless in 8 bits."""
+    weight = linears[0].weight
+    is_torchs = weight.dtype == kernel.dtype and _can_pack(weight)
+    if is_torchs and not kernel.cpu_class.multiplies_bfloat16:
         return False
     return all(is_exact_in_bfloat16(one.weight) for one in linears)
 
 
-def _product(linears: list[nn.Linear]) -> Product:
+def _side_by_side(linears: list[nn.Linear]) -> Tensor:
+    """The weights as one; of a single linear its own, and no copy."""
     if len(linears) == 1:
-        weight = linears[0].weight.data
-    else:
-        weight = torch.cat([one.weight for one in linears])
+        return linears[0].weight.data
+    return torch.cat([one.weight.data for one in linears])
+
+
+def _product(linears: list[nn.Linear]) -> Product:
+    weight = _side_by_side(linears)
     if _can_pack(weight):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         return lambda x, bias: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
@@ -101,7 +108,7 @@ def _product_of_packed(
 
 
 def _product_in_int8(kernel: Kernel, linears: list[nn.Linear]) -> Product:
-    weight = Int8Weight.of(torch.cat([one.weight for one in linears]))
+    weight = Int8Weight.of(_side_by_side(linears))
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
         y = kernel.product_int8(x.contiguous(), weight)

@@ -1,6 +1,6 @@
 """Keys and values in blocks, and attention over them.
 
-The decoder calls `attend`; transformers' models come through their attention interface.
+The decoder calls `attend`; transformers' models come through `module_attention.py`.
 
 A batch is T tokens, each a row of its own. All operations but attention look at one token at a
 time, so sequences of any length, chunks of prompts and single new tokens share a batch without
@@ -11,19 +11,21 @@ heads, g = H / h; e head size. A group is n sequences with s new tokens each and
 p = m · z positions.
 """
 
+from __future__ import annotations
+
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from server.engine.native.block_pool import NULL_BLOCK
 from server.engine.native.kernel import Kernel
 
-ATTENTION = "crma_paged"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def make_cache(model: PreTrainedModel, num_blocks: int, block_size: int) -> Tensor:
@@ -32,15 +34,24 @@ def make_cache(model: PreTrainedModel, num_blocks: int, block_size: int) -> Tens
     Only the null block is zero. The caller must zero a sequence's blocks before their first use:
     masked positions still enter a product, where a NaN left in memory would spread (NaN · 0 = NaN).
     """
+    shape = _cache_shape(model, num_blocks, block_size)
+    cache = torch.empty(shape, dtype=model.dtype, device=model.device)
+    cache[:, NULL_BLOCK] = 0
+    return cache
+
+
+def block_bytes(model: PreTrainedModel, block_size: int) -> int:
+    """What one more block of a cache takes."""
+    return math.prod(_cache_shape(model, 1, block_size)) * model.dtype.itemsize
+
+
+def _cache_shape(model: PreTrainedModel, num_blocks: int, block_size: int) -> tuple[int, ...]:
     config = model.config
     num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None)
     if not head_size:
         head_size = config.hidden_size // config.num_attention_heads
-    shape = (config.num_hidden_layers, num_blocks, block_size, 2 * num_kv_heads, head_size)
-    cache = torch.empty(shape, dtype=model.dtype, device=model.device)
-    cache[:, NULL_BLOCK] = 0
-    return cache
+    return (config.num_hidden_layers, num_blocks, block_size, 2 * num_kv_heads, head_size)
 
 
 @dataclass(frozen=True)
@@ -182,39 +193,3 @@ def _attend_gathered(
         scores = torch.tanh(q @ k.mT * scaling / softcap) * softcap + mask
         attended = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
     return attended.view(n, h, s, g, e).transpose(1, 2).reshape(n * s, H, e)
-
-
-def paged_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    _mask: Tensor | None,
-    *,
-    scaling: float,
-    paged: PagedKv,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface, with one token a row.
-
-    Args:
-        module: the attention module, which knows its layer.
-        query: [T, H, 1, e].
-        key: [T, h, 1, e], stored in the cache.
-        value: [T, h, 1, e], likewise.
-        paged: comes through the model's keyword arguments.
-
-    Returns:
-        [T, 1, H, e], and no attention weights.
-    """
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    new = torch.cat((key, value), dim=1)
-    paged.store(layer, new[:, :, 0])
-    attended = attend(paged, layer, query[:, :, 0], scaling, sliding_window, softcap)
-    return attended[:, None], None
-
-
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, paged_attention)

@@ -1,12 +1,13 @@
 """Builds the native engine on a base model and starts its thread."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from crma.core.errors import ConfigError
 from crma.method.injection import Injection
@@ -16,18 +17,25 @@ from crma.models.rope import RopeScaling, context_length, rope_scaling
 from server.engine.inference_engine import ServedModel
 from server.engine.native.adapter_pool import AdapterPool
 from server.engine.native.async_engine import AsyncEngine
+from server.engine.native.bare_model import bare_model
 from server.engine.native.block_pool import BlockPool, root_key
 from server.engine.native.cpu_quota import cpu_quota
 from server.engine.native.engine import Engine, model_stop_ids
 from server.engine.native.kernel import Kernel
+from server.engine.native.kv_cache import block_bytes
+from server.engine.native.kv_size import MIB, KvSize
 from server.engine.native.model_runner import ModelRunner
 from server.engine.native.scheduler import Scheduler
 from server.engine.native.step_budget import StepBudget
 from server.engine.native.step_watchdog import StepWatchdog
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16  # tokens of a KV cache block, the unit of allocation and of prefix sharing
+KV_REUSE = 4  # as many tokens as running sequences may have, so often: the rest is prefixes
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class EngineConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
-    kv_cache_tokens: int
+    kv_size: KvSize
     prefix_caching: bool
     max_loaded_adapters: int
     max_adapter_bytes: int | None
@@ -67,15 +75,17 @@ def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
     # One thread for everything but the engine's own thread, which sets its number in a step
     # (model_runner.py).
     torch.set_num_threads(1)
+    _check_step(config)
     device = resolve_device(config.device)
-    injection = Injection(load_model(base, device, resolve_dtype(config.dtype, device)))
+    computes_in = resolve_dtype(config.dtype, device)
+    kernel = _native_kernel(device, computes_in, config)
+    injection = Injection(_load(base, device, computes_in, kernel))
     model = injection.model
     tokenizer = load_tokenizer(base)
     max_model_len = min(config.max_model_len, context_length(model.config))
-    _check_limits(config, max_model_len)
     rope = _rope_beyond(model, max_model_len)
-    dtype = _dtype_name(model, config.quantization)
-    blocks = BlockPool(1 + -(-config.kv_cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
+    dtype = _dtype_name(computes_in, config.quantization)
+    blocks = _blocks(model, config, max_model_len)
     pool = AdapterPool(injection, config.max_loaded_adapters, config.max_adapter_bytes)
     runner = ModelRunner(
         injection,
@@ -83,7 +93,7 @@ def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
         blocks,
         num_threads,
         take_weights=True,
-        kernel=_native_kernel(model, config),
+        kernel=kernel,
         int8=config.quantization == "int8",
         rope=rope,
     )
@@ -107,6 +117,16 @@ def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
     return AsyncEngine(engine, served, config.max_queue, StepWatchdog(config.step_timeout_s))
 
 
+def _load(
+    base: BaseModel, device: torch.device, dtype: torch.dtype, kernel: Kernel | None
+) -> PreTrainedModel:
+    """The base model: without its code where the decoder needs none."""
+    model = bare_model(base, device, dtype, is_mapped=kernel is not None)
+    if model is None:
+        return load_model(base, device, dtype)
+    return cast("PreTrainedModel", model)  # it stands for one
+
+
 def _num_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many token ids exist: both for the tokenizer and as rows of the model."""
     # The tokenizer's length is less than its last id where ids are left out.
@@ -123,10 +143,8 @@ def _rope_beyond(model: PreTrainedModel, max_model_len: int) -> RopeScaling | No
     return scaling
 
 
-def _check_limits(config: EngineConfig, max_model_len: int) -> None:
-    """Raises ConfigError where a step, or the KV cache, is too small for the sequences that it
-    must hold.
-    """
+def _check_step(config: EngineConfig) -> None:
+    """Raises ConfigError where a step is too small for the sequences that it must hold."""
     if config.max_num_batched_tokens < config.max_num_seqs:
         raise ConfigError(
             "max_num_batched_tokens is too small: every running sequence takes a token a step",
@@ -134,21 +152,30 @@ def _check_limits(config: EngineConfig, max_model_len: int) -> None:
             value=config.max_num_batched_tokens,
             allowed=f">= max_num_seqs, {config.max_num_seqs}",
         )
-    if config.kv_cache_tokens < max_model_len:
-        raise ConfigError(
-            "kv_cache_tokens is too small: one sequence of max_model_len tokens must fit",
-            field="kv_cache_tokens",
-            value=config.kv_cache_tokens,
-            allowed=f">= max_model_len, {max_model_len}",
-        )
 
 
-def _dtype_name(model: PreTrainedModel, quantization: str) -> str:
+def _blocks(model: PreTrainedModel, config: EngineConfig, max_model_len: int) -> BlockPool:
+    """The blocks of the KV cache. Raises ConfigError if a sequence does not fit."""
+    of_block = block_bytes(model, BLOCK_SIZE)
+    config.kv_size.check(max_model_len, of_block, BLOCK_SIZE)
+    free_bytes = None
+    if model.device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(model.device)
+    useful = KV_REUSE * config.max_num_seqs * max_model_len
+    num_blocks = config.kv_size.num_blocks(
+        of_block, BLOCK_SIZE, free_bytes=free_bytes, useful_tokens=useful
+    )
+    num_tokens = (num_blocks - 1) * BLOCK_SIZE
+    logger.info("KV cache: %d tokens, %d MiB", num_tokens, num_blocks * of_block // MIB)
+    return BlockPool(num_blocks, BLOCK_SIZE)
+
+
+def _dtype_name(dtype: torch.dtype, quantization: str) -> str:
     """ "bfloat16", or "bfloat16+int8": int8 weights give other keys and values, so another cache
     identity.
     """
-    dtype = str(model.dtype).removeprefix("torch.")
-    return dtype if quantization == "none" else f"{dtype}+{quantization}"
+    name = str(dtype).removeprefix("torch.")
+    return name if quantization == "none" else f"{name}+{quantization}"
 
 
 def _num_cpus() -> int:
@@ -157,20 +184,22 @@ def _num_cpus() -> int:
     return min(cores, cpu_quota() or cores)
 
 
-def _native_kernel(model: PreTrainedModel, config: EngineConfig) -> Kernel | None:
-    """The kernel for the model's dtype; None if off, or if "auto" and it cannot be built.
+def _native_kernel(
+    device: torch.device, dtype: torch.dtype, config: EngineConfig
+) -> Kernel | None:
+    """The kernel for a device and dtype; None if off, or if "auto" and it cannot be built.
 
     Raises:
-        ConfigError: it is required and cannot be built or run, or the model is not on a CPU.
+        ConfigError: it is required and cannot be built or run, or the device is no CPU.
     """
     if config.kernel == "off":
         return None
     try:
-        if model.device.type != "cpu":
+        if device.type != "cpu":
             message = "the native kernel runs on CPUs only"
             raise ConfigError(message, field="kernel", value=config.kernel, allowed="device=cpu")
         cpu_class = None if config.kernel in ("auto", "on") else config.kernel
-        kernel = Kernel(model.dtype, config.kernel_folder, cpu_class)
+        kernel = Kernel(dtype, config.kernel_folder, cpu_class)
     except ConfigError as error:
         if config.kernel != "auto":
             raise

@@ -20,7 +20,7 @@ from server.engine.native.batch import Batch
 from server.engine.native.block_pool import BlockPool
 from server.engine.native.decoder import COVERED, Decoder, covers
 from server.engine.native.kernel import Kernel
-from server.engine.native.kv_cache import ATTENTION, PagedKv, make_cache
+from server.engine.native.kv_cache import PagedKv, make_cache
 from server.engine.native.lora_stack import StackedRows
 from server.engine.native.lora_table import LoraRows, LoraTables
 from server.engine.native.rotary import ScaledRotary
@@ -58,7 +58,7 @@ class ModelRunner:
     ) -> None:
         model = injection.model
         name = type(model).__name__
-        if not getattr(model, "_supports_attention_backend", False):
+        if not covers(model) and not getattr(model, "_supports_attention_backend", False):
             message = (
                 f"{name} cannot be served: "
                 "its attention does not go through transformers' attention interface"
@@ -131,6 +131,8 @@ class ModelRunner:
     @contextmanager
     def _paged_attention(self) -> Iterator[None]:
         """Replace the model's attention for one step; between steps the model has its own."""
+        from server.engine.native.module_attention import ATTENTION  # the decoder needs no modules
+
         config = self.injection.model.config
         original = config._attn_implementation
         config._attn_implementation = ATTENTION

@@ -17,14 +17,26 @@ from torch.nn.functional import pad
 PANEL = 16  # outputs of a panel
 INPUTS = 32  # inputs of a tile of AMX; weights are padded to a multiple
 MAX_INT8 = 127
+ROWS_AT_ONCE = 64 * PANEL  # of a weight that is copied to another dtype or layout
 
 
-def _packed(weight: Tensor) -> Tensor:
-    """Panels [P, words, PANEL, inputs of a word] of a weight [out, in], padded with zeros."""
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Panels [P, words, PANEL, inputs of a word] of a weight [out, in], padded with zeros.
+
+    Rows are cast to `dtype` and packed some at a time: a weight may be mapped from its file, and no
+    other copy of it is made.
+    """
     out, width = weight.shape
-    padded = pad(weight, (0, -width % INPUTS, 0, -out % PANEL))
-    of_word = 4 // weight.element_size()
-    return padded.view(-1, PANEL, padded.shape[1] // of_word, of_word).transpose(1, 2).contiguous()
+    of_word = 4 // dtype.itemsize
+    num_words = -(-width // INPUTS) * INPUTS // of_word
+    panels = torch.empty(-(-out // PANEL), num_words, PANEL, of_word, dtype=dtype)
+    first = 0
+    for rows in torch.split(weight, ROWS_AT_ONCE):
+        padded = pad(rows.to(dtype), (0, -width % INPUTS, 0, -len(rows) % PANEL))
+        some = padded.view(-1, PANEL, num_words, of_word).transpose(1, 2)
+        panels[first : first + len(some)] = some
+        first += len(some)
+    return panels
 
 
 def _unpacked(panels: Tensor, out: int, width: int) -> Tensor:
@@ -49,7 +61,7 @@ class PackedWeight:
     @classmethod
     def of(cls, weight: Tensor) -> Self:
         """Pack a weight [out, in], of any dtype; its values are rounded to bfloat16."""
-        return cls(_packed(weight.bfloat16()), *weight.shape)
+        return cls(_packed(weight, torch.bfloat16), *weight.shape)
 
     @property
     def num_words(self) -> int:
@@ -87,9 +99,10 @@ class Int8Weight:
     @classmethod
     def of(cls, weight: Tensor) -> Self:
         """Round a weight [out, in] to the nearest 8-bit values."""
-        scales = weight.float().abs().amax(dim=1).clamp(min=1e-30) / MAX_INT8
-        values = (weight.float() / scales[:, None]).round().to(torch.int8)
-        return cls(_packed(values), scales, values.sum(dim=1, dtype=torch.int32), *weight.shape)
+        parts = [_rounded(part) for part in torch.split(weight, ROWS_AT_ONCE)]
+        values, scales = (torch.cat(each) for each in zip(*parts, strict=True))
+        sums = values.sum(dim=1, dtype=torch.int32)
+        return cls(_packed(values, torch.int8), scales, sums, *weight.shape)
 
     @property
     def num_words(self) -> int:
@@ -101,7 +114,16 @@ class Int8Weight:
         return _unpacked(self.panels, self.out_features, self.in_features)
 
 
+def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest 8-bit values of rows [n, in], and their scales [n]."""
+    weight = weight.float()
+    scales = weight.abs().amax(dim=1).clamp(min=1e-30) / MAX_INT8
+    return (weight / scales[:, None]).round().to(torch.int8), scales
+
+
 def is_exact_in_bfloat16(weight: Tensor) -> bool:
     """Whether rounding a weight to bfloat16 changes none of its values."""
-    parts = torch.split(weight, 1024)  # so that no copy is as large as the weight
+    if weight.dtype == torch.bfloat16:
+        return True
+    parts = torch.split(weight, ROWS_AT_ONCE)  # so that no copy is as large as the weight
     return all(torch.equal(part.bfloat16().to(part.dtype), part) for part in parts)

@@ -4,20 +4,24 @@ transformers' modules choose one table for all rows of a call, by the largest po
 keep it for later calls. This takes their arithmetic, but chooses row by row and keeps nothing.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from crma.core.errors import UnsupportedModel
 from crma.models.rope import RopeScaling
 from server.engine.native.step import Chunk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NUM_TABLES = 256  # kept: of a dynamic model, every length beyond the original one has its own
 

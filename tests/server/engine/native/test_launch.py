@@ -15,6 +15,8 @@ from crma.core.selection import BASE
 from crma.models.base_model import BaseModel
 from server.engine.native import launch
 from server.engine.native.async_engine import AsyncEngine
+from server.engine.native.bare_model import BareModel
+from server.engine.native.kv_size import KvSize
 from server.engine.native.launch import EngineConfig, start_engine
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 
@@ -36,7 +38,7 @@ def config(tmp_path: Path) -> EngineConfig:
         max_num_seqs=2,
         max_num_batched_tokens=16,
         max_model_len=64,
-        kv_cache_tokens=64,
+        kv_size=KvSize(tokens=64),
         prefix_caching=True,
         max_loaded_adapters=2,
         max_adapter_bytes=None,
@@ -87,7 +89,7 @@ async def test_a_started_engine_answers_and_describes_its_model(
 async def test_the_context_is_no_longer_than_the_models_own(
     base: BaseModel, config: EngineConfig
 ) -> None:
-    engine = start_engine(base, replace(config, max_model_len=4096, kv_cache_tokens=512))
+    engine = start_engine(base, replace(config, max_model_len=4096, kv_size=KvSize(tokens=512)))
     await engine.close()
     assert engine.model.max_model_len == 512
 
@@ -131,7 +133,7 @@ def test_a_cache_smaller_than_one_sequence_is_refused(
     base: BaseModel, config: EngineConfig
 ) -> None:
     with pytest.raises(ConfigError, match="kv_cache_tokens") as caught:
-        start_engine(base, replace(config, max_model_len=64, kv_cache_tokens=63))
+        start_engine(base, replace(config, max_model_len=64, kv_size=KvSize(tokens=63)))
     error = caught.value
     assert error.field == "kv_cache_tokens"
     assert error.value == 63
@@ -139,7 +141,7 @@ def test_a_cache_smaller_than_one_sequence_is_refused(
 
 
 async def test_limits_that_just_fit_are_accepted(base: BaseModel, config: EngineConfig) -> None:
-    engine = start_engine(base, replace(config, max_num_batched_tokens=2, kv_cache_tokens=64))
+    engine = start_engine(base, replace(config, max_num_batched_tokens=2, kv_size=KvSize(tokens=64)))
     outputs = await answer(engine)
     assert outputs[-1].finish_reason is FinishReason.LENGTH
 
@@ -196,3 +198,27 @@ async def test_prefixes_are_not_shared_where_prefix_caching_is_off(
     engine = start_engine(base, replace(config, prefix_caching=False))
     await engine.close()
     assert engine.engine.scheduler.root_of is None
+
+
+async def test_the_size_of_the_cache_can_be_said_in_mib(
+    base: BaseModel, config: EngineConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, launch.__name__)
+    engine = start_engine(base, replace(config, kv_size=KvSize(mib=1)))
+    outputs = await answer(engine)
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    # 2 layers, keys and values of 2 heads of 8 numbers of 4 bytes: 256 bytes a token
+    assert engine.engine.runner.kv.nbytes == 2**20
+    assert "KV cache: 4080 tokens, 1 MiB" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+async def test_only_a_model_that_is_not_covered_is_loaded_with_its_code(
+    tmp_path: Path, config: EngineConfig, family: str
+) -> None:
+    base = tiny.pulled_base(tmp_path / "base", family)
+    engine = start_engine(base, config)
+    outputs = await answer(engine)
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    model: object = engine.engine.runner.injection.model
+    assert isinstance(model, BareModel) == (family == "llama")
