@@ -28,6 +28,7 @@ from server.engine.native.kv_size import KvSize
 from server.engine.native.launch import EngineConfig, start_engine
 from server.http.log import configure as configure_logs
 from server.listener import addresses, listen, max_connections, protocol, raise_descriptor_limit
+from server.loading import answering
 from server.service.access import check_access
 from server.service.frontend import Frontend
 from server.service.metrics import Metrics
@@ -38,15 +39,22 @@ from server.settings import Settings, drop_service_links
 log = logging.getLogger("server")
 
 
-def build(settings: Settings) -> FastAPI:
-    """The app on the native engine. Raises CrmaError for what it cannot serve, named."""
+def build(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
+    """The app on the native engine.
+
+    Args:
+        metrics: those of its connections too; None: new ones.
+
+    Raises:
+        CrmaError: what it cannot serve, named.
+    """
+    metrics = metrics or _new_metrics(settings)
     store = open_store(settings.store, settings.require_signature)
     base = find_base(settings.model, home=settings.home)
     telemetry = None
     if settings.otlp_endpoint is not None:
         telemetry = connect(settings.otlp_endpoint, base.name)
     engine = _start_engine(settings, base)
-    metrics = Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
     tokenizer = load_tokenizer(base)  # not the engine's: two threads must not share one
     registry = Registry(
         store=store,
@@ -58,6 +66,10 @@ def build(settings: Settings) -> FastAPI:
         load_backbone=settings.load_backbone,
     )
     return create_app(Frontend(settings, engine, registry, tokenizer, metrics, telemetry))
+
+
+def _new_metrics(settings: Settings) -> Metrics:
+    return Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
 
 
 def _start_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
@@ -145,7 +157,11 @@ def _serve(options: Mapping[str, Any], links: Sequence[str], ports: ExitStack) -
         check_access(settings)
         most = max_connections(settings, raise_descriptor_limit())
         sockets = [ports.enter_context(each) for each in listen(settings)]
-        app = build(settings)
+        metrics = _new_metrics(settings)
+        connection = protocol(settings, most, metrics)
+        log.info("loading %s; /readyz says when it can serve", settings.model)
+        with answering(sockets, connection):
+            app = build(settings, metrics)
     except CrmaError as error:
         sys.stderr.write(explain(error) + "\n")
         return 2
@@ -154,7 +170,7 @@ def _serve(options: Mapping[str, Any], links: Sequence[str], ports: ExitStack) -
     log.info("listening on %s; /docs has documentation and examples", addresses(sockets))
     config = uvicorn.Config(
         app,
-        http=protocol(settings, most, app.state.frontend.metrics),
+        http=connection,
         ws="none",
         lifespan="on",  # an app that cannot start ends the server; by default uvicorn would go on
         log_config=None,

@@ -142,6 +142,10 @@ class NotReady(ApiError, status=503, code="not_ready", headers={"Retry-After": "
     """The store is not verified yet."""
 
 
+class Loading(ApiError, status=503, code="loading", headers={"Retry-After": "1"}):
+    """The server has just been started, and its model is being loaded."""
+
+
 class Draining(ApiError, status=503, code="draining", headers={"Retry-After": "1"}):
     """The server is stopping; another may answer."""
 

@@ -60,6 +60,7 @@ REPEATED: list[Callable[[], Any]] = [
     lambda: httpx.ConnectError("refused"),
     lambda: httpx.ConnectTimeout("slow"),
     lambda: refusal(429, "queue_full", "1"),
+    lambda: refusal(503, "loading", "1"),
     lambda: refusal(503, "not_ready", "1"),
     lambda: refusal(503, "too_many_connections", "1"),
 ]

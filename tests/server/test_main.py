@@ -153,6 +153,7 @@ def running(script: str, *arguments: str, tmp_path: Path, **settings: str) -> It
         [sys.executable, "-c", script, *arguments],
         cwd=tmp_path,
         env={**os.environ, **own, **settings},
+        stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as server:
@@ -179,6 +180,59 @@ def test_a_server_whose_engine_has_failed_ends_with_code_1(num_passes: int, tmp_
         _, shown = server.communicate(timeout=60)
     assert server.returncode == 1
     assert "the device is gone" in shown
+
+
+SLOW_START = """
+import sys
+from server import __main__ as server
+
+start = server.start_engine
+
+def start_when_told(*given):
+    print("the model loads", file=sys.stderr, flush=True)
+    if sys.stdin.readline() == "fail\n":
+        raise server.CrmaError("the model is broken")
+    return start(*given)
+
+server.start_engine = start_when_told
+sys.exit(server.main())
+"""
+
+
+def told(server: subprocess.Popen[str], word: str) -> None:
+    """Let the model of SLOW_START load now, or fail."""
+    assert server.stdin is not None
+    server.stdin.write(word + "\n")
+    server.stdin.flush()
+
+
+def test_a_server_answers_while_its_model_loads(tmp_path: Path) -> None:
+    """Probes hung until their time-outs: the port was bound, and nobody answered."""
+    with running(SLOW_START, tmp_path=tmp_path, CRMA_DRAIN_GRACE_S="0") as (server, address):
+        assert server.stderr is not None
+        assert any("the model loads" in line for line in server.stderr)
+        with httpx.Client(base_url=address, timeout=30) as client:
+            assert client.get("/healthz").status_code == 200
+            early = client.get("/readyz")
+            assert (early.status_code, early.json()["reason"]) == (503, "loading")
+            refused = client.post("/generate", json={"prompt": "one", "max_tokens": 2})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "loading")
+            told(server, "load")
+            assert any(" ready: " in line for line in server.stderr)
+            assert client.get("/readyz").status_code == 200
+            answer = client.post("/generate", json={"prompt": "one", "max_tokens": 2})
+            assert answer.status_code == 200
+        server.terminate()
+        server.communicate(timeout=60)
+    assert server.returncode == 0
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_process_with_code_2(tmp_path: Path) -> None:
+    with running(SLOW_START, tmp_path=tmp_path) as (server, _):
+        told(server, "fail")
+        _, shown = server.communicate(timeout=60)
+    assert server.returncode == 2
+    assert shown.splitlines()[-1] == "the model is broken"
 
 
 HANGING_LOADS = """

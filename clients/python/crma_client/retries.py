@@ -10,7 +10,7 @@ from crma_client.errors import ConnectionFailed, CrmaClientError, StatusError, T
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 """What httpx raises before it has sent anything."""
 
-NOT_RUN = frozenset({"not_ready", "too_many_connections"})
+NOT_RUN = frozenset({"loading", "not_ready", "too_many_connections"})
 """Codes of a 503 that a server answers before it runs anything. `draining` is not one of them: a
 request that ran when the server stopped has it too."""
 
