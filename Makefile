@@ -6,6 +6,8 @@ PYTHON   ?= python3
 # Passed to pip when the environment is made: for instance an index that has PyTorch's CPU-only wheels, which are a
 # tenth of the size of the default ones. Any build of the release in constraints.txt will do.
 PIP_ARGS ?=
+# Of what pip says, the large downloads and the end; it has little to say with -qq, and too much without.
+SHOW_PIP := awk '/^ *Downloading .*[MG]B\)/ { n = split($$2, path, "/"); print "  " path[n], $$3, $$4 } /^Installing/ { print "  installing" } { fflush() }'
 SOAK_MINUTES ?= 60
 
 BIN    := .venv/bin
@@ -19,10 +21,10 @@ CLIENTS  ?= common instructor llama-index
 
 setup: .venv/.installed  ## make .venv, once; again only when pyproject.toml or constraints.txt changes
 
+# The server verifies the adapters itself.
 # exec: make passes SIGTERM on to its child, and a shell would not pass it on to the server.
 serve: setup  ## pull the base model if it is not there, verify the adapters, serve on PORT
 	$(BIN)/crma pull $(MODEL)
-	-@$(BIN)/crma store verify --model $(MODEL)
 	exec $(BIN)/crma serve --model $(MODEL) --port $(PORT) --device $(DEVICE)
 
 check: setup  ## lint, format, types, imports between rooms
@@ -90,7 +92,8 @@ clean:  ## remove .venv and what tools left behind; pulled models and results st
 	@echo 'making .venv: PyTorch and 80 smaller packages, a minute or more'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install -qq --upgrade 'pip>=25.1'
-	@$(BIN)/pip install -qq --only-binary=:all: $(PIP_ARGS) -c constraints.txt -e clients/python -e '.[client,train,signing]' --group dev
+	@rm -f .venv/.status
+	@{ $(BIN)/pip install --only-binary=:all: $(PIP_ARGS) -c constraints.txt -e clients/python -e '.[client,train,signing]' --group dev; echo $$? > .venv/.status; } | $(SHOW_PIP); exit $$(cat .venv/.status)
 	@touch $@
 
 .venv-clients/node/.installed: tests/e2e/openai_clients/package.json tests/e2e/openai_clients/package-lock.json

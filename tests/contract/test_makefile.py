@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from paths import ROOT
 
 SERVER = f"""#!{sys.executable}
@@ -35,3 +36,29 @@ def test_a_signal_to_make_serve_stops_the_server(tmp_path: Path) -> None:
         os.kill(make.pid, signal.SIGTERM)
         said = make.stdout.readline()
     assert said == "stopped\n"
+
+
+PIP = """#!/bin/sh
+case "$*" in *--upgrade*) exit 0;; esac
+echo "Collecting torch==2.13.0 (from -c constraints.txt)"
+echo "  Downloading torch-2.13.0-cp311.whl.metadata (29 kB)"
+echo "  Downloading https://index/whl/torch-2.13.0-cp311.whl (180.2 MB)"
+echo "Installing collected packages: torch"
+exit {status}
+"""
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_making_the_environment_shows_its_large_downloads(tmp_path: Path, status: int) -> None:
+    """Nothing was said for a minute or more."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".venv").mkdir()
+    for name in ("pyproject.toml", "constraints.txt", "python", "pip"):
+        place = tmp_path / name
+        place.write_text(PIP.format(status=status) if name == "pip" else "#!/bin/sh\n")
+        place.chmod(0o700)
+    command = ["make", "--silent", "setup", f"BIN={tmp_path}", f"PYTHON={tmp_path / 'python'}"]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert made.stdout.splitlines()[1:] == ["  torch-2.13.0-cp311.whl (180.2 MB)", "  installing"]
+    assert (made.returncode == 0) == (status == 0)
+    assert (tmp_path / ".venv" / ".installed").exists() == (status == 0)

@@ -190,7 +190,7 @@ start = server.start_engine
 
 def start_when_told(*given):
     print("the model loads", file=sys.stderr, flush=True)
-    if sys.stdin.readline() == "fail\n":
+    if sys.stdin.readline().strip() == "fail":
         raise server.CrmaError("the model is broken")
     return start(*given)
 

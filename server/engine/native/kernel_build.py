@@ -1,6 +1,7 @@
 """Builds the native kernel from `cpp/`, once for a machine: some seconds."""
 
 import hashlib
+import logging
 import shutil
 import subprocess
 import tempfile
@@ -12,6 +13,8 @@ import torch
 
 from crma.core.errors import ConfigError
 from server.engine.native.cpu_class import CpuClass
+
+logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "cpp" / "kernel.cpp"  # includes the headers beside it
 OPTIONS = (  # of the compiler, whatever the processor
@@ -41,6 +44,7 @@ def build(folder: Path, cpu_class: CpuClass) -> Path:
     """
     path = folder / f"kernel-{cpu_class.name}-{_fingerprint(_command(cpu_class.options))}.so"
     if not path.exists():
+        logger.info("building the native kernel for %s, once: some seconds", cpu_class.name)
         folder.mkdir(parents=True, exist_ok=True)
         compile_kernel(cpu_class.options, path)
     return path
