@@ -174,7 +174,12 @@ def parse_config(config: Mapping[str, Any]) -> PeftConfig:
         value = config.get(field)
         if value:
             raise refused(reason, field, value, advice)
-    data = json.dumps(config).encode()  # keeps the order of patterns, which has a meaning
+    return _parsed(json.dumps(config).encode())  # in its order: that of patterns has a meaning
+
+
+@lru_cache(8)  # one may have megabytes
+def _parsed(data: bytes) -> PeftConfig:
+    """The config in JSON: kept, because many adapters have the same. Raises as `parse_config`."""
     peft = parse_record(PeftConfig, data, CONFIG)
     for field, value in (peft.model_extra or {}).items():
         if value and field not in _HARMLESS:

@@ -12,10 +12,12 @@ A checkpoint that was not written by `save_pretrained` has the adapter's name in
 """
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 PREFIX = "base_model.model."
 FORMS = f"{PREFIX}<module>.lora_A.weight, .lora_B.weight and their kin"
+MAX_KEY = 2048  # characters of a name; a path has at most half as many
 _PATH = re.compile(r"\w{1,64}(\.\w{1,64}){0,15}", re.ASCII)
 
 # How a name ends after the module -> the part of the adapter. `*` is the adapter's name.
@@ -66,6 +68,13 @@ class PeftKey(NamedTuple):
 
 def parse_key(key: str) -> PeftKey | None:
     """The parts of a tensor's name; None if it is no name of a LoRA's tensor."""
+    if len(key) > MAX_KEY:
+        return None
+    return _parsed(key)
+
+
+@lru_cache(4096)  # all adapters have the same
+def _parsed(key: str) -> PeftKey | None:
     if not key.startswith(PREFIX):
         return None
     names = key.removeprefix(PREFIX).split(".")
