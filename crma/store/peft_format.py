@@ -29,7 +29,7 @@ from crma.store.peft_config import (
 )
 from crma.store.peft_key import FORMS, PREFIX, WRITTEN, parse_key
 from crma.store.served_range import check_range
-from crma.store.stored_tensor import StoredTensor
+from crma.store.stored_tensor import StoredTensor, find_largest
 
 if TYPE_CHECKING:
     import torch
@@ -249,6 +249,7 @@ def _parts_by_path(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, S
     """Module path -> the parts of its pair. Every tensor is used or refused."""
     paths: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     adapters = set()
+    find_largest(tensors.values())
     for key, tensor in tensors.items():
         found = parse_key(key)
         if found is None:

@@ -6,7 +6,8 @@ torch takes seconds to import, and importing or checking an adapter needs none o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ _MAGNITUDES: Mapping[str, np.unsignedinteger[Any]] = {
     "F16": np.uint16(0x7FFF),
     "F32": np.uint32(0x7FFFFFFF),
 }
+
+SMALL = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,8 @@ class StoredTensor:
         Its dtype must have been checked.
         """
         magnitude = _MAGNITUDES[self.dtype]
-        bits = (self.data.view(magnitude.dtype) & magnitude).max(initial=0)
-        if self.dtype == "F16":
-            return float(bits.view(np.float16))
-        if self.dtype == "BF16":  # the upper half of a float32
-            bits = np.uint32(bits) << np.uint32(16)
-        return float(bits.view(np.float32))
+        bits = (self.data.view(magnitude.dtype) & magnitude).max(initial=0, keepdims=True)
+        return _numbers(self.dtype, bits)[0]
 
     def is_finite(self) -> bool:
         """Whether it holds neither NaN nor infinity. Its dtype must have been checked."""
@@ -110,6 +109,34 @@ def read_tensors(data: bytes, where: str) -> dict[str, StoredTensor]:
         content = np.frombuffer(tensor["data"], np.uint8)
         tensors[name] = StoredTensor(tensor["dtype"], tuple(tensor["shape"]), content)
     return tensors
+
+
+def find_largest(tensors: Iterable[StoredTensor]) -> None:
+    """Find `largest` of small tensors together: numpy takes longer to begin with one than it needs.
+
+    Those of other dtypes than adapters have are left out.
+    """
+    small: dict[str, list[StoredTensor]] = defaultdict(list)
+    for tensor in tensors:
+        if tensor.dtype in _MAGNITUDES and 0 < tensor.data.nbytes <= SMALL:
+            small[tensor.dtype].append(tensor)
+    for dtype, some in small.items():
+        magnitude = _MAGNITUDES[dtype]
+        bits = np.concatenate([tensor.data for tensor in some]).view(magnitude.dtype)
+        bits &= magnitude
+        sizes = [tensor.numel for tensor in some]
+        found = np.maximum.reduceat(bits, np.cumsum([0, *sizes[:-1]]))
+        for tensor, largest in zip(some, _numbers(dtype, found), strict=True):
+            tensor.__dict__["largest"] = largest  # where a cached property is
+
+
+def _numbers(dtype: str, bits: np.ndarray[Any, Any]) -> list[float]:
+    """The numbers of a dtype that have these bits [n]."""
+    if dtype == "F16":
+        return list(map(float, bits.view(np.float16)))
+    if dtype == "BF16":  # the upper half of a float32
+        bits = bits.astype(np.uint32) << np.uint32(16)
+    return list(map(float, bits.view(np.float32)))
 
 
 def write_tensors(tensors: Mapping[str, StoredTensor]) -> bytes:

@@ -38,6 +38,7 @@ def test_a_name_that_is_written_is_read(part: str) -> None:
         f"{PREFIX}{PATH}.weight",
         f"{PREFIX}{PATH}.lora_A.bias",
         f"{PREFIX}{PATH}.lora_A.a.b.weight",
+        f"{PREFIX}{PATH}.lora_A.{'a' * 3000}.weight",
         f"{PREFIX}../{PATH}.lora_A.weight",
         f"{PREFIX}{'a.' * 17}lora_A.weight",
         f"{PREFIX}{PATH}.lora_A",

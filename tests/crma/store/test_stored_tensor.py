@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from json_values import json_values
 
 from crma.core.errors import InvalidAdapter
-from crma.store.stored_tensor import StoredTensor, read_tensors, write_tensors
+from crma.store import stored_tensor
+from crma.store.stored_tensor import StoredTensor, find_largest, read_tensors, write_tensors
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 MIXED = {
@@ -58,6 +59,21 @@ def test_every_number_of_16_bits_is_judged_as_torch_judges_it(dtype: torch.dtype
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     found = [StoredTensor.of(number).is_finite() for number in every]
     assert found == every.isfinite().tolist()
+
+
+@pytest.mark.parametrize("small", [0, 16, 1 << 20], ids=["none", "some", "all"])
+def test_the_largest_numbers_found_together_are_those_of_each(
+    small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_tensor, "SMALL", small)
+    values = [[0.5, -3.0, 1.0], [], [float("inf"), 2.0], [float("nan")], [-0.0], [7.0, 8.0, 9.0]]
+    plain = [torch.tensor(each) for each in values]
+    stored = [StoredTensor.of(each.to(dtype)) for dtype in DTYPES for each in plain]
+    stored.append(StoredTensor("I64", (1,), np.zeros(8, np.uint8)))
+    find_largest(stored)
+    largest = [max(map(abs, each), default=0.0) for each in values] * len(DTYPES)
+    found = [tensor.largest for tensor in stored[:-1]]
+    assert found == pytest.approx(largest, nan_ok=True)
 
 
 def test_other_dtypes_are_refused() -> None:
