@@ -158,9 +158,8 @@ def _serve(options: Mapping[str, Any], links: Sequence[str], ports: ExitStack) -
         most = max_connections(settings, raise_descriptor_limit())
         sockets = [ports.enter_context(each) for each in listen(settings)]
         metrics = _new_metrics(settings)
-        connection = protocol(settings, most, metrics)
         log.info("loading %s; /readyz says when it can serve", settings.model)
-        with answering(sockets, connection):
+        with answering(sockets, protocol(settings, most, metrics)):
             app = build(settings, metrics)
     except CrmaError as error:
         sys.stderr.write(explain(error) + "\n")
@@ -170,7 +169,7 @@ def _serve(options: Mapping[str, Any], links: Sequence[str], ports: ExitStack) -
     log.info("listening on %s; /docs has documentation and examples", addresses(sockets))
     config = uvicorn.Config(
         app,
-        http=connection,
+        http=protocol(settings, most, metrics),
         ws="none",
         lifespan="on",  # an app that cannot start ends the server; by default uvicorn would go on
         log_config=None,
