@@ -123,7 +123,7 @@ class _Stack(nn.Module):
     def __init__(self, config: Any, device: torch.device) -> None:
         super().__init__()
         size = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, size, device="meta")
+        self.embed_tokens = _Embedding(config.vocab_size, size, device="meta")
         self.layers = nn.ModuleList(_Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = _Norm(size)
         self.rotary_emb = _Rotary(config, device)
@@ -165,6 +165,16 @@ class _Mlp(nn.Module):
         self.gate_proj = _linear(size, inner, bias)
         self.up_proj = _linear(size, inner, bias)
         self.down_proj = _linear(inner, size, bias)
+
+
+class _Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Draw nothing: the weights come from files, and to draw imports torch's compiler."""
+
+
+class _Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """As `_Linear`."""
 
 
 class _Norm(nn.Module):
@@ -242,7 +252,7 @@ def _mapped(
 
 
 def _linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
-    return nn.Linear(in_features, out_features, bias, device="meta")
+    return _Linear(in_features, out_features, bias, device="meta")
 
 
 def _head_size(config: Any) -> int:
