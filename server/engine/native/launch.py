@@ -184,9 +184,7 @@ def _num_cpus() -> int:
     return min(cores, cpu_quota() or cores)
 
 
-def _native_kernel(
-    device: torch.device, dtype: torch.dtype, config: EngineConfig
-) -> Kernel | None:
+def _native_kernel(device: torch.device, dtype: torch.dtype, config: EngineConfig) -> Kernel | None:
     """The kernel for a device and dtype; None if off, or if "auto" and it cannot be built.
 
     Raises:

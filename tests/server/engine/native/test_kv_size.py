@@ -50,9 +50,7 @@ def test_a_device_gives_what_is_useful_and_at_least_the_default(
 
 @given(free_bytes=st.integers(10**9, 10**12), block_bytes=st.integers(1000, 10**6))
 def test_a_device_keeps_room_for_its_steps(free_bytes: int, block_bytes: int) -> None:
-    found = KvSize().num_blocks(
-        block_bytes, BLOCK_SIZE, free_bytes=free_bytes, useful_tokens=2**40
-    )
+    found = KvSize().num_blocks(block_bytes, BLOCK_SIZE, free_bytes=free_bytes, useful_tokens=2**40)
     assert found * block_bytes <= free_bytes * FREE_SHARE < (found + 1) * block_bytes
 
 
@@ -65,19 +63,17 @@ def test_the_mib_that_an_error_allows_hold_a_sequence(
     mib: int, max_model_len: int, block_bytes: int
 ) -> None:
     size = KvSize(mib=mib)
-    try:
+    if (size.num_blocks(block_bytes, BLOCK_SIZE) - 1) * BLOCK_SIZE >= max_model_len:
         size.check(max_model_len, block_bytes, BLOCK_SIZE)
-    except ConfigError as error:
-        assert error.field == "kv_cache_mib"
-        assert error.value == mib
-        least = int(error.allowed.removeprefix(">= "))
-        assert least > mib
-        KvSize(mib=least).check(max_model_len, block_bytes, BLOCK_SIZE)
-        with pytest.raises(ConfigError):
-            KvSize(mib=least - 1).check(max_model_len, block_bytes, BLOCK_SIZE)
-    else:
-        num_blocks = size.num_blocks(block_bytes, BLOCK_SIZE)
-        assert (num_blocks - 1) * BLOCK_SIZE >= max_model_len
+        return
+    with pytest.raises(ConfigError) as caught:
+        size.check(max_model_len, block_bytes, BLOCK_SIZE)
+    assert (caught.value.field, caught.value.value) == ("kv_cache_mib", mib)
+    least = int(str(caught.value.allowed).removeprefix(">= "))
+    assert least > mib
+    KvSize(mib=least).check(max_model_len, block_bytes, BLOCK_SIZE)
+    with pytest.raises(ConfigError):
+        KvSize(mib=least - 1).check(max_model_len, block_bytes, BLOCK_SIZE)
 
 
 def test_the_default_too_has_to_hold_a_sequence() -> None:

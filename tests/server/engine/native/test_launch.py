@@ -141,7 +141,9 @@ def test_a_cache_smaller_than_one_sequence_is_refused(
 
 
 async def test_limits_that_just_fit_are_accepted(base: BaseModel, config: EngineConfig) -> None:
-    engine = start_engine(base, replace(config, max_num_batched_tokens=2, kv_size=KvSize(tokens=64)))
+    engine = start_engine(
+        base, replace(config, max_num_batched_tokens=2, kv_size=KvSize(tokens=64))
+    )
     outputs = await answer(engine)
     assert outputs[-1].finish_reason is FinishReason.LENGTH
 
