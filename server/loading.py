@@ -18,6 +18,12 @@ from server.http.error_handlers import error_response
 from server.http.security_headers import SecurityHeaders
 from server.service.errors import Loading
 
+NOT_READY: dict[str, object] = {
+    "status": "not_ready",
+    "reason": "loading",
+    "problems": {},
+    "store_problem": None,
+}
 EMPTY = ("/health", "/ping")  # the routes about readiness whose answers have no body
 
 _THREAD = "loading"
@@ -68,8 +74,7 @@ def _response(path: str) -> Response:
         return JSONResponse({"status": "alive"})
     error = Loading("the model is being loaded; try again")
     if path == "/readyz":
-        body = {"status": "not_ready", "reason": "loading", "problems": {}, "store_problem": None}
-        return JSONResponse(body, error.status, error.headers)
+        return JSONResponse(NOT_READY, error.status, error.headers)
     if path in EMPTY:
         return Response(None, error.status, error.headers)
     return error_response(error, path)
