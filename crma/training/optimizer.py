@@ -31,7 +31,8 @@ def parameter_groups(
     """The AdamW parameter groups of a task.
 
     Backbone parameters that do not train are left out and no longer require a gradient. The mixing
-    logits and the gate have no weight decay.
+    logits and the gate have no weight decay. Parameters of the LoRA that require no gradient are
+    left out too.
 
     Args:
         config: the run's.
@@ -43,11 +44,11 @@ def parameter_groups(
     """
     lora = {
         "name": "lora",
-        "params": list(adapted.lora_parameters),
+        "params": [each for each in adapted.lora_parameters if each.requires_grad],
         "lr": config.lora.lr,
         "weight_decay": config.weight_decay,
     }
-    groups = [lora]
+    groups: list[dict[str, Any]] = [lora] if lora["params"] else []
     if adapted.backbone is None or not adapted.backbone_moves:
         return groups
     settings = config.crma
