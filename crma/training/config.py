@@ -101,8 +101,8 @@ class TrainConfig(Settings):
     measure: Measured = _key(
         "holdout",
         "The split that the record reports: `validation` for every choice, `holdout` once the "
-        "choice is made. `reserve`: further questions of the built-in domains, which only an "
-        "experiment with an endpoint may ask.",
+        "choice is made. `reserve`: further questions of the built-in domains, for experiments "
+        "with an endpoint.",
     )
     matrix: bool = _key(
         True,

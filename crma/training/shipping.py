@@ -30,7 +30,7 @@ class Shipment(NamedTuple):
 
 
 def check_shippable(arm: Arm) -> None:
-    """Raise ConfigError if no store can serve what a run of this arm trains. Call it before a run."""
+    """Raise ConfigError if no store can serve what this arm trains. Call it before a run."""
     reason = ""
     if arm.joint:
         reason = "no per-task adapters to ship: it trains one LoRA on all tasks together"
