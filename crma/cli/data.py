@@ -16,7 +16,9 @@ group = typer.Typer()
 def data(
     domains: Annotated[
         list[str] | None,
-        typer.Argument(help="Domains, or clinc; by default, all domains that this machine can build."),
+        typer.Argument(
+            help="Domains, or clinc; by default, all domains that this machine can build."
+        ),
     ] = None,
     source: Annotated[
         list[str] | None,

@@ -101,24 +101,18 @@ def experiment(
 
 
 def _costs(runs: "Plan", results: Path) -> Answer:
-    """How many runs an experiment has, and what the missing ones cost on this machine."""
+    """How many runs an experiment has, and what the missing ones cost."""
     from crma.training.cost import estimate
 
-    examples, seconds = estimate([runs.configs[name] for name in runs.missing], results)
-    value = {
-        "runs": len(runs.configs),
-        "missing": runs.missing,
-        "examples": examples,
-        "seconds": seconds,
-    }
-    if seconds is None:
-        time = "unknown: no record of this class of machine"
-    else:
-        time = f"{seconds / 3600:.1f} h, one after the other, by the records of this machine"
+    cost = estimate([runs.configs[name] for name in runs.missing], results)
+    value = {"runs": len(runs.configs), "missing": runs.missing, **cost._asdict()}
+    time = "unknown: there is no record of any machine"
+    if cost.seconds is not None:
+        time = f"{cost.seconds / 3600:.1f} h, one after the other, on {cost.machine}"
     rows = [
         ("runs", str(len(runs.configs))),
         ("missing", str(len(runs.missing))),
-        ("training examples", str(examples)),
+        ("training examples", str(cost.examples)),
         ("time", time),
     ]
     return Answer(value, columns(rows))

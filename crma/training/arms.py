@@ -21,6 +21,8 @@ ArmName = Literal[
     "FROZEN-matched",
     "FROZEN-warm-last",
     "FROZEN-warm-mean",
+    "SLOW-FAST",
+    "NULL-SPACE",
     "PRIVATE",
     "ORACLE",
     "ORACLE-loo",
@@ -43,6 +45,10 @@ class Arm:
         crma: a backbone trains beside the LoRAs.
         backbone_learns: the backbone keeps training after task 1, in the parameter groups that the
             configuration names.
+        slow: the backbone trains at its full rates on every task t, and then goes back to 1 / t of
+            the way. The LoRA trains with it for half of the epochs, and alone for the others.
+        protects: after task 1 only R trains, and only in directions that no block output of an
+            earlier task has.
         private: every task has a backbone of its own, from the same start, and is served under it
             for ever. Nothing is shared.
         pretrained_on: the backbone trains alone, before any LoRA, and stands still afterwards.
@@ -60,6 +66,8 @@ class Arm:
     warm: Literal["last", "mean"] | None = None
     crma: bool = False
     backbone_learns: bool = False
+    slow: bool = False
+    protects: bool = False
     private: bool = False
     pretrained_on: Literal["union", "others"] | None = None
     matched: bool = False
@@ -98,6 +106,8 @@ ARMS: dict[ArmName, Arm] = {
         Arm("FROZEN-matched", matched=True),
         Arm("NAIVE", fresh_lora=False),
         Arm("JOINT", matched=True, joint=True),
+        Arm("SLOW-FAST", crma=True, backbone_learns=True, slow=True),
+        Arm("NULL-SPACE", crma=True, backbone_learns=True, protects=True),
         Arm("PRIVATE", crma=True, private=True),
         Arm("ORACLE", crma=True, pretrained_on="union"),
         Arm("ORACLE-loo", crma=True, private=True, pretrained_on="others"),

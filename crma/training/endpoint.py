@@ -129,8 +129,17 @@ def advantages(arm: Mapping[int, Record], base: Mapping[int, Record]) -> dict[in
 
 
 def by_seed(records: Sequence[Record], arm: str) -> dict[int, Record]:
-    """The records of an arm, by seed."""
-    return {record["seed"]: record for record in records if record["arm"] == arm}
+    """The records of an arm, by seed. Raises ConfigError if a seed has two."""
+    found: dict[int, Record] = {}
+    for record in records:
+        if record["arm"] != arm:
+            continue
+        seed = record["seed"]
+        if seed in found:
+            message = f"the experiment has two runs of {arm} with the seed {seed}"
+            raise ConfigError(message, field="seed", value=seed, allowed="one run a seed")
+        found[seed] = record
+    return found
 
 
 def missing(endpoint: Endpoint, records: Sequence[Record]) -> list[str]:

@@ -42,6 +42,7 @@ class TaskTrainer:
         folder: the step log is written to `<folder>/log.jsonl`.
         M_0: the mixing matrices at the start of the run; None if the backbone does not train.
         average: follows the weights step by step, if they are to be averaged.
+        free: [L, d, d] the projection on the directions in which R may move; None: in all.
     """
 
     config: TrainConfig
@@ -54,6 +55,7 @@ class TaskTrainer:
     folder: Path
     M_0: Tensor | None = None
     average: WeightAverage | None = None
+    free: Tensor | None = None
 
     def run(self, progress: Callable[[int, int], None]) -> float:
         """Train to the end of the last epoch.
@@ -142,10 +144,21 @@ class TaskTrainer:
         if not all(math.isfinite(value) for value in (measured["loss"], *norms.values())):
             message = f"{self.task}: loss or gradient is not finite; lower lr"
             raise TrainingError(message, field="loss", value=measured, allowed="finite")
-        optimizer.step()
+        self._update(optimizer)
         if self.average is not None:
             self.average.update()
         return measured
+
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move the parameters; R only in its free directions."""
+        backbone = self.adapted.backbone
+        if self.free is None or backbone is None:
+            optimizer.step()
+            return
+        before = backbone.R.detach().clone()
+        optimizer.step()
+        with torch.no_grad():
+            backbone.R.copy_(before + (backbone.R - before) @ self.free)
 
     def _write(self, log: BinaryIO, epoch: int, step: int, measured: dict[str, Any]) -> None:
         factor = learning_rate_factor(step, self._num_steps, self.config.warmup)

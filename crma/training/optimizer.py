@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from crma.training.adapted_model import AdaptedModel
-from crma.training.arms import ARMS
+from crma.training.arms import ARMS, Group
 from crma.training.config import TrainConfig
 
 MIXING = ("S", "gamma")  # the mixing logits and the gate
@@ -51,10 +51,11 @@ def parameter_groups(
     groups: list[dict[str, Any]] = [lora] if lora["params"] else []
     if adapted.backbone is None or not adapted.backbone_moves:
         return groups
-    settings = config.crma
+    arm, settings = ARMS[config.arm], config.crma
     scale = 1.0 if first_task else settings.later_scale
+    later_moves: tuple[Group, ...] = ("R",) if arm.protects else settings.later_moves
     for name, parameter in adapted.backbone.named_parameters():
-        trains = name in ARMS[config.arm].groups and (first_task or name in settings.later_moves)
+        trains = name in arm.groups and (first_task or name in later_moves)
         parameter.requires_grad_(trains)
         if not trains:
             continue

@@ -7,52 +7,27 @@ finished, and ends with the same result.
 
 import json
 import time
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from crma.core.errors import ConfigError, TrainingError
 from crma.core.files import replace_file, to_json
 from crma.data.examples import Example
 from crma.data.splits import load_split
 from crma.evaluation.evaluator import Encoded, Evaluator
-from crma.method.backbone import Backbone
-from crma.method.injection import Injection, Plan
-from crma.method.lora import Lora
+from crma.method.injection import Injection
 from crma.models.base_model import BaseModel
 from crma.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
-from crma.models.model_shape import ModelShape
 from crma.store.entry import BackboneEntry
 from crma.store.manifest import check_name
 from crma.store.opening import open_store
-from crma.training.adapted_model import AdaptedModel
 from crma.training.arms import ARMS
 from crma.training.config import TrainConfig, task_name
-from crma.training.initial_adapters import (
-    backbone_shape,
-    first_lora,
-    lora_config,
-    mean_lora,
-    new_backbone,
-)
-from crma.training.loop import LOG_FILE, TaskTrainer
+from crma.training.initial_adapters import backbone_shape
 from crma.training.prompt_format import format_of
 from crma.training.record import Progress, make_record, measure_stages, read_logs
-from crma.training.snapshots import Snapshots, Stage
-from crma.training.weight_average import WeightAverage
-
-STORED_DTYPE = torch.bfloat16  # of published LoRAs
-STATS_FILE = "stats.json"  # exists once a stage is trained and its snapshot published
-
-
-class Fit(NamedTuple):
-    """How long adapters trained, and the average of their weights, if there is to be one."""
-
-    wall_s: float
-    average: WeightAverage | None
+from crma.training.snapshots import Snapshots
+from crma.training.stage_trainer import StageTrainer
 
 
 class Run:
@@ -70,6 +45,7 @@ class Run:
             another one.
         train_rows, measure_rows: task -> its examples.
         snapshots: the adapters after every stage.
+        stage_trainer: trains the stages.
 
     Raises:
         InvalidAdapter: a task's folder does not have the name of a task.
@@ -102,6 +78,16 @@ class Run:
         self.train_rows = self._rows("train", config.train_items or None)
         self.measure_rows = self._rows(config.measure)
         self.snapshots = Snapshots(folder / "store", config, base, self.evaluator.fmt, self.start)
+        self.stage_trainer = StageTrainer(
+            config,
+            self.injection,
+            self.evaluator,
+            self.snapshots,
+            self.train_rows,
+            self.measure_rows,
+            folder / "work",
+            progress,
+        )
 
     def execute(self) -> dict[str, Any]:
         """Train every stage, measure, and write the record.
@@ -115,13 +101,13 @@ class Run:
         """
         self._pin_config()
         started = time.perf_counter()
-        stages = self.snapshots.stages
-        train_s = sum(self._train(index) for index in range(len(stages)))
+        num_stages = len(self.snapshots.stages)
+        train_s = sum(self.stage_trainer.train(index) for index in range(num_stages))
         measured = measure_stages(self.snapshots, self.evaluator, self.measure_rows, self.progress)
-        log = read_logs(self._logs())
+        log = read_logs(self.stage_trainer.logs())
         record = make_record(self.snapshots, measured, log, train_s, self.model.dtype)
         if self.config.ema:
-            record["loss_unaveraged"] = self._unaveraged()
+            record["loss_unaveraged"] = self.stage_trainer.losses_unaveraged()
         record["wall_s"] = time.perf_counter() - started
         replace_file(self.folder / "record.json", to_json(record))
         return record
@@ -135,27 +121,6 @@ class Run:
                 examples += load_split(task, split)
             rows[task] = self.evaluator.encode(examples[:limit])
         return rows
-
-    def _logs(self) -> Iterator[Path]:
-        """The step logs of all stages, in the order of training."""
-        for stage in self.snapshots.stages:
-            for folder in (self._pretraining(stage.name), self._work(stage.name)):
-                if (folder / LOG_FILE).exists():
-                    yield folder / LOG_FILE
-
-    def _unaveraged(self) -> list[float]:
-        """The loss of each task when it was learned, under the weights after the last step."""
-        by_task: dict[str, float] = {}
-        for stage in self.snapshots.stages:
-            stats = json.loads((self._work(stage.name) / STATS_FILE).read_text())
-            by_task |= stats["loss_unaveraged"]
-        return [by_task[task] for task in self.config.tasks]
-
-    def _work(self, stage: str) -> Path:
-        return self.folder / "work" / stage
-
-    def _pretraining(self, stage: str) -> Path:
-        return self._work(stage) / "pretraining"
 
     def _pin_config(self) -> None:
         """Write the configuration into the run folder, which then belongs to it.
@@ -172,116 +137,6 @@ class Run:
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, to_json(self.config))
-
-    def _train(self, index: int) -> float:
-        """Train a stage and publish its snapshot, unless that is done.
-
-        Returns:
-            The seconds that training took.
-        """
-        stage = self.snapshots.stages[index]
-        stats = self._work(stage.name) / STATS_FILE
-        if stats.exists():
-            return json.loads(stats.read_text())["wall_s"]
-        lora = self._start_lora(index)
-        backbone = self._start_backbone(index)
-        pretraining_s = self._pretrain(index, backbone)
-        adapted = AdaptedModel(
-            self.injection, lora, backbone, backbone_moves=self._backbone_moves(index)
-        )
-        is_first = self._is_first_for_backbone(index)
-        fit = self._fit(stage, adapted, self._work(stage.name), first_task=is_first)
-        measured: dict[str, Any] = {"wall_s": pretraining_s + fit.wall_s}
-        if fit.average is not None:
-            measured["loss_unaveraged"] = self._losses(stage, lora, backbone)
-            fit.average.apply()
-        self.snapshots.publish(index, lora, backbone)
-        replace_file(stats, to_json(measured))
-        return measured["wall_s"]
-
-    def _pretrain(self, index: int, backbone: Backbone | None) -> float:
-        """Train the backbone alone, in arms that do so before this stage. Returns the seconds."""
-        tasks = self.snapshots.pretraining_tasks(index)
-        if backbone is None or not tasks:
-            return 0.0
-        name = self.snapshots.stages[index].name
-        no_lora = Lora(lora_config(self.config, self.injection), {})
-        adapted = AdaptedModel(self.injection, no_lora, backbone, backbone_moves=True)
-        stage = Stage(f"{name}, backbone", tasks)
-        fit = self._fit(stage, adapted, self._pretraining(name), first_task=True)
-        if fit.average is not None:
-            fit.average.apply()
-        return fit.wall_s
-
-    def _fit(self, stage: Stage, adapted: AdaptedModel, folder: Path, *, first_task: bool) -> Fit:
-        """Train adapters on the tasks of a stage; they end at the weights after the last step."""
-        adapted.to(self.device)
-        M_0 = None
-        if adapted.backbone_moves:
-            M_0 = self._first_backbone().to(self.device).mixing().detach()
-        average = None
-        if self.config.ema:
-            average = WeightAverage(adapted.parameters(), self.config.ema)
-        trainer = TaskTrainer(
-            config=self.config,
-            device=self.device,
-            adapted=adapted,
-            rows=[row for task in stage.tasks for row in self.train_rows[task]],
-            task=stage.name,
-            first_task=first_task,
-            pad_id=self.evaluator.stop_id,
-            folder=folder,
-            M_0=M_0,
-            average=average,
-        )
-        description = f"{self.arm.name} seed {self.config.seed}: {stage.name}"
-        return Fit(trainer.run(partial(self.progress, description)), average)
-
-    def _losses(self, stage: Stage, lora: Lora, backbone: Backbone | None) -> dict[str, float]:
-        """The loss of each task of a stage under adapters that are not published, as they serve."""
-        dtype = self.model.dtype
-        stored = lora.to(self.device, STORED_DTYPE).to(self.device, dtype)
-        pairs = [] if backbone is None else [(None, backbone.folded(self.device, dtype))]
-        plan = Plan([(None, stored)], pairs)
-        return {
-            task: self.evaluator.measure(plan, self.measure_rows[task]).loss for task in stage.tasks
-        }
-
-    def _is_first_for_backbone(self, index: int) -> bool:
-        """Whether the backbone of this stage has not trained before."""
-        return self.arm.private or (index == 0 and self.start is None)
-
-    def _backbone_moves(self, index: int) -> bool:
-        """Whether the backbone trains beside the LoRA of this stage."""
-        if not self.arm.crma or self.arm.pretrained_on is not None:
-            return False
-        later_moves = self.arm.backbone_learns and self.config.crma.later_scale > 0
-        return self._is_first_for_backbone(index) or later_moves
-
-    def _start_lora(self, index: int) -> Lora:
-        """The LoRA before a stage: new, or made from those of earlier stages."""
-        earlier = [self.snapshots.task(i).load() for i in range(index) if self._uses_earlier_loras]
-        if not earlier:
-            return first_lora(self.config, self.injection, self.snapshots.stages[index].name)
-        return mean_lora(earlier) if self.arm.warm == "mean" else earlier[-1].trainable()
-
-    @property
-    def _uses_earlier_loras(self) -> bool:
-        return self.arm.warm is not None or not self.arm.fresh_lora
-
-    def _start_backbone(self, index: int) -> Backbone | None:
-        """The backbone before a stage: the snapshot of the stage before, or the run's first."""
-        if not self.arm.crma:
-            return None
-        if index > 0 and not self.arm.private:
-            return self.snapshots.backbone_after(index).load()
-        return self._first_backbone()
-
-    def _first_backbone(self) -> Backbone:
-        """The backbone before the first stage: new, or the one that the run continues."""
-        if self.start is not None:
-            return self.start.load(ModelShape.of(self.model))
-        return new_backbone(self.config, self.injection)
 
 
 def _start_of(config: TrainConfig, base: BaseModel) -> BackboneEntry | None:

@@ -82,7 +82,10 @@ def grid(records: Sequence[Record]) -> Grid:
 
 
 def _gain(
-    losses: Mapping[Setting, Mapping[int, Sequence[float]]], setting: Setting, rank: int, loss: float
+    losses: Mapping[Setting, Mapping[int, Sequence[float]]],
+    setting: Setting,
+    rank: int,
+    loss: float,
 ) -> float | None:
     """By how much half the batch lowers a loss at its best learning rate, in percent."""
     half = [

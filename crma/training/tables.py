@@ -21,8 +21,8 @@ def arms_table(records: Mapping[str, Record]) -> str:
     """A Markdown table with one row for each label; figures are means over its seeds.
 
     Drift is that of prior tasks, in percent. The advantage says how far the mean final loss lies
-    below that of FROZEN-matched at the same seed, in percent; of new records only if the two runs are
-    paired.
+    below that of FROZEN-matched at the same seed, in percent; of new records only if the two runs
+    are paired.
 
     Args:
         records: "<label>-seed<n>" -> the record of that run.

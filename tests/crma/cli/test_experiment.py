@@ -50,6 +50,7 @@ def test_a_dry_run_counts_and_runs_nothing_and_a_run_prints_what_it_was_for(
         "missing": ["batch-6-seed0", "batch-3-seed0"],
         "examples": 24,
         "seconds": None,
+        "machine": "",
     }
     assert not (tmp_path / "results").exists()
     code, out, _ = crma("experiment", config, *folders)

@@ -80,8 +80,8 @@ def test_an_oracle_learns_the_union_alone_and_stands_still_under_every_lora(
     in_epoch = sum(len(row.prompt) + len(row.answer) - 1 for row in rows)
     assert tokens(log / "pretraining") == 2 * in_epoch
     assert not (tmp_path / "work" / "second" / "pretraining").exists()
-    steps = [json.loads(line) for line in (log / "pretraining" / "log.jsonl").open()]
-    assert {*steps[0]["grad_norm"]} == {"S", "R", "W", "gamma"}  # no LoRA
+    pretraining = (log / "pretraining" / "log.jsonl").read_text().splitlines()
+    assert {*json.loads(pretraining[0])["grad_norm"]} == {"S", "R", "W", "gamma"}  # no LoRA
     later = json.loads((log / "log.jsonl").read_text().splitlines()[0])
     assert {*later["grad_norm"]} == {"lora"}
     assert record["steps"] == 2 * 3 * 12  # all of it is in the record
@@ -133,7 +133,7 @@ def test_a_warm_lora_starts_at_the_last_one_and_leaves_it_as_it_was(
     record = run.execute()
     assert record["drift"] == [0, 0, 0]
     before = run.snapshots.task(1).load()
-    start = run._start_lora(2)
+    start = run.stage_trainer.start_lora(2)
     for name in ("A", "B"):
         assert weights(start, name).equal(weights(before, name).float())
     assert all(parameter.requires_grad for parameter in start.parameters())
@@ -155,7 +155,7 @@ def test_a_warm_mean_has_one_a_and_starts_at_the_mean_of_all_earlier_b(
     assert A[0].equal(A[2])
     drawn = weights(first_lora(run.config, run.injection, "first"), "A")
     assert not A[0].float().equal(drawn.bfloat16().float())  # it trained on task 1
-    start = run._start_lora(2)
+    start = run.stage_trainer.start_lora(2)
     B = torch.stack([weights(lora, "B").float() for lora in loras[:2]])
     assert weights(start, "B").equal(B.mean(0))
     assert not weights(loras[2], "B").equal(weights(loras[1], "B"))

@@ -183,7 +183,8 @@ def test_the_confirmation_plans_what_the_endpoint_judges() -> None:
     assert endpoint is not None
     assert experiment.orders == endpoint.orders
     planned = {(config.arm, config.seed) for config in experiment.planned().values()}
-    assert planned == {(arm, s) for arm in (endpoint.arm, *endpoint.against) for s in endpoint.seeds}
+    arms = (endpoint.arm, *endpoint.against)
+    assert planned == {(arm, seed) for arm in arms for seed in endpoint.seeds}
     for config in experiment.planned().values():
         assert config.tasks == order_of(config.seed, endpoint.orders)
         assert (config.measure, config.dtype) == (endpoint.measure, "bfloat16")

@@ -160,3 +160,14 @@ def test_a_plan_names_the_runs_without_a_record(tmp_path: Path) -> None:
     runs = plan(experiment(), tmp_path, only="FROZEN-*")
     assert (len(runs.configs), runs.missing) == (3, ["FROZEN-seed0", "FROZEN-seed1"])
     assert not list(tmp_path.iterdir())
+
+
+MADE_BEFORE = {"quick", "full", "search", "choose"}  # their records say "auto"
+
+
+def test_every_comparison_yet_to_be_made_pins_its_dtype() -> None:
+    """`auto` follows the processor, so records of two machines were no pair."""
+    for path in EXPERIMENTS.glob("*.toml"):
+        if path.stem not in MADE_BEFORE and "[[runs]]" in path.read_text():
+            dtypes = {config.dtype for config in read_experiment(path).planned().values()}
+            assert dtypes == {"bfloat16"}, path.name

@@ -50,6 +50,7 @@ def test_the_cheapest_setting_that_passes_at_every_rank_is_taken() -> None:
 def test_seeds_that_differ_too_much_do_not_pass() -> None:
     made = records(LOSSES)
     for i, each in enumerate(made):
-        each["mean_loss"] *= (0.9, 1.0, 1.1)[i % 3]
-        each["loss_unaveraged"] = [value * (0.9, 1, 1.1)[i % 3] for value in each["loss_unaveraged"]]
+        factor = (0.9, 1.0, 1.1)[i % 3]
+        each["mean_loss"] *= factor
+        each["loss_unaveraged"] = [factor * value for value in each["loss_unaveraged"]]
     assert choose(grid(made)) is None

@@ -46,7 +46,8 @@ def test_a_screening_run_measures_a_task_when_learned_and_at_the_end(
         patch.setattr(type(run.evaluator), "measure_items", counting)
         record = run.execute()
     assert len(measured) == 3  # the last task is measured once
-    (L_11, L_21), L_22 = (whole["loss"][1][0], whole["loss"][2][0]), whole["loss"][2][1]
+    L_11, L_21 = whole["loss"][1][0], whole["loss"][2][0]
+    L_22 = whole["loss"][2][1]
     assert record["loss"] == [[None, None], [L_11, None], [L_21, L_22]]
     for key in ("drift", "drift_nats", "mean_drift", "mean_loss", "ACC", "BWT", "items"):
         assert record[key] == whole[key]
@@ -96,15 +97,15 @@ def test_a_backbone_is_averaged_with_its_lora_and_goes_on_from_there(
 
 def test_arms_of_different_ranks_begin_with_the_same_rows(make: Make, tmp_path: Path) -> None:
     """FROZEN-matched had another A than FROZEN, and its log-ratio a standard deviation of 12 %."""
-    small = make(tmp_path / "small", "FROZEN", lora={"drawn_rank": 40})._start_lora(0)
-    large = make(tmp_path / "large", "FROZEN-matched", lora={"drawn_rank": 40})._start_lora(0)
+    small = make(tmp_path / "small", "FROZEN", lora={"drawn_rank": 40}).stage_trainer.start_lora(0)
+    large = make(tmp_path / "large", "FROZEN-matched", lora={"drawn_rank": 40}).stage_trainer.start_lora(0)
     assert (small.config.rank, large.config.rank > 2) == (2, True)
     assert small.config.scaling == large.config.scaling
     for path, pair in small.pairs.items():
         assert pair.A.equal(large.pairs[path].A[:2])
     too_small = make(tmp_path / "too_small", "FROZEN-matched", lora={"drawn_rank": 2})
     with pytest.raises(ConfigError, match="smaller rank") as caught:
-        too_small._start_lora(0)
+        too_small.stage_trainer.start_lora(0)
     assert caught.value.field == "lora.drawn_rank"
 
 
@@ -133,9 +134,7 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("field", DIFFERENT)
-def test_runs_that_differ_in_more_than_the_arm_are_not_compared(
-    field: str, whole: Record
-) -> None:
+def test_runs_that_differ_in_more_than_the_arm_are_not_compared(field: str, whole: Record) -> None:
     other = {**whole, "arm": "FROZEN", "pairing": {**whole["pairing"], field: DIFFERENT[field]}}
     with pytest.raises(ConfigError, match="differ in more than the arm") as caught:
         check_paired(whole, other)
