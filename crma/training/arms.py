@@ -27,6 +27,7 @@ ArmName = Literal[
     "ORACLE",
     "ORACLE-loo",
     "NAIVE",
+    "O-LoRA",
     "JOINT",
 ]
 ALL_GROUPS: tuple[Group, ...] = ("S", "gamma", "R", "W")
@@ -42,6 +43,8 @@ class Arm:
         warm: where the LoRA of a later task starts. None: anew. "last": at that of the task before.
             "mean": at the mean of the B of all earlier tasks, with the A of task 1, which does not
             train again.
+        grows: the one LoRA gets new rows for every task. Only they learn, kept orthogonal to those
+            of earlier tasks (`growing_lora`).
         crma: a backbone trains beside the LoRAs.
         backbone_learns: the backbone keeps training after task 1, in the parameter groups that the
             configuration names.
@@ -64,6 +67,7 @@ class Arm:
     name: ArmName
     fresh_lora: bool = True
     warm: Literal["last", "mean"] | None = None
+    grows: bool = False
     crma: bool = False
     backbone_learns: bool = False
     slow: bool = False
@@ -113,5 +117,6 @@ ARMS: dict[ArmName, Arm] = {
         Arm("ORACLE-loo", crma=True, private=True, pretrained_on="others"),
         Arm("FROZEN-warm-last", warm="last"),
         Arm("FROZEN-warm-mean", warm="mean"),
+        Arm("O-LoRA", fresh_lora=False, grows=True),
     )
 }

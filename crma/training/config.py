@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from crma.core.errors import ConfigError
 from crma.core.json_lines import checked
@@ -35,6 +35,12 @@ class LoraSettings(Settings):
         0,
         "A of a new LoRA is drawn at this rank and its first rows are taken, so that arms of "
         "different ranks begin alike; 0: at its own rank.",
+        ge=0,
+    )
+    orthogonality: float = _key(
+        0.5,
+        "In the arm O-LoRA, the weight of the sum of |A_i A_t| over earlier tasks i and the task t "
+        "in the loss.",
         ge=0,
     )
     target_modules: str = _key(
@@ -116,6 +122,12 @@ class TrainConfig(Settings):
     )
     lora: LoraSettings = LoraSettings()
     crma: CrmaSettings = CrmaSettings()
+
+    @model_validator(mode="after")
+    def _keeps_earlier_rows(self) -> Self:
+        if self.arm == "O-LoRA" and self.weight_decay:
+            raise ValueError("O-LoRA needs weight_decay = 0: it would shrink earlier tasks' rows")
+        return self
 
     @field_validator("tasks")
     @classmethod

@@ -20,6 +20,7 @@ from crma.training.arms import ARMS
 from crma.training.backbone_log import measure_backbone
 from crma.training.batches import epoch_batches
 from crma.training.config import TrainConfig
+from crma.training.growing_lora import overlap
 from crma.training.optimizer import learning_rate_factor, parameter_groups
 from crma.training.weight_average import WeightAverage
 
@@ -128,7 +129,7 @@ class TaskTrainer:
         """Take one optimizer step. Returns its measures for the log."""
         optimizer.zero_grad(set_to_none=True)
         loss = self.adapted(batch, crma=crma) / (batch.targets != IGNORED).sum()
-        loss.backward()
+        (loss + self._penalty()).backward()
         norms = {}
         for group in optimizer.param_groups:
             norm = nn.utils.clip_grad_norm_(group["params"], self.config.clip)
@@ -148,6 +149,13 @@ class TaskTrainer:
         if self.average is not None:
             self.average.update()
         return measured
+
+    def _penalty(self) -> Tensor | float:
+        """What is added to the loss of a batch, beside what the model answers."""
+        settings = self.config.lora
+        if not ARMS[self.config.arm].grows:
+            return 0.0
+        return settings.orthogonality * overlap(self.adapted.lora, settings.rank)
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
         """Move the parameters; R only in its free directions."""

@@ -23,6 +23,7 @@ from crma.training.adapted_model import AdaptedModel
 from crma.training.arms import ARMS, Arm
 from crma.training.config import TrainConfig
 from crma.training.gate import blend
+from crma.training.growing_lora import grown_lora
 from crma.training.initial_adapters import first_lora, lora_config, mean_lora, new_backbone
 from crma.training.loop import LOG_FILE, TaskTrainer
 from crma.training.protected_span import (
@@ -149,6 +150,9 @@ class StageTrainer:
         uses_earlier = self.arm.warm is not None or not self.arm.fresh_lora
         if index == 0 or not uses_earlier:
             return first_lora(self.config, self.injection, self.snapshots.stages[index].name)
+        if self.arm.grows:
+            new = first_lora(self.config, self.injection, self.snapshots.stages[index].name)
+            return grown_lora(self.snapshots.task(index - 1).load(), new)
         if self.arm.warm == "mean":
             return mean_lora([self.snapshots.task(i).load() for i in range(index)])
         return self.snapshots.task(index - 1).load().trainable()

@@ -97,8 +97,10 @@ def test_a_backbone_is_averaged_with_its_lora_and_goes_on_from_there(
 
 def test_arms_of_different_ranks_begin_with_the_same_rows(make: Make, tmp_path: Path) -> None:
     """FROZEN-matched had another A than FROZEN, and its log-ratio a standard deviation of 12 %."""
-    small = make(tmp_path / "small", "FROZEN", lora={"drawn_rank": 40}).stage_trainer.start_lora(0)
-    large = make(tmp_path / "large", "FROZEN-matched", lora={"drawn_rank": 40}).stage_trainer.start_lora(0)
+    small, large = (
+        make(tmp_path / arm, arm, lora={"drawn_rank": 40}).stage_trainer.start_lora(0)
+        for arm in ("FROZEN", "FROZEN-matched")
+    )
     assert (small.config.rank, large.config.rank > 2) == (2, True)
     assert small.config.scaling == large.config.scaling
     for path, pair in small.pairs.items():
