@@ -26,7 +26,7 @@ CLINC_TASKS = (
     "clinc-small-talk",
     "clinc-meta",
 )
-# Split -> its name in the source. In this order: a question that two splits have stays in the first.
+# Split -> its name in the source. A question that two of them have stays in the first.
 SOURCE_SPLITS: Mapping[str, str] = {"holdout": "test", "validation": "val", "train": "train"}
 
 
@@ -53,7 +53,7 @@ def read_clinc(folder: Path) -> dict[str, dict[str, list[Pair]]]:
 def _read(folder: Path) -> dict[str, dict[str, list[Pair]]]:
     utterances = json.loads((folder / "data_full.json").read_text(encoding="utf-8"))
     domains = json.loads((folder / "domains.json").read_text(encoding="utf-8"))
-    task_of = {}
+    task_of: dict[str, str] = {}
     for domain, intents in domains.items():
         task_of |= dict.fromkeys(intents, f"{CLINC}-{domain.replace('_', '-')}")
     found: dict[str, dict[str, list[Pair]]] = {task: {} for task in CLINC_TASKS}

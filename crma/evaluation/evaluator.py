@@ -185,7 +185,9 @@ class Evaluator:
                 nats = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
                 is_likeliest = logits.argmax(-1) == targets
                 lengths = [len(rows[i].answer) for i in indices]
-                parts = zip(nats.split(lengths), is_likeliest.split(lengths), strict=True)
+                parts = zip(
+                    torch.split(nats, lengths), torch.split(is_likeliest, lengths), strict=True
+                )
                 for i, (row_nats, row_likeliest) in zip(indices, parts, strict=True):
                     is_right = bool(row_likeliest.all())
                     measured[i] = ItemMeasure(row_nats.sum().item(), len(row_nats), is_right)

@@ -48,9 +48,7 @@ def measures(loss: Matrix, accuracy: Matrix, learned: Sequence[int]) -> dict[str
     for t in prior:
         since = [accuracy[i][t] for i in range(learned[t], len(accuracy))]
         best[t] = None if None in since else max(_known(since))
-    retained = [
-        _ratio(_minus(base[t], final[t]), _minus(base[t], when_learned[t])) for t in tasks
-    ]
+    retained = [_ratio(_minus(base[t], final[t]), _minus(base[t], when_learned[t])) for t in tasks]
     transfer = [_minus(accuracy[learned[t] - 1][t], accuracy[0][t]) for t in learned_later]
     return {
         "drift": drift,

@@ -6,7 +6,7 @@ figure is the paper's: the loss of *prior* tasks after the last one was learned.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import Field
 

@@ -32,8 +32,8 @@ def grown_lora(earlier: Lora, new: Lora) -> Lora:
         old = earlier.pairs[path]
         A = nn.Parameter(torch.cat([old.A.detach().float(), pair.A.detach()]))
         B = nn.Parameter(torch.cat([old.B.detach().float(), pair.B.detach()], dim=1))
-        A.register_hook(partial(_without_first, old_rank, 0))
-        B.register_hook(partial(_without_first, old_rank, 1))
+        A.register_hook(partial(_without_first, old_rank, 0))  # type: ignore[no-untyped-call]
+        B.register_hook(partial(_without_first, old_rank, 1))  # type: ignore[no-untyped-call]
         pairs[path] = LoraPair(A, B, pair.scaling)
     return Lora(config, pairs)
 

@@ -222,9 +222,7 @@ def test_clinc_is_ten_tasks_whose_training_data_begins_with_some_of_every_intent
         of_every_intent = [example.completion for example in train[: 2 * k]]
         assert sorted(of_every_intent) == sorted(k * ["credit cards one", "credit cards two"])
     (first, second) = load_split("clinc-credit-cards", "holdout")
-    assert first == Example(
-        'What does the user want? "test credit_cards_one"', "credit cards one"
-    )
+    assert first == Example('What does the user want? "test credit_cards_one"', "credit cards one")
     assert second.completion == "credit cards two"
 
 
