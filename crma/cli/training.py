@@ -12,6 +12,7 @@ from crma.cli.progress import progress
 from crma.models.base_model import find_base
 
 if TYPE_CHECKING:
+    from crma.training.experiment import Plan
     from crma.training.shipping import Shipment
 
 group = typer.Typer()
@@ -81,17 +82,40 @@ def experiment(
     only: Annotated[
         str, typer.Option(help="Only runs whose name matches a pattern, such as '*-seed0'.")
     ] = "*",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many runs there are and what they cost.")
+    ] = False,
 ) -> Answer:
     """Make the missing records of an experiment, and print the table of all its records."""
-    from crma.training.experiment import execute, read_experiment
-    from crma.training.tables import arms_table
+    from crma.training.experiment import execute, plan, read_experiment
+    from crma.training.experiment_report import experiment_report
 
     planned = read_experiment(config)
+    if dry_run:
+        return _costs(plan(planned, results, only=only), results)
     with progress(planned.name) as report:
         paths = execute(planned, results, work, only=only, report=report)
     note(f"{len(paths)} records in {results / planned.name}")
     records = {path.stem: json.loads(path.read_text()) for path in paths}
-    return Answer(records, arms_table(records))
+    return Answer(records, experiment_report(planned, records))
+
+
+def _costs(runs: "Plan", results: Path) -> Answer:
+    """How many runs an experiment has, and what the missing ones cost."""
+    from crma.training.cost import estimate
+
+    cost = estimate([runs.configs[name] for name in runs.missing], results)
+    value = {"runs": len(runs.configs), "missing": runs.missing, **cost._asdict()}
+    time = "unknown: there is no record of any machine"
+    if cost.seconds is not None:
+        time = f"{cost.seconds / 3600:.1f} h, one after the other, on {cost.machine}"
+    rows = [
+        ("runs", str(len(runs.configs))),
+        ("missing", str(len(runs.missing))),
+        ("training examples", str(cost.examples)),
+        ("time", time),
+    ]
+    return Answer(value, columns(rows))
 
 
 @group.command()

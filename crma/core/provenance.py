@@ -5,10 +5,12 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 _CPU_INFO = Path("/proc/cpuinfo")
+MACHINE = ("cpu", "capability", "gpu")  # of `hardware`: what a loss depends on beside the dtype
 
 
 def hardware() -> dict[str, Any]:
@@ -22,6 +24,11 @@ def hardware() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def machine_class(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `hardware` a loss depends on beside the dtype."""
+    return {key: machine[key] for key in MACHINE}
 
 
 def _cpu_name() -> str:

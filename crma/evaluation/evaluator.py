@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from math import fsum
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,14 @@ class Batch(NamedTuple):
         return int(self.attention_mask.sum())
 
 
+class ItemMeasure(NamedTuple):
+    """What `Evaluator.measure_items` found of one row."""
+
+    nats: float  # negative log-likelihood of its answer, summed over the answer's tokens
+    num_tokens: int  # of its answer
+    is_right: bool  # greedy decoding gives exactly this answer, and stops
+
+
 @dataclass(frozen=True)
 class Measure:
     """What `Evaluator.measure` found.
@@ -60,6 +69,15 @@ class Measure:
     accuracy: float
     items: int
     wilson: tuple[float, float]
+
+    @classmethod
+    def of(cls, items: Sequence[ItemMeasure]) -> Self:
+        """The measure of rows that were measured one by one."""
+        correct = sum(item.is_right for item in items)
+        nats = fsum(item.nats for item in items)
+        num_tokens = sum(item.num_tokens for item in items)
+        n = len(items)
+        return cls(nats / num_tokens, correct / n, n, wilson(correct, n))
 
 
 def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str = "cpu") -> Batch:
@@ -146,29 +164,34 @@ class Evaluator:
             rows.append(Encoded(prompt, answer))
         return rows
 
-    @torch.inference_mode()
     def measure(self, plan: Plan, rows: Sequence[Encoded]) -> Measure:
-        """Measure loss and exact-match accuracy on rows, in one forward pass per batch.
+        """Measure loss and exact-match accuracy on rows, in one forward pass per batch."""
+        return Measure.of(self.measure_items(plan, rows))
+
+    @torch.inference_mode()
+    def measure_items(self, plan: Plan, rows: Sequence[Encoded]) -> list[ItemMeasure]:
+        """Measure every row [n], in one forward pass per batch.
 
         A row is right if each of its answer tokens is the likeliest after the tokens before it:
         then, and only then, greedy decoding gives exactly this answer and stops.
         """
         model = self.injection.model
-        loss = 0.0
-        num_tokens = 0
-        correct = 0
+        measured = [ItemMeasure(0.0, 0, False)] * len(rows)
         with self.injection.active(plan):
             for indices in self._by_length(rows):
                 batch = collate([rows[i] for i in indices], self.stop_id, model.device)
                 logits = answer_logits(model, batch)
-                loss += answer_loss(logits, batch).item()
-                num_tokens += len(logits)
-                is_answer = batch.targets != IGNORED
-                is_right = torch.ones_like(is_answer)
-                is_right[is_answer] = logits.argmax(-1) == batch.targets[is_answer]
-                correct += int(is_right.all(dim=1).sum())
-        n = len(rows)
-        return Measure(loss / num_tokens, correct / n, n, wilson(correct, n))
+                targets = batch.targets[batch.targets != IGNORED]  # [answer tokens]
+                nats = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+                is_likeliest = logits.argmax(-1) == targets
+                lengths = [len(rows[i].answer) for i in indices]
+                parts = zip(
+                    torch.split(nats, lengths), torch.split(is_likeliest, lengths), strict=True
+                )
+                for i, (row_nats, row_likeliest) in zip(indices, parts, strict=True):
+                    is_right = bool(row_likeliest.all())
+                    measured[i] = ItemMeasure(row_nats.sum().item(), len(row_nats), is_right)
+        return measured
 
     @torch.inference_mode()
     def answers(self, plan: Plan, prompts: Sequence[str], *, max_tokens: int = 16) -> list[str]:

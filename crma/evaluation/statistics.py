@@ -223,6 +223,18 @@ def t_interval(values: Sequence[float]) -> Interval:
     return float(low), float(high)
 
 
+def t_test(values: Sequence[float]) -> float:
+    """Return the two-sided p that the mean of `values` [n >= 2], taken as normal, is 0.
+
+    Equal values have no error: p is then 0, or 1 if they are 0 ("Student" 1908).
+    """
+    from scipy import stats
+
+    if np.ptp(values) == 0:
+        return 0.0 if values[0] else 1.0
+    return float(stats.ttest_1samp(values, 0.0).pvalue)
+
+
 def tost(values: Sequence[float], *, margin: float) -> float:
     """Return the p of two one-sided t-tests (Schuirmann 1987) on `values` [n >= 2].
 

@@ -155,7 +155,10 @@ class Lora:
 
 
 def new_lora(
-    config: LoraConfig, shapes: Mapping[str, tuple[int, int]], generator: torch.Generator
+    config: LoraConfig,
+    shapes: Mapping[str, tuple[int, int]],
+    generator: torch.Generator,
+    drawn_rank: int = 0,
 ) -> Lora:
     """A trainable fp32 LoRA that adds nothing yet: B = 0, and A is initialised as in PEFT.
 
@@ -165,15 +168,24 @@ def new_lora(
         config: the rank, alpha and targets.
         shapes: module path -> (out, in), from `injection.linear_shapes`.
         generator: a CPU generator; the same seed gives the same A.
+        drawn_rank: A is drawn at this rank, and its first rows are taken, so that LoRAs of
+            different ranks begin with the same rows; 0: at the rank of the config.
 
     Raises:
-        ConfigError: a target matches no module.
+        ConfigError: a target matches no module, or `drawn_rank` is below the rank.
     """
+    drawn = drawn_rank or config.rank
+    if drawn < config.rank:
+        message = "drawn_rank: A cannot be cut from a draw of a smaller rank"
+        raise ConfigError(
+            message, field="lora.drawn_rank", value=drawn_rank, allowed=f"0, or >= {config.rank}"
+        )
     pairs = {}
     for path in match_targets(config.target_modules, shapes):
         out_features, in_features = shapes[path]
         bound = 1 / math.sqrt(in_features)
-        A = torch.empty(config.rank, in_features).uniform_(-bound, bound, generator=generator)
+        A = torch.empty(drawn, in_features).uniform_(-bound, bound, generator=generator)
+        A = A[: config.rank].clone()
         B = torch.zeros(out_features, config.rank)
         pairs[path] = LoraPair(nn.Parameter(A), nn.Parameter(B), config.scaling)
     return Lora(config, pairs)

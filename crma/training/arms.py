@@ -19,7 +19,15 @@ ArmName = Literal[
     "shared-LoRA",
     "FROZEN",
     "FROZEN-matched",
+    "FROZEN-warm-last",
+    "FROZEN-warm-mean",
+    "SLOW-FAST",
+    "NULL-SPACE",
+    "PRIVATE",
+    "ORACLE",
+    "ORACLE-loo",
     "NAIVE",
+    "O-LoRA",
     "JOINT",
 ]
 ALL_GROUPS: tuple[Group, ...] = ("S", "gamma", "R", "W")
@@ -31,10 +39,23 @@ class Arm:
 
     Attributes:
         name: the arm's name in configurations, records and tables.
-        fresh_lora: every task gets a new LoRA; otherwise one LoRA learns all tasks in turn.
-        crma: a shared backbone trains beside the LoRAs.
+        fresh_lora: every task has a LoRA of its own; otherwise one LoRA learns all tasks in turn.
+        warm: where the LoRA of a later task starts. None: anew. "last": at that of the task before.
+            "mean": at the mean of the B of all earlier tasks, with the A of task 1, which does not
+            train again.
+        grows: the one LoRA gets new rows for every task. Only they learn, kept orthogonal to those
+            of earlier tasks (`growing_lora`).
+        crma: a backbone trains beside the LoRAs.
         backbone_learns: the backbone keeps training after task 1, in the parameter groups that the
             configuration names.
+        slow: the backbone trains at its full rates on every task t, and then goes back to 1 / t of
+            the way. The LoRA trains with it for half of the epochs, and alone for the others.
+        protects: after task 1 only R trains, and only in directions that no block output of an
+            earlier task has.
+        private: every task has a backbone of its own, from the same start, and is served under it
+            for ever. Nothing is shared.
+        pretrained_on: the backbone trains alone, before any LoRA, and stands still afterwards.
+            "union": once, on all tasks. "others": for each task anew, on all tasks but that one.
         matched: the LoRA rank is raised until the LoRA has at least as many parameters as
             LoRA + CRMA; alpha / rank stays the same.
         joint: one LoRA trains on all tasks at once, for the same total number of steps. Nothing is
@@ -45,8 +66,14 @@ class Arm:
 
     name: ArmName
     fresh_lora: bool = True
+    warm: Literal["last", "mean"] | None = None
+    grows: bool = False
     crma: bool = False
     backbone_learns: bool = False
+    slow: bool = False
+    protects: bool = False
+    private: bool = False
+    pretrained_on: Literal["union", "others"] | None = None
     matched: bool = False
     joint: bool = False
     mapping: MixingMap = "rounded"
@@ -83,5 +110,13 @@ ARMS: dict[ArmName, Arm] = {
         Arm("FROZEN-matched", matched=True),
         Arm("NAIVE", fresh_lora=False),
         Arm("JOINT", matched=True, joint=True),
+        Arm("SLOW-FAST", crma=True, backbone_learns=True, slow=True),
+        Arm("NULL-SPACE", crma=True, backbone_learns=True, protects=True),
+        Arm("PRIVATE", crma=True, private=True),
+        Arm("ORACLE", crma=True, pretrained_on="union"),
+        Arm("ORACLE-loo", crma=True, private=True, pretrained_on="others"),
+        Arm("FROZEN-warm-last", warm="last"),
+        Arm("FROZEN-warm-mean", warm="mean"),
+        Arm("O-LoRA", fresh_lora=False, grows=True),
     )
 }

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from crma.core.errors import ConfigError
 from crma.core.json_lines import checked
 from crma.training.arms import ALL_GROUPS, ArmName, Group
+
+Measured = Literal["validation", "holdout", "reserve", "holdout+reserve"]
 
 
 class Settings(BaseModel):
@@ -29,6 +31,18 @@ class LoraSettings(Settings):
 
     rank: int = _key(8, "Rank.", ge=1)
     alpha: float = _key(16.0, "The update is scaled by alpha / rank.", gt=0)
+    drawn_rank: int = _key(
+        0,
+        "A of a new LoRA is drawn at this rank and its first rows are taken, so that arms of "
+        "different ranks begin alike; 0: at its own rank.",
+        ge=0,
+    )
+    orthogonality: float = _key(
+        0.5,
+        "In the arm O-LoRA, the weight of the sum of |A_i A_t| over earlier tasks i and the task t "
+        "in the loss.",
+        ge=0,
+    )
     target_modules: str = _key(
         "attention", "`attention`, `all-linear` or a comma-separated list of module names."
     )
@@ -69,6 +83,13 @@ class TrainConfig(Settings):
     batch_size: int = _key(16, "Examples a step.", ge=1)
     train_items: int = _key(0, "Only the first so many training examples; 0: all.", ge=0)
     warmup: float = _key(0.06, "Share of the steps in which the learning rate rises.", ge=0, lt=1)
+    ema: float = _key(
+        0.0,
+        "Decay of the moving average of the adapters' weights, which is what a task publishes; 0: "
+        "the last weights.",
+        ge=0,
+        lt=1,
+    )
     clip: float = _key(1.0, "Largest gradient norm of a parameter group.", gt=0)
     weight_decay: float = _key(0.0, "AdamW's; never applied to S and gamma.", ge=0)
     prompt_format: str = _key(
@@ -83,10 +104,16 @@ class TrainConfig(Settings):
         "An adapter store whose serving backbone goes on learning: every task then trains as a "
         "later one, and the result is a candidate for `crma store promote`. Empty: a new backbone.",
     )
-    measure: Literal["validation", "holdout"] = _key(
+    measure: Measured = _key(
         "holdout",
         "The split that the record reports: `validation` for every choice, `holdout` once the "
-        "choice is made.",
+        "choice is made. `reserve`: further questions of the built-in domains, for experiments "
+        "with an endpoint.",
+    )
+    matrix: bool = _key(
+        True,
+        "Measure every task after every stage; false, for screening: only when it was learned, and "
+        "at the end.",
     )
     dtype: Literal["auto", "bfloat16", "float32"] = _key(
         "auto",
@@ -95,6 +122,12 @@ class TrainConfig(Settings):
     )
     lora: LoraSettings = LoraSettings()
     crma: CrmaSettings = CrmaSettings()
+
+    @model_validator(mode="after")
+    def _keeps_earlier_rows(self) -> Self:
+        if self.arm == "O-LoRA" and self.weight_decay:
+            raise ValueError("O-LoRA needs weight_decay = 0: it would shrink earlier tasks' rows")
+        return self
 
     @field_validator("tasks")
     @classmethod

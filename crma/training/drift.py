@@ -1,13 +1,14 @@
 """Measures of forgetting, from matrices of losses and accuracies (docs/method.md, section 4).
 
 Shapes: T tasks and N stages. `loss[i][t]` (nats per answer token) and `accuracy[i][t]` belong to
-task t after stage i; row 0 is the base model. Task t is learned in stage `learned[t]`.
+task t after stage i; row 0 is the base model. Task t is learned in stage `learned[t]`. Of a matrix
+that was not measured whole, L_{t,t} and L_{T,t} are known; the other cells are None.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-Matrix = Sequence[Sequence[float]]
+Matrix = Sequence[Sequence[float | None]]
 
 
 def measures(loss: Matrix, accuracy: Matrix, learned: Sequence[int]) -> dict[str, Any]:
@@ -33,31 +34,50 @@ def measures(loss: Matrix, accuracy: Matrix, learned: Sequence[int]) -> dict[str
         FWT: mean accuracy of a task just before it is learned, minus that of the base model
             (Lopez-Paz & Ranzato 2017).
         forgetting: mean fall of prior tasks from their best accuracy (Chaudhry et al. 2018).
-        mean_drift, BWT, FWT and forgetting are None if nothing is sequential.
+        mean_drift, BWT, FWT and forgetting are None if nothing is sequential; FWT, forgetting and
+        the values of retained_gain also where a cell that they need was not measured.
     """
     tasks = range(len(learned))
     last_stage = len(loss) - 1
-    base = loss[0]
-    final = loss[-1]
-    when_learned = [loss[learned[t]][t] for t in tasks]
+    base, final = loss[0], _known(loss[-1])
+    when_learned = _known([loss[learned[t]][t] for t in tasks])
     prior = [t for t in tasks if learned[t] < last_stage]
     learned_later = [t for t in tasks if learned[t] > 1]
     drift = [100 * (final[t] - when_learned[t]) / when_learned[t] for t in tasks]
-    best = {}
+    best: dict[int, float | None] = {}
     for t in prior:
-        best[t] = max(accuracy[i][t] for i in range(learned[t], len(accuracy)))
+        since = [accuracy[i][t] for i in range(learned[t], len(accuracy))]
+        best[t] = None if None in since else max(_known(since))
+    retained = [_ratio(_minus(base[t], final[t]), _minus(base[t], when_learned[t])) for t in tasks]
+    transfer = [_minus(accuracy[learned[t] - 1][t], accuracy[0][t]) for t in learned_later]
     return {
         "drift": drift,
         "drift_nats": [final[t] - when_learned[t] for t in tasks],
-        "retained_gain": [(base[t] - final[t]) / (base[t] - when_learned[t]) for t in tasks],
+        "retained_gain": retained,
         "mean_drift": _mean([drift[t] for t in prior]),
         "mean_loss": _mean(final),
         "ACC": _mean(accuracy[-1]),
-        "BWT": _mean([accuracy[-1][t] - accuracy[learned[t]][t] for t in prior]),
-        "FWT": _mean([accuracy[learned[t] - 1][t] - accuracy[0][t] for t in learned_later]),
-        "forgetting": _mean([best[t] - accuracy[-1][t] for t in prior]),
+        "BWT": _mean([_minus(accuracy[-1][t], accuracy[learned[t]][t]) for t in prior]),
+        "FWT": _mean(transfer),
+        "forgetting": _mean([_minus(best[t], accuracy[-1][t]) for t in prior]),
     }
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _known(values: Sequence[float | None]) -> list[float]:
+    """The values, all of which were measured. Raises TypeError if one was not."""
+    return [float(value) for value in values]  # type: ignore[arg-type]
+
+
+def _minus(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one / other
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None if there is no value, or one that was not measured."""
+    if not values or None in values:
+        return None
+    return sum(_known(values)) / len(values)

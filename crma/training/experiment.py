@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -24,6 +24,7 @@ from crma.core.json_lines import checked
 from crma.models.base_model import find_base
 from crma.training.arms import ArmName
 from crma.training.config import Settings, TrainConfig, read_toml
+from crma.training.endpoint import Endpoint, Orders, order_of, read_endpoint
 from crma.training.protocol import Run
 from crma.training.record import Progress
 
@@ -45,12 +46,31 @@ class Runs(Settings):
 
 
 class Experiment(Settings):
-    """The content of an experiment's file."""
+    """The content of an experiment's file.
+
+    Attributes:
+        name: of the folder of its records.
+        config: shared by all runs.
+        arms: changes for single arms.
+        runs: one item for each arm.
+        orders: if there are any, a run takes its tasks in the order that its seed has
+            (`endpoint.order_of`).
+        report: what is said of the records beside the table of arms.
+        endpoint: the file of the endpoint, beside that of the experiment; empty: none. Its digest
+            goes into every record.
+    """
 
     name: str = Field(pattern=r"^[\w-]+$")
     config: dict[str, Any]
     arms: dict[ArmName, dict[str, Any]] = Field({})
     runs: tuple[Runs, ...] = Field(min_length=1)
+    orders: Orders = ()
+    report: Literal["regime", "ceiling"] | None = None
+    endpoint: str = ""
+
+    def judged_by(self) -> Endpoint | None:
+        """The endpoint that it names, if it names one. Raises as `read_endpoint`."""
+        return read_endpoint(Path(self.endpoint)) if self.endpoint else None
 
     def planned(self) -> dict[str, TrainConfig]:
         """The configuration of every run, by record name, in the order of the file.
@@ -58,7 +78,8 @@ class Experiment(Settings):
         A run's configuration is the shared table, then its arm's table, then its own changes.
 
         Raises:
-            ConfigError: an invalid key, or two runs with the same name.
+            ConfigError: an invalid key, two runs with the same name, or a run that asks the reserve
+                without an endpoint.
         """
         planned: dict[str, TrainConfig] = {}
         for runs in self.runs:
@@ -70,15 +91,54 @@ class Experiment(Settings):
                         message, field="label", value=name, allowed="a label for each"
                     )
                 values = {**self.config, "arm": runs.arm, "seed": seed}
+                if self.orders:
+                    values["tasks"] = list(order_of(seed, self.orders))
                 values = _merged(values, self.arms.get(runs.arm, {}))
                 values = _merged(values, runs.changes)
                 planned[name] = TrainConfig.from_dict(values)
+                self._check_reserve(planned[name])
         return planned
+
+    def _check_reserve(self, config: TrainConfig) -> None:
+        """Raise ConfigError if a run asks the reserve, and no endpoint was written down before."""
+        if "reserve" in config.measure and not self.endpoint:
+            message = "the reserve is asked only for an endpoint that was written down before"
+            raise ConfigError(
+                message, field="endpoint", value="", allowed="the file of an endpoint"
+            )
+
+
+class Plan(NamedTuple):
+    """The runs of an experiment.
+
+    Attributes:
+        configs: record name -> configuration, of all runs.
+        paths: record name -> where its record is or will be.
+        missing: the names of the runs to make, in order.
+    """
+
+    configs: dict[str, TrainConfig]
+    paths: dict[str, Path]
+    missing: list[str]
 
 
 def read_experiment(path: Path) -> Experiment:
     """Read a TOML file. Raises ConfigError that names the first invalid key."""
-    return checked("", read_toml(path), Experiment.model_validate, ConfigError)
+    experiment = checked("", read_toml(path), Experiment.model_validate, ConfigError)
+    if not experiment.endpoint:
+        return experiment
+    return experiment.model_copy(update={"endpoint": str(path.parent / experiment.endpoint)})
+
+
+def plan(experiment: Experiment, results: Path, *, only: str) -> Plan:
+    """Which runs there are, and which have no record yet. Arguments and errors as in `execute`."""
+    configs = experiment.planned()
+    paths = {name: results / experiment.name / f"{name}.json" for name in configs}
+    for name, path in paths.items():
+        if path.exists():
+            _check_record(path, name, configs[name])
+    missing = [name for name in configs if fnmatch(name, only) and not paths[name].exists()]
+    return Plan(configs, paths, missing)
 
 
 def execute(
@@ -102,19 +162,18 @@ def execute(
         TrainingError: an existing record was made with another configuration, or a run failed one
             of its checks.
     """
-    planned = experiment.planned()
-    paths = {name: results / experiment.name / f"{name}.json" for name in planned}
-    for name, path in paths.items():
-        if path.exists():
-            _check_record(path, name, planned[name])
-    missing = [name for name in planned if fnmatch(name, only) and not paths[name].exists()]
-    for done, name in enumerate(missing):
-        report(experiment.name, done, len(missing))
-        config = planned[name]
+    runs = plan(experiment, results, only=only)
+    endpoint = experiment.judged_by()
+    for done, name in enumerate(runs.missing):
+        report(experiment.name, done, len(runs.missing))
+        config, path = runs.configs[name], runs.paths[name]
         run = Run(config, find_base(config.model), work / experiment.name / name, report)
-        paths[name].parent.mkdir(parents=True, exist_ok=True)
-        replace_file(paths[name], to_json(run.execute()))
-    return [path for path in paths.values() if path.exists()]
+        record = run.execute()
+        if endpoint is not None:
+            record["endpoint"] = endpoint.digest
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, to_json(record))
+    return [path for path in runs.paths.values() if path.exists()]
 
 
 def _check_record(path: Path, name: str, config: TrainConfig) -> None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from crma.core.digests import file_digest
 from crma.core.errors import DataError
-from crma.core.provenance import hardware
+from crma.core.provenance import MACHINE, hardware
 from crma.data.splits import load_split, split_path
 from crma.evaluation.evaluator import Encoded
 from crma.evaluation.offline import Served
@@ -13,8 +13,6 @@ from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry
 from crma.store.publication import backbones
 from crma.training.config import TrainConfig, task_name
-
-MACHINE = ("cpu", "capability", "gpu")  # of `hardware`: what a loss depends on beside the dtype
 
 
 class GatedTask(NamedTuple):

@@ -20,7 +20,9 @@ from crma.training.arms import ARMS
 from crma.training.backbone_log import measure_backbone
 from crma.training.batches import epoch_batches
 from crma.training.config import TrainConfig
+from crma.training.growing_lora import overlap
 from crma.training.optimizer import learning_rate_factor, parameter_groups
+from crma.training.weight_average import WeightAverage
 
 ALIVE_FROM_STEP = 10  # after the backbone's first step, every layer's M must have a gradient
 LOG_FILE = "log.jsonl"
@@ -40,6 +42,8 @@ class TaskTrainer:
         pad_id: the padding token.
         folder: the step log is written to `<folder>/log.jsonl`.
         M_0: the mixing matrices at the start of the run; None if the backbone does not train.
+        average: follows the weights step by step, if they are to be averaged.
+        free: [L, d, d] the projection on the directions in which R may move; None: in all.
     """
 
     config: TrainConfig
@@ -51,6 +55,8 @@ class TaskTrainer:
     pad_id: int
     folder: Path
     M_0: Tensor | None = None
+    average: WeightAverage | None = None
+    free: Tensor | None = None
 
     def run(self, progress: Callable[[int, int], None]) -> float:
         """Train to the end of the last epoch.
@@ -77,7 +83,7 @@ class TaskTrainer:
             for epoch in range(self.config.epochs):
                 for step, indices in self._batches(epoch):
                     batch = collate([self.rows[i] for i in indices], self.pad_id, self.device)
-                    crma = dropout.random() >= self.config.crma.drop
+                    crma = self._has_no_lora or dropout.random() >= self.config.crma.drop
                     measured = self._step(optimizer, batch, crma=crma)
                     rates.step()
                     self._write(log, epoch, step, measured)
@@ -94,9 +100,14 @@ class TaskTrainer:
         return self._steps_per_epoch * self.config.epochs
 
     @property
+    def _has_no_lora(self) -> bool:
+        """Whether the backbone trains alone."""
+        return not self.adapted.lora.pairs
+
+    @property
     def _backbone_starts(self) -> int:
         """The step at which the backbone starts to train."""
-        if not self.first_task:
+        if not self.first_task or self._has_no_lora:
             return 0
         return round(self.config.crma.starts_at * self._num_steps)
 
@@ -118,7 +129,7 @@ class TaskTrainer:
         """Take one optimizer step. Returns its measures for the log."""
         optimizer.zero_grad(set_to_none=True)
         loss = self.adapted(batch, crma=crma) / (batch.targets != IGNORED).sum()
-        loss.backward()
+        (loss + self._penalty()).backward()
         norms = {}
         for group in optimizer.param_groups:
             norm = nn.utils.clip_grad_norm_(group["params"], self.config.clip)
@@ -134,8 +145,28 @@ class TaskTrainer:
         if not all(math.isfinite(value) for value in (measured["loss"], *norms.values())):
             message = f"{self.task}: loss or gradient is not finite; lower lr"
             raise TrainingError(message, field="loss", value=measured, allowed="finite")
-        optimizer.step()
+        self._update(optimizer)
+        if self.average is not None:
+            self.average.update()
         return measured
+
+    def _penalty(self) -> Tensor | float:
+        """What is added to the loss of a batch, beside what the model answers."""
+        settings = self.config.lora
+        if not ARMS[self.config.arm].grows:
+            return 0.0
+        return settings.orthogonality * overlap(self.adapted.lora, settings.rank)
+
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move the parameters; R only in its free directions."""
+        backbone = self.adapted.backbone
+        if self.free is None or backbone is None:
+            optimizer.step()
+            return
+        before = backbone.R.detach().clone()
+        optimizer.step()
+        with torch.no_grad():
+            backbone.R.copy_(before + (backbone.R - before) @ self.free)
 
     def _write(self, log: BinaryIO, epoch: int, step: int, measured: dict[str, Any]) -> None:
         factor = learning_rate_factor(step, self._num_steps, self.config.warmup)

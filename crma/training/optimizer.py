@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from crma.training.adapted_model import AdaptedModel
-from crma.training.arms import ARMS
+from crma.training.arms import ARMS, Group
 from crma.training.config import TrainConfig
 
 MIXING = ("S", "gamma")  # the mixing logits and the gate
@@ -31,7 +31,8 @@ def parameter_groups(
     """The AdamW parameter groups of a task.
 
     Backbone parameters that do not train are left out and no longer require a gradient. The mixing
-    logits and the gate have no weight decay.
+    logits and the gate have no weight decay. Parameters of the LoRA that require no gradient are
+    left out too.
 
     Args:
         config: the run's.
@@ -43,17 +44,18 @@ def parameter_groups(
     """
     lora = {
         "name": "lora",
-        "params": list(adapted.lora_parameters),
+        "params": [each for each in adapted.lora_parameters if each.requires_grad],
         "lr": config.lora.lr,
         "weight_decay": config.weight_decay,
     }
-    groups = [lora]
+    groups: list[dict[str, Any]] = [lora] if lora["params"] else []
     if adapted.backbone is None or not adapted.backbone_moves:
         return groups
-    settings = config.crma
+    arm, settings = ARMS[config.arm], config.crma
     scale = 1.0 if first_task else settings.later_scale
+    later_moves: tuple[Group, ...] = ("R",) if arm.protects else settings.later_moves
     for name, parameter in adapted.backbone.named_parameters():
-        trains = name in ARMS[config.arm].groups and (first_task or name in settings.later_moves)
+        trains = name in arm.groups and (first_task or name in later_moves)
         parameter.requires_grad_(trains)
         if not trains:
             continue

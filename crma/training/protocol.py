@@ -7,33 +7,27 @@ finished, and ends with the same result.
 
 import json
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from crma.core.errors import ConfigError, TrainingError
 from crma.core.files import replace_file, to_json
+from crma.data.examples import Example
 from crma.data.splits import load_split
 from crma.evaluation.evaluator import Encoded, Evaluator
-from crma.method.backbone import Backbone
 from crma.method.injection import Injection
-from crma.method.lora import Lora, new_lora
 from crma.models.base_model import BaseModel
 from crma.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
-from crma.models.model_shape import ModelShape
 from crma.store.entry import BackboneEntry
 from crma.store.manifest import check_name
 from crma.store.opening import open_store
-from crma.training.adapted_model import AdaptedModel
 from crma.training.arms import ARMS
 from crma.training.config import TrainConfig, task_name
-from crma.training.initial_adapters import backbone_shape, generator, lora_config, new_backbone
-from crma.training.loop import LOG_FILE, TaskTrainer
+from crma.training.initial_adapters import backbone_shape
 from crma.training.prompt_format import format_of
 from crma.training.record import Progress, make_record, measure_stages, read_logs
 from crma.training.snapshots import Snapshots
-
-STATS_FILE = "stats.json"  # exists once a stage is trained and its snapshot published
+from crma.training.stage_trainer import StageTrainer
 
 
 class Run:
@@ -51,6 +45,7 @@ class Run:
             another one.
         train_rows, measure_rows: task -> its examples.
         snapshots: the adapters after every stage.
+        stage_trainer: trains the stages.
 
     Raises:
         InvalidAdapter: a task's folder does not have the name of a task.
@@ -83,6 +78,16 @@ class Run:
         self.train_rows = self._rows("train", config.train_items or None)
         self.measure_rows = self._rows(config.measure)
         self.snapshots = Snapshots(folder / "store", config, base, self.evaluator.fmt, self.start)
+        self.stage_trainer = StageTrainer(
+            config,
+            self.injection,
+            self.evaluator,
+            self.snapshots,
+            self.train_rows,
+            self.measure_rows,
+            folder / "work",
+            progress,
+        )
 
     def execute(self) -> dict[str, Any]:
         """Train every stage, measure, and write the record.
@@ -96,24 +101,26 @@ class Run:
         """
         self._pin_config()
         started = time.perf_counter()
-        stages = self.snapshots.stages
-        train_s = sum(self._train(index) for index in range(len(stages)))
+        num_stages = len(self.snapshots.stages)
+        train_s = sum(self.stage_trainer.train(index) for index in range(num_stages))
         measured = measure_stages(self.snapshots, self.evaluator, self.measure_rows, self.progress)
-        log = read_logs(self._work(stage.name) / LOG_FILE for stage in stages)
+        log = read_logs(self.stage_trainer.logs())
         record = make_record(self.snapshots, measured, log, train_s, self.model.dtype)
+        if self.config.ema:
+            record["loss_unaveraged"] = self.stage_trainer.losses_unaveraged()
         record["wall_s"] = time.perf_counter() - started
         replace_file(self.folder / "record.json", to_json(record))
         return record
 
-    def _rows(self, split: str, limit: int | None = None) -> dict[str, list[Encoded]]:
-        """The examples of a split, by task."""
-        return {
-            task: self.evaluator.encode(load_split(task, split)[:limit])
-            for task in self.config.tasks
-        }
-
-    def _work(self, stage: str) -> Path:
-        return self.folder / "work" / stage
+    def _rows(self, splits: str, limit: int | None = None) -> dict[str, list[Encoded]]:
+        """The examples of a split, or of several joined by "+", by task."""
+        rows = {}
+        for task in self.config.tasks:
+            examples: list[Example] = []
+            for split in splits.split("+"):
+                examples += load_split(task, split)
+            rows[task] = self.evaluator.encode(examples[:limit])
+        return rows
 
     def _pin_config(self) -> None:
         """Write the configuration into the run folder, which then belongs to it.
@@ -130,65 +137,6 @@ class Run:
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, to_json(self.config))
-
-    def _train(self, index: int) -> float:
-        """Train a stage and publish its snapshot, unless that is done.
-
-        Returns:
-            The seconds that training took.
-        """
-        stage = self.snapshots.stages[index]
-        folder = self._work(stage.name)
-        stats = folder / STATS_FILE
-        if stats.exists():
-            return json.loads(stats.read_text())["wall_s"]
-        first_task = index == 0 and self.start is None
-        later_moves = self.arm.backbone_learns and self.config.crma.later_scale > 0
-        backbone_moves = self.arm.crma and (first_task or later_moves)
-        lora = self._start_lora(index)
-        backbone = self._start_backbone(index)
-        adapted = AdaptedModel(self.injection, lora, backbone, backbone_moves=backbone_moves)
-        M_0 = None
-        if backbone_moves:
-            M_0 = self._first_backbone().to(self.device).mixing().detach()
-        trainer = TaskTrainer(
-            config=self.config,
-            device=self.device,
-            adapted=adapted.to(self.device),
-            rows=[row for task in stage.tasks for row in self.train_rows[task]],
-            task=stage.name,
-            first_task=first_task,
-            pad_id=self.evaluator.stop_id,
-            folder=folder,
-            M_0=M_0,
-        )
-        description = f"{self.arm.name} seed {self.config.seed}: {stage.name}"
-        wall_s = trainer.run(partial(self.progress, description))
-        self.snapshots.publish(index, lora, backbone)
-        replace_file(stats, to_json({"wall_s": wall_s}))
-        return wall_s
-
-    def _start_lora(self, index: int) -> Lora:
-        """The LoRA before a stage: new, or the one from the stage before (NAIVE)."""
-        if index > 0 and not self.arm.fresh_lora:
-            return self.snapshots.task(index - 1).load().trainable()
-        config = lora_config(self.config, self.injection)
-        seeded = generator(self.config.seed, self.snapshots.stages[index].name)
-        return new_lora(config, self.injection.shapes, seeded)
-
-    def _start_backbone(self, index: int) -> Backbone | None:
-        """The backbone before a stage: the snapshot of the stage before, or the run's first."""
-        if not self.arm.crma:
-            return None
-        if index > 0:
-            return self.snapshots.backbone_after(index).load()
-        return self._first_backbone()
-
-    def _first_backbone(self) -> Backbone:
-        """The backbone before the first stage: new, or the one that the run continues."""
-        if self.start is not None:
-            return self.start.load(ModelShape.of(self.model))
-        return new_backbone(self.config, self.injection)
 
 
 def _start_of(config: TrainConfig, base: BaseModel) -> BackboneEntry | None:

@@ -13,13 +13,17 @@ from typing import Any
 import torch
 
 from crma.core.provenance import commit, hardware
-from crma.evaluation.evaluator import Encoded, Evaluator, Measure
+from crma.data.splits import SPLITS
+from crma.evaluation.evaluator import Encoded, Evaluator, ItemMeasure, Measure
 from crma.method.certificate import certify
 from crma.training import backbone_log
+from crma.training.config import TrainConfig, task_name
 from crma.training.drift import measures
+from crma.training.pairing import conditions
 from crma.training.snapshots import Snapshots, split_digests
 
 Progress = Callable[[str, int, int], None]  # (description, done, total)
+Items = list[ItemMeasure]  # of one task, in the order of its examples
 
 
 def measure_stages(
@@ -27,8 +31,10 @@ def measure_stages(
     evaluator: Evaluator,
     rows: Mapping[str, list[Encoded]],
     progress: Progress,
-) -> list[list[Measure]]:
+) -> list[list[Items | None]]:
     """Measure every task after every stage, from the published snapshots.
+
+    A task that is served by the same adapters as before, by their digests, is not measured again.
 
     Args:
         snapshots: of a run that has trained all its stages.
@@ -37,21 +43,26 @@ def measure_stages(
         progress: called before every stage.
 
     Returns:
-        N + 1 rows of T measures.
+        N + 1 rows of T measures. Without the configuration's `matrix`, None for all but those when
+        a task was learned and at the end.
     """
     model = evaluator.injection.model
     num_stages = len(snapshots.stages)
-    measured: list[list[Measure]] = []
+    known: dict[tuple[int, tuple[str | None, str | None]], Items] = {}
+    measured: list[list[Items | None]] = []
     for i in range(num_stages + 1):
         progress("measuring", i, num_stages + 1)
-        row = []
+        row: list[Items | None] = []
         for t, task in enumerate(snapshots.config.tasks):
-            plan = snapshots.plan_after(i, t, model.device, model.dtype)
-            is_base_model = not plan.tasks and not plan.backbones
-            if i > 0 and is_base_model:
-                row.append(measured[0][t])
-            else:
-                row.append(evaluator.measure(plan, rows[task]))
+            if not snapshots.config.matrix and i not in (snapshots.learned_after(t), num_stages):
+                row.append(None)
+                continue
+            adapters = snapshots.adapters_after(i, t)
+            key = (t, adapters.digests)
+            if key not in known:
+                plan = adapters.plan(model.device, model.dtype)
+                known[key] = evaluator.measure_items(plan, rows[task])
+            row.append(known[key])
         measured.append(row)
     return measured
 
@@ -63,7 +74,7 @@ def read_logs(files: Iterable[Path]) -> list[dict[str, Any]]:
 
 def make_record(
     snapshots: Snapshots,
-    measured: Sequence[Sequence[Measure]],
+    measured: Sequence[Sequence[Items | None]],
     log: Sequence[dict[str, Any]],
     train_s: float,
     dtype: torch.dtype,
@@ -78,46 +89,74 @@ def make_record(
         dtype: the dtype that serves, in which the backbone is certified.
     """
     config, arm = snapshots.config, snapshots.arm
-    loss: list[list[float]] = []
-    accuracy: list[list[float]] = []
+    loss: list[list[float | None]] = []
+    accuracy: list[list[float | None]] = []
     for row in measured:
-        loss.append([measure.loss for measure in row])
-        accuracy.append([measure.accuracy for measure in row])
+        cells = [None if items is None else Measure.of(items) for items in row]
+        loss.append([None if cell is None else cell.loss for cell in cells])
+        accuracy.append([None if cell is None else cell.accuracy for cell in cells])
     learned = [snapshots.learned_after(t) for t in range(len(config.tasks))]
+    digests = _digests(snapshots)
+    machine = hardware()
     tokens = sum(step["tokens"] for step in log)
     norm_log: dict[str, Any] = {}
     certificate: dict[str, Any] = {}
+    logged = [step["crma"] for step in log if "crma" in step]
+    if logged:
+        norm_log = backbone_log.summarise(logged)
     if arm.crma:
-        norm_log = backbone_log.summarise([step["crma"] for step in log if "crma" in step])
         certificate = _certificate(snapshots, dtype)
     return {
         "arm": arm.name,
         "seed": config.seed,
         "order": list(config.tasks),
         "config": config.model_dump(mode="json"),
-        "digests": _digests(snapshots),
+        "digests": digests,
         "loss": loss,
         "accuracy": accuracy,
         **measures(loss, accuracy, learned),
+        "items": _items(config, measured, learned),
+        "pairing": conditions(config, digests, dtype, machine),
         "steps": len(log),
         "norm_log": norm_log,
         "certificate": certificate,
         "training": {"tokens": tokens, "wall_s": train_s, "tokens_per_s": tokens / train_s},
-        "hardware": hardware(),
+        "hardware": machine,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "commit": commit(),
     }
 
 
+def _items(
+    config: TrainConfig, measured: Sequence[Sequence[Items | None]], learned: Sequence[int]
+) -> dict[str, Any]:
+    """The loss of each measured question: when its task was learned, and at the end.
+
+    Returns:
+        Task -> {"tokens": of the answers, "learned" and "final": nats summed over them, to six
+        digits}, in the order of the split's file.
+    """
+    found: dict[str, Any] = {}
+    for t, task in enumerate(config.tasks):
+        when_learned, final = measured[learned[t]][t] or [], measured[-1][t] or []
+        found[task_name(task)] = {
+            "tokens": [item.num_tokens for item in final],
+            "learned": [float(f"{item.nats:.6g}") for item in when_learned],
+            "final": [float(f"{item.nats:.6g}") for item in final],
+        }
+    return found
+
+
 def _digests(snapshots: Snapshots) -> dict[str, Any]:
     """The identities of everything that the run read and made."""
+    splits = dict.fromkeys([*SPLITS, *snapshots.config.measure.split("+")])
     stages = snapshots.stages
     backbones = []
     if snapshots.arm.crma:
         backbones = [snapshots.backbone_after(i).digest for i in range(1, len(stages) + 1)]
     return {
         "base": snapshots.base.digest,
-        "data": {task: split_digests(task) for task in snapshots.config.tasks},
+        "data": {task: split_digests(task, splits) for task in snapshots.config.tasks},
         "tasks": {stage.name: snapshots.task(i).digest for i, stage in enumerate(stages)},
         "backbones": backbones,
     }

@@ -30,13 +30,15 @@ class Shipment(NamedTuple):
 
 
 def check_shippable(arm: Arm) -> None:
-    """Raise ConfigError if a run of this arm has no adapters of its tasks. Call it before a run."""
+    """Raise ConfigError if no store can serve what this arm trains. Call it before a run."""
+    reason = ""
     if arm.joint:
-        message = (
-            f"a run of the arm {arm.name} has no per-task adapters to ship: "
-            "it trains one LoRA on all tasks together"
-        )
-        allowed = [name for name, other in ARMS.items() if not other.joint]
+        reason = "no per-task adapters to ship: it trains one LoRA on all tasks together"
+    elif arm.private:
+        reason = "a backbone for each task, and a store serves one to all"
+    if reason:
+        message = f"a run of the arm {arm.name} has {reason}"
+        allowed = [name for name, other in ARMS.items() if not (other.joint or other.private)]
         raise ConfigError(message, field="arm", value=arm.name, allowed=allowed)
 
 
@@ -52,7 +54,7 @@ def ship(run: Run, target: AdapterStore) -> Shipment:
         target: the store to publish into.
 
     Raises:
-        ConfigError: the run has no adapters of its tasks.
+        ConfigError: as `check_shippable`.
         StoreError: an adapter does not fit the store.
     """
     check_shippable(run.arm)
@@ -112,8 +114,9 @@ def _ship_task(
                 target.set_serving({channel: version})
             return
     num_stages = len(snapshots.stages)
-    plan = snapshots.plan_after(num_stages, t, run.device, run.model.dtype)
-    backbone = snapshots.backbone_after(num_stages).digest if run.arm.crma else None
+    adapters = snapshots.adapters_after(num_stages, t)
+    plan = adapters.plan(run.device, run.model.dtype)
+    backbone = None if adapters.backbone is None else adapters.backbone.digest
     measured: dict[str, Any] = {"conditions": conditions(run.model.dtype, backbone)}
     for split in ("validation", "holdout"):
         rows = run.evaluator.encode(load_split(task, split))

@@ -4,7 +4,7 @@ Shapes: stages are counted from 1 in "after i stages" (0: the base model) and fr
 tasks are counted from 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,28 @@ class Stage(NamedTuple):
     tasks: tuple[str, ...]
 
 
+class Adapters(NamedTuple):
+    """What serves a task: a LoRA and a backbone, or only one of them, or neither."""
+
+    task: TaskEntry | None
+    backbone: BackboneEntry | None
+
+    @property
+    def digests(self) -> tuple[str | None, str | None]:
+        """Their identities: the same adapters give the same answers."""
+        task = None if self.task is None else self.task.digest
+        return task, None if self.backbone is None else self.backbone.digest
+
+    def plan(self, device: torch.device, dtype: torch.dtype) -> Plan:
+        """The plan that serves with them, on `device` in `dtype`."""
+        loras, backbones = [], []
+        if self.task is not None:
+            loras = [(None, self.task.load().to(device, dtype))]
+        if self.backbone is not None:
+            backbones = [(None, self.backbone.load().folded(device, dtype))]
+        return Plan(loras, backbones)
+
+
 def stages_of(config: TrainConfig) -> list[Stage]:
     """One stage for each task; in a joint arm, one stage for all."""
     if ARMS[config.arm].joint:
@@ -43,9 +65,9 @@ def stages_of(config: TrainConfig) -> list[Stage]:
     return [Stage(task_name(task), (task,)) for task in config.tasks]
 
 
-def split_digests(task: str) -> dict[str, str]:
-    """The digests of the three files that a task was trained and measured on."""
-    return {split: file_digest(split_path(task, split)) for split in SPLITS}
+def split_digests(task: str, splits: Iterable[str] = SPLITS) -> dict[str, str]:
+    """The digests of the files that a task was trained and measured on."""
+    return {split: file_digest(split_path(task, split)) for split in splits}
 
 
 class Snapshots:
@@ -81,7 +103,9 @@ class Snapshots:
 
     def task(self, index: int) -> TaskEntry:
         """The LoRA that the stage `index` trained."""
-        return self.store.task(self.stages[index].name)
+        # No store can serve LoRAs that were trained on unrelated backbones.
+        version = "v1" if self.arm.private else None
+        return self.store.task(self.stages[index].name, version)
 
     def backbone_after(self, i: int) -> BackboneEntry:
         """The backbone after i >= 1 stages."""
@@ -91,19 +115,19 @@ class Snapshots:
         """The number of stages after which task t is learned."""
         return 1 if self.arm.joint else t + 1
 
-    def plan_after(self, i: int, t: int, device: torch.device, dtype: torch.dtype) -> Plan:
-        """The plan that serves task t after i stages (docs/method.md, section 4).
+    def adapters_after(self, i: int, t: int) -> Adapters:
+        """The adapters that serve task t after i stages (docs/method.md, section 4).
 
-        Before task t is learned it has no LoRA of its own: it runs under the backbone alone, or on
-        the base model in arms without a backbone.
+        Before task t is learned it has no LoRA of its own: it runs under the shared backbone alone,
+        or on the base model in arms without one.
         """
-        loras, backbones = [], []
         index = self._lora_index(i, t)
-        if index is not None:
-            loras = [(None, self.task(index).load().to(device, dtype))]
-        if self.arm.crma and i > 0:
-            backbones = [(None, self.backbone_after(i).load().folded(device, dtype))]
-        return Plan(loras, backbones)
+        task = None if index is None else self.task(index)
+        if not self.arm.crma or i == 0:
+            return Adapters(task, None)
+        if not self.arm.private:
+            return Adapters(task, self.backbone_after(i))
+        return Adapters(task, None if index is None else self.backbone_after(index + 1))
 
     def _lora_index(self, i: int, t: int) -> int | None:
         """The stage whose LoRA serves task t after i stages; None while there is none."""
@@ -114,6 +138,22 @@ class Snapshots:
         if not self.arm.fresh_lora:
             return i - 1
         return t if i > t else None
+
+    def pretraining_tasks(self, index: int) -> tuple[str, ...]:
+        """The tasks that the backbone learns alone before the stage `index`; none in most arms."""
+        if self.arm.pretrained_on == "union" and index == 0:
+            return self.config.tasks
+        if self.arm.pretrained_on == "others":
+            return tuple(task for task in self.config.tasks if task not in self.stages[index].tasks)
+        return ()
+
+    def _taught_to_backbone(self, index: int) -> tuple[str, ...]:
+        """The tasks that the backbone after the stage `index` has learned."""
+        if self.arm.pretrained_on == "union":
+            return self.config.tasks
+        if self.arm.private:
+            return self.pretraining_tasks(index) or self.stages[index].tasks
+        return self.config.tasks[: index + 1]
 
     # Publishing --------------------------------------------------------------------------------
 
@@ -126,22 +166,30 @@ class Snapshots:
         """
         stage = self.stages[index]
         digest = None if backbone is None else self._publish_backbone(index, backbone)
-        if stage.name not in self.store.task_names():
+        if not self._is_published(stage.name):
             self.store.publish_task(
                 stage.name,
                 lora,
                 backbone=digest,
                 prompt_format=self.prompt_format,
+                serve=not self.arm.private,
                 **self._origin(stage.tasks),
             )
+
+    def _is_published(self, name: str) -> bool:
+        if self.arm.private:
+            return bool(self.store.task_versions(name))
+        return name in self.store.task_names()
 
     def _publish_backbone(self, index: int, backbone: Backbone) -> str:
         """Publish the backbone after the stage `index`. Returns its digest."""
         trained = backbone_digest(backbone)
         if f"v{index + 1}" not in self.store.backbone_versions():
-            tasks = self.config.tasks[: index + 1]
+            tasks = self._taught_to_backbone(index)
             lineage = self._ancestors(index, trained)
-            self.store.publish_backbone(backbone, lineage=lineage, **self._origin(tasks))
+            self.store.publish_backbone(
+                backbone, lineage=lineage, serve=not self.arm.private, **self._origin(tasks)
+            )
         published = self.backbone_after(index + 1).digest
         if published != trained:
             message = (
@@ -153,7 +201,9 @@ class Snapshots:
 
     def _ancestors(self, index: int, digest: str) -> list[str]:
         """The digests that a backbone trained by the stage `index` descends from, nearest first."""
-        ancestors = [self.backbone_after(i).digest for i in range(index, 0, -1)]
+        ancestors = []
+        if not self.arm.private:
+            ancestors = [self.backbone_after(i).digest for i in range(index, 0, -1)]
         if self.start is not None:
             ancestors += [self.start.digest, *self.start.manifest.lineage]
         # A backbone that did not move has its ancestor's digest, and must not be its own ancestor.

@@ -2,9 +2,9 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from crma.evaluation.statistics import t_interval, tost
+from crma.training.pairing import Record, is_paired
 
 CONTROL = "FROZEN-matched"
 DRIFT_MARGIN = 0.5  # percent, set before any run (docs/method.md, section 4)
@@ -16,14 +16,13 @@ _HEADER = (
 _FIGURES = ("ACC", "BWT", "FWT")
 _NOTHING = "–"
 
-Record = Mapping[str, Any]
-
 
 def arms_table(records: Mapping[str, Record]) -> str:
     """A Markdown table with one row for each label; figures are means over its seeds.
 
     Drift is that of prior tasks, in percent. The advantage says how far the mean final loss lies
-    below that of FROZEN-matched at the same seed, in percent.
+    below that of FROZEN-matched at the same seed, in percent; of new records only if the two runs
+    are paired.
 
     Args:
         records: "<label>-seed<n>" -> the record of that run.
@@ -32,12 +31,12 @@ def arms_table(records: Mapping[str, Record]) -> str:
     for name, record in records.items():
         label = name.rpartition("-seed")[0]
         by_label[label].append(record)
-    control_loss = {record["seed"]: record["mean_loss"] for record in by_label.get(CONTROL, [])}
-    rows = [_row(label, runs, control_loss) for label, runs in by_label.items()]
+    controls = {record["seed"]: record for record in by_label.get(CONTROL, [])}
+    rows = [_row(label, runs, controls) for label, runs in by_label.items()]
     return "\n".join([*_HEADER, *rows])
 
 
-def _row(label: str, runs: Sequence[Record], control_loss: Mapping[int, float]) -> str:
+def _row(label: str, runs: Sequence[Record], controls: Mapping[int, Record]) -> str:
     drifts = _known(runs, "mean_drift")
     figures = [_over_seeds(_known(runs, name), ".3f") for name in _FIGURES]
     cells = [
@@ -47,7 +46,7 @@ def _row(label: str, runs: Sequence[Record], control_loss: Mapping[int, float]) 
         _worst_task(runs) if drifts else _NOTHING,
         f"{tost(drifts, margin=DRIFT_MARGIN):.2g}" if len(drifts) > 1 else _NOTHING,
         _over_seeds(_known(runs, "mean_loss"), ".4f"),
-        _over_seeds(_advantages(runs, control_loss), "+.1f"),
+        _over_seeds(_advantages(runs, controls), "+.1f"),
         *figures,
     ]
     return f"| {' | '.join(cells)} |"
@@ -64,13 +63,19 @@ def _worst_task(runs: Sequence[Record]) -> str:
     return f"{worst:+.2f}"
 
 
-def _advantages(runs: Sequence[Record], control_loss: Mapping[int, float]) -> list[float]:
-    """In percent, of the seeds at which the control was run too."""
-    return [
-        100 * (1 - run["mean_loss"] / control_loss[run["seed"]])
-        for run in runs
-        if run["seed"] in control_loss
-    ]
+def _advantages(runs: Sequence[Record], controls: Mapping[int, Record]) -> list[float]:
+    """In percent, of the seeds at which a control was run that it can be compared with."""
+    found = []
+    for run in runs:
+        control = controls.get(run["seed"])
+        if control is not None and _is_comparable(run, control):
+            found.append(100 * (1 - run["mean_loss"] / control["mean_loss"]))
+    return found
+
+
+def _is_comparable(run: Record, control: Record) -> bool:
+    """Records from before pairing was recorded are compared as they were published."""
+    return "pairing" not in run or is_paired(control, run)
 
 
 def _over_seeds(values: Sequence[float], form: str) -> str:

@@ -1,5 +1,6 @@
 """Splits depend on the questions alone, share none, and match their digests; users' own files."""
 
+import hashlib
 import json
 import random
 from functools import partial
@@ -10,9 +11,10 @@ from paths import STORE
 
 from crma.core.errors import DataError
 from crma.data import splits as data
+from crma.data.clinc import CLINC_TASKS, read_clinc
 from crma.data.examples import Example, read_jsonl
 from crma.data.sources import DOMAINS, read_domain, words
-from crma.data.splits import build, load_split, split, split_path
+from crma.data.splits import SPLITS, build, build_clinc, load_split, split, split_clinc, split_path
 
 PAIRS = [
     (f'Which state or territory has the court "Court {i}"?', f"state {i % 7}") for i in range(800)
@@ -41,14 +43,38 @@ def test_splits_share_no_question_not_even_in_another_case_or_punctuation() -> N
         "validation.jsonl": 100,
         "holdout.jsonl": 100,
         "public.jsonl": 20,
+        "reserve.jsonl": sizes["reserve.jsonl"],
     }
-    assert len({" ".join(words(question)) for question in questions(files)}) == 720
+    asked = questions(files)
+    assert len({" ".join(words(question)) for question in asked}) == len(asked)
+    assert len(asked) == 720 + sizes["reserve.jsonl"]
+
+
+def is_even(question: str) -> bool:
+    """As in the definition of the reserve."""
+    return int(hashlib.sha256(f"reserve{question}".encode()).hexdigest(), 16) % 2 == 0
+
+
+def test_the_reserve_is_even_and_what_it_leaves_is_odd_or_too_much() -> None:
+    """The odd half stays untouched, for checks by outsiders."""
+    many = [(f'Which state or territory has the court "{i} Court"?', "ohio") for i in range(2000)]
+    files = split("legal", many)
+    reserved = questions({"reserve.jsonl": files.pop("reserve.jsonl")})
+    used = set(questions(files))
+    assert len(reserved) == len(set(reserved)) == 300
+    assert all(is_even(question) for question in reserved)
+    assert not used & set(reserved)
+    few = split("legal", many[:800])
+    left = {question for question, _ in many[:800]} - set(questions(few))
+    assert 0 < len(left) < 80
+    assert not any(is_even(question) for question in left)
 
 
 def test_a_question_with_two_answers_is_left_out_and_too_few_questions_are_refused() -> None:
     contradictions = [(question.lower(), "another state") for question, _ in PAIRS[:80]]
-    kept = {question.lower() for question in questions(split("legal", [*PAIRS, *contradictions]))}
-    assert len(kept) == 720
+    files = split("legal", [*PAIRS, *contradictions])
+    kept = {question.lower() for question in questions(files)}
+    assert (len(kept), files["reserve.jsonl"]) == (720, b"")
     assert not kept & {question for question, _ in contradictions}
     with pytest.raises(DataError, match="too few", check=lambda error: error.value == 719):
         split("legal", [*PAIRS[:-1], *contradictions])
@@ -92,8 +118,9 @@ def test_a_domain_is_built_once_and_a_changed_source_is_refused(
 
 
 def test_the_committed_public_set_has_the_committed_digests() -> None:
-    files = ("train", "validation", "holdout", "public")
+    files = ("train", "validation", "holdout", "public", "reserve")
     names = {f"{domain}/{name}" for domain in DOMAINS for name in files}
+    names |= {f"{task}/{split}" for task in CLINC_TASKS for split in SPLITS}
     assert set(data.committed_digests()) == names
     lines = PUBLIC_SET.read_bytes().splitlines(keepends=True)
     assert len(lines) == 100
@@ -142,3 +169,76 @@ def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str, message: s
     path.write_text("\n")
     with pytest.raises(DataError, match="no examples"):
         read_jsonl(path)
+
+
+def test_a_reserve_is_asked_where_there_is_one(tmp_path: Path, courts: Path) -> None:
+    build(["legal"], sources={"legal": courts})
+    reserve = load_split("legal", "reserve")
+    used = [example.prompt for name in SPLITS for example in load_split("legal", name)]
+    assert reserve
+    assert not {example.prompt for example in reserve} & set(used)
+    split_path("legal", "reserve").unlink()  # as in a cache of an earlier version
+    assert len(load_split("legal", "holdout")) == 100
+    with pytest.raises(DataError, match="run `crma data legal`"):
+        load_split("legal", "reserve")
+    (tmp_path / "own").mkdir()
+    with pytest.raises(DataError, match=r"has no reserve\.jsonl, which only some experiments ask"):
+        load_split(str(tmp_path / "own"), "reserve")
+
+
+@pytest.fixture
+def clinc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like that of CLINC150: two intents a domain, four training questions each."""
+    domains, utterances = {}, {"train": [], "val": [], "test": [], "oos_test": [["hm", "oos"]]}
+    for task in CLINC_TASKS:
+        domain = task.removeprefix("clinc-").replace("-", "_")
+        domains[domain] = [f"{domain}_one", f"{domain}_two"]
+        for intent in domains[domain]:
+            for number in range(4):
+                utterances["train"].append([f"train {intent} {number}", intent])
+            utterances["train"].append([f"Test, {intent}!", intent])  # asked by the test too
+            utterances["train"].append([f"train {intent} 0?", intent])  # asked twice
+            utterances["val"].append([f"val {intent}", intent])
+            utterances["test"].append([f"test {intent}", intent])
+    folder = tmp_path / "clinc150"
+    folder.mkdir()
+    (folder / "data_full.json").write_text(json.dumps(utterances))
+    (folder / "domains.json").write_text(json.dumps(domains))
+    digests = {}
+    for task, files in split_clinc(read_clinc(folder)).items():
+        digests |= data.digests(task, files)
+    monkeypatch.setattr(data, "committed_digests", lambda: digests)
+    monkeypatch.setenv("CRMA_HOME", str(tmp_path / "home"))
+    return folder
+
+
+def test_clinc_is_ten_tasks_whose_training_data_begins_with_some_of_every_intent(
+    clinc: Path,
+) -> None:
+    assert set(build_clinc(clinc)) == {f"{task}/{name}" for task in CLINC_TASKS for name in SPLITS}
+    train = load_split("clinc-credit-cards", "train")
+    assert len(train) == 8  # without those that the test asks, or that were asked before
+    for k in range(1, 5):
+        of_every_intent = [example.completion for example in train[: 2 * k]]
+        assert sorted(of_every_intent) == sorted(k * ["credit cards one", "credit cards two"])
+    (first, second) = load_split("clinc-credit-cards", "holdout")
+    assert first == Example('What does the user want? "test credit_cards_one"', "credit cards one")
+    assert second.completion == "credit cards two"
+
+
+def test_clinc_is_built_once_and_only_from_its_own_source(clinc: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="run `crma data clinc`"):
+        load_split("clinc-banking", "train")
+    with pytest.raises(DataError, match="--source clinc=FOLDER"):
+        build_clinc(None)
+    build_clinc(clinc)
+    notes: list[str] = []
+    build_clinc(None, note=notes.append)  # needs no source any more
+    assert notes == [f"clinc: already built in {tmp_path / 'home' / 'data'}"]
+    split_path("clinc-banking", "train").write_text("")
+    changed = (clinc / "data_full.json").read_text().replace("train banking_one 1", "else")
+    (clinc / "data_full.json").write_text(changed)
+    with pytest.raises(DataError, match="source has changed"):
+        build_clinc(clinc)
+    with pytest.raises(DataError, match="is not a folder of CLINC150"):
+        build_clinc(tmp_path)

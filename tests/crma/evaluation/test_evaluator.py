@@ -5,7 +5,14 @@ import torch
 from tiny import FAMILIES, injection, lora, tokenizer
 
 from crma.data.examples import Example
-from crma.evaluation.evaluator import Encoded, Evaluator, answer_logits, answer_loss, collate
+from crma.evaluation.evaluator import (
+    Encoded,
+    Evaluator,
+    Measure,
+    answer_logits,
+    answer_loss,
+    collate,
+)
 from crma.method.injection import Injection, Plan
 from crma.models.prompts import chat_format
 from crma.models.reference import generate
@@ -66,3 +73,14 @@ def test_an_answer_is_right_exactly_if_greedy_decoding_gives_it() -> None:
     found = Evaluator(inj, tokenizer(), FORMAT, 3).measure(Plan(), rows)
     assert (found.items, found.accuracy) == (4, 0.75)
     assert found.wilson[0] < 0.75 < found.wilson[1]
+
+
+def test_the_loss_of_every_row_is_its_own_whatever_batch_it_is_in() -> None:
+    inj = injection()
+    expected = [by_hand(inj, row) for row in ROWS]
+    for batch_size in (1, 3, 50):
+        evaluator = Evaluator(inj, tokenizer(), FORMAT, batch_size)
+        items = evaluator.measure_items(Plan(), ROWS)
+        assert [item.nats for item in items] == pytest.approx(expected, rel=1e-5)
+        assert [item.num_tokens for item in items] == [len(row.answer) for row in ROWS]
+        assert Measure.of(items) == evaluator.measure(Plan(), ROWS)

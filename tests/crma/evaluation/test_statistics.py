@@ -155,6 +155,14 @@ def test_the_interval_of_a_mean_is_the_published_one() -> None:
     assert statistics.t_interval([2, 2]) == (2, 2)
 
 
+def test_the_mean_of_students_sleep_data_is_not_0() -> None:
+    """Student 1908 (Biometrika 6, 1-25): the difference in hours of sleep, t = 4.0621, 9 df."""
+    hours = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
+    assert statistics.t_test(hours) == pytest.approx(0.002833, abs=1e-6)
+    assert statistics.t_test([-hour for hour in hours]) == statistics.t_test(hours)
+    assert (statistics.t_test([0, 0]), statistics.t_test([2, 2])) == (1, 0)
+
+
 def test_the_equivalence_of_a_mean_is_the_published_one() -> None:
     centred = [value - 3 for value in ONE_TO_FIVE]
     margin = 2.131847 * STANDARD_ERROR  # t = margin / error; P(t(4) > 2.131847) is 5 %

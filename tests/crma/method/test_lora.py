@@ -50,3 +50,17 @@ def test_an_invalid_rank_or_target_is_refused() -> None:
         LoraConfig(0, 8.0, ("q_proj",))
     with pytest.raises(ConfigError, check=lambda error: error.field == "target_modules"):
         LoraConfig(4, 8.0, ())
+
+
+def test_loras_of_different_ranks_begin_with_the_same_rows_if_drawn_at_one_rank() -> None:
+    loras = []
+    for rank in (2, 5):
+        config = LoraConfig(rank, 2.0 * rank, ("q_proj", "up_proj"))
+        loras.append(new_lora(config, SHAPES, torch.Generator().manual_seed(3), drawn_rank=5))
+    small, large = loras
+    for path, pair in small.pairs.items():
+        assert torch.equal(pair.A, large.pairs[path].A[:2])
+        assert pair.A.is_leaf
+        assert pair.A.untyped_storage().nbytes() == 2 * 8 * 4  # not a view of the larger draw
+    with pytest.raises(ConfigError, match="smaller rank"):
+        new_lora(config, SHAPES, torch.Generator(), drawn_rank=4)

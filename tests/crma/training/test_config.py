@@ -58,7 +58,8 @@ def test_an_unknown_key_is_refused_with_those_of_its_table() -> None:
     assert (caught.value.field, "tasks, arm, seed" in str(caught.value.allowed)) == ("epoch", True)
     with pytest.raises(ConfigError) as caught:
         TrainConfig.from_dict({"tasks": ["a"], "lora": {"dropout": 0.1}})
-    assert caught.value.allowed == "rank, alpha, target_modules, lr"
+    allowed = "rank, alpha, drawn_rank, orthogonality, target_modules, lr"
+    assert caught.value.allowed == allowed
 
 
 @pytest.mark.parametrize("content", [b"tasks = [", b"\xff"])

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 from paths import EXPERIMENTS
 
+from crma.core.digests import file_digest
 from crma.core.errors import ConfigError, TrainingError
 from crma.models.base_model import BaseModel
 from crma.training.config import TrainConfig
-from crma.training.experiment import Experiment, execute, read_experiment
+from crma.training.endpoint import read_endpoint
+from crma.training.experiment import Experiment, execute, plan, read_experiment
+from crma.training.experiment_report import experiment_report
 
 
 def experiment(**changes: Any) -> Experiment:
@@ -55,6 +58,8 @@ def test_the_shipped_experiments_can_be_read() -> None:
     for path in files:
         if "[[runs]]" in path.read_text():
             assert read_experiment(path).planned()
+        elif path.name == "endpoint.toml":
+            assert read_endpoint(path)
         else:
             assert TrainConfig.read(path)
 
@@ -94,3 +99,75 @@ def test_a_record_is_made_once_and_only_for_its_own_configuration(
     assert not reports
     with pytest.raises(TrainingError, match="made with another configuration"):
         run(epochs=2)
+
+
+ORDERS = [["a", "b"], ["b", "a"]]
+
+
+def test_all_arms_of_a_seed_have_the_order_of_that_seed() -> None:
+    runs = [{"arm": "FROZEN", "seeds": [4, 5, 6]}, {"arm": "NAIVE", "seeds": [5]}]
+    planned = experiment(orders=ORDERS, runs=runs, arms={}, config={}).planned()
+    orders = {name: config.tasks for name, config in planned.items()}
+    assert orders == {
+        "FROZEN-seed4": ("a", "b"),
+        "FROZEN-seed5": ("b", "a"),
+        "FROZEN-seed6": ("a", "b"),
+        "NAIVE-seed5": ("b", "a"),
+    }
+
+
+ENDPOINT = """
+name = "small"
+arm = "FROZEN"
+against = ["NAIVE"]
+measure = "holdout"
+seeds = [0, 1]
+orders = [["first", "second"]]
+alpha = 0.05
+drift_margin = 0.5
+worst_drift = 1.0
+"""
+
+
+def test_the_reserve_is_asked_only_for_an_endpoint() -> None:
+    asked = {"tasks": ["a"], "measure": "holdout+reserve"}
+    with pytest.raises(ConfigError, match="written down before") as caught:
+        experiment(config=asked).planned()
+    assert caught.value.field == "endpoint"
+    assert experiment(config=asked, endpoint="endpoint.toml").planned()
+
+
+def test_a_record_holds_the_digest_of_the_endpoint_that_was_there_before(
+    base: BaseModel, write_task: Any, tmp_path: Path
+) -> None:
+    write_task(tmp_path / "first", ("yes", "no"))
+    (tmp_path / "endpoint.toml").write_text(ENDPOINT)
+    (tmp_path / "try.toml").write_text(
+        f'name = "try"\nendpoint = "endpoint.toml"\n[config]\ntasks = ["{tmp_path / "first"}"]\n'
+        f'model = "{base.path}"\ndtype = "float32"\nepochs = 1\nbatch_size = 5\n'
+        '[[runs]]\narm = "FROZEN"\nseeds = [0]\n'
+    )
+    read = read_experiment(tmp_path / "try.toml")
+    results, work = tmp_path / "results", tmp_path / "work"
+    (path,) = execute(read, results, work, only="*", report=lambda *_: None)
+    digest = file_digest(tmp_path / "endpoint.toml")
+    assert json.loads(path.read_text())["endpoint"] == digest
+    records = {path.stem: json.loads(path.read_text())}
+    assert "3 runs are missing, first FROZEN 1." in experiment_report(read, records)
+
+
+def test_a_plan_names_the_runs_without_a_record(tmp_path: Path) -> None:
+    runs = plan(experiment(), tmp_path, only="FROZEN-*")
+    assert (len(runs.configs), runs.missing) == (3, ["FROZEN-seed0", "FROZEN-seed1"])
+    assert not list(tmp_path.iterdir())
+
+
+MADE_BEFORE = {"quick", "full", "search", "choose"}  # their records say "auto"
+
+
+def test_every_comparison_yet_to_be_made_pins_its_dtype() -> None:
+    """`auto` follows the processor, so records of two machines were no pair."""
+    for path in EXPERIMENTS.glob("*.toml"):
+        if path.stem not in MADE_BEFORE and "[[runs]]" in path.read_text():
+            dtypes = {config.dtype for config in read_experiment(path).planned().values()}
+            assert dtypes == {"bfloat16"}, path.name

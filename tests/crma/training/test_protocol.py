@@ -16,11 +16,9 @@ from crma.core.errors import TrainingError
 from crma.data.examples import read_jsonl
 from crma.method.backbone import Backbone
 from crma.method.injection import Plan
-from crma.models.base_model import BaseModel
 from crma.store import publication
 from crma.store.adapter_store import AdapterStore
 from crma.training import record as run_record
-from crma.training.config import TrainConfig
 from crma.training.initial_adapters import new_backbone
 from crma.training.loop import TaskTrainer
 from crma.training.protocol import Run
@@ -28,37 +26,6 @@ from crma.training.protocol import Run
 TASKS = ("first", "second")
 STEPS = 12  # in each task
 Make = Callable[..., Run]
-
-
-@pytest.fixture(scope="module")
-def data(write_task: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tasks as folders; read only."""
-    root = tmp_path_factory.mktemp("data")
-    write_task(root / "first", ("yes", "no"))
-    write_task(root / "second", ("left", "right"))
-    write_task(root / "third", ("up", "down"))
-    return root
-
-
-@pytest.fixture(scope="module")
-def make(base: BaseModel, data: Path) -> Make:
-    """Makes a run of two tasks with STEPS steps each; keywords change its configuration."""
-
-    def make(out: Path, arm: str = "MODULAR", *, tasks: Any = TASKS, **changes: Any) -> Run:
-        crma = {"num_streams": 2, "stream_rank": 2, "later_scale": 0.5}
-        values = {
-            "arm": arm,
-            "tasks": [str(data / task) for task in tasks],
-            "epochs": 2,
-            "batch_size": 2,
-            "dtype": "float32",
-            "lora": {"rank": 2, "alpha": 4.0},
-            **changes,
-            "crma": crma | changes.get("crma", {}),
-        }
-        return Run(TrainConfig.from_dict(values), base, out, lambda *_: None)
-
-    return make
 
 
 @pytest.fixture(scope="module")

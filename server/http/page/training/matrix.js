@@ -5,7 +5,7 @@ import { Scroll } from "../scroll.js";
 
 const STRONGEST = 40; // percent of the colour: texts stay readable on it
 
-/** `rows` [N + 1][T]; `show` writes a value, `shade(value)` is from 0 to 1. */
+/** `rows` [N + 1][T], null where nothing was measured; `show` writes a value, `shade(value)` is from 0 to 1. */
 export function Matrix({ title, tasks, rows, show, shade }) {
   const stageOf = (index) =>
     index === 0 ? "base model" : `after ${tasks[index - 1] ?? `stage ${index}`}`;
@@ -26,7 +26,7 @@ export function Matrix({ title, tasks, rows, show, shade }) {
                 ${row.map(
                   (value, t) => html`
                   <td class="number ${t === index - 1 ? "learned" : ""}"
-                    style=${{ background: tint(shade(value)) }}>${show(value)}</td>
+                    style=${{ background: tint(value == null ? 0 : shade(value)) }}>${value == null ? "–" : show(value)}</td>
                 `,
                 )}
               </tr>

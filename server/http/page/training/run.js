@@ -36,8 +36,8 @@ export function Run({ id }) {
 function Measures({ record }) {
   const rows = [
     ["ACC: mean accuracy at the end", percent(record.ACC, 1)],
-    ["BWT: change since a task was learned", fixed(record.BWT * 100, 2) + " points"],
-    ["FWT: before a task is learned, above the base model", fixed(record.FWT * 100, 2) + " points"],
+    ["BWT: change since a task was learned", points(record.BWT)],
+    ["FWT: before a task is learned, above the base model", points(record.FWT)],
     ["Mean loss at the end", `${fixed(record.mean_loss, 4)} nats`],
   ];
   return html`
@@ -91,6 +91,11 @@ function NormLog({ record }) {
       drift show that.
     </p>
   `;
+}
+
+/** Null: nothing was sequential, or what it needs was not measured. */
+function points(share) {
+  return share == null ? "–" : `${fixed(share * 100, 2)} points`;
 }
 
 function shown(value, digits) {
