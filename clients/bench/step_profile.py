@@ -11,7 +11,7 @@ Every running sequence gets one token, and none has an adapter. The parts:
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
@@ -160,7 +160,7 @@ class StepProfiler:
         watched = [clock.parts() for _ in range(repetitions)]
         for sequence in engine.scheduler.unfinished():
             engine.abort(sequence.request.id)
-        of_parts = {part: median(each[part] for each in watched) for part in PARTS}
+        of_parts = _medians(watched)
         whole = sum(of_parts.values())
         allowed = self._limit_ms(rows)
         limit = sum(allowed.values())
@@ -214,6 +214,14 @@ class StepProfiler:
             "head": of_weights(NUM_OF_HEAD),
             "attention": 1e3 * cached / bytes_a_second,
         }
+
+
+def _medians(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median of each part."""
+    found = {}
+    for part in PARTS:
+        found[part] = median([step[part] for step in steps])
+    return found
 
 
 def step_ms(engine: Engine) -> float:

@@ -165,5 +165,9 @@ def chosen_rows(names: frozenset[str]) -> list[dict[str, Workload]]:
     wanted = set(names)
     if any(ALL_ROWS[name].arrival_share is not None for name in names):
         wanted.add(ARRIVALS_OF)
-    groups = [{name: row for name, row in group.items() if name in wanted} for group in GROUPS]
-    return [group for group in groups if group]
+    groups = []
+    for group in GROUPS:
+        chosen = {name: row for name, row in group.items() if name in wanted}
+        if chosen:
+            groups.append(chosen)
+    return groups
