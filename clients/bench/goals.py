@@ -16,12 +16,12 @@ LLAMA_CPP, LLAMA_CPP_INT8 = "llama.cpp", "llama.cpp-int8"
 PEFT = "peft"
 
 
-@dataclassdef weight_bytes(engine: str) -> int:
+def weight_bytes(engine: str) -> int:
     """Bytes of a weight of the base model: what has `int8` in its name reads 8 bits."""
     return 1 if INT8 in engine else 2
 
 
-(frozen=True)
+@dataclass(frozen=True)
 class Goal:
     """A quotient that has to be large enough.
 

@@ -25,6 +25,7 @@ from bench.workloads import (
     speed_limit,
 )
 
+LOAD = {"median": 0.5, "min": 0.5, "max": 0.5}
 LIMITS = {"read_gb_s": 20.0, "read_tok_s": 100.0, "gemm_tok_s": 1000.0, "prefill_tok_s": 1200.0}
 
 
@@ -152,14 +153,14 @@ def test_a_row_has_medians_the_failures_of_all_repetitions_and_its_share_of_the_
     repetitions = [
         {"failed": failed, "tok_s": speed} for failed, speed in zip(failures, speeds, strict=True)
     ]
-    report.add("mixed", "server", "tok_s", repetitions, limit=12, load_average=0.5)
+    report.add("mixed", "server", "tok_s", repetitions, limit=12, load_average=LOAD)
     assert written_rows(capsys) == [
         {
             "row": "mixed",
             "engine": "server",
             "measure": "tok_s",
             "repetitions": 3,
-            "load_average": 0.5,
+            "load_average": LOAD,
             "failed": 1,
             "tok_s": {"median": 6, "min": 5, "max": 9},
             "limit": 12,

@@ -21,9 +21,7 @@ def test_a_profile_has_every_part_of_a_step_and_shares_that_add_up() -> None:
     kernel = tiny.kernel(injection)
     if kernel is None:
         pytest.skip("no C++ compiler")
-    profiler = StepProfiler(
-        injection, tiny.tokenizer(), kernel, LIMITS, max_rows=3, context=20
-    )
+    profiler = StepProfiler(injection, tiny.tokenizer(), kernel, LIMITS, max_rows=3, context=20)
     rows = [profiler.measure(1, 0, 2), profiler.measure(3, 5, 2)]
     assert [row["waiting"] for row in rows] == [0, 5]
     assert [row["row"] for row in rows] == ["a step of 1 rows", "a step of 3 rows"]
