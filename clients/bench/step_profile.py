@@ -27,6 +27,7 @@ from server.engine.native.adapter_pool import AdapterPool
 from server.engine.native.block_pool import BlockPool
 from server.engine.native.engine import Engine
 from server.engine.native.kernel import Kernel
+from server.engine.native.kv_cache import attend
 from server.engine.native.launch import BLOCK_SIZE
 from server.engine.native.model_runner import ModelRunner
 from server.engine.native.scheduler import Scheduler
@@ -87,11 +88,11 @@ class StepClock:
             is_head = projection is decoder._head
             return (at_end if is_head else in_blocks)(projection, *arguments)
 
-        attend = self._timed("attention", decoder_module.attend)
+        timed_attend = self._timed("attention", attend)
         sample = self._timed("sampling", StepResults.of)
         with (
             patch.object(Projection, "__call__", multiply),
-            patch.object(decoder_module, "attend", attend),
+            patch.object(decoder_module, "attend", timed_attend),
             patch.object(StepResults, "of", sample),
             patch.object(StepRunner, "run", self._timed("pass", StepRunner.run)),
         ):
