@@ -49,7 +49,14 @@ COLUMNS = {
 }
 
 # Columns of the benchmark table: engine of the rows -> heading.
-ENGINES = {"server": "CRMA Server", "int8": "CRMA Server, int8", "peft": "transformers, PEFT"}
+ENGINES = {
+    "server": "CRMA Server",
+    "int8": "CRMA Server, int8",
+    "peft": "transformers, PEFT",
+    "vllm": "vLLM",
+    "llama.cpp": "llama.cpp, 16 bits",
+    "llama.cpp-int8": "llama.cpp, 8 bits",
+}
 
 # Rows of the benchmark table: row of the records -> label.
 BENCH_ROWS = {
@@ -61,7 +68,14 @@ BENCH_ROWS = {
     "crma-off": "5 shipped tasks, 16 requests at once, CRMA off, tokens/s",
     "crma-half": "the same, CRMA on for every second request, tokens/s",
     "crma-on": "the same, CRMA on for all, tokens/s",
+    "random-length": "8 LoRAs, random lengths, tokens/s",
+    "poisson": "8 LoRAs, random arrivals at 70 % of the throughput: TTFT p95, s",
+    "long": "one stream after 1,936 tokens, tokens/s",
+    "churn-none": "8 new tokens a request, no LoRA, tokens/s",
+    "churn-8": "the same, 8 LoRAs, tokens/s",
+    "churn-64": "the same, 64 LoRAs, tokens/s",
 }
+BENCH_DIGITS = {"poisson": 2}
 ROWS_WITH_TTFT = ("mixed", "base")
 NOT_MEASURED = "–"
 
@@ -171,26 +185,56 @@ def experiment_table(name: str) -> str:
 
 def bench_table() -> str:
     """What `make bench` measured: medians, ranges of the repetitions, and the median TTFT."""
-    lines = (ROOT / "clients" / "bench" / "results.jsonl").read_text("utf-8").splitlines()
-    rows = {}
-    for row in map(json.loads, lines):
-        rows[row["row"], row["engine"]] = row
+    rows = {(row["row"], row["engine"]): row for row in _bench_records() if "row" in row}
+    measured = {name for name, _ in rows}
+    engines = [engine for engine in ENGINES if ("base", engine) in rows]
 
     def line(label: str, name: str, key: str = "", digits: int = 0) -> list[str]:
-        cells = [_figure(rows.get((name, engine)), key, digits) for engine in ENGINES]
+        cells = [_figure(rows.get((name, engine)), key, digits) for engine in engines]
         return [label, *cells]
 
-    table = [line(label, name) for name, label in BENCH_ROWS.items()]
+    table = [
+        line(label, name, digits=BENCH_DIGITS.get(name, 0))
+        for name, label in BENCH_ROWS.items()
+        if name in measured
+    ]
     table.append(line("memory after `mixed`, MiB", "mixed", key="rss_mib"))
     table.append(line("start to ready, second time, s", "start", digits=1))
     limits = rows["limits", "machine"]
     machine = limits["hardware"]
+    mixed = rows["mixed", "server"]
+    load = mixed["workload"]
     origin = (
-        f"`make bench`: medians [lowest, highest] of {rows['mixed', 'server']['repetitions']}; "
+        f"`make bench`: {load['num_requests']} requests, {load['prompt_tokens']} tokens in and "
+        f"{load['new_tokens']} out; medians [lowest, highest] of {mixed['repetitions']}; "
         f"{machine['cores']} cores of {machine['cpu']}, which read "
         f"{limits['read_gb_s']['median']:.0f} GB/s; commit `{limits['commit']}`."
     )
-    return "\n".join([*markdown_table(["", *ENGINES.values()], table), "", origin])
+    header = ["", *(ENGINES[engine] for engine in engines)]
+    return "\n".join([*markdown_table(header, table), "", origin])
+
+
+def goals_table() -> str:
+    """What `make bench` found of each goal."""
+    answers = {None: NOT_MEASURED, "no": "no", "must": "must", "aim": "must and aim"}
+    known: dict[str, Any] = {}
+    for row in _bench_records():
+        if "goal" in row and (row["found"] is not None or row["goal"] not in known):
+            known[row["goal"]] = row
+    table = []
+    for goal, row in known.items():
+        found = NOT_MEASURED if row["found"] is None else f"{row['found']['median']:.2f}"
+        must, aim = f"{row['must']:.2f}", f"{row['aim']:.2f}"
+        table.append([goal, must, aim, found, answers[row["reached"]]])
+    if not table:
+        return "These results are from before the goals."
+    return "\n".join(markdown_table(["goal", "must", "aim", "found", "reached"], table))
+
+
+def _bench_records() -> list[dict[str, Any]]:
+    """What `make bench` wrote: rows and goals."""
+    lines = (ROOT / "clients" / "bench" / "results.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def _figure(row: Mapping[str, Any] | None, key: str, digits: int) -> str:
@@ -238,6 +282,7 @@ TABLES = {
     "quick": Table(DOCS / "results.md", partial(experiment_table, "quick")),
     "full": Table(DOCS / "results.md", partial(experiment_table, "full")),
     "bench": Table(DOCS / "benchmark.md", bench_table),
+    "goals": Table(DOCS / "benchmark.md", goals_table),
 }
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 import httpx
 
 from bench import load
-from bench.metrics import Metrics, RequestResult
+from bench.metrics import RequestResult
 from bench.workloads import LORAS, Workload
 
 
@@ -29,15 +29,26 @@ class Engine:
         run: takes a workload and a seed; returns the results and the seconds they took.
         models: the models it can serve.
         pid: its process; None if the benchmark did not start it.
+        kernel: the class of processors that its native kernel is for, "none", or None: unknown.
+        dtype: in which it computes, "+int8" with weights of 8 bits; None: unknown.
+        is_static: it can serve static workloads only.
     """
 
     run: Callable[[Workload, str], tuple[list[RequestResult], float]]
     models: frozenset[str]
     pid: int | None = None
+    kernel: str | None = None
+    dtype: str | None = None
+    is_static: bool = False
 
     def can_serve(self, workload: Workload) -> bool:
-        """Whether it has every model of the workload."""
-        return workload.base_models() <= self.models
+        """Whether it has every model of the workload, and can do that kind."""
+        has_models = workload.base_models() <= self.models
+        return has_models and (workload.is_static or not self.is_static)
+
+    def details(self) -> dict[str, str | None]:
+        """What its rows say about it."""
+        return {"kernel": self.kernel, "dtype": self.dtype}
 
     def rss_mib(self) -> float | None:
         """Resident memory of the process in MiB (Linux); None if there is no process to look at."""
@@ -48,11 +59,20 @@ class Engine:
         return int(resident[1]) / 1024 if resident else None
 
 
-def connect(url: str, pid: int | None = None) -> Engine:
+def connect(url: str, pid: int | None = None, kernel: str | None = None) -> Engine:
     """The running server at `url`, with the models that it lists."""
     models = httpx.get(f"{url}/v1/models").raise_for_status().json()["data"]
     names = frozenset(model["id"] for model in models)
-    return Engine(partial(load.run, url), names, pid)
+    return Engine(partial(load.run, url), names, pid, kernel, _dtype(url))
+
+
+def _dtype(url: str) -> str | None:
+    """What one of our servers says it computes in; others do not have the route."""
+    answer = httpx.get(f"{url}/adapters")
+    if not answer.is_success:
+        return None
+    dtype: str = answer.json()["base"]["dtype"]
+    return dtype
 
 
 @contextmanager
@@ -76,10 +96,16 @@ def start_server(settings: Mapping[str, str], log: Path) -> Iterator[tuple[Engin
         try:
             _wait_until_ready(process, url, log)
             seconds = time.perf_counter() - begin
-            yield connect(url, process.pid), seconds
+            yield connect(url, process.pid, _kernel(log)), seconds
         finally:
             process.terminate()
             process.wait()
+
+
+def _kernel(log: Path) -> str:
+    """Which kernel a server that is ready says in its log that it has."""
+    found = re.search(r"(?<!no )native kernel: (\w+)", log.read_text())
+    return found[1] if found else "none"
 
 
 def _free_port() -> int:
@@ -107,15 +133,15 @@ class Peers:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._jobs = cast(IO[str], process.stdin)
         self._answers = cast(IO[str], process.stdout)
-        self.engine = Engine(self._run, frozenset({"base", *LORAS}), process.pid)
-
-    def measure_limits(self) -> Metrics:
-        """Measure how fast the machine reads and multiplies, as `peers.measure_limits`."""
-        limits: Metrics = self._ask(())
-        return limits
+        dtype = self._answers.readline().strip()  # comes once the adapters are written
+        if not dtype:
+            raise SystemExit("peers.py ended before it was ready")
+        self.engine = Engine(
+            self._run, frozenset({"base", *LORAS}), process.pid, "none", dtype, is_static=True
+        )
 
     def _run(self, workload: Workload, seed: str) -> tuple[list[RequestResult], float]:
-        requests = workload.requests(seed)
+        requests = [(one.model, one.prompt) for one in workload.requests(seed)]
         results, duration = self._ask((requests, workload.concurrency, workload.new_tokens))
         return [RequestResult(**result) for result in results], duration
 
@@ -129,18 +155,17 @@ class Peers:
 
 
 @contextmanager
-def start_peers(model: str, folder: Path) -> Iterator[Peers]:
+def start_peers(model: str, folder: Path, num_adapters: int) -> Iterator[Peers]:
     """Run `peers.py` for the block; it has written its adapters into `folder` before.
 
     Args:
         model: folder of the base model.
         folder: where the adapters are written.
+        num_adapters: how many.
     """
-    program = str(Path(__file__).with_name("peers.py"))
-    command = [sys.executable, program, model, str(folder)]
+    command = [sys.executable, "-m", "bench.peers", model, str(folder), str(num_adapters)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        cast(IO[str], process.stdout).readline()  # comes once the adapters are written
         try:
             yield Peers(process)
         finally:

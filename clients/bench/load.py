@@ -1,4 +1,6 @@
-"""Load on an OpenAI-compatible server: streamed completions of token ids, at a fixed concurrency.
+"""Load on an OpenAI-compatible server: streamed completions of token ids.
+
+So many requests are in flight, or they arrive at random.
 
 The generator shares the cores with the server it measures. While the load runs, it only records
 when bytes arrived; it parses them afterwards.
@@ -7,13 +9,16 @@ when bytes arrived; it parses them afterwards.
 import asyncio
 import json
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from bench.metrics import RequestResult
-from bench.workloads import Workload
+from bench.workloads import Request, Workload
+
+Ask = Callable[[Request], Awaitable[None]]
 
 
 @dataclass
@@ -31,7 +36,7 @@ def run(url: str, workload: Workload, seed: str) -> tuple[list[RequestResult], f
     Args:
         url: address of the server.
         workload: the requests.
-        seed: the prompts are drawn from it.
+        seed: prompts, lengths and times of arrival are drawn from it.
 
     Returns:
         The result of every request, a failed one with its error; and the seconds that all took.
@@ -40,29 +45,51 @@ def run(url: str, workload: Workload, seed: str) -> tuple[list[RequestResult], f
 
 
 async def _run(url: str, workload: Workload, seed: str) -> tuple[list[RequestResult], float]:
-    waiting = iter(workload.requests(seed))
-    streams: list[RawStream] = []
+    requests = workload.requests(seed)
+    streams: list[tuple[Request, RawStream]] = []
 
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
 
-        async def work() -> None:
-            for model, prompt in waiting:
-                streams.append(await _request(client, model, prompt, workload.new_tokens))
+        async def ask(request: Request) -> None:
+            streams.append((request, await _stream(client, request)))
 
         begin = time.perf_counter()
-        await asyncio.gather(*(work() for _ in range(workload.concurrency)))
+        if workload.arrival_share is None:
+            await _keep_in_flight(requests, workload.concurrency, ask)
+        else:
+            await _send_at(workload.arrival_times(seed), requests, ask)
         duration = time.perf_counter() - begin
-    return [parse_stream(stream, workload.new_tokens) for stream in streams], duration
+    results = [parse_stream(stream, request.new_tokens) for request, stream in streams]
+    return results, duration
 
 
-async def _request(
-    client: httpx.AsyncClient, model: str, prompt: list[int], new_tokens: int
-) -> RawStream:
+async def _keep_in_flight(requests: Sequence[Request], concurrency: int, ask: Ask) -> None:
+    """Ask for the next one whenever one of so many has ended."""
+    waiting = iter(requests)
+
+    async def work() -> None:
+        for request in waiting:
+            await ask(request)
+
+    await asyncio.gather(*(work() for _ in range(concurrency)))
+
+
+async def _send_at(times: Sequence[float], requests: Sequence[Request], ask: Ask) -> None:
+    """Ask for each at its time, in seconds from now, however many are in flight."""
+
+    async def wait(seconds: float, request: Request) -> None:
+        await asyncio.sleep(seconds)
+        await ask(request)
+
+    await asyncio.gather(*(wait(at, one) for at, one in zip(times, requests, strict=True)))
+
+
+async def _stream(client: httpx.AsyncClient, request: Request) -> RawStream:
     """Send one request and record its response."""
     body = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": new_tokens,
+        "model": request.model,
+        "prompt": request.prompt,
+        "max_tokens": request.new_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,

@@ -17,7 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from crma.core.provenance import commit, hardware
+from crma.core.machine import hardware_in_detail
+from crma.core.provenance import commit
 from crma.models.base_model import DEFAULT_MODEL, find_base
 from crma.models.model_shape import read_shape
 from crma.store.adapter_store import AdapterStore
@@ -28,7 +29,7 @@ def describe() -> dict[str, Any]:
     return {
         "model": str(find_base(DEFAULT_MODEL).path),
         "commit": commit(),
-        "hardware": hardware(),
+        "hardware": hardware_in_detail(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
 

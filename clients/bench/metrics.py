@@ -11,6 +11,12 @@ from statistics import median, quantiles
 Metrics = dict[str, float | None]
 """The figures of one run, by name; None where no request gave a value."""
 
+Key = tuple[str, str]
+"""Row and engine."""
+
+Results = dict[Key, list[Metrics]]
+"""The metrics of each repetition."""
+
 
 @dataclass(frozen=True)
 class RequestResult:
@@ -44,12 +50,12 @@ def percentile(values: Sequence[float], percent: int) -> float | None:
 
 
 def compute_metrics(
-    results: Sequence[RequestResult], duration: float, prompt_tokens: int
+    results: Sequence[RequestResult], duration: float, prompt_tokens: int | None
 ) -> Metrics:
     """Compute the figures of one run. Failed requests count in `failed` and nowhere else.
 
     - `output_tok_s`: generated tokens of all requests, per second of the run
-    - `ttft_*`: from sending to the first token
+    - `ttft_*`: from sending to the first token; p50, p95 and p99 are percentiles
     - `itl_*`: every gap between two tokens of a request, pooled
     - `decode_tok_s`: tokens/s of one request after its first token, median
     - `prefill_tok_s`: prompt tokens divided by TTFT, median
@@ -57,7 +63,7 @@ def compute_metrics(
     Args:
         results: all requests of the run.
         duration: seconds from the first request to the last answer.
-        prompt_tokens: length of each prompt.
+        prompt_tokens: length of each prompt; None: they differ.
     """
     succeeded = [result for result in results if result.error is None]
     output_tok_s = None
@@ -71,15 +77,20 @@ def compute_metrics(
         gaps += [later - earlier for earlier, later in pairwise(times)]
         if len(times) > 1:
             decode_tok_s.append((result.num_tokens - 1) / (times[-1] - times[0]))
+    prefill_tok_s = None
+    if prompt_tokens is not None:
+        prefill_tok_s = percentile([prompt_tokens / seconds for seconds in ttft], 50)
     return {
         "failed": len(results) - len(succeeded),
         "output_tok_s": output_tok_s,
         "ttft_p50_s": percentile(ttft, 50),
         "ttft_p95_s": percentile(ttft, 95),
+        "ttft_p99_s": percentile(ttft, 99),
         "itl_p50_s": percentile(gaps, 50),
+        "itl_p95_s": percentile(gaps, 95),
         "itl_p99_s": percentile(gaps, 99),
         "decode_tok_s": percentile(decode_tok_s, 50),
-        "prefill_tok_s": percentile([prompt_tokens / seconds for seconds in ttft], 50),
+        "prefill_tok_s": prefill_tok_s,
     }
 
 
@@ -93,3 +104,8 @@ def summarize(values: Sequence[float | None]) -> dict[str, float] | None:
         return None
     summary = {"median": median(known), "min": min(known), "max": max(known)}
     return {name: float(f"{value:.4g}") for name, value in summary.items()}
+
+
+def ratios(a: Sequence[float | None], b: Sequence[float | None]) -> list[float | None]:
+    """a / b of each repetition; None where there is no figure of one of them."""
+    return [x / y if x is not None and y else None for x, y in zip(a, b, strict=True)]

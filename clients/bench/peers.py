@@ -1,42 +1,52 @@
-"""`peers.py MODEL FOLDER`: PEFT and transformers on the benchmark's load, in their own process.
+"""`python -m bench.peers MODEL FOLDER [NUMBER]`: PEFT and transformers on the benchmark's load.
 
-It first writes the adapters lora-0 to lora-7 into FOLDER in PEFT's format: random, rank 8, alpha
-16, on every linear layer, B with standard deviation 0.01, and the same every time.
+They are in a process of their own.
 
-Then it writes a line of JSON with the machine's limits, and one more for each line of stdin. Such a
-line is a job, `[[[model, ids], ...], concurrency, new_tokens]`, or `[]` to measure the limits
-again. A job runs in static batches: PEFT's mixed batch (`adapter_names`) if adapters are in the
-batch, plain transformers if it is all `base`.
+It first writes so many adapters (8), lora-0 and on, into FOLDER in PEFT's format: random, rank 8,
+alpha 16, on every linear layer, B with standard deviation 0.01, and the same every time.
+
+Then it writes a line with the type that it computes in, which is the one that this processor
+multiplies itself. For each line of stdin, a job, `[[[model, ids], ...], concurrency, new_tokens]`,
+it writes a line of JSON. A job runs in static batches: PEFT's mixed batch (`adapter_names`) of the
+first 8 adapters if they are in the batch, plain transformers if it is all `base`.
 """
 
 import json
+import math
+import shutil
 import sys
 import time
-from collections.abc import Callable
-from timeit import repeat
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from crma.models.loading import resolve_dtype
 
-def main(model: str, folder: str) -> None:
+NUM_MIXED = 8
+B_STD = 0.01
+WEIGHTS = "adapter_model.safetensors"
+
+
+def main(model: str, folder: str, num_adapters: str = "8") -> None:
     """Do jobs until stdin ends."""
-    base = load_model(model)
+    dtype = resolve_dtype("auto", torch.device("cpu"))
+    base = load_model(model).to(dtype)
     mixed = add_adapters(load_model(model))
     mixed.save_pretrained(folder)
-    mixed.eval()
+    for i in range(NUM_MIXED, int(num_adapters)):
+        write_another(Path(folder) / "lora-0", Path(folder) / f"lora-{i}", seed=i)
+    mixed.to(dtype).eval()
+    _write(str(dtype).removeprefix("torch."))
     with torch.inference_mode():
-        _write(measure_limits(base))
         for line in sys.stdin:
-            job = json.loads(line)
-            if job:
-                requests, concurrency, new_tokens = job
-                _write(generate(base, mixed, requests, concurrency, new_tokens))
-            else:
-                _write(measure_limits(base))
+            requests, concurrency, new_tokens = json.loads(line)
+            answer = generate(base, mixed, requests, concurrency, new_tokens)
+            _write(json.dumps(answer))
 
 
 def load_model(path: str) -> Any:
@@ -52,12 +62,27 @@ def add_adapters(model: Any) -> Any:
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     mixed: Any = get_peft_model(model, config, "lora-0", autocast_adapter_dtype=False)
-    for i in range(1, 8):
+    for i in range(1, NUM_MIXED):
         mixed.add_adapter(f"lora-{i}", config, autocast_adapter_dtype=False)
     for name, weight in mixed.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.01)
+            torch.nn.init.normal_(weight, std=B_STD)
     return mixed
+
+
+def write_another(adapter: Path, folder: Path, seed: int) -> None:
+    """Write an adapter with the shape of another, drawn as PEFT draws it, and B as above."""
+    rng = torch.Generator().manual_seed(seed)
+    weights = load_file(adapter / WEIGHTS)
+    for name, weight in weights.items():
+        if "lora_B" in name:
+            weight.normal_(0, B_STD, generator=rng)
+        else:
+            bound = 1 / math.sqrt(weight.shape[1])
+            weight.uniform_(-bound, bound, generator=rng)
+    folder.mkdir()
+    shutil.copy(adapter / "adapter_config.json", folder)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 class TokenClock:
@@ -118,50 +143,8 @@ def generate(
     return results, time.perf_counter() - begin
 
 
-def measure_limits(base: Any) -> dict[str, float]:
-    """Measure how fast the machine reads and multiplies, with all threads, at the best of 50 tries.
-
-    Returns:
-        read_gb_s: GB/s read, from as many bytes as the weights have.
-        gemm_gf_s: GFLOP/s of a bf16 product with 2048 rows.
-        gemm_16_rows_gf_s: GFLOP/s of one with 16 rows, of the model's sizes.
-        read_tok_s: tokens/s of one sequence, if each token reads all weights once.
-        gemm_tok_s: tokens/s of all sequences, if each token takes two operations a weight at the
-            rate of the large product.
-        prefill_tok_s: the same without the head, which a prompt needs only once.
-    """
-    config = base.config
-    num_weights = sum(weight.numel() for weight in base.parameters())
-    num_without_head = num_weights - config.vocab_size * config.hidden_size
-    as_many_bytes = torch.ones(num_weights // 2)  # float32, where the weights are bf16
-    read_s = best_time(as_many_bytes.sum)
-    large = gemm_rate(2048, 2048, 2048)
-    small = gemm_rate(16, config.hidden_size, config.intermediate_size)
-    return {
-        "read_gb_s": 2e-9 * num_weights / read_s,
-        "gemm_gf_s": large / 1e9,
-        "gemm_16_rows_gf_s": small / 1e9,
-        "read_tok_s": 1 / read_s,
-        "gemm_tok_s": large / 2 / num_weights,
-        "prefill_tok_s": large / 2 / num_without_head,
-    }
-
-
-def best_time(call: Callable[[], object]) -> float:
-    """The fewest seconds that one of 50 calls took."""
-    return min(repeat(call, number=1, repeat=50))
-
-
-def gemm_rate(rows: int, inner: int, columns: int) -> float:
-    """Operations per second of the bf16 product [rows, inner] x [inner, columns]."""
-    x = torch.ones(rows, inner, dtype=torch.bfloat16)
-    weight = torch.ones(columns, inner, dtype=torch.bfloat16)
-    num_operations = 2 * rows * inner * columns
-    return num_operations / best_time(lambda: torch.nn.functional.linear(x, weight))
-
-
-def _write(value: Any) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
+def _write(line: str) -> None:
+    sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 

@@ -21,6 +21,9 @@ def bench(
             "--server", metavar="NAME=URL", help="Measure this running server too; may be repeated."
         ),
     ] = None,
+    rows: Annotated[
+        str | None, typer.Option("--rows", metavar="ROW,…", help="Only these rows.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A few requests, to see that it works.")
     ] = False,
@@ -33,4 +36,5 @@ def bench(
     """
     urls = [part for each in server or () for part in ("--url", each)]
     flags = [name for name, is_on in (("--quick", quick), ("--quiet", quiet)) if is_on]
-    become("bench", [*flags, *urls], folder=CLIENTS)
+    chosen = [] if rows is None else ["--rows", rows]
+    become("bench", [*flags, *chosen, *urls], folder=CLIENTS)

@@ -35,12 +35,17 @@ def describe() -> dict[str, Any]:
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "hardware": {**hardware(), "isa": _isa(), "memory_gib": _memory_gib()},
+        "hardware": hardware_in_detail(),
         "compiler": shutil.which("c++") or shutil.which("g++") or "none",
         "home": str(cache_home()),
         "models": sorted(path.parent.name for path in cache_home().glob("models/*/base.json")),
         "settings": setting_names(),
     }
+
+
+def hardware_in_detail() -> dict[str, Any]:
+    """As `provenance.hardware`, with "isa", the instructions that matter here, and "memory_gib"."""
+    return {**hardware(), "isa": _isa(), "memory_gib": _memory_gib()}
 
 
 def _version(name: str) -> str:

@@ -1,17 +1,37 @@
 """The benchmark: metrics, parsed streams, the order of its measurements, and the rows it writes."""
 
 import json
+import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
-from bench.__main__ import Results, measure_rows, report_ratios, report_rows
+from bench.__main__ import SERVERS, measure_rows, num_adapters, report_ratios, report_rows
 from bench.engine import Engine
+from bench.goals import Goal, goals
 from bench.load import RawStream, parse_stream
-from bench.metrics import RequestResult, compute_metrics, summarize
+from bench.metrics import RequestResult, Results, compute_metrics, ratios, summarize
+from bench.options import parse_options
 from bench.report import Report
-from bench.workloads import CRMA_ALTERNATING, TASKS, Workload, speed_limit
+from bench.workloads import (
+    ALL_ROWS,
+    CRMA_ALTERNATING,
+    LORAS,
+    MANY_LORAS,
+    ROWS,
+    TASKS,
+    Workload,
+    chosen_rows,
+    speed_limit,
+)
 
+LOAD = {"median": 0.5, "min": 0.5, "max": 0.5}
 LIMITS = {"read_gb_s": 20.0, "read_tok_s": 100.0, "gemm_tok_s": 1000.0, "prefill_tok_s": 1200.0}
+
+
+def answering(**details: Any) -> Engine:
+    """An engine that has answered nothing yet."""
+    return Engine(lambda _workload, _seed: ([], 0.0), frozenset({"base", *LORAS}), **details)
 
 
 def written_rows(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
@@ -29,7 +49,9 @@ def test_metrics_leave_out_failures_and_pool_the_gaps_between_tokens() -> None:
             "output_tok_s": 0.75,
             "ttft_p50_s": 1.5,
             "ttft_p95_s": 1.95,
+            "ttft_p99_s": 1.99,
             "itl_p50_s": 1,
+            "itl_p95_s": 1.85,
             "itl_p99_s": 1.97,
             "decode_tok_s": (2 / 3 + 1) / 2,
             "prefill_tok_s": 7.5,
@@ -131,13 +153,14 @@ def test_a_row_has_medians_the_failures_of_all_repetitions_and_its_share_of_the_
     repetitions = [
         {"failed": failed, "tok_s": speed} for failed, speed in zip(failures, speeds, strict=True)
     ]
-    report.add("mixed", "server", "tok_s", repetitions, limit=12)
+    report.add("mixed", "server", "tok_s", repetitions, limit=12, load_average=LOAD)
     assert written_rows(capsys) == [
         {
             "row": "mixed",
             "engine": "server",
             "measure": "tok_s",
             "repetitions": 3,
+            "load_average": LOAD,
             "failed": 1,
             "tok_s": {"median": 6, "min": 5, "max": 9},
             "limit": 12,
@@ -149,35 +172,194 @@ def test_a_row_has_medians_the_failures_of_all_repetitions_and_its_share_of_the_
     assert "mixed" in report.table()
 
 
-def test_rows_state_settings_workload_and_share_of_the_best_limit_but_int8_has_none(
+def test_rows_state_how_they_were_computed_and_their_share_of_the_best_limit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     disturbed = {name: value / 2 for name, value in LIMITS.items()}
-    results: Results = {
-        ("base", engine): [{"failed": 0, "output_tok_s": 500.0}]
-        for engine in ("server", "int8", "peft")
+    engines = {
+        "server": answering(kernel="avx2", dtype="float32"),
+        "int8": answering(kernel="avx2", dtype="float32+int8"),
+        "peft": answering(),
     }
-    report_rows(Report({}), {"base": Workload()}, results, [disturbed, LIMITS])
+    results: Results = {}
+    for engine in engines:
+        results["base", engine] = [{"failed": 0, "output_tok_s": 500.0}]
+        results["single", engine] = [{"failed": 0, "decode_tok_s": 50.0}]
+        results["poisson", engine] = [{"failed": 0, "ttft_p95_s": 2.0}]
+    report_rows(Report({}), ALL_ROWS, results, engines, [disturbed, LIMITS])
     limits, *rows = written_rows(capsys)
     assert limits["read_gb_s"] == {"median": 15, "min": 10, "max": 20}
-    server, int8, peft = rows
-    assert [row["settings"] for row in rows] == [{}, {"CRMA_QUANTIZATION": "int8"}, None]
-    assert server["workload"]["measure"] == "output_tok_s"
-    assert server["share_of_limit"] == peft["share_of_limit"] == 0.5
-    assert "limit" not in int8
+    assert [row["settings"] for row in rows[::3]] == [SERVERS["server"], SERVERS["int8"], None]
+    assert [row["kernel"] for row in rows[::3]] == ["avx2", "avx2", None]
+    assert rows[3]["dtype"] == "float32+int8"
+    assert rows[0]["workload"]["measure"] == "output_tok_s"
+    assert all("load_average" in row for row in (limits, *rows))
+    shares = {(row["row"], row["engine"]): row.get("share_of_limit") for row in rows}
+    assert shares == {
+        ("base", "server"): 0.5,
+        ("base", "int8"): None,  # no rate of products of 8 bits is measured
+        ("base", "peft"): 0.5,
+        ("single", "server"): 0.5,
+        ("single", "int8"): 0.25,  # it reads half as much
+        ("single", "peft"): 0.5,
+        ("poisson", "server"): None,
+        ("poisson", "int8"): None,
+        ("poisson", "peft"): None,
+    }
 
 
 def test_ratios_are_taken_repetition_by_repetition(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = {"mixed": Workload(), "base": Workload()}
     results: Results = {
         ("mixed", "server"): [{"output_tok_s": 1.0}, {"output_tok_s": 4.0}],
         ("base", "server"): [{"output_tok_s": 2.0}, {"output_tok_s": 4.0}],
         ("base", "other"): [{"output_tok_s": 2.0}, {"output_tok_s": 4.0}],
     }
-    engines = dict.fromkeys(
-        ("server", "other"), Engine(lambda _workload, _seed: ([], 0.0), frozenset())
-    )
-    report_ratios(Report({}), rows, results, engines)
+    engines = dict.fromkeys(("server", "other"), answering())
+    report_ratios(Report({}), results, engines)
     (row,) = written_rows(capsys)
     assert (row["row"], row["engine"]) == ("mixed / base", "server")
     assert row["ratio"] == {"median": 0.75, "min": 0.5, "max": 1}
+
+
+def test_a_row_in_random_order_names_every_model_once_a_turn() -> None:
+    churn = ALL_ROWS["churn-64"]
+    order = [request.model for request in churn.requests("seed")]
+    assert sorted(order) == sorted(MANY_LORAS)
+    assert order != list(MANY_LORAS)
+    assert order == [request.model for request in churn.requests("seed")]
+    assert order != [request.model for request in churn.requests("another")]
+    few = [request.model for request in ALL_ROWS["churn-8"].requests("seed")]
+    assert all(sorted(few[i : i + 8]) == list(LORAS) for i in range(0, 64, 8))
+    assert few[:8] != few[8:16]
+
+
+def test_the_warm_up_of_a_row_names_every_model() -> None:
+    churn = ALL_ROWS["churn-64"].short()
+    assert churn.base_models() == {request.model for request in churn.requests("seed")}
+
+
+def test_lengths_are_spread_by_their_logarithm_and_follow_the_seed() -> None:
+    row = Workload(num_requests=2000, prompt_tokens=64, new_tokens=32, spread=4)
+    requests = row.requests("seed")
+    assert requests == row.requests("seed")
+    for typical, lengths in (
+        (64, sorted(len(request.prompt) for request in requests)),
+        (32, sorted(request.new_tokens for request in requests)),
+    ):
+        assert typical / 4 <= lengths[0] < typical / 3
+        assert typical * 3 < lengths[-1] <= typical * 4
+        assert lengths[len(lengths) // 2] == pytest.approx(typical, rel=0.1)
+        # A quarter of the requests on each side is beyond twice or half the typical length.
+        assert lengths[len(lengths) * 3 // 4] == pytest.approx(typical * 2, rel=0.1)
+
+
+def test_requests_arrive_at_random_at_the_stated_rate() -> None:
+    row = Workload(num_requests=2000, arrival_share=0.5, arrivals_per_s=4.0)
+    times = row.arrival_times("seed")
+    assert times == row.arrival_times("seed") != row.arrival_times("another")
+    assert times == sorted(times)
+    assert times[-1] == pytest.approx(2000 / 4, rel=0.1)
+    gaps = sorted(later - earlier for earlier, later in pairwise(times))
+    assert gaps[len(gaps) // 2] == pytest.approx(math.log(2) / 4, rel=0.1)  # as Poisson's
+
+
+def test_the_rate_of_arrivals_is_a_share_of_what_the_engine_has_just_reached() -> None:
+    rates: list[float | None] = []
+
+    def run(workload: Workload, seed: str) -> tuple[list[RequestResult], float]:
+        rates.append(workload.arrivals_per_s)
+        tokens = 8 if workload.new_tokens == 8 else 640
+        return [RequestResult(0, [1.0, 2.0], tokens)], 2.0
+
+    engines = {"server": Engine(run, frozenset(LORAS))}
+    rows = {"mixed": ROWS["mixed"], "poisson": ROWS["poisson"]}
+    results = measure_rows(engines, rows, repetitions=1)
+    # 8 tokens in 2 s of which a request has 8; then 640 of which it has 64.
+    assert rates == [None, pytest.approx(0.7 / 2), None, pytest.approx(0.7 * 5)]
+    assert results["poisson", "server"][0]["arrivals_per_s"] == pytest.approx(0.7 * 5)
+
+
+def test_no_request_arrives_at_a_share_of_nothing() -> None:
+    def run(workload: Workload, seed: str) -> tuple[list[RequestResult], float]:
+        return [RequestResult(0, error="HTTP 500")], 1.0
+
+    rows = {"mixed": ROWS["mixed"], "poisson": ROWS["poisson"]}
+    results = measure_rows({"server": Engine(run, frozenset(LORAS))}, rows, repetitions=1)
+    assert set(results) == {("mixed", "server")}
+
+
+def test_static_batches_have_no_rows_of_random_lengths_or_arrivals() -> None:
+    peer = answering(is_static=True)
+    served = {name for name, row in ALL_ROWS.items() if peer.can_serve(row)}
+    assert {"mixed", "base", "long", "churn-8"} <= served
+    assert served.isdisjoint({"random-length", "poisson"})
+
+
+def test_rows_are_chosen_by_name_with_the_row_that_arrivals_need() -> None:
+    (rows,) = chosen_rows(frozenset({"poisson"}))
+    assert list(rows) == ["mixed", "poisson"]
+    crma, churn = chosen_rows(frozenset({"churn-8", "crma-on"}))
+    assert (list(crma), list(churn)) == (["crma-on"], ["churn-8"])
+    options = parse_options(["--rows", "start,base", "--engines", "server"], "", ("server", "peft"))
+    assert options.rows == {"start", "base"}
+    assert options.engines == {"server"}
+    assert options.repetitions == 3
+
+
+@pytest.mark.parametrize("arguments", [["--rows", "base,fast"], ["--engines", "fast"]])
+def test_an_unknown_row_or_engine_is_refused_with_those_there_are(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_options(arguments, "", ("server", "peft"))
+    message = capsys.readouterr().err
+    assert "there is no fast" in message
+    assert "server" in message or "churn-64" in message
+
+
+def test_only_rows_of_many_adapters_need_them() -> None:
+    assert num_adapters(chosen_rows(frozenset({"mixed", "churn-8"}))) == 8
+    assert num_adapters(chosen_rows(frozenset({"mixed", "churn-64"}))) == 64
+
+
+def test_a_goal_is_a_share_of_the_limit_or_a_quotient_of_the_best_compared() -> None:
+    figures = {
+        ("single", "server"): [60.0, 80.0],
+        ("single", "int8"): [100.0],
+        ("mixed", "server"): [200.0, 240.0],
+        ("mixed", "slow"): [20.0, 20.0],
+        ("mixed", "fast"): [50.0, 80.0],
+    }
+    by_label = {goal.label: goal for goal in goals(["server", "int8", "slow", "fast"])}
+
+    def found(label: str) -> list[float | None]:
+        return by_label[label].found(figures, LIMITS)
+
+    assert found("one stream: share of read bandwidth") == [0.6, 0.8]
+    assert found("one stream, int8: share of read bandwidth") == [0.5]
+    assert found("8 adapters mixed / best peer") == [4.0, 3.0]
+    assert found("8 adapters mixed / none") == []
+    assert found("one stream / llama.cpp, 8 bits a weight") == []
+
+
+def test_each_goal_is_listed_with_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report({"commit": "abc"})
+    goal = Goal("fast", 0.5, 0.9, ("base", "server"))
+    for found in ([], [0.4, 0.3, None], [0.5], [0.8, 1.0]):
+        report.add_goal(goal, found)
+    rows = written_rows(capsys)
+    assert [row["reached"] for row in rows] == [None, "no", "must", "aim"]
+    assert rows[1]["found"] == {"median": 0.35, "min": 0.3, "max": 0.4}
+    assert rows[0]["goal"] == "fast"
+    assert rows[0]["commit"] == "abc"
+    _, *lines = report.goals_table().splitlines()
+    assert [line.split()[1:] for line in lines] == [
+        ["0.5", "0.9", "-", "-,", "-"],
+        ["0.5", "0.9", "0.35", "no,", "no"],
+        ["0.5", "0.9", "0.5", "yes,", "no"],
+        ["0.5", "0.9", "0.9", "yes,", "yes"],
+    ]
+
+
+def test_ratios_of_missing_figures_are_missing() -> None:
+    assert ratios([1.0, None, 3.0, 4.0], [2.0, 1.0, None, 0.0]) == [0.5, None, None, None]

@@ -77,8 +77,15 @@ def test_a_benchmark_without_a_checkout_says_that_it_needs_one(
     assert (code, "needs a checkout" in err) == (1, True)
 
 
-def test_a_benchmark_is_that_of_the_checkout() -> None:
-    command = [sys.executable, "-m", "crma", "bench", "--quick", "--server", "wrong"]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quick", "--server", "wrong"], "must be NAME=URL, not 'wrong'"),
+        (["--rows", "base,wrong"], "there is no wrong; there are start, mixed, base"),
+    ],
+)
+def test_a_benchmark_is_that_of_the_checkout(arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "crma", "bench", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "must be NAME=URL, not 'wrong'" in done.stderr
+    assert message in " ".join(done.stderr.split())
