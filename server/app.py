@@ -76,7 +76,7 @@ def create_app(frontend: Frontend) -> FastAPI:
     ablations = Ablations(frontend)
     settings = frontend.settings
     metrics = frontend.metrics
-    folders = {"store": settings.store, "evaluations": settings.evaluations}
+    folders = {"store": frontend.registry.store.root, "evaluations": settings.evaluations}
     disks = DiskSpace(folders, metrics)
 
     @asynccontextmanager
