@@ -140,7 +140,7 @@ def errors_table() -> str:
 def metric_families() -> list[Metric]:
     """Every metric that `GET /metrics` can have."""
     metrics = Metrics(CollectorRegistry())
-    engine = EngineMetrics(metrics, EngineStats, dict, 1)
+    engine = EngineMetrics(metrics, EngineStats, dict, dict, 1)
     vllm = VllmMetrics(metrics, EngineStats, "model")
     return [*metrics.registry.collect(), *engine.collect(), *vllm.collect()]
 

@@ -237,6 +237,16 @@ class Registry:
         """Digest to name, of every sound version."""
         return {entry.digest: entry.name for entry in self._view.sound_tasks()}
 
+    def model_names(self) -> dict[str, str]:
+        """Digest to what clients send as `model`, of every sound version.
+
+        That is the name of its task for the version that serves, and `name@version` for others.
+        """
+        sound = self._view.sound_tasks()
+        named = {entry.digest: f"{entry.name}@{entry.version}" for entry in sound}
+        serving = self._view.serving_tasks().values()
+        return named | {entry.digest: entry.name for entry in serving}
+
     @property
     def task_names(self) -> list[str]:
         """The names of the tasks that serve, sound or not, sorted."""
