@@ -173,3 +173,13 @@ def test_a_list_without_anything_in_it_is_refused(
     with pytest.raises(ConfigError) as caught:
         Settings.load()
     assert caught.value.field == name
+
+
+def test_a_store_is_a_folder_or_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, store in (("~/x", Path.home() / "x"), ("s3://bucket/x", "s3://bucket/x")):
+        monkeypatch.setenv("CRMA_STORE", value)
+        assert Settings.load().store == store
+    monkeypatch.setenv("CRMA_STORE", "ftp://host/x")
+    with pytest.raises(ConfigError, match=r"CRMA_STORE: .*allowed: a folder, s3://…") as caught:
+        Settings.load()
+    assert (caught.value.field, caught.value.value) == ("CRMA_STORE", "ftp://host/x")
