@@ -80,17 +80,17 @@ async def test_a_source_that_is_away_is_shown_and_what_served_goes_on(
 
 
 async def test_a_tampered_version_is_named_and_does_not_serve_until_it_is_mended(
-    writer: AdapterStore, registry: Registry
+    writer: AdapterStore, registry: Registry, tmp_path: Path
 ) -> None:
     before = registry.resolve("task", None)
-    staged = publish(writer, "task", 1, serve=False)
-    flip_bit(staged.path / WEIGHTS)
-    writer.set_serving({"tasks/task": "v2"})
-    await until(lambda: registry.store_problem is not None)
-    assert str(registry.store_problem).startswith(f"{ADDRESS}/tasks/task/v2: {WEIGHTS}: ")
+    away = writer.root.rename(tmp_path / "away")  # nothing is copied meanwhile
+    new = publish(AdapterStore(away), "task", 1)
+    flip_bit(new.path / WEIGHTS)
+    away.rename(writer.root)
+    refused = f"{ADDRESS}/tasks/task/v2: {WEIGHTS}: not the file that was published."
+    await until(lambda: registry.store_problem == refused)
     assert registry.resolve("task", None) == before
     assert registry.problems == {}
-    flip_bit(staged.path / WEIGHTS)
-    await until(lambda: registry.resolve("task", None).task.digest == staged.digest)
+    flip_bit(writer.task("task").path / WEIGHTS)
+    await until(lambda: registry.resolve("task", None).selection.task_digest == new.digest)
     await until(lambda: registry.store_problem is None)
-
