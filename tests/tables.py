@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from cost_model import BASE_COLUMNS, SLOT_COLUMNS, base_rows, slot_rows
 from fastapi import APIRouter, FastAPI
 from paths import EXPERIMENTS, RESULTS, ROOT
 from prometheus_client import CollectorRegistry, Metric
@@ -193,6 +194,16 @@ def bench_table() -> str:
     return "\n".join([*markdown_table(["", *ENGINES.values()], table), "", origin])
 
 
+def cost_table() -> str:
+    """What a step and an adapter cost on each base model."""
+    return "\n".join(markdown_table([*BASE_COLUMNS], base_rows()))
+
+
+def slots_table() -> str:
+    """Slots and replicas for each base model and number of tasks."""
+    return "\n".join(markdown_table([*SLOT_COLUMNS], slot_rows()))
+
+
 def _figure(row: Mapping[str, Any] | None, key: str, digits: int) -> str:
     """One figure of a benchmark row: `key`, or the figure that the row is about."""
     figure = None if row is None else row.get(key or row["measure"])
@@ -229,6 +240,8 @@ class Table(NamedTuple):
 
 
 TABLES = {
+    "cost": Table(DOCS / "cost.md", cost_table),
+    "slots": Table(DOCS / "cost.md", slots_table),
     "settings": Table(DOCS / "settings.md", settings_table),
     "errors": Table(DOCS / "api.md", errors_table),
     "metrics": Table(DOCS / "operations.md", metrics_table),

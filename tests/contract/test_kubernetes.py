@@ -82,7 +82,7 @@ def test_probes_ask_the_port_for_health_and_a_long_start_is_no_failure() -> None
     ports = {each["name"]: each["containerPort"] for each in container()["ports"]}
     settings = objects()["ConfigMap"]["data"]
     assert ports["health"] == int(settings["CRMA_HEALTH_PORT"])
-    environment = dict(text.split("=", 1) for text in image_environment())
+    environment = Dockerfile.read().stages[-1].environment()
     assert ports["http"] == int(environment["CRMA_PORT"])
     for name in ("startupProbe", "livenessProbe", "readinessProbe"):
         asked = container()[name]["httpGet"]
@@ -90,12 +90,6 @@ def test_probes_ask_the_port_for_health_and_a_long_start_is_no_failure() -> None
         assert asked["path"] in PATHS
     start = container()["startupProbe"]
     assert start["periodSeconds"] * start["failureThreshold"] >= 1200
-
-
-def image_environment() -> list[str]:
-    """The variables of the image, NAME=value."""
-    (variables,) = [text for name, text in Dockerfile.read().stages[-1].steps if name == "ENV"]
-    return variables.replace("\\\n", " ").split()
 
 
 def test_a_pod_has_the_time_that_the_server_takes_to_stop() -> None:
@@ -115,7 +109,7 @@ def test_a_container_is_nobody_special_and_writes_to_its_volume_only() -> None:
     assert not rights["allowPrivilegeEscalation"]
     assert rights["capabilities"] == {"drop": ["ALL"]}
     (mount,) = container()["volumeMounts"]
-    environment = dict(text.split("=", 1) for text in image_environment())
+    environment = Dockerfile.read().stages[-1].environment()
     assert mount["mountPath"] == environment["CRMA_HOME"] == environment["TMPDIR"]
 
 
