@@ -112,6 +112,9 @@ def execute(
         report(experiment.name, done, len(missing))
         config = planned[name]
         run = Run(config, find_base(config.model), work / experiment.name / name, report)
+        if run.ranks.size > 1:
+            message = "an experiment runs in one process: divide its runs with --only"
+            raise ConfigError(message, field="ranks", value=run.ranks.size, allowed=1)
         paths[name].parent.mkdir(parents=True, exist_ok=True)
         replace_file(paths[name], to_json(run.execute()))
     return [path for path in paths.values() if path.exists()]

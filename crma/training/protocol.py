@@ -30,6 +30,7 @@ from crma.training.config import TrainConfig, task_name
 from crma.training.initial_adapters import backbone_shape, generator, lora_config, new_backbone
 from crma.training.loop import LOG_FILE, TaskTrainer
 from crma.training.prompt_format import format_of
+from crma.training.ranks import Ranks
 from crma.training.record import Progress, make_record, measure_stages, read_logs
 from crma.training.snapshots import Snapshots
 
@@ -46,6 +47,7 @@ class Run:
         progress: called with (description, done, total).
 
     Attributes:
+        ranks: the processes that train it together; alone by default.
         start: the backbone of another store that the run continues, if the configuration names one.
         serving_attention: the attention implementation that serves the model; training may use
             another one.
@@ -65,7 +67,8 @@ class Run:
         self.config = config
         self.base = base
         self.folder = folder
-        self.progress = progress
+        self.ranks = Ranks.join()
+        self.progress = progress if self.ranks.writes else _silent
         self.arm = ARMS[config.arm]
         for task in config.tasks:
             check_name(task_name(task))  # before any training: its snapshot could not be published
@@ -88,16 +91,21 @@ class Run:
         """Train every stage, measure, and write the record.
 
         Returns:
-            The record.
+            The record; empty in a process that only trains with others.
 
         Raises:
             TrainingError: the folder holds a run of another configuration, a loss or gradient is
                 not finite, M has no gradient, or a resumed run does not reproduce its snapshots.
         """
-        self._pin_config()
+        if self.ranks.writes:
+            self._pin_config()
         started = time.perf_counter()
         stages = self.snapshots.stages
         train_s = sum(self._train(index) for index in range(len(stages)))
+        self.ranks.wait()
+        self.ranks.leave()
+        if not self.ranks.writes:
+            return {}
         measured = measure_stages(self.snapshots, self.evaluator, self.measure_rows, self.progress)
         log = read_logs(self._work(stage.name) / LOG_FILE for stage in stages)
         record = make_record(self.snapshots, measured, log, train_s, self.model.dtype)
@@ -140,6 +148,7 @@ class Run:
         stage = self.snapshots.stages[index]
         folder = self._work(stage.name)
         stats = folder / STATS_FILE
+        self.ranks.wait()  # until what was trained before is written
         if stats.exists():
             return json.loads(stats.read_text())["wall_s"]
         first_task = index == 0 and self.start is None
@@ -161,11 +170,14 @@ class Run:
             pad_id=self.evaluator.stop_id,
             folder=folder,
             M_0=M_0,
+            ranks=self.ranks,
         )
         description = f"{self.arm.name} seed {self.config.seed}: {stage.name}"
         wall_s = trainer.run(partial(self.progress, description))
-        self.snapshots.publish(index, lora, backbone)
-        replace_file(stats, to_json({"wall_s": wall_s}))
+        self.ranks.check_same(adapted.parameters())
+        if self.ranks.writes:
+            self.snapshots.publish(index, lora, backbone)
+            replace_file(stats, to_json({"wall_s": wall_s}))
         return wall_s
 
     def _start_lora(self, index: int) -> Lora:
@@ -189,6 +201,10 @@ class Run:
         if self.start is not None:
             return self.start.load(ModelShape.of(self.model))
         return new_backbone(self.config, self.injection)
+
+
+def _silent(description: str, done: int, total: int) -> None:  # noqa: ARG001
+    """The progress of a process whose work another one shows."""
 
 
 def _start_of(config: TrainConfig, base: BaseModel) -> BackboneEntry | None:
