@@ -81,7 +81,7 @@ class Mirror:
         try:
             self.problems = self._look()
         except StoreError as error:
-            self.problems = (error,)
+            self.problems = (_without_frames(error),)
         except OSError as error:
             message = f"the copy of {self.source.address} cannot be written: {error}"
             self.problems = (StoreError(message, field="store", value=str(self.root)),)
@@ -131,7 +131,7 @@ class Mirror:
             except SourceUnavailable:
                 raise
             except StoreError as error:
-                self._refused[place] = (of_version, error)
+                self._refused[place] = (of_version, _without_frames(error))
         return {place: error for place, (_, error) in self._refused.items()}
 
     def _fetch(self, place: str, files: Files) -> None:
@@ -196,6 +196,11 @@ class Mirror:
             where = self.source.place(name)
             raise invalid("Too large.", where, file.size, f"<= {limit} bytes")
         return self.source.read(name)
+
+
+def _without_frames(error: StoreError) -> StoreError:
+    """An error that is kept: its traceback would keep the bytes that were read."""
+    return error.with_traceback(None)
 
 
 def _serving(channels: Channels) -> list[str]:
