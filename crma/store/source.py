@@ -90,7 +90,8 @@ class Source:
         from fsspec.core import url_to_fs
 
         try:
-            files, folder = url_to_fs(address)
+            # An instance of its own: fsspec would give out one with the keys of an earlier time.
+            files, folder = url_to_fs(address, skip_instance_cache=True)
         except ImportError as error:
             package = PACKAGES[kind]
             message = f"{kind}:// needs the package {package}: pip install {package}"
