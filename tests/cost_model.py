@@ -17,7 +17,9 @@ RANK = 8  # of a LoRA on every linear
 CRMA_RANK = 16  # of the folded pair of each block: 4 streams of rank 4, as shipped
 BYTES = 2  # of a number in bfloat16
 TASKS = (10, 100, 1000)
-READ_BYTES_S = 3.35e12  # what an H100's memory can do by its maker's figure; nothing here measured it
+READ_BYTES_S = (
+    3.35e12  # what an H100's memory can do by its maker's figure; nothing here measured it
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ BASE_COLUMNS = (
     "KV cache, MB per 1,000 tokens",
     "LoRA, MB",
     "CRMA, MB",
-    "load of a LoRA, ms",
+    "load of a LoRA, s",
     "step of 16 rows on the CPU, s",
     "LoRAs add",
     "CRMA adds",
@@ -138,7 +140,7 @@ def _base_row(shape: Shape) -> list[str]:
         f"{shape.kv_numbers * BYTES * 1000 / 1e6:.3g}",
         f"{lora_bytes / 1e6:.3g}",
         f"{shape.crma_numbers * BYTES / 1e6:.3g}",
-        f"{lora_bytes * load_seconds_a_byte() * 1e3:.2g}",
+        f"{lora_bytes * load_seconds_a_byte():.2g}",
         f"{step_seconds(shape):.2g}",
         f"{added(shape, 'lora_numbers', 'mixed / base'):.1%}",
         f"{added(shape, 'crma_numbers', 'crma-on / crma-off'):.1%}",
@@ -156,5 +158,7 @@ def slot_rows() -> list[list[str]]:
         for tasks in TASKS:
             slots = min(tasks, shape.slots)
             size = tasks * shape.lora_numbers * BYTES / 1e9
-            rows.append([shape.name, f"{tasks:,}", f"{size:.2g}", str(slots), str(ceil(tasks / slots))])
+            rows.append(
+                [shape.name, f"{tasks:,}", f"{size:.2g}", str(slots), str(ceil(tasks / slots))]
+            )
     return rows

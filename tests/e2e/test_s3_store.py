@@ -171,7 +171,10 @@ async def test_a_server_follows_its_bucket_and_goes_on_while_it_is_away(
             assert (await ask()).status_code == 200
             headers = {"Authorization": "Bearer admin"}
             refused = await client.delete("/adapters/legal", headers=headers)
-            assert (refused.status_code, refused.json()["error"]["code"]) == (409, "read_only_store")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (
+                409,
+                "read_only_store",
+            )
             bucket.come_back()
             store.roll_back("tasks/legal")
             bucket.sync()

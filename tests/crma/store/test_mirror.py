@@ -177,9 +177,7 @@ def test_no_object_is_written_outside_the_copy(tmp_path: Path) -> None:
 # A source that is away, or half there ---------------------------------------------------------
 
 
-def test_a_copy_goes_on_while_its_source_is_away(
-    writer: AdapterStore, tmp_path: Path
-) -> None:
+def test_a_copy_goes_on_while_its_source_is_away(writer: AdapterStore, tmp_path: Path) -> None:
     copy = mirrored(writer.root, tmp_path / "copy")
     before = contents(copy.root)
     away = writer.root.rename(tmp_path / "away")

@@ -99,7 +99,9 @@ def test_several_processes_train_as_one_does_and_one_of_them_writes(
         one, other_one = (store.task(name).load() for store in stores)
         for ours, theirs in zip(one.parameters(), other_one.parameters(), strict=True):
             torch.testing.assert_close(theirs.float(), ours.float(), rtol=0.05, atol=2e-3)
-    records = [json.loads((tmp_path / each / "record.json").read_text()) for each in ("alone", "together")]
+    records = [
+        json.loads((tmp_path / each / "record.json").read_text()) for each in ("alone", "together")
+    ]
     assert records[1]["loss"] == [pytest.approx(row, rel=1e-3) for row in records[0]["loss"]]
 
 
