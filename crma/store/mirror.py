@@ -229,9 +229,9 @@ def _complete(files: Files) -> dict[str, Files]:
         match = _OF_A_VERSION.fullmatch(name)
         if match is not None:
             found.setdefault(match[1], {})[match[2]] = file
-    wanted = {place: (MANIFEST, *_kind(place).FILES) for place in found}
-    return {
-        place: {name: found[place][name] for name in names}
-        for place, names in wanted.items()
-        if found[place].keys() >= set(names)
-    }
+    complete = {}
+    for place, of_version in found.items():
+        names = (MANIFEST, *_kind(place).FILES)
+        if of_version.keys() >= set(names):
+            complete[place] = {name: of_version[name] for name in names}
+    return complete

@@ -203,7 +203,7 @@ class Run:
         return new_backbone(self.config, self.injection)
 
 
-def _silent(description: str, done: int, total: int) -> None:  # noqa: ARG001
+def _silent(description: str, done: int, total: int) -> None:
     """The progress of a process whose work another one shows."""
 
 

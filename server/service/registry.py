@@ -66,7 +66,7 @@ class Registry:
         shape: of the base; adapters must fit it.
         load_backbone: False: backbones are never read, and requests that need one are refused.
         patience_s: seconds after which a store that does not answer is a problem.
-        copy_s: seconds between two looks at a store on another machine, if `store` is a copy of one.
+        copy_s: seconds between two looks at the store on another machine that `store` copies.
 
     Attributes:
         threads: for all work on the store.
