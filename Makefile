@@ -69,7 +69,7 @@ supply: setup
 	$(BIN)/pip install -qq --only-binary=:all: $(PIP_ARGS) -c constraints.txt --group supply
 
 lock: supply  ## the lock files of the image again, from pyproject.toml and constraints.txt
-	$(LOCK) --config-file docker/uv.toml --no-emit-package torch --extra otel --extra postgres --extra signing pyproject.toml -o docker/requirements.lock
+	$(LOCK) --config-file docker/uv.toml --no-emit-package torch --extra otel --extra postgres --extra remote --extra signing pyproject.toml -o docker/requirements.lock
 	echo torch | $(LOCK) --no-config - -o docker/torch-cuda.lock
 
 sbom: supply  ## build/sbom.json: the packages of the image, in CycloneDX's format

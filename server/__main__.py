@@ -20,6 +20,7 @@ from crma.models.loading import load_tokenizer
 from crma.models.model_shape import read_shape
 from crma.models.prompts import Format, base_format
 from crma.store.opening import open_store
+from crma.store.source import is_address
 from server.app import create_app
 from server.drain import CANCEL_SECONDS, DrainingServer
 from server.engine.native.async_engine import AsyncEngine
@@ -49,7 +50,9 @@ def build(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
         CrmaError: what it cannot serve, named.
     """
     metrics = metrics or _new_metrics(settings)
-    store = open_store(settings.store, settings.require_signature)
+    if is_address(settings.store):
+        log.info("looking at the adapter store %s, and copying what is new", settings.store)
+    store = open_store(settings.store, settings.require_signature, settings.home)
     base = find_base(settings.model, home=settings.home)
     telemetry = None
     if settings.otlp_endpoint is not None:
@@ -64,6 +67,7 @@ def build(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
         metrics=metrics,
         shape=read_shape(base),
         load_backbone=settings.load_backbone,
+        copy_s=settings.store_poll_s,
     )
     return create_app(Frontend(settings, engine, registry, tokenizer, metrics, telemetry))
 

@@ -76,7 +76,7 @@ def create_app(frontend: Frontend) -> FastAPI:
     ablations = Ablations(frontend)
     settings = frontend.settings
     metrics = frontend.metrics
-    folders = {"store": settings.store, "evaluations": settings.evaluations}
+    folders = {"store": frontend.registry.store.root, "evaluations": settings.evaluations}
     disks = DiskSpace(folders, metrics)
 
     @asynccontextmanager
@@ -169,7 +169,8 @@ def _watch_engine(frontend: Frontend) -> None:
     settings = frontend.settings
     stats = frontend.engine.stats
     names = frontend.registry.names
-    watched = EngineMetrics(metrics, stats, names, settings.max_loaded_adapters)
+    models = frontend.registry.model_names
+    watched = EngineMetrics(metrics, stats, names, models, settings.max_loaded_adapters)
     metrics.registry.register(watched)
     if settings.metrics_compat:
         metrics.registry.register(VllmMetrics(metrics, stats, frontend.model.name))

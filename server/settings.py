@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from crma.core.allowed import describe
 from crma.core.errors import ConfigError
+from crma.store.source import check_address, is_address
 from server.service_links import service_links
 
 PREFIX = "CRMA_"
@@ -56,7 +57,13 @@ class Settings(BaseSettings):
     model: str = _setting(
         "SmolLM2-135M-Instruct", "Base model: a pulled one's name, or its folder.", min_length=1
     )
-    store: Path = _setting(Path("adapters_store"), "Folder of the adapter store.")
+    store: Path | str = _setting(
+        Path("adapters_store"),
+        "Folder of the adapter store, or its address elsewhere: `s3://…`, `gs://…`, `hf://…`.",
+    )
+    store_poll_s: float = _seconds(
+        10.0, "How often a store on another machine is looked at for changes.", gt=0
+    )
     require_signature: Path | None = _setting(
         None, "Public key, a PEM file: only versions that it signed serve; unset: all do."
     )
@@ -246,6 +253,13 @@ class Settings(BaseSettings):
         if mib is not None and info.data.get("kv_cache_tokens") is not None:
             raise ValueError("CRMA_KV_CACHE_TOKENS is set too: only one of the two can be")
         return mib
+
+    @field_validator("store", mode="before")
+    @classmethod
+    def _as_folder_or_address(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return check_address(value) if is_address(value) else Path(value)
 
     @field_validator("cors_origins")
     @classmethod

@@ -126,6 +126,8 @@ class ScriptedEngine:
             num_requests_running=self.running,
             resident=self.resident(),
             running_adapters=tasks,
+            num_blocks=64,
+            block_size=16,
         )
 
     async def warm_up(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from cost_model import BASE_COLUMNS, SLOT_COLUMNS, base_rows, slot_rows
 from fastapi import APIRouter, FastAPI
 from paths import EXPERIMENTS, RESULTS, ROOT
 from prometheus_client import CollectorRegistry, Metric
@@ -154,7 +155,7 @@ def errors_table() -> str:
 def metric_families() -> list[Metric]:
     """Every metric that `GET /metrics` can have."""
     metrics = Metrics(CollectorRegistry())
-    engine = EngineMetrics(metrics, EngineStats, dict, 1)
+    engine = EngineMetrics(metrics, EngineStats, dict, dict, 1)
     vllm = VllmMetrics(metrics, EngineStats, "model")
     return [*metrics.registry.collect(), *engine.collect(), *vllm.collect()]
 
@@ -237,6 +238,16 @@ def _bench_records() -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def cost_table() -> str:
+    """What a step and an adapter cost on each base model."""
+    return "\n".join(markdown_table([*BASE_COLUMNS], base_rows()))
+
+
+def slots_table() -> str:
+    """Slots and replicas for each base model and number of tasks."""
+    return "\n".join(markdown_table([*SLOT_COLUMNS], slot_rows()))
+
+
 def _figure(row: Mapping[str, Any] | None, key: str, digits: int) -> str:
     """One figure of a benchmark row: `key`, or the figure that the row is about."""
     figure = None if row is None else row.get(key or row["measure"])
@@ -273,6 +284,8 @@ class Table(NamedTuple):
 
 
 TABLES = {
+    "cost": Table(DOCS / "cost.md", cost_table),
+    "slots": Table(DOCS / "cost.md", slots_table),
     "settings": Table(DOCS / "settings.md", settings_table),
     "errors": Table(DOCS / "api.md", errors_table),
     "metrics": Table(DOCS / "operations.md", metrics_table),

@@ -374,7 +374,7 @@ def filled_store(root: Path, base: BaseModel) -> AdapterStore:
 
 
 @asynccontextmanager
-async def serving(base: BaseModel, store: Path, **options: Any) -> AsyncIterator[FastAPI]:
+async def serving(base: BaseModel, store: Path | str, **options: Any) -> AsyncIterator[FastAPI]:
     """The app as `python -m server` builds it, on the CPU in fp32: ready, then stopped."""
     from server.__main__ import build
     from server.settings import Settings

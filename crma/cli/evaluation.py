@@ -105,7 +105,7 @@ def _refuse_local(given: Mapping[str, object]) -> None:
 
 
 def _ablate_here(
-    store: Path,
+    store: str,
     model: str,
     settings: Mapping[str, Any],
     questions: str | None,
@@ -121,7 +121,7 @@ def _ablate_here(
 
     adapters = open_store(store)
     control_store = open_store(control) if control else None
-    file = Path(questions) if questions else _public_set(store, split)
+    file = Path(questions) if questions else _public_set(adapters, split)
     sources = _sources(adapters) if split else None
     question_set = _question_set(sources, split, file)
     return offline.ablate(
@@ -151,11 +151,11 @@ def _read_strengths(text: str) -> list[float]:
     return strengths
 
 
-def _public_set(store: Path, split: str | None) -> Path:
+def _public_set(store: "AdapterStore", split: str | None) -> Path:
     """The store's public question set. Raises ConfigError if there is none and no split."""
-    file = store / "question_sets" / "public.jsonl"
+    file = store.root / "question_sets" / "public.jsonl"
     if split is None and not file.exists():
-        message = f"{store} has no public question set: ask a split (--split) or a file."
+        message = f"{store.root} has no public question set: ask a split (--split) or a file."
         allowed = "a file of questions"
         raise ConfigError(message, field="--questions", value=None, allowed=allowed)
     return file

@@ -5,11 +5,16 @@ from typing import Annotated
 
 import typer
 
-DEFAULT_STORE = Path("adapters_store")
+DEFAULT_STORE = "adapters_store"
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 
 Store = Annotated[
-    Path, typer.Option("--store", envvar="CRMA_STORE", help="The folder of the adapter store.")
+    str,
+    typer.Option(
+        "--store",
+        envvar="CRMA_STORE",
+        help="The folder of the adapter store; to read one elsewhere: s3://…, gs://… or hf://….",
+    ),
 ]
 Model = Annotated[
     str,

@@ -64,7 +64,7 @@ def import_adapter(
     checked = nullcontext(folder) if public_key is None else signed_copy(folder, public_key)
     with checked as source:
         adapters = writable_store(store)
-        if not is_store(store):
+        if not is_store(adapters.root):
             note(f"starts a new store: {store}")
         served = adapters.channels().tasks.get(name)
         base = find_base(model)
@@ -92,7 +92,7 @@ def import_adapter(
     return Answer(value, text)
 
 
-def _note_replaced(name: str, before: str | None, now: str, store: Path) -> None:
+def _note_replaced(name: str, before: str | None, now: str, store: str) -> None:
     """Say what served before, and how to have it back."""
     if now == before:
         note(f"tasks/{name}: already published as {before}")

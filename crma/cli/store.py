@@ -35,7 +35,7 @@ def init(store: Store = DEFAULT_STORE) -> Answer:
 
     names = start_store(store).task_names()
     text = f"{store} is an adapter store: {', '.join(names) or 'no tasks'}"
-    return Answer({"store": str(store), "tasks": names}, text)
+    return Answer({"store": store, "tasks": names}, text)
 
 
 @group.command(epilog="Next: crma store show NAME")
@@ -60,8 +60,15 @@ def ls(store: Store = DEFAULT_STORE) -> Answer:
                 "digest": entry.digest if entry else None,
             }
         )
+    for problem in _not_copied(adapters):
+        note(problem)
     table = [tuple(name.upper() for name in _COLUMNS), *map(_row, listed)]
-    return Answer({"store": str(store), "channels": listed}, columns(table))
+    return Answer({"store": store, "channels": listed}, columns(table))
+
+
+def _not_copied(store: "AdapterStore") -> list[str]:
+    """Why a copy of a store on another machine is not all that is there."""
+    return [] if store.mirror is None else [each.message for each in store.mirror.problems]
 
 
 def _published(store: "AdapterStore") -> list[str]:
@@ -141,14 +148,16 @@ def verify(
     """Check every file, digest, shape and lineage, the certificate, and with --public-key every
     version's signature.
 
-    The exit code is 1 if anything is wrong. Every problem is listed.
+    The exit code is 1 if anything is wrong. Every problem is listed. Of a store on another machine,
+    what is new is fetched first; versions that are here already are not fetched again.
     """
     from crma.models.model_shape import read_shape
     from crma.store.opening import open_store
 
     adapters = open_store(store, public_key)
     base = find_base(model)
-    problems = [each.message for each in adapters.verify(base=base, shape=read_shape(base))]
+    problems = _not_copied(adapters)
+    problems += [each.message for each in adapters.verify(base=base, shape=read_shape(base))]
     serving = adapters.backbone() if not problems else None
     certificate = {} if serving is None else serving.manifest.certificate
     value = {"problems": problems, "certificate": certificate}

@@ -53,6 +53,8 @@ def train(
     with progress() as report:
         run = Run(settings, find_base(settings.model), folder, report)
         record = run.execute()
+        if not record:
+            return Answer({})  # another process writes it
         shipment = None if target is None else publish(run, target)
     if shipment is not None:
         _note_shipment(shipment, ship)

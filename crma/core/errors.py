@@ -13,6 +13,8 @@ CrmaError
     ├── BaseMismatch     an adapter was made for another base model
     ├── LineageMismatch  a LoRA meets a backbone other than its own or one of its descendants
     ├── VersionServes    a version that serves cannot be removed
+    ├── ReadOnlyStore    a copy of a store on another machine is not changed here
+    ├── SourceUnavailable  a store on another machine cannot be read now
     ├── NotSigned        a version has no signature of the required key
     └── InvalidAdapter   wrong shape, unknown or missing tensor, pickle, unsafe path, unknown field
 
@@ -92,6 +94,14 @@ class LineageMismatch(StoreError):
 
 class VersionServes(StoreError):
     """A version that serves cannot be removed."""
+
+
+class ReadOnlyStore(StoreError):
+    """A copy of a store on another machine is not changed here."""
+
+
+class SourceUnavailable(StoreError):
+    """A store on another machine cannot be read now."""
 
 
 class NotSigned(StoreError):

@@ -40,12 +40,14 @@ from crma.store.publication import Origin
 from crma.store.removal import remove_task
 from crma.store.serving import check_change
 from crma.store.signature import check_signature, sign
+from crma.store.source import read_only
 from crma.store.verification import Examination, examine
 from crma.store.version_stamp import Stamp, version_stamp
 
 if TYPE_CHECKING:
     from crma.method.backbone import Backbone
     from crma.method.lora import Lora
+    from crma.store.mirror import Mirror
 
 
 class AdapterStore:
@@ -56,11 +58,15 @@ class AdapterStore:
     Args:
         root: the folder; the first publish creates it if it is missing.
         public_key: if given, only versions with a signature of this key may begin to serve.
+        mirror: if given, it keeps `root` as a copy of another store, which nobody else may change.
     """
 
-    def __init__(self, root: Path, public_key: Path | None = None) -> None:
+    def __init__(
+        self, root: Path, public_key: Path | None = None, mirror: Mirror | None = None
+    ) -> None:
         self.root = root
         self.public_key = public_key
+        self.mirror = mirror
 
     # Reading ------------------------------------------------------------------------------------
 
@@ -162,7 +168,7 @@ class AdapterStore:
 
         stored = StoredLora.of(lora, torch.bfloat16)
         fields = {"backbone": backbone, "prompt_format": prompt_format}
-        return publication.publish_lora(self.root, name, stored, fields, origin, serve)
+        return publication.publish_lora(self.writable_root(), name, stored, fields, origin, serve)
 
     def import_peft(
         self,
@@ -202,6 +208,7 @@ class AdapterStore:
             InvalidAdapter: as all of these, `import_format.check_vocabulary`,
                 `peft_format.lora_from_peft` and `peft_format.check_fits`.
         """
+        root = self.writable_root()
         if self.public_key is not None and private_key is None:
             message = f"{name}: what is published here must be signed, and this process has no key."
             allowed = "crma store import --sign-key, where the private key is"
@@ -216,15 +223,15 @@ class AdapterStore:
         fields = {"backbone": None, "prompt_format": chosen}
         origin: Origin = {"base": base, "trained_on": None, "measured": {}, "licence": licence}
         if not repeat:
-            serving = publication.serving_alike(self.root, name, lora, fields, origin)
+            serving = publication.serving_alike(root, name, lora, fields, origin)
             if serving is not None:
                 if private_key is not None:
-                    sign(self.root, serving, private_key)
+                    sign(root, serving, private_key)
                 return serving
         serve = private_key is None
-        entry = publication.publish_lora(self.root, name, lora, fields, origin, serve)
+        entry = publication.publish_lora(root, name, lora, fields, origin, serve)
         if private_key is not None:
-            sign(self.root, entry, private_key)
+            sign(root, entry, private_key)
             self.set_serving({task_channel(name): entry.version})
         return entry
 
@@ -253,7 +260,8 @@ class AdapterStore:
                 or, with `serve`, a task that serves could serve no more.
             InvalidAdapter: the weights or a field of the manifest. Nothing is published.
         """
-        return publication.publish_backbone(self.root, backbone, lineage, blend, origin, serve)
+        root = self.writable_root()
+        return publication.publish_backbone(root, backbone, lineage, blend, origin, serve)
 
     # Serving ------------------------------------------------------------------------------------
 
@@ -280,7 +288,7 @@ class AdapterStore:
             LineageMismatch: a task that serves could serve no more.
             StoreError: something else serves than `since`.
         """
-        with locked(self.root):
+        with locked(self.writable_root()):
             before = channels = read_channels(self.root)
             if since is not None and channels.serving() != since.serving():
                 message = "Something else serves by now than when this was decided: decide again."
@@ -304,7 +312,7 @@ class AdapterStore:
             InvalidAdapter: a damaged manifest.
             LineageMismatch: a task does not fit the serving backbone in its earlier version.
         """
-        with locked(self.root):
+        with locked(self.writable_root()):
             before = read_channels(self.root)
             channels = before.roll_back(channel, evidence)
             version = channels.version(channel)
@@ -334,7 +342,13 @@ class AdapterStore:
             VersionServes: a version to remove serves; nothing is removed.
             InvalidAdapter: the name is not valid.
         """
-        return remove_task(self.root, name, version)
+        return remove_task(self.writable_root(), name, version)
+
+    def writable_root(self) -> Path:
+        """The folder, for whoever changes it. Raises ReadOnlyStore if it is a copy."""
+        if self.mirror is not None:
+            raise read_only(self.mirror.source.address)
+        return self.root
 
     # Checking -----------------------------------------------------------------------------------
 

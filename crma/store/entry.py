@@ -212,14 +212,18 @@ def versions_in(root: Path, channel: str) -> tuple[str, ...]:
     return tuple(sorted(versions, key=lambda version: int(version[1:])))
 
 
+def check_file(name: str, data: bytes, digest: str) -> None:
+    """Raises DigestMismatch if the content of a file does not have the digest of its manifest."""
+    found = bytes_digest(data)
+    if found != digest:
+        message = f"{name}: not the file that was published."
+        raise DigestMismatch(message, field=name, value=found, allowed=digest)
+
+
 def _read_checked(path: Path, limit: int, digests: Mapping[str, str] | None) -> bytes:
     data = read_regular(path, limit)
     if digests is not None:
-        found = bytes_digest(data)
-        expected = digests[path.name]
-        if found != expected:
-            message = f"{path.name}: not the file that was published."
-            raise DigestMismatch(message, field=path.name, value=found, allowed=expected)
+        check_file(path.name, data, digests[path.name])
     return data
 
 

@@ -132,6 +132,11 @@ class _Manifest(Record, ABC):
     def place(self) -> str:
         """Its folder, relative to the store's root."""
 
+    def check_place(self, place: str) -> None:
+        """Raises InvalidAdapter if it describes another folder than the one that it is in."""
+        if self.place != place:
+            raise invalid("Describes another folder.", MANIFEST, self.place, place)
+
 
 class TaskManifest(_Manifest):
     """`manifest.json` of a task adapter.
@@ -226,8 +231,7 @@ def read_manifest(root: Path, kind: type[M], place: str) -> tuple[Path, M]:
             message = "Missing." if odd[0] in expected else "Does not belong in this folder."
             raise invalid(message, odd[0], sorted(found), sorted(expected))
         manifest = parse_record(kind, read_regular(path / MANIFEST, MAX_JSON_BYTES), MANIFEST)
-        if manifest.place != place:
-            raise invalid("Describes another folder.", MANIFEST, manifest.place, place)
+        manifest.check_place(place)
         return path, manifest
 
 

@@ -29,6 +29,7 @@ def sign_versions(
         NotFound: there is no such version.
         StoreError: a version is damaged. Those before it are signed.
         ConfigError: as `signature.sign`.
+        ReadOnlyStore: the store is a copy.
     """
     entries = {entry.manifest.place: entry for entry in _entries(store)}
     if places is None:
@@ -37,9 +38,10 @@ def sign_versions(
         if place not in entries:
             message = f"There is no version {place}."
             raise NotFound(message, field="version", value=place, allowed=sorted(entries))
+    root = store.writable_root()
     for place in places:
         check_entry(entries[place], None, None)
-        sign(store.root, entries[place], private_key)
+        sign(root, entries[place], private_key)
     return list(places)
 
 

@@ -26,7 +26,7 @@ def measure_backbone(
     Args:
         backbone: the one that trains.
         M_0: its mixing matrices at the start of the run.
-        recording: the pairs of the last forward pass.
+        recording: the pairs of the last forward pass; none where there was none yet.
 
     Returns:
         grad_S: ||dloss/dS||_F; 0 if S does not train.
@@ -40,6 +40,7 @@ def measure_backbone(
     """
     with torch.no_grad():
         M = backbone.mixing()
+        ratios = [pair.ratio for pair in recording if pair.ratio is not None]
         measured = {
             "grad_S": _gradient_norm(backbone.S),
             "moved": (M - M_0).flatten(1).norm(dim=1),
@@ -48,7 +49,7 @@ def measure_backbone(
             "c_M_minus_1": torch.maximum(_sum_deviation(M, -1), _sum_deviation(M, -2)),
             "gate": torch.sigmoid(backbone.gamma),
             "W_norm": _bounded_norm(backbone.W),
-            "dh": torch.stack([pair.ratio for pair in recording if pair.ratio is not None]),
+            "dh": torch.stack(ratios) if ratios else torch.zeros(0),
         }
     return {name: _rounded(values) for name, values in measured.items()}
 

@@ -168,6 +168,9 @@ def execute(
         report(experiment.name, done, len(runs.missing))
         config, path = runs.configs[name], runs.paths[name]
         run = Run(config, find_base(config.model), work / experiment.name / name, report)
+        if run.ranks.size > 1:
+            message = "an experiment runs in one process: divide its runs with --only"
+            raise ConfigError(message, field="ranks", value=run.ranks.size, allowed=1)
         record = run.execute()
         if endpoint is not None:
             record["endpoint"] = endpoint.digest

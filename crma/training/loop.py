@@ -5,16 +5,17 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from crma.core.errors import TrainingError
-from crma.evaluation.evaluator import IGNORED, Batch, Encoded, collate
+from crma.evaluation.evaluator import Encoded, collate
 from crma.training.adapted_model import AdaptedModel
 from crma.training.arms import ARMS
 from crma.training.backbone_log import measure_backbone
@@ -22,6 +23,7 @@ from crma.training.batches import epoch_batches
 from crma.training.config import TrainConfig
 from crma.training.growing_lora import overlap
 from crma.training.optimizer import learning_rate_factor, parameter_groups
+from crma.training.ranks import ALONE, Ranks
 from crma.training.weight_average import WeightAverage
 
 ALIVE_FROM_STEP = 10  # after the backbone's first step, every layer's M must have a gradient
@@ -44,6 +46,7 @@ class TaskTrainer:
         M_0: the mixing matrices at the start of the run; None if the backbone does not train.
         average: follows the weights step by step, if they are to be averaged.
         free: [L, d, d] the projection on the directions in which R may move; None: in all.
+        ranks: the processes that train it together; one of them writes the log.
     """
 
     config: TrainConfig
@@ -57,6 +60,7 @@ class TaskTrainer:
     M_0: Tensor | None = None
     average: WeightAverage | None = None
     free: Tensor | None = None
+    ranks: Ranks = ALONE
 
     def run(self, progress: Callable[[int, int], None]) -> float:
         """Train to the end of the last epoch.
@@ -79,14 +83,15 @@ class TaskTrainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         dropout = random.Random(f"{self.config.seed}/{self.task}/drop")
-        with (self.folder / LOG_FILE).open("wb", buffering=0) as log:
+        file = self.folder / LOG_FILE
+        with file.open("wb", buffering=0) if self.ranks.writes else nullcontext() as log:
             for epoch in range(self.config.epochs):
                 for step, indices in self._batches(epoch):
-                    batch = collate([self.rows[i] for i in indices], self.pad_id, self.device)
                     crma = self._has_no_lora or dropout.random() >= self.config.crma.drop
-                    measured = self._step(optimizer, batch, crma=crma)
+                    measured = self._step(optimizer, [self.rows[i] for i in indices], crma=crma)
                     rates.step()
-                    self._write(log, epoch, step, measured)
+                    if log is not None:
+                        log.write(self._line(epoch, step, measured))
                     self._check_mixing_gradient(step, measured)
                     progress(step + 1, self._num_steps)
         return time.perf_counter() - started
@@ -124,19 +129,21 @@ class TaskTrainer:
         return enumerate(batches, start=epoch * self._steps_per_epoch)
 
     def _step(
-        self, optimizer: torch.optim.Optimizer, batch: Batch, *, crma: bool
+        self, optimizer: torch.optim.Optimizer, rows: Sequence[Encoded], *, crma: bool
     ) -> dict[str, Any]:
-        """Take one optimizer step. Returns its measures for the log."""
+        """Take one optimizer step on a batch. Returns its measures for the log.
+
+        Those of the residual stream (`dh`) are of the rows of this process.
+        """
         optimizer.zero_grad(set_to_none=True)
-        loss = self.adapted(batch, crma=crma) / (batch.targets != IGNORED).sum()
-        (loss + self._penalty()).backward()
+        loss, num_tokens = self._backward(optimizer, rows, crma=crma)
         norms = {}
         for group in optimizer.param_groups:
             norm = nn.utils.clip_grad_norm_(group["params"], self.config.clip)
             norms[group["name"]] = float(norm)
         measured: dict[str, Any] = {
-            "loss": loss.item(),
-            "tokens": batch.num_tokens,
+            "loss": loss,
+            "tokens": num_tokens,
             "grad_norm": norms,
         }
         backbone = self.adapted.backbone
@@ -168,11 +175,36 @@ class TaskTrainer:
         with torch.no_grad():
             backbone.R.copy_(before + (backbone.R - before) @ self.free)
 
-    def _write(self, log: BinaryIO, epoch: int, step: int, measured: dict[str, Any]) -> None:
+    def _backward(
+        self, optimizer: torch.optim.Optimizer, rows: Sequence[Encoded], *, crma: bool
+    ) -> tuple[float, int]:
+        """Gradients of the mean loss of a batch, of which each process computes its share.
+
+        Returns:
+            The loss, and how many tokens the batch has.
+        """
+        num_answer_tokens = torch.tensor(sum(len(row.answer) for row in rows))
+        own = self.ranks.share(rows)
+        sums = torch.zeros(2, dtype=torch.float64)
+        objective = self._penalty() / self.ranks.size
+        if own:
+            batch = collate(own, self.pad_id, self.device)
+            loss = self.adapted(batch, crma=crma) / num_answer_tokens.to(self.device)
+            objective = loss + objective
+            sums = torch.tensor([loss.item(), batch.num_tokens], dtype=torch.float64)
+        if isinstance(objective, Tensor):
+            objective.backward()
+        if self.ranks.size > 1:
+            self.ranks.add_up(_gradients(optimizer, crma=crma))
+            self.ranks.add_up([sums])
+        return float(sums[0]), int(sums[1])
+
+    def _line(self, epoch: int, step: int, measured: dict[str, Any]) -> bytes:
+        """A line of the log."""
         factor = learning_rate_factor(step, self._num_steps, self.config.warmup)
         line = {"task": self.task, "step": step, "epoch": epoch, "lr": factor, **measured}
         text = json.dumps(line, allow_nan=False, separators=(",", ":"))
-        log.write(text.encode() + b"\n")
+        return text.encode() + b"\n"
 
     def _check_mixing_gradient(self, step: int, measured: dict[str, Any]) -> None:
         """Raise TrainingError if a layer's M has no gradient where it must have one.
@@ -190,3 +222,16 @@ class TaskTrainer:
             raise TrainingError(
                 message, field="layers", value=dead, allowed="a gradient in every layer"
             )
+
+
+def _gradients(optimizer: torch.optim.Optimizer, *, crma: bool) -> list[Tensor]:
+    """The gradients of all parameters that a step moves; zero in a process without rows."""
+    found = []
+    for group in optimizer.param_groups:
+        if group["name"] != "lora" and not crma:
+            continue
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            found.append(parameter.grad)
+    return found

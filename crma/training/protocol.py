@@ -25,6 +25,7 @@ from crma.training.arms import ARMS
 from crma.training.config import TrainConfig, task_name
 from crma.training.initial_adapters import backbone_shape
 from crma.training.prompt_format import format_of
+from crma.training.ranks import Ranks
 from crma.training.record import Progress, make_record, measure_stages, read_logs
 from crma.training.snapshots import Snapshots
 from crma.training.stage_trainer import StageTrainer
@@ -40,6 +41,7 @@ class Run:
         progress: called with (description, done, total).
 
     Attributes:
+        ranks: the processes that train it together; alone by default.
         start: the backbone of another store that the run continues, if the configuration names one.
         serving_attention: the attention implementation that serves the model; training may use
             another one.
@@ -60,7 +62,8 @@ class Run:
         self.config = config
         self.base = base
         self.folder = folder
-        self.progress = progress
+        self.ranks = Ranks.join()
+        self.progress = progress if self.ranks.writes else _silent
         self.arm = ARMS[config.arm]
         for task in config.tasks:
             check_name(task_name(task))  # before any training: its snapshot could not be published
@@ -86,23 +89,29 @@ class Run:
             self.train_rows,
             self.measure_rows,
             folder / "work",
-            progress,
+            self.progress,
+            self.ranks,
         )
 
     def execute(self) -> dict[str, Any]:
         """Train every stage, measure, and write the record.
 
         Returns:
-            The record.
+            The record; empty in a process that only trains with others.
 
         Raises:
             TrainingError: the folder holds a run of another configuration, a loss or gradient is
                 not finite, M has no gradient, or a resumed run does not reproduce its snapshots.
         """
-        self._pin_config()
+        if self.ranks.writes:
+            self._pin_config()
         started = time.perf_counter()
         num_stages = len(self.snapshots.stages)
         train_s = sum(self.stage_trainer.train(index) for index in range(num_stages))
+        self.ranks.wait()
+        self.ranks.leave()
+        if not self.ranks.writes:
+            return {}
         measured = measure_stages(self.snapshots, self.evaluator, self.measure_rows, self.progress)
         log = read_logs(self.stage_trainer.logs())
         record = make_record(self.snapshots, measured, log, train_s, self.model.dtype)
@@ -137,6 +146,10 @@ class Run:
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, to_json(self.config))
+
+
+def _silent(description: str, done: int, total: int) -> None:
+    """The progress of a process whose work another one shows."""
 
 
 def _start_of(config: TrainConfig, base: BaseModel) -> BackboneEntry | None:

@@ -32,6 +32,7 @@ from crma.training.protected_span import (
     second_moments,
     sum_of_moments,
 )
+from crma.training.ranks import ALONE, Ranks
 from crma.training.record import Progress
 from crma.training.snapshots import Snapshots, Stage
 from crma.training.weight_average import WeightAverage
@@ -67,6 +68,7 @@ class StageTrainer:
         train_rows, measure_rows: task -> its examples.
         folder: of the stages' work folders.
         progress: called with (description, done, total).
+        ranks: the processes that train the run together; one of them writes.
     """
 
     config: TrainConfig
@@ -77,6 +79,7 @@ class StageTrainer:
     measure_rows: Mapping[str, list[Encoded]]
     folder: Path
     progress: Progress
+    ranks: Ranks = ALONE
 
     @property
     def arm(self) -> Arm:
@@ -102,6 +105,7 @@ class StageTrainer:
         """
         stage = self.snapshots.stages[index]
         stats = self.folder / stage.name / STATS_FILE
+        self.ranks.wait()  # until what was trained before is written
         if stats.exists():
             return json.loads(stats.read_text())["wall_s"]
         lora = self.start_lora(index)
@@ -114,14 +118,9 @@ class StageTrainer:
             backbone = self._gone_back(index, backbone)
             fit = self._settle(stage, lora, backbone)
             wall_s += fit.wall_s
-        measured: dict[str, Any] = {"wall_s": wall_s}
-        if fit.average is not None:
-            measured["loss_unaveraged"] = self._losses(stage, lora, backbone)
-            fit.apply()
-        if self.arm.protects and backbone is not None:
-            self._protect(stage, lora, backbone)
-        self.snapshots.publish(index, lora, backbone)
-        replace_file(stats, to_json(measured))
+        self.ranks.check_same([*lora.parameters(), *(backbone.parameters() if backbone else ())])
+        if self.ranks.writes:
+            self._keep(index, lora, backbone, fit, wall_s)
         return wall_s
 
     def logs(self) -> Iterator[Path]:
@@ -249,11 +248,24 @@ class StageTrainer:
             M_0=M_0,
             average=average,
             free=free,
+            ranks=self.ranks,
         )
         description = f"{self.arm.name} seed {config.seed}: {stage.name}"
         return Fit(trainer.run(partial(self.progress, description)), average)
 
     # What is measured and kept -----------------------------------------------------------------
+
+    def _keep(self, index: int, lora: Lora, backbone: Backbone | None, fit: Fit, wall_s: float) -> None:
+        """Publish the snapshot of a stage, and write what its training measured."""
+        stage = self.snapshots.stages[index]
+        measured: dict[str, Any] = {"wall_s": wall_s}
+        if fit.average is not None:
+            measured["loss_unaveraged"] = self._losses(stage, lora, backbone)
+            fit.apply()
+        if self.arm.protects and backbone is not None:
+            self._protect(stage, lora, backbone)
+        self.snapshots.publish(index, lora, backbone)
+        replace_file(self.folder / stage.name / STATS_FILE, to_json(measured))
 
     def _losses(self, stage: Stage, lora: Lora, backbone: Backbone | None) -> dict[str, float]:
         """The loss of each task of a stage under adapters that are not published, as they serve."""

@@ -260,6 +260,8 @@ class EngineStats(EngineCounters, PoolCounters):
         resident: digests of the adapters in memory.
         running_adapters: digests of the task adapters of running requests.
         waiting_adapters: digests of the task adapters of waiting requests.
+        num_blocks: blocks of the KV cache; 0 if the engine does not say.
+        block_size: tokens in a block; 0 likewise.
     """
 
     has_failed: bool = False
@@ -271,3 +273,5 @@ class EngineStats(EngineCounters, PoolCounters):
     resident: tuple[str, ...] = ()
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()
+    num_blocks: int = 0
+    block_size: int = 0

@@ -81,7 +81,7 @@ class Ablations:
         )
         self.jobs = jobs.Jobs(self._runner)
         self.question_sets = QuestionSets(
-            settings.store / "question_sets", database, settings.max_question_sets
+            frontend.registry.store.root / "question_sets", database, settings.max_question_sets
         )
         self._frontend = frontend
         # Items in the engine at once, of all ablations together.

@@ -63,12 +63,14 @@ class EngineMetrics(Collector):
         metrics: gives adapters their labels.
         stats: of the engine.
         names: digest to store name, of task adapters.
+        models: digest to what clients send as `model`, of task adapters.
         max_adapters: that may be resident at once.
     """
 
     metrics: Metrics
     stats: Callable[[], EngineStats]
     names: Callable[[], Names]
+    models: Callable[[], Names]
     max_adapters: int
 
     def collect(self) -> Iterator[Metric]:
@@ -84,7 +86,7 @@ class EngineMetrics(Collector):
             sum_value=stats.adapter_load_seconds,
         )
         yield self._residency(stats, names)
-        yield self._lora_info(stats, names)
+        yield self._lora_info(stats, self.models())
 
     def _residency(self, stats: EngineStats, names: Names) -> Metric:
         """How many versions of each adapter are in memory; 0 for those that are not."""
@@ -100,22 +102,23 @@ class EngineMetrics(Collector):
             family.add_metric((label,), count)
         return family
 
-    def _lora_info(self, stats: EngineStats, names: Names) -> Metric:
-        """vLLM's gauge, by which the Kubernetes Gateway API Inference Extension routes.
+    def _lora_info(self, stats: EngineStats, models: Names) -> Metric:
+        """vLLM's gauge, by which llm-d and the Gateway API Inference Extension route.
 
-        Its value is the time.
+        They compare its names with `model` of a request. Adapters in memory count as running,
+        because a request for one of them need not wait for a load. The value is the time.
         """
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         family = GaugeMetricFamily(
-            "vllm:lora_requests_info", "Adapters in use, as routers read them.", labels=labels
+            "vllm:lora_requests_info", "Adapters in memory, as routers read them.", labels=labels
         )
 
         def joined_names(digests: Iterable[str]) -> str:
-            return ",".join(sorted({names[digest] for digest in digests if digest in names}))
+            return ",".join(sorted({models[digest] for digest in digests if digest in models}))
 
         values = (
             str(self.max_adapters),
-            joined_names(stats.running_adapters),
+            joined_names((*stats.running_adapters, *stats.resident)),
             joined_names(stats.waiting_adapters),
         )
         family.add_metric(values, time.time())

@@ -15,6 +15,7 @@ from crma.core.errors import (
     LineageMismatch,
     NotFound,
     NotSigned,
+    ReadOnlyStore,
 )
 from server.engine.errors import (
     AdapterPoolFull,
@@ -172,6 +173,7 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
     (LineageMismatch, 409, "lineage_mismatch"),
     (DigestMismatch, 409, "digest_mismatch"),
     (NotSigned, 409, "not_signed"),
+    (ReadOnlyStore, 409, "read_only_store"),
     (InvalidAdapter, 409, "invalid_adapter"),
     (AdapterPoolFull, 409, "adapter_pool_full"),
     (ConfigError, 422, "invalid_field"),

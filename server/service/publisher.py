@@ -147,7 +147,11 @@ class Publisher:
 
     @asynccontextmanager
     async def _changing(self) -> AsyncIterator[None]:
-        """One change at a time, which begins with what the store has now."""
+        """One change at a time, which begins with what the store has now.
+
+        Raises ReadOnlyStore if the store is a copy.
+        """
+        self.registry.store.writable_root()
         async with self._change:
             with writing():
                 await self.registry.refresh()

@@ -31,7 +31,7 @@ from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
 from server.service.store_reader import StoreReader
 from server.service.store_view import StoreView, TaskRecord
-from server.service.store_watch import StoreProblems, watch, with_patience
+from server.service.store_watch import StoreProblems, follow, watch, with_patience
 
 if TYPE_CHECKING:
     from server.engine.inference_engine import Loader
@@ -66,6 +66,7 @@ class Registry:
         shape: of the base; adapters must fit it.
         load_backbone: False: backbones are never read, and requests that need one are refused.
         patience_s: seconds after which a store that does not answer is a problem.
+        copy_s: seconds between two looks at the store on another machine that `store` copies.
 
     Attributes:
         threads: for all work on the store.
@@ -81,6 +82,7 @@ class Registry:
     load_backbone: bool = True
     poll_s: float = 2.0
     patience_s: float = 10.0
+    copy_s: float = 10.0
     verified: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +93,7 @@ class Registry:
             self.store, self.base, self.shape, self.load_backbone, self._report
         )
         self.threads = DaemonThreads()
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
         self._refreshing = asyncio.Lock()  # else an older view could replace a newer one
 
     async def start(self) -> None:
@@ -101,9 +103,13 @@ class Registry:
         """
         await with_patience(self._verify(), self.patience_s, self._problems)
         self.verified = True
-        self._watching = asyncio.create_task(
-            watch(self.refresh, self.poll_s, self.patience_s, self._problems)
-        )
+        watching = watch(self.refresh, self.poll_s, self.patience_s, self._problems)
+        self._watching.append(asyncio.create_task(watching))
+        mirror = self.store.mirror
+        if mirror is not None:
+            self._problems.set_source(mirror.problems)
+            copying = follow(partial(self.threads.run, mirror.copy), self.copy_s, self._problems)
+            self._watching.append(asyncio.create_task(copying))
 
     async def _verify(self) -> None:
         await self.threads.run(partial(remove_leftovers, self.store.root))
@@ -117,9 +123,9 @@ class Registry:
 
     async def stop(self) -> None:
         """Stop watching."""
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
+        for task in self._watching:
+            task.cancel()
+        await asyncio.gather(*self._watching, return_exceptions=True)
         await self.threads.wait(self.patience_s)
 
     async def refresh(self) -> None:
@@ -204,8 +210,8 @@ class Registry:
 
     @property
     def store_problem(self) -> str | None:
-        """Why the store cannot be read now; what served before goes on serving."""
-        return self._problems.current
+        """Why the store cannot be read or copied now; what served before goes on serving."""
+        return self._problems.shown
 
     @property
     def problems(self) -> dict[str, str]:
@@ -230,6 +236,16 @@ class Registry:
     def names(self) -> dict[str, str]:
         """Digest to name, of every sound version."""
         return {entry.digest: entry.name for entry in self._view.sound_tasks()}
+
+    def model_names(self) -> dict[str, str]:
+        """Digest to what clients send as `model`, of every sound version.
+
+        That is the name of its task for the version that serves, and `name@version` for others.
+        """
+        sound = self._view.sound_tasks()
+        named = {entry.digest: f"{entry.name}@{entry.version}" for entry in sound}
+        serving = self._view.serving_tasks().values()
+        return named | {entry.digest: entry.name for entry in serving}
 
     @property
     def task_names(self) -> list[str]:

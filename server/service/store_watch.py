@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from crma.core.errors import CrmaError, StoreError
@@ -23,10 +23,12 @@ class StoreProblems:
 
     Attributes:
         current: why the store as a whole cannot be read now; None if it can.
+        source: why the store is not all that another machine has, of which it is a copy.
     """
 
     def __init__(self, metrics: Metrics) -> None:
         self.current: str | None = None
+        self.source: tuple[str, ...] = ()
         self._metrics = metrics
         self._num_refused = 0
 
@@ -45,10 +47,30 @@ class StoreProblems:
             log.info("the adapter store can be read again")
         self.count(self._num_refused)
 
+    def set_source(self, problems: Sequence[CrmaError]) -> None:
+        """A store cannot be copied, or not whole, because of `problems`; or it is a whole copy.
+
+        Each problem is reported once.
+        """
+        before = self.source
+        self.source = tuple(each.message for each in problems)
+        for problem in problems:
+            if problem.message not in before:
+                self.report(problem)
+        if before and not problems:
+            log.info("the adapter store is a whole copy again")
+        self.count(self._num_refused)
+
+    @property
+    def shown(self) -> str | None:
+        """One problem of the store as a whole, if there is any."""
+        return self.current or next(iter(self.source), None)
+
     def count(self, num_refused: int) -> None:
         """Show how many problems there are now, given how many versions may not serve."""
         self._num_refused = num_refused
-        self._metrics.store_problems.set(num_refused + (self.current is not None))
+        num_whole = (self.current is not None) + len(self.source)
+        self._metrics.store_problems.set(num_refused + num_whole)
 
 
 def fingerprint(root: Path) -> object:
@@ -108,3 +130,18 @@ async def watch(
             await with_patience(refresh(), patience_s, problems)
         except Exception:
             log.exception("the adapter store cannot be read; the last view keeps serving")
+
+
+async def follow(
+    copy: Callable[[], Awaitable[Sequence[CrmaError]]], poll_s: float, problems: StoreProblems
+) -> None:
+    """Copy a store on another machine every `poll_s` seconds, for ever.
+
+    A copy may take its time: nobody waits for it, and what served goes on serving meanwhile.
+    """
+    while True:
+        await asyncio.sleep(poll_s)
+        try:
+            problems.set_source(await copy())
+        except Exception:
+            log.exception("the adapter store cannot be copied; what is here goes on serving")

@@ -1,4 +1,4 @@
-"""vLLM's names beside ours: the series that its Grafana dashboards and autoscalers read.
+"""vLLM's names beside ours: the series that its Grafana dashboards, autoscalers and routers read.
 
 Each is the sum of our series of the same meaning over adapters and CRMA, so that the two cannot
 differ. Names, labels and buckets are those of vLLM 0.32 (vllm/v1/metrics/loggers.py).
@@ -9,7 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -62,6 +67,7 @@ class VllmMetrics(Collector):
         for histogram, bounds in self.metrics.histograms:
             yield self._sum_of(histogram, bounds)
         yield self._sum_by_reason(self.metrics.success)
+        yield _cache_config(stats)
 
     def _sum_of(self, histogram: Histogram, bounds: Sequence[float]) -> HistogramMetricFamily:
         """A histogram by vLLM's name, over all labels of ours."""
@@ -91,3 +97,13 @@ class VllmMetrics(Collector):
         for reason, value in by_reason.items():
             family.add_metric((*self._values, reason), value)
         return family
+
+
+def _cache_config(stats: EngineStats) -> GaugeMetricFamily:
+    """The size of the KV cache, which routers read from labels; the value is always 1."""
+    labels = ("engine", "block_size", "num_gpu_blocks")
+    family = GaugeMetricFamily(
+        "vllm:cache_config_info", "Blocks of the KV cache, and tokens of each.", labels=labels
+    )
+    family.add_metric(("0", str(stats.block_size), str(stats.num_blocks)), 1)
+    return family

@@ -17,7 +17,7 @@ from paths import ROOT
 REQUIREMENTS = ROOT / "docker/requirements.lock"
 TORCH = (ROOT / "docker/torch-cpu.lock", ROOT / "docker/torch-cuda.lock")
 LOCKS = (REQUIREMENTS, *TORCH)
-EXTRAS = ("otel", "postgres", "signing")  # the extras that the image has
+EXTRAS = ("otel", "postgres", "remote", "signing")  # the extras that the image has
 ENTRY = re.compile(r"^([A-Za-z0-9._-]+)==([^ ;\\]+)([^\n]*\\\n(?:    --hash=.*\n)+)", re.MULTILINE)
 
 

@@ -183,3 +183,13 @@ def test_the_size_of_the_kv_cache_is_said_once(monkeypatch: pytest.MonkeyPatch) 
         Settings.load()
     assert "CRMA_KV_CACHE_MIB" in caught.value.message
     assert "CRMA_KV_CACHE_TOKENS" in caught.value.message
+
+
+def test_a_store_is_a_folder_or_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, store in (("~/x", Path.home() / "x"), ("s3://bucket/x", "s3://bucket/x")):
+        monkeypatch.setenv("CRMA_STORE", value)
+        assert Settings.load().store == store
+    monkeypatch.setenv("CRMA_STORE", "ftp://host/x")
+    with pytest.raises(ConfigError, match=r"CRMA_STORE: .*allowed: a folder, s3://…") as caught:
+        Settings.load()
+    assert (caught.value.field, caught.value.value) == ("CRMA_STORE", "ftp://host/x")

@@ -348,6 +348,8 @@ class AsyncEngine:
             resident=self.pool.resident(),
             running_adapters=_task_digests(scheduler.running),
             waiting_adapters=tuple(sorted(scheduler.waiting.tasks())),
+            num_blocks=blocks.capacity,
+            block_size=blocks.block_size,
         )
 
 

@@ -81,7 +81,8 @@ async def upload_adapter(
     frontend.check_ready()
     with writing():
         threads = frontend.registry.threads
-        async with _incoming(frontend.settings.store, threads) as folder:
+        root = frontend.registry.store.writable_root()
+        async with _incoming(root, threads) as folder:
             fields = await receive_form(request, folder, _FILES, UploadForm.model_fields, threads)
             form = _checked(fields)
             act.about["task"] = form.name

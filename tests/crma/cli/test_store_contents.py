@@ -53,3 +53,10 @@ def test_nothing_is_deleted_unless_that_is_asked_for(base: BaseModel, store: Ada
     assert (code, json.loads(out)) == (0, {"outdated": ["new@v1"], "deleted": True})
     assert store.task_versions("new") == ("v2", "v3")
     assert crma("store", "gc", "--store", store.root) == (0, "", "0 versions can be deleted\n")
+
+
+@pytest.mark.parametrize("command", ["init", "import . new"])
+def test_a_store_on_another_machine_is_not_written_from_here(command: str) -> None:
+    code, out, err = crma("store", *command.split(), "--store", "s3://bucket/store")
+    assert (code, out) == (1, "")
+    assert "s3://bucket/store is read from here and never changed" in err

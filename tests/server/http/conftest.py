@@ -36,11 +36,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def serve(root: Path, tmp_path: Path) -> AsyncIterator[Serve]:
-    """Starts an app with the settings given; waits until it is ready unless `wait=False`."""
+    """Starts an app with the settings given; waits until it is ready unless `wait=False`.
+
+    `adapters` is the store, in place of that of the settings.
+    """
     async with AsyncExitStack() as stack:
 
         async def start(
-            *, wait: bool = True, engine: ScriptedEngine | None = None, **options: Any
+            *,
+            wait: bool = True,
+            engine: ScriptedEngine | None = None,
+            adapters: AdapterStore | None = None,
+            **options: Any,
         ) -> Served:
             own = {"store": root, "evaluations": tmp_path / "evaluations", "allowed_hosts": "test"}
             settings = Settings(**{**own, **options})
@@ -48,7 +55,7 @@ async def serve(root: Path, tmp_path: Path) -> AsyncIterator[Serve]:
             metrics = Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
             tokenizer = tiny.tokenizer()
             registry = Registry(
-                store=AdapterStore(settings.store, settings.require_signature),
+                store=adapters or AdapterStore(settings.store, settings.require_signature),
                 base=BASE,
                 engine=engine,
                 base_format=BASE_TEMPLATE,

@@ -2,8 +2,11 @@
 
 import re
 
-from api import Serve
+import tiny
+from api import BASE, Serve
 from prometheus_client.parser import text_string_to_metric_families
+
+from crma.store.adapter_store import AdapterStore
 
 # What the Grafana dashboard of vLLM queries
 # (examples/observability/prometheus_grafana/grafana.json, commit 4b5c627).
@@ -74,3 +77,59 @@ async def test_vllms_names_are_off_by_default_but_for_the_one_that_routers_need(
     assert set(re.findall(r"^vllm:\w+", await served.metrics(), re.MULTILINE)) == {
         "vllm:lora_requests_info"
     }
+
+
+# Routers by adapter ---------------------------------------------------------------------------
+
+
+def labels_of(text: str, name: str) -> dict[str, str]:
+    """The labels of the only sample of a metric."""
+    (found,) = [dict(labels) for each, labels in samples(text) if each == name]
+    return found
+
+
+async def test_an_endpoint_picker_finds_all_that_it_reads(serve: Serve) -> None:
+    """Those of llm-d and of the Gateway API Inference Extension, which read whole numbers."""
+    served = await serve(metrics_compat=True)
+    text = await served.metrics()
+    assert {name for name, _ in samples(text)} >= GAUGES
+    cache = labels_of(text, "vllm:cache_config_info")
+    assert cache == {"engine": "0", "block_size": "16", "num_gpu_blocks": "64"}
+    assert labels_of(text, "vllm:lora_requests_info") == {
+        "max_lora": "32",
+        "running_lora_adapters": "",
+        "waiting_lora_adapters": "",
+    }
+
+
+async def test_an_adapter_in_memory_counts_as_running_by_the_name_that_clients_send(
+    serve: Serve, own: AdapterStore
+) -> None:
+    """Only running requests counted, so that an idle replica with the adapter got none; and a
+    version that did not serve was listed as the task, whose requests then waited for a load."""
+    old = own.task("legal").digest
+    new = tiny.publish(own, BASE, "legal", 7).digest
+    served = await serve(store=own.root)
+
+    async def running() -> str:
+        text = await served.metrics()
+        return labels_of(text, "vllm:lora_requests_info")["running_lora_adapters"]
+
+    served.engine.pool.load(own.task("medical").digest)
+    served.engine.pool.load(own.backbone().digest)
+    assert await running() == "medical"
+    served.engine.pool.load(old)
+    assert await running() == "legal@v1,medical"
+    served.engine.pool.load(new)
+    assert await running() == "legal,legal@v1,medical"
+    own.roll_back("tasks/legal")
+    await served.app.state.frontend.registry.refresh()
+    assert await running() == "legal,legal@v2,medical"
+
+
+async def test_a_request_with_a_suffix_runs_the_adapter_of_its_name(serve: Serve) -> None:
+    served = await serve()
+    body = {"model": "medical:crma-off", "prompt": "Hi"}
+    assert (await served.client.post("/v1/completions", json=body)).status_code == 200
+    info = labels_of(await served.metrics(), "vllm:lora_requests_info")
+    assert info["running_lora_adapters"] == "medical"

@@ -149,6 +149,7 @@ async def test_stats_show_what_running_sequences_hold_and_nothing_afterwards(sta
     stats = served.engine.stats()
     assert stats.adapter_uses == 2
     assert stats.kv_cache_usage > 0
+    assert (stats.num_blocks, stats.block_size) == (64, 8)
     await stream.aclose()
     await served.settled()
     stats = served.engine.stats()
