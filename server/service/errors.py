@@ -143,7 +143,11 @@ class NotReady(ApiError, status=503, code="not_ready", headers={"Retry-After": "
 
 
 class Draining(ApiError, status=503, code="draining", headers={"Retry-After": "1"}):
-    """The server is stopping; another may answer."""
+    """The server is stopping and has not begun with the request; another may answer."""
+
+
+class ServerStopped(ApiError, status=503, code="server_stopped"):
+    """The server stopped before a request was done that had begun: it may have run in part."""
 
 
 class TooManyConnections(
@@ -180,6 +184,9 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
     (RecordsNotWritable, 507, "records_not_writable"),
 )
 
+
+STOPPING = (Draining, EngineStopped, ServerStopped)
+"""What is raised because the server stops, before a request has begun or in its midst."""
 
 _KINDS: list[type[ApiError]] = [ApiError, *ApiError.__subclasses__()]
 _OWN = {(kind.status, kind.code) for kind in _KINDS}

@@ -307,7 +307,7 @@ class Frontend:
         return None
 
     async def stop(self) -> None:
-        """End every request that still waits or runs: it raises Draining or EngineStopped."""
+        """End every request that still waits or runs: it raises one of STOPPING (`errors.py`)."""
         self.draining = True
         self.encoder.close()
         await self.engine.close()

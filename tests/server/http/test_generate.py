@@ -30,7 +30,7 @@ FAILURES = [
     ((ABORT, "deadline"), 504, "deadline_exceeded"),
     ((ABORT, "unloaded"), 409, "adapter_unloaded"),
     ((ERROR, "the step failed"), 500, "generation_failed"),
-    ((ABORT, None), 503, "draining"),
+    ((ABORT, None), 503, "server_stopped"),
 ]
 
 
