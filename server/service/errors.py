@@ -94,6 +94,10 @@ class AdapterServes(ApiError, status=409, code="adapter_serves"):
     """A version that serves cannot be deleted."""
 
 
+class PromotionRuns(ApiError, status=409, code="promotion_runs"):
+    """One promotion runs at a time."""
+
+
 class TooManyQuestionSets(ApiError, status=409, code="too_many_question_sets"):
     """As many uploaded question sets of one key are kept as may be."""
 

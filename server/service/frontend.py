@@ -32,6 +32,7 @@ from server.service.keys import Keys
 from server.service.metrics import Metrics
 from server.service.outcome import Outcome
 from server.service.prompt_encoder import Prompt, PromptEncoder
+from server.service.promoter import Promoter
 from server.service.publisher import Publisher
 from server.service.quotas import Quotas
 from server.service.registry import Registry, Resolved
@@ -90,6 +91,7 @@ class Frontend:
         self.texts = TokenTexts(self.tokenizer)
         self._builder = ThreadPoolExecutor(1, "build")
         self.publisher = Publisher(self.registry, self.engine, self.settings.request_timeout_s)
+        self.promoter = Promoter(self.registry, self.settings.store, self.settings.model)
 
     def resolve(
         self,

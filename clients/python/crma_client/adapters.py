@@ -101,16 +101,6 @@ class Adapters(Connection):
         response = self._send("DELETE", calls.adapter_path(task))
         return calls.read_object(response)
 
-    def backbones(self) -> dict[str, Any]:
-        """Get the versions of the CRMA backbone, which of them serves, and the history of that."""
-        response = self._send("GET", "/backbones")
-        return calls.read_object(response)
-
-    def roll_back_backbone(self) -> dict[str, Any]:
-        """Let the backbone serve that served before. Needs the admin key."""
-        response = self._send("POST", "/backbones/rollback")
-        return calls.read_object(response)
-
 
 class AsyncAdapters(AsyncConnection):
     """The adapters of `AsyncClient`. A task is `name`, or `name@version` for a version of it."""
@@ -178,14 +168,4 @@ class AsyncAdapters(AsyncConnection):
         key.
         """
         response = await self._send("DELETE", calls.adapter_path(task))
-        return calls.read_object(response)
-
-    async def backbones(self) -> dict[str, Any]:
-        """Get the versions of the CRMA backbone, which of them serves, and the history of that."""
-        response = await self._send("GET", "/backbones")
-        return calls.read_object(response)
-
-    async def roll_back_backbone(self) -> dict[str, Any]:
-        """Let the backbone serve that served before. Needs the admin key."""
-        response = await self._send("POST", "/backbones/rollback")
         return calls.read_object(response)

@@ -155,6 +155,11 @@ def adapter_path(task: str, act: str = "") -> str:
     return f"{path}/{act}" if act else path
 
 
+def promote_path(version: str) -> str:
+    """The path that promotes one version of the backbone."""
+    return f"/backbones/{quote(version, safe='')}/promote"
+
+
 def run_path(id: str) -> str:
     """The path of one training run, whose id has slashes."""
     return f"/runs/{quote(id)}"

@@ -7,6 +7,7 @@ from typing import Any
 from crma_client.ablations import Ablations
 from crma_client.adapters import Adapters
 from crma_client.answers import Answers
+from crma_client.backbones import Backbones
 from crma_client.question_sets import QuestionSets
 from crma_client.records import Records
 from crma_client.server_state import ServerState
@@ -15,7 +16,9 @@ from crma_client.tokens import Tokens
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-class Client(Answers, Ablations, QuestionSets, Adapters, Tokens, Records, ServerState):
+class Client(
+    Answers, Ablations, QuestionSets, Adapters, Backbones, Tokens, Records, ServerState
+):
     """A blocking client of one CRMA Server.
 
     Use it as a context manager, or call `close()`. Threads may share it. Every method raises a

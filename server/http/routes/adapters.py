@@ -12,6 +12,7 @@ from server.http.audited import audited
 from server.http.auth import TheCaller, require_key
 from server.http.dependencies import TheFrontend
 from server.http.error_handlers import documented
+from server.http.history import shown_history
 from server.service.audit import Act
 from server.service.caller import ADMIN
 from server.service.errors import AdapterBusy
@@ -66,7 +67,7 @@ async def adapter(task: str, frontend: TheFrontend, caller: TheCaller) -> dict[s
     """The versions of a task, the oldest first, and which of them served when.
 
     `problem` says why a version may not serve; null: it may. `history` has the changes of what
-    serves, each with the evidence for it if there is some.
+    serves, each with the evidence for it if there is some and the key may use every task.
     """
     record = frontend.registry.task_record(task, caller)
     shown = []
@@ -78,7 +79,7 @@ async def adapter(task: str, frontend: TheFrontend, caller: TheCaller) -> dict[s
         fields = {"licence", "created", "alpha", "trained_on"}
         manifest = entry.manifest.model_dump(mode="json", include=fields)
         shown.append({**about, "problem": None, **task_info(entry, frontend), **manifest})
-    history = [each.model_dump(mode="json", by_alias=True) for each in record.history]
+    history = shown_history(record.history, caller)
     return {"name": task, "serving": record.serving, "versions": shown, "history": history}
 
 
