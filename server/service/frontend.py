@@ -91,7 +91,7 @@ class Frontend:
         self.texts = TokenTexts(self.tokenizer)
         self._builder = ThreadPoolExecutor(1, "build")
         self.publisher = Publisher(self.registry, self.engine, self.settings.request_timeout_s)
-        self.promoter = Promoter(self.registry, self.settings.store, self.settings.model)
+        self.promoter = Promoter(self.registry)
 
     def resolve(
         self,

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal
 
 from server.service.errors import PromotionRuns
@@ -88,19 +87,13 @@ class Promotion:
 
 @dataclass(eq=False)
 class Promoter:
-    """Runs the gate on the store of a registry.
-
-    Args:
-        store: its folder.
-        model: the base model, as the server was given it.
+    """Runs the gate on the store and the base model of a registry.
 
     Attributes:
         last: the promotion that runs, or ran last; None: there was none yet.
     """
 
     registry: Registry
-    store: Path
-    model: str
     last: Promotion | None = field(default=None, init=False)
     _running: asyncio.Task[None] | None = field(default=None, init=False)
 
@@ -149,7 +142,8 @@ class Promoter:
     async def _command(self, promotion: Promotion) -> tuple[int, bytes]:
         """Run it. Returns its exit code, and what it printed."""
         arguments = promotion.candidate.arguments()
-        place = ("--store", str(self.store), "--model", self.model)
+        registry = self.registry
+        place = ("--store", str(registry.store.root), "--model", str(registry.base.path))
         process = await asyncio.create_subprocess_exec(
             *_yielding(),
             *COMMAND,

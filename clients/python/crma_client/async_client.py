@@ -6,6 +6,7 @@ from typing import Any
 
 from crma_client.ablations import AsyncAblations
 from crma_client.adapters import AsyncAdapters
+from crma_client.answers import AsyncAnswers
 from crma_client.backbones import AsyncBackbones
 from crma_client.client import DEFAULT_URL
 from crma_client.question_sets import AsyncQuestionSets
