@@ -178,6 +178,19 @@ class Registry:
             raise NotFound(message, field="task", value=task, allowed=allowed)
         return _sound(entry)
 
+    def format_of(self, task: str, caller: Caller) -> Format | None:
+        """The prompt format of a task; of the base model for `base`, or if it recorded none.
+
+        Raises as `task`.
+        """
+        if task == "base":
+            return self.base_format
+        try:
+            return self.task(task, caller).prompt_format or self.base_format
+        except NotFound as error:
+            error.field = "format_of"
+            raise
+
     def task_record(self, name: str, caller: Caller) -> VersionRecord[TaskEntry]:
         """All versions of a task that serves. Raises NotFound, also where the caller may not use
         it.

@@ -33,6 +33,7 @@ class Answers(Connection):
             crma: whether to use the CRMA backbone. Default: on exactly if the task adapter was
                 trained with CRMA.
             raw: send the prompt to the model as it is, without the task's prompt format.
+            format_of: put the prompt into the prompt format of this task instead, or of base.
             add_special_tokens: begin a raw prompt with the token that the tokenizer adds, if any.
                 Default: true.
             max_tokens: length limit of the answer.

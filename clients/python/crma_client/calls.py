@@ -76,6 +76,7 @@ class GenerateOptions(SamplingOptions, total=False):
     """Options of `generate` and `stream`."""
 
     raw: bool | None
+    format_of: str | None
     add_special_tokens: bool | None
     prompt_logprobs: bool | None
 

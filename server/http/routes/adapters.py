@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from crma.core.errors import StoreError
 from crma.store.entry import TaskEntry
+from crma.store.import_format import describe
 from server.engine.errors import AdapterInUse
 from server.http.audited import audited
 from server.http.auth import TheCaller, require_key
@@ -153,6 +154,7 @@ def _entry(task: str, frontend: Frontend, act: Act) -> TaskEntry:
 def task_info(entry: TaskEntry, frontend: Frontend) -> dict[str, Any]:
     """What an administrator sees of a version of a task."""
     manifest = entry.manifest
+    used = entry.prompt_format or frontend.registry.base_format
     return {
         "name": manifest.name,
         "version": manifest.version,
@@ -160,6 +162,7 @@ def task_info(entry: TaskEntry, frontend: Frontend) -> dict[str, Any]:
         "rank": manifest.rank,
         "scaling": manifest.scaling,
         "target_modules": manifest.target_modules,
+        "prompt_format": None if used is None else describe(used),
         "lineage": manifest.backbone,
         "measured": manifest.measured,
         "resident": entry.digest in frontend.engine.resident(),
