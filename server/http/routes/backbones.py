@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter
 
+from crma.access.scope import Scope
 from crma.core.errors import NotFound, StoreError
 from crma.store.entry import BackboneEntry
 from server.http.audited import audited
@@ -29,6 +30,7 @@ async def backbones(frontend: TheFrontend, caller: TheCaller) -> dict[str, Any]:
     `problem` says why a version may not serve; null: it may. `blend` has the two that a version was
     made of. `history` has the changes of what serves, and the promotions that changed nothing, each
     with its evidence. A key that may not use every task sees no evidence, which names them.
+    `promotion` is for admins: the one that runs, or ran last; null: none since the server started.
     """
     return _shown(frontend, caller)
 
@@ -126,11 +128,18 @@ def _shown(frontend: Frontend, caller: Caller) -> dict[str, Any]:
         about = {"version": version, "serves": version == record.serving}
         versions.append({**about, **_version_shown(entry)})
     history = shown_history(record.history, caller)
-    return {"serving": record.serving, "versions": versions, "history": history}
+    last = frontend.promoter.last if Scope.ADMIN in caller.scopes else None
+    return {
+        "serving": record.serving,
+        "versions": versions,
+        "history": history,
+        "promotion": None if last is None else _promotion_shown(last),
+    }
 
 
 def _version_shown(entry: BackboneEntry | StoreError) -> dict[str, Any]:
     if isinstance(entry, StoreError):
         return {"problem": entry.message}
     fields = {"digest", "lineage", "blend", "licence", "created"}
-    return {"problem": None, **entry.manifest.model_dump(mode="json", include=fields, by_alias=True)}
+    manifest = entry.manifest.model_dump(mode="json", include=fields, by_alias=True)
+    return {"problem": None, **manifest}
