@@ -44,6 +44,9 @@ class Form(TypedDict):
 class SamplingOptions(TypedDict, total=False):
     """Options of every generating method, which `Client.generate` documents.
 
+    Type checkers and editors take them as keyword arguments of each method (PEP 692). Written out,
+    they would be as many parameters in eight signatures.
+
     An option that is absent or None is not sent: the server decides.
     """
 
