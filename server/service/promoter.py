@@ -25,7 +25,7 @@ log = logging.getLogger("server")
 COMMAND = (sys.executable, "-m", "crma", "store", "promote")
 MAX_LINES = 200
 MAX_LINE_BYTES = 2**20
-LAST = "19"  # niceness: requests go first
+NICENESS = "19"  # requests go first
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Promoter:
 def _yielding() -> tuple[str, ...]:
     """What a command line begins with that yields to others, where the system can do that."""
     nice = shutil.which("nice")
-    return () if nice is None else (nice, "-n", LAST)
+    return () if nice is None else (nice, "-n", NICENESS)
 
 
 async def _printed(process: Process) -> bytes:

@@ -96,8 +96,8 @@ async def awaited(client: AsyncClient) -> list[str]:
 def test_programs_of_users_are_type_checked(python: Path, tmp_path: Path) -> None:
     """A misspelt option, a wrong type and a forgotten await are found before anything runs."""
     (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--cache-dir", "kept"]
-    command += ["--python-executable", str(python), "program.py"]
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary"]
+    command += ["--cache-dir", "kept", "--python-executable", str(python), "program.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     told = {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error: " in line}
     lines = PROGRAM.splitlines()
