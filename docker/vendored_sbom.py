@@ -1,6 +1,6 @@
 """Add the vendored packages of the page to a list of Python packages in CycloneDX's format.
 
-    python docker/vendored_sbom.py build/sbom.json
+python docker/vendored_sbom.py build/sbom.json
 """
 
 import json

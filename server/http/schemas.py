@@ -73,8 +73,8 @@ class GenerateRequest(Sampled):
     )
     format_of: str | None = Field(
         None,
-        description="Put the prompt into the prompt format of this task, or of `base`, to ask variants "
-        "alike; null: of `task`.",
+        description="Put the prompt into the prompt format of this task, or of `base`, which asks "
+        "variants alike; null: of `task`.",
     )
     temperature: Temperature = 0
     logprobs: bool = Field(

@@ -31,8 +31,8 @@ from server.service.generation import Generation
 from server.service.keys import Keys
 from server.service.metrics import Metrics
 from server.service.outcome import Outcome
-from server.service.prompt_encoder import Prompt, PromptEncoder
 from server.service.promoter import Promoter
+from server.service.prompt_encoder import Prompt, PromptEncoder
 from server.service.publisher import Publisher
 from server.service.quotas import Quotas
 from server.service.registry import Registry, Resolved

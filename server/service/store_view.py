@@ -10,7 +10,6 @@ from crma.store.channels import BACKBONE, Change, task_channel
 from crma.store.entry import BackboneEntry, TaskEntry
 from crma.store.serving import lineage_problem
 
-
 Entry = TypeVar("Entry", TaskEntry, BackboneEntry)
 
 

@@ -16,10 +16,10 @@ from crma_client import AsyncClient, Client, errors
 from crma_client.calls import ChatOptions, GenerateOptions
 from crma_client.types import read_generation
 
+import server
 from crma.models.base_model import BaseModel
 from crma.models.prompts import BASE_TEMPLATE, RAW_FORMAT, TemplateFormat
 from crma.store.adapter_store import AdapterStore
-import server
 from server.http.openai_schemas import ChatRequest
 from server.http.schemas import GenerateRequest
 

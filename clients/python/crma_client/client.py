@@ -16,9 +16,7 @@ from crma_client.tokens import Tokens
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-class Client(
-    Answers, Ablations, QuestionSets, Adapters, Backbones, Tokens, Records, ServerState
-):
+class Client(Answers, Ablations, QuestionSets, Adapters, Backbones, Tokens, Records, ServerState):
     """A blocking client of one CRMA Server.
 
     Use it as a context manager, or call `close()`. Threads may share it. Every method raises a

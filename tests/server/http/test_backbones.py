@@ -19,9 +19,7 @@ from server.service import promoter
 UNGATED = {"allow_ungated": ["medical"]}  # the tiny store has no validation data
 
 
-async def test_versions_and_history_are_those_of_the_store(
-    serve: Serve, own: AdapterStore
-) -> None:
+async def test_versions_and_history_are_those_of_the_store(serve: Serve, own: AdapterStore) -> None:
     first = own.backbone()
     tiny.publish_backbone(own, BASE, 1, lineage=[first.digest], serve=False)
     served = await serve(store=own.root)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from api import Serve, Served, openai_client, refused
 
-from server.engine.errors import EngineStopped, QueueFull
+from server.engine.errors import QueueFull
 from server.engine.request import FinishReason
 
 GOOD: dict[str, Any] = {"model": "base", "prompt": "Hi"}
@@ -178,18 +178,6 @@ async def test_the_first_of_several_prompts_that_fails_ends_the_others(served: S
     assert answer.json()["error"]["code"] == "generation_failed"
     assert served.engine.most_running == 3
     assert served.engine.running == 0
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_of_several_prompts_one_that_is_refused_at_the_end_says_that_others_may_have_run(
-    served: Served, stream: bool
-) -> None:
-    """A client repeats what was refused, and may not repeat what has run."""
-    served.engine.refusal = EngineStopped("end")
-    for prompt, code in (("a", "draining"), (["a", "b"], "server_stopped")):
-        asked = GOOD | {"prompt": prompt, "stream": stream}
-        answer = await served.client.post("/v1/completions", json=asked)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, code)
 
 
 async def test_a_conversation_goes_through_the_chat_template_and_its_texts_stay_text(
