@@ -236,7 +236,8 @@ def test_a_set_is_kept_on_the_server_asked_and_deleted(
     kept = [each for each in api.get("/question_sets").json() if each["name"] == "from-here"]
     assert [(each["items"], each["source"]) for each in kept] == [(3, "shared")]
     page.get_by_role("button", name="Start").click()
-    job = api.get(f"/ablation/{finished(seen)}").json()
+    admin = {"Authorization": f"Bearer {admin_key}"}  # whose job it is
+    job = api.get(f"/ablation/{finished(seen)}", headers=admin).json()
     assert job["request"]["question_set"] == "from-here"
     page.get_by_role("link", name="New, and past runs").click()
     chosen.select_option("from-here")
@@ -255,7 +256,10 @@ def test_axe_finds_nothing_serious_and_nothing_is_too_wide(
     id = api.post("/ablation", json=body).json()["id"]
     seen = visit(f"{server}/#/ablation", look=look)
     expect(seen.page.get_by_role("heading", name="Past runs")).to_be_visible()
-    paste(seen, "no JSON")
+    paste(seen, f'{json.dumps(body["questions"][0])}\nno JSON')
+    for summary in ("Keep it on the server", "Only some tasks"):
+        seen.page.get_by_text(summary).click()
+    expect(seen.page.get_by_label("medical (1 question)")).to_be_visible()
     seen.show(f"ablation-form-{look}")
     assert seen.axe() == []
     assert not seen.is_too_wide()
