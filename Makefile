@@ -72,9 +72,10 @@ lock: supply  ## the lock files of the image again, from pyproject.toml and cons
 	$(LOCK) --config-file docker/uv.toml --no-emit-package torch --extra otel --extra postgres --extra remote --extra signing pyproject.toml -o docker/requirements.lock
 	echo torch | $(LOCK) --no-config - -o docker/torch-cuda.lock
 
-sbom: supply  ## build/sbom.json: the packages of the image, in CycloneDX's format
+sbom: supply  ## build/sbom.json: the packages of the image and of the page, in CycloneDX's format
 	@mkdir -p build
 	cat $(LOCKS) | $(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o build/sbom.json -
+	$(BIN)/python docker/vendored_sbom.py build/sbom.json
 
 # torch by the lock file of CUDA: PyPI knows that build. Strict: a package that PyPI does not know is no good news.
 audit: supply  ## known vulnerabilities of the packages of the image; asks PyPI

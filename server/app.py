@@ -24,6 +24,7 @@ from server.http.routes import (
     ablation,
     adapters,
     audit,
+    backbones,
     generate,
     models,
     openai,
@@ -55,6 +56,8 @@ ROUTERS = (
     ablation.owned,
     adapters.router,
     adapters.admin,
+    backbones.router,
+    backbones.admin,
     publishing.admin,
     publishing.openai_admin,
     usage.router,
@@ -93,6 +96,7 @@ def create_app(frontend: Frontend) -> FastAPI:
         frontend.draining = True
         app.state.starting.cancel()
         await asyncio.gather(app.state.starting, return_exceptions=True)
+        await frontend.promoter.stop()
         await frontend.registry.stop()
         await frontend.keys.stop()
         await ablations.stop()

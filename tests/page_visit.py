@@ -72,6 +72,13 @@ class Visit:
         if self.screenshots is not None:
             self.page.screenshot(path=self.screenshots / f"{name}.png", full_page=True)
 
+    def use_key(self, key: str) -> None:
+        """Give the page a key, as a person does."""
+        self.page.get_by_role("button", name="Key", exact=True).click()
+        self.page.locator("#key").fill(key)
+        self.page.get_by_role("button", name="Use key").click()
+        expect(self.page.get_by_role("button", name="Key set")).to_be_visible()
+
     def shifts(self) -> float:
         """How much has moved that nobody touched, as browsers measure it."""
         return self.page.evaluate("window.shifts.reduce((a, b) => a + b, 0)")

@@ -20,7 +20,7 @@ from server.http.error_handlers import answered, error_body
 from server.http.json_text import json_text
 from server.service.errors import ApiError, ClientGone
 from server.service.frontend import Frontend
-from server.service.generation import Generation, NumberedOutputs, all_of, outputs_of
+from server.service.generation import Generation, NumberedOutputs, all_finished, outputs_of
 
 T = TypeVar("T")
 Body = TypeVar("Body")
@@ -78,8 +78,7 @@ class Answer(ABC, Generic[Body]):
         """
         request.state.generations = self.generations
         if not stream:
-            finished = all_of(each.finished() for each in self.generations)
-            await unless_gone(request, finished)
+            await unless_gone(request, all_finished(self.generations))
             return await self._whole()
         outputs = outputs_of(self.generations)
         after_response.push_async_callback(outputs.aclose)

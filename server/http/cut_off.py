@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.error_handlers import refuse
-from server.service.errors import Draining
+from server.service.errors import ServerStopped
 from server.service.frontend import Frontend
 
 
@@ -34,5 +34,5 @@ class CutOff:
             if scope["type"] != "http" or not self.frontend.draining:
                 raise
             if not has_begun:
-                error = Draining("the server has stopped before the answer was there")
+                error = ServerStopped("the server has stopped before the answer was there")
                 await refuse(error, scope, receive, send)

@@ -6,7 +6,7 @@ from pydantic import AfterValidator, Field, JsonValue
 
 from crma.core.errors import InvalidAdapter
 from crma.store.manifest import check_name
-from server.http.body import Body
+from server.http.body import Body, at_most
 from server.http.neutral_fields import Ignored, Neutral
 
 
@@ -53,3 +53,21 @@ class UnloadLoraRequest(Body):
 
     lora_name: str
     lora_int_id: Ignored = None
+
+
+class PromoteRequest(Body):
+    """How a backbone is judged, and whether it serves if no task suffers."""
+
+    dry_run: bool = Field(True, description="Decide, and change nothing.")
+    margin: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of its loss by which a task may get worse; 0.002 nats are added.",
+    )
+    newcomer_margin: float = Field(
+        0.1, ge=0, le=1, description="The same for a task that nobody uses yet."
+    )
+    allow_ungated: Annotated[list[TaskName], at_most(1000)] = Field(
+        [], description="Tasks that need not be scored, since they have no validation data here."
+    )

@@ -71,6 +71,11 @@ class GenerateRequest(Sampled):
     task: str | None = Field(
         None, description="Task adapter: `name` or `name@version`; null: the base model."
     )
+    format_of: str | None = Field(
+        None,
+        description="Put the prompt into the prompt format of this task, or of `base`, which asks "
+        "variants alike; null: of `task`.",
+    )
     temperature: Temperature = 0
     logprobs: bool = Field(
         False, description="Log-probability of every token, under the unmodified distribution."

@@ -39,7 +39,7 @@ from server.service.errors import (
     InvalidField,
 )
 from server.service.frontend import Frontend
-from server.service.generation import Generation, all_of
+from server.service.generation import Generation, all_of, already_begun
 from server.service.job_runner import JobLimits, JobRunner, RunningJob
 from server.service.old_files import import_files
 from server.service.question_sets import QuestionSets
@@ -230,7 +230,8 @@ class Ablation:
                     await keep(index, outcomes[index])
 
         num_workers = self.frontend.settings.max_ablation_inflight
-        await all_of(work() for _ in range(num_workers))
+        with already_begun():
+            await all_of(work() for _ in range(num_workers))
         rows = self.plan.by_variant(outcomes)
         settings = self.spec.settings
         answer = await asyncio.to_thread(body, self.question_set, settings, rows, self.provenance)
@@ -312,7 +313,7 @@ class _Item:
         Raises:
             DeadlineExceeded: the deadline passed, in the queue or before it.
             AdapterUnloaded, GenerationFailed, PromptTooLong: the generation failed.
-            Draining, EngineStopped: the server is stopping.
+            STOPPING: the server is stopping.
         """
         while True:
             left = self.deadline - time.monotonic()

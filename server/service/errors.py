@@ -95,6 +95,10 @@ class AdapterServes(ApiError, status=409, code="adapter_serves"):
     """A version that serves cannot be deleted."""
 
 
+class PromotionRuns(ApiError, status=409, code="promotion_runs"):
+    """One promotion runs at a time."""
+
+
 class TooManyQuestionSets(ApiError, status=409, code="too_many_question_sets"):
     """As many uploaded question sets of one key are kept as may be."""
 
@@ -148,7 +152,11 @@ class Loading(ApiError, status=503, code="loading", headers={"Retry-After": "1"}
 
 
 class Draining(ApiError, status=503, code="draining", headers={"Retry-After": "1"}):
-    """The server is stopping; another may answer."""
+    """The server is stopping and has not begun with the request; another may answer."""
+
+
+class ServerStopped(ApiError, status=503, code="server_stopped"):
+    """The server stopped before a request was done that had begun: it may have run in part."""
 
 
 class TooManyConnections(
@@ -186,6 +194,9 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
     (RecordsNotWritable, 507, "records_not_writable"),
 )
 
+
+STOPPING = (Draining, EngineStopped, ServerStopped)
+"""What is raised because the server stops, before a request has begun or in its midst."""
 
 _KINDS: list[type[ApiError]] = [ApiError, *ApiError.__subclasses__()]
 _OWN = {(kind.status, kind.code) for kind in _KINDS}

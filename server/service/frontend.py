@@ -31,6 +31,7 @@ from server.service.generation import Generation
 from server.service.keys import Keys
 from server.service.metrics import Metrics
 from server.service.outcome import Outcome
+from server.service.promoter import Promoter
 from server.service.prompt_encoder import Prompt, PromptEncoder
 from server.service.publisher import Publisher
 from server.service.quotas import Quotas
@@ -90,6 +91,7 @@ class Frontend:
         self.texts = TokenTexts(self.tokenizer)
         self._builder = ThreadPoolExecutor(1, "build")
         self.publisher = Publisher(self.registry, self.engine, self.settings.request_timeout_s)
+        self.promoter = Promoter(self.registry)
 
     def resolve(
         self,
@@ -307,7 +309,7 @@ class Frontend:
         return None
 
     async def stop(self) -> None:
-        """End every request that still waits or runs: it raises Draining or EngineStopped."""
+        """End every request that still waits or runs: it raises one of STOPPING (`errors.py`)."""
         self.draining = True
         self.encoder.close()
         await self.engine.close()

@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 from crma.core.errors import StoreError
-from server.engine.errors import ConstraintStuck, EngineError
+from server.engine.errors import ConstraintStuck, EngineError, EngineStopped
 from server.engine.inference_engine import InferenceEngine, Outputs
 from server.engine.request import FinishReason, Request, RequestOutput, Timings, TokenLogprob
 from server.service.errors import (
@@ -17,6 +17,7 @@ from server.service.errors import (
     DeadlineExceeded,
     Draining,
     GenerationFailed,
+    ServerStopped,
     to_api_error,
 )
 from server.service.metrics import Metrics
@@ -94,8 +95,8 @@ class Generation:
 
         Raises:
             EngineError, StoreError: the request was refused and has not run.
-            ConstraintStuck, DeadlineExceeded, AdapterUnloaded, GenerationFailed, Draining: the
-                engine ended it.
+            ConstraintStuck, DeadlineExceeded, AdapterUnloaded, GenerationFailed, ServerStopped:
+                the engine ended it.
         """
         # Close the engine's stream here, not when the garbage collector finds it.
         async with aclosing(self._engine.submit(self.request)) as stream:
@@ -199,14 +200,35 @@ def _raise_failure(output: RequestOutput) -> None:
         raise DeadlineExceeded(message, field="timeout_s")
     if output.error == "unloaded":
         raise AdapterUnloaded("its adapter was unloaded by an administrator", field="task")
-    raise Draining("the request was aborted: the server is stopping")
+    raise ServerStopped("the request was aborted: the server is stopping")
+
+
+@contextmanager
+def already_begun() -> Iterator[None]:
+    """Work of which a part may have run: what is refused because the server stops is
+    ServerStopped.
+    """
+    try:
+        yield
+    except (Draining, EngineStopped) as error:
+        raise ServerStopped("the server stopped before all of the request was done") from error
+
+
+async def all_finished(generations: Sequence[Generation]) -> None:
+    """Submit requests, and wait until all have ended. Fails as `outputs_of`."""
+    if len(generations) == 1:
+        await generations[0].finished()
+        return
+    with already_begun():
+        await all_of(each.finished() for each in generations)
 
 
 async def outputs_of(generations: Sequence[Generation]) -> NumberedOutputs:
     """Submit requests, and yield the outputs of all as they come.
 
     The first failure ends the others, as closing the generator does. Raises as
-    `Generation.outputs`.
+    `Generation.outputs`; of several requests, one that is refused because the server stops is
+    ServerStopped: others may have begun.
     """
     if len(generations) == 1:
         async with aclosing(generations[0].outputs()) as outputs:
@@ -220,7 +242,8 @@ async def outputs_of(generations: Sequence[Generation]) -> NumberedOutputs:
         while num_open:
             number, arrival = await arrived.get()
             if isinstance(arrival, Exception):
-                raise arrival
+                with already_begun():
+                    raise arrival
             if arrival is None:
                 num_open -= 1
             else:

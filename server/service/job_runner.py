@@ -20,13 +20,12 @@ from typing import Any
 from sqlalchemy import Connection
 
 from crma.core.errors import CrmaError
-from server.engine.errors import EngineStopped
 from server.records import jobs as rows
 from server.records import question_sets
 from server.records.database import Database
 from server.records.errors import RecordsError, RecordsNotWritable, RecordsUnavailable
 from server.records.jobs import Job, Status
-from server.service.errors import Draining
+from server.service.errors import STOPPING
 
 log = logging.getLogger("server")
 
@@ -230,7 +229,7 @@ class JobRunner:
             await self._record_end(running, status, error, result)
         except LeaseLost:
             log.warning("job %s is not this server's any more", job.id)
-        except (Draining, EngineStopped):
+        except STOPPING:
             with suppress(RecordsError):  # then its lease ends by itself
                 await self.database.run(rows.release, {job.id: running.lease}, is_orderly=False)
         except Exception:
@@ -249,7 +248,7 @@ class JobRunner:
 
         Raises:
             LeaseLost: as the class says.
-            Draining, EngineStopped: this server can run nothing any more.
+            STOPPING: this server can run nothing any more.
         """
         job = running.job
         if job.num_attempts > rows.MAX_ATTEMPTS:
@@ -258,7 +257,7 @@ class JobRunner:
         try:
             result = await self.work(running)
             return "done", None, await asyncio.to_thread(json.dumps, result, allow_nan=False)
-        except (LeaseLost, Draining, EngineStopped):
+        except (LeaseLost, *STOPPING):
             raise
         except CrmaError as error:
             return "failed", error.message, None

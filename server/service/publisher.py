@@ -12,7 +12,7 @@ from pathlib import Path
 
 from crma.core.errors import NotFound, StoreError, VersionServes
 from crma.core.files import names_in
-from crma.store.channels import task_channel
+from crma.store.channels import BACKBONE, task_channel
 from crma.store.entry import TaskEntry
 from server.engine.errors import AdapterInUse
 from server.engine.inference_engine import InferenceEngine
@@ -122,6 +122,18 @@ class Publisher:
             channels = await registry.threads.run(roll_back)
             await registry.refresh()
         return channels.tasks[name]
+
+    async def roll_back_backbone(self) -> None:
+        """Let the backbone serve that served before, and the versions of tasks that fit it.
+
+        Raises:
+            NotFound: no backbone served before.
+            LineageMismatch: a task would fit it in no version.
+        """
+        registry = self.registry
+        async with self._changing():
+            await registry.threads.run(partial(registry.store.roll_back, BACKBONE))
+            await registry.refresh()
 
     async def delete(self, name: str, version: str | None) -> tuple[str, ...]:
         """Remove a version of a task, or all of them, from the store. Requests that run or wait

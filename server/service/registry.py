@@ -30,7 +30,7 @@ from server.service.caller import ANYONE, Caller
 from server.service.errors import NoBackbone
 from server.service.metrics import Metrics
 from server.service.store_reader import StoreReader
-from server.service.store_view import StoreView, TaskRecord
+from server.service.store_view import StoreView, VersionRecord
 from server.service.store_watch import StoreProblems, follow, watch, with_patience
 
 if TYPE_CHECKING:
@@ -184,12 +184,40 @@ class Registry:
             raise NotFound(message, field="task", value=task, allowed=allowed)
         return _sound(entry)
 
-    def task_record(self, name: str, caller: Caller) -> TaskRecord:
+    def format_of(self, task: str, caller: Caller) -> Format | None:
+        """The prompt format of a task; of the base model for `base`, or if it recorded none.
+
+        Raises as `task`.
+        """
+        if task == "base":
+            return self.base_format
+        try:
+            return self.task(task, caller).prompt_format or self.base_format
+        except NotFound as error:
+            error.field = "format_of"
+            raise
+
+    def task_record(self, name: str, caller: Caller) -> VersionRecord[TaskEntry]:
         """All versions of a task that serves. Raises NotFound, also where the caller may not use
         it.
         """
         self._versions(name, name, caller)
         return self._view.task_record(name)
+
+    def backbone_version(self, version: str, field: str = "crma") -> BackboneEntry:
+        """A version of the backbone, which a field of a request names.
+
+        Raises NotFound, or the problem found when it was verified.
+        """
+        known = self._view.backbones
+        if version not in known:
+            message = f"no backbone {version!r} here"
+            raise NotFound(message, field=field, value=version, allowed=sorted(known))
+        return _sound(known[version])
+
+    def backbone_record(self) -> VersionRecord[BackboneEntry]:
+        """All versions of the backbone, and which of them served."""
+        return self._view.backbone_record()
 
     def _versions(
         self, name: str, asked: str, caller: Caller
@@ -331,11 +359,7 @@ class Registry:
     ) -> BackboneEntry:
         """The backbone of a version, or the one that serves. Raises as `resolve`."""
         if version is not None:
-            known = self._view.backbones
-            if version not in known:
-                message = f"no backbone {version!r} here"
-                raise NotFound(message, field="crma", value=version, allowed=sorted(known))
-            return _sound(known[version])
+            return self.backbone_version(version)
         if self._view.backbone is None:
             trained = ""
             if asked is None and entry is not None:

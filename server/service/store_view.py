@@ -3,23 +3,26 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Generic, TypeVar
 
 from crma.core.errors import StoreError
-from crma.store.channels import Change, task_channel
+from crma.store.channels import BACKBONE, Change, task_channel
 from crma.store.entry import BackboneEntry, TaskEntry
 from crma.store.serving import lineage_problem
 
+Entry = TypeVar("Entry", TaskEntry, BackboneEntry)
+
 
 @dataclass(frozen=True)
-class TaskRecord:
-    """What the store has of a task.
+class VersionRecord(Generic[Entry]):
+    """What the store has of a task, or of the backbone.
 
-    versions: the oldest first; the reason for one that may not serve. serving: one of them.
-    history: which served, and why that changed, the oldest first.
+    versions: the oldest first; the reason for one that may not serve. serving: one of them, or
+    None. history: which served, and why that changed, the oldest first.
     """
 
-    versions: Mapping[str, TaskEntry | StoreError]
-    serving: str
+    versions: Mapping[str, Entry | StoreError]
+    serving: str | None
     history: Sequence[Change]
 
 
@@ -61,13 +64,20 @@ class StoreView:
         """Every version of the backbone that may serve."""
         return [entry for entry in self.backbones.values() if isinstance(entry, BackboneEntry)]
 
-    def task_record(self, name: str) -> TaskRecord:
+    def task_record(self, name: str) -> VersionRecord[TaskEntry]:
         """Of a task that serves."""
-        versions = self.tasks[name]
+        return self._record(self.tasks[name], self.serving[name], task_channel(name))
+
+    def backbone_record(self) -> VersionRecord[BackboneEntry]:
+        """Of the backbone."""
+        return self._record(self.backbones, self.serving_backbone, BACKBONE)
+
+    def _record(
+        self, versions: Mapping[str, Entry | StoreError], serving: str | None, channel: str
+    ) -> VersionRecord[Entry]:
         by_age = sorted(versions, key=lambda version: int(version.removeprefix("v")))
-        changes = [each for each in self.history if each.channel == task_channel(name)]
-        ordered = {version: versions[version] for version in by_age}
-        return TaskRecord(ordered, self.serving[name], changes)
+        changes = [each for each in self.history if each.channel == channel]
+        return VersionRecord({each: versions[each] for each in by_age}, serving, changes)
 
     @cached_property
     def problems(self) -> dict[str, StoreError]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from client_methods import public_methods
 from crma_client import AsyncClient, Client, CrmaClientError, errors
 from crma_client.calls import GenerateOptions, write_body
 
@@ -26,16 +27,6 @@ REFUSAL = {
 def answering(status: int = 200, **answer: Any) -> httpx.MockTransport:
     """A server, for either client, that gives the same answer to every request."""
     return httpx.MockTransport(lambda _: httpx.Response(status, **answer))
-
-
-def public_methods(client_class: type) -> dict[str, Any]:
-    """The methods that `help` shows, by name; `aclose` counts as `close`."""
-    methods = inspect.getmembers(client_class, inspect.isfunction)
-    return {
-        "close" if name == "aclose" else name: method
-        for name, method in methods
-        if not name.startswith("_")
-    }
 
 
 def test_both_clients_have_the_same_methods_with_the_same_signatures() -> None:
@@ -227,3 +218,23 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key: str) -> No
         Client(api_key=key)
     assert caught.value.field == "api_key"
     assert "cret" not in repr(caught.value)
+
+
+def test_a_job_that_failed_says_why() -> None:
+    """The reason is a text, and asking it for its message was an AttributeError."""
+    failed = {"id": "abl-1", "status": "failed", "error": "the items were killed"}
+    with (
+        Client(transport=answering(json=failed)) as client,
+        pytest.raises(errors.JobFailed, match="abl-1 is failed: the items were killed"),
+    ):
+        client.wait_for_ablation("abl-1")
+
+
+def test_a_job_in_another_format_is_a_protocol_error() -> None:
+    with Client(transport=answering(json={"state": "done"})) as client:
+        with pytest.raises(errors.ProtocolError):
+            client.wait_for_ablation("abl-1")
+        with pytest.raises(errors.ProtocolError):
+            client.run_ablation(question_set="public")
+        with pytest.raises(errors.ProtocolError):
+            client.detokenize([1])

@@ -16,6 +16,7 @@ from crma_client import AsyncClient, Client, errors
 from crma_client.calls import ChatOptions, GenerateOptions
 from crma_client.types import read_generation
 
+import server
 from crma.models.base_model import BaseModel
 from crma.models.prompts import BASE_TEMPLATE, RAW_FORMAT, TemplateFormat
 from crma.store.adapter_store import AdapterStore
@@ -215,6 +216,47 @@ async def test_an_uploaded_folder_brings_its_own_chat_template_unless_told_other
     ):
         info = await admin.upload_adapter("own", folder, prompt_format=prompt_format)
         assert store.task("own", info["version"]).prompt_format == expected
+
+
+async def test_an_administrator_says_what_is_in_memory_and_what_serves(
+    client: AsyncClient, store: AdapterStore
+) -> None:
+    admin = AsyncClient("http://test", api_key="admin", transport=client._http._transport)
+    assert (await admin.load_adapter("medical"))["resident"] is True
+    assert (await admin.unload_adapter("medical", "wait"))["resident"] is False
+    assert (await admin.pin_adapter("legal@v1"))["resident"] is True
+    with pytest.raises(errors.Conflict):
+        await admin.unload_adapter("legal")
+    await admin.unpin_adapter("legal@v1")
+    assert (await admin.upload_adapter("legal", store.task("legal").path))["version"] == "v2"
+    assert (await admin.roll_back_adapter("legal"))["version"] == "v1"
+    legal = await client.adapter("legal")
+    assert (legal["serving"], [each["version"] for each in legal["versions"]]) == (
+        "v1",
+        ["v1", "v2"],
+    )
+    await admin.stop_adapter("legal")
+    with pytest.raises(errors.NotFound):
+        await client.adapter("legal")
+    backbones = await client.backbones()
+    assert (backbones["serving"], backbones["promotion"]) == ("v1", None)
+    with pytest.raises(errors.NotFound, match="No backbone served before"):
+        await admin.roll_back_backbone()
+    with pytest.raises(errors.NotFound):
+        await admin.promotion()
+    with pytest.raises(errors.NotFound, check=lambda error: error.field == "version"):
+        await admin.promote_backbone("v9", allow_ungated=["medical"])
+    with pytest.raises(errors.NotAuthorized):
+        await client.cancel_promotion()
+
+
+async def test_what_the_server_keeps_is_read(client: AsyncClient) -> None:
+    questions = await client.question_set("public")
+    report = await client.ablation(questions=questions[:2], max_tokens=4)
+    assert report["question_set"]["items"] == 2
+    run = (await client.runs())[0]
+    assert (await client.run(run["id"]))["seed"] == run["seed"]
+    assert await client.version() == server.__version__
 
 
 async def test_a_question_set_of_a_key_is_its_own(client: AsyncClient) -> None:

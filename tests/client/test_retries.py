@@ -63,6 +63,7 @@ REPEATED: list[Callable[[], Any]] = [
     lambda: refusal(503, "loading", "1"),
     lambda: refusal(503, "not_ready", "1"),
     lambda: refusal(503, "too_many_connections", "1"),
+    lambda: refusal(503, "draining", "1"),
 ]
 NOT_REPEATED: list[Callable[[], Any]] = [
     lambda: httpx.ReadError("broke"),
@@ -72,7 +73,7 @@ NOT_REPEATED: list[Callable[[], Any]] = [
     lambda: refusal(500, "generation_failed"),
     lambda: refusal(502),
     lambda: refusal(503),
-    lambda: refusal(503, "draining", "1"),
+    lambda: refusal(503, "server_stopped"),
     lambda: refusal(504, "deadline_exceeded"),
 ]
 
@@ -134,6 +135,7 @@ def test_a_stream_that_was_refused_is_opened_again(waits: list[float]) -> None:
         lambda: refusal(502),
         lambda: refusal(503),
         lambda: refusal(503, "draining", "1"),
+        lambda: refusal(503, "server_stopped"),
     ],
 )
 def test_what_only_reads_is_sent_again_whatever_happened(

@@ -136,6 +136,7 @@ HARMLESS = {
     'crma_errors_total{instance="a",code="too_many_jobs"}': steady(6000),
     'crma_errors_total{instance="a",code="client_gone"}': steady(6000),
     'crma_errors_total{instance="a",code="draining"}': steady(6000),
+    'crma_errors_total{instance="a",code="server_stopped"}': steady(6000),
     'crma_errors_total{instance="a",code="internal_error"}': "0x60",
     'crma_errors_total{instance="a",code="queue_full"}': "0x60",
     'crma_request_success_total{instance="a",finished_reason="abort"}': steady(6000),

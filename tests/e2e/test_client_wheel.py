@@ -60,3 +60,46 @@ def test_the_lines_of_the_readme_run(python: Path, tmp_path: Path) -> None:
     assert re.fullmatch(r".+ \d+ sha256:[0-9a-f]{64}", lines[0])
     assert "200 200" in lines  # the progress at the end
     assert [line.split()[0] for line in lines[-2:]] == ["task+crma", "task"]
+
+
+PROGRAM = """
+from crma_client import AsyncClient, Client
+
+
+def blocking(client: Client) -> list[str]:
+    whole: str = client.generate("Hi", task="medical", crma=True, max_tokens=3).text
+    with client.stream("Hi", temperature=0.5) as stream:
+        texts: list[str] = [token.text for token in stream]
+    reason: str = stream.result.finish_reason
+    chat: str = client.chat([{"role": "user", "content": "Hi"}], seed=3).text
+    client.generate("Hi", max_token=3)  # wrong
+    client.generate("Hi", max_tokens="3")  # wrong
+    client.generate("Hi", tools=[])  # wrong
+    client.chat([], raw=True)  # wrong
+    client.unload_adapter("medical", "later")  # wrong
+    number: int = client.generate("Hi").text  # wrong
+    return [whole, *texts, reason, chat]
+
+
+async def awaited(client: AsyncClient) -> list[str]:
+    whole: str = (await client.generate("Hi", task="medical")).text
+    async with client.stream_chat([], max_tokens=3) as stream:
+        texts: list[str] = [token.text async for token in stream]
+    await client.generate("Hi", max_token=3)  # wrong
+    client.generate("Hi").text  # wrong
+    async for token in client.stream("Hi"):  # wrong
+        pass
+    return [whole, *texts, stream.result.text]
+"""
+
+
+def test_programs_of_users_are_type_checked(python: Path, tmp_path: Path) -> None:
+    """A misspelt option, a wrong type and a forgotten await are found before anything runs."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary"]
+    command += ["--cache-dir", "kept", "--python-executable", str(python), "program.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    told = {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error: " in line}
+    lines = PROGRAM.splitlines()
+    wrong = {number for number, line in enumerate(lines, 1) if line.endswith("# wrong")}
+    assert told == wrong, done.stdout + done.stderr

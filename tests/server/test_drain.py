@@ -34,7 +34,8 @@ from server.service.registry import Registry
 from server.settings import Settings
 
 STREAM = {"prompt": "Hi", "stream": True}
-DRAINING = "draining"
+DRAINING = "draining"  # refused: nothing has run
+STOPPED = "server_stopped"  # it had begun
 
 
 @dataclass(eq=False)
@@ -191,7 +192,7 @@ async def test_past_the_limit_streams_end_with_an_error_event(start: Start) -> N
             rest = [line async for line in lines]
         assert "event: error" in rest
         error = json.loads(rest[rest.index("event: error") + 1].removeprefix("data: "))
-        assert error["error"]["code"] == DRAINING
+        assert error["error"]["code"] == STOPPED
         async with asyncio.timeout(10):
             await running.ended
 
@@ -226,8 +227,8 @@ async def test_past_the_limit_what_waits_gets_503(
             await asyncio.sleep(0.01)
         stop()
         for response in await asyncio.gather(*waiting):
-            assert code(response) == (503, DRAINING)
-            assert response.headers["retry-after"] == "1"
+            assert code(response) == (503, STOPPED)
+            assert "retry-after" not in response.headers  # nobody should repeat it unasked
         async with asyncio.timeout(10):
             await running.ended
     assert not any(record.exc_info for record in caplog.records)
@@ -248,7 +249,7 @@ async def test_past_the_limit_what_the_engine_does_not_know_gets_503_too(
         sent = asyncio.create_task(running.client.post("/generate", json={"prompt": "Hi"}))
         await asked.wait()
         stop()
-        assert code(await sent) == (503, DRAINING)
+        assert code(await sent) == (503, STOPPED)
         async with asyncio.timeout(10):
             await running.ended
 

@@ -44,6 +44,9 @@ class Form(TypedDict):
 class SamplingOptions(TypedDict, total=False):
     """Options of every generating method, which `Client.generate` documents.
 
+    Type checkers and editors take them as keyword arguments of each method (PEP 692). Written out,
+    they would be as many parameters in eight signatures.
+
     An option that is absent or None is not sent: the server decides.
     """
 
@@ -76,6 +79,7 @@ class GenerateOptions(SamplingOptions, total=False):
     """Options of `generate` and `stream`."""
 
     raw: bool | None
+    format_of: str | None
     add_special_tokens: bool | None
     prompt_logprobs: bool | None
 
@@ -149,15 +153,35 @@ def question_set_path(name: str) -> str:
     return f"/question_sets/{quote(name, safe='')}"
 
 
-def adapter_path(task: str) -> str:
-    """The path of one task adapter, as `name` or `name@version`."""
-    return f"/adapters/{quote(task, safe='@')}"
+def adapter_path(task: str, act: str = "") -> str:
+    """The path of one task adapter, as `name` or `name@version`; or of an act on it."""
+    path = f"/adapters/{quote(task, safe='@')}"
+    return f"{path}/{act}" if act else path
+
+
+def promote_path(version: str) -> str:
+    """The path that promotes one version of the backbone."""
+    return f"/backbones/{quote(version, safe='')}/promote"
+
+
+def run_path(id: str) -> str:
+    """The path of one training run, whose id has slashes."""
+    return f"/runs/{quote(id)}"
 
 
 def query_path(path: str, fields: Mapping[str, Any]) -> str:
     """A path with those fields as its query that are not None; the server judges their values."""
     sent = {name: value for name, value in fields.items() if value is not None}
     return f"{path}?{urlencode(sent, doseq=True)}"
+
+
+def upload_fields(
+    name: str, licence: str | None, trust_base: bool, prompt_format: str | None
+) -> dict[str, str | None]:
+    """The fields of an upload beside its files; `Client.upload_adapter` documents them."""
+    trusted = "true" if trust_base else None
+    named = {"name": name, "licence": licence, "trust_base": trusted}
+    return {**named, "prompt_format": prompt_format}
 
 
 @contextmanager
@@ -256,12 +280,13 @@ def job_result(job: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         JobFailed: it ended without one.
     """
-    if job["status"] in ("queued", "running"):
+    status = read(str, job.get("status"))
+    if status in ("queued", "running"):
         return None
-    if job["status"] != "done":
-        reason = (job.get("error") or {}).get("message") or "there is no report"
-        raise JobFailed(f"the job {job['id']} is {job['status']}: {reason}", value=job["id"])
-    return read(dict, job["result"])
+    if status != "done":
+        reason = job.get("error") or "there is no report"
+        raise JobFailed(f"the job {job.get('id')} is {status}: {reason}", value=job.get("id"))
+    return read(dict, job.get("result"))
 
 
 def read_object(response: httpx.Response) -> dict[str, Any]:
@@ -272,6 +297,11 @@ def read_object(response: httpx.Response) -> dict[str, Any]:
 def read_list(response: httpx.Response) -> list[Any]:
     """Read an answer that is a JSON array."""
     return read(list, read_json(response.content))
+
+
+def read_lines(response: httpx.Response) -> list[dict[str, Any]]:
+    """Read an answer in JSON Lines: an object a line."""
+    return [read(dict, read_json(line)) for line in response.content.split(b"\n") if line]
 
 
 def read_text(response: httpx.Response) -> str:

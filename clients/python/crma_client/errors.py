@@ -13,7 +13,7 @@ CrmaClientError
     ├── NotFound             404             unknown task, version, question set or job
     ├── Conflict             409             wrong base model or CRMA lineage, or no backbone
     ├── Overloaded           429             the queue is full; see `retry_after`
-    ├── Unavailable          503             the server is starting or draining
+    ├── Unavailable          503             the server is starting, stopping or has stopped
     └── DeadlineExceeded     504             the request's deadline passed
 
 Any other status raises a plain StatusError. To add a class, derive it below, add its line to the
@@ -109,7 +109,7 @@ class Overloaded(StatusError):
 
 
 class Unavailable(StatusError):
-    """503: the server is starting or draining."""
+    """503: the server is starting or stopping; `server_stopped` is the code of what had begun."""
 
 
 class DeadlineExceeded(StatusError):

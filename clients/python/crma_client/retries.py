@@ -10,9 +10,9 @@ from crma_client.errors import ConnectionFailed, CrmaClientError, StatusError, T
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 """What httpx raises before it has sent anything."""
 
-NOT_RUN = frozenset({"loading", "not_ready", "too_many_connections"})
-"""Codes of a 503 that a server answers before it runs anything. `draining` is not one of them: a
-request that ran when the server stopped has it too."""
+NOT_RUN = frozenset({"draining", "loading", "not_ready", "too_many_connections"})
+"""Codes of a 503 that a server answers before it runs anything. `server_stopped` is none of them:
+that request had begun."""
 
 PASSING = frozenset({429, 502, 503, 504})
 """Statuses after which reading again may succeed."""

@@ -7,11 +7,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from crma.core.errors import StoreError
 from crma.store.entry import TaskEntry
+from crma.store.import_format import describe
 from server.engine.errors import AdapterInUse
 from server.http.audited import audited
 from server.http.auth import TheCaller, require_key
 from server.http.dependencies import TheFrontend
 from server.http.error_handlers import documented
+from server.http.history import shown_history
 from server.service.audit import Act
 from server.service.caller import ADMIN
 from server.service.errors import AdapterBusy
@@ -66,7 +68,7 @@ async def adapter(task: str, frontend: TheFrontend, caller: TheCaller) -> dict[s
     """The versions of a task, the oldest first, and which of them served when.
 
     `problem` says why a version may not serve; null: it may. `history` has the changes of what
-    serves, each with the evidence for it if there is some.
+    serves, each with the evidence for it if there is some and the key may use every task.
     """
     record = frontend.registry.task_record(task, caller)
     shown = []
@@ -78,7 +80,7 @@ async def adapter(task: str, frontend: TheFrontend, caller: TheCaller) -> dict[s
         fields = {"licence", "created", "alpha", "trained_on"}
         manifest = entry.manifest.model_dump(mode="json", include=fields)
         shown.append({**about, "problem": None, **task_info(entry, frontend), **manifest})
-    history = [each.model_dump(mode="json", by_alias=True) for each in record.history]
+    history = shown_history(record.history, caller)
     return {"name": task, "serving": record.serving, "versions": shown, "history": history}
 
 
@@ -152,6 +154,7 @@ def _entry(task: str, frontend: Frontend, act: Act) -> TaskEntry:
 def task_info(entry: TaskEntry, frontend: Frontend) -> dict[str, Any]:
     """What an administrator sees of a version of a task."""
     manifest = entry.manifest
+    used = entry.prompt_format or frontend.registry.base_format
     return {
         "name": manifest.name,
         "version": manifest.version,
@@ -159,6 +162,7 @@ def task_info(entry: TaskEntry, frontend: Frontend) -> dict[str, Any]:
         "rank": manifest.rank,
         "scaling": manifest.scaling,
         "target_modules": manifest.target_modules,
+        "prompt_format": None if used is None else describe(used),
         "lineage": manifest.backbone,
         "measured": manifest.measured,
         "resident": entry.digest in frontend.engine.resident(),

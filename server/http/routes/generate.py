@@ -35,14 +35,11 @@ async def generate(
     of the prompt that the prefix cache had. `provenance` says exactly what answered: content
     digests, engine version, dtype and seed. A client that disconnects frees its work.
     """
-    if body.top_logprobs and not body.logprobs:
-        message = "top_logprobs: needs logprobs"
-        raise InvalidField(message, field="top_logprobs", value=body.top_logprobs, allowed=0)
-    if body.add_special_tokens is not None and not body.raw:
-        message = "add_special_tokens: only a raw prompt has the choice"
-        value = body.add_special_tokens
-        raise InvalidField(message, field="add_special_tokens", value=value, allowed=None)
+    _check_fields(body)
     resolved = frontend.resolve(body.task, body.crma, caller=caller)
+    if body.format_of is not None:
+        prompt_format = frontend.registry.format_of(body.format_of, caller)
+        resolved = dataclasses.replace(resolved, prompt_format=prompt_format)
     request.state.selection = resolved.selection
     sampling = body.sampling(
         logprobs=body.top_logprobs if body.logprobs else None,
@@ -58,6 +55,20 @@ async def generate(
     )
     answer = GenerateAnswer(body, [generation], frontend)
     return await answer.respond(request, after_response, stream=body.stream)
+
+
+def _check_fields(body: GenerateRequest) -> None:
+    """Raises InvalidField for fields that do not go together."""
+    if body.top_logprobs and not body.logprobs:
+        message = "top_logprobs: needs logprobs"
+        raise InvalidField(message, field="top_logprobs", value=body.top_logprobs, allowed=0)
+    if body.add_special_tokens is not None and not body.raw:
+        message = "add_special_tokens: only a raw prompt has the choice"
+        value = body.add_special_tokens
+        raise InvalidField(message, field="add_special_tokens", value=value, allowed=None)
+    if body.format_of is not None and body.raw:
+        message = "format_of: a raw prompt has no prompt format"
+        raise InvalidField(message, field="format_of", value=body.format_of, allowed=None)
 
 
 class GenerateAnswer(Answer[GenerateRequest]):

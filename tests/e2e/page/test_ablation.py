@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,63 @@ def test_a_run_is_followed_to_its_end_although_the_connection_is_lost(
         finished(seen)
 
 
+def test_only_some_tasks_are_asked(visit: Open, server: str, api: httpx.Client) -> None:
+    seen = visit(f"{server}/#/ablation")
+    page = seen.page
+    start = paste(seen, "\n".join(map(json.dumps, questions(api, "medical", "code", num=2))))
+    page.get_by_text("Only some tasks").click()
+    page.get_by_label("code (2 questions)").check()
+    page.get_by_text("Only some tasks").click()  # what is ticked stays
+    start.click()
+    job = api.get(f"/ablation/{finished(seen)}").json()
+    assert job["request"]["tasks"] == ["code"]
+    assert {item["task"] for item in job["result"]["items"]} == {"code"}
+    expect(page.locator(".item")).to_have_count(2)
+    expect(page.get_by_text("only code")).to_be_visible()
+
+
+def test_the_tasks_of_a_set_of_the_server_are_those_that_it_has(
+    visit: Open, server: str, api: httpx.Client
+) -> None:
+    seen = visit(f"{server}/#/ablation")
+    lines = api.get("/question_sets/public").text.splitlines()
+    numbers = Counter(json.loads(line)["task"] for line in lines)
+    seen.page.get_by_text("Only some tasks").click()
+    for task, number in numbers.items():
+        expect(seen.page.get_by_label(f"{task} ({number} questions)")).to_be_visible()
+
+
+def test_a_set_is_kept_on_the_server_asked_and_deleted(
+    visit: Open, server: str, api: httpx.Client, admin_key: str
+) -> None:
+    seen = visit(f"{server}/#/ablation")
+    seen.expected.append("422")
+    seen.use_key(admin_key)
+    page = seen.page
+    first, second, third = (json.dumps(each) for each in questions(api, "legal", num=3))
+    paste(seen, f"{first}\n{first}")
+    page.get_by_text("Keep it on the server").click()
+    page.get_by_label("Name of the set").fill("from-here")
+    page.get_by_role("button", name="Keep").click()
+    expect(page.get_by_role("alert").filter(has_text="line 2")).to_be_visible()
+    page.get_by_label("Questions, one a line as JSON").fill(f"{first}\n{second}\n{third}")
+    page.get_by_label("Name of the set").press("Enter")  # which does not start an ablation
+    chosen = page.get_by_role("combobox", name="Question set")
+    expect(chosen.locator("option:checked")).to_have_text("from-here (3 questions)")
+    kept = [each for each in api.get("/question_sets").json() if each["name"] == "from-here"]
+    assert [(each["items"], each["source"]) for each in kept] == [(3, "shared")]
+    page.get_by_role("button", name="Start").click()
+    admin = {"Authorization": f"Bearer {admin_key}"}  # whose job it is
+    job = api.get(f"/ablation/{finished(seen)}", headers=admin).json()
+    assert job["request"]["question_set"] == "from-here"
+    page.get_by_role("link", name="New, and past runs").click()
+    chosen.select_option("from-here")
+    page.get_by_role("button", name="Delete from-here").click()
+    page.get_by_role("button", name="Yes, delete").click()
+    expect(chosen.locator("option", has_text="from-here")).to_have_count(0)
+    assert "from-here" not in {each["name"] for each in api.get("/question_sets").json()}
+
+
 @pytest.mark.parametrize("look", ["light", "dark", "phone"])
 def test_axe_finds_nothing_serious_and_nothing_is_too_wide(
     visit: Open, server: str, api: httpx.Client, look: str
@@ -198,7 +256,10 @@ def test_axe_finds_nothing_serious_and_nothing_is_too_wide(
     id = api.post("/ablation", json=body).json()["id"]
     seen = visit(f"{server}/#/ablation", look=look)
     expect(seen.page.get_by_role("heading", name="Past runs")).to_be_visible()
-    paste(seen, "no JSON")
+    paste(seen, f'{json.dumps(body["questions"][0])}\nno JSON')
+    for summary in ("Keep it on the server", "Only some tasks"):
+        seen.page.get_by_text(summary).click()
+    expect(seen.page.get_by_label("medical (1 question)")).to_be_visible()
     seen.show(f"ablation-form-{look}")
     assert seen.axe() == []
     assert not seen.is_too_wide()

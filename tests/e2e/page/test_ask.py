@@ -26,12 +26,16 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def fill(visit: Visit, *, compare: bool = False, max_tokens: int = 12) -> None:
+def fill(
+    visit: Visit, *, compare: bool = False, max_tokens: int = 12, shared: str = "task"
+) -> None:
     page = visit.page
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     page.get_by_role("combobox", name="Task").select_option("medical")
     page.get_by_label("Most tokens").fill(str(max_tokens))
     page.get_by_label("Compare: base").set_checked(compare)
+    if compare:
+        page.get_by_label("Prompt format of all four").select_option(shared)
 
 
 def ask(visit: Visit, **options: Any) -> None:
@@ -83,15 +87,25 @@ def test_a_token_shows_its_log_probability_and_the_five_likeliest(
     expect(panel).not_to_have_text(first or "")
 
 
+@pytest.mark.parametrize("shared", ["task", "base", "own"])
 def test_four_variants_side_by_side_are_those_of_the_api_and_their_parting_is_marked(
-    visit: Open, server: str, api: httpx.Client
+    visit: Open, server: str, api: httpx.Client, shared: str
 ) -> None:
+    """Base and crma went through the chat template, and the task through its own format."""
     seen = visit(server)
-    ask(seen, compare=True)
+    ask(seen, compare=True, shared=shared)
+    format_of = {"task": "medical", "base": "base", "own": None}[shared]
+    told = {
+        "task": "All asked in the prompt format of medical (",
+        "base": "All asked in the base model's chat template.",
+        "own": "Not alike: base and crma asked in the base model's chat template, the others in",
+    }
+    expect(seen.page.locator(".format")).to_contain_text(told[shared])
     texts = {}
     for name, selection in SELECTIONS.items():
         texts[name] = answer(seen, name).locator(".token").all_text_contents()
-        assert "".join(texts[name]).removesuffix("∎") == answered(api, **selection)["text"], name
+        truth = answered(api, **selection, format_of=format_of)["text"]
+        assert "".join(texts[name]).removesuffix("∎") == truth, name
     reference = texts["task+crma"]
     for name in ("base", "crma", "task"):
         marked = answer(seen, name).locator(".token.parts")

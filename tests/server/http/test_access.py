@@ -68,7 +68,7 @@ def expected(rule: Rule, held: set[str] | None, is_restricted: bool) -> int | No
 def path_of(route: str) -> tuple[str, str]:
     """The method, and a path on which nothing is."""
     method, path = route.split(" ")
-    for name in ("{id}", "{model}", "{name}", "{task}"):
+    for name in ("{id}", "{model}", "{name}", "{task}", "{version}"):
         path = path.replace(name, "nothing")
     return method, path
 

@@ -3,14 +3,18 @@
 import asyncio
 import json
 import re
+from pathlib import Path
 from typing import Any
 
+import api_keys
 import pytest
 import tiny
 from api import BASE, SCOPE, Serve, Served
 from starlette.requests import ClientDisconnect
 
 from crma.core.errors import InvalidAdapter
+from crma.models.prompts import RAW_FORMAT
+from crma.store.adapter_store import AdapterStore
 from server.engine.errors import EngineStopped, QueueFull
 from server.engine.request import FinishReason, SamplingParams
 from server.http.body import EXAMPLES
@@ -30,7 +34,7 @@ FAILURES = [
     ((ABORT, "deadline"), 504, "deadline_exceeded"),
     ((ABORT, "unloaded"), 409, "adapter_unloaded"),
     ((ERROR, "the step failed"), 500, "generation_failed"),
-    ((ABORT, None), 503, "draining"),
+    ((ABORT, None), 503, "server_stopped"),
 ]
 
 
@@ -262,3 +266,41 @@ async def test_prompts_that_wait_to_be_encoded_are_bounded(serve: Serve) -> None
     *_, waited, refused = await asyncio.gather(*asked, return_exceptions=True)
     assert waited.request.sampling == sampling
     assert type(refused) is QueueFull
+
+
+async def test_variants_are_asked_in_one_prompt_format(serve: Serve, own: AdapterStore) -> None:
+    """The base model was asked through its chat template, and a task in its own: not alike."""
+    tiny.publish(own, BASE, "plain", 3, prompt_format=RAW_FORMAT)
+    served = await serve(store=own.root)
+
+    async def asked(**fields: Any) -> tuple[int, ...]:
+        assert (await served.generate(**fields)).status_code == 200
+        return tuple(served.engine.requests[-1].prompt_ids)
+
+    alone = await asked(task="plain")
+    base = await asked()
+    assert alone != base
+    assert await asked(format_of="plain") == alone
+    assert await asked(format_of="plain@v1", crma=True) == alone
+    assert await asked(task="plain", format_of="base") == base
+    assert served.engine.requests[-1].selection.task_digest == own.task("plain").digest
+    body = {"format_of": "nowhere"}
+    unknown = (await served.generate(**body)).json()["error"]
+    assert (unknown["code"], unknown["field"]) == ("not_found", "format_of")
+    both = (await served.generate(format_of="plain", raw=True)).json()["error"]
+    assert (both["code"], both["field"]) == ("invalid_field", "format_of")
+
+
+async def test_the_format_of_a_task_that_a_key_may_not_use_is_that_of_an_unknown_one(
+    serve: Serve, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.json"
+    narrow = api_keys.add(file, "narrow", "generate", tasks=["medical"])
+    served = await serve(keys_file=file)
+    errors = []
+    for name in ("legal", "nowhere"):
+        body = {"prompt": "Hi", "format_of": name}
+        answer = await served.client.post("/generate", json=body, headers=narrow)
+        errors.append((answer.status_code, answer.text.replace(name, "NAME")))
+    assert errors[0] == errors[1]
+    assert errors[0][0] == 404

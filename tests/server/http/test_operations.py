@@ -15,6 +15,7 @@ from scripted_engine import ScriptedEngine
 from crma.core.errors import StoreError
 from crma.store.adapter_store import AdapterStore
 from server import __version__
+from server.engine.errors import EngineStopped
 from server.engine.request import EngineStats, FinishReason
 from server.http.log import Format
 
@@ -201,3 +202,15 @@ async def test_the_access_log_has_the_request_id_and_digest_and_never_the_prompt
         assert f"request_id={request_id}" in "\n".join(texts)
     assert any("Traceback" in line and "inside" in line for line in everything)
     assert not any("secret" in line for line in everything)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_of_several_prompts_one_that_is_refused_at_the_end_says_that_others_may_have_run(
+    served: Served, stream: bool
+) -> None:
+    """A client repeats what was refused, and may not repeat what has run."""
+    served.engine.refusal = EngineStopped("end")
+    for prompt, code in (("a", "draining"), (["a", "b"], "server_stopped")):
+        asked = {"model": "base", "prompt": prompt, "stream": stream}
+        answer = await served.client.post("/v1/completions", json=asked)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, code)

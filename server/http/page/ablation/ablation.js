@@ -26,7 +26,7 @@ export function Ablation({ argument: id }) {
     <p class="hint">The same questions under several variants, compared question by question.</p>
     <${Problem} error=${sets.error} />
     <div class="ablation">
-      <${AblationForm} sets=${sets.value ?? []} onStarted=${open} />
+      <${AblationForm} sets=${sets.value ?? []} onSetsChange=${sets.reload} onStarted=${open} />
       <${PastRuns} runs=${runs.value} error=${runs.error} />
     </div>
   `;

@@ -8,6 +8,7 @@ import { html } from "../html.js";
 import { Problem } from "../problem.js";
 import { linesNaming, readLines, withLines } from "./question_lines.js";
 import { QuestionSource } from "./question_source.js";
+import { TaskFilter } from "./task_filter.js";
 
 export const SCORERS = [
   "exact",
@@ -20,8 +21,8 @@ export const SCORERS = [
 ];
 const COMPARED_FIRST = ["task+crma", "task"];
 
-/** The form; `onStarted(id)` is called with the id of the job. */
-export function AblationForm({ sets, onStarted }) {
+/** The form; `onStarted(id)` is called with the id of the job, `onSetsChange()` after sets changed. */
+export function AblationForm({ sets, onSetsChange, onStarted }) {
   const [source, setSource] = useState({ set: null, text: "" });
   const [error, setError] = useState(null);
   const [faults, setFaults] = useState([]);
@@ -54,7 +55,9 @@ export function AblationForm({ sets, onStarted }) {
   return html`
     <form class="card ablation-form" onSubmit=${start} aria-label="New ablation">
       <h3>New ablation</h3>
-      <${QuestionSource} sets=${sets} source=${given} faults=${faults} onChange=${change} />
+      <${QuestionSource} sets=${sets} source=${given} faults=${faults} onChange=${change}
+        onSetsChange=${onSetsChange} />
+      <${TaskFilter} source=${given} />
       <fieldset>
         <legend>Variants, compared pair by pair</legend>
         ${["task+crma", "task", "crma", "base"].map(
@@ -124,6 +127,7 @@ function readForm(data, set, own) {
   }
   for (const name of ["repeat", "raw"]) if (data.has(name)) body[name] = true;
   if (data.has("own_choices")) body.choices = "own";
+  if (data.has("task")) body.tasks = data.getAll("task");
   return body;
 }
 

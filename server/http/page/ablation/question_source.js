@@ -4,6 +4,7 @@ import { useState } from "preact/hooks";
 
 import { html } from "../html.js";
 import { count } from "../number.js";
+import { DeleteSet, KeepSet } from "./kept_set.js";
 import { EXAMPLE_LINES, readLines } from "./question_lines.js";
 
 const MAX_TOLD = 20;
@@ -11,10 +12,19 @@ const OWN = ""; // the choice of the list that is no set of the server
 
 /**
  * `sets` are the server's; `source` is {set, text}, `onChange` takes a new one, and `faults` is what
- * the server found wrong with the text.
+ * the server found wrong with the text. `onSetsChange` reads the server's sets again.
  */
-export function QuestionSource({ sets, source, faults, onChange }) {
+export function QuestionSource({ sets, source, faults, onChange, onSetsChange }) {
   const [isOver, setOver] = useState(false);
+  const chosen = sets.find((each) => each.name === source.set);
+  const kept = (name) => {
+    onSetsChange();
+    onChange({ ...source, set: name });
+  };
+  const deleted = () => {
+    onSetsChange();
+    onChange({ ...source, set: OWN });
+  };
   const drop = async (event) => {
     event.preventDefault();
     setOver(false);
@@ -41,8 +51,13 @@ export function QuestionSource({ sets, source, faults, onChange }) {
       ${
         source.set === OWN
           ? html`<${OwnQuestions} text=${source.text} faults=${faults}
-            onChange=${(text) => onChange({ set: OWN, text })} />`
-          : html`<p class="hint">Or drop a file of JSON Lines here.</p>`
+            onChange=${(text) => onChange({ set: OWN, text })} />
+            <${KeepSet} text=${source.text} onKept=${kept} />`
+          : html`<p class="hint">Or drop a file of JSON Lines here.</p>
+            ${
+              chosen && chosen.source !== "store" &&
+              html`<${DeleteSet} key=${chosen.name} set=${chosen} onDeleted=${deleted} />`
+            }`
       }
     </div>
   `;

@@ -1,14 +1,19 @@
-// The texts of the questions of a result, which names them by id.
+// The questions of a set, and the texts of those of a result, which names them by id.
 
 import { send } from "../api.js";
 import { readLines } from "./question_lines.js";
 
+/** The questions of a source {set, text}: of a set of the server, or of a text. */
+export async function questionsOf({ set, text }, signal) {
+  if (!set) return readLines(text).questions;
+  const path = `question_sets/${encodeURIComponent(set)}`;
+  return readLines(await (await send("GET", path, { signal })).text()).questions;
+}
+
 /** Id -> text: from the request, or from the set that it names, if that is still there. */
 export async function questionTexts(request, result, signal) {
-  if (request.questions) return textsOf(request.questions, result);
-  const path = `question_sets/${encodeURIComponent(request.question_set)}`;
-  const lines = await (await send("GET", path, { signal })).text();
-  return textsOf(readLines(lines).questions, result);
+  const asked = request.questions ?? (await questionsOf({ set: request.question_set }, signal));
+  return textsOf(asked, result);
 }
 
 /** A set may have been replaced since: a question counts if its answers are those of the result. */

@@ -23,7 +23,7 @@ export function Run({ id, onStarted }) {
         <span class="badge ${job.status}">${job.status}</span>
       </div>
       <p class="hint">${job.request.variants?.join(", ") ?? "task+crma, task"} · scorer${" "}
-        ${job.request.scorer ?? "exact"} · started ${when(job.created)}${job.result && html` · ${fixed(job.result.wall_s, 1)} s`}</p>
+        ${job.request.scorer ?? "exact"}${onlyTasks(job.request)} · started ${when(job.created)}${job.result && html` · ${fixed(job.result.wall_s, 1)} s`}</p>
       ${!hasEnded && html`<${Progress} id=${id} job=${job} />`}
       ${job.error && html`<p class="problem" role="alert">${job.error.message ?? job.error}</p>`}
       <${Problem} error=${error} />
@@ -37,6 +37,10 @@ export function Run({ id, onStarted }) {
     </div>
     ${job.result && html`<${Report} request=${job.request} result=${job.result} />`}
   `;
+}
+
+function onlyTasks({ tasks }) {
+  return tasks ? ` · only ${tasks.join(", ")}` : "";
 }
 
 /** What a run is called. */

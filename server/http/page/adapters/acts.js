@@ -31,19 +31,19 @@ export function Acts({ name, version, onDone }) {
   `;
 }
 
-/** Goes back to the version that served before; asks once more first. */
-export function RollBack({ name, onDone }) {
+/** Goes back to what served before, by a POST to `path`; asks `question` first. */
+export function RollBack({ name, path, question, onDone }) {
   const [isSure, setSure] = useState(false);
   const { act, isBusy, error, done } = useAct(onDone);
   const go = async () => {
     setSure(false);
-    await act("POST", `adapters/${name}/rollback`, "Roll back");
+    await act("POST", path, "Roll back");
   };
   return html`
     <div class="row acts">
       ${
         isSure
-          ? html`<span>Serve the version of ${name} that served before?</span>
+          ? html`<span>${question}</span>
             <button type="button" class="small danger" onClick=${go}>Yes, roll back</button>
             <button type="button" class="small" onClick=${() => setSure(false)}>No</button>`
           : html`<button type="button" class="small" disabled=${isBusy}

@@ -5,7 +5,7 @@ import { useState } from "preact/hooks";
 import { html } from "../html.js";
 import { storedKey } from "../key.js";
 import { Problem } from "../problem.js";
-import { Certificate } from "./certificate.js";
+import { Backbone } from "./backbone.js";
 import { Task } from "./task.js";
 import { Upload } from "./upload.js";
 
@@ -16,7 +16,7 @@ export function Adapters({ adapters }) {
   if (!adapters.value) return html`<h2>Adapters</h2><${Problem} error=${adapters.error} />`;
   const { base, backbone, tasks } = adapters.value;
   const done = () => {
-    setRound(round + 1);
+    setRound((number) => number + 1);
     adapters.reload();
   };
   return html`
@@ -41,9 +41,7 @@ export function Adapters({ adapters }) {
         </section>
         <section class="card" aria-labelledby="backbone-heading">
           <h3 id="backbone-heading">CRMA backbone</h3>
-          ${backbone
-            ? html`<${Backbone} backbone=${backbone} />`
-            : html`<p class="hint">None is loaded.</p>`}
+          <${Backbone} backbone=${backbone} round=${round} isAdmin=${isAdmin} onDone=${done} />
         </section>
         ${isAdmin && html`<${Upload} onDone=${done} />`}
       </div>
@@ -57,24 +55,5 @@ export function Adapters({ adapters }) {
         )}
       </div>
     </div>
-  `;
-}
-
-function Backbone({ backbone }) {
-  const { certificate, version, digest } = backbone;
-  return html`
-    <dl class="facts">
-      <div><dt>Version</dt><dd>${version}</dd></div>
-      <div><dt>Digest</dt><dd class="mono">${digest}</dd></div>
-    </dl>
-    ${certificate.layers && html`<${Certificate} certificate=${certificate} />`}
-    <details>
-      <summary>Promote or roll back a backbone</summary>
-      <p class="hint">This needs every task's validation questions, so it is a command on the server's machine. The
-        first line only says what would happen, with its evidence.</p>
-      <pre tabindex="0">crma promote v2 --dry-run
-crma promote v2
-crma rollback --channel backbone</pre>
-    </details>
   `;
 }

@@ -6,6 +6,7 @@ import { fixed, percent, short, when } from "../number.js";
 import { Problem } from "../problem.js";
 import { useResource } from "../resource.js";
 import { Acts, RollBack } from "./acts.js";
+import { History } from "./history.js";
 
 /** `round` changes when something was changed; `isAdmin` shows what administrators may do. */
 export function Task({ name, round, isAdmin, onDone }) {
@@ -24,27 +25,15 @@ export function Task({ name, round, isAdmin, onDone }) {
         <${Version} key=${version.version} version=${version} isAdmin=${isAdmin} onDone=${onDone} />
       `,
       )}
-      ${isAdmin && history.length > 1 && html`<${RollBack} name=${name} onDone=${onDone} />`}
-      <details>
-        <summary>History</summary>
-        <ol class="history">
-          ${[...history].reverse().map(
-            (change) => html`
-            <li>${when(change.time)}: ${changeInWords(change)}
-              ${change.evidence && html`<pre tabindex="0">${JSON.stringify(change.evidence, null, 1)}</pre>`}</li>
-          `,
-          )}
-        </ol>
-      </details>
+      ${
+        isAdmin &&
+        history.length > 1 &&
+        html`<${RollBack} name=${name} path="adapters/${encodeURIComponent(name)}/rollback"
+          question="Serve the version of ${name} that served before?" onDone=${onDone} />`
+      }
+      <${History} history=${history} />
     </section>
   `;
-}
-
-function changeInWords({ action, from, to }) {
-  if (action === "keep") return `${to} was kept`;
-  const words = action === "roll_back" ? "rolled back" : "serves";
-  if (to === null) return "stopped";
-  return from === null ? `${to} ${words}` : `${to} ${words}, before it ${from}`;
 }
 
 function Version({ version, isAdmin, onDone }) {
@@ -72,6 +61,7 @@ function Version({ version, isAdmin, onDone }) {
         </div>
         <div><dt>Rank, scaling</dt><dd>${version.rank}, ${version.scaling}</dd></div>
         <div><dt>Of</dt><dd>${version.target_modules.join(", ")}</dd></div>
+        <div><dt>Prompt format</dt><dd>${version.prompt_format ?? "none"}</dd></div>
         <div><dt>Licence</dt><dd>${version.licence}</dd></div>
         <div><dt>Published</dt><dd>${when(version.created)}</dd></div>
         ${Object.entries(measured).map(

@@ -6,6 +6,7 @@ import { html } from "../html.js";
 import { Answer } from "./answer.js";
 import { ask, EMPTY, isRunning } from "./answer_stream.js";
 import { AskForm } from "./form.js";
+import { formatInWords } from "./prompt_format.js";
 
 /** The tab. */
 export function Ask({ adapters }) {
@@ -44,6 +45,10 @@ export function Ask({ adapters }) {
             </select>
           </label>
         `
+        }
+        ${
+          asked.length > 0 &&
+          html`<p class="hint format">${formatInWords(asked, adapters.value?.tasks ?? [])}</p>`
         }
         <div class="grid">
           ${asked.map(

@@ -4,6 +4,7 @@ import { useState } from "preact/hooks";
 
 import { CheckField } from "../field.js";
 import { html } from "../html.js";
+import { FormatField, formatOf } from "./prompt_format.js";
 import { readSampling, Sampling } from "./sampling.js";
 import { selectionOf, VARIANTS } from "./variant.js";
 
@@ -17,6 +18,7 @@ export function AskForm({ adapters, isBusy, onAsk, onStop }) {
   const [task, setTask] = useState(null);
   const [isCompared, setCompared] = useState(false);
   const chosen = task ?? tasks[0]?.name ?? "";
+  const chosenTask = tasks.find((each) => each.name === chosen);
   const submit = (event) => {
     event.preventDefault();
     onAsk(readForm(new FormData(event.target), chosen, isCompared));
@@ -46,6 +48,7 @@ export function AskForm({ adapters, isBusy, onAsk, onStop }) {
       </fieldset>
       <${CheckField} label="Compare: base, crma, task and task+crma side by side"
         onChange=${(event) => setCompared(event.target.checked)} />
+      ${isCompared && chosenTask && html`<${FormatField} task=${chosenTask} />`}
       <${Sampling} />
       <div class="row">
         <button class="main">${isCompared ? "Compare" : "Ask"}</button>
@@ -65,6 +68,8 @@ function readForm(data, task, isCompared) {
   }
   // One seed for all: what differs is then the model, not the draw.
   if (body.temperature && body.seed === undefined) body.seed = drawnSeed();
+  const shared = formatOf(data, task);
+  if (shared) body.format_of = shared;
   const variants = task ? VARIANTS : VARIANTS.filter((name) => !name.startsWith("task"));
   return variants.map((name) => ({ name, body: { ...body, ...selectionOf(name, task) } }));
 }
