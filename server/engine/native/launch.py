@@ -161,7 +161,8 @@ def _native_kernel(model: PreTrainedModel, config: EngineConfig) -> Kernel | Non
     """The kernel for the model's dtype; None if off, or if "auto" and it cannot be built.
 
     Raises:
-        ConfigError: it is required and cannot be built or run, or the model is not on a CPU.
+        ConfigError: it is required and cannot be built or run, the model is not on a CPU, or it is
+            in float16.
     """
     if config.kernel == "off":
         return None
@@ -169,6 +170,10 @@ def _native_kernel(model: PreTrainedModel, config: EngineConfig) -> Kernel | Non
         if model.device.type != "cpu":
             message = "the native kernel runs on CPUs only"
             raise ConfigError(message, field="kernel", value=config.kernel, allowed="device=cpu")
+        if model.dtype == torch.float16:
+            message = "the native kernel does not compute in float16"
+            allowed = "dtype=bfloat16, dtype=float32"
+            raise ConfigError(message, field="kernel", value=config.kernel, allowed=allowed)
         cpu_class = None if config.kernel in ("auto", "on") else config.kernel
         kernel = Kernel(model.dtype, config.kernel_folder, cpu_class)
     except ConfigError as error:
