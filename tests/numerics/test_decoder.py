@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from rounding import MAX_RATIO, MAX_RATIO_OF_ONE, Rounding
+from rounding import MAX_RATIO, MAX_RATIO_OF_ONE, Rounding, logprobs, of_tokens
 from schedules import SELECTIONS, Answer, Call, World, prompt
 from torch import Tensor
 
@@ -42,16 +42,6 @@ def answers(engine: Engine, world: World, calls: Sequence[Call]) -> list[Answer]
         for output in engine.step():
             found[int(output.request_id)].take(output)
     return found
-
-
-def logprobs(answer: Answer) -> Tensor:
-    return torch.tensor([one.logprob for one in (*answer.prompt_logprobs, *answer.logprobs)])
-
-
-def of_tokens(world: World, call: Call, answer: Answer) -> Tensor:
-    """The oracle's log-probability of every token of prompt and answer, from one pass."""
-    tokens = torch.tensor([*call.prompt, *answer.tokens])[1:, None]
-    return world.distribution(call, answer.tokens).gather(-1, tokens)[:, 0]
 
 
 def taken(

@@ -1,0 +1,53 @@
+"""scripts/gpu.sh, as far as it can be checked without a GPU and in a moment."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+PARTS = ["tests", "exactness-float32", "exactness-bfloat16", "bench", "training"]
+MAX_SECONDS = 480  # of all parts together; more than a lent machine gives one command
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the script with a Python that fails at once."""
+    command = [str(ROOT / "scripts/gpu.sh"), "--quick", *arguments]
+    environment = {**os.environ, "PYTHON": "/bin/false"}
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def test_a_part_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
+    done = run(str(tmp_path))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert done.returncode == 1
+    assert summary["device"] == "cuda"
+    assert [part["part"] for part in summary["parts"]] == PARTS
+    assert {part["rc"] for part in summary["parts"]} == {1}
+
+
+def test_all_parts_together_have_less_than_8_minutes(tmp_path: Path) -> None:
+    (tmp_path / "carried").mkdir()
+    run("--carried", str(tmp_path / "carried"), str(tmp_path / "out"))
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    limits = {part["part"]: part["limit_s"] for part in summary["parts"]}
+    assert limits.keys() == {"setup", *PARTS}
+    assert sum(limits.values()) < MAX_SECONDS
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_one_part_can_run_alone(tmp_path: Path, part: str) -> None:
+    run("--device", "cpu", "--only", part, str(tmp_path))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [each["part"] for each in summary["parts"]] == [part]
+    assert summary["device"] == "cpu"
+
+
+def test_an_unknown_option_is_refused(tmp_path: Path) -> None:
+    done = run("--gpu", str(tmp_path))
+    assert done.returncode == 2
+    assert "unknown option --gpu" in done.stderr
