@@ -93,7 +93,8 @@ class ModelRunner:
         self._tables = LoraTables(self.sites, injection.all_shapes)
         self._stack = LoraStack(self.sites, injection.all_shapes)
         self.kv = make_cache(model, blocks.num_blocks, blocks.block_size)
-        self.in_tiles = can_attend_in_tiles(self.kv, model.config.num_attention_heads)
+        num_heads = model.config.num_attention_heads
+        self.in_tiles = can_attend_in_tiles(self.kv, num_heads, num_threads)
 
     @torch.inference_mode()
     def run(self, batch: Batch, new_blocks: list[int]) -> Tensor:

@@ -5,15 +5,10 @@ A module of its own, because importing FlexAttention loads torch's compiler.
 Shapes: as in tiles.py.
 """
 
-from collections.abc import Callable
-
-import torch
-from torch import Tensor
+from torch import Tensor, tanh
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from server.engine.native.tiles import ROWS, Tiles
-
-Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def attend(
@@ -22,22 +17,32 @@ def attend(
     values: Tensor,
     tiles: Tiles,
     block_size: int,
-    scaling: float,
+    scaling: Tensor,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
     """query [1, H, P, e], keys and values [1, h, N · z, e] -> [1, H, P, e].
 
-    Rows of empty tiles are undefined.
+    Args:
+        scaling: [], of the scores; a tensor, because torch compiles for each value of a number.
+        window: as in `kv_cache.attend`, and so are the others.
+
+    Returns:
+        Rows of empty tiles are undefined.
     """
+    ranks, sequences, positions = tiles.ranks, tiles.sequences, tiles.positions
 
     def is_visible(_batch: Tensor, _head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
-        rank = tiles.ranks[tiles.sequences[row // ROWS], slot // block_size]
+        rank = ranks[sequences[row // ROWS], slot // block_size]
         position = rank * block_size + slot % block_size
-        visible = (rank >= 0) & (position <= tiles.positions[row])
+        visible = (rank >= 0) & (position <= positions[row])
         if window is not None:
-            visible = visible & (position > tiles.positions[row] - window)
+            visible = visible & (position > positions[row] - window)
         return visible
+
+    def scaled(score: Tensor, _batch: Tensor, _head: Tensor, _row: Tensor, _slot: Tensor) -> Tensor:
+        score = score * scaling
+        return score if softcap is None else softcap * tanh(score / softcap)
 
     mask = BlockMask(
         seq_lengths=(query.shape[2], keys.shape[2]),
@@ -56,22 +61,11 @@ def attend(
         query,
         keys,
         values,
-        score_mod=_cap(softcap),
+        score_mod=scaled,
         block_mask=mask,
-        scale=scaling,
+        scale=1.0,
         enable_gqa=query.shape[1] != keys.shape[1],
         kernel_options={"BLOCK_M": ROWS, "BLOCK_N": block_size},
     )
     assert isinstance(attended, Tensor)
     return attended
-
-
-def _cap(softcap: float | None) -> Score | None:
-    """How scores are bounded; None: they are not."""
-    if softcap is None:
-        return None
-
-    def capped(score: Tensor, _batch: Tensor, _head: Tensor, _row: Tensor, _slot: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
-
-    return capped

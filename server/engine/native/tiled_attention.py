@@ -7,6 +7,7 @@ Shapes: as in tiles.py.
 """
 
 import logging
+import warnings
 from collections.abc import Callable
 from functools import cache as once
 
@@ -49,7 +50,7 @@ def attend_in_tiles(
     in_tiles = query.index_select(0, tiles.rows).transpose(0, 1)[None]  # [1, H, P, e]
     _let_vary(in_tiles, keys, values, tiles)
     attended = _program()(
-        in_tiles, keys, values, tiles, block_size, scaling, window=window, softcap=softcap
+        in_tiles, keys, values, tiles, block_size, _scalar(scaling, cache.device), window, softcap
     )
     return attended[0].transpose(0, 1).index_select(0, tiles.places)
 
@@ -64,6 +65,10 @@ def _let_vary(query: Tensor, keys: Tensor, values: Tensor, tiles: Tiles) -> None
 
 
 @once
+def _scalar(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, device=device)
+
+@once
 def _program() -> Program:
     """The attention of tiles, compiled at its first call."""
     from server.engine.native.tile_program import attend
@@ -71,12 +76,13 @@ def _program() -> Program:
     return torch.compile(attend, fullgraph=True)
 
 
-def can_attend_in_tiles(cache: Tensor, num_heads: int) -> bool:
+def can_attend_in_tiles(cache: Tensor, num_heads: int, num_threads: int = 1) -> bool:
     """Whether a GPU attends in tiles: it compiles the program and runs it once.
 
     Args:
         cache: [L, N, z, 2h, e], of which the null block holds zeros.
         num_heads: H.
+        num_threads: CPU threads of the steps; what was compiled for another number is not used.
 
     Returns:
         False on other devices, for heads and blocks that are too small, and, with a warning, where
@@ -87,11 +93,15 @@ def can_attend_in_tiles(cache: Tensor, num_heads: int) -> bool:
     if cache.device.type != "cuda" or not is_large_enough:
         return False
     logger.info("compiling the attention for %s", torch.cuda.get_device_name(cache.device))
+    own_threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
     try:
         try_tiles(cache, num_heads)
     except Exception as error:
         logger.warning("attention copies its blocks in each step: torch cannot compile: %s", error)
         return False
+    finally:
+        torch.set_num_threads(own_threads)
     return True
 
 
@@ -101,5 +111,6 @@ def try_tiles(cache: Tensor, num_heads: int) -> None:
     sequence.block_table = [NULL_BLOCK]
     tiles = make_tiles([Chunk(sequence, 0, 1)], cache)
     query = cache.new_zeros(1, num_heads, cache.shape[-1])
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch advises TensorFloat-32, which rounds
         attend_in_tiles(tiles, cache[0], query, 1.0)
