@@ -3,7 +3,9 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from paths import ROOT
@@ -12,12 +14,12 @@ PARTS = ["tests", "exactness-float32", "exactness-bfloat16", "bench", "training"
 MAX_SECONDS = 480  # of all parts together; more than a lent machine gives one command
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the script with a Python that fails at once."""
+def run(*arguments: str, python: str = "/bin/false") -> subprocess.CompletedProcess[str]:
+    """Run the script, by default with a Python that fails at once."""
     command = [str(ROOT / "scripts/gpu.sh"), "--quick", *arguments]
-    environment = {**os.environ, "PYTHON": "/bin/false"}
+    environment = {**os.environ, "PYTHON": python}
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=60
+        command, env=environment, capture_output=True, text=True, check=False, timeout=600
     )
 
 
@@ -51,3 +53,29 @@ def test_an_unknown_option_is_refused(tmp_path: Path) -> None:
     done = run("--gpu", str(tmp_path))
     assert done.returncode == 2
     assert "unknown option --gpu" in done.stderr
+
+
+@pytest.mark.e2e
+def test_on_a_cpu_every_part_writes_what_it_found(tmp_path: Path) -> None:
+    """Without bfloat16, which many CPUs only emulate."""
+    wanted = ["tests", "exactness-float32", "bench", "training"]
+    only = [word for part in wanted for word in ("--only", part)]
+    done = run("--device", "cpu", *only, str(tmp_path), python=sys.executable)
+    assert done.returncode == 0, (tmp_path / "log.txt").read_text()[-4000:]
+    outcomes = [test["outcome"] for test in read(tmp_path / "tests.json")["tests"]]
+    assert "passed" in outcomes
+    assert "failed" not in outcomes
+    (exactness,) = read(tmp_path / "exactness-float32.json")["tests"]
+    assert exactness["outcome"] == "passed"
+    assert exactness["schedules"] == 1
+    rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
+    assert rows[0]["row"] == "start"
+    assert all(row["failed"] == 0 for row in rows)
+    assert all(row["share_of_limit"] > 0 for row in rows[1:])
+    assert rows[1]["limits"]["read_gb_s"] > 0
+    assert read(tmp_path / "training.json")["loss"][-1][-1] > 0
+
+
+def read(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text())
+    return content

@@ -192,8 +192,9 @@ def test_a_run_on_the_device_trains_what_it_trains_on_the_cpu(
     for place in (torch.device("cpu"), device):
         monkeypatch.setattr(protocol, "resolve_device", lambda _, place=place: place)
         out = tmp_path / f"run-{len(losses)}"
-        losses.append(protocol.Run(TrainConfig.from_dict(values), base, out, _ignore).execute())
-    on_cpu, on_device = (record["loss"] for record in losses)
+        record = protocol.Run(TrainConfig.from_dict(values), base, out, _ignore).execute()
+        losses.append([loss for row in record["loss"] for loss in row])
+    on_cpu, on_device = losses
     assert on_device == pytest.approx(on_cpu, rel=1e-3)
 
 
