@@ -103,7 +103,9 @@ def test_adapters_that_load_while_others_decode_change_no_answer(device: torch.d
     adapters = {f"lora-{i}": tiny.lora(injection, 2 + i % 3, "all-linear", i) for i in range(12)}
     alone = World(injection, adapters)
     drawn = random.Random(0).choices(sorted(adapters), k=36)
-    schedule = [Call(AdapterSelection(d), prompt(3 + i % 9, i), GREEDY) for i, d in enumerate(drawn)]
+    schedule = [
+        Call(AdapterSelection(d), prompt(3 + i % 9, i), GREEDY) for i, d in enumerate(drawn)
+    ]
     engine, pool = tiny.make_engine(
         moved(injection, device), adapters, max_resident=4, num_blocks=128, native=False
     )

@@ -43,7 +43,7 @@ def test_an_unknown_variable_is_refused_by_name(monkeypatch: pytest.MonkeyPatch,
     [
         ("CRMA_PORT", "65536"),
         ("CRMA_PORT", "http"),
-        ("CRMA_DTYPE", "float16"),
+        ("CRMA_DTYPE", "float8"),
         ("CRMA_REQUEST_TIMEOUT_S", "nan"),
         ("CRMA_REQUEST_TIMEOUT_S", "inf"),
         ("CRMA_STEP_TIMEOUT_S", "1e12"),

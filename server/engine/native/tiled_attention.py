@@ -68,6 +68,7 @@ def _let_vary(query: Tensor, keys: Tensor, values: Tensor, tiles: Tiles) -> None
 def _scalar(value: float, device: torch.device) -> Tensor:
     return torch.tensor(value, device=device)
 
+
 @once
 def _program() -> Program:
     """The attention of tiles, compiled at its first call."""

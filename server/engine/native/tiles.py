@@ -20,7 +20,6 @@ from torch.nn.functional import pad
 from server.engine.native.block_pool import NULL_BLOCK
 from server.engine.native.step import Chunk
 
-
 ROWS = 16  # of a tile: the fewest that a GPU's matrix instructions take
 PADDING = 8
 

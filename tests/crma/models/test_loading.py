@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def t4(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every CUDA device is a T4, of which torch says that it supports bfloat16."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
 
 
@@ -59,7 +59,7 @@ def test_every_device_takes_every_dtype_that_is_named(device: torch.device, name
 def test_a_cpu_without_bfloat16_computes_in_float32(
     monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool
 ) -> None:
-    monkeypatch.setattr(loading, "computes_in_bfloat16", lambda device: has_bfloat16)
+    monkeypatch.setattr(loading, "computes_in_bfloat16", lambda _: has_bfloat16)
     expected = torch.bfloat16 if has_bfloat16 else torch.float32
     assert resolve_dtype("auto", CPU) == expected
     assert training_dtype("auto", CPU) == expected

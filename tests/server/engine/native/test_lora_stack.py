@@ -105,7 +105,9 @@ def test_rows_without_an_adapter_keep_their_bits() -> None:
 
 def test_no_row_meets_the_weights_of_its_neighbours_adapters() -> None:
     """They once met them with zeros, and infinity · 0 is NaN."""
-    pairs = {path: replace(pair, B=pair.B * torch.inf) for path, pair in LORAS["task-1"].pairs.items()}
+    pairs = {
+        path: replace(pair, B=pair.B * torch.inf) for path, pair in LORAS["task-1"].pairs.items()
+    }
     loras = {**LORAS, "task-1": Lora(LORAS["task-1"].config, pairs)}
     digests = ["task-0", "task-1", "task-2", "task-1"]
     rows = StackedRows(stack_of(of(loras, digests)), digests, CPU)
