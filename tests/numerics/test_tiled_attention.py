@@ -171,7 +171,7 @@ def world(family: str) -> World:
 
 
 def zeroed(cache: Tensor, *_: int) -> bool:
-    """Attend in tiles. As it is written, the program multiplies blocks that hold nothing yet, too."""
+    """Tiles attend. As it is written, the program also multiplies blocks that hold nothing yet."""
     cache.zero_()
     return True
 
@@ -197,6 +197,7 @@ def test_every_request_in_tiles_gets_what_it_gets_alone(
 
 
 @pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (20, 2.0)])
 def test_one_compiled_program_serves_any_batch(window: int | None, softcap: float | None) -> None:
