@@ -45,12 +45,14 @@ if [[ $device == cpu ]]; then
     export CUDA_VISIBLE_DEVICES=
 fi
 
+patience=1
+[[ $device == cuda ]] || patience=8  # limits are those of a GPU
 summary=()
 failed=0
 
 # part NAME SECONDS COMMAND...: run a command, and note how it ended.
 part() {
-    local name=$1 limit=$2 begin=$SECONDS rc=0
+    local name=$1 limit=$(($2 * patience)) begin=$SECONDS rc=0
     shift 2
     if ((${#only[@]})) && [[ $name != setup && " ${only[*]} " != *" $name "* ]]; then
         return

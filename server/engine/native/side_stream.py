@@ -19,7 +19,7 @@ class SideStream:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the stream may read the base's weights
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def load(self, prepare: Callable[[], Weights]) -> Weights:
         """Call a function that puts an adapter on the device, and wait until it is there.

@@ -45,8 +45,8 @@ def attend_in_tiles(
     Returns:
         [T, H, e].
     """
-    _, block_size, num_kv, _ = cache.shape
-    keys, values = cache.flatten(0, 1).transpose(0, 1)[None].split(num_kv // 2, dim=1)
+    block_size = cache.shape[1]
+    keys, values = cache.flatten(0, 1).transpose(0, 1)[None].chunk(2, dim=1)
     in_tiles = query.index_select(0, tiles.rows).transpose(0, 1)[None]  # [1, H, P, e]
     _let_vary(in_tiles, keys, values, tiles)
     attended = _program()(
