@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     load_backbone: bool = _setting(
         True, "Load the CRMA backbone; false: requests that need it get 409."
     )
-    dtype: Literal["auto", "bfloat16", "float32"] = _setting(
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = _setting(
         "auto", "Type of weights and KV cache; auto: by device."
     )
     quantization: Literal["none", "int8"] = _setting(

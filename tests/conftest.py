@@ -11,10 +11,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from json_report import JsonReport
 
 if TYPE_CHECKING:
     from crma.models.base_model import BaseModel
     from crma.store.adapter_store import AdapterStore
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="where tests/gpu and tests/e2e/test_exactness.py run; default: cuda and cpu",
+    )
+    parser.addoption(
+        "--schedules", type=int, help="how many tests/e2e/test_exactness.py runs; default: its own"
+    )
+    parser.addoption("--record", type=Path, help="file for what the tests did, as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path: Path | None = config.getoption("--record")
+    is_worker = hasattr(config, "workerinput")
+    if path is not None and not is_worker:
+        config.pluginmanager.register(JsonReport(path.absolute()))
 
 
 @pytest.fixture(scope="session")

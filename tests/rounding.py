@@ -7,10 +7,23 @@ are compared with fp32 instead, on the same tokens, and the ratio of the two is 
 import math
 from dataclasses import dataclass
 
+import torch
+from schedules import Answer, Call, World
 from torch import Tensor
 
 MAX_RATIO = 1.25  # of all tokens together
 MAX_RATIO_OF_ONE = 2.0  # of the tokens of one request, which are few
+
+
+def logprobs(answer: Answer) -> Tensor:
+    """The log-probabilities of the tokens of prompt and answer that the engine gave."""
+    return torch.tensor([one.logprob for one in (*answer.prompt_logprobs, *answer.logprobs)])
+
+
+def of_tokens(world: World, call: Call, answer: Answer) -> Tensor:
+    """The oracle's log-probability of every token of prompt and answer, from one pass."""
+    tokens = torch.tensor([*call.prompt, *answer.tokens])[1:, None]
+    return world.distribution(call, answer.tokens).gather(-1, tokens)[:, 0]
 
 
 @dataclass

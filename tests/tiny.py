@@ -70,6 +70,7 @@ FAMILIES: dict[str, partial[PretrainedConfig]] = {
     "gpt_neox": partial(transformers.GPTNeoXConfig, **SIZES),
 }
 TIED = {"llama_tied": partial(transformers.LlamaConfig, **SIZES, **GQA, tie_word_embeddings=True)}
+WIDE = {f"{name}_wide": partial(FAMILIES[name], head_dim=16) for name in ("llama", "gemma2")}
 # Models whose rotary frequencies depend on the length of a sequence, from 13 tokens on.
 LONGROPE = {
     "rope_type": "longrope",
@@ -103,7 +104,7 @@ def injection(family: str = "llama") -> Injection:
     One per process: tests that change the model take a `fresh` copy.
     """
     torch.manual_seed(0)
-    config = {**FAMILIES, **TIED, **SCALED}[family]()
+    config = {**FAMILIES, **TIED, **WIDE, **SCALED}[family]()
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() == 1:  # norms start at 1 and biases at 0, which would hide mistakes

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from crma.core.errors import ConfigError, InvalidAdapter
 from crma.core.json_lines import checked
+from crma.method.device_copy import to_device
 from crma.method.sinkhorn import MixingMap, doubly_stochastic
 
 
@@ -152,8 +153,9 @@ class Backbone(nn.Module):
         """The pairs to serve, one for each layer, detached, on `device` in `dtype`."""
         with torch.no_grad():
             A, B = self.fold()
-        columns = B.to(device, dtype).mT.contiguous()
-        return [FoldedPair(a, b.mT) for a, b in zip(A.to(device, dtype), columns, strict=True)]
+        columns = to_device(B, device, dtype).mT.contiguous()
+        rows = to_device(A, device, dtype)
+        return [FoldedPair(a, b.mT) for a, b in zip(rows, columns, strict=True)]
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of the raw fp32 parameters, as they are stored.

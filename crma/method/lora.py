@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crma.core.errors import ConfigError
+from crma.method.device_copy import to_device
 from crma.method.frozen_linear import Affine, FrozenLinear, LearnedOutput
 
 
@@ -140,7 +141,7 @@ class Lora:
 
         What it learned of outputs stays fp32.
         """
-        return self._copy(lambda tensor: tensor.to(device, dtype))
+        return self._copy(lambda tensor: to_device(tensor, device, dtype))
 
     def _copy(self, change: Callable[[Tensor], Tensor]) -> "Lora":
         pairs = {}

@@ -15,6 +15,9 @@ from crma.models.base_model import BaseModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FIRST_WITH_BFLOAT16 = (8, 0)  # Ampere; T4 is 7.5 and V100 7.0
+
 
 def compute_alone() -> None:
     """Make torch compute on the calling thread only, for as long as this thread lives.
@@ -47,25 +50,51 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The dtype of a setting.
 
     Args:
-        dtype: "bfloat16", "float32", or "auto": bfloat16 if the hardware computes in it.
+        dtype: "bfloat16", "float16", "float32", or "auto": bfloat16 if the hardware computes in it,
+            otherwise float16 on a GPU and float32 on a CPU.
         device: where the model will run.
 
     Raises:
         ConfigError: `dtype` is none of these.
     """
     if dtype == "auto":
-        return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if dtype not in dtypes:
+        return _serving_dtype(device)
+    if dtype not in DTYPES:
         message = f"dtype: {dtype!r} is not supported"
-        raise ConfigError(message, field="dtype", value=dtype, allowed=["auto", *dtypes])
-    return dtypes[dtype]
+        raise ConfigError(message, field="dtype", value=dtype, allowed=["auto", *DTYPES])
+    return DTYPES[dtype]
+
+
+def training_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of a setting in which a model trains.
+
+    "auto" is float32 where float16 would serve: small gradients are 0 in float16.
+
+    Raises:
+        ConfigError: as `resolve_dtype`.
+    """
+    resolved = resolve_dtype(dtype, device)
+    return torch.float32 if (dtype, resolved) == ("auto", torch.float16) else resolved
+
+
+def _serving_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        return cuda_dtype(torch.cuda.get_device_capability(device))
+    return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
+
+
+def cuda_dtype(capability: tuple[int, int]) -> torch.dtype:
+    """The dtype that serves on a GPU of this compute capability.
+
+    GPUs before Ampere only emulate bfloat16, in float32; torch calls that supported.
+    """
+    return torch.bfloat16 if capability >= FIRST_WITH_BFLOAT16 else torch.float16
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 itself."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return cuda_dtype(torch.cuda.get_device_capability(device)) == torch.bfloat16
     if platform.machine() == "x86_64":
         # torch calls every AVX-512 supported; without the instructions it converts to float.
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -117,8 +117,8 @@ class TrainConfig(Settings):
     )
     dtype: Literal["auto", "bfloat16", "float32"] = _key(
         "auto",
-        "Of the frozen base model and the activations; `auto`: bfloat16 where the hardware has "
-        "it. Adapters always train in float32.",
+        "Of the frozen base model and the activations; `auto`: bfloat16 where the hardware has it, "
+        "otherwise float32. Adapters always train in float32.",
     )
     lora: LoraSettings = LoraSettings()
     crma: CrmaSettings = CrmaSettings()

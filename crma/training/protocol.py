@@ -17,7 +17,7 @@ from crma.data.splits import load_split
 from crma.evaluation.evaluator import Encoded, Evaluator
 from crma.method.injection import Injection
 from crma.models.base_model import BaseModel
-from crma.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from crma.models.loading import load_model, load_tokenizer, resolve_device, training_dtype
 from crma.store.entry import BackboneEntry
 from crma.store.manifest import check_name
 from crma.store.opening import open_store
@@ -69,7 +69,7 @@ class Run:
             check_name(task_name(task))  # before any training: its snapshot could not be published
         self.start = _start_of(config, base)
         self.device = resolve_device("auto")
-        self.model = load_model(base, self.device, resolve_dtype(config.dtype, self.device))
+        self.model = load_model(base, self.device, training_dtype(config.dtype, self.device))
         self.serving_attention = self.model.config._attn_implementation
         if self.device.type == "cpu":
             # The backward pass of torch's fused attention takes a third of a step there.

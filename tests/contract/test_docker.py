@@ -132,3 +132,17 @@ def test_compose_neither_serves_without_a_key_nor_has_a_known_password() -> None
     assert grafana["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
     for service in started.values():
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+
+
+def test_the_server_on_a_gpu_is_the_same_but_for_its_torch_and_its_device() -> None:
+    """It is left out unless it is asked for, and Prometheus finds it under the other's name."""
+    plain, on_gpu = services()["server"], services()["server-gpu"]
+    assert on_gpu["profiles"] == ["gpu"]
+    assert on_gpu["build"] == {"context": plain["build"], "args": {"TORCH": "cuda"}}
+    (device,) = on_gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+    assert on_gpu["networks"]["default"]["aliases"] == ["server"]
+    own = {"profiles", "build", "deploy", "networks"}
+    assert {key: on_gpu[key] for key in on_gpu.keys() - own} == {
+        key: plain[key] for key in plain.keys() - own
+    }

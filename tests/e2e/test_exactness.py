@@ -7,7 +7,7 @@ against fp32 are as large as those of transformers' modules.
 import operator
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import paths
@@ -46,10 +46,10 @@ LIMITS = {
 }
 
 
-def real_world(dtype: torch.dtype) -> World:
+def real_world(dtype: torch.dtype, device: torch.device) -> World:
     """The real base model, shipped adapters, and a random DoRA and backbone."""
     base = find_base()
-    injection = Injection(load_model(base, torch.device("cpu"), dtype))
+    injection = Injection(load_model(base, device, dtype))
     adapters = {
         "task-0": STORE.task("medical").load(),
         "task-1": STORE.task("legal").load(),
@@ -62,17 +62,23 @@ def real_world(dtype: torch.dtype) -> World:
     return World(injection, adapters, load_tokenizer(base))
 
 
+@pytest.fixture(scope="module")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, unless `--device cuda` says otherwise."""
+    return torch.device(request.config.getoption("--device") or "cpu")
+
+
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
-def world(request: pytest.FixtureRequest) -> World:
-    return real_world(request.param)
+def world(request: pytest.FixtureRequest, device: torch.device) -> World:
+    return real_world(request.param, device)
 
 
 @pytest.fixture(scope="module")
-def exact(world: World) -> World:
+def exact(world: World, device: torch.device) -> World:
     """The same weights in fp32; the base model's are recorded in bf16."""
     if world.injection.model.dtype == torch.float32:
         return world
-    return real_world(torch.float32)
+    return real_world(torch.float32, device)
 
 
 def prompts(world: World) -> st.SearchStrategy[tuple[int, ...]]:
@@ -170,13 +176,18 @@ class Comparison:
 
 
 def test_random_schedules_give_the_oracles_answers(
-    world: World, exact: World, capsys: pytest.CaptureFixture[str]
+    world: World,
+    exact: World,
+    device: torch.device,
+    request: pytest.FixtureRequest,
+    record_property: Callable[[str, object], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In bf16 our error is that of the modules, and a greedy token differs only near a tie."""
     comparison = Comparison(world, exact)
     schedules = st.lists(calls(prompts(world), 24), min_size=4, max_size=9)
 
-    num = NUM_SCHEDULES[comparison.dtype]
+    num = request.config.getoption("--schedules") or NUM_SCHEDULES[comparison.dtype]
 
     @settings(derandomize=True, max_examples=num, deadline=None, phases=[Phase.generate])
     @given(schedules, st.fixed_dictionaries(LIMITS))
@@ -187,6 +198,10 @@ def test_random_schedules_give_the_oracles_answers(
 
     compare_all()
     counts = comparison.counts
+    measured = {"device": str(device), "dtype": str(comparison.dtype), **counts}
+    measured |= {"largest gap": comparison.max_gap, "rounding": str(comparison.rounding)}
+    for name, value in measured.items():
+        record_property(name, value)
     with capsys.disabled():
         sys.stderr.write(
             f"\n{comparison.dtype}: {dict(counts)}, largest gap {comparison.max_gap:.4f}, "

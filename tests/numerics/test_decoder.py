@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from rounding import MAX_RATIO, MAX_RATIO_OF_ONE, Rounding
+from rounding import MAX_RATIO, MAX_RATIO_OF_ONE, Rounding, logprobs, of_tokens
 from schedules import SELECTIONS, Answer, Call, World, prompt
 from torch import Tensor
 
@@ -44,16 +44,6 @@ def answers(engine: Engine, world: World, calls: Sequence[Call]) -> list[Answer]
     return found
 
 
-def logprobs(answer: Answer) -> Tensor:
-    return torch.tensor([one.logprob for one in (*answer.prompt_logprobs, *answer.logprobs)])
-
-
-def of_tokens(world: World, call: Call, answer: Answer) -> Tensor:
-    """The oracle's log-probability of every token of prompt and answer, from one pass."""
-    tokens = torch.tensor([*call.prompt, *answer.tokens])[1:, None]
-    return world.distribution(call, answer.tokens).gather(-1, tokens)[:, 0]
-
-
 def taken(
     family: str, dtype: torch.dtype, *, native: bool = False, is_rounded: bool = False
 ) -> tuple[Engine, World]:
@@ -73,8 +63,9 @@ def taken(
 
 
 def is_rounded_like_the_modules(engine: Engine, world: World, family: str) -> bool:
-    """Whether our errors in bf16 are those of the modules, request by request and together."""
-    rounded = tiny.fresh(tiny.injection(family)).bfloat16().float()
+    """Whether our errors in a short dtype are those of the modules, one by one and together."""
+    dtype = world.injection.model.dtype
+    rounded = tiny.fresh(tiny.injection(family)).to(dtype).float()
     exact = World(Injection(rounded), world.adapters)
     calls = one_call_a_selection(ALL_LOGPROBS)
     whole = Rounding()
@@ -113,6 +104,13 @@ def test_it_computes_what_the_modules_compute(
     for call, answer in zip(calls, answers(engine, world, calls), strict=True):
         expected = of_tokens(world, call, answer)
         torch.testing.assert_close(logprobs(answer), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("family", COVERED)
+def test_in_fp16_it_rounds_like_the_modules(family: str) -> None:
+    """What GPUs before Ampere serve in."""
+    engine, world = taken(family, torch.float16)
+    assert is_rounded_like_the_modules(engine, world, family)
 
 
 @pytest.mark.parametrize("family", [*COVERED, TIED])

@@ -43,7 +43,7 @@ def test_an_unknown_variable_is_refused_by_name(monkeypatch: pytest.MonkeyPatch,
     [
         ("CRMA_PORT", "65536"),
         ("CRMA_PORT", "http"),
-        ("CRMA_DTYPE", "float16"),
+        ("CRMA_DTYPE", "float8"),
         ("CRMA_REQUEST_TIMEOUT_S", "nan"),
         ("CRMA_REQUEST_TIMEOUT_S", "inf"),
         ("CRMA_STEP_TIMEOUT_S", "1e12"),
@@ -63,7 +63,7 @@ def test_an_invalid_value_is_refused_with_the_name_of_its_variable(
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
-        ("dtype", "auto, bfloat16 or float32"),
+        ("dtype", "auto, bfloat16, float16 or float32"),
         ("prefix_caching", "true or false"),
         ("request_timeout_s", "a number above 0 and of 31536000 or less"),
         ("max_adapter_mib", "an integer of 1 or more"),

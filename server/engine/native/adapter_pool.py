@@ -5,7 +5,7 @@ may be evicted to make room.
 
 The pool is thread-safe. Adapters load one at a time in a thread of its own, and the lock is never
 held meanwhile. Requests wait for adapters in the engine's queue: nothing that the engine's thread
-calls (`acquire`, `release`, `prefetch`, `stack`, `is_loading`, `take_failures`) loads or waits.
+calls (`acquire`, `release`, `prefetch`, `is_loading`, `take_failures`) loads or waits.
 """
 
 import logging
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 
 from crma.core.errors import CrmaError, NotFound
 from crma.core.selection import AdapterSelection
@@ -24,7 +25,7 @@ from crma.models.loading import compute_alone
 from server.engine.errors import AdapterPoolFull
 from server.engine.native.adapter_residents import AdapterResidents, digests_of
 from server.engine.native.adapter_weights import Weights, prepare, size_in_bytes
-from server.engine.native.lora_stack import LoraStack, Site
+from server.engine.native.side_stream import SideStream
 from server.engine.request import PoolCounters
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class AdapterPool:
         self.backbones: Mapping[str, list[FoldedPair]] = {}
         self.executor: Executor = ThreadPoolExecutor(1, "adapters", compute_alone)
         self.counters = PoolCounters()
+        self._stream = SideStream(injection.model.device)
         # The only lock. It is notified when a user leaves or an adapter is pinned.
         self._lock = threading.Condition()
         self._loaders: dict[str, Loader] = {}
@@ -69,7 +71,6 @@ class AdapterPool:
         self._loading: dict[str, Loading] = {}  # there is room for all of them
         self._wanted: dict[str, int] = {}  # digest -> place in the queue of waiting requests
         self._failures: dict[str, Exception] = {}
-        self._stack: LoraStack | None = None
 
     @property
     def pinned(self) -> Set[str]:
@@ -133,19 +134,6 @@ class AdapterPool:
                     break
         if self._failures:
             self.on_change()
-
-    def stack(self, digests: Set[str], sites: Iterable[Site]) -> LoraStack:
-        """Return a stack of task adapters that running sequences use.
-
-        It is the last one that was made, if that has all of them. Its copies of the weights do not
-        count towards `max_bytes`.
-        """
-        stack = self._stack
-        if stack is None or not digests <= stack.index.keys():
-            loras = {digest: self.loras[digest] for digest in sorted(digests)}
-            stack = LoraStack(loras, sites, self.injection.all_shapes)
-            self._stack = stack
-        return stack
 
     def is_loading(self, selection: AdapterSelection) -> bool:
         """Whether an adapter of the selection is being loaded, rather than waiting for room."""
@@ -324,8 +312,6 @@ class AdapterPool:
         weights = self._weights()
         self.loras = {d: served for d, served in weights.items() if isinstance(served, Lora)}
         self.backbones = {d: served for d, served in weights.items() if isinstance(served, list)}
-        if self._stack is not None and not self._stack.index.keys() <= self.loras.keys():
-            self._stack = None  # else its copy of a freed adapter would stay in memory
 
     # In the thread of the loads, without the lock.
 
@@ -350,7 +336,8 @@ class AdapterPool:
 
     def _read(self, digest: str) -> Weights | Exception:
         try:
-            return prepare(self._loaders[digest](), self.injection)
+            adapter = self._loaders[digest]()
+            return self._stream.load(partial(prepare, adapter, self.injection))
         except Exception as error:
             unexpected = not isinstance(error, CrmaError)
             logger.warning("adapter %s: %s", digest, error, exc_info=unexpected)

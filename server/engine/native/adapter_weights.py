@@ -29,7 +29,7 @@ def prepare(adapter: Lora | Backbone, injection: Injection) -> Weights:
     else:
         injection.check(adapter)
         weights = _laid_out(injection.bind(adapter.to(model.device, model.dtype)))
-    if not all(tensor.isfinite().all() for tensor in _tensors(weights)):
+    if not all(tensor.isfinite().all() for tensor in tensors_of(weights)):
         limit = torch.finfo(model.dtype).max
         raise InvalidAdapter(
             f"weights overflow in {model.dtype}, the dtype that serves",
@@ -51,10 +51,11 @@ def _laid_out(lora: Lora) -> Lora:
 
 def size_in_bytes(weights: Weights) -> int:
     """Memory that the weights take, in bytes."""
-    return sum(tensor.nbytes for tensor in _tensors(weights))
+    return sum(tensor.nbytes for tensor in tensors_of(weights))
 
 
-def _tensors(weights: Weights) -> list[Tensor]:
+def tensors_of(weights: Weights) -> list[Tensor]:
+    """All tensors of the weights."""
     if isinstance(weights, Lora):
         return weights.parameters()
     return [tensor for pair in weights for tensor in pair]

@@ -13,6 +13,7 @@ from crma.core.selection import AdapterSelection
 from server.engine.native.block_pool import NULL_BLOCK
 from server.engine.native.kv_cache import AttentionGroup, PagedKv
 from server.engine.native.step import Chunk, Step
+from server.engine.native.tiles import make_tiles
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,6 @@ class Batch:
         positions: [T] their positions in their sequences.
         paged: the KV cache, and where each token's keys and values go in it.
         selections: the adapters of each token.
-        num_single: how many tokens at the beginning are the only one of their sequence.
         logit_rows: [rows] the tokens whose logits are needed, chunk after chunk.
         num_logits: how many of those each chunk has.
     """
@@ -35,12 +35,11 @@ class Batch:
     positions: Tensor
     paged: PagedKv
     selections: list[AdapterSelection]
-    num_single: int
     logit_rows: Tensor
     num_logits: list[int]
 
 
-def build_batch(step: Step, cache: Tensor) -> Batch:
+def build_batch(step: Step, cache: Tensor, *, in_tiles: bool = False) -> Batch:
     """Lay the tokens of a step out in one batch.
 
     Single tokens come first, those of short sequences before those of long ones. Longer chunks
@@ -49,6 +48,7 @@ def build_batch(step: Step, cache: Tensor) -> Batch:
     Args:
         step: at least one chunk.
         cache: [L, N, z, 2h, e]; its device is the batch's.
+        in_tiles: how it attends: in tiles, or in groups.
     """
     device = cache.device
     block_size = cache.shape[2]
@@ -72,14 +72,14 @@ def build_batch(step: Step, cache: Tensor) -> Batch:
         selections += [sequence.request.selection] * chunk.count
         logit_rows += range(len(input_ids) - num_rows, len(input_ids))
 
-    groups = _groups(singles, longer, block_size, device)
+    groups = () if in_tiles else _groups(singles, longer, block_size, device)
+    tiles = make_tiles(chunks, cache) if in_tiles else None
     return Batch(
         chunks,
         torch.tensor(input_ids, device=device),
         torch.tensor(positions, device=device),
-        PagedKv(cache, torch.tensor(slots, device=device), groups),
+        PagedKv(cache, torch.tensor(slots, device=device), groups, tiles=tiles),
         selections,
-        len(singles),
         torch.tensor(logit_rows, dtype=torch.long, device=device),
         num_logits,
     )

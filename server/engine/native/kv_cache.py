@@ -23,6 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from server.engine.native.block_pool import NULL_BLOCK
 from server.engine.native.kernel import Kernel
+from server.engine.native.tiled_attention import attend_in_tiles
+from server.engine.native.tiles import Tiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,14 +102,16 @@ class PagedKv:
     Attributes:
         cache: [L, N, z, 2h, e].
         slots: [T], the place in the cache of each token's keys and values, of N · z.
-        groups: together all rows of the batch.
+        groups: together all rows of the batch, unless it is in tiles.
         kernel: computes the attention of single tokens; None: torch does.
+        tiles: the batch in tiles, which attend in one call; None: its groups attend.
     """
 
     cache: Tensor
     slots: Tensor
     groups: tuple[AttentionGroup, ...]
     kernel: Kernel | None = None
+    tiles: Tiles | None = None
 
     def store(self, layer: int, new: Tensor) -> None:
         """Write the batch's keys and values [T, 2h, e] to the cache."""
@@ -134,6 +138,8 @@ def attend(
         [T, H, e].
     """
     cache = paged.cache[layer]
+    if paged.tiles is not None:
+        return attend_in_tiles(paged.tiles, cache, query, scaling, window, softcap)
     output = query.new_empty(query.shape)
     kernel_can = softcap is None and query[0].is_contiguous()
     for group in paged.groups:

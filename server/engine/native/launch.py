@@ -188,7 +188,8 @@ def _native_kernel(device: torch.device, dtype: torch.dtype, config: EngineConfi
     """The kernel for a device and dtype; None if off, or if "auto" and it cannot be built.
 
     Raises:
-        ConfigError: it is required and cannot be built or run, or the device is no CPU.
+        ConfigError: it is required and cannot be built or run, the device is no CPU, or the dtype is
+            float16.
     """
     if config.kernel == "off":
         return None
@@ -196,6 +197,10 @@ def _native_kernel(device: torch.device, dtype: torch.dtype, config: EngineConfi
         if device.type != "cpu":
             message = "the native kernel runs on CPUs only"
             raise ConfigError(message, field="kernel", value=config.kernel, allowed="device=cpu")
+        if dtype == torch.float16:
+            message = "the native kernel does not compute in float16"
+            allowed = "dtype=bfloat16, dtype=float32"
+            raise ConfigError(message, field="kernel", value=config.kernel, allowed=allowed)
         cpu_class = None if config.kernel in ("auto", "on") else config.kernel
         kernel = Kernel(dtype, config.kernel_folder, cpu_class)
     except ConfigError as error:

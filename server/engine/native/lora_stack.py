@@ -1,24 +1,31 @@
-"""Several LoRAs side by side, so that a batch of mixed rows needs two matrix products a site.
+"""Several LoRAs side by side, so that a batch of mixed rows takes few matrix products a site.
 
-For where there is no kernel, which would read each row's adapter in place (lora_table.py).
+For where there is no kernel, which would read each row's adapter in place (lora_table.py): on a
+GPU, and without a compiler.
 
-Shapes: b rows of a batch; in and out features of a site; r the rank of one pair; R the sum of the
-ranks of all pairs on a site, over the adapters and over the linears of the site.
+Each adapter that a step uses has a slot, into which its weights are copied once; they stay until
+another adapter needs the slot. Rows are grouped by their adapter, and multiplied by its weights
+only: groups of few rows in one batched product, padded to the largest of them, and each large group
+in a product of its own.
+
+Shapes: b rows of a batch; in and out features of a site; K slots; R the rank of a site: of the
+adapters in the slots, the largest sum of the ranks of one's pairs on the linears of the site.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, groupby
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crma.method.frozen_linear import Affine
 from crma.method.lora import Lora, LoraPair
 
-MAX_MIXED = 256  # rows of prompts for which several adapters share a pair of products
-NO_ADAPTER = -1
+MAX_FEW = 16  # rows of a group that shares a batched product with others
+NO_SLOT = -1
 
 Site = tuple[str, ...]
 """Paths of linears that read the same input; their outputs lie side by side.
@@ -27,114 +34,90 @@ The model's embedding is a site of its own, whose input is token ids.
 """
 
 
-@dataclass(frozen=True)
-class _StackedAffine:
-    """The rescalings of one site, y -> scale · y + shift, of all adapters.
-
-    Attributes:
-        scale: fp32 [adapters + 1, out]; ones where an adapter has none. The last row, which
-            NO_ADAPTER indexes, is ones too.
-        shift: fp32 [adapters + 1, out], likewise, of zeros.
-    """
-
-    scale: Tensor
-    shift: Tensor
-
-    def apply_(self, y: Tensor, adapters: Tensor) -> None:
-        """Rescale each row of y [b, out] by its adapter, in place.
-
-        A row without a rescaling keeps its bits: it is multiplied by 1 in fp32, and gets 0.
-        """
-        y.copy_(y.float() * self.scale[adapters] + self.shift[adapters])
-
-
-@dataclass(frozen=True)
-class _StackedSite:
-    """The pairs of all adapters on one site.
-
-    Adapter i owns rows `offsets[i]` to `offsets[i + 1]` of A and B.
-
-    Attributes:
-        A: [R, in].
-        B: [R, out], with the scaling multiplied in.
-        offsets: one more than there are adapters.
-        offsets_tensor: the same as a tensor.
-        affine: None: no adapter rescales the outputs.
-    """
-
-    A: Tensor
-    B: Tensor
-    offsets: tuple[int, ...]
-    offsets_tensor: Tensor
-    affine: _StackedAffine | None
-
-
 class _PlacedPair(NamedTuple):
-    """A pair, the index of its adapter, and the first output column of its linear in the site."""
+    """A pair, and the first output column of its linear in the site."""
 
-    adapter: int
     column: int
     pair: LoraPair
 
 
-class LoraStack:
-    """Copies of several LoRAs, stacked site by site.
-
-    Args:
-        loras: by digest; they are stacked in this order. Each is finite as it serves, `scaled_b`
-            included: a row's zeros meet the weights of its neighbours' adapters in a product, and
-            infinity · 0 would be NaN.
-        sites: all sites of the model; those on which no LoRA has a pair are left out.
-        shapes: module path -> (out, in).
+@dataclass
+class _SlottedSite:
+    """The pairs of all slots on one site: zeros where an adapter has none, or a lower rank.
 
     Attributes:
-        index: digest -> the adapter's place in the stack.
-        rescaling: the places of the adapters that rescale outputs somewhere.
-        sites: the stacked weights of each site that has any.
+        A: [K, R, in].
+        B: [K, R, out], with the scaling multiplied in; zero outside of a pair's own linear.
+        scale: fp32 [K + 1, out] of the rescaling y -> scale · y + shift, the first row of those
+            without an adapter; ones where a slot has none. None: no adapter has rescaled yet.
+        shift: fp32 [K + 1, out] likewise, of zeros.
+        ranks: of each slot.
     """
 
-    def __init__(
-        self,
-        loras: Mapping[str, Lora],
-        sites: Iterable[Site],
-        shapes: Mapping[str, tuple[int, int]],
-    ) -> None:
-        self.index = {digest: i for i, digest in enumerate(loras)}
-        self.rescaling = {
-            i for i, lora in enumerate(loras.values()) if any(map(_affine, lora.pairs.values()))
-        }
-        self.sites: dict[Site, _StackedSite] = {}
-        for site in sites:
-            widths = [shapes[path][0] for path in site]
-            placed = _place(site, widths, loras.values())
-            if placed:
-                self.sites[site] = _stack(placed, len(loras), sum(widths))
+    A: Tensor
+    B: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    ranks: list[int] = field(default_factory=list)
+
+    def write(self, slot: int, placed: Sequence[_PlacedPair]) -> None:
+        """Replace what is in a slot by these pairs."""
+        self.ranks[slot] = sum(len(pair.A) for _, pair in placed)
+        self.resize(len(self.ranks))
+        self.A[slot].zero_()
+        self.B[slot].zero_()
+        row = 0
+        for column, pair in placed:
+            width, rank = pair.B.shape
+            self.A[slot, row : row + rank] = pair.A
+            self.B[slot, row : row + rank, column : column + width] = pair.scaled_b.mT
+            row += rank
+        self._write_affine(slot, placed)
+
+    def _write_affine(self, slot: int, placed: Sequence[_PlacedPair]) -> None:
+        affines = [(column, _affine(pair)) for column, pair in placed]
+        if self.scale is None or self.shift is None:
+            if not any(affine for _, affine in affines):
+                return
+            out = self.B.shape[2]
+            self.scale = self.B.new_ones(len(self.ranks) + 1, out, dtype=torch.float32)
+            self.shift = torch.zeros_like(self.scale)
+        self.scale[slot + 1] = 1.0
+        self.shift[slot + 1] = 0.0
+        for column, affine in affines:
+            if affine is not None:
+                columns = slice(column, column + len(affine.scale))
+                self.scale[slot + 1, columns] = affine.scale
+                self.shift[slot + 1, columns] = affine.shift
+
+    def resize(self, num_slots: int) -> None:
+        """Make room for so many slots, and for the highest rank, but no higher one."""
+        self.ranks += [0] * (num_slots - len(self.ranks))
+        rank = max(self.ranks)
+        self.A = _resized(self.A, (num_slots, rank, self.A.shape[2]))
+        self.B = _resized(self.B, (num_slots, rank, self.B.shape[2]))
+        if self.scale is not None and self.shift is not None:
+            shape = (num_slots + 1, self.B.shape[2])
+            self.scale = _resized(self.scale, shape, fill=1.0)
+            self.shift = _resized(self.shift, shape)
+
+    def rescale_(self, y: Tensor, rows: Tensor) -> None:
+        """Rescale each row of y [b, out], in place, as the row of `scale` and `shift` says.
+
+        A row without a rescaling keeps its bits: it is multiplied by 1 in fp32, and gets 0.
+        """
+        if self.scale is not None and self.shift is not None:
+            y.copy_(y.float() * self.scale[rows] + self.shift[rows])
 
 
-def _place(site: Site, widths: Sequence[int], loras: Iterable[Lora]) -> list[_PlacedPair]:
-    """List the pairs on a site, adapter by adapter; `widths` are the linears' output features."""
-    columns = [0, *accumulate(widths)][:-1]
-    placed = []
-    for adapter, lora in enumerate(loras):
-        for path, column in zip(site, columns, strict=True):
-            if path in lora.pairs:
-                placed.append(_PlacedPair(adapter, column, lora.pairs[path]))
-    return placed
-
-
-def _stack(placed: Sequence[_PlacedPair], num_adapters: int, out: int) -> _StackedSite:
-    A = torch.cat([each.pair.A for each in placed])
-    B = A.new_zeros(len(A), out)
-    ranks = [0] * num_adapters
-    row = 0
-    for adapter, start, pair in placed:
-        width, rank = pair.B.shape
-        B[row : row + rank, start : start + width] = pair.scaled_b.mT
-        ranks[adapter] += rank
-        row += rank
-    offsets = (0, *accumulate(ranks))
-    affine = _stack_affine(placed, num_adapters, out)
-    return _StackedSite(A, B, offsets, torch.tensor(offsets), affine)
+def _resized(tensor: Tensor, shape: tuple[int, ...], fill: float = 0.0) -> Tensor:
+    """The tensor itself, or a copy of another shape: cut off, or filled up."""
+    if tensor.shape == shape:
+        return tensor
+    resized = tensor.new_full(shape, fill)
+    common = tuple(slice(min(sizes)) for sizes in zip(tensor.shape, shape, strict=True))
+    resized[common] = tensor[common]
+    return resized
 
 
 def _affine(pair: LoraPair) -> Affine | None:
@@ -143,51 +126,144 @@ def _affine(pair: LoraPair) -> Affine | None:
     return pair.output
 
 
-def _stack_affine(
-    placed: Sequence[_PlacedPair], num_adapters: int, out: int
-) -> _StackedAffine | None:
-    affines = [_affine(each.pair) for each in placed]
-    if not any(affines):
-        return None
-    device = placed[0].pair.A.device
-    scale = torch.ones(num_adapters + 1, out, device=device)
-    shift = torch.zeros(num_adapters + 1, out, device=device)
-    for each, affine in zip(placed, affines, strict=True):
-        if affine is None:
-            continue
-        columns = slice(each.column, each.column + len(affine.scale))
-        scale[each.adapter, columns] = affine.scale
-        shift[each.adapter, columns] = affine.shift
-    return _StackedAffine(scale, shift)
+class LoraStack:
+    """Copies of the LoRAs that were used lately, as many as one step has needed at most.
+
+    Args:
+        sites: all sites of the model.
+        shapes: module path -> (out, in).
+
+    Attributes:
+        slots: digest -> slot, the least recently used first.
+        rescaling: the slots of the adapters that rescale outputs somewhere.
+        sites: the weights of each site on which an adapter has had a pair.
+    """
+
+    def __init__(self, sites: Iterable[Site], shapes: Mapping[str, tuple[int, int]]) -> None:
+        self.slots: dict[str, int] = {}
+        self.rescaling: set[int] = set()
+        self.sites: dict[Site, _SlottedSite] = {}
+        self._all_sites = tuple(sites)
+        self._shapes = shapes
+        self._num_slots = 0
+
+    def hold(self, loras: Mapping[str, Lora]) -> None:
+        """Give each of these adapters a slot.
+
+        The slots of others are taken where there is none left: first of those that were not used
+        for the longest time.
+        """
+        held = {digest: self.slots.pop(digest) for digest in loras if digest in self.slots}
+        missing = [digest for digest in loras if digest not in held]
+        self._grow(len(loras))
+        occupied = {*held.values(), *self.slots.values()}
+        empty = [slot for slot in range(self._num_slots) if slot not in occupied]
+        for digest in missing:
+            slot = empty.pop(0) if empty else self.slots.pop(next(iter(self.slots)))
+            self._write(slot, loras[digest])
+            held[digest] = slot
+        self.slots |= held
+
+    def _grow(self, num_slots: int) -> None:
+        if num_slots <= self._num_slots:
+            return
+        self._num_slots = num_slots
+        for site in self.sites.values():
+            site.resize(num_slots)
+
+    def _write(self, slot: int, lora: Lora) -> None:
+        """Copy an adapter into a slot."""
+        self.rescaling.discard(slot)
+        if any(_affine(pair) for pair in lora.pairs.values()):
+            self.rescaling.add(slot)
+        for site in self._all_sites:
+            columns = [0, *accumulate(self._shapes[path][0] for path in site)]
+            placed = [
+                _PlacedPair(column, lora.pairs[path])
+                for column, path in zip(columns, site, strict=False)
+                if path in lora.pairs
+            ]
+            if placed and site not in self.sites:
+                self.sites[site] = self._new_site(site, placed[0].pair.A)
+            if site in self.sites:
+                self.sites[site].write(slot, placed)
+
+    def _new_site(self, site: Site, like: Tensor) -> _SlottedSite:
+        """A site with all slots and no pairs, in the dtype of `like` and on its device."""
+        out = sum(self._shapes[path][0] for path in site)
+        slotted = _SlottedSite(like.new_zeros(0, 0, like.shape[1]), like.new_zeros(0, 0, out))
+        slotted.resize(self._num_slots)
+        return slotted
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Groups of rows, each of one adapter, that share a batched product.
+
+    Attributes:
+        slots: n neighbouring slots; one without rows has none but padding.
+        width: w, the rows of the largest group.
+        padded: [n · w], the rows of the batch, slot by slot; 0 pads.
+        rows: [k], those that are no padding.
+        places: [k], where these are in `padded`.
+        owners: [n · w], the slot of each.
+    """
+
+    slots: slice
+    width: int
+    padded: Tensor
+    rows: Tensor
+    places: Tensor
+    owners: Tensor
+
+    @classmethod
+    def of(cls, rows_of: Mapping[int, list[int]], device: torch.device) -> "_Groups":
+        """The groups of some slots: slot -> rows of the batch."""
+        lowest, highest = min(rows_of), max(rows_of)
+        width = max(map(len, rows_of.values()))
+        padded: list[int] = []
+        rows: list[int] = []
+        places: list[int] = []
+        owners: list[int] = []
+        for slot in range(lowest, highest + 1):
+            own = rows_of.get(slot, [])
+            places += range(len(padded), len(padded) + len(own))
+            padded += own + [0] * (width - len(own))
+            rows += own
+            owners += [slot] * width
+        indices = (torch.tensor(each, device=device) for each in (padded, rows, places, owners))
+        return cls(slice(lowest, highest + 1), width, *indices)
+
+    def add_(self, site: _SlottedSite, y: Tensor, x: Tensor) -> None:
+        """Add the groups' deltas to y; see `StackedRows.add_`."""
+        inputs = x.index_select(0, self.padded)
+        if x.is_floating_point():
+            low_rank = inputs.view(-1, self.width, inputs.shape[1]) @ site.A[self.slots].mT
+        else:  # token ids, which stand for one-hot rows
+            chosen = site.A[self.owners, :, inputs]
+            low_rank = chosen.view(-1, self.width, chosen.shape[1])
+        deltas = (low_rank @ site.B[self.slots]).flatten(0, 1)
+        y.index_add_(0, self.rows, deltas.index_select(0, self.places))
 
 
 class StackedRows:
     """Applies to each row of a batch its own adapter; implements `RowDeltas`.
 
-    The rows are cut into segments, each with its own pair of products. In a segment of several
-    adapters every row pays for the products of all of them: for few rows that is still cheaper
-    than a pair of products for each adapter.
-
     Args:
-        stack: holds every adapter of the batch.
-        digests: one a row; None for a row without an adapter. The first `num_single` rows are one
-            segment. The rows after them must be in the stack's order; adapters share a segment
-            there up to MAX_MIXED rows.
-        num_single: how many rows at the start are single tokens of their sequences.
+        stack: holds every adapter of the batch, until it is computed.
+        digests: one a row; None for a row without an adapter.
+        device: of the batch.
     """
 
-    def __init__(self, stack: LoraStack, digests: Sequence[str | None], num_single: int) -> None:
+    def __init__(
+        self, stack: LoraStack, digests: Sequence[str | None], device: torch.device
+    ) -> None:
         self._stack = stack
-        self._segments: list[_Segment] = []
-        adapters = [NO_ADAPTER if digest is None else stack.index[digest] for digest in digests]
+        slots = [NO_SLOT if digest is None else stack.slots[digest] for digest in digests]
         self._rescaled: Tensor | None = None
-        if not stack.rescaling.isdisjoint(adapters):
-            self._rescaled = torch.tensor(adapters)
-        start = 0
-        for part in [adapters[:num_single], *_cut(adapters[num_single:])]:
-            if any(adapter != NO_ADAPTER for adapter in part):
-                self._segments.append(_Segment(start, part))
-            start += len(part)
+        if not stack.rescaling.isdisjoint(slots):
+            self._rescaled = torch.tensor([slot + 1 for slot in slots], device=device)
+        self._groups = [_Groups.of(part, device) for part in _parts(slots)]
 
     def add_(self, site: Site, y: Tensor, x: Tensor) -> None:
         """Change each row of y [b, out] as its adapter does for its row of x, in place.
@@ -195,68 +271,21 @@ class StackedRows:
         x is [b, in], or, of the embedding, token ids [b]. Rows without an adapter, or whose adapter
         has no pair on the site, stay as they are.
         """
-        stacked = self._stack.sites.get(site)
-        if stacked is None:
+        slotted = self._stack.sites.get(site)
+        if slotted is None or not any(slotted.ranks):
             return
-        if stacked.affine is not None and self._rescaled is not None:
-            stacked.affine.apply_(y, self._rescaled)
-        for segment in self._segments:
-            columns = segment.columns(stacked)
-            z = _low_rank(x[segment.rows], stacked.A[columns])
-            if segment.is_mixed:
-                # Fill, do not multiply by 0: an overflowing adapter's infinity · 0 would be NaN.
-                z.masked_fill_(segment.foreign(stacked), 0.0)
-            y[segment.rows].addmm_(z, stacked.B[columns])
+        if self._rescaled is not None:
+            slotted.rescale_(y, self._rescaled)
+        for groups in self._groups:
+            groups.add_(slotted, y, x)
 
 
-def _low_rank(x: Tensor, A: Tensor) -> Tensor:
-    """x Aᵀ [b, R] for x [b, in], or for token ids [b], which stand for one-hot rows."""
-    return nn.functional.linear(x, A) if x.is_floating_point() else A[:, x].mT
-
-
-def _cut(adapters: Sequence[int]) -> list[list[int]]:
-    """Cut rows in the stack's order into segments: one adapter, or several up to MAX_MIXED rows."""
-    segments: list[list[int]] = []
-    for _, group in groupby(adapters):
-        rows = list(group)
-        if segments and len(segments[-1]) + len(rows) <= MAX_MIXED:
-            segments[-1] += rows
-        else:
-            segments.append(rows)
-    return segments
-
-
-class _Segment:
-    """Consecutive rows of a batch, at least one of them with an adapter.
-
-    Args:
-        start: the first row.
-        adapters: each row's place in the stack, or NO_ADAPTER.
-    """
-
-    def __init__(self, start: int, adapters: Sequence[int]) -> None:
-        distinct = set(adapters)
-        self.rows = slice(start, start + len(adapters))
-        self.adapters = torch.tensor(adapters)
-        self.is_mixed = len(distinct) > 1
-        self._lowest = min(distinct - {NO_ADAPTER})
-        self._highest = max(distinct)
-        self._foreign: dict[tuple[int, ...], Tensor] = {}
-
-    def columns(self, stacked: _StackedSite) -> slice:
-        """The rows of A and B from the segment's lowest adapter to its highest."""
-        return slice(stacked.offsets[self._lowest], stacked.offsets[self._highest + 1])
-
-    def foreign(self, stacked: _StackedSite) -> Tensor:
-        """Bool [rows, columns]: true where the column belongs to another adapter than the row's.
-
-        Sites on which the adapters have the same ranks share one mask.
-        """
-        known = self._foreign.get(stacked.offsets)
-        if known is None:
-            ranks = stacked.offsets_tensor.diff()
-            owners = torch.arange(len(ranks)).repeat_interleave(ranks)[self.columns(stacked)]
-            foreign = owners != self.adapters[:, None]
-            known = foreign.to(stacked.A.device)
-            self._foreign[stacked.offsets] = known
-        return known
+def _parts(slots: Sequence[int]) -> list[dict[int, list[int]]]:
+    """The rows of each slot, slot -> rows, divided into those that share a batched product."""
+    rows_of: defaultdict[int, list[int]] = defaultdict(list)
+    for row, slot in enumerate(slots):
+        if slot != NO_SLOT:
+            rows_of[slot].append(row)
+    few = {slot: rows for slot, rows in rows_of.items() if len(rows) <= MAX_FEW}
+    many = [{slot: rows} for slot, rows in rows_of.items() if slot not in few]
+    return [few, *many] if few else many

@@ -4,7 +4,7 @@ It goes through the lean decoder, or through the Hugging Face modules of a model
 does not cover.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -21,9 +21,10 @@ from server.engine.native.block_pool import BlockPool
 from server.engine.native.decoder import COVERED, Decoder, covers
 from server.engine.native.kernel import Kernel
 from server.engine.native.kv_cache import PagedKv, make_cache
-from server.engine.native.lora_stack import StackedRows
+from server.engine.native.lora_stack import LoraStack, StackedRows
 from server.engine.native.lora_table import LoraRows, LoraTables
 from server.engine.native.rotary import ScaledRotary
+from server.engine.native.tiled_attention import can_attend_in_tiles
 
 
 class ModelRunner:
@@ -90,7 +91,10 @@ class ModelRunner:
         else:
             self.sites = [(path,) for path in injection.all_shapes]
         self._tables = LoraTables(self.sites, injection.all_shapes)
+        self._stack = LoraStack(self.sites, injection.all_shapes)
         self.kv = make_cache(model, blocks.num_blocks, blocks.block_size)
+        num_heads = model.config.num_attention_heads
+        self.in_tiles = can_attend_in_tiles(self.kv, num_heads, num_threads)
 
     @torch.inference_mode()
     def run(self, batch: Batch, new_blocks: list[int]) -> Tensor:
@@ -146,24 +150,25 @@ class ModelRunner:
         crma = [AdapterSelection(None, selection.crma_digest) for selection in batch.selections]
         plan = plan_rows(crma, {}, self.pool.backbones, self.kv.device)
         tasks = [selection.task_digest for selection in batch.selections]
-        if not any(tasks):
+        used = {digest for digest in tasks if digest is not None}
+        if not used:
             return replace(plan, head_rows=batch.logit_rows)
+        if self.kernel is None:
+            self._stack.hold({d: self.pool.loras[d] for d in sorted(used)})
         head = None
-        if self._adapts_head(tasks):
+        if self._adapts_head(used):
             rows = batch.logit_rows.tolist()
-            num_single = sum(row < batch.num_single for row in rows)
-            head = self._row_deltas([tasks[row] for row in rows], num_single)
-        stacked = self._row_deltas(tasks, batch.num_single)
+            head = self._row_deltas([tasks[row] for row in rows])
+        stacked = self._row_deltas(tasks)
         return replace(plan, stacked=stacked, head_rows=batch.logit_rows, stacked_head=head)
 
-    def _adapts_head(self, tasks: Sequence[str | None]) -> bool:
-        """Whether a row's adapter has a pair on the head."""
-        used = (self.pool.loras[digest] for digest in set(tasks) if digest is not None)
-        return any(not lora.pairs.keys().isdisjoint(self.injection.head) for lora in used)
+    def _adapts_head(self, used: Iterable[str]) -> bool:
+        """Whether one of these adapters has a pair on the head."""
+        loras = (self.pool.loras[digest] for digest in used)
+        return any(not lora.pairs.keys().isdisjoint(self.injection.head) for lora in loras)
 
-    def _row_deltas(self, tasks: Sequence[str | None], num_single: int) -> RowDeltas:
-        """The adapters of rows, of which the first are single tokens of their sequences."""
+    def _row_deltas(self, tasks: Sequence[str | None]) -> RowDeltas:
+        """The adapters of rows."""
         if self.kernel is not None:
             return LoraRows(self._tables, self.pool.loras, tasks, self.kernel)
-        digests = {digest for digest in tasks if digest is not None}
-        return StackedRows(self.pool.stack(digests, self.sites), tasks, num_single)
+        return StackedRows(self._stack, tasks, self.kv.device)

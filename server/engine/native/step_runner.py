@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from server.engine.native.batch import build_batch
+from server.engine.native.batch import Batch, build_batch
 from server.engine.native.model_runner import ModelRunner
 from server.engine.native.sequence import Sequence
 from server.engine.native.step import Chunk, Step
@@ -36,7 +36,7 @@ class StepRunner:
         """
         self.on_pass()
         try:
-            batch = build_batch(step, self.runner.kv)
+            batch = self._batch(step)
             logits = self.runner.run(batch, step.new_blocks)
         except Exception as error:
             logger.exception("a pass over %d sequences failed", len(step.chunks))
@@ -60,10 +60,13 @@ class StepRunner:
         sequence.block_table = [block]
         self.on_pass()
         try:
-            self.runner.run(build_batch(Step([Chunk(sequence, 0, 1)]), self.runner.kv), [block])
+            self.runner.run(self._batch(Step([Chunk(sequence, 0, 1)])), [block])
         except Exception as error:
             return error
         return None
+
+    def _batch(self, step: Step) -> Batch:
+        return build_batch(step, self.runner.kv, in_tiles=self.runner.in_tiles)
 
 
 def _part(step: Step, chunks: list[Chunk]) -> Step:

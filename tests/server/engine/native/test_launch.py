@@ -224,3 +224,23 @@ async def test_only_a_model_that_is_not_covered_is_loaded_with_its_code(
     assert outputs[-1].finish_reason is FinishReason.LENGTH
     model: object = engine.engine.runner.injection.model
     assert isinstance(model, BareModel) == (family == "llama")
+
+
+async def test_float16_is_served_on_a_cpu_without_the_kernel(
+    base: BaseModel, config: EngineConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, launch.__name__)
+    engine = start_engine(base, replace(config, dtype="float16", kernel="auto"))
+    outputs = await answer(engine)
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    assert engine.model.dtype == "float16"
+    assert "does not compute in float16" in caplog.text
+
+
+def test_a_kernel_that_is_required_for_float16_is_refused(
+    base: BaseModel, config: EngineConfig
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        start_engine(base, replace(config, dtype="float16", kernel="on"))
+    assert caught.value.field == "kernel"
+    assert caught.value.allowed == "dtype=bfloat16, dtype=float32"

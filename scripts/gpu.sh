@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in under 8 minutes, from a bare Python 3.12 with torch and transformers, without a network:
+#
+#     scripts/gpu.sh [--device cuda|cpu] [--quick] [--carried FOLDER] [--only PART]... [OUT]
+#
+# Parts: tests, exactness-float32, exactness-bfloat16, bench, training. Each has a limit of its own and writes a file of
+# JSON into OUT ($OUT, or build/gpu); one that fails does not stop the next. OUT/summary.json says how each ended, and
+# OUT/log.txt has their output. The exit code is 1 if one failed.
+#
+# --carried: what scripts/gpu_pack.sh wrote; left out: packages and base model are installed.
+# --quick: as little as shows that it works, on a CPU too.
+set -euo pipefail
+
+device=cuda
+carried=
+out=${OUT:-build/gpu}
+quick=()
+only=()
+while (($#)); do
+    case $1 in
+        --device) device=$2 && shift ;;
+        --carried) carried=$(realpath "$2") && shift ;;
+        --only) only+=("$2") && shift ;;
+        --quick) quick=(--quick) ;;
+        -*) echo "gpu.sh: unknown option $1" >&2 && exit 2 ;;
+        *) out=$1 ;;
+    esac
+    shift
+done
+
+mkdir -p "$out"
+out=$(realpath "$out")
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+: > "$out/log.txt"
+
+python=${PYTHON:-python3}
+if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then
+    python=.venv/bin/python
+fi
+export PYTHONPATH=$work/site:$PWD:$PWD/clients/python:$PWD/clients
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+if [[ $device == cpu ]]; then
+    export CUDA_VISIBLE_DEVICES=
+fi
+
+patience=1
+[[ $device == cuda ]] || patience=8  # limits are those of a GPU
+summary=()
+failed=0
+
+# part NAME SECONDS COMMAND...: run a command, and note how it ended.
+part() {
+    local name=$1 limit=$(($2 * patience)) begin=$SECONDS rc=0
+    shift 2
+    if ((${#only[@]})) && [[ $name != setup && " ${only[*]} " != *" $name "* ]]; then
+        return
+    fi
+    echo "== $name (at most $limit s)" | tee -a "$out/log.txt" >&2
+    timeout --kill-after=10 "$limit" "$@" >> "$out/log.txt" 2>&1 || rc=$?
+    ((rc == 0)) || failed=1
+    echo "   ended with $rc after $((SECONDS - begin)) s" | tee -a "$out/log.txt" >&2
+    summary+=("{\"part\": \"$name\", \"rc\": $rc, \"seconds\": $((SECONDS - begin)), \"limit_s\": $limit}")
+    local IFS=,
+    echo "{\"device\": \"$device\", \"parts\": [${summary[*]}]}" > "$out/summary.json"
+}
+
+if [[ -n $carried ]]; then
+    export CRMA_HOME=$work/home PIP_NO_INDEX=1 PIP_FIND_LINKS=$work
+    part setup 90 scripts/gpu_unpack.sh "$python" "$carried" "$work"
+fi
+
+schedules=4
+((${#quick[@]} == 0)) || schedules=1
+exactness=(tests/e2e/test_exactness.py -m e2e --schedules "$schedules")
+pytest=("$python" -m pytest -q -W default --device "$device")  # other versions of packages may warn
+
+part tests 130 "${pytest[@]}" tests/gpu -m gpu --record "$out/tests.json"
+part exactness-float32 70 "${pytest[@]}" "${exactness[@]}" -k float32 --record "$out/exactness-float32.json"
+part exactness-bfloat16 70 "${pytest[@]}" "${exactness[@]}" -k bfloat16 --record "$out/exactness-bfloat16.json"
+part bench 80 "$python" -m bench.gpu --device "$device" "${quick[@]}" --record "$out/bench.jsonl"
+part training 35 scripts/gpu_train.sh "$python" "$work" "$out/training.json"
+
+exit "$failed"

