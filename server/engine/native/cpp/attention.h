@@ -97,7 +97,7 @@ inline void prefetch(const void* block, size_t num_bytes) {
 }
 
 // Neighbouring tokens of one sequence: rows [first, first + count).
-struct Tile {
+struct RowTile {
     int64_t sequence, first, count;
 };
 
@@ -115,8 +115,8 @@ template <typename T> struct Attention {
 
     int64_t position_size() const { return 2 * h * e; }
 
-    std::vector<Tile> tiles() const {
-        std::vector<Tile> found;
+    std::vector<RowTile> tiles() const {
+        std::vector<RowTile> found;
         for (int64_t n = 0; n < sequences; n++)
             for (int64_t r = 0; r < rows_of_sequence; r += TILE_ROWS)
                 found.push_back({n, n * rows_of_sequence + r,
@@ -131,7 +131,7 @@ template <typename T> struct Attention {
     }
 
     // Those that any row of a tile sees.
-    Range seen(const Tile& tile) const {
+    Range seen(const RowTile& tile) const {
         return {seen(tile.first).first, seen(tile.first + tile.count - 1).stop};
     }
 
@@ -159,7 +159,7 @@ template <typename T> struct Attention {
 // (k · count + r) · g + i.
 template <typename T> class TileAttention {
     const Attention<T>& all;
-    const Tile tile;
+    const RowTile tile;
     const int64_t g, M;  // queries of a key-value head: in a row, in the tile
     std::vector<float> scaled, memory;
     std::vector<const float*> queries;  // by number, each [e]
@@ -168,7 +168,7 @@ template <typename T> class TileAttention {
   public:
     const int64_t Q;  // queries of the tile
 
-    TileAttention(const Attention<T>& all, const Tile& tile)
+    TileAttention(const Attention<T>& all, const RowTile& tile)
         : all(all), tile(tile), g(all.H / all.h), M(tile.count * g),
           scaled(tile.count * all.H * all.e), memory(M * PART), Q(tile.count * all.H) {
         for (int64_t q = 0; q < Q; q++) {
@@ -262,7 +262,7 @@ void attend(const T* query, int64_t query_stride, const T* cache, const int64_t*
     const Attention<T> all{query,  query_stride, cache,     blocks,           blocks_of_sequence,
                            positions, window,    scaling,   sequences,        rows_of_sequence,
                            H,      h,            e,         z};
-    const std::vector<Tile> tiles = all.tiles();
+    const std::vector<RowTile> tiles = all.tiles();
     const int64_t num_tiles = tiles.size();
     const int64_t parts = (blocks_of_sequence * z + PART - 1) / PART;
     const int64_t queries = std::min(TILE_ROWS, rows_of_sequence) * H;
