@@ -164,6 +164,7 @@ template <typename T> class TileAttention {
     std::vector<float> scaled, memory;
     std::vector<const float*> queries;  // by number, each [e]
     std::vector<float*> scores;         // of a head's queries, each [PART]
+    const T* places[PART];              // in the cache, of the positions of a part that are seen
 
   public:
     const int64_t Q;  // queries of the tile
@@ -187,6 +188,11 @@ template <typename T> class TileAttention {
     void attend(int64_t part, const Outcome& outcome) {
         outcome.clear();
         const Range positions{part * PART, (part + 1) * PART};
+        const Range seen = all.seen(tile).within(positions);
+        all.each_block(tile.sequence, seen, [&](int64_t first, int64_t count, const T* keys) {
+            for (int64_t p = 0; p < count; p++)
+                places[first % PART + p] = keys + p * all.position_size();
+        });
         for (int64_t k = 0; k < all.h; k++) {
             score(k, positions);
             for (int64_t m = 0; m < M; m++) {
@@ -213,10 +219,10 @@ template <typename T> class TileAttention {
     // Scores of a head's queries at all positions that a row of the tile sees.
     void score(int64_t k, Range positions) {
         const Range seen = all.seen(tile);
-        auto of_block = [&](int64_t p, int64_t count, const T* keys) {
+        auto of_block = [&](int64_t p, int64_t count, const T*) {
             if (k == 0) all.prefetch_next(tile.sequence, p, seen.stop);
-            const Matrix<T> of_head{keys + k * all.e, count, all.position_size(), all.e};
-            multiply_by_rows(M, queries.data() + k * M, of_head, scores.data(), p % PART);
+            const RowList<T> keys{places + p % PART, count, k * all.e, all.e};
+            multiply_by_rows(M, queries.data() + k * M, keys, scores.data(), p % PART);
         };
         all.each_block(tile.sequence, seen.within(positions), of_block);
     }
@@ -244,12 +250,9 @@ template <typename T> class TileAttention {
         const int64_t m = first * g, count = rows * g;
         std::vector<float*> sums(count);
         for (int64_t i = 0; i < count; i++) sums[i] = outcome.sum(k * M + m + i);
-        auto of_block = [&](int64_t p, int64_t positions, const T* keys) {
-            const T* of_head = keys + (all.h + k) * all.e;
-            const Matrix<T> values{of_head, positions, all.position_size(), all.e};
-            add_weighted_rows(count, scores.data() + m, p % PART, values, sums.data());
-        };
-        all.each_block(tile.sequence, seen, of_block);
+        const int64_t place = seen.first % PART;
+        const RowList<T> values{places + place, seen.stop - seen.first, (all.h + k) * all.e, all.e};
+        add_weighted_rows(count, scores.data() + m, place, values, sums.data());
     }
 };
 

@@ -40,10 +40,12 @@ inline float lane_sum(Floats x) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// Rows that lie `stride` apart, of `width` numbers each.
-template <typename T> struct Matrix {
-    const T* values;
-    int64_t rows, stride, width;
+// Of each of `count` rows, `width` numbers from the one at `offset` on.
+template <typename T> struct RowList {
+    const T* const* rows;
+    int64_t count, offset, width;
+
+    const T* operator[](int64_t k) const { return rows[k] + offset; }
 };
 
 // Each of some rows of x times each of four rows of a, which have n numbers.
@@ -51,7 +53,9 @@ template <int ROWS, typename T>
 __attribute__((noinline)) void multiply_four(const float* const* x,
                                              const T* const (&a)[SUMS_AT_ONCE], int64_t n,
                                              Four* products) {
-    Floats sums[ROWS][SUMS_AT_ONCE] = {};
+    Floats sums[ROWS][SUMS_AT_ONCE];
+    for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j < SUMS_AT_ONCE; j++) sums[r][j] = Floats{};
     const int64_t whole = n / LANES * LANES;
     for (int64_t i = 0; i < whole; i += LANES) {
         Floats of_x[ROWS];
@@ -69,13 +73,12 @@ __attribute__((noinline)) void multiply_four(const float* const* x,
 
 // z[r][first + k] = x[r] times row k of a.
 template <typename T>
-void multiply_by_rows(int64_t rows, const float* const* x, const Matrix<T>& a, float* const* z,
+void multiply_by_rows(int64_t rows, const float* const* x, const RowList<T>& a, float* const* z,
                       int64_t first) {
-    for (int64_t k = 0; k < a.rows; k += SUMS_AT_ONCE) {
-        const int64_t num = std::min<int64_t>(SUMS_AT_ONCE, a.rows - k);
+    for (int64_t k = 0; k < a.count; k += SUMS_AT_ONCE) {
+        const int64_t num = std::min<int64_t>(SUMS_AT_ONCE, a.count - k);
         const T* four[SUMS_AT_ONCE];  // where there are fewer, the last one takes the free places
-        for (int64_t j = 0; j < SUMS_AT_ONCE; j++)
-            four[j] = a.values + (k + std::min(j, num - 1)) * a.stride;
+        for (int64_t j = 0; j < SUMS_AT_ONCE; j++) four[j] = a[k + std::min(j, num - 1)];
         for (int64_t r = 0; r < rows; r += ROWS_AT_ONCE) {
             const int64_t at_once = std::min<int64_t>(ROWS_AT_ONCE, rows - r);
             Four products[ROWS_AT_ONCE];
@@ -90,12 +93,12 @@ void multiply_by_rows(int64_t rows, const float* const* x, const Matrix<T>& a, f
 // y[r][c] += the sum of z[r][k] b[k][c], for some vectors of columns c.
 template <int ROWS, int VECTORS, typename Y, typename T>
 __attribute__((noinline)) void add_columns(const float* const* z, int64_t first,
-                                           const Matrix<T>& b, Y* const* y, int64_t column) {
+                                           const RowList<T>& b, Y* const* y, int64_t column) {
     Floats sums[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) sums[r][v] = load_vector(y[r] + column + v * LANES);
-    for (int64_t k = 0; k < b.rows; k++) {
-        const T* row = b.values + k * b.stride + column;
+    for (int64_t k = 0; k < b.count; k++) {
+        const T* row = b[k] + column;
         Floats of_b[VECTORS];
         for (int v = 0; v < VECTORS; v++) of_b[v] = load_vector(row + v * LANES);
         for (int r = 0; r < ROWS; r++)
@@ -107,7 +110,7 @@ __attribute__((noinline)) void add_columns(const float* const* z, int64_t first,
 
 // y[r] += the sum of z[r][first + k] times row k of b.
 template <typename Y, typename T>
-void add_weighted_rows(int64_t rows, const float* const* z, int64_t first, const Matrix<T>& b,
+void add_weighted_rows(int64_t rows, const float* const* z, int64_t first, const RowList<T>& b,
                        Y* const* y) {
     int64_t column = 0;
     while (column + LANES <= b.width) {
@@ -121,8 +124,7 @@ void add_weighted_rows(int64_t rows, const float* const* z, int64_t first, const
     for (; column < b.width; column++)
         for (int64_t r = 0; r < rows; r++) {
             float sum = load(y[r][column]);
-            for (int64_t k = 0; k < b.rows; k++)
-                sum += z[r][first + k] * load(b.values[k * b.stride + column]);
+            for (int64_t k = 0; k < b.count; k++) sum += z[r][first + k] * load(b[k][column]);
             y[r][column] = store<Y>(sum);
         }
 }

@@ -40,6 +40,12 @@ template <typename T> class FloatRows {
     }
 };
 
+template <typename T> std::vector<const T*> rows_of(const T* matrix, int64_t rows, int64_t width) {
+    std::vector<const T*> found(rows);
+    for (int64_t r = 0; r < rows; r++) found[r] = matrix + r * width;
+    return found;
+}
+
 // Add the pairs of a site to some rows, all of which have them. All of x is read before y is
 // written: they may be the same.
 template <typename T>
@@ -53,15 +59,17 @@ void add_pairs(const LoraPair<T>* pairs, int64_t num_pairs, int64_t rows, const 
     std::vector<float*> z(rows);
     for (int64_t r = 0; r < rows; r++) z[r] = products.data() + r * ranks;
     for (int64_t p = 0; p < num_pairs; p++) {
-        const Matrix<T> A{pairs[p].A, pairs[p].rank, in, in};
-        multiply_by_rows(rows, inputs.each.data(), A, z.data(), firsts[p]);
+        const std::vector<const T*> A = rows_of(pairs[p].A, pairs[p].rank, in);
+        const RowList<T> all_of_A{A.data(), pairs[p].rank, 0, in};
+        multiply_by_rows(rows, inputs.each.data(), all_of_A, z.data(), firsts[p]);
     }
     std::vector<T*> outputs(rows);
     for (int64_t p = 0; p < num_pairs; p++) {
         const LoraPair<T>& pair = pairs[p];
         for (int64_t r = 0; r < rows; r++) outputs[r] = y[r] + pair.start;
-        const Matrix<T> B{pair.B, pair.rank, pair.width, pair.width};
-        add_weighted_rows(rows, z.data(), firsts[p], B, outputs.data());
+        const std::vector<const T*> B = rows_of(pair.B, pair.rank, pair.width);
+        const RowList<T> all_of_B{B.data(), pair.rank, 0, pair.width};
+        add_weighted_rows(rows, z.data(), firsts[p], all_of_B, outputs.data());
     }
 }
 
