@@ -155,6 +155,38 @@ def test_a_position_off_by_one_shows_in_bf16(monkeypatch: pytest.MonkeyPatch) ->
     assert not is_rounded_like_the_modules(engine, world, "llama")
 
 
+def test_no_bit_of_an_answer_depends_on_neighbours_or_chunks() -> None:
+    """Every log-probability, of most selections together, alone, and in chunks of 5 tokens.
+
+    Not of an adapter on the embedding: its product is torch's.
+    """
+    if tiny.library() is None:
+        pytest.skip("no C++ compiler")
+    original = tiny.injection(TIED)
+    inj = Injection(tiny.fresh(original).bfloat16().float())  # weights that the kernel multiplies
+    world = World(inj, tiny.adapters(original))
+    calls = one_call_a_selection(ALL_LOGPROBS)
+    calls = [call for call in calls if call.selection.task_digest != "task-3"]
+
+    def run(together: list[Call], max_num_batched_tokens: int) -> list[Answer]:
+        engine, _ = tiny.make_engine(
+            inj,
+            world.adapters,
+            max_num_seqs=len(together),
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_resident=6,
+            num_blocks=256,
+            prefix_caching=False,
+        )
+        return answers(engine, world, together)
+
+    for call, answer in zip(calls, run(calls, 600), strict=True):
+        for max_num_batched_tokens in (5, 64):
+            (alone,) = run([call], max_num_batched_tokens)
+            assert alone.tokens == answer.tokens
+            assert torch.equal(logprobs(alone), logprobs(answer))
+
+
 def test_in_int8_a_request_gets_the_same_alone_and_in_a_batch() -> None:
     if tiny.library() is None:
         pytest.skip("no C++ compiler")

@@ -1,28 +1,46 @@
-"""The native kernel against torch's operations, function by function, in both dtypes."""
+"""The native kernel against torch's operations, function by function, in both dtypes.
 
+In all variants that this processor has: AVX2 and `generic`, say.
+"""
+
+import subprocess
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from other_processors import PROCESSORS, compiled
 from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from crma.core.errors import ConfigError
+from crma.method.lora import LoraPair
 from server.engine.native import kernel_build
+from server.engine.native.cpu_class import own_classes
 from server.engine.native.kernel import Kernel
+from server.engine.native.lora_table import table_of
 
 # Query heads, key-value heads, head size and block size: no multiples of a vector's width.
 H, HKV, E, Z = 6, 2, 24, 4
 SCALING = 0.3
 
+Paged = tuple[Tensor, Tensor]  # a cache, and the blocks of a sequence there
+VARIANTS = [
+    pytest.param((dtype, each.name), id=f"{dtype}-{each.name}")
+    for dtype in (torch.float32, torch.bfloat16)
+    for each in own_classes()
+]
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+
+@pytest.fixture(params=VARIANTS)
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     library = tiny.library()
     if library is None:
         pytest.skip("no C++ compiler")
-    return Kernel(request.param, library.parent)
+    dtype, name = request.param
+    return Kernel(dtype, library.parent, name)
 
 
 def draw(kernel: Kernel, *shape: int) -> Tensor:
@@ -50,10 +68,71 @@ def test_norm_and_gate_round_as_torch_does(kernel: Kernel) -> None:
     torch.testing.assert_close(kernel.gate(gate_up), silu(both_ends) * x, **tight)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_a_row_attends_to_its_own_blocks_and_window(kernel: Kernel, window: int | None) -> None:
+def attended(
+    kernel: Kernel, query: Tensor, paged: Paged, first: int, window: int | None
+) -> Tensor:
+    """Attention of a sequence's rows [s, H, e] from position `first` on."""
+    cache, blocks = paged
+    positions = torch.arange(first, first + len(query))[None]
+    out = torch.empty(len(query), H, E, dtype=kernel.dtype)
+    kernel.attend(query, cache, blocks[None], positions, out, SCALING, window)
+    return out
+
+
+def sequence(kernel: Kernel, length: int) -> tuple[Tensor, Paged]:
+    """Keys and values [length, 2h, e] of a sequence, and where they are.
+
+    All else in the cache is NaN: reading it would show.
+    """
+    num_blocks = -(-length // Z)
+    kv = draw(kernel, length, 2 * HKV, E)
+    cache = torch.full((num_blocks + 9, Z, 2 * HKV, E), torch.nan, dtype=kernel.dtype)
+    shuffled = torch.randperm(num_blocks + 9, generator=torch.Generator().manual_seed(0))
+    blocks = shuffled[:num_blocks].contiguous()
+    places = torch.arange(length)
+    cache[blocks[places // Z], places % Z] = kv
+    return kv, (cache, blocks)
+
+
+@pytest.mark.parametrize("window", [None, 5, 70])
+@pytest.mark.parametrize(("first", "rows"), [(0, 1), (0, 21), (59, 9), (200, 3), (150, 40)])
+def test_a_row_attends_to_its_own_positions_and_window(
+    kernel: Kernel, first: int, rows: int, window: int | None
+) -> None:
+    kv, paged = sequence(kernel, first + rows)
+    query = draw(kernel, rows, H, E)
+    found = attended(kernel, query, paged, first, window)
+    stops = range(first + 1, first + rows + 1)
+    expected = [
+        attention(query[row], kv[max(0, stop - window) if window else 0 : stop])
+        for row, stop in enumerate(stops)
+    ]
+    rtol = relative_tolerance(kernel, 1e-5)
+    torch.testing.assert_close(found.float(), torch.stack(expected), rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_attention_of_a_row_has_the_same_bits_in_any_chunk(
+    kernel: Kernel, window: int | None
+) -> None:
+    """Chunks of prompts of any size, single tokens, and a later token that is NaN."""
+    _, paged = sequence(kernel, 190)
+    query = draw(kernel, 190, H, E)
+    whole = attended(kernel, query, paged, 0, window)
+    for size in (1, 3, 8, 9, 64):
+        for first in range(0, 190, size):
+            chunk = query[first : first + size]
+            found = attended(kernel, chunk, paged, first, window)
+            assert torch.equal(found, whole[first : first + size])
+    cache, blocks = paged
+    cache[blocks[-1], 189 % Z] = torch.nan
+    found = attended(kernel, query, (cache, blocks), 0, window)
+    assert torch.equal(found[:-1], whole[:-1])
+    assert found[-1].isnan().all()
+
+
+def test_sequences_of_one_call_read_their_own_blocks(kernel: Kernel) -> None:
     lengths = [1, 4, 13, 30]
-    # Every position behind a row's own is NaN: reading it would show.
     cache = torch.full((40, Z, 2 * HKV, E), torch.nan, dtype=kernel.dtype)
     blocks = torch.randperm(40, generator=torch.Generator().manual_seed(0))[: 4 * 8].view(4, 8)
     query = draw(kernel, 4, H, E)
@@ -62,15 +141,145 @@ def test_a_row_attends_to_its_own_blocks_and_window(kernel: Kernel, window: int 
         kv = draw(kernel, length, 2 * HKV, E)
         for p in range(length):
             cache[blocks[row, p // Z], p % Z] = kv[p]
-        expected[row] = attention(query[row], kv[-(window or length) :])
+        expected[row] = attention(query[row], kv)
     positions = torch.tensor(lengths)[:, None] - 1
     out = torch.empty(4, H, E, dtype=kernel.dtype)
-    kernel.attend(query, cache, blocks, positions, out, SCALING, window)
+    kernel.attend(query, cache, blocks, positions, out, SCALING, None)
     rtol = relative_tolerance(kernel, 1e-5)
     torch.testing.assert_close(out.float(), expected, rtol=rtol, atol=1e-5)
     alone = torch.empty(1, H, E, dtype=kernel.dtype)
-    kernel.attend(query[2:3], cache, blocks[2:3], positions[2:3], alone, SCALING, window)
+    kernel.attend(query[2:3], cache, blocks[2:3], positions[2:3], alone, SCALING, None)
     assert torch.equal(alone[0], out[2])
+
+
+@pytest.mark.parametrize("rows", [1, 11])
+def test_threads_that_share_a_long_row_change_no_bits(kernel: Kernel, rows: int) -> None:
+    _, paged = sequence(kernel, 2000)
+    query = draw(kernel, rows, H, E)
+    threads = torch.get_num_threads()
+    found = []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        found.append(attended(kernel, query, paged, 2000 - rows, None))
+    torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+# Inputs and outputs of a site, and rank, first output column and width of its pairs.
+SITES = [
+    (1, 1, [(1, 0, 1)]),
+    (50, 70, [(3, 0, 20), (9, 20, 50)]),
+    (128, 96, [(8, 0, 96)]),
+    (33, 40, [(2, 8, 5), (0, 0, 0)]),
+]
+Site = tuple[int, int, list[tuple[int, int, int]]]
+
+
+def adapter(kernel: Kernel, site: Site, seed: int) -> list[tuple[int, LoraPair]]:
+    generator = torch.Generator().manual_seed(seed)
+    width, _, pairs = site
+    drawn = []
+    for rank, start, columns in pairs:
+        A = torch.randn((rank, width), generator=generator).to(kernel.dtype)
+        B = torch.randn((rank, columns), generator=generator).to(kernel.dtype)
+        drawn.append((start, LoraPair(A, B.mT, 1.0)))
+    return drawn
+
+
+def delta(x: Tensor, pairs: list[tuple[int, LoraPair]], out: int) -> Tensor:
+    """What an adapter adds for x [in], in float64."""
+    y = torch.zeros(out, dtype=torch.float64)
+    for start, pair in pairs:
+        y[start : start + len(pair.B)] += pair.B.double() @ (pair.A.double() @ x.double())
+    return y
+
+
+@pytest.mark.parametrize("site", SITES, ids=str)
+def test_each_row_gets_its_own_adapters_delta_with_the_same_bits_as_alone(
+    kernel: Kernel, site: Site
+) -> None:
+    """Rows without an adapter stay as they are; neighbours with the same one share its reading."""
+    adapters = [adapter(kernel, site, seed) for seed in range(3)]
+    tables = [table_of([pairs], len(site[2])) for pairs in adapters]
+    choice = [None, 0, 0, 1, *[2] * 19, None, 1, 0, *[1] * 3, 2]
+    addresses = [0 if i is None else tables[i].data_ptr() for i in choice]
+    loras = torch.tensor(addresses)
+    x, y = draw(kernel, len(choice), site[0]), draw(kernel, len(choice), site[1])
+
+    def add(rows: Tensor) -> Tensor:
+        result = y[rows].clone()
+        kernel.add_lora(result, x[rows].contiguous(), loras[rows].contiguous(), 0, len(site[2]))
+        return result
+
+    together = add(torch.arange(len(choice)))
+    for row, index in enumerate(choice):
+        added = 0 if index is None else delta(x[row], adapters[index], site[1])
+        rtol = relative_tolerance(kernel, 1e-5)
+        expected = y[row].double() + added
+        torch.testing.assert_close(together[row].double(), expected, rtol=rtol, atol=1e-4)
+        assert torch.equal(add(torch.tensor([row]))[0], together[row])
+    shuffled = torch.randperm(len(choice), generator=torch.Generator().manual_seed(1))
+    for size in (2, 5, 8, 28):
+        for rows in shuffled.split(size):
+            assert torch.equal(add(rows), together[rows])
+
+
+def test_an_adapter_adds_to_what_it_reads(kernel: Kernel) -> None:
+    """As a backbone does to the residual stream."""
+    site = (64, 64, [(5, 0, 64)])
+    pairs = adapter(kernel, site, 0)
+    table = table_of([pairs], 1)
+    x = draw(kernel, 100, 64)
+    loras = torch.full((100,), table.data_ptr())
+    expected = x.clone()
+    kernel.add_lora(expected, x, loras, 0, 1)
+    kernel.add_lora(x, x, loras, 0, 1)
+    assert torch.equal(x, expected)
+
+
+def turns_meanwhile(call: Callable[[], object]) -> int:
+    """How many turns of a loop this thread makes while another one is in a call."""
+    turns = 0
+    seen = []
+
+    def work() -> None:
+        seen.append(turns)
+        call()
+        seen.append(turns)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while thread.is_alive():
+        turns += 1
+    return seen[1] - seen[0]
+
+
+def test_other_threads_of_the_interpreter_run_while_a_long_context_is_read(
+    kernel: Kernel,
+) -> None:
+    _, paged = sequence(kernel, 4000)
+    query = draw(kernel, 200, H, E)
+    assert turns_meanwhile(lambda: attended(kernel, query, paged, 3800, None)) > 0
+
+
+def test_other_threads_of_the_interpreter_run_while_adapters_of_a_prompt_are_added(
+    kernel: Kernel,
+) -> None:
+    site = (1024, 1024, [(64, 0, 1024)])
+    pairs = adapter(kernel, site, 0)
+    table = table_of([pairs], 1)
+    x, y = draw(kernel, 1500, 1024), draw(kernel, 1500, 1024)
+    loras = torch.full((1500,), table.data_ptr())
+    assert turns_meanwhile(lambda: kernel.add_lora(y, x, loras, 0, 1)) > 0
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_attention_and_adapters_are_right_on_other_processors(
+    processor: str, tmp_path: Path
+) -> None:
+    subprocess.run(compiled(processor, "rows.cpp", tmp_path), check=True)
 
 
 def test_a_nan_stays_in_its_row(kernel: Kernel) -> None:

@@ -1,12 +1,8 @@
 """The kernel's products, of weights in bfloat16 and in 8 bits, in every variant that runs here.
 
-Variants that this processor has are the kernel's own libraries. Those with AVX-512, AVX512-BF16 and
-AMX also run everywhere with their instructions emulated (cpp/emulated_instructions.h), which checks
-their indexing and their padding, not the instructions. The one for Arm is built by a
-cross-compiler and run by qemu.
+Variants that this processor has are the kernel's own libraries; other_processors.py has the others.
 """
 
-import shutil
 import struct
 import subprocess
 import threading
@@ -18,11 +14,11 @@ from typing import NamedTuple
 import pytest
 import tiny
 import torch
+from other_processors import PROCESSORS, compiled
 from torch import Tensor
 
 from server.engine.native.cpu_class import own_classes
 from server.engine.native.kernel import Kernel
-from server.engine.native.kernel_build import SOURCE
 from server.engine.native.packed_weight import (
     MAX_INT8,
     Int8Weight,
@@ -30,17 +26,9 @@ from server.engine.native.packed_weight import (
     is_exact_in_bfloat16,
 )
 
-CPP = Path(__file__).parent / "cpp"
-
-EMULATED = ["-march=x86-64-v3", "-include", str(CPP / "emulated_instructions.h")]
-PROGRAMS = {  # how to compile cpp/product.cpp, and what runs it
-    "avx512-bf16-emulated": (["g++", *EMULATED], []),
-    "amx-emulated": (["g++", *EMULATED, "-DEMULATE_AMX"], []),
-    "arm": (["aarch64-linux-gnu-g++", "-static"], ["qemu-aarch64"]),
-}
 NATIVE = [each.name for each in own_classes()]
 # The programs take half a minute to compile.
-VARIANTS = [*NATIVE, *(pytest.param(each, marks=pytest.mark.e2e) for each in PROGRAMS)]
+VARIANTS = [*NATIVE, *(pytest.param(each, marks=pytest.mark.e2e) for each in PROCESSORS)]
 
 # Rows, inputs, outputs: fewer and more than a tile, a panel, a pair, a block of k and a chunk of
 # rows; the last ones take several turns of the threads.
@@ -72,15 +60,8 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip("no C++ compiler")
     if name in NATIVE:
         return in_process(name, library.parent)
-    compiler, runner = PROGRAMS[name]
-    for tool in (compiler[0], *runner):
-        if shutil.which(tool) is None:
-            pytest.skip(f"no {tool}")
-    program = tmp_path_factory.mktemp("program") / name
-    options = ["-std=c++20", "-O1", "-Wno-psabi", "-ffp-contract=fast", f"-I{SOURCE.parent}"]
-    command = [*compiler, *options, str(CPP / "product.cpp"), "-o", str(program)]
-    subprocess.run(command, check=True)
-    return by_program([*runner, str(program)])
+    folder = tmp_path_factory.mktemp("program")
+    return by_program(compiled(name, "product.cpp", folder))
 
 
 def in_process(name: str, folder: Path) -> Variant:

@@ -44,7 +44,6 @@ Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # h, positions -> co
 AddDelta = Callable[[int], None]  # adds a backbone's delta of the layer with this index
 
 COVERED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-MAX_KERNEL_ROWS = 64  # up to so many rows the kernel adds a backbone faster than two products do
 
 # Linears of a block that read the same input, by their paths in it.
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -230,7 +229,7 @@ class Decoder:
             rows: of h; None: all.
             pairs: one a layer.
         """
-        if self.kernel is not None and len(h) <= MAX_KERNEL_ROWS:
+        if self.kernel is not None:
             return _backbone_in_kernel(self.kernel, h, rows, pairs)
         unused = torch.full((len(h), 1), rows is not None, device=h.device)
         if rows is not None:

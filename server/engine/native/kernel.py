@@ -27,13 +27,17 @@ _SIGNATURES = {  # p: pointer, f: float, i: int64
     "norm": "ppfpii",
     "gate": "ppii",
     "rotate": "ppfppppiiii",
-    "attend": "pippippifiiiii",
+    "attend": "pippippifiiiiii",
     "add_lora": "pppiiiii",
     "product": "ppppiiii",
     "product_int8": "pppppiiii",
 }
-_LONG = {"product", "product_int8"}  # calls long enough to let other threads run
 _TYPES = {"p": c_void_p, "f": c_float, "i": c_int64}
+
+# Calls with as many operations let other threads run, and so does each product. They take about a
+# tenth of a millisecond. To take the interpreter's lock back after a shorter one can take longer.
+_LONG = 1_000_000
+_OF_NUMBER = 8  # operations for a number that is normed, gated, rotated, or changed by an adapter
 
 
 class Kernel:
@@ -55,37 +59,35 @@ class Kernel:
             the message says why.
     """
 
-    _norm: Any
-    _gate: Any
-    _rotate: Any
-    _attend: Any
-    _add_lora: Any
-    _product: Any
-    _product_int8: Any
-
     def __init__(self, dtype: torch.dtype, folder: Path, cpu_class: str | None = None) -> None:
         self.dtype = dtype
         self.cpu_class, library = _load(folder, cpu_class)
         suffix = str(dtype).removeprefix("torch.")
+        self._locked: dict[str, Any] = {}  # functions that keep the interpreter's lock
+        self._unlocked: dict[str, Any] = {}  # the same, but others run meanwhile
         for name, types in _SIGNATURES.items():
-            # PYFUNCTYPE keeps the interpreter lock: taking it back after a short call can take
-            # long.
-            prototype = ctypes.CFUNCTYPE if name in _LONG else ctypes.PYFUNCTYPE
-            function_type = prototype(None, *(_TYPES[each] for each in types))
+            arguments = [_TYPES[each] for each in types]
             address = c_void_p.in_dll(library, f"{name}_{suffix}").value or 0
-            setattr(self, f"_{name}", function_type(address))
+            self._locked[name] = ctypes.PYFUNCTYPE(None, *arguments)(address)
+            self._unlocked[name] = ctypes.CFUNCTYPE(None, *arguments)(address)
+
+    def _function(self, name: str, operations: int) -> Any:
+        functions = self._unlocked if operations >= _LONG else self._locked
+        return functions[name]
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root mean square norm of each row: x [rows, d], weight [d] -> [rows, d]."""
         y = torch.empty_like(x)
-        self._norm(x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), *x.shape)
+        function = self._function("norm", _OF_NUMBER * x.numel())
+        function(x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), *x.shape)
         return y
 
     def gate(self, x: Tensor) -> Tensor:
         """silu(a) · b for x [rows, 2d], whose halves are a and b -> [rows, d]."""
         rows, d = x.shape[0], x.shape[1] // 2
         y = x.new_empty(rows, d)
-        self._gate(x.data_ptr(), y.data_ptr(), rows, d)
+        function = self._function("gate", _OF_NUMBER * x.numel())
+        function(x.data_ptr(), y.data_ptr(), rows, d)
         return y
 
     def rotate(
@@ -112,7 +114,7 @@ class Kernel:
         norms = None if head_norms is None else head_norms.data_ptr()
         cos, sin = rotation
         # fmt: off
-        self._rotate(
+        self._function("rotate", _OF_NUMBER * heads.numel())(
             heads.data_ptr(), norms, eps, cos.data_ptr(), sin.data_ptr(),
             cache.data_ptr(), slots.data_ptr(), rows, num_heads - 2 * h, h, e,
         )
@@ -130,25 +132,33 @@ class Kernel:
     ) -> None:
         """Attend from each row to the positions of its sequence up to its own.
 
+        A row's result has the same bits whatever the other rows are, and however many threads
+        compute it.
+
         Args:
-            query: [rows, H, e], of which the last two dimensions are contiguous.
-            blocks: [rows, m], each row's blocks in order; those after its position are not read.
-            positions: [rows].
-            out: [rows, H, e], receives the result.
+            query: [n · s, H, e], sequence by sequence, of which the last two dimensions are
+                contiguous.
+            blocks: [n, m], each sequence's blocks in order; those after its positions are not read.
+            positions: [n, s], of each sequence one after the other.
+            out: [n · s, H, e], receives the result.
             scaling: of the scores.
             window: how many positions a row sees, the last ones; None: all.
         """
-        rows, H, e = query.shape
+        _, H, e = query.shape
         _, z, num_kv, _ = cache.shape
+        m = blocks.shape[1]
         # fmt: off
-        self._attend(
-            query.data_ptr(), query.stride(0), cache.data_ptr(), blocks.data_ptr(), blocks.shape[1],
-            positions.data_ptr(), out.data_ptr(), window or 0, scaling, rows, H, num_kv // 2, e, z,
+        self._function("attend", query.numel() * m * z)(
+            query.data_ptr(), query.stride(0), cache.data_ptr(), blocks.data_ptr(), m,
+            positions.data_ptr(), out.data_ptr(), window or 0, scaling, *positions.shape,
+            H, num_kv // 2, e, z,
         )
         # fmt: on
 
     def add_lora(self, y: Tensor, x: Tensor, loras: Tensor, site: int, pairs_of_site: int) -> None:
         """Add each row's own delta for x [rows, in] to y [rows, out], in place.
+
+        A row's result has the same bits whatever the other rows are. x may be y.
 
         Args:
             loras: int64 [rows], where the `LoraTable` of each row's adapter is in memory; 0 for a
@@ -156,8 +166,9 @@ class Kernel:
             site: index of the site in the tables.
             pairs_of_site: how many pairs the tables have for each site.
         """
+        function = self._function("add_lora", _OF_NUMBER * (x.numel() + y.numel()))
         pointers = (each.data_ptr() for each in (y, x, loras))
-        self._add_lora(*pointers, site, pairs_of_site, len(x), x.shape[1], y.shape[1])
+        function(*pointers, site, pairs_of_site, len(x), x.shape[1], y.shape[1])
 
     def product(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
         """x [rows, in] times the weight, plus the bias [out] if any -> [rows, out].
@@ -166,7 +177,7 @@ class Kernel:
         """
         y = x.new_empty(len(x), weight.out_features)
         # fmt: off
-        self._product(
+        self._unlocked["product"](
             x.data_ptr(), weight.panels.data_ptr(), None if bias is None else bias.data_ptr(),
             y.data_ptr(), *x.shape, weight.num_words, weight.out_features,
         )
@@ -181,7 +192,8 @@ class Kernel:
         y = x.new_empty(len(x), weight.out_features)
         tensors = (x, weight.panels, weight.scales, weight.sums, y)
         pointers = (each.data_ptr() for each in tensors)
-        self._product_int8(*pointers, *x.shape, weight.num_words, weight.out_features)
+        sizes = (*x.shape, weight.num_words, weight.out_features)
+        self._unlocked["product_int8"](*pointers, *sizes)
         return y
 
 

@@ -103,7 +103,7 @@ class PagedKv:
         cache: [L, N, z, 2h, e].
         slots: [T], the place in the cache of each token's keys and values, of N · z.
         groups: together all rows of the batch, unless it is in tiles.
-        kernel: computes the attention of single tokens; None: torch does.
+        kernel: computes the attention; None: torch does.
         tiles: the batch in tiles, which attend in one call; None: its groups attend.
     """
 
@@ -141,14 +141,13 @@ def attend(
     if paged.tiles is not None:
         return attend_in_tiles(paged.tiles, cache, query, scaling, window, softcap)
     output = query.new_empty(query.shape)
-    kernel_can = softcap is None and query[0].is_contiguous()
-    for group in paged.groups:
-        is_single = group.positions.shape[1] == 1
-        if paged.kernel is not None and is_single and kernel_can:
+    if paged.kernel is not None and softcap is None and query[0].is_contiguous():
+        for group in paged.groups:
             _attend_in_kernel(paged.kernel, group, cache, query, output, scaling, window)
-        else:
-            attended = _attend_gathered(group, cache, query[group.rows], scaling, window, softcap)
-            output[group.rows] = attended
+        return output
+    for group in paged.groups:
+        attended = _attend_gathered(group, cache, query[group.rows], scaling, window, softcap)
+        output[group.rows] = attended
     return output
 
 
@@ -161,12 +160,13 @@ def _attend_in_kernel(
     scaling: float,
     window: int | None,
 ) -> None:
-    """Attention of a group's single tokens, from query to output, both of the whole batch."""
+    """Attention of a group's tokens, from query to output, both of the whole batch."""
     n = len(group.positions)
-    if n < len(query):  # else skip the slicing: it takes as long as a short sequence's attention
+    blocks = group.blocks.view(n, -1)
+    # Else skip the slicing: it takes as long as a short sequence's attention.
+    if group.positions.numel() < len(query):
         query = query[group.rows]
         output = output[group.rows]
-    blocks = group.blocks.view(n, -1)
     kernel.attend(query, cache, blocks, group.positions, output, scaling, window)
 
 

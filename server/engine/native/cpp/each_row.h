@@ -3,6 +3,18 @@
 #pragma once
 
 #include <cstdint>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// How many threads share the work of the calling one.
+inline int64_t num_threads() {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
 
 // Call visit(row) for each row. One thread does little work alone: meeting the other threads costs
 // microseconds, or milliseconds when another program is using their cores. An `if` clause would not

@@ -17,21 +17,10 @@
 #endif
 
 #include "bfloat16.h"
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16;  // 32-bit numbers of a vector
-#elif defined(__AVX2__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
+#include "vectors.h"
 
 constexpr int PANEL = 16;  // columns
 constexpr int PANEL_VECTORS = PANEL / LANES;
-
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef Words WordsInMemory __attribute__((aligned(4), may_alias));
-typedef float Floats __attribute__((vector_size(4 * LANES)));
 
 // What a number of x takes part in. PER_WORD of them meet a word of the weight.
 template <typename X> struct Arithmetic {

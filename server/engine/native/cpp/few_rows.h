@@ -1,0 +1,130 @@
+// Products of a few rows with what lies in memory as it came: keys and values of attention, A and B
+// of adapters. The rows share what they read.
+//
+// Rows are given by a pointer each. Numbers are float or bfloat16, sums are float. Each sum adds up
+// in one order, whatever other rows it is computed with: a row's bits depend on nothing else.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "bfloat16.h"
+#include "vectors.h"
+
+constexpr int ROWS_AT_ONCE = 2;  // with four sums each, they and their factors fit 16 registers
+constexpr int SUMS_AT_ONCE = 4;
+
+typedef float Four __attribute__((vector_size(16)));
+
+// A vector's lanes, added up to four.
+inline Four folded(Floats x) {
+    Four parts[LANES / 4];
+    std::memcpy(parts, &x, sizeof x);
+    for (int n = LANES / 8; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) parts[i] += parts[i + n];
+    return parts[0];
+}
+
+// The sums of the lanes of four vectors.
+inline Four lane_sums(const Floats (&x)[SUMS_AT_ONCE]) {
+    const Four a = folded(x[0]), b = folded(x[1]), c = folded(x[2]), d = folded(x[3]);
+    const Four ab = Four{a[0], b[0], a[1], b[1]} + Four{a[2], b[2], a[3], b[3]};
+    const Four cd = Four{c[0], d[0], c[1], d[1]} + Four{c[2], d[2], c[3], d[3]};
+    return Four{ab[0], ab[1], cd[0], cd[1]} + Four{ab[2], ab[3], cd[2], cd[3]};
+}
+
+inline float lane_sum(Floats x) {
+    const Four four = folded(x);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// Of each of `count` rows, `width` numbers from the one at `offset` on.
+template <typename T> struct RowList {
+    const T* const* rows;
+    int64_t count, offset, width;
+
+    const T* operator[](int64_t k) const { return rows[k] + offset; }
+};
+
+// Each of some rows of x times each of four rows of a, which have n numbers.
+template <int ROWS, typename T>
+__attribute__((noinline)) void multiply_four(const float* const* x,
+                                             const T* const (&a)[SUMS_AT_ONCE], int64_t n,
+                                             Four* products) {
+    Floats sums[ROWS][SUMS_AT_ONCE];
+    for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j < SUMS_AT_ONCE; j++) sums[r][j] = Floats{};
+    const int64_t whole = n / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) {
+        Floats of_x[ROWS];
+        for (int r = 0; r < ROWS; r++) of_x[r] = load_vector(x[r] + i);
+        for (int j = 0; j < SUMS_AT_ONCE; j++) {
+            const Floats of_a = load_vector(a[j] + i);
+            for (int r = 0; r < ROWS; r++) sums[r][j] += of_x[r] * of_a;
+        }
+    }
+    for (int r = 0; r < ROWS; r++) products[r] = lane_sums(sums[r]);
+    for (int64_t i = whole; i < n; i++)
+        for (int r = 0; r < ROWS; r++)
+            for (int j = 0; j < SUMS_AT_ONCE; j++) products[r][j] += x[r][i] * load(a[j][i]);
+}
+
+// z[r][first + k] = x[r] times row k of a.
+template <typename T>
+void multiply_by_rows(int64_t rows, const float* const* x, const RowList<T>& a, float* const* z,
+                      int64_t first) {
+    for (int64_t k = 0; k < a.count; k += SUMS_AT_ONCE) {
+        const int64_t num = std::min<int64_t>(SUMS_AT_ONCE, a.count - k);
+        const T* four[SUMS_AT_ONCE];  // where there are fewer, the last one takes the free places
+        for (int64_t j = 0; j < SUMS_AT_ONCE; j++) four[j] = a[k + std::min(j, num - 1)];
+        for (int64_t r = 0; r < rows; r += ROWS_AT_ONCE) {
+            const int64_t at_once = std::min<int64_t>(ROWS_AT_ONCE, rows - r);
+            Four products[ROWS_AT_ONCE];
+            auto multiply = at_once == 2 ? multiply_four<2, T> : multiply_four<1, T>;
+            multiply(x + r, four, a.width, products);
+            for (int64_t i = 0; i < at_once; i++)
+                for (int64_t j = 0; j < num; j++) z[r + i][first + k + j] = products[i][j];
+        }
+    }
+}
+
+// y[r][c] += the sum of z[r][k] b[k][c], for some vectors of columns c.
+template <int ROWS, int VECTORS, typename Y, typename T>
+__attribute__((noinline)) void add_columns(const float* const* z, int64_t first,
+                                           const RowList<T>& b, Y* const* y, int64_t column) {
+    Floats sums[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = load_vector(y[r] + column + v * LANES);
+    for (int64_t k = 0; k < b.count; k++) {
+        const T* row = b[k] + column;
+        Floats of_b[VECTORS];
+        for (int v = 0; v < VECTORS; v++) of_b[v] = load_vector(row + v * LANES);
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++) sums[r][v] += z[r][first + k] * of_b[v];
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) store_vector(sums[r][v], y[r] + column + v * LANES);
+}
+
+// y[r] += the sum of z[r][first + k] times row k of b.
+template <typename Y, typename T>
+void add_weighted_rows(int64_t rows, const float* const* z, int64_t first, const RowList<T>& b,
+                       Y* const* y) {
+    int64_t column = 0;
+    while (column + LANES <= b.width) {
+        const bool is_wide = column + SUMS_AT_ONCE * LANES <= b.width;
+        auto two = is_wide ? add_columns<2, SUMS_AT_ONCE, Y, T> : add_columns<2, 1, Y, T>;
+        auto one = is_wide ? add_columns<1, SUMS_AT_ONCE, Y, T> : add_columns<1, 1, Y, T>;
+        for (int64_t r = 0; r < rows; r += ROWS_AT_ONCE)
+            (r + 1 < rows ? two : one)(z + r, first, b, y + r, column);
+        column += is_wide ? SUMS_AT_ONCE * LANES : LANES;
+    }
+    for (; column < b.width; column++)
+        for (int64_t r = 0; r < rows; r++) {
+            float sum = load(y[r][column]);
+            for (int64_t k = 0; k < b.count; k++) sum += z[r][first + k] * load(b[k][column]);
+            y[r][column] = store<Y>(sum);
+        }
+}
