@@ -229,7 +229,7 @@ def _complete(files: Files) -> dict[str, Files]:
         match = _OF_A_VERSION.fullmatch(name)
         if match is not None:
             found.setdefault(match[1], {})[match[2]] = file
-    complete = {}
+    complete: dict[str, Files] = {}
     for place, of_version in found.items():
         names = (MANIFEST, *_kind(place).FILES)
         if of_version.keys() >= set(names):
