@@ -9,8 +9,8 @@ python=${PYTHON:-.venv/bin/python}
 mkdir -p "$folder/wheels"
 
 platforms=()
-for glibc in 2_28 2_27 2_17 2_12 2_5; do
-    platforms+=(--platform "manylinux_${glibc}_x86_64")
+for glibc in 35 34 31 28 27 24 17 12 5; do
+    platforms+=(--platform "manylinux_2_${glibc}_x86_64")
 done
 platforms+=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
 "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" \
