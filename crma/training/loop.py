@@ -193,7 +193,7 @@ class TaskTrainer:
             objective = loss + objective
             sums = torch.tensor([loss.item(), batch.num_tokens], dtype=torch.float64)
         if isinstance(objective, Tensor):
-            objective.backward()
+            torch.autograd.backward(objective)
         if self.ranks.size > 1:
             self.ranks.add_up(_gradients(optimizer, crma=crma))
             self.ranks.add_up([sums])

@@ -255,7 +255,9 @@ class StageTrainer:
 
     # What is measured and kept -----------------------------------------------------------------
 
-    def _keep(self, index: int, lora: Lora, backbone: Backbone | None, fit: Fit, wall_s: float) -> None:
+    def _keep(
+        self, index: int, lora: Lora, backbone: Backbone | None, fit: Fit, wall_s: float
+    ) -> None:
         """Publish the snapshot of a stage, and write what its training measured."""
         stage = self.snapshots.stages[index]
         measured: dict[str, Any] = {"wall_s": wall_s}

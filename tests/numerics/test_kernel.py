@@ -68,9 +68,7 @@ def test_norm_and_gate_round_as_torch_does(kernel: Kernel) -> None:
     torch.testing.assert_close(kernel.gate(gate_up), silu(both_ends) * x, **tight)
 
 
-def attended(
-    kernel: Kernel, query: Tensor, paged: Paged, first: int, window: int | None
-) -> Tensor:
+def attended(kernel: Kernel, query: Tensor, paged: Paged, first: int, window: int | None) -> Tensor:
     """Attention of a sequence's rows [s, H, e] from position `first` on."""
     cache, blocks = paged
     positions = torch.arange(first, first + len(query))[None]

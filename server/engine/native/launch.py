@@ -188,8 +188,8 @@ def _native_kernel(device: torch.device, dtype: torch.dtype, config: EngineConfi
     """The kernel for a device and dtype; None if off, or if "auto" and it cannot be built.
 
     Raises:
-        ConfigError: it is required and cannot be built or run, the device is no CPU, or the dtype is
-            float16.
+        ConfigError: it is required and cannot be built or run, the device is no CPU, or the dtype
+            is float16.
     """
     if config.kernel == "off":
         return None

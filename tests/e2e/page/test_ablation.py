@@ -256,7 +256,7 @@ def test_axe_finds_nothing_serious_and_nothing_is_too_wide(
     id = api.post("/ablation", json=body).json()["id"]
     seen = visit(f"{server}/#/ablation", look=look)
     expect(seen.page.get_by_role("heading", name="Past runs")).to_be_visible()
-    paste(seen, f'{json.dumps(body["questions"][0])}\nno JSON')
+    paste(seen, f"{json.dumps(body['questions'][0])}\nno JSON")
     for summary in ("Keep it on the server", "Only some tasks"):
         seen.page.get_by_text(summary).click()
     expect(seen.page.get_by_label("medical (1 question)")).to_be_visible()
