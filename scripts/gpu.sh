@@ -71,8 +71,8 @@ if [[ -n $carried ]]; then
     part setup 90 scripts/gpu_unpack.sh "$python" "$carried" "$work"
 fi
 
-schedules=4
-((${#quick[@]} == 0)) || schedules=1
+schedules=4 examples=48
+((${#quick[@]} == 0)) || { schedules=1 && examples=8; }
 exactness=(tests/e2e/test_exactness.py -m e2e --schedules "$schedules")
 pytest=("$python" -m pytest -q -W default --device "$device")  # other versions of packages may warn
 
@@ -80,6 +80,6 @@ part tests 130 "${pytest[@]}" tests/gpu -m gpu --record "$out/tests.json"
 part exactness-float32 70 "${pytest[@]}" "${exactness[@]}" -k float32 --record "$out/exactness-float32.json"
 part exactness-bfloat16 70 "${pytest[@]}" "${exactness[@]}" -k bfloat16 --record "$out/exactness-bfloat16.json"
 part bench 80 "$python" -m bench.gpu --device "$device" "${quick[@]}" --record "$out/bench.jsonl"
-part training 35 scripts/gpu_train.sh "$python" "$work" "$out/training.json"
+part training 35 scripts/gpu_train.sh "$python" "$work" "$out/training.json" "$examples"
 
 exit "$failed"
