@@ -187,7 +187,8 @@ def test_random_schedules_give_the_oracles_answers(
     comparison = Comparison(world, exact)
     schedules = st.lists(calls(prompts(world), 24), min_size=4, max_size=9)
 
-    num = request.config.getoption("--schedules") or NUM_SCHEDULES[comparison.dtype]
+    few = request.config.getoption("--schedules")
+    num = few or NUM_SCHEDULES[comparison.dtype]
 
     @settings(derandomize=True, max_examples=num, deadline=None, phases=[Phase.generate])
     @given(schedules, st.fixed_dictionaries(LIMITS))
@@ -207,7 +208,7 @@ def test_random_schedules_give_the_oracles_answers(
             f"\n{comparison.dtype}: {dict(counts)}, largest gap {comparison.max_gap:.4f}, "
             f"{comparison.rounding}\n"
         )
-    if comparison.dtype == torch.float32:
+    if comparison.dtype == torch.float32 and not few:
         assert counts["preemptions"] > 0, "the schedules must include preemptions"
         assert counts["cached tokens"] > 0, "the schedules must hit the prefix cache"
     assert counts["at a border"] <= counts["sequences"] / 50
