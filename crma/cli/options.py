@@ -13,6 +13,7 @@ Store = Annotated[
     typer.Option(
         "--store",
         envvar="CRMA_STORE",
+        metavar="STORE",
         help="The folder of the adapter store; to read one elsewhere: s3://…, gs://… or hf://….",
     ),
 ]

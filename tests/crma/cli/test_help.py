@@ -80,7 +80,7 @@ def test_a_store_a_model_and_a_server_are_options_everywhere(words: tuple[str, .
     arguments = text.partition("Arguments:")[2].partition("Options:")[0]
     assert not any(f" {name} <" in arguments for name in ("store", "model", "server"))
     if words[0] == "store":
-        assert "--store <path>" in text
+        assert "--store STORE" in text
 
 
 def test_the_help_names_every_scorer() -> None:

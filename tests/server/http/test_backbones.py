@@ -103,6 +103,7 @@ async def ended(client: httpx.AsyncClient) -> dict[str, Any]:
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.e2e
 async def test_a_dry_run_shows_its_evidence_and_the_promotion_after_it_serves(
     client: httpx.AsyncClient, store: AdapterStore
 ) -> None:
@@ -125,6 +126,7 @@ async def test_a_dry_run_shows_its_evidence_and_the_promotion_after_it_serves(
     assert (await client.get("/adapters")).json()["backbone"]["version"] == "v2"
 
 
+@pytest.mark.e2e
 async def test_a_candidate_that_cannot_be_judged_fails_with_the_words_of_the_command(
     client: httpx.AsyncClient,
 ) -> None:
