@@ -16,6 +16,7 @@ from crma.method.injection import Injection
 LIMITS = {"read_gb_s": 20.0, "gemm_gf_s": 100.0}
 
 
+@pytest.mark.e2e
 def test_a_profile_has_every_part_of_a_step_and_shares_that_add_up() -> None:
     injection = Injection(tiny.fresh(tiny.injection("llama")))
     kernel = tiny.kernel(injection)

@@ -206,6 +206,7 @@ def told(server: subprocess.Popen[str], word: str) -> None:
     server.stdin.flush()
 
 
+@pytest.mark.e2e
 def test_a_server_answers_while_its_model_loads(tmp_path: Path) -> None:
     """Probes hung until their time-outs: the port was bound, and nobody answered."""
     with running(SLOW_START, tmp_path=tmp_path, CRMA_DRAIN_GRACE_S="0") as (server, address):
@@ -227,6 +228,7 @@ def test_a_server_answers_while_its_model_loads(tmp_path: Path) -> None:
     assert server.returncode == 0
 
 
+@pytest.mark.e2e
 def test_a_model_that_cannot_be_loaded_ends_the_process_with_code_2(tmp_path: Path) -> None:
     with running(SLOW_START, tmp_path=tmp_path) as (server, _):
         told(server, "fail")

@@ -138,7 +138,7 @@ def test_a_missing_file_says_what_makes_it(tmp_path: Path) -> None:
 
 @given(st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
 def test_any_bytes_are_keys_or_a_config_error(tmp_path_factory: Any, content: bytes) -> None:
-    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    path = tmp_path_factory.getbasetemp() / "any bytes.json"
     path.write_bytes(content)
     with suppress(ConfigError):
         assert KeyFile(path).read() == ()

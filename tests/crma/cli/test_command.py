@@ -94,6 +94,7 @@ def test_a_shipped_store_verifies(trained: Trained, base: BaseModel) -> None:
     assert "legal, medical" in out
 
 
+@pytest.mark.e2e
 def test_an_ablation_of_a_split_adds_strengths_the_control_and_naive_bayes(
     trained: Trained, base: BaseModel
 ) -> None:

@@ -3,6 +3,7 @@
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -40,15 +41,15 @@ def form(fields: dict[str, str], files: dict[str, bytes], part: str = "files") -
 def test_a_form_may_come_in_any_pieces(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int]
 ) -> None:
-    folder = tmp_path_factory.mktemp("form")
     body = form(FIELDS, FILES)
-    upload = Upload(folder, FILES, FIELDS, b"xyz")
     borders = [0, *sorted(cuts), len(body)]
-    for start, end in pairwise(borders):
-        upload.write(body[start:end])
-    assert upload.is_complete
-    assert upload.fields == FIELDS
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+    with TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as folder:
+        upload = Upload(Path(folder), FILES, FIELDS, b"xyz")
+        for start, end in pairwise(borders):
+            upload.write(body[start:end])
+        assert upload.is_complete
+        assert upload.fields == FIELDS
+        assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == FILES
 
 
 def named_by(name: bytes) -> bytes:
@@ -62,12 +63,12 @@ def named_by(name: bytes) -> bytes:
 def test_no_bytes_make_a_file_of_another_name(
     tmp_path_factory: pytest.TempPathFactory, body: bytes
 ) -> None:
-    folder = tmp_path_factory.mktemp("form")
-    upload = Upload(folder, FILES, FIELDS, b"xyz")
-    with suppress(MalformedBody, InvalidField, UnknownField):
-        upload.write(body)
-    upload.files.close()
-    assert {path.name for path in folder.iterdir()} <= FILES.keys()
+    with TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as folder:
+        upload = Upload(Path(folder), FILES, FIELDS, b"xyz")
+        with suppress(MalformedBody, InvalidField, UnknownField):
+            upload.write(body)
+        upload.files.close()
+        assert {path.name for path in Path(folder).iterdir()} <= FILES.keys()
 
 
 @pytest.mark.parametrize("name", ["three", "", "../one", "/one", "one\0", "ONE", "a/one", "."])
