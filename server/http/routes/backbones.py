@@ -75,7 +75,7 @@ async def roll_back_backbone(
 @admin.post(
     "/{version}/promote",
     status_code=202,
-    responses=documented(401, 403, 404, 409, 422, 503, 507),
+    responses=documented(400, 401, 403, 404, 409, 413, 422, 503, 507),
 )
 async def promote(
     version: str,
