@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in under 8 minutes, from a bare Python 3.12 with torch and transformers, without a network:
+# All that needs a GPU, in under 8 minutes, from a bare Python 3.12 with torch and transformers,
+# without a network:
 #
 #     scripts/gpu.sh [--device cuda|cpu] [--quick] [--carried FOLDER] [--only PART]... [OUT]
 #
-# Parts: tests, exactness-float32, exactness-bfloat16, bench, training. Each has a limit of its own and writes a file of
-# JSON into OUT ($OUT, or build/gpu); one that fails does not stop the next. OUT/summary.json says how each ended, and
-# OUT/log.txt has their output. The exit code is 1 if one failed.
+# Parts: tests, exactness-float32, exactness-bfloat16, bench, training. Each has a limit of its own
+# and writes a file of JSON into OUT ($OUT, or build/gpu); one that fails does not stop the next.
+# OUT/summary.json says how each ended, and OUT/log.txt has their output. The exit code is 1 if one
+# failed.
 #
 # --carried: what scripts/gpu_pack.sh wrote; left out: packages and base model are installed.
 # --quick: as little as shows that it works, on a CPU too.
@@ -61,7 +63,8 @@ part() {
     timeout --kill-after=10 "$limit" "$@" >> "$out/log.txt" 2>&1 || rc=$?
     ((rc == 0)) || failed=1
     echo "   ended with $rc after $((SECONDS - begin)) s" | tee -a "$out/log.txt" >&2
-    summary+=("{\"part\": \"$name\", \"rc\": $rc, \"seconds\": $((SECONDS - begin)), \"limit_s\": $limit}")
+    local ended="\"rc\": $rc, \"seconds\": $((SECONDS - begin)), \"limit_s\": $limit"
+    summary+=("{\"part\": \"$name\", $ended}")
     local IFS=,
     echo "{\"device\": \"$device\", \"parts\": [${summary[*]}]}" > "$out/summary.json"
 }
@@ -77,8 +80,10 @@ exactness=(tests/e2e/test_exactness.py -m e2e --schedules "$schedules")
 pytest=("$python" -m pytest -q -W default --device "$device")  # other versions of packages may warn
 
 part tests 130 "${pytest[@]}" tests/gpu -m gpu --record "$out/tests.json"
-part exactness-float32 70 "${pytest[@]}" "${exactness[@]}" -k float32 --record "$out/exactness-float32.json"
-part exactness-bfloat16 70 "${pytest[@]}" "${exactness[@]}" -k bfloat16 --record "$out/exactness-bfloat16.json"
+for type in float32 bfloat16; do
+    part "exactness-$type" 70 \
+        "${pytest[@]}" "${exactness[@]}" -k "$type" --record "$out/exactness-$type.json"
+done
 part bench 80 "$python" -m bench.gpu --device "$device" "${quick[@]}" --record "$out/bench.jsonl"
 part training 35 scripts/gpu_train.sh "$python" "$work" "$out/training.json" "$examples"
 

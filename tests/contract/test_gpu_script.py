@@ -11,7 +11,7 @@ import pytest
 from paths import ROOT
 
 PARTS = ["tests", "exactness-float32", "exactness-bfloat16", "bench", "training"]
-MAX_SECONDS = 480  # of all parts together; more than a lent machine gives one command
+MAX_SECONDS = 480  # of all parts together
 
 
 def run(*arguments: str, python: str = "/bin/false") -> subprocess.CompletedProcess[str]:

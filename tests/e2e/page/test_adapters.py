@@ -145,13 +145,29 @@ def gate(gate_server: str, admin_key: str) -> Iterator[httpx.Client]:
         yield client
 
 
+def with_a_dry_run(visit: Open, gate_server: str, admin_key: str) -> Visit:
+    """The tab on which an administrator has begun a dry run."""
+    seen = visit(f"{gate_server}/#/adapters")
+    seen.use_key(admin_key)
+    seen.page.get_by_role("button", name="Dry run").click()
+    return seen
+
+
+def check_history(visit: Open, gate_server: str, look: str) -> None:
+    """The evidence of a promotion is a table in the history, for a reader without a key."""
+    seen = visit(f"{gate_server}/#/adapters", look=look)
+    card = seen.page.get_by_role("region", name="CRMA backbone")
+    card.get_by_text("History").click()
+    expect(card.locator(".evidence tbody tr").first).to_be_visible()
+    seen.show(f"history-{look}")
+    assert seen.axe() == []
+    assert not seen.is_too_wide()
+
+
 def test_a_dry_run_is_cancelled(
     visit: Open, gate_server: str, gate: httpx.Client, admin_key: str
 ) -> None:
-    seen = visit(f"{gate_server}/#/adapters")
-    seen.use_key(admin_key)
-    page = seen.page
-    page.get_by_role("button", name="Dry run").click()
+    page = with_a_dry_run(visit, gate_server, admin_key).page
     expect(page.get_by_text("dry run of v2: running")).to_be_visible()
     page.get_by_role("button", name="Cancel").click()
     expect(page.get_by_text("dry run of v2: cancelled")).to_be_visible()
@@ -162,10 +178,8 @@ def test_a_backbone_is_promoted_after_its_dry_run_and_rolled_back(
     visit: Open, gate_server: str, gate: httpx.Client, admin_key: str
 ) -> None:
     """The table has the evidence of the API."""
-    seen = visit(f"{gate_server}/#/adapters")
-    seen.use_key(admin_key)
+    seen = with_a_dry_run(visit, gate_server, admin_key)
     page = seen.page
-    page.get_by_role("button", name="Dry run").click()
     done = page.get_by_text("dry run of v2: done, nothing has changed")
     expect(done).to_be_visible(timeout=GATE_MS)
     evidence = gate.get("/backbones/promotion").json()["evidence"]
@@ -193,17 +207,5 @@ def test_a_backbone_is_promoted_after_its_dry_run_and_rolled_back(
     card.get_by_role("button", name="Yes, roll back").click()
     expect(card.locator(".version", has_text="v1").locator(".badge")).to_have_text("serves")
     assert gate.get("/backbones").json()["serving"] == "v1"
-
-
-@pytest.mark.parametrize("look", ["dark", "phone"])
-def test_the_evidence_in_the_history_is_a_table_in_every_look(
-    visit: Open, gate_server: str, look: str
-) -> None:
-    """After the promotion above, for a reader without a key."""
-    seen = visit(f"{gate_server}/#/adapters", look=look)
-    card = seen.page.get_by_role("region", name="CRMA backbone")
-    card.get_by_text("History").click()
-    expect(card.locator(".evidence tbody tr").first).to_be_visible()
-    seen.show(f"history-{look}")
-    assert seen.axe() == []
-    assert not seen.is_too_wide()
+    for look in ("dark", "phone"):
+        check_history(visit, gate_server, look)
