@@ -7,7 +7,7 @@ from crma.cli.output import interval
 
 
 def table(title: str, result: Mapping[str, Any]) -> str:
-    """Lay out an ablation's answer: a line per variant, then a line per comparison."""
+    """Lay out an ablation's answer: a line per variant, then two lines per comparison."""
     lines = [f"{title}: accuracy [95 %, Wilson]"]
     for variant, row in result["variants"].items():
         if "perplexity" in row:
@@ -25,8 +25,17 @@ def table(title: str, result: Mapping[str, Any]) -> str:
         if flips is not None:
             p = _number(flips["p"], ".2g")
             line += f", gained {flips['gained']}, lost {flips['lost']}, p = {p}"
-        lines.append(line)
+        lines += [line, f"  {_power(pair)}"]
     return "\n".join(lines)
+
+
+def _power(pair: Mapping[str, Any]) -> str:
+    """What so many questions can show, in a sentence."""
+    smallest = pair["detectable_difference"]
+    if smallest is None:
+        return f"{pair['n']} questions are too few to find any difference"
+    seen = f"a difference of {smallest:.2g}"
+    return f"80 of 100 runs of {pair['n']} questions would see {seen}; a smaller one may be missed"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -30,9 +30,10 @@ def bench(
     as_json: Json = False,  # noqa: ARG001 (its rows are JSON in any case)
     quiet: Quiet = False,
 ) -> None:
-    """Measure the server beside PEFT and transformers on this machine's CPU. Takes half an hour.
+    """Measure the server beside PEFT and transformers.
 
-    Its rows are JSON, with or without --json; the table for people comes last, on stderr.
+    On this machine's CPU, in half an hour. Its rows are JSON, with or without --json; the table for
+    people comes last, on stderr.
     """
     urls = [part for each in server or () for part in ("--url", each)]
     flags = [name for name, is_on in (("--quick", quick), ("--quiet", quiet)) if is_on]

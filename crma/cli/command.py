@@ -7,7 +7,7 @@ Results go to stdout, everything else to stderr.
 # top, because `crma --help` would then take long. A command imports what it needs when it runs.
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 import typer
@@ -25,14 +25,14 @@ from crma.cli import (
     training,
 )
 from crma.cli.options import HELP_NAMES
-from crma.core.errors import ConfigError, CrmaError
+from crma.core.errors import ConfigError, CrmaError, NotFound
 
 HELP = """Start here: `crma pull`, then `crma serve`, then `crma generate "Your question"`.
 
 Serve many fine-tuned tasks from one base model, and find out whether CRMA helps them.
 
 Every command has --json and --quiet. Results go to stdout, everything else to stderr. The exit code
-is 0: done; 1: it failed, or found a problem; 2: wrong use.
+is 0: done; 1: it failed, or found a problem; 2: wrong use, and nothing was done.
 """
 
 app = typer.Typer(
@@ -44,8 +44,8 @@ app = typer.Typer(
 )
 for module in (pull, serve, generation, evaluation, data, training, environment, bench):
     app.registered_commands += module.group.registered_commands
-app.add_typer(store.group, name="store")
-app.add_typer(keys.group, name="keys")
+app.add_typer(store.group, name="store", short_help=store.SUMMARY)
+app.add_typer(keys.group, name="keys", short_help=keys.SUMMARY)
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
         app()
     except CrmaError as error:
         _complain(explain(error))
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        sys.exit(2 if isinstance(error, ConfigError | NotFound) else 1)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         _complain(f"{place}{error.strerror or error}")
@@ -63,14 +63,23 @@ def main() -> None:
 
 def explain(error: CrmaError) -> str:
     """An error in a line: what is wrong, what is allowed, and what may have been meant."""
-    text = f"{error.field or 'crma'}: {error.message}"
-    if error.allowed:
-        text += f" (allowed: {error.allowed})"
-    if isinstance(error.value, str) and isinstance(error.allowed, Sequence):
-        names = [] if isinstance(error.allowed, str) else map(str, error.allowed)
+    place = f"{error.field or 'crma'}: "
+    text = error.message if error.message.startswith(place) else place + error.message
+    names = _listed(error.allowed)
+    allowed = ", ".join(names) or str(error.allowed or "")
+    if allowed not in text:
+        text += f" (allowed: {allowed})"
+    if isinstance(error.value, str):
         likely = get_close_matches(error.value, names, n=1)
         text += "".join(f" Did you mean {name!r}?" for name in likely)
     return text
+
+
+def _listed(allowed: object) -> list[str]:
+    """The names that are allowed; none if a sentence says what is."""
+    if isinstance(allowed, str) or not isinstance(allowed, Iterable):
+        return []
+    return [str(name) for name in allowed]
 
 
 def _complain(text: str) -> None:

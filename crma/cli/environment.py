@@ -3,7 +3,7 @@
 import typer
 
 from crma.cli.answer import Answer, answers
-from crma.cli.output import columns
+from crma.cli.output import cell, columns
 
 group = typer.Typer()
 
@@ -11,9 +11,10 @@ group = typer.Typer()
 @group.command()
 @answers
 def env() -> Answer:
-    """Say what this machine is: versions, CPU and its instructions, devices, models, settings.
+    """Say what this machine is, for a bug report.
 
-    A bug report needs it. Settings are named without their values, because keys are among them.
+    Versions, the CPU and its instructions, devices, models, settings. Settings are named without
+    their values, because keys are among them.
     """
     from crma.core.machine import describe
 
@@ -21,8 +22,7 @@ def env() -> Answer:
     rows = []
     for name, value in found.items():
         if isinstance(value, dict):
-            rows += [(f"{name} {key}", str(inner)) for key, inner in value.items()]
+            rows += [(f"{name} {key}", cell(inner)) for key, inner in value.items()]
         else:
-            shown = ", ".join(value) if isinstance(value, list) else str(value)
-            rows.append((name, shown or "–"))
+            rows.append((name, cell(value)))
     return Answer(found, columns(rows))

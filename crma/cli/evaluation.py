@@ -69,10 +69,11 @@ def ablate(
     seed: _Seed = 0,
     raw: _Raw = False,
 ) -> Answer:
-    """Ask the same questions with and without CRMA: accuracies, intervals and flips.
+    """Ask the same questions with and without CRMA, and compare.
 
-    A split is also answered by a naive Bayes classifier. --split, --control and --strengths need
-    the store, and cannot be had with --server.
+    Prints accuracies, intervals, flips, and what so many questions can show. A split is also
+    answered by a naive Bayes classifier. --split, --control and --strengths need the store, and
+    cannot be had with --server.
     """
     if max_tokens < 1:
         message = "not the length of an answer."

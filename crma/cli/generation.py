@@ -81,9 +81,9 @@ def chat(
     fields: _Fields = None,
     as_json: bool = False,
 ) -> Answer:
-    """Talk with a running server: a line of stdin is a turn, and stdout has the answers.
+    """Talk with a running server: a line of stdin is a turn.
 
-    With --json the whole conversation is printed at its end.
+    stdout has the answers. With --json the whole conversation is printed at its end.
     """
     options: dict[str, Any] = {**_read_fields(fields), "task": task, "crma": crma, "seed": seed}
     options |= {"max_tokens": max_tokens, "temperature": temperature}

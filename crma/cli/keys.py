@@ -13,9 +13,10 @@ from crma.cli.output import note
 if TYPE_CHECKING:
     from crma.access.key import Key
 
+SUMMARY = "The keys of a server, in a file: who may call it."
+
 group = typer.Typer(
-    no_args_is_help=True,
-    help="Next: `crma keys add NAME` makes a key. The keys of a server, in a file.",
+    no_args_is_help=True, help=f"Next: `crma keys add NAME` makes a key.\n\n{SUMMARY}"
 )
 
 KeyFileOption = Annotated[
@@ -54,7 +55,10 @@ def add(
         int | None, typer.Option(help="Requests at once. Default: no limit.")
     ] = None,
 ) -> Answer:
-    """Make a key, and print it: it cannot be shown again, because the file has its hash only."""
+    """Make a key, and print it.
+
+    It cannot be shown again, because the file has its hash only.
+    """
     from crma.access.key import digest_of, new_key, read_key
     from crma.access.key_file import KeyFile
 
@@ -104,7 +108,10 @@ def _line(key: Mapping[str, Any]) -> str:
 @group.command()
 @answers
 def revoke(name: Name, file: KeyFileOption) -> Answer:
-    """Remove a key. A running server refuses it within seconds; what it runs for it goes on."""
+    """Remove a key.
+
+    A running server refuses it within seconds; what it runs for it goes on.
+    """
     from crma.access.key_file import KeyFile
 
     KeyFile(file).revoke(name)

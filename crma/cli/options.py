@@ -26,7 +26,12 @@ Model = Annotated[
 Server = Annotated[str, typer.Option("--server", metavar="URL", help="The address of a server.")]
 KeyFile = Annotated[
     Path | None,
-    typer.Option("--key-file", help="A file with the key that the server asks for, and no more."),
+    typer.Option(
+        "--key-file",
+        exists=True,
+        dir_okay=False,
+        help="A file with the key that the server asks for, and no more.",
+    ),
 ]
 Task = Annotated[
     str | None,

@@ -42,6 +42,13 @@ def interval(bounds: list[float] | None) -> str:
     return f"[{low:.2f}, {high:.2f}]"
 
 
+def cell(value: Any) -> str:
+    """A value in a table: a dash for none, and a list with commas."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "–"
+    return "–" if value is None else str(value)
+
+
 def columns(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows of cells as lines in which each column is as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

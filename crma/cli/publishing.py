@@ -113,7 +113,7 @@ def sign(
         typer.Option(help="tasks/NAME/vN or backbones/vN, signed again if it is signed already."),
     ] = None,
 ) -> Answer:
-    """Sign versions of a store; without --version, those that have no signature.
+    """Sign the versions that are named, or all without a signature.
 
     A version whose files are not those of its manifest is refused.
     """

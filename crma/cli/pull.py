@@ -19,7 +19,10 @@ def pull(
         str, typer.Argument(help="The default model's name, a hub id, or a folder.")
     ] = DEFAULT_MODEL,
 ) -> Answer:
-    """Fetch a base model and convert it into the cache, unless it is there already."""
+    """Fetch a base model into the cache, unless it is there.
+
+    The default model is converted into the Hugging Face layout, which takes 20 seconds.
+    """
     from crma.models.model_shape import read_shape
     from crma.models.pull import pull as fetch
 

@@ -29,7 +29,7 @@ def serve(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Serve the tasks of a store until told to stop, by SIGTERM or Ctrl-C.
+    """Serve the tasks of a store, until SIGTERM or Ctrl-C.
 
     Every other setting is an environment variable CRMA_…: docs/settings.md lists them. With --json
     the log on stderr is JSON lines; with --quiet it has warnings only. Nothing goes to stdout.

@@ -8,18 +8,18 @@ import typer
 from crma.cli import publishing
 from crma.cli.answer import Answer, answers
 from crma.cli.options import DEFAULT_STORE, Model, Store
-from crma.cli.output import columns, note
+from crma.cli.output import cell, columns, note
 from crma.models.base_model import DEFAULT_MODEL, find_base
 
 if TYPE_CHECKING:
     from crma.store.adapter_store import AdapterStore
     from crma.store.entry import BackboneEntry, TaskEntry
 
+SUMMARY = "The adapter store: what is in it, and which versions serve."
+
 group = typer.Typer(
-    no_args_is_help=True,
-    help="Next: `crma store ls` lists what a store holds. The adapter store, on disk.",
+    no_args_is_help=True, help=f"Next: `crma store ls` lists what a store holds.\n\n{SUMMARY}"
 )
-group.registered_commands += publishing.group.registered_commands
 
 _COLUMNS = ("channel", "serves", "versions", "digest")
 _PublicKey = Annotated[
@@ -30,7 +30,10 @@ _PublicKey = Annotated[
 @group.command(epilog="Next: crma store import FOLDER NAME --store STORE")
 @answers
 def init(store: Store = DEFAULT_STORE) -> Answer:
-    """Start an empty store in a folder that is missing or empty. A store stays as it is."""
+    """Start an empty store in a folder that is missing or empty.
+
+    A store that is there already stays as it is.
+    """
     from crma.store.opening import start_store
 
     names = start_store(store).task_names()
@@ -41,7 +44,7 @@ def init(store: Store = DEFAULT_STORE) -> Answer:
 @group.command(epilog="Next: crma store show NAME")
 @answers
 def ls(store: Store = DEFAULT_STORE) -> Answer:
-    """List the backbone and the tasks: versions, the one that serves, and its digest."""
+    """List the backbone and the tasks, and which versions serve."""
     from crma.store.opening import open_store
 
     adapters = open_store(store)
@@ -85,14 +88,7 @@ def _serving_entry(store: "AdapterStore", channel: str) -> "TaskEntry | Backbone
 
 
 def _row(channel: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(_cell(channel[name]) for name in _COLUMNS)
-
-
-def _cell(value: Any) -> str:
-    """A value in a table: a dash for none, and a list with commas."""
-    if isinstance(value, list):
-        return ", ".join(value) or "–"
-    return "–" if value is None else str(value)
+    return tuple(cell(channel[name]) for name in _COLUMNS)
 
 
 @group.command()
@@ -103,7 +99,10 @@ def show(
     ],
     store: Store = DEFAULT_STORE,
 ) -> Answer:
-    """Show the manifest of a version; without @VERSION, of the one that serves."""
+    """Show the manifest of a version.
+
+    Without @VERSION, of the one that serves.
+    """
     from crma.store.opening import open_store
 
     adapters = open_store(store)
@@ -137,7 +136,7 @@ def _short(value: Any) -> str:
         ]
         hidden = [f"{key}=…" for key, each in value.items() if isinstance(each, list | dict)]
         return repr(" ".join(inner + hidden)).strip("'") or "–"
-    return _cell(value)
+    return cell(value)
 
 
 @group.command()
@@ -145,11 +144,11 @@ def _short(value: Any) -> str:
 def verify(
     store: Store = DEFAULT_STORE, model: Model = DEFAULT_MODEL, public_key: _PublicKey = None
 ) -> Answer:
-    """Check every file, digest, shape and lineage, the certificate, and with --public-key every
-    version's signature.
+    """Check files, digests, shapes, lineage and certificate.
 
-    The exit code is 1 if anything is wrong. Every problem is listed. Of a store on another machine,
-    what is new is fetched first; versions that are here already are not fetched again.
+    With --public-key also every version's signature. The exit code is 1 if anything is wrong. Every
+    problem is listed. Of a store on another machine, what is new is fetched first; versions that
+    are here already are not fetched again.
     """
     from crma.models.model_shape import read_shape
     from crma.store.opening import open_store
@@ -168,6 +167,9 @@ def verify(
     return Answer(value, f"✓ {store}: {tasks}; certificate {bounds}")
 
 
+group.registered_commands += publishing.group.registered_commands  # in this order
+
+
 @group.command()
 @answers
 def rollback(
@@ -180,7 +182,10 @@ def rollback(
         ),
     ] = "backbone",
 ) -> Answer:
-    """Serve the version that served before the current one. A running server notices at once."""
+    """Serve the version that served before the current one.
+
+    A running server notices at once.
+    """
     from crma.store.opening import open_store
 
     adapters = open_store(store)
@@ -201,9 +206,10 @@ def gc(
         bool, typer.Option("--delete", help="Delete them. Nobody can bring them back.")
     ] = False,
 ) -> Answer:
-    """List the versions of tasks that came before the one that a roll back would serve.
+    """List the old versions of tasks, or delete them.
 
-    With --delete they are deleted. A server that still has one in memory goes on with it.
+    Old are those before the one that a roll back would serve. With --delete they are deleted. A
+    server that still has one in memory goes on with it.
     """
     from crma.store.garbage import outdated
     from crma.store.opening import open_store

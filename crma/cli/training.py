@@ -88,7 +88,10 @@ def experiment(
         bool, typer.Option("--dry-run", help="Say how many runs there are and what they cost.")
     ] = False,
 ) -> Answer:
-    """Make the missing records of an experiment, and print the table of all its records."""
+    """Make the missing records of an experiment.
+
+    Prints the table of all its records, those that were there included.
+    """
     from crma.training.experiment import execute, plan, read_experiment
     from crma.training.experiment_report import experiment_report
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from crma.core.cache import cache_home
 from crma.core.digests import bytes_digest
-from crma.core.errors import DataError
+from crma.core.errors import ConfigError, DataError
 from crma.core.files import publish_folder
 from crma.data.clinc import CLINC, CLINC_TASKS, read_clinc
 from crma.data.examples import Example, read_jsonl
@@ -71,13 +71,14 @@ def build(
         "<domain>/<split>" -> digest.
 
     Raises:
-        DataError: an unknown domain, or a source that cannot be had or has changed.
+        ConfigError: there is no such domain.
+        DataError: a source cannot be had, or has changed.
     """
     sources = sources or {}
     for domain in (*(domains or ()), *sources):
         if domain not in DOMAINS:
             message = f"{domain!r} is not a built-in domain."
-            raise DataError(message, field="domain", value=domain, allowed=DOMAINS)
+            raise ConfigError(message, field="domain", value=domain, allowed=DOMAINS)
     built: dict[str, str] = {}
     for domain in domains or DOMAINS:
         folder = _folder(domain)

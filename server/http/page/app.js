@@ -59,7 +59,8 @@ function App() {
     <nav aria-label="Tabs">
       ${Object.entries(TABS).map(
         ([key, tab]) => html`
-          <a href="#/${key}" aria-current=${key === name ? "page" : null}>${tab.name}</a>
+          <a href="#/${key}" data-name=${tab.name}
+            aria-current=${key === name ? "page" : null}>${tab.name}</a>
         `,
       )}
     </nav>
@@ -114,7 +115,7 @@ function Status({ model }) {
     return () => clearInterval(timer);
   }, []);
   return html`
-    <p class="status ${problem ? "bad" : "good"}" role="status">
+    <p class="status ${problem ? "bad" : "good"}" role="status" title=${problem || model}>
       ${problem || html`<span class="dot" aria-hidden="true"></span>${model ?? "ready"}`}
     </p>
   `;

@@ -2,10 +2,12 @@
 
 import { useState } from "preact/hooks";
 
-import { get } from "./api.js";
+import { ApiError, get } from "./api.js";
 import { html } from "./html.js";
 import { storedKey, storeKey } from "./key.js";
 import { Problem } from "./problem.js";
+
+const NOT_TAKEN = "The server does not take this key. Whoever runs it can give you one.";
 
 /** A field for the key; `onChange` is called once the server has taken it. */
 export function KeyForm({ isNeeded, onChange }) {
@@ -23,7 +25,7 @@ export function KeyForm({ isNeeded, onChange }) {
       onChange();
     } catch (refused) {
       storeKey(before);
-      setError(refused);
+      setError(refused.status === 401 ? new ApiError(NOT_TAKEN) : refused);
     } finally {
       setChecking(false);
     }

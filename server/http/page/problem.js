@@ -4,9 +4,9 @@ import { html } from "./html.js";
 
 const MAX_ALLOWED = 200;
 
-/** Shows an ApiError; nothing without one. */
+/** Shows an ApiError; nothing without one, and of a key that is needed, because its form says so. */
 export function Problem({ error }) {
-  if (!error) return null;
+  if (!error || error.status === 401) return null;
   return html`
     <p class="problem" role="alert">
       ${error.message}

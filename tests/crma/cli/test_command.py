@@ -181,7 +181,7 @@ def test_a_folder_that_is_no_store_is_refused_by_name(
     if there == "other":
         (folder / "notes.txt").write_text("mine")
     code, out, err = crma(*arguments.format(folder=folder, store=store.root).split())
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert str(folder) in err
     assert (f"`crma store init --store {folder}`" in err) == (there != "other")
     assert folder.exists() == (there != "missing")
@@ -218,7 +218,7 @@ def test_a_backbone_that_serves_already_is_not_promoted(trained: Trained, base: 
 
 def test_the_first_backbone_is_not_rolled_back(trained: Trained) -> None:
     code, _, err = crma("store", "rollback", "--store", trained.store)
-    assert (code, "No backbone served before v1" in err) == (1, True)
+    assert (code, "No backbone served before v1" in err) == (2, True)
 
 
 def test_a_roll_back_names_the_tasks_that_stop(base: BaseModel, store: AdapterStore) -> None:
@@ -309,12 +309,13 @@ ERRORS = [
     (2, f"ablate {STORE} --max-tokens 0", "--max-tokens: not the length of an answer."),
     (2, f"ablate {STORE} --scorer exakt", "Did you mean 'exact'?"),
     (2, "ablate --store {new} --model {base}", "no public question set: ask a split (--split)"),
-    (1, "store rollback --store {store} --channel tasks/typo", "backbone, tasks/legal, tasks/med"),
-    (1, "store show medicl --store {store}", "Did you mean 'medical'?"),
-    (1, "store import {store}/nowhere other --store {store} --model {base}", "no such folder"),
+    (2, "store rollback --store {store} --channel tasks/typo", "backbone, tasks/legal, tasks/med"),
+    (2, "store show medicl --store {store}", "(allowed: legal, medical) Did you mean 'medical'?"),
+    (2, "store import {store}/nowhere other --store {store} --model {base}", "no such folder"),
     (1, "train {store}/run.toml", "[a-z0-9][a-z0-9._-]{0,63}"),
-    (1, "data legl", "Did you mean 'legal'?"),
-    (1, "store ls --store /dev/null/x", "/dev/null/x"),
+    (2, "data legl", "Did you mean 'legal'?"),
+    (2, f"ablate {STORE} --questions {{bad}}", "error: bad line 2.task: Field required."),
+    (2, "store ls --store /dev/null/x", "/dev/null/x"),
 ]
 
 
@@ -325,7 +326,9 @@ def test_an_error_is_one_line_that_says_what_to_do(
     """Also if the command is to be quiet. Wrong use is 2, anything else 1."""
     new = start_store(store.root.parent / "new").root
     (store.root / "run.toml").write_text(f'tasks = ["data/My Task"]\nmodel = "{base.path}"\n')
-    words = arguments.format(store=store.root, base=base.path, new=new).split()
+    bad = store.root.parent / "bad.jsonl"
+    bad.write_text('\n{"id": "a"}\n')
+    words = arguments.format(store=store.root, base=base.path, new=new, bad=bad).split()
     code, out, err = crma(*words, "--quiet")
     assert (code, out) == (expected, "")
     (line,) = err.splitlines()
@@ -342,6 +345,7 @@ def test_an_error_is_one_line_that_says_what_to_do(
         ("store show", "Missing argument"),
         ("generate hi --max-tokens many", "'--max-tokens': Input should be a valid integer"),
         ("ablate --split test", "'holdout'"),
+        ("generate hi --key-file nowhere", "'nowhere' does not exist"),
     ],
 )
 def test_a_mistyped_command_line_is_wrong_use_and_names_what_is_near(

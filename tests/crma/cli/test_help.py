@@ -67,6 +67,16 @@ def test_the_first_line_says_what_to_do_next() -> None:
         assert lines[1].startswith(("Start here: `crma ", "Next: `crma "))
 
 
+@pytest.mark.parametrize("group", [(), ("store",), ("keys",)])
+def test_a_list_of_commands_has_whole_sentences(group: tuple[str, ...]) -> None:
+    """On a terminal of 80 columns. Half of them ended in three dots."""
+    result = CliRunner().invoke(app, [*group, "--help"], env={"COLUMNS": "80"})
+    lines = result.stdout.partition("Commands:")[2].split("\n")
+    listed = [line for line in lines if line.strip()]
+    assert len(listed) > 2
+    assert [line for line in listed if line.endswith("...")] == []
+
+
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_every_command_can_print_json_and_be_quiet(words: tuple[str, ...]) -> None:
     text = shown(*words)

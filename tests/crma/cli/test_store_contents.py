@@ -39,7 +39,7 @@ def test_the_manifest_of_a_version_is_shown(store: AdapterStore) -> None:
     assert code == 0
     assert len(out.splitlines()) == len(shown)  # a field a line, templates too
     code, _, err = crma("store", "show", "medical@v7", "--store", store.root)
-    assert (code, "v7" in err) == (1, True)
+    assert (code, "v7" in err) == (2, True)
 
 
 def test_nothing_is_deleted_unless_that_is_asked_for(base: BaseModel, store: AdapterStore) -> None:

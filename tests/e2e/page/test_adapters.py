@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -16,6 +17,7 @@ from crma.models.base_model import find_base
 from crma.store.adapter_store import AdapterStore
 from crma.store.channels import task_channel
 from crma.store.manifest import TASK_FILES
+from crma.store.opening import start_store
 
 pytestmark = pytest.mark.e2e
 
@@ -62,7 +64,12 @@ def test_admin_acts_need_the_admin_key_and_then_change_the_server(
         tasks = api.get("/adapters").json()["tasks"]
         return next(task["resident"] for task in tasks if task["name"] == "finance")
 
-    for act, told, after in (("Load", "in memory", True), ("Unload", "not loaded", False)):
+    for act, told, after in (
+        ("Load", "in memory", True),
+        ("Pin", "in memory", True),
+        ("Unpin", "in memory", True),
+        ("Unload", "not loaded", False),
+    ):
         card.get_by_role("button", name=f"{act} finance v1", exact=True).click()
         expect(card.get_by_text(f"{act}: done")).to_be_visible()
         expect(card.locator(".badge").nth(1)).to_have_text(told)
@@ -88,6 +95,21 @@ def test_an_upload_serves_and_is_rolled_back(
     card.get_by_role("button", name="Yes, roll back").click()
     expect(card).to_contain_text("serves v1")
     assert api.get("/adapters/code").json()["serving"] == "v1"
+
+
+def test_an_empty_store_says_how_a_task_comes_into_it(visit: Open, tmp_path: Path) -> None:
+    """Every tab opens; it said that no task serves, and no more."""
+    store = start_store(tmp_path / "store").root
+    with running_server(CRMA_STORE=str(store)) as url:
+        seen = visit(f"{url}/#/adapters")
+        expect(seen.page.get_by_text("crma store import publishes a LoRA")).to_be_visible()
+        for tab in ("Training", "Live"):
+            seen.page.get_by_role("link", name=tab).click()
+            expect(seen.page.get_by_text("No task serves.")).to_be_visible()
+            assert seen.axe() == []
+        seen.page.get_by_role("link", name="Ask").click()
+        seen.page.get_by_role("button", name="Insert an example").click()
+        expect(seen.page.get_by_text("No question set here asks anything.")).to_be_visible()
 
 
 @pytest.mark.parametrize("look", ["light", "dark", "phone"])

@@ -1,5 +1,6 @@
 """The tab Ask: streams, comparisons, tokens, copies; a wrong key, a lost connection."""
 
+import json
 import math
 import re
 import subprocess
@@ -120,6 +121,18 @@ def test_four_variants_side_by_side_are_those_of_the_api_and_their_parting_is_ma
         assert texts[name][at] != (reference[at] if at < len(reference) else None)
 
 
+def test_an_example_is_a_question_that_a_set_asks_of_the_task(
+    visit: Open, server: str, api: httpx.Client
+) -> None:
+    seen = visit(server)
+    page = seen.page
+    page.get_by_role("combobox", name="Task").select_option("legal")
+    page.get_by_role("button", name="Insert an example").click()
+    lines = map(json.loads, api.get("/question_sets/public").text.splitlines())
+    first = next(each["question"] for each in lines if each["task"] == "legal")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value(first)
+
+
 def test_nothing_moves_while_answers_arrive(visit: Open, server: str) -> None:
     seen = visit(server)
     fill(seen, compare=True, max_tokens=40)
@@ -186,7 +199,7 @@ def test_a_server_with_keys_asks_for_one_and_a_wrong_one_is_told(
     field = seen.page.get_by_label("This server asks for a key")
     field.fill("a wrong key")
     seen.page.get_by_role("button", name="Use key").click()
-    expect(seen.page.get_by_role("alert")).to_contain_text("key")
+    expect(seen.page.get_by_role("alert")).to_contain_text("The server does not take this key.")
     assert seen.page.evaluate("sessionStorage.length") == 0
     assert seen.axe() == []
     field.fill(api_key)

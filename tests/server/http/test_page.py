@@ -10,6 +10,7 @@ from posixpath import dirname, join, normpath
 import pytest
 from api import Serve, Served
 
+from crma.evaluation.scorers import SCORERS
 from server.http.page_files import FOLDER, read_page
 
 IMPORT = re.compile(r"""(?:\bfrom|\bimport\()\s*"([^"]+)"|\bimport "([^"]+)";""")
@@ -62,6 +63,11 @@ def test_a_module_asks_nobody_else_and_reads_no_text_as_html(path: Path) -> None
     text = path.read_text()
     assert not re.search(r"https?://(?!www\.w3\.org/)", text)
     assert not re.search(r"innerHTML|dangerouslySetInnerHTML|\beval\(|localStorage", text)
+
+
+def test_the_page_says_what_each_scorer_does() -> None:
+    text = (FOLDER / "ablation" / "scorer.js").read_text()
+    assert re.findall(r'^  (\w+): "', text, re.MULTILINE) == list(SCORERS)
 
 
 async def test_a_file_that_the_browser_has_is_not_sent_again(served: Served) -> None:

@@ -8,17 +8,9 @@ import { html } from "../html.js";
 import { Problem } from "../problem.js";
 import { linesNaming, readLines, withLines } from "./question_lines.js";
 import { QuestionSource } from "./question_source.js";
+import { FIRST_SCORER, ScorerField } from "./scorer.js";
 import { TaskFilter } from "./task_filter.js";
 
-export const SCORERS = [
-  "exact",
-  "contains",
-  "numeric",
-  "regex",
-  "choice",
-  "choice_normalised",
-  "perplexity",
-];
 const COMPARED_FIRST = ["task+crma", "task"];
 
 /** The form; `onStarted(id)` is called with the id of the job, `onSetsChange()` after sets changed. */
@@ -26,7 +18,7 @@ export function AblationForm({ sets, onSetsChange, onStarted }) {
   const [source, setSource] = useState({ set: null, text: "" });
   const [error, setError] = useState(null);
   const [faults, setFaults] = useState([]);
-  const [scorer, setScorer] = useState(SCORERS[0]);
+  const [scorer, setScorer] = useState(FIRST_SCORER);
   const [isStarting, setStarting] = useState(false);
   const given = { ...source, set: source.set ?? sets[0]?.name ?? "" };
   const change = (next) => {
@@ -66,12 +58,9 @@ export function AblationForm({ sets, onSetsChange, onStarted }) {
             isChecked=${COMPARED_FIRST.includes(name)} />
         `,
         )}
+        <p class="hint">task is the adapter of a question's task, crma the backbone, base neither.</p>
       </fieldset>
-      <label>Scorer
-        <select name="scorer" value=${scorer} onChange=${(event) => setScorer(event.target.value)}>
-          ${SCORERS.map((name) => html`<option>${name}</option>`)}
-        </select>
-      </label>
+      <${ScorerField} scorer=${scorer} onChange=${setScorer} />
       <details>
         <summary>More settings</summary>
         <label>Other variants, such as task@v2 or a second task for a null run
@@ -93,7 +82,7 @@ export function AblationForm({ sets, onSetsChange, onStarted }) {
           }
         </div>
         <${CheckField} name="own_choices" label="Every answer is one of its question's choices" />
-        <${CheckField} name="repeat" label="Run variants of one selection apart" />
+        <${CheckField} name="repeat" label="Run variants apart, even those that choose the same adapters" />
         <${CheckField} name="raw" label="Raw: without the prompt format" />
       </details>
       <div class="row"><button class="main" disabled=${isStarting}>Start</button></div>

@@ -1,4 +1,4 @@
-// What an administrator does with a version: load, unload, pin, unpin, roll back, delete.
+// What an administrator does with a version: load, unload, pin, unpin, roll back.
 
 import { useState } from "preact/hooks";
 

@@ -46,7 +46,8 @@ export function Adapters({ adapters }) {
         ${isAdmin && html`<${Upload} onDone=${done} />`}
       </div>
       <div>
-        ${tasks.length === 0 && html`<p class="hint">No task serves.</p>`}
+        ${tasks.length === 0 && html`<p class="hint">No task serves. <code>crma store import</code> publishes a LoRA,
+            <code>crma train --ship</code> what it trains. With an admin key it can be uploaded here.</p>`}
         ${tasks.map(
           (task) => html`
           <${Task} key=${task.name} name=${task.name} round=${round} isAdmin=${isAdmin}

@@ -19,7 +19,9 @@ export function Certificate({ certificate }) {
   const top = Math.max(...layers.map((layer) => layer.bound)) * 1.08;
   const step = (WIDTH - LEFT) / layers.length;
   const y = (value) => TOP + (HEIGHT - BOTTOM - TOP) * (1 - value / top);
-  const ticks = [0, top / 3, (2 * top) / 3, top];
+  const tick = tickOf(top);
+  const ticks = Array.from({ length: Math.floor(top / tick) + 1 }, (_, index) => index * tick);
+  const digits = Math.max(0, -Math.floor(Math.log10(tick)));
   return html`
     <p>${holds ? HOLDS : "The certificate does not hold."}
       ${" "}Largest bound ${fixed(certificate.max_bound, 3)}, largest norm measured
@@ -30,7 +32,7 @@ export function Certificate({ certificate }) {
       ${ticks.map(
         (value) => html`
         <line class="grid" x1=${LEFT} x2=${WIDTH} y1=${y(value)} y2=${y(value)} />
-        <text x=${LEFT - 6} y=${y(value) + 4} text-anchor="end">${fixed(value, 1)}</text>
+        <text x=${LEFT - 6} y=${y(value) + 4} text-anchor="end">${fixed(value, digits)}</text>
       `,
       )}
       ${layers.map((layer, index) => {
@@ -64,4 +66,11 @@ export function Certificate({ certificate }) {
       </table><//>
     </details>
   `;
+}
+
+/** A round distance, of which there are at most five from 0 to `top`. */
+function tickOf(top) {
+  const power = 10 ** Math.floor(Math.log10(top));
+  if (top <= 2 * power) return power / 2;
+  return top <= 5 * power ? power : 2 * power;
 }

@@ -6,6 +6,7 @@ import { Evidence, isEvidence } from "./evidence.js";
 
 /** `history` is that of the API, the oldest change first. */
 export function History({ history }) {
+  if (history.length === 0) return null;
   return html`
     <details>
       <summary>History</summary>

@@ -60,7 +60,7 @@ function Version({ version, isAdmin, onDone }) {
           <dd><code title=${version.lineage ?? ""}>${short(version.lineage)}</code></dd>
         </div>
         <div><dt>Rank, scaling</dt><dd>${version.rank}, ${version.scaling}</dd></div>
-        <div><dt>Of</dt><dd>${version.target_modules.join(", ")}</dd></div>
+        <div><dt>Target modules</dt><dd>${version.target_modules.join(", ")}</dd></div>
         <div><dt>Prompt format</dt><dd>${version.prompt_format ?? "none"}</dd></div>
         <div><dt>Licence</dt><dd>${version.licence}</dd></div>
         <div><dt>Published</dt><dd>${when(version.created)}</dd></div>

@@ -35,7 +35,11 @@ export function Ask({ adapters }) {
       <${AskForm} adapters=${adapters} isBusy=${isBusy} onAsk=${start}
         onStop=${() => control.current?.abort()} />
       <section class="answers" aria-label="Answers">
-        ${asked.length === 0 && html`<p class="hint empty">The answer will be here.</p>`}
+        ${
+          asked.length === 0 &&
+          html`<p class="hint empty">The answer will be here, token by token. Compare shows what the task and
+            CRMA change.</p>`
+        }
         ${
           isCompared &&
           html`

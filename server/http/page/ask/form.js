@@ -1,22 +1,27 @@
 // What to ask, whom, and how.
 
-import { useState } from "preact/hooks";
+import { useRef, useState } from "preact/hooks";
 
 import { CheckField } from "../field.js";
 import { html } from "../html.js";
+import { ExampleButton } from "./example.js";
 import { FormatField, formatOf } from "./prompt_format.js";
 import { readSampling, Sampling } from "./sampling.js";
 import { selectionOf, VARIANTS } from "./variant.js";
 
 const SHOWN = { stream: true, logprobs: true, top_logprobs: 5 };
 const CRMA = { auto: null, on: true, off: false };
-const EXAMPLE = 'Which ICD-10-CM chapter covers "Cholera"?';
 
 /** The form. `onAsk(requests)` is called with a list of {name, body}. */
 export function AskForm({ adapters, isBusy, onAsk, onStop }) {
   const tasks = adapters.value?.tasks ?? [];
   const [task, setTask] = useState(null);
   const [isCompared, setCompared] = useState(false);
+  const prompt = useRef(null);
+  const insert = (text) => {
+    prompt.current.value = text;
+    prompt.current.focus();
+  };
   const chosen = task ?? tasks[0]?.name ?? "";
   const chosenTask = tasks.find((each) => each.name === chosen);
   const submit = (event) => {
@@ -26,8 +31,9 @@ export function AskForm({ adapters, isBusy, onAsk, onStop }) {
   return html`
     <form class="ask-form" onSubmit=${submit} aria-label="Question">
       <label for="prompt">Prompt</label>
-      <textarea id="prompt" name="prompt" rows="5" required placeholder=${EXAMPLE}
-        onKeyDown=${sendByKey}></textarea>
+      <textarea id="prompt" name="prompt" rows="5" required placeholder="Your question"
+        ref=${prompt} onKeyDown=${sendByKey}></textarea>
+      <${ExampleButton} task=${chosen} onFound=${insert} />
       <label>Task
         <select value=${chosen} onChange=${(event) => setTask(event.target.value)}>
           ${tasks.map((each) => html`<option value=${each.name}>${each.name} (${each.version})</option>`)}
@@ -53,7 +59,7 @@ export function AskForm({ adapters, isBusy, onAsk, onStop }) {
       <div class="row">
         <button class="main">${isCompared ? "Compare" : "Ask"}</button>
         <button type="button" disabled=${!isBusy} onClick=${onStop}>Stop</button>
-        <span class="hint">Ctrl + Enter</span>
+        <span class="hint only-desk">or Ctrl + Enter</span>
       </div>
     </form>
   `;

@@ -22,7 +22,7 @@ export function TokenPanel({ token }) {
       <ol>
         ${token.top.map(
           (each) => html`
-            <li>
+            <li class=${each.token === token.text ? "own" : ""}>
               <code>${visible(each.token)}</code>
               <span class="bar"><span style=${{ width: `${Math.exp(each.logprob) * 100}%` }}></span></span>
               <span class="figure">${fixed(each.logprob, 3)}</span>

@@ -65,6 +65,12 @@ function data(points, series) {
   ];
 }
 
+/** From the first time to the last; uPlot would make a day of one time alone. */
+function spanOf(times) {
+  const last = times.at(-1) ?? LEAST_SPAN_S;
+  return [Math.min(times[0] ?? 0, last - LEAST_SPAN_S), last];
+}
+
 function clock(time) {
   return new Date(time * 1000).toLocaleTimeString("en-GB");
 }
@@ -82,7 +88,7 @@ function options(place, series, show, least, max) {
     legend: { show: false },
     cursor: { show: false },
     scales: {
-      x: { range: (_, first, last) => [Math.min(first, last - LEAST_SPAN_S), last] },
+      x: { range: (plot) => spanOf(plot.data[0]) },
       y: { range: (_, low, high) => [0, max ?? Math.max(high * 1.1, least)] },
     },
     axes: [

@@ -47,6 +47,7 @@ function Residents({ samples }) {
   return html`
     <section class="card" aria-labelledby="residents-heading">
       <h3 id="residents-heading">Adapters in memory</h3>
+      ${samples.length > 0 && rows.length === 0 && html`<p class="hint">No task serves.</p>`}
       <ul class="residents">
         ${rows.map(
           ({ labels, value }) => html`

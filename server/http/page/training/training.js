@@ -8,11 +8,11 @@ import { useResource } from "../resource.js";
 import { Scroll } from "../scroll.js";
 import { Run } from "./run.js";
 
-/** The tab; `argument` is the id of a run, or "": the first. */
+/** The tab; `argument` is the id of a run, or "": the first that tells something. */
 export function Training({ argument, adapters }) {
   const runs = useResource((signal) => get("runs", signal));
   const listed = runs.value ?? [];
-  const id = argument || (listed.find((run) => run.ACC != null) ?? listed[0])?.id;
+  const id = argument || (listed.find(isTelling) ?? listed[0])?.id;
   return html`
     <h2>Training</h2>
     <${Problem} error=${runs.error} />
@@ -44,6 +44,11 @@ export function Training({ argument, adapters }) {
   `;
 }
 
+/** A run that shows all of what the tab has: it was measured, and something drifted. */
+function isTelling({ ACC: accuracy, mean_drift: drift }) {
+  return accuracy != null && Boolean(drift);
+}
+
 /** How the serving version of each task was trained, from its manifest. */
 function Serving({ tasks }) {
   const names = tasks.map((task) => task.name);
@@ -56,6 +61,7 @@ function Serving({ tasks }) {
     <section class="card" aria-labelledby="serving-heading">
       <h3 id="serving-heading">What serves was trained as</h3>
       <${Problem} error=${found.error} />
+      ${names.length === 0 && html`<p class="hint">No task serves.</p>`}
       <${Scroll} label="What serves"><table>
         <thead><tr><th scope="col">Task</th><th scope="col">Arm</th><th scope="col" class="number">Seed</th>
           <th scope="col">Commit</th><th scope="col">Backbone</th></tr></thead>
@@ -71,6 +77,6 @@ function servingRow({ name, versions }) {
   return html`
     <tr><th scope="row">${name} ${version.version}</th>
       <td>${trained?.arm ?? "not recorded"}</td><td class="number">${trained?.seed ?? "–"}</td>
-      <td><code>${trained?.commit ?? "–"}</code></td><td><code>${short(version.lineage)}</code></td></tr>
+      <td><code title=${trained?.commit ?? ""}>${trained?.commit?.slice(0, 7) ?? "–"}</code></td><td><code>${short(version.lineage)}</code></td></tr>
   `;
 }
