@@ -27,7 +27,8 @@ class ProgressLines:
     write: Callable[[str], object]
     clock: Callable[[], float] = time.monotonic
     interval_s: float = INTERVAL_S
-    _written: dict[str, float] = field(default_factory=dict, init=False)  # description -> when
+    # description -> when it was last written, and how much was done
+    _written: dict[str, tuple[float, int | None]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._started = self.clock()
@@ -35,10 +36,11 @@ class ProgressLines:
     def report(self, description: str, done: int, total: int) -> None:
         """Write how far something is, unless its last line is younger than `interval_s`."""
         now = self.clock()
-        is_due = now - self._written.get(description, -self.interval_s) >= self.interval_s
-        if not is_due and description in self._written and done < total:
+        when, before = self._written.get(description, (-self.interval_s, None))
+        is_due = now - when >= self.interval_s
+        if done == before or not (is_due or done == total):
             return
-        self._written[description] = now
+        self._written[description] = (now, done)
         self.write(f"{description}: {done} of {total}, after {now - self._started:.0f} s")
 
 

@@ -127,8 +127,10 @@ class AsyncEngine:
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
         closing = asyncio.ensure_future(self._threads.run(self.pool.close))
-        await self._threads.wait(CLOSE_SECONDS)
-        if not closing.done():
+        await asyncio.wait([closing], timeout=CLOSE_SECONDS)
+        if closing.done():
+            await self._threads.wait(CLOSE_SECONDS)
+        else:
             closing.cancel()
             logger.warning("an adapter still loads, and is left behind: its files do not answer")
         self.engine.constraints.close()

@@ -9,10 +9,14 @@ export function Problem({ error }) {
   if (!error || error.status === 401) return null;
   return html`
     <p class="problem" role="alert">
-      ${error.message}
+      ${ended(error.message)}
       ${error.allowed != null && html` <span class="allowed">${inWords(error.allowed)}</span>`}
     </p>
   `;
+}
+
+function ended(message) {
+  return /[.!?]$/.test(message) ? message : `${message}.`;
 }
 
 function inWords(allowed) {

@@ -12,10 +12,13 @@ def test_a_line_is_written_at_the_start_at_the_end_and_every_so_many_seconds_bet
         lines.report("training", step, 25)
     lines.report("measuring", 0, 2)  # something else begins: at once
     lines.report("measuring", 1, 2)
+    for _ in range(2):  # a server says twice that all is done
+        lines.report("measuring", 2, 2)
     assert written == [
         "training: 1 of 25, after 1 s",
         "training: 11 of 25, after 11 s",
         "training: 21 of 25, after 21 s",
         "training: 25 of 25, after 25 s",
         "measuring: 0 of 2, after 25 s",
+        "measuring: 2 of 2, after 25 s",
     ]

@@ -34,6 +34,17 @@ def test_figures_follow_the_metrics(visit: Open, server: str, api: httpx.Client)
         expect(page.locator(".residents li", has_text=name)).to_contain_text(told)
 
 
+def test_the_tab_can_be_left_and_opened_again(visit: Open, server: str) -> None:
+    """Its charts were measured once more after they were gone, which the browser logged."""
+    seen = visit(f"{server}/#/live")
+    for _ in range(2):
+        expect(seen.page.locator("[data-series=running]")).to_have_text("0")
+        seen.page.get_by_role("link", name="Ask").click()
+        expect(seen.page.get_by_label("Prompt", exact=True)).to_be_visible()
+        seen.page.get_by_role("link", name="Live").click()
+    expect(seen.page.locator("canvas")).to_have_count(5)
+
+
 def test_a_server_that_is_gone_is_told(visit: Open, server: str) -> None:
     seen = visit(f"{server}/#/live")
     seen.expected.append("ERR_")

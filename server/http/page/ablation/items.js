@@ -77,7 +77,7 @@ function Item({ item, question }) {
   return html`
     <li class="item">
       <p class="question"><span class="hint">${item.id} · ${item.task}</span> ${question}</p>
-      <p class="right">Right: ${item.answers.join(" · ")}</p>
+      <p class="right">Right answer: ${item.answers.join(" · ")}</p>
       <dl>
         ${Object.entries(item.outputs).map(
           ([name, output]) => html`

@@ -18,15 +18,15 @@ export function PastRuns({ runs, error }) {
         runs?.length > 0 &&
         html`
         <${Scroll} label="Past runs"><table>
-          <thead><tr><th scope="col">Run</th><th scope="col">Variants</th><th scope="col">Started</th>
+          <thead><tr><th scope="col">Run</th><th scope="col">Variants</th>
             <th scope="col">Status</th><th scope="col" class="number">Done</th></tr></thead>
           <tbody>
             ${runs.map(
               (run) => html`
               <tr>
-                <td><a href="#/ablation/${run.id}">${titleOf(run.settings)}</a></td>
+                <td><a href="#/ablation/${run.id}">${titleOf(run.settings)}</a>
+                  <div class="hint">${when(run.created)}</div></td>
                 <td>${(run.settings.variants ?? []).join(", ")}</td>
-                <td>${when(run.created)}</td>
                 <td><span class="badge ${run.status}">${run.status}</span></td>
                 <td class="number">${run.progress.done} of ${run.progress.total}</td>
               </tr>

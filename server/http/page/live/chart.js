@@ -1,6 +1,6 @@
 // A chart of values over time, with its last values in words.
 
-import { useEffect, useRef } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef } from "preact/hooks";
 import uPlot from "uplot";
 
 import { html } from "../html.js";
@@ -16,7 +16,7 @@ const DARK = matchMedia("(prefers-color-scheme: dark)");
 export function Chart({ title, points, series, show, least, max }) {
   const place = useRef(null);
   const plot = useRef(null);
-  useEffect(() => {
+  useLayoutEffect(() => { // ends before its place is gone; an effect ends later
     const draw = () => {
       plot.current?.destroy();
       plot.current = new uPlot(

@@ -295,6 +295,18 @@ async def test_a_request_that_comes_while_the_engine_fails_ends_with_an_error(st
     await asyncio.wait_for(served.engine.close(), 10)
 
 
+async def test_an_engine_that_loads_nothing_ends_without_a_warning(
+    start: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every end said that an adapter still loads, and did not wait for one that did."""
+    served = start()
+    await served.outputs(ask("r", BOTH))
+    await asyncio.wait_for(served.engine.close(), 10)
+    assert caplog.messages == []
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        served.engine.pool.executor.submit(print)
+
+
 async def test_a_warm_up_whose_step_fails_raises(start: Any) -> None:
     served = start()
     served.failures.append(RuntimeError("out of memory"))
