@@ -70,6 +70,12 @@ def test_the_report_has_the_numbers_of_the_api(run: tuple[Visit, dict[str, Any]]
     if comparison["detectable_difference"] is not None:
         detectable = f"{comparison['detectable_difference'] * 100:.0f} points"
         assert f"80 of 100 runs with 12 questions would see a difference of {detectable}" in words
+    page.get_by_text("Provenance").click()
+    digests = page.locator(".provenance dd").all_text_contents()
+    provenance = result["provenance"]
+    for name in ("question_set", "base", "crma"):
+        assert provenance[name] in digests
+    assert set(provenance["tasks"].values()) <= set(digests)
     rows = page.locator(".by-task tbody tr")
     for index, (task, row) in enumerate(comparison["by_task"].items()):
         expect(rows.nth(index)).to_contain_text(task)

@@ -5,10 +5,11 @@ import { useState } from "preact/hooks";
 import { send } from "../api.js";
 import { CopyButton } from "../copy.js";
 import { html } from "../html.js";
-import { fixed, short, when } from "../number.js";
+import { fixed, when } from "../number.js";
 import { Problem } from "../problem.js";
 import { Downloads } from "./download.js";
 import { ENDED, useJob } from "./job.js";
+import { Provenance } from "./provenance.js";
 import { Report } from "./report.js";
 
 /** The run; `onStarted(id)` opens another. */
@@ -33,7 +34,7 @@ export function Run({ id, onStarted }) {
         ${job.result && html`<${Downloads} result=${job.result} />`}
         ${hasEnded && html`<${Again} request=${job.request} onStarted=${onStarted} />`}
       </div>
-      ${job.result && html`<${Answered} result=${job.result} />`}
+      ${job.result && html`<${Provenance} provenance=${job.result.provenance} />`}
     </div>
     ${job.result && html`<${Report} request=${job.request} result=${job.result} />`}
   `;
@@ -86,28 +87,4 @@ function Again({ request, onStarted }) {
     }
     <${Problem} error=${error} />
   `;
-}
-
-function Answered({ result }) {
-  const { provenance, question_set: set } = result;
-  const rows = [
-    ["Questions", set.digest],
-    ["Base model", provenance.base],
-    ["CRMA backbone", provenance.backbone ?? "none"],
-    ...Object.entries(provenance.tasks ?? {}).map(([task, digest]) => [task, digest]),
-    ["Type", provenance.dtype],
-    ["Seed", provenance.seed],
-  ];
-  return html`
-    <details class="provenance">
-      <summary>Provenance</summary>
-      <dl>${rows.map(([name, value]) => html`<div><dt>${name}</dt><dd>${shown(value)}</dd></div>`)}</dl>
-    </details>
-  `;
-}
-
-function shown(value) {
-  return value !== null && typeof value === "object"
-    ? Object.values(value).map(short).join(", ")
-    : value;
 }
