@@ -133,6 +133,28 @@ def test_an_example_is_a_question_that_a_set_asks_of_the_task(
     expect(page.get_by_label("Prompt", exact=True)).to_have_value(first)
 
 
+def test_a_question_is_asked_and_its_tokens_are_read_by_keyboard_alone(
+    visit: Open, server: str
+) -> None:
+    seen = visit(server)
+    page = seen.page
+    expect(page.locator("#prompt")).to_be_visible()
+    for key in ("Tab", "Enter", "Tab"):  # the link that skips header and tabs
+        page.keyboard.press(key)
+    expect(page.locator("#prompt")).to_be_focused()
+    page.keyboard.type(PROMPT)
+    page.keyboard.press("Control+Enter")
+    shown = page.get_by_role("article")
+    expect(shown.locator(".state")).to_have_text(re.compile("token"))
+    text = shown.locator(".answer-text")
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if text.evaluate("element => element === document.activeElement"):
+            break
+    page.keyboard.press("ArrowRight")
+    expect(shown.locator(".token-panel li")).to_have_count(5)
+
+
 def test_nothing_moves_while_answers_arrive(visit: Open, server: str) -> None:
     seen = visit(server)
     fill(seen, compare=True, max_tokens=40)

@@ -18,6 +18,8 @@ const FIELDS = [
     max: 2,
     step: 0.01,
   },
+  { name: "presence_penalty", label: "Presence penalty", value: 0, min: -2, max: 2, step: 0.1 },
+  { name: "frequency_penalty", label: "Frequency penalty", value: 0, min: -2, max: 2, step: 0.1 },
 ];
 
 /** The fields of a form that say how to sample; those at their default are left out. */
