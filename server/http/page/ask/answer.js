@@ -55,6 +55,6 @@ function stateInWords(answer) {
   if (answer.status === "stopped") return "stopped";
   if (answer.status === "failed") return "failed";
   const { usage, timings, finish_reason: reason } = answer.end;
-  const cut = reason === "length" ? ", cut by max_tokens" : "";
+  const cut = reason === "length" ? ", cut off" : "";
   return `${count(usage.completion_tokens, "token")} in ${seconds(timings.e2e_s)}${cut}`;
 }

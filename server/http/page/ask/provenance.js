@@ -3,6 +3,8 @@
 import { html } from "../html.js";
 import { count, seconds } from "../number.js";
 
+const ENDS = { stop: "the model or a stop text", length: "the limit of tokens" };
+
 /** The end of a stream: digests, sizes and times, on a click. */
 export function Provenance({ end }) {
   const { provenance, usage, timings } = end;
@@ -14,7 +16,7 @@ export function Provenance({ end }) {
     ["Type", provenance.dtype],
     ["Seed", provenance.seed ?? "none: nothing was drawn"],
     ["Prompt", `${count(usage.prompt_tokens, "token")}, ${usage.cached_tokens} of them cached`],
-    ["Answer", count(usage.completion_tokens, "token")],
+    ["Answer", `${count(usage.completion_tokens, "token")}, ended by ${ENDS[end.finish_reason] ?? end.finish_reason}`],
     ["Waited in the queue", seconds(timings.queue_s)],
     ["First token after", seconds(timings.ttft_s)],
     ["All after", seconds(timings.e2e_s)],
