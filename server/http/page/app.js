@@ -88,7 +88,10 @@ function Tab({ name, argument, adapters }) {
 function useRoute() {
   const [route, setRoute] = useState(readRoute);
   useEffect(() => {
-    const follow = () => setRoute(readRoute());
+    const follow = () => {
+      setRoute(readRoute());
+      scrollTo(0, 0);
+    };
     window.addEventListener("hashchange", follow);
     return () => window.removeEventListener("hashchange", follow);
   }, []);

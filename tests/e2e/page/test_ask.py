@@ -155,6 +155,16 @@ def test_a_question_is_asked_and_its_tokens_are_read_by_keyboard_alone(
     expect(shown.locator(".token-panel li")).to_have_count(5)
 
 
+def test_a_phone_shows_the_answer_that_was_asked_for(visit: Open, server: str) -> None:
+    """It began below the screen."""
+    seen = visit(server, look="phone")
+    ask(seen)
+    answer(seen, "medical")
+    expect(seen.page.get_by_role("article").locator(".answer-text")).to_be_in_viewport()
+    seen.page.get_by_role("link", name="Live").click()
+    expect(seen.page.get_by_role("heading", name="Live")).to_be_in_viewport()
+
+
 def test_nothing_moves_while_answers_arrive(visit: Open, server: str) -> None:
     seen = visit(server)
     fill(seen, compare=True, max_tokens=40)

@@ -8,12 +8,18 @@ import { ask, EMPTY, isRunning } from "./answer_stream.js";
 import { AskForm } from "./form.js";
 import { formatInWords } from "./prompt_format.js";
 
+const NARROW = matchMedia("(max-width: 60rem)"); // answers are below the form, out of sight
+
 /** The tab. */
 export function Ask({ adapters }) {
   const [asked, setAsked] = useState([]); // {name, body, answer} each
   const [referenceName, setReferenceName] = useState("task+crma");
   const control = useRef(null);
+  const answers = useRef(null);
   useEffect(() => () => control.current?.abort(), []);
+  useEffect(() => {
+    if (asked.length > 0 && NARROW.matches) answers.current.scrollIntoView();
+  }, [asked[0]?.body]);
   const start = (requests) => {
     control.current?.abort();
     const mine = new AbortController();
@@ -34,7 +40,7 @@ export function Ask({ adapters }) {
       <h2 class="hidden">Ask</h2>
       <${AskForm} adapters=${adapters} isBusy=${isBusy} onAsk=${start}
         onStop=${() => control.current?.abort()} />
-      <section class="answers" aria-label="Answers">
+      <section ref=${answers} class="answers" aria-label="Answers">
         ${
           asked.length === 0 &&
           html`<p class="hint empty">The answer will be here, token by token. Compare shows what the task and
