@@ -10,7 +10,8 @@ const LEAST_SPAN_S = 60; // one reading alone has no span
 const DARK = matchMedia("(prefers-color-scheme: dark)");
 
 /**
- * `series` are {name, label, colour}: `name` is the field of a point, `colour` a custom property.
+ * `series` are {name, label, colour, isSparse}: `name` is the field of a point, `colour` a custom
+ * property, and sparse is one that often has no value: its points are drawn, not only its line.
  * `show` writes a value. The scale ends at `max`, or follows the values from `least` on.
  */
 export function Chart({ title, points, series, show, least, max }) {
@@ -38,7 +39,7 @@ export function Chart({ title, points, series, show, least, max }) {
     };
   }, []);
   useEffect(() => plot.current.setData(data(points, series)), [points]);
-  const last = points.at(-1);
+  const last = (name) => points.findLast((point) => point[name] != null)?.[name];
   return html`
     <figure class="card chart">
       <figcaption>
@@ -48,7 +49,7 @@ export function Chart({ title, points, series, show, least, max }) {
           <span class="value">
             <span class="swatch" style=${{ background: `var(${colour})` }} aria-hidden="true"></span>
             ${label}${" "}
-            <strong data-series=${name}>${last?.[name] == null ? "–" : show(last[name])}</strong>
+            <strong data-series=${name}>${shown(last(name), show)}</strong>
           </span>
         `,
         )}
@@ -56,6 +57,10 @@ export function Chart({ title, points, series, show, least, max }) {
       <div ref=${place} class="plot" aria-hidden="true"></div>
     </figure>
   `;
+}
+
+function shown(value, show) {
+  return value === undefined ? "–" : show(value);
 }
 
 function data(points, series) {
@@ -97,12 +102,12 @@ function options(place, series, show, least, max) {
     ],
     series: [
       {},
-      ...series.map(({ colour: name, label }) => ({
+      ...series.map(({ colour: name, label, isSparse }) => ({
         label,
         stroke: colour(name),
         width: 1.5,
         spanGaps: true,
-        points: { size: 4 },
+        points: { show: Boolean(isSparse), size: 5 },
       })),
     ],
   };

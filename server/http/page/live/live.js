@@ -29,7 +29,7 @@ export function Live() {
         { name: "prompt", label: "of prompts", colour: "--crma" },
       ]} />
       <${Chart} title="Time to first token, mean" points=${points} show=${seconds} least=${0.1} series=${[
-        { name: "ttft", label: "since the last reading", colour: "--accent" },
+        { name: "ttft", label: "of the latest requests", colour: "--accent", isSparse: true },
       ]} />
       <${Chart} title="KV cache in use" points=${points} show=${(share) => percent(share)} max=${1} series=${[
         { name: "kv", label: "of its blocks", colour: "--accent" },
