@@ -67,7 +67,7 @@ def explain(error: CrmaError) -> str:
     text = error.message if error.message.startswith(place) else place + error.message
     names = _listed(error.allowed)
     allowed = ", ".join(names) or str(error.allowed or "")
-    if allowed not in text:
+    if names or allowed not in text:
         text += f" (allowed: {allowed})"
     if isinstance(error.value, str):
         likely = get_close_matches(error.value, names, n=1)

@@ -36,7 +36,7 @@ export function KeyForm({ isNeeded, onChange }) {
     onChange();
   };
   return html`
-    <form class="key" onSubmit=${use}>
+    <form class="key ${isNeeded ? "needed" : ""}" onSubmit=${use}>
       <label for="key">${isNeeded ? "This server asks for a key" : "Key"}</label>
       <div class="row">
         <input id="key" name="key" type="password" autocomplete="off" required

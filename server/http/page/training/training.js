@@ -77,6 +77,7 @@ function servingRow({ name, versions }) {
   return html`
     <tr><th scope="row">${name} ${version.version}</th>
       <td>${trained?.arm ?? "not recorded"}</td><td class="number">${trained?.seed ?? "–"}</td>
-      <td><code title=${trained?.commit ?? ""}>${trained?.commit?.slice(0, 7) ?? "–"}</code></td><td><code>${short(version.lineage)}</code></td></tr>
+      <td><code title=${trained?.commit ?? ""}>${trained?.commit?.slice(0, 7) ?? "–"}</code></td>
+      <td><code>${short(version.lineage)}</code></td></tr>
   `;
 }
