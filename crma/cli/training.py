@@ -1,4 +1,4 @@
-"""`crma train`, `crma experiment` and `crma plots`."""
+"""`crma train`, `crma experiment`, `crma study` and `crma plots`."""
 
 import json
 from pathlib import Path
@@ -118,6 +118,53 @@ def _costs(runs: "Plan", results: Path) -> Answer:
         ("time", time),
     ]
     return Answer(value, columns(rows))
+
+
+@group.command(epilog="Next: crma plots")
+@answers
+def study(
+    file: Annotated[
+        Path, typer.Argument(help="A TOML file, such as crma/experiments/sharing.toml.")
+    ],
+    results: Annotated[Path, typer.Option(help="The folder of the records.")] = Path(
+        "crma/results"
+    ),
+    work: Annotated[Path, typer.Option(help="The folder of the run folders.")] = Path("runs"),
+    workers: Annotated[
+        int, typer.Option(min=1, help="So many runs at once, each in a process of its own.")
+    ] = 1,
+    only: Annotated[
+        str, typer.Option(help="Only runs whose name matches a pattern, such as '*-seed0'.")
+    ] = "*",
+    until: Annotated[str, typer.Option(help="The last phase to run.")] = "",
+    regardless: Annotated[
+        bool, typer.Option("--regardless", help="Run what a ceiling makes pointless, too.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, and what it costs.")
+    ] = False,
+) -> Answer:
+    """Run experiments one after the other, each set by what those before it decided.
+
+    Records that exist are not made again. The tables of all phases are printed, and written to
+    RESULTS/<study>.md.
+    """
+    from crma.core.files import replace_file
+    from crma.training.study import read_study
+    from crma.training.study_report import forecast, study_report
+    from crma.training.study_run import Conduct
+
+    planned = read_study(file)
+    if dry_run:
+        rows = forecast(planned, results, regardless=regardless)
+        return Answer([dict(zip(rows[0], row, strict=True)) for row in rows[1:]], columns(rows))
+    with progress() as report:
+        Conduct(planned, results, work, workers, only, until, regardless, report).run()
+    text = study_report(planned, results, regardless=regardless)
+    target = results / f"{planned.name}.md"
+    replace_file(target, f"{text}\n".encode())
+    note(f"written: {target}")
+    return Answer({"report": text}, text)
 
 
 @group.command()
