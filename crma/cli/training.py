@@ -158,12 +158,14 @@ def study(
     if dry_run:
         rows = forecast(planned, results, regardless=regardless)
         return Answer([dict(zip(rows[0], row, strict=True)) for row in rows[1:]], columns(rows))
-    with progress() as report:
-        Conduct(planned, results, work, workers, only, until, regardless, report).run()
-    text = study_report(planned, results, regardless=regardless)
     target = results / f"{planned.name}.md"
-    replace_file(target, f"{text}\n".encode())
-    note(f"written: {target}")
+    with progress() as report:
+        conduct = Conduct(planned, results, work, workers, only, until, regardless, report)
+        for phase in conduct.run():
+            text = study_report(planned, results, regardless=regardless)
+            replace_file(target, f"{text}\n".encode())
+            note(f"{phase} is done: {target}")
+    text = study_report(planned, results, regardless=regardless)
     return Answer({"report": text}, text)
 
 

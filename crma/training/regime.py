@@ -37,6 +37,12 @@ class Taken(NamedTuple):
     setting: Setting
     by_rule: bool
 
+    def __str__(self) -> str:
+        """In words."""
+        if self.by_rule:
+            return f"Taken: {self.setting}."
+        return f"No setting passes. Taken because it has the lowest loss: {self.setting}."
+
 
 class Cell(NamedTuple):
     """The runs of one setting at one rank.

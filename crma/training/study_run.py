@@ -93,8 +93,11 @@ class Conduct:
     regardless: bool
     report: Progress
 
-    def run(self) -> None:
+    def run(self) -> Iterator[str]:
         """Make the missing records of every phase, and write what each decides.
+
+        Yields:
+            The name of each phase, when all of its records are there.
 
         Raises:
             ConfigError: there is no phase `until`, or the records of a phase allow no decision.
@@ -105,13 +108,13 @@ class Conduct:
         self._check_supplies()
         try:
             with locked(self.work, wait=False):
-                self._run()
+                yield from self._run()
         except BlockingIOError:
             message = "another process runs a study in this folder"
             value, allowed = str(self.work), "a folder of its own"
             raise TrainingError(message, field="work", value=value, allowed=allowed) from None
 
-    def _run(self) -> None:
+    def _run(self) -> Iterator[str]:
         for step in walk(self.study, self.results, regardless=self.regardless):
             if step.why_not:
                 continue
@@ -120,6 +123,7 @@ class Conduct:
                 return  # other machines make the rest
             if step.phase.decides:
                 keep(decide(self.study, step.phase, self.results), self.results)
+            yield step.phase.name
             if step.phase.name == self.until:
                 return
 

@@ -148,7 +148,8 @@ def test_a_record_holds_the_digest_of_the_endpoint_that_was_there_before(
     write_task(tmp_path / "first", ("yes", "no"))
     (tmp_path / "endpoint.toml").write_text(ENDPOINT)
     (tmp_path / "try.toml").write_text(
-        f'name = "try"\nendpoint = "endpoint.toml"\nreport = "endpoint"\n[config]\ntasks = ["{tmp_path / "first"}"]\n'
+        'name = "try"\nendpoint = "endpoint.toml"\nreport = "endpoint"\n'
+        f'[config]\ntasks = ["{tmp_path / "first"}"]\n'
         f'model = "{base.path}"\ndtype = "float32"\nepochs = 1\nbatch_size = 5\n'
         '[[runs]]\narm = "FROZEN"\nseeds = [0]\n'
     )
