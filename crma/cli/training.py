@@ -9,6 +9,7 @@ import typer
 from crma.cli.answer import Answer, answers
 from crma.cli.output import columns, note
 from crma.cli.progress import progress
+from crma.core.errors import ConfigError
 from crma.models.base_model import find_base
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def train(
     folder = out or Path("runs") / f"{config.stem}-{settings.arm}-{settings.seed}"
     with progress() as report:
         run = Run(settings, find_base(settings.model), folder, report)
+        if target is not None and run.ranks.sharded:
+            raise _not_from_shards()
         record = run.execute()
         if not record:
             return Answer({})  # another process writes it
@@ -61,6 +64,15 @@ def train(
     note(f"record: {folder / 'record.json'}")
     summary = {key: record[key] for key in _SUMMARY}
     return Answer(summary, columns([(key, str(value)) for key, value in summary.items()]))
+
+
+def _not_from_shards() -> ConfigError:
+    """The refusal to ship from processes that have a part of the base model each."""
+    message = (
+        "no process has the whole base model to measure what ships: train without --ship; then "
+        "the same command in one process, on a CPU too, ships what is in the run folder"
+    )
+    return ConfigError(message, field="ship", value="with FSDP", allowed="one process")
 
 
 def _note_shipment(shipment: "Shipment", store: Path | None) -> None:
