@@ -13,8 +13,11 @@ from crma.core.errors import ConfigError
 from crma.models.base_model import find_base
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from crma.training.experiment import Plan
     from crma.training.shipping import Shipment
+    from crma.training.study_report import Forecast
 
 group = typer.Typer()
 
@@ -168,8 +171,7 @@ def study(
 
     planned = read_study(file)
     if dry_run:
-        rows = forecast(planned, results, regardless=regardless)
-        return Answer([dict(zip(rows[0], row, strict=True)) for row in rows[1:]], columns(rows))
+        return _to_do(forecast(planned, results, regardless=regardless))
     target = results / f"{planned.name}.md"
     with progress() as report:
         conduct = Conduct(planned, results, work, workers, only, until, regardless, report)
@@ -179,6 +181,25 @@ def study(
             note(f"{phase} is done: {target}")
     text = study_report(planned, results, regardless=regardless)
     return Answer({"report": text}, text)
+
+
+def _to_do(phases: "Sequence[Forecast]") -> Answer:
+    """What a study still has to do, and what that costs."""
+    value = []
+    for each in phases:
+        cost = None if each.cost is None else each.cost._asdict()
+        value.append({**each._asdict(), "cost": cost})
+    known = [each.cost for each in phases if each.cost is not None]
+    hours = sum(cost.seconds or 0 for cost in known) / 3600
+    header = ("phase", "runs", "missing", "time", "state")
+    total = (
+        "all",
+        str(sum(each.runs for each in phases)),
+        str(sum(each.missing for each in phases)),
+        f"{hours:.1f} h",
+        f"of what is known, one run after the other, on {known[0].machine}" if known else "",
+    )
+    return Answer(value, columns([header, *(each.row() for each in phases), total]))
 
 
 @group.command()

@@ -28,8 +28,8 @@ def load_shards(
 ) -> "PreTrainedModel":
     """Load this process's part of a base model, as `accelerate launch --use_fsdp` asks.
 
-    The processes of a machine load one after the other, so its memory holds one whole copy at a
-    time. No device ever holds more than its part and one whole block.
+    The processes load one after the other, so a machine's memory holds one whole copy at a time. No
+    device ever holds more than its part and one whole block.
 
     Args:
         base: the base model.
@@ -41,33 +41,26 @@ def load_shards(
         The model, frozen; its forward passes are those of the whole one.
 
     Raises:
-        ConfigError: another version of FSDP was asked for.
+        ConfigError: another version of FSDP was asked for, or that parts stay in main memory.
     """
     plugin = _plugin()
     mesh = device_mesh.init_device_mesh(device.type, (ranks.size,))
-    model = None
-    for turn in range(ranks.size):
-        if turn == ranks.rank:
-            model = _divided(load_model(base, torch.device("cpu"), dtype), mesh, plugin)
+    for _ in range(ranks.rank):
         ranks.wait()
-    assert model is not None  # every process had its turn
+    reshard = bool(plugin.reshard_after_forward)
+    model = _divided(load_model(base, torch.device("cpu"), dtype), mesh, reshard=reshard)
+    for _ in range(ranks.rank, ranks.size):
+        ranks.wait()
     return model
 
 
 def _divided(
-    model: "PreTrainedModel",
-    mesh: device_mesh.DeviceMesh,
-    plugin: "FullyShardedDataParallelPlugin",
+    model: "PreTrainedModel", mesh: device_mesh.DeviceMesh, *, reshard: bool
 ) -> "PreTrainedModel":
     """Keep only this process's part of a model's weights, on its device."""
     _, blocks = decoder_blocks(model)
     for module in (*blocks, model):
-        fsdp.fully_shard(
-            module,
-            mesh=mesh,
-            reshard_after_forward=bool(plugin.reshard_after_forward),
-            offload_policy=plugin.cpu_offload,
-        )
+        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
     return model
 
 
@@ -80,4 +73,7 @@ def _plugin() -> "FullyShardedDataParallelPlugin":
         message = "the base model is divided by FSDP2: give --fsdp_version 2 to accelerate launch"
         found = plugin.fsdp_version
         raise ConfigError(message, field="fsdp_version", value=found, allowed=VERSION)
+    if isinstance(plugin.cpu_offload, fsdp.CPUOffloadPolicy):
+        message = "parts of the base model stay on the devices: leave --fsdp_offload_params out"
+        raise ConfigError(message, field="fsdp_offload_params", value=True, allowed=False)
     return plugin

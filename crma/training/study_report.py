@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from crma.core.errors import DataError
 from crma.training.cost import Cost, estimate
@@ -12,7 +13,6 @@ from crma.training.pairing import Record
 from crma.training.study import Study
 from crma.training.study_run import Step, walk
 
-HEADER = ("phase", "runs", "missing", "examples", "time", "state")
 BACKBONE = ("max_norm", "max_bound", "max_movement")  # of a certificate
 
 
@@ -22,25 +22,30 @@ def study_report(study: Study, results: Path, *, regardless: bool = False) -> st
     Raises ConfigError and TrainingError as `walk`.
     """
     parts = []
+    made: dict[str, dict[str, Record]] = {}
     for step in walk(study, results, regardless=regardless):
         if step.why_not:
             parts.append(f"### {step.phase.name}\n\nNot run: {step.why_not}")
             continue
-        records = _records(step)
+        records = made[step.phase.name] = _records(step)
         if records:
-            parts.append(
-                "\n\n".join([f"### {step.phase.name}", *_of_phase(step, records, results)])
-            )
+            extended = made.get(step.phase.extends, {})
+            tables = _of_phase(step, records, extended, results)
+            parts.append("\n\n".join([f"### {step.phase.name}", *tables]))
     return "\n\n".join(parts) or "No run of this study has been made yet."
 
 
-def _of_phase(step: Step, records: Mapping[str, Record], results: Path) -> list[str]:
-    found = [_provenance(step, list(records.values())), experiment_report(step.experiment, records)]
-    backbone = _backbone(step, records)
+def _of_phase(
+    step: Step, records: Mapping[str, Record], extended: Mapping[str, Record], results: Path
+) -> list[str]:
+    """The tables of a phase; of one that extends another, from the records of both."""
+    tables = experiment_report(step.experiment, {**extended, **records})
+    found = [_provenance(step, list(records.values())), tables]
     decision = results / step.phase.name / FILE
     if decision.exists():
         words = json.loads(decision.read_text("utf-8"))["in_words"]
-        found.append(f"Decided: {words}")
+        found += [] if words in tables else [words]
+    backbone = _backbone(step, records)
     return [*found, backbone] if backbone else found
 
 
@@ -76,40 +81,54 @@ def _backbone(step: Step, records: Mapping[str, Record]) -> str:
     )
 
 
-def forecast(study: Study, results: Path, *, regardless: bool) -> list[tuple[str, ...]]:
-    """A row for each phase: its name, how many runs it has and how many are missing, the time that
-    they take one after the other, and what is known about it.
+class Forecast(NamedTuple):
+    """What is to do in a phase.
+
+    Attributes:
+        phase: its name.
+        runs: how many it has; 0 if it does not run.
+        missing: those without a record.
+        cost: of the missing runs, one after the other; None if the data is not there to count.
+        state: in words.
+    """
+
+    phase: str
+    runs: int
+    missing: int
+    cost: Cost | None
+    state: str
+
+    def row(self) -> tuple[str, ...]:
+        """As a line of a table has it."""
+        time = "unknown"
+        if self.cost is not None and self.cost.seconds is not None:
+            time = f"{self.cost.seconds / 3600:.1f} h"
+        return self.phase, str(self.runs), str(self.missing), time, self.state
+
+
+def forecast(study: Study, results: Path, *, regardless: bool) -> list[Forecast]:
+    """What is to do in each phase, by what is decided so far.
 
     Raises ConfigError and TrainingError as `walk`.
     """
-    rows: list[tuple[str, ...]] = [HEADER]
-    for step in walk(study, results, regardless=regardless):
-        if step.why_not:
-            rows.append((step.phase.name, "", "", "", "", f"not run: {step.why_not}"))
-            continue
-        rows.append(_row(step, results))
-    return rows
+    steps = walk(study, results, regardless=regardless)
+    return [_forecast(step, results) for step in steps]
 
 
-def _row(step: Step, results: Path) -> tuple[str, ...]:
-    runs = step.runs
-    known = "ready" if runs.missing else "done"
+def _forecast(step: Step, results: Path) -> Forecast:
+    runs, name = step.runs, step.phase.name
+    if step.why_not:
+        return Forecast(name, 0, 0, estimate([], results), f"not run: {step.why_not}")
+    state = "ready" if runs.missing else "done"
     if step.waits_for:
-        known = f"waits for {', '.join(step.waits_for)}"
+        state = f"waits for {', '.join(step.waits_for)}"
     if step.phase.extends in step.waits_for:
-        known += ", and runs only if that takes nothing"
-    counted = (step.phase.name, str(len(runs.configs)), str(len(runs.missing)))
+        state += ", and runs only if that takes nothing"
     try:
-        cost = estimate([runs.configs[name] for name in runs.missing], results)
+        cost = estimate([runs.configs[each] for each in runs.missing], results)
     except DataError as error:
-        return (*counted, "", "", f"{known}; {error.message}")
-    return (*counted, str(cost.examples), _time(cost), known)
-
-
-def _time(cost: Cost) -> str:
-    if cost.seconds is None:
-        return "unknown"
-    return f"{cost.seconds / 3600:.1f} h on {cost.machine}"
+        return Forecast(name, len(runs.configs), len(runs.missing), None, f"{state}; {error}")
+    return Forecast(name, len(runs.configs), len(runs.missing), cost, state)
 
 
 def _records(step: Step) -> dict[str, Record]:

@@ -14,8 +14,8 @@ from crma.models.base_model import BaseModel
 
 pytestmark = pytest.mark.e2e
 
-DECIDES = {"regime", "ceiling", "screening", "clinc-4", "clinc-8", "clinc-100"}
-REPORTS = {"confirm", "clinc-4-arms", "clinc-8-arms", "full-size", "clinc-100-arms"}
+DECIDES = {"regime", "ceiling", "screening", "clinc-4", "clinc-100"}
+REPORTS = {"confirm", "clinc-4-arms", "full-size", "clinc-100-arms"}
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,6 @@ def regime(root: Path) -> dict[str, Any]:
 def test_every_phase_ran_and_decided(root: Path) -> None:
     for phase in DECIDES:
         assert decision(root, phase)["in_words"], phase
-    if decision(root, "screening")["taken"]["winner"] is None:
-        REPORTS.discard("confirm")
     for phase in DECIDES | REPORTS:
         assert records(root, phase), phase
 
@@ -81,9 +79,7 @@ def test_every_record_has_the_digest_of_the_endpoint(root: Path) -> None:
 
 def test_the_winner_of_the_screening_is_confirmed_with_its_controls(root: Path) -> None:
     winner = decision(root, "screening")["taken"]["winner"]
-    if winner is None:
-        assert not records(root, "confirm")
-        return
+    assert winner is not None  # the tiny backbone hardly moves
     labels = {name.rpartition("-seed")[0] for name in records(root, "confirm")}
     assert {winner, f"{winner}_M=I", f"{winner}_free-M", "MODULAR-stop", "PRIVATE"} <= labels
     text = (root / "results" / "sharing.md").read_text()
@@ -97,5 +93,5 @@ def test_a_second_run_makes_nothing_and_says_the_same(root: Path) -> None:
     assert code == 0, err
     assert {path: path.stat().st_mtime_ns for path in before} == before
     code, again, _ = study(root / "sharing.toml", "--regardless", "--dry-run", "--json")
-    assert {row["missing"] for row in json.loads(again)} <= {"0", ""}
+    assert {row["missing"] for row in json.loads(again)} == {0}
     assert out == (root / "results" / "sharing.md").read_text()

@@ -78,25 +78,26 @@ def made(file: Path) -> set[str]:
 GRID_RUNS = {f"grid/{label}-seed{seed}.json" for label in ("b6", "b3") for seed in (0, 1)}
 
 
-def states(study: Study, results: Path) -> dict[str, tuple[str, str]]:
-    rows = forecast(study, results, regardless=False)[1:]
-    return {row[0]: (row[2], row[-1]) for row in rows}
+def states(study: Study, results: Path) -> dict[str, tuple[int, str]]:
+    found = forecast(study, results, regardless=False)
+    return {each.phase: (each.missing, each.state) for each in found}
 
 
 def test_a_later_phase_is_set_by_what_an_earlier_one_decided(file: Path) -> None:
     study, results = read_study(file), file.parent / "results"
     assert study_report(study, results) == "No run of this study has been made yet."
-    assert states(study, results) == {"grid": ("4", "ready"), "later": ("1", "waits for grid")}
+    assert states(study, results) == {"grid": (4, "ready"), "later": (1, "waits for grid")}
     assert run(file) == ["grid", "later"]
     assert made(file) == GRID_RUNS | {"grid/decision.json", "later/FROZEN-seed5.json"}
     taken = json.loads((results / "grid/decision.json").read_text())["taken"]["setting"]
     config = json.loads((results / "later/FROZEN-seed5.json").read_text())["config"]
     assert (config["batch_size"], config["lora"]["lr"]) == (taken["batch_size"], taken["lr"])
-    assert states(study, results) == {"grid": ("0", "done"), "later": ("0", "done")}
+    assert states(study, results) == {"grid": (0, "done"), "later": (0, "done")}
     text = study_report(study, results)
     assert "### grid\n\n4 of 4 runs; seeds 0 to 1; float32 on " in text
     assert f"endpoint `{study.endpoint}`." in text
-    assert "Decided: " in text
+    decided = json.loads((results / "grid/decision.json").read_text())["in_words"]
+    assert text.count(decided) == 1
 
 
 def test_a_study_resumes_and_ends_where_it_is_told(file: Path) -> None:

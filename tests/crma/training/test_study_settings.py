@@ -133,13 +133,13 @@ def test_a_closed_ceiling_ends_what_looks_for_it_on_the_same_tasks(study: Study)
     decisions = decided(study, **{"ceiling": CLOSED, "clinc-4": OPEN})
     reasons = {
         name: why_not(study, study.phase(name), decisions, regardless=False)
-        for name in ("confirm", "full-size", "screening", "clinc-4-arms", "clinc-8")
+        for name in ("confirm", "full-size", "screening", "clinc-4-arms", "clinc-100")
     }
     assert "can reach 2 % on these tasks" in reasons["confirm"]
     assert "can reach 2 % on these tasks" in reasons["full-size"]
     assert not reasons["screening"]  # other tasks need its winner
     assert not reasons["clinc-4-arms"]
-    assert not reasons["clinc-8"]
+    assert not reasons["clinc-100"]
     assert why_not(study, study.phase("confirm"), decisions, regardless=True) == ""
 
 
