@@ -30,11 +30,13 @@ class Decision:
     Attributes:
         phase: that decided.
         taken: what its rule takes.
+        endpoint: the digest of the endpoint that was there before.
         records: name -> digest, of the records that it was made from.
     """
 
     phase: Phase
     taken: Rule
+    endpoint: str
     records: Mapping[str, str]
 
     def content(self) -> dict[str, Any]:
@@ -44,6 +46,7 @@ class Decision:
             "decides": self.phase.decides,
             "in_words": str(self.taken),
             "taken": _plain(self.taken),
+            "endpoint": self.endpoint,
             "records": dict(self.records),
         }
 
@@ -62,7 +65,8 @@ def decide(study: Study, phase: Phase, results: Path) -> Decision:
         paths = record_paths(study, phase.extends, results) | paths
     records = {name: json.loads(path.read_text("utf-8")) for name, path in paths.items()}
     taken = _rule(study, phase, records)
-    return Decision(phase, taken, {name: file_digest(path) for name, path in paths.items()})
+    digests = {name: file_digest(path) for name, path in paths.items()}
+    return Decision(phase, taken, study.endpoint, digests)
 
 
 def keep(decision: Decision, results: Path) -> None:

@@ -1,11 +1,12 @@
 """Runs a study: phase after phase, each set by the decisions before it, until one cannot go on.
 
 A record that exists is not made again, so a killed study resumes where it stopped, on the same
-machine or another one. Only the runs of one phase must be of one class of machine.
+machine or another one. Only the runs of one seed of a phase must be of one class of machine: they
+are compared.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
@@ -102,8 +103,9 @@ class Conduct:
         Raises:
             ConfigError: there is no phase `until`, or the records of a phase allow no decision.
             DataError: the data of a phase that will run is not there.
-            TrainingError: records of a phase are of another class of machine, of other settings, or
-                gave another decision before; or a run failed; or another process runs the study.
+            TrainingError: runs to make here have partners of another class of machine; records of a
+                phase are of other settings, or gave another decision before; a run failed; or
+                another process runs the study.
         """
         self._check_supplies()
         try:
@@ -132,7 +134,7 @@ class Conduct:
         missing = plan(step.experiment, self.results, only=self.only).missing
         if not missing:
             return
-        check_machine(step.runs)
+        check_machine(step.runs, missing)
         if self.workers == 1:
             execute(step.experiment, self.results, self.work, only=self.only, report=self.report)
             return
@@ -173,16 +175,22 @@ class Conduct:
             load_split(task, split)
 
 
-def check_machine(runs: Plan) -> None:
-    """Raise TrainingError if records of a phase are not of this class of machine."""
+def check_machine(runs: Plan, names: Sequence[str]) -> None:
+    """Raise TrainingError if runs have partners that were made on another class of machine.
+
+    Args:
+        runs: of a phase.
+        names: those that are to be made here. Their partners have the same seed.
+    """
     here = machine_class(hardware())
+    seeds = {runs.configs[name].seed for name in names}
     for name, path in runs.paths.items():
-        if not path.exists():
+        if runs.configs[name].seed not in seeds or not path.exists():
             continue
         found = json.loads(path.read_text("utf-8"))["pairing"]["machine"]
         if found != here:
             message = (
-                "this machine is of another class than that of the records of this phase; runs of "
+                "this machine is of another class than that of the records of this seed; runs of "
                 "two classes are no pair: go on there, or begin the study in another folder"
             )
             raise TrainingError(message, field=name, value=here, allowed=found)

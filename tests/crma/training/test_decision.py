@@ -62,6 +62,7 @@ def test_a_decision_is_kept_with_the_digests_of_its_records(study: Study, tmp_pa
     kept = json.loads((tmp_path / "regime" / FILE).read_text())
     assert kept["in_words"] == "Taken: batch 8, lr 0.001, averaged weights."
     assert kept["taken"]["setting"] == {"batch_size": 8, "lr": 0.001, "averaged": True}
+    assert kept["endpoint"] == file_digest(EXPERIMENTS / "endpoint.toml")
     name, path = next(iter(record_paths(study, "regime", tmp_path).items()))
     assert kept["records"][name] == file_digest(path)
     keep(decision, tmp_path)  # the same again

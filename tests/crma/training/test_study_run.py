@@ -118,15 +118,31 @@ def test_machines_that_divide_a_phase_wait_for_each_other(file: Path) -> None:
 
 def test_runs_of_two_classes_of_machine_are_not_mixed(file: Path) -> None:
     run(file, until="grid")
-    path = file.parent / "results/grid/b6-seed0.json"
+    path = file.parent / "results/grid/b6-seed1.json"
     record = json.loads(path.read_text())
     record["pairing"]["machine"]["cpu"] = "another"
     path.write_text(json.dumps(record))
     (file.parent / "results/grid/b3-seed1.json").unlink()
     with pytest.raises(TrainingError, match="two classes are no pair") as caught:
         run(file)
-    assert caught.value.field == "b6-seed0"
+    assert caught.value.field == "b6-seed1"
     assert not (file.parent / "results/grid/b3-seed1.json").exists()
+    path.unlink()
+    (file.parent / "results/grid/decision.json").unlink()
+    assert run(file, until="grid") == ["grid"]
+
+
+def test_machines_may_divide_a_phase_by_seeds(file: Path) -> None:
+    """A pair has one seed."""
+    run(file, until="grid")
+    for label in ("b6", "b3"):
+        path = file.parent / f"results/grid/{label}-seed0.json"
+        record = json.loads(path.read_text())
+        record["pairing"]["machine"]["cpu"] = "another"
+        path.write_text(json.dumps(record))
+    (file.parent / "results/grid/b3-seed1.json").unlink()
+    (file.parent / "results/grid/decision.json").unlink()
+    assert run(file, until="grid") == ["grid"]
 
 
 def test_a_later_phase_may_run_on_another_machine(file: Path) -> None:

@@ -28,7 +28,7 @@ def study() -> Study:
 def decided(study: Study, **taken: Rule | None) -> Decisions:
     """Phase -> what it decided; None: not yet."""
     return {
-        name: None if rule is None else Decision(study.phase(name), rule, {})
+        name: None if rule is None else Decision(study.phase(name), rule, study.endpoint, {})
         for name, rule in taken.items()
     }
 
