@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from accelerate import FullyShardedDataParallelPlugin
     from transformers import PreTrainedModel
 
-VERSION = 2  # of FSDP
+VERSION = "2"  # of FSDP
 
 
 def load_shards(
@@ -67,12 +67,13 @@ def _divided(
 def _plugin() -> "FullyShardedDataParallelPlugin":
     """What `accelerate launch` was told about FSDP."""
     from accelerate import FullyShardedDataParallelPlugin  # here: an extra that few need
+    from accelerate.utils import parse_choice_from_env
 
-    plugin = FullyShardedDataParallelPlugin()
-    if plugin.fsdp_version != VERSION:
+    found = parse_choice_from_env("FSDP_VERSION", "1")
+    if found != VERSION:
         message = "the base model is divided by FSDP2: give --fsdp_version 2 to accelerate launch"
-        found = plugin.fsdp_version
         raise ConfigError(message, field="fsdp_version", value=found, allowed=VERSION)
+    plugin = FullyShardedDataParallelPlugin()
     if isinstance(plugin.cpu_offload, fsdp.CPUOffloadPolicy):
         message = "parts of the base model stay on the devices: leave --fsdp_offload_params out"
         raise ConfigError(message, field="fsdp_offload_params", value=True, allowed=False)
