@@ -176,10 +176,10 @@ def study(
     with progress() as report:
         conduct = Conduct(planned, results, work, workers, only, until, regardless, report)
         for phase in conduct.run():
-            text = study_report(planned, results, regardless=regardless)
+            text = study_report(planned, results)
             replace_file(target, f"{text}\n".encode())
             note(f"{phase} is done: {target}")
-    text = study_report(planned, results, regardless=regardless)
+    text = study_report(planned, results)
     return Answer({"report": text}, text)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from crma.training.ceiling import ceiling_table
 from crma.training.continual import continual_table
-from crma.training.endpoint import Endpoint, endpoint_table, missing
+from crma.training.endpoint import endpoint_table, missing
 from crma.training.experiment import Experiment
 from crma.training.mixed_effects import mixed_effects_line
 from crma.training.pairing import Record
@@ -23,6 +23,9 @@ BESIDE = ("winner_M=I", "winner_free-M", "best-rival")  # roles that the endpoin
 def experiment_report(experiment: Experiment, records: Mapping[str, Record]) -> str:
     """The tables of an experiment, as Markdown.
 
+    Of one that an endpoint judges, nothing but the number of missing runs until all are there:
+    nobody looks before.
+
     Args:
         experiment: as it was read.
         records: "<label>-seed<n>" -> record, of those of its runs that were made.
@@ -30,6 +33,10 @@ def experiment_report(experiment: Experiment, records: Mapping[str, Record]) -> 
     Raises:
         ConfigError: runs that are compared are not paired, or not of the endpoint.
     """
+    endpoint = experiment.judged_by() if experiment.report == "endpoint" else None
+    made = list(records.values())
+    if endpoint is not None and missing(endpoint, made):
+        return endpoint_table(endpoint, made)
     return "\n\n".join(part for part in [arms_table(records), *_found(experiment, records)] if part)
 
 
@@ -50,13 +57,13 @@ def _found(experiment: Experiment, records: Mapping[str, Record]) -> list[str]:
     if experiment.report != "endpoint" or endpoint is None:
         return []
     verdict = [endpoint_table(endpoint, made), mixed_effects_line(endpoint, made)]
-    return [*verdict, _beside(experiment, endpoint, records)]
+    return [*verdict, _beside(experiment, records)]
 
 
-def _beside(experiment: Experiment, endpoint: Endpoint, records: Mapping[str, Record]) -> str:
-    """The winner against arms that the endpoint does not judge; empty while it looks at nothing."""
+def _beside(experiment: Experiment, records: Mapping[str, Record]) -> str:
+    """The winner against arms that the endpoint does not judge; empty without any."""
     others = [runs.name for runs in experiment.runs if runs.role in BESIDE]
-    if missing(endpoint, list(records.values())) or not others:
+    if not others:
         return ""
     by_label = of_labels(records)
     (winner,) = [runs.name for runs in experiment.runs if runs.role == "winner"]

@@ -112,12 +112,13 @@ class Run:
         num_stages = len(self.snapshots.stages)
         train_s = sum(self.stage_trainer.train(index) for index in range(num_stages))
         self.ranks.wait()
-        measured = []
-        if self.ranks.measures:
-            measured = measure_stages(
-                self.snapshots, self.evaluator, self.measure_rows, self.progress
-            )
-        self.ranks.leave()
+        if not self.ranks.sharded:
+            self.ranks.leave()
+        if not self.ranks.measures:
+            return {}
+        measured = measure_stages(self.snapshots, self.evaluator, self.measure_rows, self.progress)
+        if self.ranks.sharded:
+            self.ranks.leave()
         if not self.ranks.writes:
             return {}
         log = read_logs(self.stage_trainer.logs())

@@ -44,7 +44,8 @@ class Ranks:
             torch.cuda.set_device(distributed.get_node_local_rank())
         if not distributed.is_initialized():
             distributed.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo")
-        return cls(distributed.get_rank(), distributed.get_world_size(), _is_sharded())
+        size = distributed.get_world_size()
+        return cls(distributed.get_rank(), size, sharded=size > 1 and _is_sharded())
 
     @property
     def writes(self) -> bool:

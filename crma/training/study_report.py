@@ -16,31 +16,37 @@ from crma.training.study_run import Step, walk
 BACKBONE = ("max_norm", "max_bound", "max_movement")  # of a certificate
 
 
-def study_report(study: Study, results: Path, *, regardless: bool = False) -> str:
-    """The phases that have records, with their tables, and why others did not run.
+def study_report(study: Study, results: Path) -> str:
+    """The phases that have records, with their tables, and why others do not run.
 
     Raises ConfigError and TrainingError as `walk`.
     """
     parts = []
     made: dict[str, dict[str, Record]] = {}
-    for step in walk(study, results, regardless=regardless):
-        if step.why_not:
-            parts.append(f"### {step.phase.name}\n\nNot run: {step.why_not}")
-            continue
+    for step in walk(study, results, regardless=False):
         records = made[step.phase.name] = _records(step)
+        said = [f"### {step.phase.name}"]
+        if step.why_not:
+            said.append(f"{'Run regardless' if records else 'Not run'}: {step.why_not}")
         if records:
-            extended = made.get(step.phase.extends, {})
-            tables = _of_phase(step, records, extended, results)
-            parts.append("\n\n".join([f"### {step.phase.name}", *tables]))
+            said += _of_phase(step, records, made.get(step.phase.extends, {}), results)
+        if len(said) > 1:
+            parts.append("\n\n".join(said))
     return "\n\n".join(parts) or "No run of this study has been made yet."
 
 
 def _of_phase(
     step: Step, records: Mapping[str, Record], extended: Mapping[str, Record], results: Path
 ) -> list[str]:
-    """The tables of a phase; of one that extends another, from the records of both."""
+    """What the runs of a phase were, and once all are there, its tables.
+
+    Those of a phase that extends another one are of the records of both.
+    """
+    provenance = _provenance(step, list(records.values()))
+    if len(records) < len(step.runs.paths):
+        return [provenance]
     tables = experiment_report(step.experiment, {**extended, **records})
-    found = [_provenance(step, list(records.values())), tables]
+    found = [provenance, tables]
     decision = results / step.phase.name / FILE
     if decision.exists():
         words = json.loads(decision.read_text("utf-8"))["in_words"]

@@ -112,6 +112,9 @@ def test_a_study_resumes_and_ends_where_it_is_told(file: Path) -> None:
 def test_machines_that_divide_a_phase_wait_for_each_other(file: Path) -> None:
     assert run(file, only="*-seed0") == []
     assert made(file) == {name for name in GRID_RUNS if "seed0" in name}
+    text = study_report(read_study(file), file.parent / "results")
+    assert text.startswith("### grid\n\n2 of 4 runs; ")
+    assert "|" not in text  # no table before all runs are there
     assert run(file, only="*-seed1", work="other") == ["grid"]
     assert made(file) == GRID_RUNS | {"grid/decision.json"}
 
