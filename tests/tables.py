@@ -27,6 +27,8 @@ from route_rules import rows as route_rows
 from crma.core.allowed import describe
 from crma.training.config import CrmaSettings, LoraSettings, TrainConfig
 from crma.training.experiment import read_experiment
+from crma.training.study import read_study
+from crma.training.study_report import study_report
 from crma.training.tables import arms_table
 from server import __version__
 from server.engine.request import EngineStats
@@ -184,6 +186,11 @@ def experiment_table(name: str) -> str:
     return arms_table(records)
 
 
+def sharing_table() -> str:
+    """The phases of the study that have records."""
+    return study_report(read_study(EXPERIMENTS / "sharing.toml"), RESULTS)
+
+
 def bench_table() -> str:
     """What `make bench` measured: medians, ranges of the repetitions, and the median TTFT."""
     rows = {(row["row"], row["engine"]): row for row in _bench_records() if "row" in row}
@@ -292,6 +299,7 @@ TABLES = {
     "access": Table(DOCS / "operations.md", access_table),
     "config": Table(DOCS / "training.md", config_table),
     "results": Table(DOCS / "results.md", results_table),
+    "sharing": Table(DOCS / "results.md", sharing_table),
     "quick": Table(DOCS / "results.md", partial(experiment_table, "quick")),
     "full": Table(DOCS / "results.md", partial(experiment_table, "full")),
     "bench": Table(DOCS / "benchmark.md", bench_table),

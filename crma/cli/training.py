@@ -1,4 +1,4 @@
-"""`crma train`, `crma experiment` and `crma plots`."""
+"""`crma train`, `crma experiment`, `crma study` and `crma plots`."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,15 @@ import typer
 from crma.cli.answer import Answer, answers
 from crma.cli.output import columns, note
 from crma.cli.progress import progress
+from crma.core.errors import ConfigError
 from crma.models.base_model import find_base
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from crma.training.experiment import Plan
     from crma.training.shipping import Shipment
+    from crma.training.study_report import Forecast
 
 group = typer.Typer()
 
@@ -52,6 +56,8 @@ def train(
     folder = out or Path("runs") / f"{config.stem}-{settings.arm}-{settings.seed}"
     with progress() as report:
         run = Run(settings, find_base(settings.model), folder, report)
+        if target is not None and run.ranks.sharded:
+            raise _not_from_shards()
         record = run.execute()
         if not record:
             return Answer({})  # another process writes it
@@ -61,6 +67,15 @@ def train(
     note(f"record: {folder / 'record.json'}")
     summary = {key: record[key] for key in _SUMMARY}
     return Answer(summary, columns([(key, str(value)) for key, value in summary.items()]))
+
+
+def _not_from_shards() -> ConfigError:
+    """The refusal to ship from processes that have a part of the base model each."""
+    message = (
+        "no process has the whole base model to measure what ships: train without --ship; then "
+        "the same command in one process, on a CPU too, ships what is in the run folder"
+    )
+    return ConfigError(message, field="ship", value="with FSDP", allowed="one process")
 
 
 def _note_shipment(shipment: "Shipment", store: Path | None) -> None:
@@ -121,6 +136,73 @@ def _costs(runs: "Plan", results: Path) -> Answer:
         ("time", time),
     ]
     return Answer(value, columns(rows))
+
+
+@group.command(epilog="Next: crma plots")
+@answers
+def study(
+    file: Annotated[
+        Path, typer.Argument(help="A TOML file, such as crma/experiments/sharing.toml.")
+    ],
+    results: Annotated[Path, typer.Option(help="The folder of the records.")] = Path(
+        "crma/results"
+    ),
+    work: Annotated[Path, typer.Option(help="The folder of the run folders.")] = Path("runs"),
+    workers: Annotated[
+        int, typer.Option(min=1, help="So many runs at once, each in a process of its own.")
+    ] = 1,
+    only: Annotated[
+        str, typer.Option(help="Only runs whose name matches a pattern, such as '*-seed0'.")
+    ] = "*",
+    until: Annotated[str, typer.Option(help="The last phase to run.")] = "",
+    regardless: Annotated[
+        bool, typer.Option("--regardless", help="Run what a ceiling makes pointless, too.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, and what it costs.")
+    ] = False,
+) -> Answer:
+    """Run experiments one after the other, each set by what those before it decided.
+
+    Records that exist are not made again. The tables of all phases are printed, and written to
+    RESULTS/<study>.md.
+    """
+    from crma.core.files import replace_file
+    from crma.training.study import read_study
+    from crma.training.study_report import forecast, study_report
+    from crma.training.study_run import Conduct
+
+    planned = read_study(file)
+    if dry_run:
+        return _to_do(forecast(planned, results, regardless=regardless))
+    target = results / f"{planned.name}.md"
+    with progress() as report:
+        conduct = Conduct(planned, results, work, workers, only, until, regardless, report)
+        for phase in conduct.run():
+            text = study_report(planned, results)
+            replace_file(target, f"{text}\n".encode())
+            note(f"{phase} is done: {target}")
+    text = study_report(planned, results)
+    return Answer({"report": text}, text)
+
+
+def _to_do(phases: "Sequence[Forecast]") -> Answer:
+    """What a study still has to do, and what that costs."""
+    value = []
+    for each in phases:
+        cost = None if each.cost is None else each.cost._asdict()
+        value.append({**each._asdict(), "cost": cost})
+    known = [each.cost for each in phases if each.cost is not None]
+    hours = sum(cost.seconds or 0 for cost in known) / 3600
+    header = ("phase", "runs", "missing", "time", "state")
+    total = (
+        "all",
+        str(sum(each.runs for each in phases)),
+        str(sum(each.missing for each in phases)),
+        f"{hours:.1f} h",
+        f"of what is known, one run after the other, on {known[0].machine}" if known else "",
+    )
+    return Answer(value, columns([header, *(each.row() for each in phases), total]))
 
 
 @group.command()

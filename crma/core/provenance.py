@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 _CPU_INFO = Path("/proc/cpuinfo")
-MACHINE = ("cpu", "capability", "gpu")  # of `hardware`: what a loss depends on beside the dtype
+MACHINE = ("cpu", "capability", "gpu")  # of `hardware`: the keys of `machine_class`
 
 
 def hardware() -> dict[str, Any]:
@@ -27,8 +27,9 @@ def hardware() -> dict[str, Any]:
 
 
 def machine_class(machine: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `hardware` a loss depends on beside the dtype."""
-    return {key: machine[key] for key in MACHINE}
+    """What of `hardware` a loss depends on beside the dtype: where there is a GPU, only on that."""
+    decides = ("gpu",) if machine["gpu"] else MACHINE
+    return {key: machine[key] if key in decides else None for key in MACHINE}
 
 
 def _cpu_name() -> str:

@@ -3,9 +3,9 @@
 An arm says which adapters are new for each task, which are shared, and which parameters train.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from crma.method.sinkhorn import MixingMap
 
@@ -22,7 +22,11 @@ ArmName = Literal[
     "FROZEN-warm-last",
     "FROZEN-warm-mean",
     "SLOW-FAST",
+    "SLOW-FAST_M=I",
+    "SLOW-FAST_free-M",
     "NULL-SPACE",
+    "NULL-SPACE_M=I",
+    "NULL-SPACE_free-M",
     "PRIVATE",
     "ORACLE",
     "ORACLE-loo",
@@ -97,21 +101,29 @@ class Arm:
         return ceil(wanted / lora_parameters_per_rank)
 
 
+_WITHOUT_S: tuple[Group, ...] = ("gamma", "R", "W")
+_SLOW_FAST = Arm("SLOW-FAST", crma=True, backbone_learns=True, slow=True)
+_NULL_SPACE = Arm("NULL-SPACE", crma=True, backbone_learns=True, protects=True)
+
 ARMS: dict[ArmName, Arm] = {
     arm.name: arm
     for arm in (
         Arm("MODULAR", crma=True, backbone_learns=True),
         Arm("MODULAR-stop", crma=True),
-        Arm("M=I", crma=True, backbone_learns=True, mapping="identity", groups=("gamma", "R", "W")),
+        Arm("M=I", crma=True, backbone_learns=True, mapping="identity", groups=_WITHOUT_S),
         Arm("free-M", crma=True, backbone_learns=True, mapping="free"),
-        Arm("frozen-M", crma=True, backbone_learns=True, groups=("gamma", "R", "W")),
+        Arm("frozen-M", crma=True, backbone_learns=True, groups=_WITHOUT_S),
         Arm("shared-LoRA", crma=True, backbone_learns=True, mapping="unbounded", groups=("R", "W")),
         Arm("FROZEN"),
         Arm("FROZEN-matched", matched=True),
         Arm("NAIVE", fresh_lora=False),
         Arm("JOINT", matched=True, joint=True),
-        Arm("SLOW-FAST", crma=True, backbone_learns=True, slow=True),
-        Arm("NULL-SPACE", crma=True, backbone_learns=True, protects=True),
+        _SLOW_FAST,
+        replace(_SLOW_FAST, name="SLOW-FAST_M=I", mapping="identity", groups=_WITHOUT_S),
+        replace(_SLOW_FAST, name="SLOW-FAST_free-M", mapping="free"),
+        _NULL_SPACE,
+        replace(_NULL_SPACE, name="NULL-SPACE_M=I", mapping="identity", groups=_WITHOUT_S),
+        replace(_NULL_SPACE, name="NULL-SPACE_free-M", mapping="free"),
         Arm("PRIVATE", crma=True, private=True),
         Arm("ORACLE", crma=True, pretrained_on="union"),
         Arm("ORACLE-loo", crma=True, private=True, pretrained_on="others"),
@@ -119,4 +131,18 @@ ARMS: dict[ArmName, Arm] = {
         Arm("FROZEN-warm-mean", warm="mean"),
         Arm("O-LoRA", fresh_lora=False, grows=True),
     )
+}
+
+
+class MixingControls(NamedTuple):
+    """Two arms that differ from another one in M only: M = I, and M = S without Sinkhorn."""
+
+    identity: ArmName
+    free: ArmName
+
+
+MIXING_CONTROLS: dict[ArmName, MixingControls] = {
+    "MODULAR": MixingControls("M=I", "free-M"),
+    "SLOW-FAST": MixingControls("SLOW-FAST_M=I", "SLOW-FAST_free-M"),
+    "NULL-SPACE": MixingControls("NULL-SPACE_M=I", "NULL-SPACE_free-M"),
 }

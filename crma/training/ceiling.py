@@ -14,8 +14,36 @@ from crma.training.endpoint import advantages, by_seed, prior_loss
 from crma.training.pairing import Record
 
 TARGET = 2.0  # percent: what the paper claims, and what a protocol should be able to reach
-ORACLES = ("ORACLE-loo", "ORACLE")
+HONEST = "ORACLE-loo"
+ORACLES = (HONEST, "ORACLE")
 RIVALS = ("PRIVATE", "FROZEN-matched")
+
+
+class Reach(NamedTuple):
+    """Whether a protocol could reach TARGET.
+
+    Attributes:
+        rival: the better arm without sharing.
+        upper: the upper end of the 95 % interval of ORACLE-loo's advantage over it, in percent.
+    """
+
+    rival: str
+    upper: float
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the honest ceiling allows it."""
+        return self.upper >= TARGET
+
+    def __str__(self) -> str:
+        """The decision in words."""
+        start = (
+            f"The upper bound of {HONEST} over {self.rival}, the better arm without sharing, is "
+            f"{self.upper:+.2f} %: "
+        )
+        if self.is_open:
+            return f"{start}{TARGET:g} % is not out of reach."
+        return f"{start}no protocol of this shape can reach {TARGET:g} % on these tasks."
 
 
 class Ceiling(NamedTuple):
@@ -69,6 +97,18 @@ def ceilings(records: Sequence[Record]) -> list[Ceiling]:
     return found
 
 
+def reach(records: Sequence[Record]) -> Reach | None:
+    """What follows from the honest ceiling; None if it has fewer than two seeds.
+
+    Raises ConfigError as `ceilings` and `better_rival`.
+    """
+    best = better_rival(records)
+    for each in ceilings(records):
+        if (each.oracle, each.rival) == (HONEST, best):
+            return Reach(best, each.interval[1])
+    return None
+
+
 def ceiling_table(records: Sequence[Record]) -> str:
     """The advantages as Markdown, and the decision that follows from the honest one.
 
@@ -82,22 +122,5 @@ def ceiling_table(records: Sequence[Record]) -> str:
         low, high = each.interval
         interval = f"{each.mean:+.2f} [{low:+.2f}, {high:+.2f}]"
         lines.append(f"| {each.oracle} | {each.rival} | {len(each.values)} | {interval} |")
-    return "\n".join([*lines, "", _decision(records, found)])
-
-
-def _decision(records: Sequence[Record], found: Sequence[Ceiling]) -> str:
-    honest, best = ORACLES[0], better_rival(records)
-    for each in found:
-        if (each.oracle, each.rival) != (honest, best):
-            continue
-        upper = each.interval[1]
-        if upper < TARGET:
-            return (
-                f"The upper bound of {honest} over {best}, the better arm without sharing, is "
-                f"{upper:+.2f} %: no protocol of this shape can reach {TARGET:g} % on these tasks."
-            )
-        return (
-            f"The upper bound of {honest} over {best}, the better arm without sharing, is "
-            f"{upper:+.2f} %: {TARGET:g} % is not out of reach."
-        )
-    return f"Not decided: {honest} and {best} have fewer than two seeds in common."
+    decision = reach(records) or f"Not decided: {HONEST} has fewer than two seeds with its rival."
+    return "\n".join([*lines, "", str(decision)])

@@ -6,7 +6,7 @@ figure is the paper's: the loss of *prior* tasks after the last one was learned.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ from crma.training.config import Measured, Settings, read_toml
 from crma.training.pairing import Record, check_paired
 
 Orders = tuple[tuple[str, ...], ...]
+WINNER = "winner"  # in the place of an arm: the one that screening takes
 
 
 class Endpoint(Settings):
@@ -26,7 +27,8 @@ class Endpoint(Settings):
 
     Attributes:
         name: of the endpoint.
-        arm: the arm that is judged.
+        arm: the arm that is judged; "winner": the one that screening took, which the experiment
+            names.
         against: the arms that it has to beat, in this order: one is tested only if it beat all
             those before.
         measure: the split.
@@ -40,7 +42,7 @@ class Endpoint(Settings):
     """
 
     name: str = Field(pattern=r"^[\w-]+$")
-    arm: ArmName
+    arm: ArmName | Literal["winner"]
     against: tuple[ArmName, ...] = Field(min_length=1)
     measure: Measured
     seeds: tuple[int, ...] = Field(min_length=2)

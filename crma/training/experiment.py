@@ -24,9 +24,12 @@ from crma.core.json_lines import checked
 from crma.models.base_model import find_base
 from crma.training.arms import ArmName
 from crma.training.config import Settings, TrainConfig, read_toml
-from crma.training.endpoint import Endpoint, Orders, order_of, read_endpoint
+from crma.training.endpoint import WINNER, Endpoint, Orders, order_of, read_endpoint
 from crma.training.protocol import Run
 from crma.training.record import Progress
+
+Role = Literal["", "candidate", "rival", "winner", "winner_M=I", "winner_free-M", "best-rival"]
+Report = Literal["regime", "ceiling", "screening", "endpoint", "continual"]
 
 
 class Runs(Settings):
@@ -37,12 +40,21 @@ class Runs(Settings):
         seeds: one run each.
         label: names the runs; the arm's name if empty.
         changes: changes to the configuration, applied last.
+        role: what the runs are for, where something is decided by them. "candidate" and "rival":
+            `screening`. The others are what that decides: in a study, the runs of these roles are
+            those of the arms that it took; otherwise they are as the file says.
     """
 
     arm: ArmName
     seeds: tuple[int, ...] = Field(min_length=1)
     label: str = Field("", pattern=r"^[\w.=-]*$")
     changes: dict[str, Any] = Field({})
+    role: Role = ""
+
+    @property
+    def name(self) -> str:
+        """The label that its records have."""
+        return self.label or self.arm
 
 
 class Experiment(Settings):
@@ -57,7 +69,7 @@ class Experiment(Settings):
             (`endpoint.order_of`).
         report: what is said of the records beside the table of arms.
         endpoint: the file of the endpoint, beside that of the experiment; empty: none. Its digest
-            goes into every record.
+            goes into every record. The report "endpoint" gives its verdict.
     """
 
     name: str = Field(pattern=r"^[\w-]+$")
@@ -65,12 +77,35 @@ class Experiment(Settings):
     arms: dict[ArmName, dict[str, Any]] = Field({})
     runs: tuple[Runs, ...] = Field(min_length=1)
     orders: Orders = ()
-    report: Literal["regime", "ceiling"] | None = None
+    report: Report | None = None
     endpoint: str = ""
 
     def judged_by(self) -> Endpoint | None:
-        """The endpoint that it names, if it names one. Raises as `read_endpoint`."""
-        return read_endpoint(Path(self.endpoint)) if self.endpoint else None
+        """The endpoint that it names, if it names one.
+
+        Raises:
+            ConfigError: as `read_endpoint`; or the endpoint judges the winner, and not one arm of
+                the experiment is that.
+        """
+        if not self.endpoint:
+            return None
+        endpoint = read_endpoint(Path(self.endpoint))
+        if endpoint.arm != WINNER or self.report != "endpoint":
+            return endpoint
+        winners = [runs.arm for runs in self.runs if runs.role == "winner"]
+        if len(winners) != 1:
+            message = "the endpoint judges the winner, and not one arm of the experiment is that"
+            raise ConfigError(message, field="role", value=winners, allowed="one winner")
+        return endpoint.model_copy(update={"arm": winners[0]})
+
+    def named(self, label: str) -> Runs:
+        """The runs of a label. Raises ConfigError if there are none."""
+        for runs in self.runs:
+            if runs.name == label:
+                return runs
+        message = f"{self.name} has no runs with the label {label}"
+        allowed = [runs.name for runs in self.runs]
+        raise ConfigError(message, field="label", value=label, allowed=allowed)
 
     def planned(self) -> dict[str, TrainConfig]:
         """The configuration of every run, by record name, in the order of the file.
@@ -84,7 +119,7 @@ class Experiment(Settings):
         planned: dict[str, TrainConfig] = {}
         for runs in self.runs:
             for seed in runs.seeds:
-                name = f"{runs.label or runs.arm}-seed{seed}"
+                name = f"{runs.name}-seed{seed}"
                 if name in planned:
                     message = "two runs have the same name"
                     raise ConfigError(
@@ -93,19 +128,21 @@ class Experiment(Settings):
                 values = {**self.config, "arm": runs.arm, "seed": seed}
                 if self.orders:
                     values["tasks"] = list(order_of(seed, self.orders))
-                values = _merged(values, self.arms.get(runs.arm, {}))
-                values = _merged(values, runs.changes)
+                values = merged(values, self.arms.get(runs.arm, {}))
+                values = merged(values, runs.changes)
                 planned[name] = TrainConfig.from_dict(values)
                 self._check_reserve(planned[name])
         return planned
 
     def _check_reserve(self, config: TrainConfig) -> None:
-        """Raise ConfigError if a run asks the reserve, and no endpoint was written down before."""
-        if "reserve" in config.measure and not self.endpoint:
+        """Raise ConfigError if a run asks the reserve, and no endpoint that was written down
+        before is what it is asked for.
+        """
+        is_judged = self.endpoint and self.report == "endpoint"
+        if "reserve" in config.measure and not is_judged:
             message = "the reserve is asked only for an endpoint that was written down before"
-            raise ConfigError(
-                message, field="endpoint", value="", allowed="the file of an endpoint"
-            )
+            allowed = 'the file of an endpoint, and report = "endpoint"'
+            raise ConfigError(message, field="endpoint", value=self.endpoint, allowed=allowed)
 
 
 class Plan(NamedTuple):
@@ -133,10 +170,12 @@ def read_experiment(path: Path) -> Experiment:
 def plan(experiment: Experiment, results: Path, *, only: str) -> Plan:
     """Which runs there are, and which have no record yet. Arguments and errors as in `execute`."""
     configs = experiment.planned()
+    endpoint = experiment.judged_by()
+    digest = None if endpoint is None else endpoint.digest
     paths = {name: results / experiment.name / f"{name}.json" for name in configs}
     for name, path in paths.items():
         if path.exists():
-            _check_record(path, name, configs[name])
+            _check_record(path, name, configs[name], digest)
     missing = [name for name in configs if fnmatch(name, only) and not paths[name].exists()]
     return Plan(configs, paths, missing)
 
@@ -179,23 +218,28 @@ def execute(
     return [path for path in runs.paths.values() if path.exists()]
 
 
-def _check_record(path: Path, name: str, config: TrainConfig) -> None:
-    """Raise TrainingError if the record was made with another configuration."""
-    recorded = TrainConfig.from_dict(json.loads(path.read_text())["config"])
+def _check_record(path: Path, name: str, config: TrainConfig, endpoint: str | None) -> None:
+    """Raise TrainingError if a record was made with another configuration or endpoint."""
+    record = json.loads(path.read_text())
+    recorded = TrainConfig.from_dict(record["config"])
     if recorded != config:
         message = (
             f"{path} was made with another configuration; delete it, or give the run another label"
         )
         raise TrainingError(message, field=name, value=str(path), allowed="the same configuration")
+    if endpoint is not None and record.get("endpoint") != endpoint:
+        message = f"{path} was made before the endpoint was written down, or under another one"
+        value = record.get("endpoint")
+        raise TrainingError(message, field="endpoint", value=value, allowed=endpoint)
 
 
-def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`values` updated with `changes`; nested tables are merged, not replaced."""
-    merged = dict(values)
+    result = dict(values)
     for key, new in changes.items():
-        old = merged.get(key)
+        old = result.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            merged[key] = _merged(old, new)
+            result[key] = merged(old, new)
         else:
-            merged[key] = new
-    return merged
+            result[key] = new
+    return result

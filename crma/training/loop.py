@@ -192,6 +192,9 @@ class TaskTrainer:
             loss = self.adapted(batch, crma=crma) / num_answer_tokens.to(self.device)
             objective = loss + objective
             sums = torch.tensor([loss.item(), batch.num_tokens], dtype=torch.float64)
+        elif self.ranks.sharded:  # the others need this process's part of the base model
+            idle = collate(rows[:1], self.pad_id, self.device)
+            objective = 0.0 * self.adapted(idle, crma=crma) + objective
         if isinstance(objective, Tensor):
             torch.autograd.backward(objective)
         if self.ranks.size > 1:

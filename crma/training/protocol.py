@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from crma.core.errors import ConfigError, TrainingError
 from crma.core.files import replace_file, to_json
 from crma.data.examples import Example
@@ -27,6 +29,7 @@ from crma.training.initial_adapters import backbone_shape
 from crma.training.prompt_format import format_of
 from crma.training.ranks import Ranks
 from crma.training.record import Progress, make_record, measure_stages, read_logs
+from crma.training.shards import load_shards
 from crma.training.snapshots import Snapshots
 from crma.training.stage_trainer import StageTrainer
 
@@ -69,7 +72,7 @@ class Run:
             check_name(task_name(task))  # before any training: its snapshot could not be published
         self.start = _start_of(config, base)
         self.device = resolve_device("auto")
-        self.model = load_model(base, self.device, training_dtype(config.dtype, self.device))
+        self.model = self._load()
         self.serving_attention = self.model.config._attn_implementation
         if self.device.type == "cpu":
             # The backward pass of torch's fused attention takes a third of a step there.
@@ -109,10 +112,15 @@ class Run:
         num_stages = len(self.snapshots.stages)
         train_s = sum(self.stage_trainer.train(index) for index in range(num_stages))
         self.ranks.wait()
-        self.ranks.leave()
-        if not self.ranks.writes:
+        if not self.ranks.sharded:
+            self.ranks.leave()
+        if not self.ranks.measures:
             return {}
         measured = measure_stages(self.snapshots, self.evaluator, self.measure_rows, self.progress)
+        if self.ranks.sharded:
+            self.ranks.leave()
+        if not self.ranks.writes:
+            return {}
         log = read_logs(self.stage_trainer.logs())
         record = make_record(self.snapshots, measured, log, train_s, self.model.dtype)
         if self.config.ema:
@@ -120,6 +128,13 @@ class Run:
         record["wall_s"] = time.perf_counter() - started
         replace_file(self.folder / "record.json", to_json(record))
         return record
+
+    def _load(self) -> PreTrainedModel:
+        """The base model, or this process's part of it."""
+        dtype = training_dtype(self.config.dtype, self.device)
+        if self.ranks.sharded:
+            return load_shards(self.base, self.device, dtype, self.ranks)
+        return load_model(self.base, self.device, dtype)
 
     def _rows(self, splits: str, limit: int | None = None) -> dict[str, list[Encoded]]:
         """The examples of a split, or of several joined by "+", by task."""

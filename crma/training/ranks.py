@@ -19,10 +19,17 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Ranks:
-    """One of `size` processes: number `rank`, counted from 0. By default it is alone."""
+    """One of `size` processes, by default alone.
+
+    Attributes:
+        rank: the number of this process, counted from 0.
+        size: how many there are.
+        sharded: each holds a part of the base model, so every forward pass takes all of them.
+    """
 
     rank: int = 0
     size: int = 1
+    sharded: bool = False
 
     @classmethod
     def join(cls) -> Self:
@@ -37,12 +44,18 @@ class Ranks:
             torch.cuda.set_device(distributed.get_node_local_rank())
         if not distributed.is_initialized():
             distributed.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo")
-        return cls(distributed.get_rank(), distributed.get_world_size())
+        size = distributed.get_world_size()
+        return cls(distributed.get_rank(), size, sharded=size > 1 and _is_sharded())
 
     @property
     def writes(self) -> bool:
         """Whether this process writes what all have trained."""
         return self.rank == 0
+
+    @property
+    def measures(self) -> bool:
+        """Whether this process takes part in forward passes that only measure."""
+        return self.writes or self.sharded
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """This process's part of a batch; it may be empty."""
@@ -81,6 +94,15 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _is_sharded() -> bool:
+    """Whether `accelerate launch --use_fsdp` started this process."""
+    try:
+        from accelerate.utils import parse_flag_from_env
+    except ImportError:
+        return False  # torchrun
+    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:

@@ -2,13 +2,16 @@
 
 The rule, stated before the runs: the cheapest setting at which halving the batch gains less than
 MAX_GAIN and the seeds differ by at most MAX_SPREAD, at every rank that was tried. Larger batches
-are cheaper. Of several settings with one batch size, the one with the lowest loss.
+are cheaper. Of several settings with one batch size, the one with the lowest loss. Where no setting
+passes, a study first tries smaller batches; if none passes then either, all arms share the setting
+with the lowest loss, under which a plain LoRA is hardest to beat.
 """
 
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from crma.core.errors import ConfigError
 from crma.training.pairing import Record
 
 MAX_GAIN = 3.0  # percent of loss
@@ -21,6 +24,24 @@ class Setting(NamedTuple):
     batch_size: int
     lr: float
     averaged: bool
+
+    def __str__(self) -> str:
+        """In words."""
+        weights = "averaged" if self.averaged else "last"
+        return f"batch {self.batch_size}, lr {self.lr:g}, {weights} weights"
+
+
+class Taken(NamedTuple):
+    """The setting that all arms share, and whether it passes the rule."""
+
+    setting: Setting
+    by_rule: bool
+
+    def __str__(self) -> str:
+        """In words."""
+        if self.by_rule:
+            return f"Taken: {self.setting}."
+        return f"No setting passes. Taken because it has the lowest loss: {self.setting}."
 
 
 class Cell(NamedTuple):
@@ -100,13 +121,34 @@ def _gain(
 
 def choose(cells: Grid) -> Setting | None:
     """The setting that the rule takes; None if it takes none."""
-    ranks = {rank for by_rank in cells.values() for rank in by_rank}
     passing = []
-    for setting, by_rank in cells.items():
-        if set(by_rank) == ranks and all(cell.passes for cell in by_rank.values()):
-            total = sum(cell.loss for cell in by_rank.values())
+    for setting, total in _totals(cells).items():
+        if all(cell.passes for cell in cells[setting].values()):
             passing.append((-setting.batch_size, total, setting))
     return min(passing)[-1] if passing else None
+
+
+def take(cells: Grid) -> Taken:
+    """The setting that the rule takes; if it takes none, the one with the lowest loss.
+
+    Raises ConfigError if no setting was tried at every rank.
+    """
+    totals = _totals(cells)
+    if not totals:
+        message = "the regime needs a setting that was tried at every rank"
+        raise ConfigError(message, field="runs", value=len(cells), allowed="at least one")
+    passing = choose(cells)
+    return Taken(passing or min(totals, key=totals.__getitem__), passing is not None)
+
+
+def _totals(cells: Grid) -> dict[Setting, float]:
+    """The loss of each setting that was tried at every rank, summed over ranks."""
+    ranks = {rank for by_rank in cells.values() for rank in by_rank}
+    return {
+        setting: sum(cell.loss for cell in by_rank.values())
+        for setting, by_rank in cells.items()
+        if set(by_rank) == ranks
+    }
 
 
 def regime_table(records: Sequence[Record]) -> str:
@@ -128,8 +170,7 @@ def regime_table(records: Sequence[Record]) -> str:
     if chosen is None:
         verdict = "No setting passes: try smaller batches or more steps."
     else:
-        weights = "averaged" if chosen.averaged else "last"
-        verdict = f"Taken: batch {chosen.batch_size}, lr {chosen.lr:g}, {weights} weights."
+        verdict = f"Taken: {chosen}."
     return "\n".join([*lines, "", verdict])
 
 

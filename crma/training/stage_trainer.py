@@ -119,7 +119,7 @@ class StageTrainer:
             fit = self._settle(stage, lora, backbone)
             wall_s += fit.wall_s
         self.ranks.check_same([*lora.parameters(), *(backbone.parameters() if backbone else ())])
-        if self.ranks.writes:
+        if self.ranks.measures:
             self._keep(index, lora, backbone, fit, wall_s)
         return wall_s
 
@@ -258,7 +258,10 @@ class StageTrainer:
     def _keep(
         self, index: int, lora: Lora, backbone: Backbone | None, fit: Fit, wall_s: float
     ) -> None:
-        """Publish the snapshot of a stage, and write what its training measured."""
+        """Publish the snapshot of a stage, and write what its training measured.
+
+        Processes that do not write take part in the measuring.
+        """
         stage = self.snapshots.stages[index]
         measured: dict[str, Any] = {"wall_s": wall_s}
         if fit.average is not None:
@@ -266,6 +269,8 @@ class StageTrainer:
             fit.apply()
         if self.arm.protects and backbone is not None:
             self._protect(stage, lora, backbone)
+        if not self.ranks.writes:
+            return
         self.snapshots.publish(index, lora, backbone)
         replace_file(self.folder / stage.name / STATS_FILE, to_json(measured))
 
@@ -283,4 +288,5 @@ class StageTrainer:
         """Keep the moments of a stage's block outputs for the stages to come."""
         rows = [row for task in stage.tasks for row in self.train_rows[task]]
         moments = second_moments(self.injection, lora, backbone, rows, self.evaluator.stop_id)
-        save_moments(self.folder / stage.name / MOMENTS_FILE, moments)
+        if self.ranks.writes:
+            save_moments(self.folder / stage.name / MOMENTS_FILE, moments)

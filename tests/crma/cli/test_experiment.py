@@ -68,7 +68,7 @@ def test_the_planned_experiments_say_how_many_runs_they_have(name: str, tmp_path
     config = EXPERIMENTS / f"{name}.toml"
     code, out, _ = crma("experiment", config, "--results", tmp_path, "--dry-run", "--json")
     assert code == 0
-    planned = {"regime": 72, "ceiling": 48, "confirm": 96}
+    planned = {"regime": 72, "ceiling": 48, "confirm": 168}
     assert json.loads(out)["runs"] == planned[name]
 
 

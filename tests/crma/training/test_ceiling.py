@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from crma.core.errors import ConfigError
-from crma.training.ceiling import better_rival, ceiling_table, ceilings
+from crma.training.ceiling import Reach, better_rival, ceiling_table, ceilings, reach
 
 SEEDS = range(20, 25)
 
@@ -63,3 +63,15 @@ def test_a_ceiling_needs_two_seeds_and_both_rivals() -> None:
     alone = [each for each in records(SMALL) if each["arm"] in ("PRIVATE", "ORACLE-loo")]
     with pytest.raises(ConfigError, match="runs of PRIVATE and FROZEN-matched"):
         ceiling_table(alone)
+
+
+def test_two_percent_exactly_is_within_reach() -> None:
+    assert Reach("PRIVATE", 2.0).is_open
+    assert not Reach("PRIVATE", 1.9999).is_open
+
+
+def test_one_seed_decides_nothing() -> None:
+    made = [each for each in records(SMALL) if each["seed"] == 20 or each["arm"] != "ORACLE-loo"]
+    assert reach(made) is None
+    assert ceiling_table(made).endswith("ORACLE-loo has fewer than two seeds with its rival.")
+    assert str(reach(records(SMALL))) in ceiling_table(records(SMALL))

@@ -182,9 +182,11 @@ def test_the_confirmation_plans_what_the_endpoint_judges() -> None:
     endpoint = experiment.judged_by()
     assert endpoint is not None
     assert experiment.orders == endpoint.orders
+    assert endpoint.arm == "MODULAR"  # until a screening has taken another one
     planned = {(config.arm, config.seed) for config in experiment.planned().values()}
-    arms = (endpoint.arm, *endpoint.against)
-    assert planned == {(arm, seed) for arm in arms for seed in endpoint.seeds}
+    judged = (endpoint.arm, *endpoint.against)
+    beside = ("M=I", "free-M", "FROZEN-warm-last")
+    assert planned == {(arm, seed) for arm in (*judged, *beside) for seed in endpoint.seeds}
     for config in experiment.planned().values():
         assert config.tasks == order_of(config.seed, endpoint.orders)
         assert (config.measure, config.dtype) == (endpoint.measure, "bfloat16")

@@ -14,6 +14,7 @@ from crma.training.config import TrainConfig
 from crma.training.endpoint import read_endpoint
 from crma.training.experiment import Experiment, execute, plan, read_experiment
 from crma.training.experiment_report import experiment_report
+from crma.training.study import read_study
 
 
 def experiment(**changes: Any) -> Experiment:
@@ -60,6 +61,8 @@ def test_the_shipped_experiments_can_be_read() -> None:
             assert read_experiment(path).planned()
         elif path.name == "endpoint.toml":
             assert read_endpoint(path)
+        elif "[[phases]]" in path.read_text():
+            assert read_study(path)
         else:
             assert TrainConfig.read(path)
 
@@ -134,7 +137,9 @@ def test_the_reserve_is_asked_only_for_an_endpoint() -> None:
     with pytest.raises(ConfigError, match="written down before") as caught:
         experiment(config=asked).planned()
     assert caught.value.field == "endpoint"
-    assert experiment(config=asked, endpoint="endpoint.toml").planned()
+    with pytest.raises(ConfigError, match="written down before"):
+        experiment(config=asked, endpoint="endpoint.toml", report="regime").planned()
+    assert experiment(config=asked, endpoint="endpoint.toml", report="endpoint").planned()
 
 
 def test_a_record_holds_the_digest_of_the_endpoint_that_was_there_before(
@@ -143,7 +148,8 @@ def test_a_record_holds_the_digest_of_the_endpoint_that_was_there_before(
     write_task(tmp_path / "first", ("yes", "no"))
     (tmp_path / "endpoint.toml").write_text(ENDPOINT)
     (tmp_path / "try.toml").write_text(
-        f'name = "try"\nendpoint = "endpoint.toml"\n[config]\ntasks = ["{tmp_path / "first"}"]\n'
+        'name = "try"\nendpoint = "endpoint.toml"\nreport = "endpoint"\n'
+        f'[config]\ntasks = ["{tmp_path / "first"}"]\n'
         f'model = "{base.path}"\ndtype = "float32"\nepochs = 1\nbatch_size = 5\n'
         '[[runs]]\narm = "FROZEN"\nseeds = [0]\n'
     )
@@ -153,7 +159,13 @@ def test_a_record_holds_the_digest_of_the_endpoint_that_was_there_before(
     digest = file_digest(tmp_path / "endpoint.toml")
     assert json.loads(path.read_text())["endpoint"] == digest
     records = {path.stem: json.loads(path.read_text())}
-    assert "3 runs are missing, first FROZEN 1." in experiment_report(read, records)
+    # Nobody looks before all runs are there: no table of arms either.
+    text = experiment_report(read, records)
+    assert text == "Endpoint small: 3 runs are missing, first FROZEN 1."
+    path.write_text(json.dumps(records[path.stem] | {"endpoint": "sha256:another"}))
+    with pytest.raises(TrainingError, match="under another one") as caught:
+        plan(read, results, only="*")
+    assert caught.value.field == "endpoint"
 
 
 def test_a_plan_names_the_runs_without_a_record(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from crma.training.regime import Setting, choose, grid, regime_table
+from crma.core.errors import ConfigError
+from crma.training.regime import Cell, Setting, choose, grid, regime_table, take
 
 NOISE = (0.99, 1.0, 1.01)  # a standard deviation of 1 %
 
@@ -54,3 +55,33 @@ def test_seeds_that_differ_too_much_do_not_pass() -> None:
         each["mean_loss"] *= factor
         each["loss_unaveraged"] = [factor * value for value in each["loss_unaveraged"]]
     assert choose(grid(made)) is None
+
+
+def test_where_no_setting_passes_the_lowest_loss_over_all_ranks_is_taken() -> None:
+    steep = LOSSES | {(4, 1e-3): 0.2}
+    cells = grid([*records(LOSSES), *records(steep, 20)])
+    assert take(cells) == (Setting(4, 1e-3, True), False)
+    assert take(grid(records(LOSSES))) == (Setting(8, 1e-3, True), True)
+    # A setting that was not tried at every rank cannot be taken, however low its loss.
+    odd = grid([*records(steep), *records({(8, 1e-3): 0.5, (4, 2e-3): 0.1}, 20)])
+    assert take(odd) == (Setting(8, 1e-3, True), False)
+    with pytest.raises(ConfigError, match="tried at every rank"):
+        take(grid([*records({(8, 1e-3): 0.5}), *records({(4, 1e-3): 0.5}, 20)]))
+    assert "Taken because it has the lowest loss" in str(take(cells))
+
+
+def test_at_three_percent_a_gain_is_too_large_and_a_spread_is_not() -> None:
+    assert not Cell((0.5, 0.5), gain=3.0).passes
+    assert Cell((0.5, 0.5), gain=2.999).passes
+    assert Cell((0.5, 0.5), gain=-1.0).passes  # half the batch is worse
+    spread = Cell((0.97, 1.0, 1.03), gain=0.0)
+    assert spread.spread == pytest.approx(3.0)
+    assert not Cell((0.96, 1.0, 1.04), gain=0.0).passes
+    assert not Cell((0.5,), gain=0.0).passes  # one seed has no spread
+
+
+def test_smaller_batches_say_what_halving_the_smallest_batch_gains() -> None:
+    first = {(8, 1e-3): 0.50, (4, 1e-3): 0.40}
+    assert choose(grid(records(first))) is None
+    both = [*records(first), *records({(2, 1e-3): 0.395})]
+    assert choose(grid(both)) == Setting(4, 1e-3, True)
