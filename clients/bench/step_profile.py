@@ -190,7 +190,7 @@ class StepProfiler:
         )
         for i in range(rows):
             engine.add(_request(f"running {i}", self._context))
-        while not scheduler.running or any(each.is_prefilling for each in scheduler.running):
+        while len(scheduler.running) < rows or any(s.is_prefilling for s in scheduler.running):
             engine.step()
         return engine
 
