@@ -96,12 +96,16 @@ class Outcome {
 // Turn the scores at some places of a part into weights, and return the largest score. All places
 // before them, and those behind them up to a whole vector, become 0.
 inline float to_weights(float* scores, Range places, float& total) {
-    float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
-    for (int64_t p = places.first; p < places.stop; p++) largest = std::max(largest, scores[p]);
     const int64_t stop = (places.stop + LANES - 1) / LANES * LANES;
     std::fill(scores, scores + places.first, -INFINITY);
     std::fill(scores + places.stop, scores + stop, -INFINITY);
+    Floats largests = Floats{} - INFINITY;
+    for (int64_t p = 0; p < stop; p += LANES) {
+        const Floats some = load_vector(scores + p);
+        largests = some > largests ? some : largests;
+    }
+    float largest = largests[0];
+    for (int i = 1; i < LANES; i++) largest = std::max(largest, largests[i]);
 #pragma omp simd
     for (int64_t p = 0; p < stop; p++) scores[p] = exponential(scores[p] - largest);
     Floats sums{};
@@ -203,24 +207,24 @@ template <typename T> struct Attention {
 template <typename T> class HeadAttention {
     const Attention<T>& all;
     const RowTile tile;
-    const int64_t k, g;
-    std::vector<float> queries;  // [M, e], scaled
-    std::vector<float> keys;     // of a part, [e, PART]
-    std::vector<float> scores;   // [M, PART]
-    const T* places[PART] = {};  // in the cache, of the positions of a part that are seen
+    const int64_t k, g, M;                   // M queries
+    const std::unique_ptr<float[]> queries;  // [M, e], scaled
+    const std::unique_ptr<float[]> keys;     // of a part, [e, PART]
+    float weights[MAX_FEW_ROWS * PART];      // of some queries; before that, scores
+    const T* places[PART];                   // in the cache, of the positions of a part that are seen
 
   public:
-    const int64_t M;  // queries
-
     HeadAttention(const Attention<T>& all, const RowTile& tile, int64_t k)
-        : all(all), tile(tile), k(k), g(all.queries_of_head()), queries(tile.count * g * all.e),
-          keys(all.e * PART), scores(tile.count * g * PART), M(tile.count * g) {
+        : all(all), tile(tile), k(k), g(all.queries_of_head()), M(tile.count * g),
+          queries(new float[M * all.e]), keys(new float[all.e * PART]) {
         for (int64_t m = 0; m < M; m++) {
             const T* from = all.query + row(m) * all.query_stride + head(m) * all.e;
             float* to = &queries[m * all.e];
             for (int64_t j = 0; j < all.e; j++) to[j] = load(from[j]) * all.scaling;
         }
     }
+
+    Outcome outcome(float* memory) const { return Outcome(memory, M, all.e); }
 
     // Whether any of the queries sees a position of a part.
     bool sees(int64_t part) const {
@@ -285,56 +289,58 @@ template <typename T> class HeadAttention {
             Four a = load_four(from[0] + j), b = load_four(from[1] + j);
             Four c = load_four(from[2] + j), d = load_four(from[3] + j);
             transpose(a, b, c, d);
-            const Four turned[] = {a, b, c, d};
-            for (int i = 0; i < 4; i++)
-                std::memcpy(&keys[(j + i) * PART + p], &turned[i], sizeof(Four));
+            float* to = &keys[j * PART + p];
+            store_four(a, to);
+            store_four(b, to + PART);
+            store_four(c, to + 2 * PART);
+            store_four(d, to + 3 * PART);
         }
     }
 
-    // What a query, or any of some queries, sees of the positions.
-    Range seen(int64_t m, Range positions) const { return all.seen(row(m)).within(positions); }
-    Range seen(int64_t m, int64_t count, Range positions) const {
-        return Range{all.seen(row(m)).first, all.seen(row(m + count - 1)).stop}.within(positions);
+    // Those of the positions that any of some queries sees.
+    Range seen(int64_t first, int64_t count, Range positions) const {
+        const Range whole{all.seen(row(first)).first, all.seen(row(first + count - 1)).stop};
+        return whole.within(positions);
     }
 
     // The weights of some queries at the places that they see, from their scores.
-    void weigh(int64_t m, int64_t count, Range positions, const Outcome& outcome) {
-        const Range places = seen(m, count, positions).from(positions.first);
+    void weigh(int64_t first, int64_t count, Range positions, const Outcome& outcome) {
+        const Range places = seen(first, count, positions).from(positions.first);
         constexpr int64_t STEP = SCORE_VECTORS * LANES;
         for (int64_t p = places.first / STEP * STEP; p < places.stop; p += STEP)
-            score_few(count, &queries[m * all.e], all.e, &keys[p], &scores[m * PART + p]);
-        for (int64_t i = m; i < m + count; i++) {
-            const Range own = seen(i, positions);
-            if (!own.is_empty())
-                outcome.largest(i) =
-                    to_weights(&scores[i * PART], own.from(positions.first), outcome.total(i));
+            score_few(count, &queries[first * all.e], all.e, &keys[p], weights + p);
+        for (int64_t i = 0; i < count; i++) {
+            const Range own = seen(first + i, 1, positions);
+            if (own.is_empty()) continue;
+            outcome.largest(first + i) = to_weights(
+                weights + i * PART, own.from(positions.first), outcome.total(first + i));
         }
     }
 
-    // Add the values: of positions that all of some queries see together, of others row by row.
-    void add_values(int64_t m, int64_t count, Range positions, const Outcome& outcome) {
-        const Range first = seen(m, positions), last = seen(m + count - 1, positions);
-        Range common = first.within(last);
+    // Add the values: of positions that all of some queries see together, of others one by one.
+    void add_values(int64_t first, int64_t count, Range positions, const Outcome& outcome) const {
+        Range common = seen(first, 1, positions).within(seen(first + count - 1, 1, positions));
         if (common.is_empty()) common = {positions.stop, positions.stop};
-        for (int64_t i = m; i < m + count; i++) {
-            const Range own = seen(i, positions);
-            add_values_of(i, 1, {own.first, std::min(own.stop, common.first)}, outcome);
+        float* sums[MAX_FEW_ROWS];
+        for (int64_t i = 0; i < count; i++) sums[i] = outcome.sum(first + i);
+        for (int64_t i = 0; i < count; i++) {
+            const Range own = seen(first + i, 1, positions);
+            add_values_at({own.first, std::min(own.stop, common.first)}, 1, i, sums);
         }
-        add_values_of(m, count, common, outcome);
-        for (int64_t i = m; i < m + count; i++) {
-            const Range own = seen(i, positions);
-            add_values_of(i, 1, {std::max(own.first, common.stop), own.stop}, outcome);
+        add_values_at(common, count, 0, sums);
+        for (int64_t i = 0; i < count; i++) {
+            const Range own = seen(first + i, 1, positions);
+            add_values_at({std::max(own.first, common.stop), own.stop}, 1, i, sums);
         }
     }
 
-    // Add the values of positions that all of these queries see.
-    void add_values_of(int64_t m, int64_t count, Range seen, const Outcome& outcome) {
-        if (seen.is_empty()) return;
-        float* sums[MAX_FEW_ROWS];
-        for (int64_t i = 0; i < count; i++) sums[i] = outcome.sum(m + i);
-        const int64_t place = seen.first % PART;
-        const RowList<T> values{places + place, seen.stop - seen.first, (all.h + k) * all.e, all.e};
-        add_to_few_rows(count, {&scores[m * PART + place], PART}, values, sums);
+    // Add the values of some positions to `count` sums from number i on.
+    void add_values_at(Range positions, int64_t count, int64_t i, float* const* sums) const {
+        if (positions.is_empty()) return;
+        const int64_t place = positions.first % PART;
+        const RowList<T> values{places + place, positions.stop - positions.first,
+                                (all.h + k) * all.e, all.e};
+        add_to_few_rows(count, {weights + i * PART + place, PART}, values, sums + i);
     }
 };
 
@@ -352,27 +358,28 @@ void attend(const T* query, int64_t query_stride, const T* cache, const int64_t*
     const int64_t parts = (blocks_of_sequence * z + PART - 1) / PART;
     const int64_t queries = std::min(TILE_ROWS, rows_of_sequence) * all.queries_of_head();
     const int64_t size = Outcome::size(queries, e);
-    auto tile_of = [&](int64_t n) { return tiles[(heads - 1 - n) / h]; };
+    auto head = [&](int64_t n) {
+        return HeadAttention<T>(all, tiles[(heads - 1 - n) / h], n % h);
+    };
     // Too few heads to keep all threads busy: they share the parts.
     const bool is_shared = num_threads() > 1 && heads < 4 * num_threads();
     const std::unique_ptr<float[]> memory(new float[is_shared ? heads * parts * size : 0]);
     auto attend_part = [&](int64_t task) {
-        const int64_t n = task / parts, part = task % parts;
-        HeadAttention<T> head(all, tile_of(n), n % h);
-        if (head.sees(part)) head.attend(part, Outcome(memory.get() + task * size, head.M, e));
+        const int64_t part = task % parts;
+        HeadAttention<T> one = head(task / parts);
+        if (one.sees(part)) one.attend(part, one.outcome(memory.get() + task * size));
     };
     if (is_shared) each_row(heads * parts, 4 * PART * queries * e, attend_part);
     each_row(heads, 4 * parts * queries * e * (is_shared ? 1 : PART), [&](int64_t n) {
-        HeadAttention<T> head(all, tile_of(n), n % h);
+        HeadAttention<T> one = head(n);
         std::vector<float> sums(size), more(is_shared ? 0 : size);
-        const Outcome whole(sums.data(), head.M, e);
+        const Outcome whole = one.outcome(sums.data());
         for (int64_t part = 0; part < parts; part++) {
-            if (!head.sees(part)) continue;
-            const int64_t task = n * parts + part;
-            const Outcome one(is_shared ? memory.get() + task * size : more.data(), head.M, e);
-            if (!is_shared) head.attend(part, one);
-            whole.add(one);
+            if (!one.sees(part)) continue;
+            float* found = is_shared ? memory.get() + (n * parts + part) * size : more.data();
+            if (!is_shared) one.attend(part, one.outcome(found));
+            whole.add(one.outcome(found));
         }
-        head.write(whole, out);
+        one.write(whole, out);
     });
 }

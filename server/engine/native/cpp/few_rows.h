@@ -13,17 +13,6 @@
 #include "bfloat16.h"
 #include "vectors.h"
 
-typedef float Four __attribute__((vector_size(16)));
-
-inline Four load_four(const float* from) {
-    Four four;
-    std::memcpy(&four, from, sizeof four);
-    return four;
-}
-inline Four load_four(const bfloat16* from) {
-    return Four{load(from[0]), load(from[1]), load(from[2]), load(from[3])};
-}
-
 // A vector's lanes, added up to four.
 inline Four folded(Floats x) {
     Four parts[LANES / 4];
@@ -35,12 +24,12 @@ inline Four folded(Floats x) {
 
 // Turn four rows of four numbers into columns.
 inline void transpose(Four& a, Four& b, Four& c, Four& d) {
-    const Four ab = Four{a[0], b[0], a[1], b[1]}, ab_high = Four{a[2], b[2], a[3], b[3]};
-    const Four cd = Four{c[0], d[0], c[1], d[1]}, cd_high = Four{c[2], d[2], c[3], d[3]};
-    a = Four{ab[0], ab[1], cd[0], cd[1]};
-    b = Four{ab[2], ab[3], cd[2], cd[3]};
-    c = Four{ab_high[0], ab_high[1], cd_high[0], cd_high[1]};
-    d = Four{ab_high[2], ab_high[3], cd_high[2], cd_high[3]};
+    const Four ab = SHUFFLED(a, b, 0, 4, 1, 5), ab_high = SHUFFLED(a, b, 2, 6, 3, 7);
+    const Four cd = SHUFFLED(c, d, 0, 4, 1, 5), cd_high = SHUFFLED(c, d, 2, 6, 3, 7);
+    a = SHUFFLED(ab, cd, 0, 1, 4, 5);
+    b = SHUFFLED(ab, cd, 2, 3, 6, 7);
+    c = SHUFFLED(ab_high, cd_high, 0, 1, 4, 5);
+    d = SHUFFLED(ab_high, cd_high, 2, 3, 6, 7);
 }
 
 constexpr int SUMS_AT_ONCE = 4;  // of a row: with those of another and their factors, they fit 16
@@ -136,12 +125,12 @@ __attribute__((noinline)) void add_columns(Matrix<const float> z, const RowList<
         for (int v = 0; v < VECTORS; v++) store_vector(sums[r][v], y[r] + column + v * LANES);
 }
 
-constexpr int MAX_FEW_ROWS = 6;  // with two sums each, they and their factors fit 16 registers
+constexpr int MAX_FEW_ROWS = 6;  // with two vectors of sums each, they and their factors fit 16 registers
 
 // y[r] += the sum of z[r][k] times row k of b.
 template <int ROWS, typename Y, typename T>
 void add_to_rows(Matrix<const float> z, const RowList<T>& b, Y* const* y) {
-    constexpr int VECTORS = ROWS > 3 ? 2 : 4;
+    constexpr int VECTORS = ROWS > 2 ? 2 : 4;
     int64_t column = 0;
     for (; column + VECTORS * LANES <= b.width; column += VECTORS * LANES)
         add_columns<ROWS, VECTORS>(z, b, y, column);
