@@ -15,6 +15,7 @@
 #include "product.h"
 #include "product_int8.h"
 #include "row_functions.h"
+#include "step_clock.h"
 
 // Linears on the same input, with their outputs side by side.
 template <typename T> struct Linear {
@@ -77,6 +78,7 @@ template <typename T> struct Pass {
     RowAdapters<T> adapters;         // with the sites of a block side by side
     const RowAdapters<T>* backbones;  // with a site a block
     int64_t num_backbones;
+    int64_t* taken;  // receives what each StepPart takes; null: nobody wants to know
 };
 
 // The rows' memory during a pass.
@@ -115,6 +117,7 @@ template <typename T> class BlockRunner {
         for (int64_t index = 0; index < pass.L; index++) {
             attention(index);
             mlp(index);
+            const PartTimer timer(pass.taken, StepPart::ADAPTERS);
             for (int64_t b = 0; b < pass.num_backbones; b++)
                 pass.backbones[b].add_to(h, h, index, pass.rows, d, d);
         }
@@ -122,7 +125,11 @@ template <typename T> class BlockRunner {
 
   private:
     void multiply(const Linear<T>& linear, int64_t site, const T* x, T* y) const {
-        linear.multiply(x, y, pass.rows);
+        {
+            const PartTimer timer(pass.taken, StepPart::LINEARS);
+            linear.multiply(x, y, pass.rows);
+        }
+        const PartTimer timer(pass.taken, StepPart::ADAPTERS);
         pass.adapters.add_to(y, x, site, pass.rows, linear.in, linear.out);
     }
 
@@ -134,6 +141,13 @@ template <typename T> class BlockRunner {
         T* cache = pass.cache + index * pass.N * pass.z * 2 * pass.h * pass.e;
         rotate(scratch.wide, block.head_norms, eps, pass.cos, pass.sin, cache, pass.slots,
                pass.rows, pass.H, pass.h, pass.e);
+        attend_in_groups(block, cache);
+        multiply(block.attention_out, site + 1, scratch.narrow, scratch.out);
+        add(h, scratch.out, pass.rows, d);
+    }
+
+    void attend_in_groups(const Block<T>& block, const T* cache) const {
+        const PartTimer timer(pass.taken, StepPart::ATTENTION);
         int64_t row = 0;
         for (int64_t g = 0; g < pass.num_groups; g++) {
             const AttentionGroup& group = pass.groups[g];
@@ -143,8 +157,6 @@ template <typename T> class BlockRunner {
                    group.rows_of_sequence, pass.H, pass.h, pass.e, pass.z);
             row += group.rows();
         }
-        multiply(block.attention_out, site + 1, scratch.narrow, scratch.out);
-        add(h, scratch.out, pass.rows, d);
     }
 
     void mlp(int64_t index) const {
