@@ -262,19 +262,19 @@ template <typename T> class HeadAttention {
     int64_t head(int64_t m) const { return k * g + m % g; }
 
     const T* key(int64_t place) const { return places[place] + k * all.e; }
-    const T* value(int64_t place) const { return places[place] + (all.h + k) * all.e; }
 
-    // Copy the keys at some places, turned over, and fetch the values meanwhile.
+    // Copy the keys at some places, turned over. The first head fetches the keys and values of all
+    // meanwhile, in the order in which they lie in memory: the next heads are the same thread's.
     void turn_keys(Range seen) {
-        constexpr int64_t AHEAD = 8;  // places
+        constexpr int64_t AHEAD = 4;  // places
         const int64_t whole = all.e / 4 * 4;
         for (int64_t p = seen.first; p < seen.stop; p += 4) {
             const T* four[4];  // where there are fewer, the last one takes the free places
             for (int64_t i = 0; i < 4; i++) {
-                const int64_t place = std::min(p + i, seen.stop - 1);
-                four[i] = key(place);
-                prefetch(key(std::min(place + AHEAD, seen.stop - 1)), all.e * sizeof(T));
-                prefetch(value(place), all.e * sizeof(T));
+                four[i] = key(std::min(p + i, seen.stop - 1));
+                if (k == 0)
+                    prefetch(places[std::min(p + i + AHEAD, seen.stop - 1)],
+                             all.position_size() * sizeof(T));
             }
             const int64_t count = std::min<int64_t>(4, PART - p);
             if (count == 4) turn_four(four, p, whole);
@@ -370,7 +370,7 @@ void attend(const T* query, int64_t query_stride, const T* cache, const int64_t*
         if (one.sees(part)) one.attend(part, one.outcome(memory.get() + task * size));
     };
     if (is_shared) each_row(heads * parts, 4 * PART * queries * e, attend_part);
-    each_row(heads, 4 * parts * queries * e * (is_shared ? 1 : PART), [&](int64_t n) {
+    auto attend_head = [&](int64_t n) {
         HeadAttention<T> one = head(n);
         std::vector<float> sums(size), more(is_shared ? 0 : size);
         const Outcome whole = one.outcome(sums.data());
@@ -381,5 +381,6 @@ void attend(const T* query, int64_t query_stride, const T* cache, const int64_t*
             whole.add(one.outcome(found));
         }
         one.write(whole, out);
-    });
+    };
+    each_row(heads, 4 * parts * queries * e * (is_shared ? 1 : PART), attend_head, h);
 }
