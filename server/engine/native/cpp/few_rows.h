@@ -125,7 +125,7 @@ __attribute__((noinline)) void add_columns(Matrix<const float> z, const RowList<
         for (int v = 0; v < VECTORS; v++) store_vector(sums[r][v], y[r] + column + v * LANES);
 }
 
-constexpr int MAX_FEW_ROWS = 6;  // with two vectors of sums each, they and their factors fit 16 registers
+constexpr int MAX_FEW_ROWS = 6;  // with two vectors of sums each, they fit 16 registers
 
 // y[r] += the sum of z[r][k] times row k of b.
 template <int ROWS, typename Y, typename T>
