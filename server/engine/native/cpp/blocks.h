@@ -55,15 +55,16 @@ struct AttentionGroup {
 
     int64_t rows() const { return sequences * rows_of_sequence; }
 
-    // Have all positions of a layer's cache fetched, which the rows see.
+    // Have the positions of a block's cache fetched that the rows see.
     template <typename T>
-    void fetch(const T* cache, int64_t z, int64_t position_size, Fetch& soon) const {
+    void fetch(const T* cache, int64_t window, int64_t z, int64_t position_size, Fetch& soon) const {
         for (int64_t n = 0; n < sequences; n++) {
-            const int64_t stop = positions[(n + 1) * rows_of_sequence - 1] + 1;
-            for (int64_t p = 0; p < stop; p += z) {
-                const int64_t block = blocks[n * blocks_of_sequence + p / z];
-                soon.add(cache + block * z * position_size,
-                         std::min(z, stop - p) * position_size * sizeof(T));
+            const int64_t* of_sequence = positions + n * rows_of_sequence;
+            const int64_t stop = of_sequence[rows_of_sequence - 1] + 1;
+            const int64_t first = window > 0 ? std::max<int64_t>(0, *of_sequence + 1 - window) : 0;
+            for (int64_t p = first / z * z; p < stop && !soon.is_full(); p += z) {
+                const T* block = cache + blocks[n * blocks_of_sequence + p / z] * z * position_size;
+                soon.add(block, std::min(z, stop - p) * position_size * sizeof(T));
             }
         }
     }
@@ -168,7 +169,7 @@ template <typename T> class BlockRunner {
             if (fetches)
                 for (const LoraPair<T>* lora : adapters)
                     pass.adapters.fetch(lora, site, linear.in, soon);
-            linear.multiply(x, y, pass.rows, &soon);
+            linear.multiply(x, y, pass.rows, soon.is_empty() ? nullptr : &soon);
         }
         const PartTimer timer(pass.taken, StepPart::ADAPTERS);
         pass.adapters.add_to(y, x, site, pass.rows, linear.in, linear.out);
@@ -183,7 +184,8 @@ template <typename T> class BlockRunner {
         Fetch soon;
         if (!fetches || index == pass.L) return soon;
         for (int64_t g = 0; g < pass.num_groups; g++)
-            pass.groups[g].fetch(cache_of(index), pass.z, 2 * pass.h * pass.e, soon);
+            pass.groups[g].fetch(cache_of(index), pass.blocks[index].window, pass.z,
+                                 2 * pass.h * pass.e, soon);
         return soon;
     }
 

@@ -20,18 +20,24 @@ class Fetch {
 
   private:
     static constexpr int64_t PIECE_BYTES = 1 << 15;  // what a tile of rows fetches, at most
+    static constexpr int64_t MAX_BYTES = 1 << 22;    // of all: more would displace the first of it
     std::vector<Piece> pieces;
+    int64_t total = 0;            // bytes
     std::atomic<size_t> next{0};  // piece; the threads take turns
 
   public:
     Fetch() = default;
-    Fetch(Fetch&& other) : pieces(std::move(other.pieces)) {}
+    Fetch(Fetch&& other) : pieces(std::move(other.pieces)), total(other.total) {}
 
+    bool is_empty() const { return pieces.empty(); }
+    bool is_full() const { return total >= MAX_BYTES; }
 
     void add(const void* start, int64_t bytes) {
         const char* from = static_cast<const char*>(start);
-        for (int64_t at = 0; at < bytes; at += PIECE_BYTES)
+        for (int64_t at = 0; at < bytes && !is_full(); at += PIECE_BYTES) {
             pieces.push_back({from + at, std::min(PIECE_BYTES, bytes - at)});
+            total += pieces.back().bytes;
+        }
     }
 
     // The next piece; an empty one: all are taken.
