@@ -29,8 +29,8 @@ _SIGNATURES = {  # p: pointer, f: float, i: int64
     "rotate": "ppfppppiiii",
     "attend": "pippippifiiiiii",
     "add_lora": "pppiiiii",
-    "product": "ppppiiiip",
-    "product_int8": "pppppiiiip",
+    "product": "ppppiiii",
+    "product_int8": "pppppiiii",
     "run_blocks": "ppff",
 }
 _TYPES = {"p": c_void_p, "f": c_float, "i": c_int64}
@@ -180,7 +180,7 @@ class Kernel:
         # fmt: off
         self._unlocked["product"](
             x.data_ptr(), weight.panels.data_ptr(), None if bias is None else bias.data_ptr(),
-            y.data_ptr(), *x.shape, weight.num_words, weight.out_features, None,
+            y.data_ptr(), *x.shape, weight.num_words, weight.out_features,
         )
         # fmt: on
         return y
@@ -194,7 +194,7 @@ class Kernel:
         tensors = (x, weight.panels, weight.scales, weight.sums, y)
         pointers = (each.data_ptr() for each in tensors)
         sizes = (*x.shape, weight.num_words, weight.out_features)
-        self._unlocked["product_int8"](*pointers, *sizes, None)
+        self._unlocked["product_int8"](*pointers, *sizes)
         return y
 
     def run_blocks(self, h: Tensor, layout: Tensor, eps: float, scaling: float) -> None:

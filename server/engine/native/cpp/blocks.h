@@ -7,14 +7,10 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
-#include <set>
-#include <vector>
 
 #include "attention.h"
-#include "fetch.h"
 #include "lora.h"
 #include "product.h"
 #include "product_int8.h"
@@ -29,9 +25,9 @@ template <typename T> struct Linear {
     const float* scales;   // of a weight in 8 bits; null: it is in bfloat16
     const int32_t* sums;   // likewise
 
-    void multiply(const T* x, T* y, int64_t rows, Fetch* others) const {
-        if (!scales) return product(x, words, bias, y, rows, in, words_of_column, out, others);
-        product_int8(x, words, scales, sums, y, rows, in, words_of_column, out, others);
+    void multiply(const T* x, T* y, int64_t rows) const {
+        if (!scales) return product(x, words, bias, y, rows, in, words_of_column, out);
+        product_int8(x, words, scales, sums, y, rows, in, words_of_column, out);
         if (!bias) return;
         for (int64_t r = 0; r < rows; r++) add(y + r * out, bias, 1, out);
     }
@@ -54,20 +50,6 @@ struct AttentionGroup {
     int64_t sequences, rows_of_sequence;
 
     int64_t rows() const { return sequences * rows_of_sequence; }
-
-    // Have the positions of a block's cache fetched that the rows see.
-    template <typename T>
-    void fetch(const T* cache, int64_t window, int64_t z, int64_t position_size, Fetch& soon) const {
-        for (int64_t n = 0; n < sequences; n++) {
-            const int64_t* of_sequence = positions + n * rows_of_sequence;
-            const int64_t stop = of_sequence[rows_of_sequence - 1] + 1;
-            const int64_t first = window > 0 ? std::max<int64_t>(0, *of_sequence + 1 - window) : 0;
-            for (int64_t p = first / z * z; p < stop && !soon.is_full(); p += z) {
-                const T* block = cache + blocks[n * blocks_of_sequence + p / z] * z * position_size;
-                soon.add(block, std::min(z, stop - p) * position_size * sizeof(T));
-            }
-        }
-    }
 };
 
 // The adapter of each row, by the address of its pairs; null for a row without one.
@@ -78,23 +60,6 @@ template <typename T> struct RowAdapters {
     void add_to(T* y, const T* x, int64_t site, int64_t rows, int64_t in, int64_t out) const {
         if (!loras) return;
         add_lora(y, x, loras, first_site + site, pairs_of_site, rows, in, out);
-    }
-
-    // The adapters of the rows, each once.
-    std::vector<const LoraPair<T>*> distinct(int64_t rows) const {
-        if (!loras) return {};
-        std::set<const LoraPair<T>*> found(loras, loras + rows);
-        found.erase(nullptr);
-        return {found.begin(), found.end()};
-    }
-
-    // Have the pairs of a site fetched.
-    void fetch(const LoraPair<T>* lora, int64_t site, int64_t in, Fetch& soon) const {
-        const LoraPair<T>* pairs = lora + (first_site + site) * pairs_of_site;
-        for (int64_t p = 0; p < pairs_of_site; p++) {
-            soon.add(pairs[p].A, pairs[p].rank * in * sizeof(T));
-            soon.add(pairs[p].B, pairs[p].rank * pairs[p].width * sizeof(T));
-        }
     }
 };
 
@@ -142,14 +107,11 @@ template <typename T> class BlockRunner {
     T* const h;
     const int64_t d;
     const Scratch<T> scratch;
-    const std::vector<const LoraPair<T>*> adapters;
-    const bool fetches;  // with fewer rows products need all of the memory's time, with more none
 
   public:
     BlockRunner(const Pass<T>& pass, float eps, float scaling, T* h)
         : pass(pass), eps(eps), scaling(scaling), h(h), d(pass.blocks->qkv.in),
-          scratch(pass.rows, *pass.blocks), adapters(pass.adapters.distinct(pass.rows)),
-          fetches(pass.rows > MAX_ROWS && pass.rows <= 64) {}
+          scratch(pass.rows, *pass.blocks) {}
 
     void run() const {
         for (int64_t index = 0; index < pass.L; index++) {
@@ -162,31 +124,13 @@ template <typename T> class BlockRunner {
     }
 
   private:
-    // A linear and its adapters, which are fetched meanwhile.
-    void multiply(const Linear<T>& linear, int64_t site, const T* x, T* y, Fetch soon = {}) const {
+    void multiply(const Linear<T>& linear, int64_t site, const T* x, T* y) const {
         {
             const PartTimer timer(pass.taken, StepPart::LINEARS);
-            if (fetches)
-                for (const LoraPair<T>* lora : adapters)
-                    pass.adapters.fetch(lora, site, linear.in, soon);
-            linear.multiply(x, y, pass.rows, soon.is_empty() ? nullptr : &soon);
+            linear.multiply(x, y, pass.rows);
         }
         const PartTimer timer(pass.taken, StepPart::ADAPTERS);
         pass.adapters.add_to(y, x, site, pass.rows, linear.in, linear.out);
-    }
-
-    T* cache_of(int64_t index) const {
-        return pass.cache + index * pass.N * pass.z * 2 * pass.h * pass.e;
-    }
-
-    // The keys and values of a block that attention reads.
-    Fetch keys_and_values(int64_t index) const {
-        Fetch soon;
-        if (!fetches || index == pass.L) return soon;
-        for (int64_t g = 0; g < pass.num_groups; g++)
-            pass.groups[g].fetch(cache_of(index), pass.blocks[index].window, pass.z,
-                                 2 * pass.h * pass.e, soon);
-        return soon;
     }
 
     void attention(int64_t index) const {
@@ -194,7 +138,7 @@ template <typename T> class BlockRunner {
         const int64_t site = index * LINEARS_OF_BLOCK;
         norm(h, block.attention_norm, eps, scratch.normed, pass.rows, d);
         multiply(block.qkv, site, scratch.normed, scratch.wide);
-        T* cache = cache_of(index);
+        T* cache = pass.cache + index * pass.N * pass.z * 2 * pass.h * pass.e;
         rotate(scratch.wide, block.head_norms, eps, pass.cos, pass.sin, cache, pass.slots,
                pass.rows, pass.H, pass.h, pass.e);
         attend_in_groups(block, cache);
@@ -219,7 +163,7 @@ template <typename T> class BlockRunner {
         const Block<T>& block = pass.blocks[index];
         const int64_t site = index * LINEARS_OF_BLOCK + 2;
         norm(h, block.mlp_norm, eps, scratch.normed, pass.rows, d);
-        multiply(block.gate_up, site, scratch.normed, scratch.wide, keys_and_values(index + 1));
+        multiply(block.gate_up, site, scratch.normed, scratch.wide);
         gate(scratch.wide, scratch.narrow, pass.rows, block.down.in);
         multiply(block.down, site + 1, scratch.narrow, scratch.out);
         add(h, scratch.out, pass.rows, d);

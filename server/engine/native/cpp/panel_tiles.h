@@ -17,10 +17,10 @@
 #endif
 
 #include "bfloat16.h"
-#include "fetch.h"
 #include "vectors.h"
 
 constexpr int PANEL = 16;  // columns
+constexpr int64_t CACHE_LINE = 64;  // bytes: a word of each column
 constexpr int PANEL_VECTORS = PANEL / LANES;
 
 // What a number of x takes part in. PER_WORD of them meet a word of the weight.
@@ -38,27 +38,14 @@ struct Panels {
     int64_t stride;  // words from a panel to the next
     int64_t words_of_column;  // that are to be multiplied
     int64_t ahead;            // words from here to what is read next, and is fetched meanwhile
-    Fetch* others;            // what else is to be fetched; null: nothing
-    const char* fetched;      // by one tile of rows: from here on
-    int64_t fetched_step;     // bytes of that for each word
-    int64_t fetched_stride;   // bytes from what goes with a panel to what goes with the next
+    int64_t ahead_step;       // bytes of that for each word that is multiplied
 
-    // For one of some tiles of rows. The first half of them shares what is ahead: at once it would
-    // be more than the memory gives in a tile's time. The second half fetches something else.
-    Panels for_tile(int64_t tile, int64_t tiles) const {
+    // For one of some tiles of rows, which share the fetching: all at once in the first tile would
+    // be more than the memory gives in its time.
+    Panels shared(int64_t tile, int64_t tiles) const {
         Panels part = *this;
-        const int64_t sharing = others && tiles > 1 ? tiles / 2 : tiles;
-        const Fetch::Piece other = tile < sharing ? Fetch::Piece{} : others->take();
-        if (other.start) {
-            part.fetched = other.start;
-            part.fetched_step = other.bytes / (count * words_of_column);
-            part.fetched_stride = other.bytes / count;
-        } else {
-            const int64_t lines = words_of_column * (tile % sharing) / sharing;
-            part.fetched = reinterpret_cast<const char*>(words + ahead) + lines * CACHE_LINE;
-            part.fetched_step = CACHE_LINE / sharing;
-            part.fetched_stride = stride * sizeof(uint32_t);
-        }
+        part.ahead += words_of_column * tile / tiles * PANEL;
+        part.ahead_step = CACHE_LINE / tiles;
         return part;
     }
 };
@@ -144,9 +131,9 @@ __attribute__((noinline)) void multiply_tile(const X* x, int64_t x_stride, const
     Tile<SumOf<X>, ROWS, VECTORS> tile(sums);
     const int64_t stride = panels.stride, count = panels.words_of_column;
     const uint32_t* words = panels.words;
-    const char* fetched = panels.fetched;
-    for (int64_t i = 0; i < count; i++, fetched += panels.fetched_step) {
-        for (int n = 0; n < COUNT; n++) __builtin_prefetch(fetched + n * panels.fetched_stride);
+    const char* ahead = reinterpret_cast<const char*>(words + panels.ahead);
+    for (int64_t i = 0; i < count; i++, ahead += panels.ahead_step) {
+        for (int n = 0; n < COUNT; n++) __builtin_prefetch(ahead + n * stride * sizeof(uint32_t));
         add_word(tile, x + PER_WORD<X> * i, x_stride,
                  WordsOfColumns<VECTORS>{words + i * PANEL, stride});
     }
@@ -165,10 +152,8 @@ void multiply_panels(const X* x, int64_t x_stride, const Panels& panels,
         if (panels.count == 2) return multiply_tile<ROWS, 2>(x, x_stride, panels, sums);
     }
     Panels one = panels;
-    for (int n = 0; n < panels.count; n++, one.words += panels.stride) {
+    for (int n = 0; n < panels.count; n++, one.words += panels.stride)
         multiply_tile<ROWS, 1>(x, x_stride, one, sums.from(0, n * PANEL));
-        one.fetched += panels.fetched_stride;
-    }
 }
 
 // multiply_panels<rows>, for a number of rows that is known only now.
@@ -189,7 +174,7 @@ void multiply_rows(int64_t rows, const X* x, int64_t x_stride, const Panels& pan
     for (int64_t t = 0; t < tiles; t++) {
         int64_t first = rows * t / tiles;
         int64_t stop = rows * (t + 1) / tiles;
-        multiply_few(stop - first, x + first * x_stride, x_stride, panels.for_tile(t, tiles),
+        multiply_few(stop - first, x + first * x_stride, x_stride, panels.shared(t, tiles),
                      sums.from(first, 0));
     }
 }

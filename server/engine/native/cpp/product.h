@@ -90,10 +90,9 @@ struct Weight {
 };
 
 // Multiply x, [rows, x_stride], and call write(row, first column, number of columns, sums) for parts of
-// rows, which lie next to each other. The threads take turns, and fetch others meanwhile.
+// rows, which lie next to each other. The threads take turns.
 template <typename X, typename Write>
-void multiply(int64_t rows, const X* x, int64_t x_stride, Weight w, Write write,
-              Fetch* others = nullptr) {
+void multiply(int64_t rows, const X* x, int64_t x_stride, Weight w, Write write) {
     const int64_t panel_words = w.words_of_column * PANEL;
     const int64_t panels = up_to(PANEL, w.columns) / PANEL;
     const int64_t chunk = std::min(rows, rows_at_once(x_stride * sizeof(X)));
@@ -109,7 +108,7 @@ void multiply(int64_t rows, const X* x, int64_t x_stride, Weight w, Write write,
                 const Sums<SumOf<X>> sums{memory.data(), count * PANEL, true};
                 multiply_in_blocks(num_rows, x + first * x_stride, x_stride,
                                    Panels{w.words + panel * panel_words, count, panel_words,
-                                          x_stride / PER_WORD<X>, 0, others, nullptr, 0, 0},
+                                          x_stride / PER_WORD<X>, 0, CACHE_LINE},
                                    sums);
                 for (int64_t r = 0; r < num_rows; r++)
                     write(first + r, column, std::min<int64_t>(count * PANEL, w.columns - column),
@@ -123,7 +122,7 @@ void multiply(int64_t rows, const X* x, int64_t x_stride, Weight w, Write write,
 // y [rows, columns] = x [rows, in] times w, plus bias [columns] if there is one.
 template <typename T>
 void product(const T* x, const uint32_t* words, const T* bias, T* y, int64_t rows, int64_t in,
-             int64_t words_of_column, int64_t columns, Fetch* others = nullptr) {
+             int64_t words_of_column, int64_t columns) {
     const Factors<T> factors(x, rows, in);
     const Weight w{words, words_of_column, columns};
     auto write = [&](int64_t row, int64_t column, int64_t count, const float* sums) {
@@ -132,5 +131,5 @@ void product(const T* x, const uint32_t* words, const T* bias, T* y, int64_t row
         for (int64_t c = 0; c < count; c++)
             to[c] = store<T>(sums[c] + (bias ? load(bias[column + c]) : 0.0f));
     };
-    multiply(factors.rows, factors.values, factors.stride, w, write, others);
+    multiply(factors.rows, factors.values, factors.stride, w, write);
 }

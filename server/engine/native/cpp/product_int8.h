@@ -54,8 +54,7 @@ struct RoundedRows {
 // its numbers.
 template <typename T>
 void product_int8(const T* x, const uint32_t* words, const float* w_scales, const int32_t* w_sums,
-                  T* y, int64_t rows, int64_t in, int64_t words_of_column, int64_t columns,
-                  Fetch* others = nullptr) {
+                  T* y, int64_t rows, int64_t in, int64_t words_of_column, int64_t columns) {
     const RoundedRows x_rows(x, rows, in);
     const Weight w{words, words_of_column, columns};
     auto write = [&](int64_t row, int64_t column, int64_t count, const int32_t* sums) {
@@ -65,5 +64,5 @@ void product_int8(const T* x, const uint32_t* words, const float* w_scales, cons
             to[c] = store<T>(x_rows.scales[row] * w_scales[column + c] * float(sum));
         }
     };
-    multiply(rows, x_rows.bytes.data(), x_rows.words * WORDS_OF_X, w, write, others);
+    multiply(rows, x_rows.bytes.data(), x_rows.words * WORDS_OF_X, w, write);
 }
