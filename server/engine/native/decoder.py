@@ -201,12 +201,13 @@ class Decoder:
 
     def _packed_blocks(self) -> PackedBlocks | None:
         """The blocks as the kernel computes them at once; None: it has not packed all weights."""
-        joined = [[each.joined for each in layer.projections] for layer in self._layers]
-        are_packed = all(each.packed is not None for linears in joined for each in linears)
-        if self.kernel is None or not are_packed:
+        if self.kernel is None:
             return None
         blocks = []
-        for linears, layer in zip(joined, self._layers, strict=True):
+        for layer in self._layers:
+            linears = [projection.joined for projection in layer.projections]
+            if any(joined.packed is None for joined in linears):
+                return None
             norms = (layer.attention_norm, layer.mlp_norm, layer.head_norms)
             blocks.append(PackedBlock(linears, *norms, layer.window))
         first_site = self.sites.index(self._layers[0].qkv.site)
