@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 
@@ -21,9 +22,9 @@
 template <typename T> struct Linear {
     const uint32_t* words;
     int64_t words_of_column, in, out;
-    const T* bias;         // null: none
-    const float* scales;   // of a weight in 8 bits; null: it is in bfloat16
-    const int32_t* sums;   // likewise
+    const T* bias;        // null: none
+    const float* scales;  // of a weight in 8 bits; null: it is in bfloat16
+    const int32_t* sums;  // likewise
 
     void multiply(const T* x, T* y, int64_t rows) const {
         if (!scales) return product(x, words, bias, y, rows, in, words_of_column, out);
@@ -75,7 +76,7 @@ template <typename T> struct Pass {
     const int64_t* slots;
     const AttentionGroup* groups;
     int64_t num_groups;
-    RowAdapters<T> adapters;         // with the sites of a block side by side
+    RowAdapters<T> adapters;          // with the sites of a block side by side
     const RowAdapters<T>* backbones;  // with a site a block
     int64_t num_backbones;
     int64_t* taken;  // receives what each StepPart takes; null: nobody wants to know

@@ -19,7 +19,7 @@
 #include "bfloat16.h"
 #include "vectors.h"
 
-constexpr int PANEL = 16;  // columns
+constexpr int PANEL = 16;           // columns
 constexpr int64_t CACHE_LINE = 64;  // bytes: a word of each column
 constexpr int PANEL_VECTORS = PANEL / LANES;
 
@@ -45,7 +45,7 @@ struct Panels {
     Panels shared(int64_t tile, int64_t tiles) const {
         Panels part = *this;
         part.ahead += words_of_column * tile / tiles * PANEL;
-        part.ahead_step = CACHE_LINE / tiles;
+        part.ahead_step = std::max<int64_t>(CACHE_LINE / tiles, 1);
         return part;
     }
 };
