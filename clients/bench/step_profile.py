@@ -30,6 +30,8 @@ from server.engine.native.kernel import Kernel
 from server.engine.native.kv_cache import attend
 from server.engine.native.launch import BLOCK_SIZE
 from server.engine.native.model_runner import ModelRunner
+from server.engine.native.packed_blocks import PARTS as KERNEL_PARTS
+from server.engine.native.packed_blocks import PackedBlocks
 from server.engine.native.scheduler import Scheduler
 from server.engine.native.step_results import StepResults
 from server.engine.native.step_runner import StepRunner
@@ -91,12 +93,28 @@ class StepClock:
         timed_attend = self._timed("attention", attend)
         sample = self._timed("sampling", StepResults.of)
         with (
+            self._asking_the_kernel(decoder.packed_blocks),
             patch.object(Projection, "__call__", multiply),
             patch.object(decoder_module, "attend", timed_attend),
             patch.object(StepResults, "of", sample),
             patch.object(StepRunner, "run", self._timed("pass", StepRunner.run)),
         ):
             yield
+
+    @contextmanager
+    def _asking_the_kernel(self, blocks: PackedBlocks | None) -> Iterator[None]:
+        """Where the kernel computes all blocks at once, it says itself what their parts take."""
+        if blocks is None:
+            yield
+            return
+        blocks.taken = torch.zeros(len(KERNEL_PARTS), dtype=torch.int64)
+        try:
+            yield
+            for part, nanoseconds in zip(KERNEL_PARTS, blocks.taken.tolist(), strict=True):
+                if part in self._taken:
+                    self._taken[part] += 1e-6 * nanoseconds
+        finally:
+            blocks.taken = None
 
 
 class StepProfiler:
@@ -190,7 +208,7 @@ class StepProfiler:
         )
         for i in range(rows):
             engine.add(_request(f"running {i}", self._context))
-        while not scheduler.running or any(each.is_prefilling for each in scheduler.running):
+        while len(scheduler.running) < rows or any(s.is_prefilling for s in scheduler.running):
             engine.step()
         return engine
 

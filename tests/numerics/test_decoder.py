@@ -15,6 +15,7 @@ from crma.method.injection import Injection
 from server.engine.native.decoder import Decoder
 from server.engine.native.engine import Engine
 from server.engine.native.lora_stack import StackedRows
+from server.engine.native.packed_blocks import PARTS
 from server.engine.native.packed_weight import PackedWeight
 from server.engine.request import SamplingParams
 
@@ -208,3 +209,38 @@ def test_in_int8_a_request_gets_the_same_alone_and_in_a_batch() -> None:
 def test_int8_is_refused_for_a_model_that_the_decoder_does_not_cover() -> None:
     with pytest.raises(ConfigError, match="int8"):
         tiny.make_engine(tiny.injection("gpt_neox"), {}, int8=True)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["bfloat16 weights", "int8 weights"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", COVERED)
+def test_blocks_in_one_call_have_the_bits_of_their_operations_one_by_one(
+    family: str, dtype: torch.dtype, int8: bool
+) -> None:
+    """Chunks of prompts and answers, most selections in one batch; a DoRA goes one by one."""
+    if tiny.library() is None:
+        pytest.skip("no C++ compiler")
+    original = tiny.injection(family)
+    inj = Injection(tiny.fresh(original).bfloat16().to(dtype))  # weights that the kernel packs
+    world = World(inj, tiny.adapters(original))
+    calls = one_call_a_selection(ALL_LOGPROBS)
+    calls = [call for call in calls if call.selection.task_digest != "task-3"]
+
+    def run(one_by_one: bool) -> tuple[list[Answer], list[int]]:
+        limits = {"max_num_seqs": 16, "max_num_batched_tokens": 40, "max_resident": 6}
+        engine, _ = tiny.make_engine(inj, world.adapters, num_blocks=256, int8=int8, **limits)
+        decoder = engine.runner.decoder
+        assert decoder is not None
+        assert decoder.packed_blocks is not None
+        taken = decoder.packed_blocks.taken = torch.zeros(len(PARTS), dtype=torch.int64)
+        if one_by_one:
+            decoder.packed_blocks = None
+        return answers(engine, world, calls), taken.tolist()
+
+    at_once, taken = run(one_by_one=False)
+    one_by_one, not_taken = run(one_by_one=True)
+    for expected, answer in zip(one_by_one, at_once, strict=True):
+        assert answer.tokens == expected.tokens
+        assert torch.equal(logprobs(answer), logprobs(expected))
+    assert min(taken) > 0
+    assert not any(not_taken)

@@ -27,13 +27,14 @@ from crma.method.injection import (
     embedding_shape,
     head_shape,
 )
-from crma.method.lora import LoraPair
 from server.engine.native.bare_model import BareModel
-from server.engine.native.joined_linear import JoinedLinear, Linear, join, packs
+from server.engine.native.joined_linear import JoinedLinear, join, packs
 from server.engine.native.kernel import Kernel
 from server.engine.native.kv_cache import PagedKv, attend
 from server.engine.native.lora_stack import Site
-from server.engine.native.lora_table import table_of
+from server.engine.native.lora_table import backbone_uses
+from server.engine.native.packed_blocks import PackedBlock, PackedBlocks
+from server.engine.native.packed_weight import PackedWeight
 from server.engine.native.token_embedding import TokenEmbedding
 
 if TYPE_CHECKING:
@@ -64,11 +65,11 @@ class _Projection:
     """The linears of one site as a single product, and the site's name to its adapters."""
 
     site: Site
-    linear: Linear
+    joined: JoinedLinear
 
     def __call__(self, x: Tensor, adapters: RowDeltas | None) -> Tensor:
         """The linear and the rows' adapters: [T, in] -> [T, out]."""
-        y = self.linear(x)
+        y = self.joined.linear(x)
         if adapters is not None:
             adapters.add_(self.site, y, x)
         return y
@@ -93,6 +94,11 @@ class _Layer:
     mlp_norm: Tensor
     head_norms: Tensor | None
     window: int | None
+
+    @property
+    def projections(self) -> tuple[_Projection, ...]:
+        """In the order in which they are computed."""
+        return self.qkv, self.attention_out, self.gate_up, self.down
 
 
 class Decoder:
@@ -144,6 +150,7 @@ class Decoder:
         self._embedding = _embedding(tokens, head, joined, model.dtype)
         if take_weights:
             _empty(model)
+        self.packed_blocks = self._packed_blocks()
 
     @property
     def sites(self) -> list[Site]:
@@ -160,12 +167,12 @@ class Decoder:
         yield (self._embedding_path,)
         yield self._head.site
         for layer in self._layers:
-            for projection in (layer.qkv, layer.attention_out, layer.gate_up, layer.down):
+            for projection in layer.projections:
                 yield projection.site
 
     def _projection(self, site: Site, joined: JoinedLinear) -> _Projection:
         self._frozen.update(zip(site, joined.parts, strict=True))
-        return _Projection(site, joined.linear)
+        return _Projection(site, joined)
 
     def _layer(self, path: str, block: Any) -> _Layer:
         def projection(names: tuple[str, ...]) -> _Projection:
@@ -192,6 +199,23 @@ class Decoder:
         of_keys = attention.k_norm.weight.data.expand(self.config.num_key_value_heads, -1)
         return torch.cat([of_queries, of_keys])
 
+    def _packed_blocks(self) -> PackedBlocks | None:
+        """The blocks as the kernel computes them at once; None: it has not packed all weights."""
+        if self.kernel is None:
+            return None
+        blocks = []
+        for layer in self._layers:
+            linears = [projection.joined for projection in layer.projections]
+            if any(joined.packed is None for joined in linears):
+                return None
+            norms = (layer.attention_norm, layer.mlp_norm, layer.head_norms)
+            blocks.append(PackedBlock(linears, *norms, layer.window))
+        first_site = self.sites.index(self._layers[0].qkv.site)
+        config = self.config
+        return PackedBlocks(
+            blocks, config.num_attention_heads, config.rms_norm_eps, first_site, self.kernel
+        )
+
     def forward(self, input_ids: Tensor, positions: Tensor, paged: PagedKv, plan: Plan) -> Tensor:
         """Run the model without gradients and store the tokens' keys and values in the cache.
 
@@ -206,15 +230,22 @@ class Decoder:
         if plan.stacked is not None:
             plan.stacked.add_((self._embedding_path,), h, input_ids)
         rotation = self._rotation(h, positions)
+        if self.packed_blocks is not None and self.packed_blocks.can_run(plan):
+            self.packed_blocks.run(h, rotation, paged, plan)
+        else:
+            self._run_layers(h, rotation, paged, plan)
+        if plan.head_rows is not None:
+            h = h[plan.head_rows]
+        return self._head(self._normed(h, self._norm), plan.stacked_head)
+
+    def _run_layers(self, h: Tensor, rotation: Rotation, paged: PagedKv, plan: Plan) -> None:
+        """Run all blocks, operation by operation, on the residual stream h [T, d], in place."""
         add_deltas = [self._backbone(h, rows, pairs) for rows, pairs in plan.backbones]
         for index, layer in enumerate(self._layers):
             self._attention(index, layer, h, rotation, paged, plan)
             self._mlp(layer, h, plan)
             for add_delta in add_deltas:
                 add_delta(index)
-        if plan.head_rows is not None:
-            h = h[plan.head_rows]
-        return self._head(self._normed(h, self._norm), plan.stacked_head)
 
     def _rotation(self, h: Tensor, positions: Tensor) -> Rotation:
         cos, sin = (table[0, :, None] for table in self._rotary(h, positions[None]))
@@ -298,13 +329,11 @@ class Decoder:
 def _backbone_in_kernel(
     kernel: Kernel, h: Tensor, rows: Tensor | None, pairs: Sequence[FoldedPair]
 ) -> AddDelta:
-    # To the kernel a backbone is a LoRA with one pair a layer, which some rows use.
-    table = table_of([[(0, LoraPair(A, B, 1.0))] for A, B in pairs], 1)
-    uses = torch.zeros(len(h), dtype=torch.int64)
-    uses[slice(None) if rows is None else rows] = 1
+    uses, table = backbone_uses(rows, pairs, len(h))
 
     def add_delta(layer: int) -> None:
-        kernel.add_lora(h, h, uses * table[layer].data_ptr(), 0, 1)
+        assert len(table)  # which is where `uses` points to
+        kernel.add_lora(h, h, uses, layer, 1)
 
     return add_delta
 
@@ -314,7 +343,7 @@ def _embedding(
 ) -> TokenEmbedding:
     """The model's embedding; if its weight is the head's, they share the packed one."""
     is_tied = head.weight is tokens.weight
-    if is_tied and joined.packed is not None:
+    if is_tied and isinstance(joined.packed, PackedWeight):
         return TokenEmbedding(joined.packed, dtype)
     return TokenEmbedding(tokens.weight.data, dtype)
 

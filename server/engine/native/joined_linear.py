@@ -28,11 +28,13 @@ class JoinedLinear:
         linear: the product, with the biases.
         parts: each linear as an adapter needs it, which changes more than a low-rank update does.
         packed: the weights in the kernel's layout; None: they are not in it.
+        bias: the biases side by side; None: there are none.
     """
 
     linear: Linear
     parts: list[FrozenLinear]
-    packed: PackedWeight | None = None
+    packed: PackedWeight | Int8Weight | None = None
+    bias: Tensor | None = None
 
 
 def join(
@@ -52,9 +54,10 @@ def join(
     bias = None
     if linears[0].bias is not None:
         bias = torch.cat([one.bias for one in linears])
-    packed = None
+    packed: PackedWeight | Int8Weight | None = None
     if kernel is not None and int8:
-        product = _product_in_int8(kernel, linears)
+        packed = Int8Weight.of(_side_by_side(linears))
+        product = partial(_product_in_int8, kernel, packed)
     elif kernel is not None and packs(kernel, linears):
         packed = PackedWeight.of(_side_by_side(linears))
         product = partial(_product_of_packed, kernel, packed)
@@ -67,7 +70,7 @@ def join(
         stop = columns.stop
         own_bias = None if bias is None else bias[columns]
         parts.append(FrozenLinear(partial(_columns, product, columns), squared, own_bias))
-    return JoinedLinear(lambda x: product(x, bias), parts, packed)
+    return JoinedLinear(lambda x: product(x, bias), parts, packed, bias)
 
 
 def _columns(product: Product, columns: slice, x: Tensor) -> Tensor:
@@ -107,14 +110,9 @@ def _product_of_packed(
     return kernel.product(x.contiguous(), packed, bias)
 
 
-def _product_in_int8(kernel: Kernel, linears: list[nn.Linear]) -> Product:
-    weight = Int8Weight.of(_side_by_side(linears))
-
-    def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        y = kernel.product_int8(x.contiguous(), weight)
-        return y if bias is None else y.add_(bias)
-
-    return product
+def _product_in_int8(kernel: Kernel, weight: Int8Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+    y = kernel.product_int8(x.contiguous(), weight)
+    return y if bias is None else y.add_(bias)
 
 
 def _can_pack(weight: Tensor) -> bool:

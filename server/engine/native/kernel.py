@@ -31,6 +31,7 @@ _SIGNATURES = {  # p: pointer, f: float, i: int64
     "add_lora": "pppiiiii",
     "product": "ppppiiii",
     "product_int8": "pppppiiii",
+    "run_blocks": "ppff",
 }
 _TYPES = {"p": c_void_p, "f": c_float, "i": c_int64}
 
@@ -195,6 +196,16 @@ class Kernel:
         sizes = (*x.shape, weight.num_words, weight.out_features)
         self._unlocked["product_int8"](*pointers, *sizes)
         return y
+
+    def run_blocks(self, h: Tensor, layout: Tensor, eps: float, scaling: float) -> None:
+        """Run the blocks of a decoder on the residual stream h [rows, d], in place.
+
+        Args:
+            layout: int64, as `PackedBlocks` makes it.
+            eps: of the norms.
+            scaling: of the scores.
+        """
+        self._unlocked["run_blocks"](h.data_ptr(), layout.data_ptr(), eps, scaling)
 
 
 def _load(folder: Path, name: str | None) -> tuple[CpuClass, ctypes.CDLL]:

@@ -6,7 +6,7 @@ Shapes: S sites of the model; P pairs of a site, the most that one has; b rows o
 out, the features of a site.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from weakref import ref
@@ -14,6 +14,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from crma.method.backbone import FoldedPair
 from crma.method.frozen_linear import Affine
 from crma.method.lora import Lora, LoraPair
 from server.engine.native.kernel import Kernel
@@ -44,6 +45,24 @@ def _entry(start: int, pair: LoraPair) -> list[int]:
     assert pair.scaling == 1.0
     out, rank = pair.B.shape
     return [pair.A.data_ptr(), pair.B.data_ptr(), rank, start, out]
+
+
+def backbone_uses(
+    rows: Tensor | None, pairs: Iterable[FoldedPair], num_rows: int
+) -> tuple[Tensor, Tensor]:
+    """A backbone as the kernel sees it: a LoRA with one pair a layer, which some rows use.
+
+    Args:
+        rows: those that use it, of `num_rows`; None: all.
+        pairs: one a layer.
+
+    Returns:
+        int64 [num_rows], where the backbone's table is, or 0; and the table, to be kept meanwhile.
+    """
+    table = table_of([[(0, LoraPair(A, B, 1.0))] for A, B in pairs], 1)
+    uses = torch.zeros(num_rows, dtype=torch.int64)
+    uses[slice(None) if rows is None else rows] = table.data_ptr()
+    return uses, table
 
 
 @dataclass(frozen=True)
@@ -114,6 +133,10 @@ class LoraRows:
         loras: by digest; those of the batch stay in memory until it is computed.
         digests: one a row; None for a row without an adapter.
         kernel: computes the deltas, except that of an embedding.
+
+    Attributes:
+        addresses: int64 [b], of each row's table; 0 for a row without an adapter.
+        pairs_of_site: P.
     """
 
     def __init__(
@@ -125,13 +148,19 @@ class LoraRows:
     ) -> None:
         self._kernel = kernel
         self._tables = tables
+        self.pairs_of_site = tables.pairs_of_site
         self._loras = {digest: loras[digest] for digest in digests if digest is not None}
         known = {digest: tables.find(digest, lora) for digest, lora in self._loras.items()}
         addresses = {digest: each.table.data_ptr() for digest, each in known.items()}
-        self._addresses = torch.tensor([addresses.get(digest or "", 0) for digest in digests])
+        self.addresses = torch.tensor([addresses.get(digest or "", 0) for digest in digests])
         self._known = list(known.values())
         self._rescaled = frozenset[str]().union(*(each.rescaled for each in self._known))
         self._digests = digests
+
+    @property
+    def rescales(self) -> bool:
+        """Whether an adapter rescales outputs, which the kernel cannot do."""
+        return bool(self._rescaled)
 
     def add_(self, site: Site, y: Tensor, x: Tensor) -> None:
         """Change each row of y [b, out] as its adapter does for its row of x, in place.
@@ -146,8 +175,7 @@ class LoraRows:
             if path in self._rescaled:
                 self._rescale(path, start, y)
         if x.is_floating_point():
-            pairs_of_site = self._tables.pairs_of_site
-            self._kernel.add_lora(y, x.contiguous(), self._addresses, index, pairs_of_site)
+            self._kernel.add_lora(y, x.contiguous(), self.addresses, index, self.pairs_of_site)
         else:
             self._embed(site[0], y, x)
 

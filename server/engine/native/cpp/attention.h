@@ -3,8 +3,8 @@
 // The positions of a sequence are divided into parts. Each gives a softmax and a weighted sum of
 // its own, which are added up in order (online softmax). The parts are the same however many
 // threads there are, and whatever other rows: so threads share a long sequence, and a row's bits
-// depend on nothing but its own positions. Neighbouring tokens of a sequence, a tile, read it
-// together.
+// depend on nothing but its own positions. Neighbouring tokens of a sequence, a tile, read a part
+// together, head by head: its keys are turned over once, so that a score is one lane's sum.
 //
 // Shapes: H query heads over h key-value heads of size e, g = H / h; blocks of z positions.
 
@@ -20,11 +20,13 @@
 #include "each_row.h"
 #include "exponential.h"
 #include "few_rows.h"
+#include "outcome.h"
 #include "vectors.h"
 
-constexpr int64_t PART = 64;      // positions
-constexpr int64_t TILE_ROWS = 8;  // at most
-static_assert(PART % LANES == 0);
+constexpr int64_t PART = 64;       // positions
+constexpr int64_t TILE_ROWS = 32;  // at most
+constexpr int SCORE_VECTORS = 2;   // of positions, whose scores are computed at once
+static_assert(PART % (SCORE_VECTORS * LANES) == 0);
 
 // Positions [first, stop), from 0 on or from the first one of a part on.
 struct Range {
@@ -34,52 +36,22 @@ struct Range {
     Range within(Range other) const {
         return {std::max(first, other.first), std::min(stop, other.stop)};
     }
-};
-
-// Of Q queries, what attention to some positions gives: the largest score, the sum of the weights
-// exp(score - largest), and the sum of the values with these weights, [Q, e]. All are 0 for a query
-// that sees none of the positions.
-class Outcome {
-    float* memory;
-    int64_t Q, e;
-
-  public:
-    Outcome(float* memory, int64_t Q, int64_t e) : memory(memory), Q(Q), e(e) {}
-    static int64_t size(int64_t Q, int64_t e) { return Q * (e + 2); }
-
-    float& largest(int64_t q) const { return memory[q]; }
-    float& total(int64_t q) const { return memory[Q + q]; }
-    float* sum(int64_t q) const { return memory + 2 * Q + q * e; }
-    void clear() const { std::fill_n(memory, size(Q, e), 0.0f); }
-
-    // Add what comes from other positions.
-    void add(const Outcome& other) const {
-        for (int64_t q = 0; q < Q; q++) {
-            if (other.total(q) == 0.0f) continue;
-            const bool is_first = total(q) == 0.0f;
-            const float both = is_first ? other.largest(q)
-                                        : std::max(largest(q), other.largest(q));
-            const float own_scale = is_first ? 0.0f : exponential(largest(q) - both);
-            const float scale = exponential(other.largest(q) - both);
-            float* to = sum(q);
-            const float* from = other.sum(q);
-#pragma omp simd
-            for (int64_t j = 0; j < e; j++) to[j] = to[j] * own_scale + from[j] * scale;
-            total(q) = total(q) * own_scale + other.total(q) * scale;
-            largest(q) = both;
-        }
-    }
+    Range from(int64_t start) const { return {first - start, stop - start}; }
 };
 
 // Turn the scores at some places of a part into weights, and return the largest score. All places
 // before them, and those behind them up to a whole vector, become 0.
 inline float to_weights(float* scores, Range places, float& total) {
-    float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
-    for (int64_t p = places.first; p < places.stop; p++) largest = std::max(largest, scores[p]);
     const int64_t stop = (places.stop + LANES - 1) / LANES * LANES;
     std::fill(scores, scores + places.first, -INFINITY);
     std::fill(scores + places.stop, scores + stop, -INFINITY);
+    Floats largests = Floats{} - INFINITY;
+    for (int64_t p = 0; p < stop; p += LANES) {
+        const Floats some = load_vector(scores + p);
+        largests = some > largests ? some : largests;
+    }
+    float largest = largests[0];
+    for (int i = 1; i < LANES; i++) largest = std::max(largest, largests[i]);
 #pragma omp simd
     for (int64_t p = 0; p < stop; p++) scores[p] = exponential(scores[p] - largest);
     Floats sums{};
@@ -88,12 +60,40 @@ inline float to_weights(float* scores, Range places, float& total) {
     return largest;
 }
 
-// Ask the processor for a block ahead of its use: each head reads too little of each position for
-// the processor to see a pattern.
-inline void prefetch(const void* block, size_t num_bytes) {
+// The scores of some queries, [QUERIES, e], at the next SCORE_VECTORS vectors of places. The keys of
+// a part are turned over: [e, PART]. Not inlined: by itself, the loop gets all registers.
+template <int QUERIES>
+__attribute__((noinline)) void score_vectors(const float* queries, int64_t e, const float* keys,
+                                             float* scores) {
+    Floats sums[QUERIES][SCORE_VECTORS];
+    for (int q = 0; q < QUERIES; q++)
+        for (int v = 0; v < SCORE_VECTORS; v++) sums[q][v] = Floats{};
+    for (int64_t j = 0; j < e; j++, queries++, keys += PART) {
+        Floats of_keys[SCORE_VECTORS];
+        for (int v = 0; v < SCORE_VECTORS; v++) of_keys[v] = load_vector(keys + v * LANES);
+        for (int q = 0; q < QUERIES; q++)
+            for (int v = 0; v < SCORE_VECTORS; v++) sums[q][v] += queries[q * e] * of_keys[v];
+    }
+    for (int q = 0; q < QUERIES; q++)
+        for (int v = 0; v < SCORE_VECTORS; v++)
+            store_vector(sums[q][v], scores + q * PART + v * LANES);
+}
+
+// score_vectors<queries>, for a number of queries that is known only now, at most MAX_FEW_ROWS.
+template <int QUERIES = MAX_FEW_ROWS>
+void score_few(int64_t count, const float* queries, int64_t e, const float* keys, float* scores) {
+    if constexpr (QUERIES > 0) {
+        if (count == QUERIES) return score_vectors<QUERIES>(queries, e, keys, scores);
+        score_few<QUERIES - 1>(count, queries, e, keys, scores);
+    }
+}
+
+// Ask the processor for what is read soon: a head has too little of each position for the processor
+// to see a pattern.
+inline void prefetch(const void* start, size_t num_bytes) {
     constexpr size_t cache_line = 64;
-    const char* bytes = reinterpret_cast<const char*>(block);
-    for (size_t at = 0; at < num_bytes; at += cache_line) __builtin_prefetch(bytes + at, 0, 2);
+    const char* bytes = reinterpret_cast<const char*>(start);
+    for (size_t at = 0; at < num_bytes; at += cache_line) __builtin_prefetch(bytes + at);
 }
 
 // Neighbouring tokens of one sequence: rows [first, first + count).
@@ -114,6 +114,7 @@ template <typename T> struct Attention {
     int64_t sequences, rows_of_sequence, H, h, e, z;
 
     int64_t position_size() const { return 2 * h * e; }
+    int64_t queries_of_head() const { return H / h; }
 
     std::vector<RowTile> tiles() const {
         std::vector<RowTile> found;
@@ -145,114 +146,148 @@ template <typename T> struct Attention {
             p = next;
         }
     }
-
-    // Fetch the block after that of a position, if it has some that are before `stop`.
-    void prefetch_next(int64_t sequence, int64_t position, int64_t stop) const {
-        const int64_t next = position / z + 1;
-        if (next * z >= stop) return;
-        const int64_t block = blocks[sequence * blocks_of_sequence + next];
-        prefetch(cache + block * z * position_size(), z * position_size() * sizeof(T));
-    }
 };
 
-// One thread's work on a tile. Query i of key-value head k in row r of the tile has the number
-// (k · count + r) · g + i.
-template <typename T> class TileAttention {
+// One thread's work on the queries of a key-value head in a tile. Query i of row r of the tile has
+// the number r · g + i.
+template <typename T> class HeadAttention {
     const Attention<T>& all;
     const RowTile tile;
-    const int64_t g, M;  // queries of a key-value head: in a row, in the tile
-    std::vector<float> scaled, memory;
-    std::vector<const float*> queries;  // by number, each [e]
-    std::vector<float*> scores;         // of a head's queries, each [PART]
-    const T* places[PART];              // in the cache, of the positions of a part that are seen
+    const int64_t k, g, M;                   // M queries
+    const std::unique_ptr<float[]> queries;  // [M, e], scaled
+    const std::unique_ptr<float[]> keys;     // of a part, [e, PART]
+    float weights[MAX_FEW_ROWS * PART];      // of some queries; before that, scores
+    const T* places[PART];                   // in the cache, of those positions of a part that are
+                                             // seen
 
   public:
-    const int64_t Q;  // queries of the tile
-
-    TileAttention(const Attention<T>& all, const RowTile& tile)
-        : all(all), tile(tile), g(all.H / all.h), M(tile.count * g),
-          scaled(tile.count * all.H * all.e), memory(M * PART), Q(tile.count * all.H) {
-        for (int64_t q = 0; q < Q; q++) {
-            const T* from = all.query + row(q) * all.query_stride + head(q) * all.e;
-            float* to = scaled.data() + q * all.e;
+    HeadAttention(const Attention<T>& all, const RowTile& tile, int64_t k)
+        : all(all), tile(tile), k(k), g(all.queries_of_head()), M(tile.count * g),
+          queries(new float[M * all.e]), keys(new float[all.e * PART]) {
+        for (int64_t m = 0; m < M; m++) {
+            const T* from = all.query + row(m) * all.query_stride + head(m) * all.e;
+            float* to = &queries[m * all.e];
             for (int64_t j = 0; j < all.e; j++) to[j] = load(from[j]) * all.scaling;
-            queries.push_back(to);
         }
-        for (int64_t m = 0; m < M; m++) scores.push_back(memory.data() + m * PART);
     }
 
-    int64_t row(int64_t q) const { return tile.first + q % M / g; }
-    int64_t head(int64_t q) const { return q / M * g + q % g; }
+    Outcome outcome(float* memory) const { return Outcome(memory, M, all.e); }
 
-    // Attend to one part of the positions.
+    // Whether any of the queries sees a position of a part.
+    bool sees(int64_t part) const {
+        return !all.seen(tile).within({part * PART, (part + 1) * PART}).is_empty();
+    }
+
+    // Attend to one part of the positions, of which a query sees some.
     void attend(int64_t part, const Outcome& outcome) {
         outcome.clear();
         const Range positions{part * PART, (part + 1) * PART};
         const Range seen = all.seen(tile).within(positions);
-        all.each_block(tile.sequence, seen, [&](int64_t first, int64_t count, const T* keys) {
+        all.each_block(tile.sequence, seen, [&](int64_t first, int64_t count, const T* block) {
             for (int64_t p = 0; p < count; p++)
-                places[first % PART + p] = keys + p * all.position_size();
+                places[first % PART + p] = block + p * all.position_size();
         });
-        for (int64_t k = 0; k < all.h; k++) {
-            score(k, positions);
-            for (int64_t m = 0; m < M; m++) {
-                const Range own = all.seen(row(m)).within(positions);
-                if (own.is_empty()) continue;
-                const Range places{own.first - positions.first, own.stop - positions.first};
-                const int64_t q = k * M + m;
-                outcome.largest(q) = to_weights(scores[m], places, outcome.total(q));
-            }
-            add_values(k, positions, outcome);
+        turn_keys(seen.from(positions.first));
+        for (int64_t m = 0; m < M; m += MAX_FEW_ROWS) {
+            const int64_t count = std::min<int64_t>(MAX_FEW_ROWS, M - m);
+            weigh(m, count, positions, outcome);
+            add_values(m, count, positions, outcome);
         }
     }
 
-    // Write the rows' results, [rows, H, e], from the outcome of all positions.
+    // Write the queries' results to rows [rows, H, e], from the outcome of all positions.
     void write(const Outcome& outcome, T* out) const {
-        for (int64_t q = 0; q < Q; q++) {
-            T* to = out + (row(q) * all.H + head(q)) * all.e;
+        for (int64_t m = 0; m < M; m++) {
+            T* to = out + (row(m) * all.H + head(m)) * all.e;
             for (int64_t j = 0; j < all.e; j++)
-                to[j] = store<T>(outcome.sum(q)[j] / outcome.total(q));
+                to[j] = store<T>(outcome.sum(m)[j] / outcome.total(m));
         }
     }
 
   private:
-    // Scores of a head's queries at all positions that a row of the tile sees.
-    void score(int64_t k, Range positions) {
-        const Range seen = all.seen(tile);
-        auto of_block = [&](int64_t p, int64_t count, const T*) {
-            if (k == 0) all.prefetch_next(tile.sequence, p, seen.stop);
-            const RowList<T> keys{places + p % PART, count, k * all.e, all.e};
-            multiply_by_rows(M, queries.data() + k * M, keys, scores.data(), p % PART);
-        };
-        all.each_block(tile.sequence, seen.within(positions), of_block);
+    int64_t row(int64_t m) const { return tile.first + m / g; }
+    int64_t head(int64_t m) const { return k * g + m % g; }
+
+    const T* key(int64_t place) const { return places[place] + k * all.e; }
+
+    // Copy the keys at some places, turned over. The first head fetches the keys and values of all
+    // meanwhile, in the order in which they lie in memory: the next heads are the same thread's.
+    void turn_keys(Range seen) {
+        constexpr int64_t AHEAD = 4;  // places
+        const int64_t whole = all.e / 4 * 4;
+        for (int64_t p = seen.first; p < seen.stop; p += 4) {
+            const T* four[4];  // where there are fewer, the last one takes the free places
+            for (int64_t i = 0; i < 4; i++) {
+                four[i] = key(std::min(p + i, seen.stop - 1));
+                if (k == 0)
+                    prefetch(places[std::min(p + i + AHEAD, seen.stop - 1)],
+                             all.position_size() * sizeof(T));
+            }
+            const int64_t count = std::min<int64_t>(4, PART - p);
+            if (count == 4) turn_four(four, p, whole);
+            for (int64_t j = count == 4 ? whole : 0; j < all.e; j++)
+                for (int64_t i = 0; i < count; i++) keys[j * PART + p + i] = load(four[i][j]);
+        }
     }
 
-    // Add the values: of positions that all rows see together, of others row by row.
-    void add_values(int64_t k, Range positions, const Outcome& outcome) {
-        Range common = positions;
-        for (int64_t r = 0; r < tile.count; r++) common = common.within(all.seen(tile.first + r));
+    // Copy the first numbers of four keys, a multiple of four, to places [p, p + 4).
+    void turn_four(const T* const (&from)[4], int64_t p, int64_t count) {
+        for (int64_t j = 0; j < count; j += 4) {
+            Four a = load_four(from[0] + j), b = load_four(from[1] + j);
+            Four c = load_four(from[2] + j), d = load_four(from[3] + j);
+            transpose(a, b, c, d);
+            float* to = &keys[j * PART + p];
+            store_four(a, to);
+            store_four(b, to + PART);
+            store_four(c, to + 2 * PART);
+            store_four(d, to + 3 * PART);
+        }
+    }
+
+    // Those of the positions that any of some queries sees.
+    Range seen(int64_t first, int64_t count, Range positions) const {
+        const Range whole{all.seen(row(first)).first, all.seen(row(first + count - 1)).stop};
+        return whole.within(positions);
+    }
+
+    // The weights of some queries at the places that they see, from their scores.
+    void weigh(int64_t first, int64_t count, Range positions, const Outcome& outcome) {
+        const Range places = seen(first, count, positions).from(positions.first);
+        constexpr int64_t STEP = SCORE_VECTORS * LANES;
+        for (int64_t p = places.first / STEP * STEP; p < places.stop; p += STEP)
+            score_few(count, &queries[first * all.e], all.e, &keys[p], weights + p);
+        for (int64_t i = 0; i < count; i++) {
+            const Range own = seen(first + i, 1, positions);
+            if (own.is_empty()) continue;
+            outcome.largest(first + i) = to_weights(
+                weights + i * PART, own.from(positions.first), outcome.total(first + i));
+        }
+    }
+
+    // Add the values: of positions that all of some queries see together, of others one by one.
+    void add_values(int64_t first, int64_t count, Range positions, const Outcome& outcome) const {
+        Range common = seen(first, 1, positions).within(seen(first + count - 1, 1, positions));
         if (common.is_empty()) common = {positions.stop, positions.stop};
-        for (int64_t r = 0; r < tile.count; r++) {
-            const Range own = all.seen(tile.first + r).within(positions);
-            add_values_of(k, r, 1, {own.first, std::min(own.stop, common.first)}, outcome);
+        float* sums[MAX_FEW_ROWS];
+        for (int64_t i = 0; i < count; i++) sums[i] = outcome.sum(first + i);
+        for (int64_t i = 0; i < count; i++) {
+            const Range own = seen(first + i, 1, positions);
+            add_values_at({own.first, std::min(own.stop, common.first)}, 1, i, sums);
         }
-        add_values_of(k, 0, tile.count, common, outcome);
-        for (int64_t r = 0; r < tile.count; r++) {
-            const Range own = all.seen(tile.first + r).within(positions);
-            add_values_of(k, r, 1, {std::max(own.first, common.stop), own.stop}, outcome);
+        add_values_at(common, count, 0, sums);
+        for (int64_t i = 0; i < count; i++) {
+            const Range own = seen(first + i, 1, positions);
+            add_values_at({std::max(own.first, common.stop), own.stop}, 1, i, sums);
         }
     }
 
-    // Add the values of positions that all of these rows see.
-    void add_values_of(int64_t k, int64_t first, int64_t rows, Range seen,
-                       const Outcome& outcome) {
-        if (seen.is_empty()) return;
-        const int64_t m = first * g, count = rows * g;
-        std::vector<float*> sums(count);
-        for (int64_t i = 0; i < count; i++) sums[i] = outcome.sum(k * M + m + i);
-        const int64_t place = seen.first % PART;
-        const RowList<T> values{places + place, seen.stop - seen.first, (all.h + k) * all.e, all.e};
-        add_weighted_rows(count, scores.data() + m, place, values, sums.data());
+    // Add the values of some positions to `count` sums from number i on.
+    void add_values_at(Range positions, int64_t count, int64_t i, float* const* sums) const {
+        if (positions.is_empty()) return;
+        const int64_t place = positions.first % PART;
+        const RowList<T> values{places + place, positions.stop - positions.first,
+                                (all.h + k) * all.e, all.e};
+        add_to_few_rows(count, {weights + i * PART + place, PART}, values, sums + i);
     }
 };
 
@@ -266,35 +301,33 @@ void attend(const T* query, int64_t query_stride, const T* cache, const int64_t*
                            positions, window,    scaling,   sequences,        rows_of_sequence,
                            H,      h,            e,         z};
     const std::vector<RowTile> tiles = all.tiles();
-    const int64_t num_tiles = tiles.size();
+    const int64_t heads = tiles.size() * h;  // of the tiles, the last one first: it has most to do
     const int64_t parts = (blocks_of_sequence * z + PART - 1) / PART;
-    const int64_t queries = std::min(TILE_ROWS, rows_of_sequence) * H;
+    const int64_t queries = std::min(TILE_ROWS, rows_of_sequence) * all.queries_of_head();
     const int64_t size = Outcome::size(queries, e);
-    // Too few tiles to keep all threads busy: they share the parts.
-    const bool is_shared = num_threads() > 1 && num_tiles < 4 * num_threads();
-    const std::unique_ptr<float[]> memory(new float[is_shared ? num_tiles * parts * size : 0]);
-    auto outcome = [&](int64_t t, int64_t part, int64_t Q) {
-        return Outcome(memory.get() + (t * parts + part) * size, Q, e);
+    auto head = [&](int64_t n) {
+        return HeadAttention<T>(all, tiles[(heads - 1 - n) / h], n % h);
     };
-    auto sees = [&](int64_t t, int64_t part) {
-        return !all.seen(tiles[t]).within({part * PART, (part + 1) * PART}).is_empty();
-    };
+    // Too few heads to keep all threads busy: they share the parts.
+    const bool is_shared = num_threads() > 1 && heads < 4 * num_threads();
+    const std::unique_ptr<float[]> memory(new float[is_shared ? heads * parts * size : 0]);
     auto attend_part = [&](int64_t task) {
-        const int64_t t = task / parts, part = task % parts;
-        if (!sees(t, part)) return;
-        TileAttention<T> tile(all, tiles[t]);
-        tile.attend(part, outcome(t, part, tile.Q));
+        const int64_t part = task % parts;
+        HeadAttention<T> one = head(task / parts);
+        if (one.sees(part)) one.attend(part, one.outcome(memory.get() + task * size));
     };
-    if (is_shared) each_row(num_tiles * parts, PART * queries * e, attend_part);
-    each_row(num_tiles, parts * queries * e * (is_shared ? 1 : PART), [&](int64_t t) {
-        TileAttention<T> tile(all, tiles[t]);
-        std::vector<float> sums(size), more(size);
-        const Outcome whole(sums.data(), tile.Q, e), one(more.data(), tile.Q, e);
+    if (is_shared) each_row(heads * parts, 4 * PART * queries * e, attend_part);
+    auto attend_head = [&](int64_t n) {
+        HeadAttention<T> one = head(n);
+        std::vector<float> sums(size), more(is_shared ? 0 : size);
+        const Outcome whole = one.outcome(sums.data());
         for (int64_t part = 0; part < parts; part++) {
-            if (!sees(t, part)) continue;
-            if (!is_shared) tile.attend(part, one);
-            whole.add(is_shared ? outcome(t, part, tile.Q) : one);
+            if (!one.sees(part)) continue;
+            float* found = is_shared ? memory.get() + (n * parts + part) * size : more.data();
+            if (!is_shared) one.attend(part, one.outcome(found));
+            whole.add(one.outcome(found));
         }
-        tile.write(whole, out);
-    });
+        one.write(whole, out);
+    };
+    each_row(heads, 4 * parts * queries * e * (is_shared ? 1 : PART), attend_head, h);
 }

@@ -16,15 +16,17 @@ inline int64_t num_threads() {
 #endif
 }
 
-// Call visit(row) for each row. One thread does little work alone: meeting the other threads costs
-// microseconds, or milliseconds when another program is using their cores. An `if` clause would not
-// do: after a team of one thread, libgomp ends its other threads and later starts new ones.
+// Call visit(row) for each row; a thread takes `at_once` neighbouring rows at a time. One thread does
+// little work alone: meeting the other threads costs microseconds, or milliseconds when another
+// program is using their cores. An `if` clause would not do: after a team of one thread, libgomp ends
+// its other threads and later starts new ones.
 constexpr int64_t MIN_PARALLEL_OPERATIONS = 100000;
-template <typename F> void each_row(int64_t rows, int64_t operations_per_row, F visit) {
+template <typename F>
+void each_row(int64_t rows, int64_t operations_per_row, F visit, int64_t at_once = 1) {
     if (rows == 1 || rows * operations_per_row < MIN_PARALLEL_OPERATIONS) {
         for (int64_t r = 0; r < rows; r++) visit(r);
     } else {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic, at_once)
         for (int64_t r = 0; r < rows; r++) visit(r);
     }
 }

@@ -1,8 +1,8 @@
-// Products of a few rows with what lies in memory as it came: keys and values of attention, A and B
-// of adapters. The rows share what they read.
+// Products of a few rows with what lies in memory as it came: values of attention, A and B of
+// adapters. The rows share what they read.
 //
-// Rows are given by a pointer each. Numbers are float or bfloat16, sums are float. Each sum adds up
-// in one order, whatever other rows it is computed with: a row's bits depend on nothing else.
+// Numbers are float or bfloat16, sums are float. Each sum adds up in one order, whatever other rows
+// it is computed with: a row's bits depend on nothing else.
 
 #pragma once
 
@@ -13,11 +13,6 @@
 #include "bfloat16.h"
 #include "vectors.h"
 
-constexpr int ROWS_AT_ONCE = 2;  // with four sums each, they and their factors fit 16 registers
-constexpr int SUMS_AT_ONCE = 4;
-
-typedef float Four __attribute__((vector_size(16)));
-
 // A vector's lanes, added up to four.
 inline Four folded(Floats x) {
     Four parts[LANES / 4];
@@ -27,12 +22,24 @@ inline Four folded(Floats x) {
     return parts[0];
 }
 
+// Turn four rows of four numbers into columns.
+inline void transpose(Four& a, Four& b, Four& c, Four& d) {
+    const Four ab = SHUFFLED(a, b, 0, 4, 1, 5), ab_high = SHUFFLED(a, b, 2, 6, 3, 7);
+    const Four cd = SHUFFLED(c, d, 0, 4, 1, 5), cd_high = SHUFFLED(c, d, 2, 6, 3, 7);
+    a = SHUFFLED(ab, cd, 0, 1, 4, 5);
+    b = SHUFFLED(ab, cd, 2, 3, 6, 7);
+    c = SHUFFLED(ab_high, cd_high, 0, 1, 4, 5);
+    d = SHUFFLED(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+constexpr int SUMS_AT_ONCE = 4;  // of a row: with those of another and their factors, they fit 16
+                                 // registers
+
 // The sums of the lanes of four vectors.
 inline Four lane_sums(const Floats (&x)[SUMS_AT_ONCE]) {
-    const Four a = folded(x[0]), b = folded(x[1]), c = folded(x[2]), d = folded(x[3]);
-    const Four ab = Four{a[0], b[0], a[1], b[1]} + Four{a[2], b[2], a[3], b[3]};
-    const Four cd = Four{c[0], d[0], c[1], d[1]} + Four{c[2], d[2], c[3], d[3]};
-    return Four{ab[0], ab[1], cd[0], cd[1]} + Four{ab[2], ab[3], cd[2], cd[3]};
+    Four a = folded(x[0]), b = folded(x[1]), c = folded(x[2]), d = folded(x[3]);
+    transpose(a, b, c, d);
+    return (a + c) + (b + d);
 }
 
 inline float lane_sum(Floats x) {
@@ -46,6 +53,14 @@ template <typename T> struct RowList {
     int64_t count, offset, width;
 
     const T* operator[](int64_t k) const { return rows[k] + offset; }
+};
+
+// Numbers by which rows are multiplied: [rows, stride].
+template <typename N> struct Matrix {
+    N* values;
+    int64_t stride;
+
+    N* operator[](int64_t row) const { return values + row * stride; }
 };
 
 // Each of some rows of x times each of four rows of a, which have n numbers.
@@ -71,10 +86,11 @@ __attribute__((noinline)) void multiply_four(const float* const* x,
             for (int j = 0; j < SUMS_AT_ONCE; j++) products[r][j] += x[r][i] * load(a[j][i]);
 }
 
-// z[r][first + k] = x[r] times row k of a.
+// z[r][k] = x[r] times row k of a.
 template <typename T>
-void multiply_by_rows(int64_t rows, const float* const* x, const RowList<T>& a, float* const* z,
-                      int64_t first) {
+void multiply_by_rows(int64_t rows, const float* const* x, const RowList<T>& a,
+                      Matrix<float> z) {
+    constexpr int64_t ROWS_AT_ONCE = 2;
     for (int64_t k = 0; k < a.count; k += SUMS_AT_ONCE) {
         const int64_t num = std::min<int64_t>(SUMS_AT_ONCE, a.count - k);
         const T* four[SUMS_AT_ONCE];  // where there are fewer, the last one takes the free places
@@ -85,46 +101,64 @@ void multiply_by_rows(int64_t rows, const float* const* x, const RowList<T>& a, 
             auto multiply = at_once == 2 ? multiply_four<2, T> : multiply_four<1, T>;
             multiply(x + r, four, a.width, products);
             for (int64_t i = 0; i < at_once; i++)
-                for (int64_t j = 0; j < num; j++) z[r + i][first + k + j] = products[i][j];
+                for (int64_t j = 0; j < num; j++) z[r + i][k + j] = products[i][j];
         }
     }
 }
 
 // y[r][c] += the sum of z[r][k] b[k][c], for some vectors of columns c.
 template <int ROWS, int VECTORS, typename Y, typename T>
-__attribute__((noinline)) void add_columns(const float* const* z, int64_t first,
-                                           const RowList<T>& b, Y* const* y, int64_t column) {
+__attribute__((noinline)) void add_columns(Matrix<const float> z, const RowList<T>& b,
+                                           Y* const* y, int64_t column) {
     Floats sums[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) sums[r][v] = load_vector(y[r] + column + v * LANES);
-    for (int64_t k = 0; k < b.count; k++) {
+    const float* weights = z.values;
+    for (int64_t k = 0; k < b.count; k++, weights++) {
         const T* row = b[k] + column;
         Floats of_b[VECTORS];
         for (int v = 0; v < VECTORS; v++) of_b[v] = load_vector(row + v * LANES);
         for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < VECTORS; v++) sums[r][v] += z[r][first + k] * of_b[v];
+            for (int v = 0; v < VECTORS; v++) sums[r][v] += weights[r * z.stride] * of_b[v];
     }
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) store_vector(sums[r][v], y[r] + column + v * LANES);
 }
 
-// y[r] += the sum of z[r][first + k] times row k of b.
-template <typename Y, typename T>
-void add_weighted_rows(int64_t rows, const float* const* z, int64_t first, const RowList<T>& b,
-                       Y* const* y) {
+constexpr int MAX_FEW_ROWS = 6;  // with two vectors of sums each, they fit 16 registers
+
+// y[r] += the sum of z[r][k] times row k of b.
+template <int ROWS, typename Y, typename T>
+void add_to_rows(Matrix<const float> z, const RowList<T>& b, Y* const* y) {
+    constexpr int VECTORS = ROWS > 2 ? 2 : 4;
     int64_t column = 0;
-    while (column + LANES <= b.width) {
-        const bool is_wide = column + SUMS_AT_ONCE * LANES <= b.width;
-        auto two = is_wide ? add_columns<2, SUMS_AT_ONCE, Y, T> : add_columns<2, 1, Y, T>;
-        auto one = is_wide ? add_columns<1, SUMS_AT_ONCE, Y, T> : add_columns<1, 1, Y, T>;
-        for (int64_t r = 0; r < rows; r += ROWS_AT_ONCE)
-            (r + 1 < rows ? two : one)(z + r, first, b, y + r, column);
-        column += is_wide ? SUMS_AT_ONCE * LANES : LANES;
-    }
+    for (; column + VECTORS * LANES <= b.width; column += VECTORS * LANES)
+        add_columns<ROWS, VECTORS>(z, b, y, column);
+    for (; column + LANES <= b.width; column += LANES) add_columns<ROWS, 1>(z, b, y, column);
     for (; column < b.width; column++)
-        for (int64_t r = 0; r < rows; r++) {
+        for (int64_t r = 0; r < ROWS; r++) {
             float sum = load(y[r][column]);
-            for (int64_t k = 0; k < b.count; k++) sum += z[r][first + k] * load(b[k][column]);
+            for (int64_t k = 0; k < b.count; k++) sum += z[r][k] * load(b[k][column]);
             y[r][column] = store<Y>(sum);
         }
+}
+
+// The same for a number of rows that is known only now, at most MAX_FEW_ROWS.
+template <int ROWS = MAX_FEW_ROWS, typename Y, typename T>
+void add_to_few_rows(int64_t rows, Matrix<const float> z, const RowList<T>& b, Y* const* y) {
+    if constexpr (ROWS > 0) {
+        if (rows == ROWS) return add_to_rows<ROWS>(z, b, y);
+        add_to_few_rows<ROWS - 1>(rows, z, b, y);
+    }
+}
+
+// The same for any number of rows, in tiles of nearly the same number.
+template <typename Y, typename T>
+void add_weighted_rows(int64_t rows, Matrix<const float> z, const RowList<T>& b, Y* const* y) {
+    const int64_t tiles = (rows + MAX_FEW_ROWS - 1) / MAX_FEW_ROWS;
+    for (int64_t t = 0; t < tiles; t++) {
+        const int64_t first = rows * t / tiles;
+        const int64_t count = rows * (t + 1) / tiles - first;
+        add_to_few_rows(count, {z[first], z.stride}, b, y + first);
+    }
 }

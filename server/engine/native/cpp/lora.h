@@ -56,12 +56,11 @@ void add_pairs(const LoraPair<T>* pairs, int64_t num_pairs, int64_t rows, const 
     const int64_t ranks = firsts[num_pairs];
     const FloatRows<T> inputs(rows, x, in);
     std::vector<float> products(rows * ranks);
-    std::vector<float*> z(rows);
-    for (int64_t r = 0; r < rows; r++) z[r] = products.data() + r * ranks;
     for (int64_t p = 0; p < num_pairs; p++) {
         const std::vector<const T*> A = rows_of(pairs[p].A, pairs[p].rank, in);
         const RowList<T> all_of_A{A.data(), pairs[p].rank, 0, in};
-        multiply_by_rows(rows, inputs.each.data(), all_of_A, z.data(), firsts[p]);
+        multiply_by_rows(rows, inputs.each.data(), all_of_A,
+                         Matrix<float>{products.data() + firsts[p], ranks});
     }
     std::vector<T*> outputs(rows);
     for (int64_t p = 0; p < num_pairs; p++) {
@@ -69,7 +68,7 @@ void add_pairs(const LoraPair<T>* pairs, int64_t num_pairs, int64_t rows, const 
         for (int64_t r = 0; r < rows; r++) outputs[r] = y[r] + pair.start;
         const std::vector<const T*> B = rows_of(pair.B, pair.rank, pair.width);
         const RowList<T> all_of_B{B.data(), pair.rank, 0, pair.width};
-        add_weighted_rows(rows, z.data(), firsts[p], all_of_B, outputs.data());
+        add_weighted_rows(rows, {products.data() + firsts[p], ranks}, all_of_B, outputs.data());
     }
 }
 

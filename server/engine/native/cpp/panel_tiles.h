@@ -19,7 +19,8 @@
 #include "bfloat16.h"
 #include "vectors.h"
 
-constexpr int PANEL = 16;  // columns
+constexpr int PANEL = 16;           // columns
+constexpr int64_t CACHE_LINE = 64;  // bytes: a word of each column
 constexpr int PANEL_VECTORS = PANEL / LANES;
 
 // What a number of x takes part in. PER_WORD of them meet a word of the weight.
@@ -37,6 +38,16 @@ struct Panels {
     int64_t stride;  // words from a panel to the next
     int64_t words_of_column;  // that are to be multiplied
     int64_t ahead;            // words from here to what is read next, and is fetched meanwhile
+    int64_t ahead_step;       // bytes of that for each word that is multiplied
+
+    // For one of some tiles of rows, which share the fetching: all at once in the first tile would
+    // be more than the memory gives in its time.
+    Panels shared(int64_t tile, int64_t tiles) const {
+        Panels part = *this;
+        part.ahead += words_of_column * tile / tiles * PANEL;
+        part.ahead_step = std::max<int64_t>(CACHE_LINE / tiles, 1);
+        return part;
+    }
 };
 
 // Sums of rows and the columns of the panels. They start at 0, or go on from what they are.
@@ -120,9 +131,9 @@ __attribute__((noinline)) void multiply_tile(const X* x, int64_t x_stride, const
     Tile<SumOf<X>, ROWS, VECTORS> tile(sums);
     const int64_t stride = panels.stride, count = panels.words_of_column;
     const uint32_t* words = panels.words;
-    const uint32_t* ahead = words + panels.ahead;
-    for (int64_t i = 0; i < count; i++) {
-        for (int n = 0; n < COUNT; n++) __builtin_prefetch(ahead + n * stride + i * PANEL);
+    const char* ahead = reinterpret_cast<const char*>(words + panels.ahead);
+    for (int64_t i = 0; i < count; i++, ahead += panels.ahead_step) {
+        for (int n = 0; n < COUNT; n++) __builtin_prefetch(ahead + n * stride * sizeof(uint32_t));
         add_word(tile, x + PER_WORD<X> * i, x_stride,
                  WordsOfColumns<VECTORS>{words + i * PANEL, stride});
     }
@@ -163,6 +174,7 @@ void multiply_rows(int64_t rows, const X* x, int64_t x_stride, const Panels& pan
     for (int64_t t = 0; t < tiles; t++) {
         int64_t first = rows * t / tiles;
         int64_t stop = rows * (t + 1) / tiles;
-        multiply_few(stop - first, x + first * x_stride, x_stride, panels, sums.from(first, 0));
+        multiply_few(stop - first, x + first * x_stride, x_stride, panels.shared(t, tiles),
+                     sums.from(first, 0));
     }
 }

@@ -108,7 +108,7 @@ void multiply(int64_t rows, const X* x, int64_t x_stride, Weight w, Write write)
                 const Sums<SumOf<X>> sums{memory.data(), count * PANEL, true};
                 multiply_in_blocks(num_rows, x + first * x_stride, x_stride,
                                    Panels{w.words + panel * panel_words, count, panel_words,
-                                          x_stride / PER_WORD<X>, 0},
+                                          x_stride / PER_WORD<X>, 0, CACHE_LINE},
                                    sums);
                 for (int64_t r = 0; r < num_rows; r++)
                     write(first + r, column, std::min<int64_t>(count * PANEL, w.columns - column),

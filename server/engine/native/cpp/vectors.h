@@ -18,6 +18,8 @@ typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef Words WordsInMemory __attribute__((aligned(4), may_alias));
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef Floats FloatsInMemory __attribute__((aligned(4), may_alias));
+typedef float Four __attribute__((vector_size(16)));
+typedef Four FourInMemory __attribute__((aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef Halves HalvesInMemory __attribute__((aligned(2), may_alias));
 
@@ -33,3 +35,17 @@ inline void store_vector(Floats x, bfloat16* to) {
 #pragma omp simd
     for (int i = 0; i < LANES; i++) to[i] = store<bfloat16>(each[i]);
 }
+
+inline Four load_four(const float* from) { return *(const FourInMemory*)from; }
+inline Four load_four(const bfloat16* from) {
+    return Four{load(from[0]), load(from[1]), load(from[2]), load(from[3])};
+}
+inline void store_four(Four x, float* to) { *(FourInMemory*)to = x; }
+
+// Four numbers of two vectors of four, by their places in both.
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLED(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else  // g++ before 12
+typedef int32_t FourPlaces __attribute__((vector_size(16)));
+#define SHUFFLED(x, y, ...) __builtin_shuffle(x, y, FourPlaces{__VA_ARGS__})
+#endif
