@@ -1,13 +1,16 @@
 """How long a text can be and still fit the model's context, known before it is encoded."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
+from crma.models.byte_letters import letters_of_bytes
 from server.engine.errors import EngineError, PromptTooLong
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_COMPOSED = 4
 """Characters of a text that Unicode's composition makes one of, at most."""
@@ -92,7 +95,7 @@ def _unknown(model: dict[str, Any]) -> str | None:
         return None
     name_of = {byte: f"<0x{byte:02X}>" for byte in range(256)}
     if not model.get("byte_fallback"):
-        name_of = bytes_to_unicode()
+        name_of = letters_of_bytes()
     missing = [byte for byte, name in name_of.items() if name not in model["vocab"]]
     if any(byte in _CONTINUATIONS for byte in missing):
         return None
