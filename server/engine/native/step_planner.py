@@ -179,8 +179,13 @@ class StepPlanner:
         """Whether a sequence with some cached blocks could start if only `kept` went on running."""
         if len(kept) >= self.max_num_seqs:
             return False
-        used = set(cached).union(*(other.block_table for other in kept))
-        num_free = self.tables.pool.capacity - len(used)
+        if len(kept) == len(
+            self.running
+        ):  # asked for each line of the queue, so not block by block
+            num_free = self.tables.pool.num_free_beside(cached)
+        else:
+            used = set(cached).union(*(other.block_table for other in kept))
+            num_free = self.tables.pool.capacity - len(used)
         # Each running sequence soon needs one more block, and a prompt that has begun its others:
         # keep them, or the new sequence would be preempted at once.
         num_kept = sum(1 + self.tables.num_missing(other) for other in kept)

@@ -4,6 +4,7 @@ It tests step_planner, step and block_tables along with it: they have no other c
 and adapters share the engine is in test_fairness.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from hypothesis import given, settings
@@ -376,3 +377,35 @@ def test_a_step_that_fails_leaves_no_block_to_be_found() -> None:
     scheduler.add(same)
     (chunk,) = scheduler.schedule(now).chunks
     assert (chunk.start, chunk.stop) == (0, 6)
+
+
+class _Counted(list[int]):
+    """A block table that counts how often it is read as a whole."""
+
+    num_reads = 0
+
+    def __iter__(self) -> Iterator[int]:
+        _Counted.num_reads += 1
+        return super().__iter__()
+
+
+def test_a_long_queue_does_not_read_the_blocks_of_running_sequences_for_each_of_its_lines() -> None:
+    """2,000 waiting made a step 20 ms longer."""
+    scheduler = make(num_blocks=100, max_num_seqs=3, budget=64)
+    for first in (0, 20):
+        scheduler.add(sequence(10, first=first, max_tokens=50))
+    run(scheduler, scheduler.schedule(now))
+    for running in scheduler.running:
+        running.block_table = _Counted(running.block_table)
+    for number in range(40):
+        scheduler.add(sequence(8, f"away-{number % 20}", first=40 + number))
+    _Counted.num_reads = 0
+    asked: list[Sequence] = []
+
+    def later(waiting: Sequence) -> Admission:
+        asked.append(waiting)
+        return Admission.LATER
+
+    run(scheduler, scheduler.schedule(later))
+    assert len(asked) == 20  # one for each adapter
+    assert _Counted.num_reads <= 2 * len(scheduler.running)
