@@ -1,23 +1,24 @@
 """`python -m server`: settings from the environment, one base model, one store, one process."""
 
+from __future__ import annotations
+
 import argparse
 import gc
 import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
-from transformers import PreTrainedTokenizerBase
 
 from crma.core.cache import cache_home
 from crma.core.errors import ConfigError, CrmaError
 from crma.models.base_model import BaseModel, find_base
-from crma.models.loading import load_tokenizer
 from crma.models.model_shape import read_shape
+from crma.models.plain_tokenizer import for_another_thread
 from crma.models.prompts import Format, base_format
 from crma.store.opening import open_store
 from crma.store.source import is_address
@@ -36,6 +37,9 @@ from server.service.metrics import Metrics
 from server.service.registry import Registry
 from server.service.telemetry import connect
 from server.settings import Settings, drop_service_links
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("server")
 
@@ -58,7 +62,7 @@ def build(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     if settings.otlp_endpoint is not None:
         telemetry = connect(settings.otlp_endpoint, base.name)
     engine = _start_engine(settings, base)
-    tokenizer = load_tokenizer(base)  # not the engine's: two threads must not share one
+    tokenizer = for_another_thread(engine.engine.tokenizer)
     registry = Registry(
         store=store,
         base=base,

@@ -14,12 +14,14 @@ import pytest
 from server.engine.native.kernel_build import SOURCE
 
 CPP = Path(__file__).parent / "numerics" / "cpp"
+ARM_COMPILER = "aarch64-linux-gnu-g++"
 _EMULATED = ["-march=x86-64-v3", "-include", str(CPP / "emulated_instructions.h")]
 PROCESSORS = {  # how to compile for it, and what runs the program
     "avx512-bf16-emulated": (["g++", *_EMULATED], []),
     "amx-emulated": (["g++", *_EMULATED, "-DEMULATE_AMX"], []),
-    "arm": (["aarch64-linux-gnu-g++", "-static"], ["qemu-aarch64"]),
+    "arm": ([ARM_COMPILER, "-static"], ["qemu-aarch64"]),
 }
+PACKAGES = {"g++": "g++", ARM_COMPILER: "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user"}
 
 
 def compiled(processor: str, source: str, folder: Path) -> list[str]:
@@ -33,7 +35,7 @@ def compiled(processor: str, source: str, folder: Path) -> list[str]:
     compiler, runner = PROCESSORS[processor]
     for tool in (compiler[0], *runner):
         if shutil.which(tool) is None:
-            pytest.skip(f"no {tool}")
+            pytest.skip(f"no {tool}: apt-get install {PACKAGES[tool]}")
     program = folder / processor
     options = ["-std=c++20", "-O1", "-Wno-psabi", "-ffp-contract=fast", f"-I{SOURCE.parent}"]
     command = [*compiler, *options, str(CPP / source), "-o", str(program)]

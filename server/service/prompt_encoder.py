@@ -1,7 +1,8 @@
 """Prompts to token ids, off the event loop."""
 
+from __future__ import annotations
+
 import asyncio
-import copy
 import json
 import math
 import time
@@ -9,10 +10,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
+from crma.models.plain_tokenizer import for_another_thread
 from crma.models.prompts import (
     BASE_TEMPLATE,
     RAW_FORMAT,
@@ -27,6 +27,9 @@ from server.engine.errors import QueueFull
 from server.service.errors import DeadlineExceeded, Draining, InvalidField
 from server.service.fair_queue import FairQueue
 from server.service.text_limit import TextLimit, TextTooLong, text_limit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHORT = 8192
 """Characters of a prompt that is encoded in a few milliseconds."""
@@ -43,16 +46,16 @@ class EncodedPrompt(NamedTuple):
     stop_id: int
 
 
-Encode = Callable[[PreTrainedTokenizerBase], EncodedPrompt]
+Encode = Callable[["PreTrainedTokenizerBase"], EncodedPrompt]
 Work = tuple[Encode, asyncio.Future[EncodedPrompt]]
 
 
 @dataclass(eq=False)
 class _Lane:
-    """A thread that encodes one prompt at a time, with a tokenizer that no other thread encodes
-    with: transformers changes a tokenizer before it uses it.
+    """A thread that encodes one prompt at a time.
 
     Attributes:
+        tokenizer: others may encode at the same time.
         max_chars: the longest prompt it takes.
     """
 
@@ -89,7 +92,7 @@ class PromptEncoder:
         self._queue: FairQueue[Work] = FairQueue()
         self._lanes = (
             _Lane(tokenizer, math.inf, ThreadPoolExecutor(1, "encode")),
-            _Lane(copy.deepcopy(tokenizer), SHORT, ThreadPoolExecutor(1, "encode-short")),
+            _Lane(for_another_thread(tokenizer), SHORT, ThreadPoolExecutor(1, "encode-short")),
         )
         self._is_closed = False
 

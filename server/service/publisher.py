@@ -5,7 +5,7 @@ One change at a time. Each is on disk and in the registry when its method return
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,10 @@ from crma.store.channels import BACKBONE, task_channel
 from crma.store.entry import TaskEntry
 from server.engine.errors import AdapterInUse
 from server.engine.inference_engine import InferenceEngine
-from server.service.errors import AdapterExists, AdapterServes, StoreNotWritable
+from server.service.errors import AdapterExists, AdapterServes, StoreBusy, StoreNotWritable
 from server.service.registry import Registry
+
+TURN_S = 30.0  # that a change waits for others, and for the store to be read
 
 
 @contextmanager
@@ -161,13 +163,28 @@ class Publisher:
     async def _changing(self) -> AsyncIterator[None]:
         """One change at a time, which begins with what the store has now.
 
-        Raises ReadOnlyStore if the store is a copy.
+        Raises:
+            ReadOnlyStore: the store is a copy.
+            StoreBusy: its turn did not come in time.
         """
         self.registry.store.writable_root()
-        async with self._change:
+        async with AsyncExitStack() as turn:
             with writing():
-                await self.registry.refresh()
+                await self._begin(turn)
                 yield
+
+    async def _begin(self, turn: AsyncExitStack) -> None:
+        """Wait for the turn, which `turn` ends. Raises StoreBusy."""
+        try:
+            async with asyncio.timeout(TURN_S):
+                await turn.enter_async_context(self._change)
+                await self.registry.refresh()
+        except TimeoutError as error:
+            message = (
+                f"the adapter store did not answer for {TURN_S:g} s, or another change of it takes "
+                "as long; nothing was changed"
+            )
+            raise StoreBusy(message, field="CRMA_STORE", allowed="try again later") from error
 
     def _unserved(self, name: str, version: str | None) -> list[TaskEntry]:
         """The versions to delete that are sound and do not serve.

@@ -1,13 +1,19 @@
 """How long a text can be and still fit the model's context, known before it is encoded."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from tokenizers.models import BPE, Model
 
+from crma.models.byte_letters import letters_of_bytes
 from server.engine.errors import EngineError, PromptTooLong
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_COMPOSED = 4
 """Characters of a text that Unicode's composition makes one of, at most."""
@@ -65,35 +71,40 @@ def text_limit(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> TextLimit
     that leaves out no part of a text. Of any other tokenizer None is known: white space without end
     may be no token at all.
     """
-    described: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    growth = _growth(described["normalizer"])
-    unknown = _unknown(described["model"])
-    if growth is None or unknown is None or not _keeps_text(described):
+    backend = tokenizer.backend_tokenizer
+    names = tokenizer.get_vocab().keys()
+    growth = _growth(_described(backend.normalizer))
+    unknown = _unknown(backend.model, names)
+    if growth is None or unknown is None or not _keeps_text(tokenizer):
         return None
-    added = (each["content"] for each in described["added_tokens"])
-    longest = max(map(len, (*described["model"]["vocab"], *added)))
+    longest = max(map(len, names))
     return TextLimit(max_tokens * longest, max_tokens * longest * growth, unknown)
 
 
-def _keeps_text(described: dict[str, Any]) -> bool:
+def _described(part: Any) -> dict[str, Any] | None:
+    """What the library writes of a normalizer or pre-tokenizer; None if there is none."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _keeps_text(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether every character that the model knows is in one of the tokens."""
-    if any(each["lstrip"] or each["rstrip"] for each in described["added_tokens"]):
+    if any(each.lstrip or each.rstrip for each in tokenizer.added_tokens_decoder.values()):
         return False
-    parts = _parts(described["pre_tokenizer"], "pretokenizers")
+    parts = _parts(_described(tokenizer.backend_tokenizer.pre_tokenizer), "pretokenizers")
     return all(part["type"] in _LOSSLESS and part.get("behavior") != "Removed" for part in parts)
 
 
-def _unknown(model: dict[str, Any]) -> str | None:
+def _unknown(model: Model, names: Collection[str]) -> str | None:
     """The characters that have no token; None: there are too many to list.
 
     A character of several bytes is known by any of them.
     """
-    if model["type"] != "BPE":
+    if not isinstance(model, BPE):
         return None
     name_of = {byte: f"<0x{byte:02X}>" for byte in range(256)}
-    if not model.get("byte_fallback"):
-        name_of = bytes_to_unicode()
-    missing = [byte for byte, name in name_of.items() if name not in model["vocab"]]
+    if not model.byte_fallback:
+        name_of = letters_of_bytes()
+    missing = [byte for byte, name in name_of.items() if name not in names]
     if any(byte in _CONTINUATIONS for byte in missing):
         return None
     return "".join(chr(byte) for byte in missing if byte < min(_CONTINUATIONS))

@@ -1,13 +1,18 @@
 """What single tokens stand for: their bytes and their text, each found once."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from crma.models.byte_letters import letters_of_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
@@ -77,7 +82,7 @@ class TokenTexts:
 @cache
 def _byte_of_letter() -> dict[str, int]:
     """The letter by which a byte-level tokenizer spells a byte, to that byte."""
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+    return {letter: byte for byte, letter in letters_of_bytes().items()}
 
 
 def _decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

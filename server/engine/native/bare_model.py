@@ -14,21 +14,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from crma.models.base_model import BaseModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from crma.models.serving_record import STEADY_ROPES, Frequencies, read_served
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # the `model_type` of a config
-ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies no length changes
 DTYPES = ("BF16", "F16", "F32")  # as safetensors names them
 
 
@@ -48,10 +43,11 @@ def bare_model(
         None: the model is of another kind, or its files do not hold exactly the tensors of this
         one. transformers knows what to do then.
     """
-    config = AutoConfig.from_pretrained(base.path, local_files_only=True)
+    served = read_served(base)
+    config = Config(**served.config)
     if not _is_known(config):
         return None
-    model = BareModel(config, _generation_config(base, config), device, dtype)
+    model = BareModel(config, device, dtype, served.frequencies, served.end_ids)
     stored = _stored_tensors(base.path)
     expected = {name: tuple(each.shape) for name, each in model.named_parameters()}
     if {name: each.shape for name, each in stored.items()} != expected:
@@ -62,30 +58,40 @@ def bare_model(
     return model
 
 
+class Config(SimpleNamespace):
+    """The fields of a model's config, as transformers has them."""
+
+    def get_text_config(self) -> Config:
+        """Itself: it has no other parts."""
+        return self
+
+
 class BareModel(nn.Module):
     """Stands for transformers' model of the same config wherever nothing is computed with it.
 
     Args:
         config: of one of the FAMILIES.
-        generation_config: what stops an answer.
         device: of the weights, once they are loaded.
         dtype: that the model computes in; a weight that is not copied from its file may have
             another.
+        frequencies: of positions, if they are scaled.
+        end_ids: the tokens that end an answer.
     """
 
     def __init__(
         self,
-        config: PreTrainedConfig,
-        generation_config: GenerationConfig,
+        config: Config,
         device: torch.device,
         dtype: torch.dtype,
+        frequencies: Frequencies | None,
+        end_ids: int | Sequence[int] | None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.generation_config = generation_config
+        self.generation_config = SimpleNamespace(eos_token_id=end_ids)
         self.device = device
         self.dtype = dtype
-        self.model = _Stack(config, device)
+        self.model = _Stack(config, device, frequencies)
         self.lm_head = _linear(config.hidden_size, config.vocab_size)
         self._tie()
 
@@ -120,17 +126,19 @@ class BareModel(nn.Module):
 class _Stack(nn.Module):
     """Everything but the head."""
 
-    def __init__(self, config: Any, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, device: torch.device, frequencies: Frequencies | None
+    ) -> None:
         super().__init__()
         size = config.hidden_size
         self.embed_tokens = _Embedding(config.vocab_size, size, device="meta")
         self.layers = nn.ModuleList(_Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = _Norm(size)
-        self.rotary_emb = _Rotary(config, device)
+        self.rotary_emb = _Rotary(config, device, frequencies)
 
 
 class _Block(nn.Module):
-    def __init__(self, config: Any, index: int) -> None:
+    def __init__(self, config: Config, index: int) -> None:
         super().__init__()
         self.self_attn = _Attention(config, index)
         self.mlp = _Mlp(config)
@@ -139,7 +147,7 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, config: Any, index: int) -> None:
+    def __init__(self, config: Config, index: int) -> None:
         super().__init__()
         of_head = _head_size(config)
         size, of_queries = config.hidden_size, config.num_attention_heads * of_head
@@ -158,7 +166,7 @@ class _Attention(nn.Module):
 
 
 class _Mlp(nn.Module):
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         bias = config.model_type == "llama" and config.mlp_bias
         size, inner = config.hidden_size, config.intermediate_size
@@ -186,10 +194,11 @@ class _Norm(nn.Module):
 class _Rotary(nn.Module):
     """Cosines and sines of positions, as `LlamaRotaryEmbedding` has them."""
 
-    def __init__(self, config: Any, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, scaled: Frequencies | None) -> None:
         super().__init__()
-        frequencies, self.scaling = _frequencies(config)
+        frequencies = _frequencies(config) if scaled is None else torch.tensor(scaled.values)
         self.frequencies = frequencies.to(device)
+        self.scaling = 1.0 if scaled is None else scaled.factor
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """x gives the dtype; position_ids [b, s] -> cosines, sines [b, s, head size]."""
@@ -210,19 +219,12 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-def _is_known(config: Any) -> bool:
+def _is_known(config: Config) -> bool:
     if config.model_type not in FAMILIES or config.hidden_act != "silu":
         return False
     if getattr(config, "quantization_config", None) is not None:
         return False
-    return config.rope_parameters.get("rope_type", "default") in ROPES
-
-
-def _generation_config(base: BaseModel, config: PreTrainedConfig) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(base.path, local_files_only=True)
-    except OSError:  # the model has none
-        return GenerationConfig.from_model_config(config)
+    return config.rope_parameters.get("rope_type", "default") in STEADY_ROPES
 
 
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -255,11 +257,11 @@ def _linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linea
     return _Linear(in_features, out_features, bias, device="meta")
 
 
-def _head_size(config: Any) -> int:
+def _head_size(config: Config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _attention_biases(config: Any) -> tuple[bool, bool]:
+def _attention_biases(config: Config) -> tuple[bool, bool]:
     """Whether the linears before the attention have a bias, and the one after it."""
     if config.model_type == "qwen2":
         return True, False
@@ -268,12 +270,8 @@ def _attention_biases(config: Any) -> tuple[bool, bool]:
     return config.attention_bias, config.attention_bias
 
 
-def _frequencies(config: Any) -> tuple[Tensor, float]:
-    """The frequencies [head size / 2], and a factor on cosines and sines."""
-    kind = config.rope_parameters.get("rope_type", "default")
-    if kind != "default":
-        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config)
-        return frequencies, factor
+def _frequencies(config: Config) -> Tensor:
+    """Unscaled frequencies [head size / 2]."""
     size = _head_size(config)
     exponents = torch.arange(0, size, 2, dtype=torch.float) / size
-    return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+    return 1.0 / (config.rope_parameters["rope_theta"] ** exponents)

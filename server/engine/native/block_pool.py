@@ -73,6 +73,10 @@ class BlockPool:
         """Blocks without users, whether or not their content is still known."""
         return len(self._free)
 
+    def num_free_beside(self, blocks: Iterable[int]) -> int:
+        """How many blocks have no users, not counting some."""
+        return len(self._free) - sum(block in self._free for block in blocks)
+
     def blocks_for(self, num_tokens: int) -> int:
         """Return the number of blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)

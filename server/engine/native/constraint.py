@@ -5,6 +5,8 @@ one, and computes which tokens are allowed in others, from the moment that a seq
 is known. The engine's thread waits only where it samples, after the next forward pass.
 """
 
+from __future__ import annotations
+
 import asyncio
 import copy
 import json
@@ -14,18 +16,20 @@ import threading
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 from numpy import typing as npt
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from crma.models.json_schema import JSON_STYLE, closed
 from server.engine.errors import InvalidConstraint, QueueFull
 from server.engine.request import Constraint, ConstraintKind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # With these the worst that a source can ask for takes about a second to compile, and about 30 ms to
 # compute the tokens of a step from.
@@ -104,7 +108,7 @@ class Constraints:
 
     def matcher(
         self, constraint: Constraint, end_ids: frozenset[int], *, ignore_eos: bool
-    ) -> "Matcher":
+    ) -> Matcher:
         """Begin a sequence.
 
         Args:
@@ -125,7 +129,7 @@ class Constraints:
         """Takes seconds; used in the compiling thread only."""
         return _inert_tokenizer(self._hf_tokenizer, self._end_ids)
 
-    def _start_compiling(self, constraint: Constraint) -> "Future[LLMatcher]":
+    def _start_compiling(self, constraint: Constraint) -> Future[LLMatcher]:
         return self._compile_thread.submit(self._compile, constraint)
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
@@ -154,7 +158,7 @@ class Matcher:
     def __init__(
         self,
         threads: ThreadPoolExecutor,
-        compiled: "Future[LLMatcher]",
+        compiled: Future[LLMatcher],
         end_ids: frozenset[int],
         *,
         ignore_eos: bool,
@@ -173,7 +177,7 @@ class Matcher:
         """
         self._allowed = self._threads.submit(self._advance, token)
 
-    def allowed(self) -> "npt.NDArray[np.uint8]":
+    def allowed(self) -> npt.NDArray[np.uint8]:
         """Wait for the allowed tokens.
 
         Returns:
@@ -189,7 +193,7 @@ class Matcher:
         except ValueError as error:
             raise Stuck(f"{CANNOT_GO_ON}: {error}") from error
 
-    def _begin(self, compiled: "Future[LLMatcher]") -> bytearray:
+    def _begin(self, compiled: Future[LLMatcher]) -> bytearray:
         self._llmatcher = compiled.result().deep_copy()
         return self._compute(self._llmatcher)
 

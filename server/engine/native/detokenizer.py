@@ -1,9 +1,15 @@
 """Token ids to text, token by token: whole characters only, and no part of a stop string."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase
 
 from server.engine.request import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Detokenizer:

@@ -1,14 +1,16 @@
 """The engine: a step is schedule, run, update. One thread calls it."""
 
+from __future__ import annotations
+
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from server.engine.errors import ConstraintStuck
 from server.engine.native.constraint import Constraints
@@ -23,6 +25,9 @@ from server.engine.native.step_planner import Admission
 from server.engine.native.step_results import NewToken, StepResults
 from server.engine.native.step_runner import StepRunner
 from server.engine.request import EngineCounters, FinishReason, Request, RequestOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

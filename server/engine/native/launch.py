@@ -12,8 +12,9 @@ import torch
 from crma.core.errors import ConfigError
 from crma.method.injection import Injection
 from crma.models.base_model import BaseModel
-from crma.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from crma.models.loading import load_model, resolve_device, resolve_dtype
 from crma.models.rope import RopeScaling, context_length, rope_scaling
+from crma.models.serving_record import serving_tokenizer
 from server.engine.inference_engine import ServedModel
 from server.engine.native.adapter_pool import AdapterPool
 from server.engine.native.async_engine import AsyncEngine
@@ -81,7 +82,7 @@ def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
     kernel = _native_kernel(device, computes_in, config)
     injection = Injection(_load(base, device, computes_in, kernel))
     model = injection.model
-    tokenizer = load_tokenizer(base)
+    tokenizer = serving_tokenizer(base)
     max_model_len = min(config.max_model_len, context_length(model.config))
     rope = _rope_beyond(model, max_model_len)
     dtype = _dtype_name(computes_in, config.quantization)

@@ -30,11 +30,12 @@ def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     of_word = 4 // dtype.itemsize
     num_words = -(-width // INPUTS) * INPUTS // of_word
     panels = torch.empty(-(-out // PANEL), num_words, PANEL, of_word, dtype=dtype)
+    words = panels.view(torch.int32)[..., 0]  # torch moves whole words five times as fast
     first = 0
     for rows in torch.split(weight, ROWS_AT_ONCE):
         padded = pad(rows.to(dtype), (0, -width % INPUTS, 0, -len(rows) % PANEL))
-        some = padded.view(-1, PANEL, num_words, of_word).transpose(1, 2)
-        panels[first : first + len(some)] = some
+        some = padded.contiguous().view(torch.int32).view(-1, PANEL, num_words).transpose(1, 2)
+        words[first : first + len(some)] = some
         first += len(some)
     return panels
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from crma.core.errors import UnsupportedModel
 from crma.models.rope import RopeScaling
@@ -89,6 +88,8 @@ class ScaledRotary:
 
     def _new_table(self, length: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """The module's arithmetic with the frequencies of a length."""
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # few models come here
+
         module: Any = copy.copy(self._module)
         module._buffers = dict(module._buffers)
         module.inv_freq = self._module.original_inv_freq

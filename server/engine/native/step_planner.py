@@ -65,6 +65,7 @@ class StepPlanner:
     _failed: list[Sequence] = field(default_factory=list, init=False)
     _passed_over: list[Sequence] = field(default_factory=list, init=False)
     _is_closed: bool = field(default=False, init=False)  # nothing else starts in this step
+    _reserved: int | None = field(default=None, init=False)
 
     def step(self) -> Step:
         """Return the step as planned so far."""
@@ -179,18 +180,34 @@ class StepPlanner:
         """Whether a sequence with some cached blocks could start if only `kept` went on running."""
         if len(kept) >= self.max_num_seqs:
             return False
+        if len(kept) == len(self.running):
+            num_free = self.tables.pool.num_free_beside(cached)
+            return num_new_blocks + self._num_reserved() <= num_free
         used = set(cached).union(*(other.block_table for other in kept))
         num_free = self.tables.pool.capacity - len(used)
-        # Each running sequence soon needs one more block, and a prompt that has begun its others:
-        # keep them, or the new sequence would be preempted at once.
-        num_kept = sum(1 + self.tables.num_missing(other) for other in kept)
-        return num_new_blocks + num_kept <= num_free
+        return num_new_blocks + self._num_reserved_by(kept) <= num_free
+
+    def _num_reserved(self) -> int:
+        """As `_num_reserved_by` for all running sequences, kept until one of them changes: each
+        line of the queue asks."""
+        if self._reserved is None:
+            self._reserved = self._num_reserved_by(self.running)
+        return self._reserved
+
+    def _num_reserved_by(self, kept: list[Sequence]) -> int:
+        """How many blocks are kept for running sequences.
+
+        Each soon needs one more, and a prompt that has begun its others: without them, the new
+        sequence would be preempted at once.
+        """
+        return sum(1 + self.tables.num_missing(other) for other in kept)
 
     def _start(self, sequence: Sequence, place: _Place) -> None:
         """Make room for an admitted sequence, move it to the running ones and plan its tokens."""
         # First: of what fails below, the engine has to know that its adapters are in use.
         self.waiting.queue_of(sequence).remove(sequence)
         self.running.append(sequence)
+        self._reserved = None
         for other in self._passed_over:
             other.num_overtaken += 1
         for victim in place.victims:
@@ -218,6 +235,7 @@ class StepPlanner:
 
     def _allocate(self, sequence: Sequence, count: int) -> bool:
         """Allocate the blocks for `count` more tokens; False if too few are free."""
+        self._reserved = None
         blocks = self.tables.allocate(sequence, count)
         if blocks is None:
             return False
@@ -231,6 +249,7 @@ class StepPlanner:
 
     def _preempt(self, victim: Sequence) -> None:
         """Move a running sequence to the head of the queue; its tokens go back to the budget."""
+        self._reserved = None
         self.running.remove(victim)
         self.tables.free(victim)
         self.waiting.queue_of(victim).add_returning(victim)

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crma.core.digests import content_digest, file_digest
 from crma.core.errors import PullError
 from crma.models.base_model import BaseModel, find_base, read_base
-from crma.models.pull import pull
+from crma.models.pull import MODEL_SUFFIXES, NO_MODEL_FILES, pull
 
 
 @pytest.fixture
@@ -114,3 +115,10 @@ def test_an_unknown_source_is_refused_before_anything_is_written(
         with pytest.raises(PullError, check=lambda error: error.value == source):
             look_up(source, home=home)
     assert not home.exists()
+
+
+def test_a_repository_brings_no_hidden_files_which_would_be_taken_for_our_records() -> None:
+    names = ["config.json", ".serving.json", ".tokenizer.json", "onnx/config.json", "base.bin"]
+    allowed = [f"*{suffix}" for suffix in MODEL_SUFFIXES]
+    taken = filter_repo_objects(names, allow_patterns=allowed, ignore_patterns=NO_MODEL_FILES)
+    assert list(taken) == ["config.json"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from api import BASE, Serve, Served
 
 from crma.store.adapter_store import AdapterStore
 from crma.store.manifest import TASK_FILES
+from server.service import publisher
 from server.service.audit import STORE
 
 WEIGHTS = TASK_FILES[1]
@@ -254,6 +256,26 @@ async def test_changes_need_the_admin_key(serve: Serve, own: AdapterStore, peft:
         ]
         assert [answer.status_code for answer in answers] == [status] * 4
     assert contents(own) == before
+
+
+async def test_a_change_does_not_wait_for_ever_behind_a_file_system_that_hangs(
+    served: Served, own: AdapterStore, peft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every change after it used to wait as long as the first."""
+    monkeypatch.setattr(publisher, "TURN_S", 0.05)
+    goes_on = threading.Event()
+    reader = served.app.state.frontend.registry._reader
+    before = contents(own)
+    with monkeypatch.context() as hanging:
+        hanging.setattr(reader, "has_changed", lambda: goes_on.wait(20))
+        answers = await asyncio.gather(upload(served, peft), delete(served, "legal"))
+        goes_on.set()
+    for answer in answers:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_busy")
+        assert answer.headers["Retry-After"] == "10"
+    assert contents(own) == before
+    monkeypatch.setattr(publisher, "TURN_S", 20.0)
+    assert (await upload(served, peft)).status_code == 201
 
 
 async def test_changes_wait_until_the_store_is_verified(
