@@ -4,7 +4,7 @@ import argparse
 import gc
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,7 +23,7 @@ from crma.store.opening import open_store
 from crma.store.source import is_address
 from server.app import create_app
 from server.drain import CANCEL_SECONDS, DrainingServer
-from server.engine.native.async_engine import AsyncEngine
+from server.engine.inference_engine import InferenceEngine
 from server.engine.native.freed_memory import return_freed_memory
 from server.engine.native.kv_size import KvSize
 from server.engine.native.launch import EngineConfig, start_engine
@@ -40,16 +40,26 @@ from server.settings import Settings, drop_service_links
 log = logging.getLogger("server")
 
 
-def build(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
-    """The app on the native engine.
+def new_engine(settings: Settings, base: BaseModel) -> InferenceEngine:
+    """The engine of this process, which runs. Raises CrmaError: what it cannot serve, named."""
+    return start_engine(base, _engine_config(settings))
+
+
+def build(
+    settings: Settings,
+    metrics: Metrics | None = None,
+    engine_on: Callable[[Settings, BaseModel], InferenceEngine] = new_engine,
+) -> FastAPI:
+    """The app on an engine.
 
     Args:
         metrics: those of its connections too; None: new ones.
+        engine_on: makes the engine.
 
     Raises:
         CrmaError: what it cannot serve, named.
     """
-    metrics = metrics or _new_metrics(settings)
+    metrics = metrics or new_metrics(settings)
     if is_address(settings.store):
         log.info("looking at the adapter store %s, and copying what is new", settings.store)
     store = open_store(settings.store, settings.require_signature, settings.home)
@@ -57,7 +67,7 @@ def build(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     telemetry = None
     if settings.otlp_endpoint is not None:
         telemetry = connect(settings.otlp_endpoint, base.name)
-    engine = _start_engine(settings, base)
+    engine = engine_on(settings, base)
     tokenizer = load_tokenizer(base)  # not the engine's: two threads must not share one
     registry = Registry(
         store=store,
@@ -72,15 +82,16 @@ def build(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     return create_app(Frontend(settings, engine, registry, tokenizer, metrics, telemetry))
 
 
-def _new_metrics(settings: Settings) -> Metrics:
+def new_metrics(settings: Settings) -> Metrics:
+    """Metrics of a server, in a registry of their own."""
     return Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
 
 
-def _start_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
+def _engine_config(settings: Settings) -> EngineConfig:
     max_adapter_bytes = None
     if settings.max_adapter_mib is not None:
         max_adapter_bytes = settings.max_adapter_mib * 2**20
-    config = EngineConfig(
+    return EngineConfig(
         device=settings.device,
         dtype=settings.dtype,
         quantization=settings.quantization,
@@ -98,7 +109,6 @@ def _start_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
         target_step_s=settings.target_step_s,
         step_timeout_s=settings.step_timeout_s,
     )
-    return start_engine(base, config)
 
 
 def _base_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
@@ -161,7 +171,7 @@ def _serve(options: Mapping[str, Any], links: Sequence[str], ports: ExitStack) -
         check_access(settings)
         most = max_connections(settings, raise_descriptor_limit())
         sockets = [ports.enter_context(each) for each in listen(settings)]
-        metrics = _new_metrics(settings)
+        metrics = new_metrics(settings)
         log.info("loading %s; /readyz says when it can serve", settings.model)
         with answering(sockets, protocol(settings, most, metrics)):
             app = build(settings, metrics)
