@@ -48,10 +48,10 @@ def main(arguments: Sequence[str] = ()) -> int:
 
 def _serve(config: ReplicasConfig, settings: Settings) -> None:
     """Start the application, and end it at SIGTERM or SIGINT. Raises ConfigError: it cannot run."""
+    _start_ray(config)
     told = threading.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, lambda *_: told.set())
-    _start_ray(config)
+        signal.signal(each, lambda *_: told.set())  # Ray has handlers of its own until here
     serve.start(http_options={"host": settings.host, "port": settings.port})
     try:
         serve.run(build(config), name=NAME, route_prefix="/")

@@ -12,6 +12,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crma.core.errors import BaseMismatch, CrmaError
 from crma.models.base_model import BaseModel, find_base
@@ -41,6 +44,7 @@ ROUTING_SECONDS = 1.0  # between two reports of what a replica has in memory
 HEALTH_SECONDS = 2.0
 HEALTH_TIMEOUT_SECONDS = 30.0
 FETCH_SECONDS = 60.0  # for an adapter to come from the ingress
+QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")  # the server has its own
 MAX_STARTS = 3  # of a replica that cannot start, before Serve gives up
 RESERVED_CALLS = 16  # of a replica, beside requests
 
@@ -98,6 +102,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The app, for Serve."""
+        self._app.add_middleware(WithoutRequestId)
         return self._app
 
     async def check_health(self) -> None:
@@ -124,6 +129,21 @@ class Ingress:
         return self._engine
 
 
+class WithoutRequestId:
+    """ASGI middleware: Serve's proxy adds the X-Request-Id that the app has from it once more."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["X-Request-Id"]
+            await send(message)
+
+        await self.app(scope, receive, send_without)
+
+
 def build(args: ReplicasConfig) -> Application:
     """The application that a configuration describes."""
     settings = args.server_settings()
@@ -137,6 +157,7 @@ def build(args: ReplicasConfig) -> Application:
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         health_check_period_s=HEALTH_SECONDS,
         health_check_timeout_s=HEALTH_TIMEOUT_SECONDS,
+        logging_config=QUIET,
         max_constructor_retry_count=MAX_STARTS,
         request_router_config=RequestRouterConfig(
             request_router_class=AdapterRouter,
@@ -152,6 +173,7 @@ def build(args: ReplicasConfig) -> Application:
         max_ongoing_requests=settings.max_connections or DEFAULT_CONNECTIONS,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         health_check_timeout_s=HEALTH_TIMEOUT_SECONDS,
+        logging_config=QUIET,
         max_constructor_retry_count=MAX_STARTS,
     )
     return ingress.bind(args, engines.bind(args))

@@ -26,9 +26,10 @@ def by_preference(
 ) -> list[Candidate]:
     """The candidates, best first.
 
-    First comes who has most of the adapters in memory, then who has the fewest open requests, then
-    who has had the fewest. A replica that has far more open requests than another comes after
-    those that have not: an adapter in much demand gets a second replica.
+    First come those that have all of the adapters in memory, then who has the fewest open requests.
+    Of equals, a request with adapters goes to who has the fewest in memory, so that they spread. A
+    replica that has far more open requests than another comes after those that have not: an
+    adapter in much demand gets a second replica.
 
     Args:
         adapters: digests that the request needs.
@@ -38,8 +39,10 @@ def by_preference(
     found = list(candidates)
     least = min((each.num_open for each in found), default=0)
 
-    def rank(each: Candidate) -> tuple[bool, int, int, int]:
-        num_missing = sum(digest not in each.warm for digest in adapters)
-        return each.num_open > least + max_lead, num_missing, each.num_open, each.num_sent
+    def rank(each: Candidate) -> tuple[bool, bool, int, int, int]:
+        is_cold = any(digest not in each.warm for digest in adapters)
+        is_behind = each.num_open > least + max_lead
+        num_warm = len(each.warm) if adapters else 0
+        return is_behind, is_cold, each.num_open, num_warm, each.num_sent
 
     return sorted(found, key=rank)
