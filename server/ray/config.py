@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crma.core.errors import ConfigError
 from server.settings import Settings
@@ -29,6 +29,12 @@ class Autoscaling(BaseModel):
     target_requests: float = Field(16.0, gt=0)
     upscale_delay_s: float = Field(10.0, ge=0)
     downscale_delay_s: float = Field(300.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError("max_replicas is less than min_replicas")
+        return self
 
 
 class ReplicasConfig(BaseModel):
@@ -92,14 +98,22 @@ class ReplicasConfig(BaseModel):
         """The settings of each process: its environment, and before that `settings`.
 
         Raises:
-            ConfigError: as `Settings.load`; or one that Ray Serve does not honour.
+            ConfigError: as `Settings.load`; one that does not exist, or that Ray Serve does not
+                honour.
         """
+        known = Settings.model_fields
+        for name, value in self.settings.items():
+            if name not in known:
+                message = f"settings.{name} is not a setting"
+                raise ConfigError(message, field=name, value=value, allowed=sorted(known))
+        settings = Settings.load(**self.settings)
         for name in UNSUPPORTED:
-            if name in self.settings:
-                message = f"settings.{name}: Ray Serve has the ports"
-                raise ConfigError(message, field=name, value=self.settings[name], allowed="unset")
-        return Settings.load(**self.settings)
+            value, default = getattr(settings, name), known[name].default
+            if value != default:
+                message = f"{name}: connections are Ray Serve's, which does not know this setting"
+                raise ConfigError(message, field=name, value=value, allowed=default)
+        return settings
 
 
-UNSUPPORTED = ("health_port",)
-"""Settings about connections that only `python -m server` has."""
+UNSUPPORTED = ("health_port", "keep_alive_s", "max_head_bytes", "head_timeout_s", "drain_grace_s")
+"""Settings of the connections of `python -m server`."""
