@@ -79,13 +79,15 @@ class ServedReplica(EngineReplica):
         found = answer.result(timeout_s=FETCH_SECONDS)
         if isinstance(found, CrmaError):
             raise found
-        return found  # type: ignore[no-any-return]
+        return found
 
 
 class Ingress:
     """The app: Serve's proxies send it every HTTP request."""
 
-    async def __init__(self, config: ReplicasConfig, engines: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve waits for it
+        self, config: ReplicasConfig, engines: DeploymentHandle
+    ) -> None:
         settings = config.server_settings()
         configure_logs(settings.log_format)
         check_access(settings)
