@@ -3,13 +3,14 @@
 `serve run server.ray.application:build` and the import path of a RayService name `build`.
 """
 
-from __future__ import annotations
-
 import asyncio
+import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -33,10 +34,10 @@ from server.service.access import check_access
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from ray.serve import Application
-
     from crma.method.backbone import Backbone
     from crma.method.lora import Lora
+
+log = logging.getLogger("server")
 
 INGRESS = "ingress"
 ENGINE = "engine"
@@ -58,14 +59,13 @@ class ServedReplica(EngineReplica):
         base = find_base(settings.model, home=settings.home)
         context = serve.get_replica_context()
         self._ingress = serve.get_deployment_handle(INGRESS, context.app_name)
-        super().__init__(context.replica_id.unique_id, new_engine(settings, base), self._adapter)
+        engine = new_engine(settings, base)
+        engine.on_failure = _end
+        super().__init__(context.replica_id.unique_id, engine, self._adapter)
 
     async def check_health(self) -> None:
-        """Raises RuntimeError if another replica should take this one's place."""
-        stats = self.engine.stats()
-        if stats.has_failed:
-            raise RuntimeError(f"the engine has failed: {stats.failure}")
-        _, error = await self.warm_up()  # the first check comes before the first request
+        """Run the first step, before Serve sends the first request. Raises EngineStopped."""
+        _, error = await self.warm_up()
         if error is not None:
             raise error
 
@@ -73,13 +73,19 @@ class ServedReplica(EngineReplica):
         """What the router should know."""
         return {"resident": list(self.engine.resident())}
 
-    def _adapter(self, digest: str) -> Lora | Backbone:
+    def _adapter(self, digest: str) -> "Lora | Backbone":
         """An adapter from the ingress. Raises StoreError: the ingress cannot load it."""
         answer = self._ingress.adapter.remote(digest)
         found = answer.result(timeout_s=FETCH_SECONDS)
         if isinstance(found, CrmaError):
             raise found
         return found
+
+
+def _end() -> None:
+    """End the process of an engine that has failed: Serve starts another, and requests go there."""
+    log.error("the engine has failed, and its replica ends")
+    os._exit(1)
 
 
 class Ingress:
@@ -112,7 +118,7 @@ class Ingress:
         if self._has_failed:
             raise RuntimeError("the server cannot start; its log has the reason")
 
-    async def adapter(self, digest: str) -> Lora | Backbone | CrmaError:
+    async def adapter(self, digest: str) -> "Lora | Backbone | CrmaError":
         """An adapter, for a replica that loads it; or why it cannot be loaded."""
         try:
             return await asyncio.to_thread(self._engine.adapter, digest)
@@ -171,7 +177,7 @@ def build(args: ReplicasConfig) -> Application:
         serve.ingress()(Ingress),
         name=INGRESS,
         num_replicas=1,
-        ray_actor_options={"num_cpus": args.ingress_cpus},
+        ray_actor_options={"num_cpus": args.ingress_cpus, "resources": args.ingress_resources},
         max_ongoing_requests=settings.max_connections or DEFAULT_CONNECTIONS,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         health_check_timeout_s=HEALTH_TIMEOUT_SECONDS,

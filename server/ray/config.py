@@ -46,6 +46,7 @@ class ReplicasConfig(BaseModel):
         num_cpus: CPUs of a replica; its engine has as many threads, unless `num_threads` says.
         num_gpus: GPUs of a replica.
         ingress_cpus: CPUs of the ingress.
+        ingress_resources: resources of Ray that only its machine has, such as {"ingress": 1}.
         affinity: requests go where their adapters are in memory; false: to the least loaded.
         max_lead: how many more open requests than the least loaded a replica may have and still
             be preferred for its adapters.
@@ -63,6 +64,7 @@ class ReplicasConfig(BaseModel):
     num_cpus: float = Field(1.0, gt=0)
     num_gpus: float = Field(0.0, ge=0)
     ingress_cpus: float = Field(1.0, ge=0)
+    ingress_resources: dict[str, float] = Field(default_factory=dict)
     affinity: bool = True
     max_lead: int = Field(8, ge=0)
     settings: dict[str, Any] = Field(default_factory=dict)
