@@ -83,7 +83,7 @@ class ServedReplica(EngineReplica):
         return {"resident": list(self.engine.resident())}
 
     def _adapter(self, digest: str) -> "Lora | Backbone":
-        """An adapter from the ingress. Raises StoreError: the ingress cannot load it, or is away."""
+        """An adapter from the ingress. Raises StoreError: it cannot load it, or is away."""
         try:
             found = self._ingress.adapter.remote(digest).result(timeout_s=FETCH_SECONDS)
         except (RayError, RayServeException, TimeoutError) as error:
