@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import AsyncGenerator
+from contextvars import Context
 from typing import Any, cast
 
 from ray.exceptions import RayActorError, RayError
@@ -29,7 +30,7 @@ class ServeReplicas:
 
     async def generate(self, call: Call) -> AsyncGenerator[Part, None]:
         """Run a request. See `Replicas.generate`."""
-        parts = self._generate.remote(call)
+        parts = _on_its_own(self._generate, call)
         has_ended = False
         try:
             async for part in parts:
@@ -66,6 +67,15 @@ class ServeReplicas:
 
     async def _one(self, method: str, *arguments: Any) -> Any:
         try:
-            return await self._handle.options(method_name=method).remote(*arguments)
+            return await _on_its_own(self._handle.options(method_name=method), *arguments)
         except DIED as error:
             raise ReplicaDied(str(error)) from error
+
+
+def _on_its_own(handle: DeploymentHandle, *arguments: Any) -> Any:
+    """Call a replica as nobody's part.
+
+    Serve gives all calls of an HTTP request its id, and finds waiting calls by that: of several at
+    once, all but the last would wait for ever.
+    """
+    return Context().run(handle.remote, *arguments)
