@@ -313,7 +313,7 @@ class _Item:
 
         Raises:
             DeadlineExceeded: the deadline passed, in the queue or before it.
-            AdapterUnloaded, GenerationFailed, PromptTooLong: the generation failed.
+            AdapterUnloaded, GenerationFailed, PromptTooLong, ReplicaLost: the generation failed.
             STOPPING: the server is stopping.
         """
         while True:
