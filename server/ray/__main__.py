@@ -72,6 +72,7 @@ def _start_ray(config: ReplicasConfig) -> None:
         ray.init(config.address, log_to_driver=False)
         return
     ray.init(
+        "local",
         num_cpus=config.cluster_cpus,
         object_store_memory=config.object_store_mib * 2**20,
         include_dashboard=False,
