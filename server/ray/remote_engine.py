@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from crma.core.errors import CrmaError, NotFound
@@ -43,11 +43,18 @@ class RunCounters:
 
 @dataclass(eq=False)
 class _Open:
-    """A request that has not ended. `ended`: set to what ends it early."""
+    """A request that has not ended.
+
+    Attributes:
+        ended: set to what ends it early.
+        unfinished: its sequences that have not ended.
+        has_begun: an output has been seen.
+    """
 
     request: Request
     ended: asyncio.Future[str | None]
-    unfinished: set[int] = field(default_factory=set)
+    unfinished: set[int]
+    has_begun: bool = False
 
 
 class RemoteEngine:
@@ -211,26 +218,23 @@ class RemoteEngine:
         )
 
     async def _outputs(self, opened: _Open) -> Outputs:
+        """The outputs of a request, which runs again if its replica ends before the first."""
         try:
-            ended = False
             for run in range(MAX_RUNS):
-                has_begun = False
+                self.counters.num_retried += run > 0
                 try:
                     async with aclosing(self._parts(opened)) as outputs:
                         async for output in outputs:
-                            has_begun = True
+                            opened.has_begun = True
                             yield output
-                    ended = True
-                    break
+                    return
                 except ReplicaDied:
-                    if has_begun or run == MAX_RUNS - 1:
+                    if opened.has_begun:
                         break
-                    self.counters.num_retried += 1
-            if not ended:
-                self.counters.num_lost += 1
-                log.warning("request %s is lost: its replica has ended", opened.request.id)
-                for output in _aborted(opened, "lost"):
-                    yield output
+            self.counters.num_lost += 1
+            log.warning("request %s is lost: its replica has ended", opened.request.id)
+            for output in _aborted(opened, "lost"):
+                yield output
         finally:
             self._open.pop(opened.request.id, None)
 
