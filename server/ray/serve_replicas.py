@@ -17,7 +17,7 @@ from server.ray.replicas import ReplicaDied
 
 log = logging.getLogger("server")
 
-DIED = (RayActorError, ReplicaUnavailableError)
+DIED = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 STATUS_SECONDS = 10.0  # for all replicas to say how they are
 
 

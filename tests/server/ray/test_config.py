@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from crma.core.errors import ConfigError
-from server.ray.config import ReplicasConfig
+from server.ray.config import UNSUPPORTED, Autoscaling, ReplicasConfig
 
 
 def read(tmp_path: Path, text: str) -> ReplicasConfig:
@@ -67,3 +68,11 @@ def test_a_setting_that_ray_serve_does_not_honour_is_refused_wherever_it_comes_f
     monkeypatch.setenv("CRMA_HEAD_TIMEOUT_S", "3")
     with pytest.raises(ConfigError, match="head_timeout_s"):
         ReplicasConfig().server_settings()
+
+
+def test_the_page_names_every_key_and_every_setting_that_is_refused() -> None:
+    page = (ROOT / "docs/replicas.md").read_text("utf-8")
+    for name in (*ReplicasConfig.model_fields, *Autoscaling.model_fields):
+        assert f"`{name}`" in page
+    for name in UNSUPPORTED:
+        assert f"`CRMA_{name.upper()}`" in page
