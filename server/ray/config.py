@@ -45,7 +45,7 @@ class ReplicasConfig(BaseModel):
         autoscaling: how many there are when.
         num_cpus: CPUs of a replica; its engine has as many threads, unless `num_threads` says.
         num_gpus: GPUs of a replica.
-        ingress_cpus: CPUs of the ingress.
+        ingress_cpus: CPUs that are kept for the ingress.
         ingress_resources: resources of Ray that only its machine has, such as {"ingress": 1}.
         affinity: requests go where their adapters are in memory; false: to the least loaded.
         max_lead: how many more open requests than the least loaded a replica may have and still
@@ -63,7 +63,7 @@ class ReplicasConfig(BaseModel):
     autoscaling: Autoscaling | None = None
     num_cpus: float = Field(1.0, gt=0)
     num_gpus: float = Field(0.0, ge=0)
-    ingress_cpus: float = Field(1.0, ge=0)
+    ingress_cpus: float = Field(0.0, ge=0)
     ingress_resources: dict[str, float] = Field(default_factory=dict)
     affinity: bool = True
     max_lead: int = Field(8, ge=0)

@@ -303,8 +303,8 @@ class RemoteEngine:
         """See how all replicas are. New ones pin what the others have pinned."""
         try:
             answers = await self._replicas.every("status")
-        except TimeoutError:
-            log.warning("a replica does not say how it is")
+        except Exception as error:  # nothing must end the watch
+            log.warning("a replica does not say how it is: %s", error)
             return
         new = self.fleet.see_all(status for status, _ in answers)
         if new:

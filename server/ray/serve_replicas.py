@@ -1,11 +1,10 @@
 """The replicas as Ray Serve runs them."""
 
-import logging
 from collections.abc import AsyncGenerator
 from contextvars import Context
 from typing import Any, cast
 
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -14,8 +13,6 @@ from server.engine.inference_engine import ServedModel
 from server.engine.request import Constraint
 from server.ray.call import Call, Part, Status
 from server.ray.replicas import ReplicaDied
-
-log = logging.getLogger("server")
 
 DIED = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 STATUS_SECONDS = 10.0  # for all replicas to say how they are
@@ -61,8 +58,8 @@ class ServeReplicas:
         except DeploymentUnavailableError:
             return []
         for answer in answers:
-            if isinstance(answer, BaseException) and not isinstance(answer, RayError):
-                raise answer
+            if isinstance(answer, BaseException) and not isinstance(answer, RayActorError):
+                raise answer  # those that have died need not act
         return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     async def _one(self, method: str, *arguments: Any) -> Any:
