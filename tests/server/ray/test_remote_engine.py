@@ -187,6 +187,21 @@ async def test_a_constraint_is_checked_in_another_replica_if_one_ends() -> None:
             await engine.check(Constraint(ConstraintKind.REGEX, "(a|b"))
 
 
+class Silent(InProcessReplicas):
+    """Replicas that cannot be asked."""
+
+    async def every(self, act: str, *arguments: Any) -> Any:
+        raise RuntimeError("the controller is away")
+
+
+async def test_what_is_known_of_replicas_stays_while_they_cannot_be_asked() -> None:
+    async with serving() as (engine, replicas):
+        engine._replicas = Silent(replicas.members)
+        await engine._look()
+        assert len(engine.fleet.running) == 2
+        assert not engine.stats().has_failed
+
+
 class NoReplica(InProcessReplicas):
     """Replicas of which none ever comes."""
 
