@@ -6,7 +6,7 @@ import argparse
 import gc
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,12 @@ from crma.models.base_model import BaseModel, find_base
 from crma.models.model_shape import read_shape
 from crma.models.plain_tokenizer import for_another_thread
 from crma.models.prompts import Format, base_format
+from crma.models.serving_record import serving_tokenizer
 from crma.store.opening import open_store
 from crma.store.source import is_address
 from server.app import create_app
 from server.drain import CANCEL_SECONDS, DrainingServer
-from server.engine.native.async_engine import AsyncEngine
+from server.engine.inference_engine import InferenceEngine
 from server.engine.native.freed_memory import return_freed_memory
 from server.engine.native.kv_size import KvSize
 from server.engine.native.launch import EngineConfig, start_engine
@@ -41,19 +42,40 @@ from server.settings import Settings, drop_service_links
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    EngineOn = Callable[[Settings, BaseModel, PreTrainedTokenizerBase], InferenceEngine]
+
 log = logging.getLogger("server")
 
 
-def build(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
-    """The app on the native engine.
+def new_engine(
+    settings: Settings, base: BaseModel, tokenizer: PreTrainedTokenizerBase
+) -> InferenceEngine:
+    """The engine of this process, which runs.
 
     Args:
-        metrics: those of its connections too; None: new ones.
+        tokenizer: of the base model, for the engine alone.
 
     Raises:
         CrmaError: what it cannot serve, named.
     """
-    metrics = metrics or _new_metrics(settings)
+    return start_engine(base, _engine_config(settings), tokenizer)
+
+
+def build(
+    settings: Settings,
+    metrics: Metrics | None = None,
+    engine_on: EngineOn = new_engine,
+) -> FastAPI:
+    """The app on an engine.
+
+    Args:
+        metrics: those of its connections too; None: new ones.
+        engine_on: makes the engine.
+
+    Raises:
+        CrmaError: what it cannot serve, named.
+    """
+    metrics = metrics or new_metrics(settings)
     if is_address(settings.store):
         log.info("looking at the adapter store %s, and copying what is new", settings.store)
     store = open_store(settings.store, settings.require_signature, settings.home)
@@ -61,8 +83,8 @@ def build(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     telemetry = None
     if settings.otlp_endpoint is not None:
         telemetry = connect(settings.otlp_endpoint, base.name)
-    engine = _start_engine(settings, base)
-    tokenizer = for_another_thread(engine.engine.tokenizer)
+    tokenizer = serving_tokenizer(base)
+    engine = engine_on(settings, base, for_another_thread(tokenizer))
     registry = Registry(
         store=store,
         base=base,
@@ -76,15 +98,16 @@ def build(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     return create_app(Frontend(settings, engine, registry, tokenizer, metrics, telemetry))
 
 
-def _new_metrics(settings: Settings) -> Metrics:
+def new_metrics(settings: Settings) -> Metrics:
+    """Metrics of a server, in a registry of their own."""
     return Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
 
 
-def _start_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
+def _engine_config(settings: Settings) -> EngineConfig:
     max_adapter_bytes = None
     if settings.max_adapter_mib is not None:
         max_adapter_bytes = settings.max_adapter_mib * 2**20
-    config = EngineConfig(
+    return EngineConfig(
         device=settings.device,
         dtype=settings.dtype,
         quantization=settings.quantization,
@@ -102,7 +125,6 @@ def _start_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
         target_step_s=settings.target_step_s,
         step_timeout_s=settings.step_timeout_s,
     )
-    return start_engine(base, config)
 
 
 def _base_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
@@ -165,7 +187,7 @@ def _serve(options: Mapping[str, Any], links: Sequence[str], ports: ExitStack) -
         check_access(settings)
         most = max_connections(settings, raise_descriptor_limit())
         sockets = [ports.enter_context(each) for each in listen(settings)]
-        metrics = _new_metrics(settings)
+        metrics = new_metrics(settings)
         log.info("loading %s; /readyz says when it can serve", settings.model)
         with answering(sockets, protocol(settings, most, metrics)):
             app = build(settings, metrics)

@@ -102,19 +102,29 @@ def experiment(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say how many runs there are and what they cost.")
     ] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Spread the runs over a Ray cluster, or this machine.")
+    ] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(help="The cluster of --ray; by default RAY_ADDRESS.")
+    ] = None,
+    run_cpus: Annotated[float, typer.Option(help="CPUs of a run of --ray.", min=0.1)] = 1.0,
+    run_gpus: Annotated[float, typer.Option(help="GPUs of a run of --ray.", min=0.0)] = 0.0,
 ) -> Answer:
     """Make the missing records of an experiment.
 
     Prints the table of all its records, those that were there included.
     """
-    from crma.training.experiment import execute, plan, read_experiment
+    from crma.training.experiment import execute, one_by_one, plan, read_experiment
     from crma.training.experiment_report import experiment_report
+    from crma.training.ray_runs import RayRuns
 
     planned = read_experiment(config)
     if dry_run:
         return _costs(plan(planned, results, only=only), results)
+    runner = RayRuns(ray_address, run_cpus, run_gpus) if ray else one_by_one
     with progress(planned.name) as report:
-        paths = execute(planned, results, work, only=only, report=report)
+        paths = execute(planned, results, work, only=only, report=report, runner=runner)
     note(f"{len(paths)} records in {results / planned.name}")
     records = {path.stem: json.loads(path.read_text()) for path in paths}
     return Answer(records, experiment_report(planned, records))

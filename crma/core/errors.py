@@ -22,6 +22,9 @@ To add an error, derive it here and add its line above. If a request can cause i
 HTTP status in `server/service/errors.py`.
 """
 
+import copyreg
+from typing import Any
+
 
 class CrmaError(Exception):
     """The base class of every error in the tree.
@@ -46,6 +49,10 @@ class CrmaError(Exception):
         self.field = field
         self.value = value
         self.allowed = allowed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let an error cross to another process, whatever the arguments of its class are."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class ConfigError(CrmaError, ValueError):

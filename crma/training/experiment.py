@@ -11,7 +11,7 @@ A run whose record exists is skipped, so a killed experiment resumes where it st
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,6 +30,7 @@ from crma.training.record import Progress
 
 Role = Literal["", "candidate", "rival", "winner", "winner_M=I", "winner_free-M", "best-rival"]
 Report = Literal["regime", "ceiling", "screening", "endpoint", "continual"]
+Record = dict[str, Any]
 
 
 class Runs(Settings):
@@ -180,19 +181,53 @@ def plan(experiment: Experiment, results: Path, *, only: str) -> Plan:
     return Plan(configs, paths, missing)
 
 
+class MissingRun(NamedTuple):
+    """A run without a record, and its folder, which is needed only until it has one."""
+
+    config: TrainConfig
+    folder: Path
+
+    def execute(self, report: Progress) -> Record:
+        """Train and measure it. Raises ConfigError in one of several processes, and as `Run`."""
+        run = Run(self.config, find_base(self.config.model), self.folder, report)
+        if run.ranks.size > 1:
+            message = "an experiment runs in one process: divide its runs with --only, or use --ray"
+            raise ConfigError(message, field="ranks", value=run.ranks.size, allowed=1)
+        return run.execute()
+
+
+Runner = Callable[[str, Mapping[str, MissingRun], Progress], Iterator[tuple[str, Record]]]
+"""Given an experiment's name and runs: the name and record of each run, as soon as it is made."""
+
+
+def one_by_one(
+    name: str, runs: Mapping[str, MissingRun], report: Progress
+) -> Iterator[tuple[str, Record]]:
+    """The `Runner` that makes one run after the other, here."""
+    for done, (each, run) in enumerate(runs.items()):
+        report(name, done, len(runs))
+        yield each, run.execute(report)
+
+
 def execute(
-    experiment: Experiment, results: Path, work: Path, *, only: str, report: Progress
+    experiment: Experiment,
+    results: Path,
+    work: Path,
+    *,
+    only: str,
+    report: Progress,
+    runner: Runner = one_by_one,
 ) -> list[Path]:
-    """Make every missing record, one run after the other.
+    """Make every missing record. Each is written as soon as its run has ended.
 
     Args:
         experiment: the runs to make.
         results: records are written to `<results>/<experiment>/<run>.json`.
-        work: run folders are `<work>/<experiment>/<run>`; they are needed only until their record
-            exists.
+        work: run folders are `<work>/<experiment>/<run>`.
         only: a pattern of run names, such as "*-seed0", so that several machines or processes can
             divide an experiment among them.
         report: called with (description, done, total), for the experiment and for its runs.
+        runner: makes the runs.
 
     Returns:
         The paths of all records that exist.
@@ -203,16 +238,12 @@ def execute(
     """
     runs = plan(experiment, results, only=only)
     endpoint = experiment.judged_by()
-    for done, name in enumerate(runs.missing):
-        report(experiment.name, done, len(runs.missing))
-        config, path = runs.configs[name], runs.paths[name]
-        run = Run(config, find_base(config.model), work / experiment.name / name, report)
-        if run.ranks.size > 1:
-            message = "an experiment runs in one process: divide its runs with --only"
-            raise ConfigError(message, field="ranks", value=run.ranks.size, allowed=1)
-        record = run.execute()
+    folder = work / experiment.name
+    missing = {name: MissingRun(runs.configs[name], folder / name) for name in runs.missing}
+    for name, record in runner(experiment.name, missing, report):
         if endpoint is not None:
             record["endpoint"] = endpoint.digest
+        path = runs.paths[name]
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, to_json(record))
     return [path for path in runs.paths.values() if path.exists()]

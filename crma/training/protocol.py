@@ -28,7 +28,7 @@ from crma.training.config import TrainConfig, task_name
 from crma.training.initial_adapters import backbone_shape
 from crma.training.prompt_format import format_of
 from crma.training.ranks import Ranks
-from crma.training.record import Progress, make_record, measure_stages, read_logs
+from crma.training.record import Progress, make_record, measure_stages, read_logs, silent
 from crma.training.shards import load_shards
 from crma.training.snapshots import Snapshots
 from crma.training.stage_trainer import StageTrainer
@@ -66,7 +66,7 @@ class Run:
         self.base = base
         self.folder = folder
         self.ranks = Ranks.join()
-        self.progress = progress if self.ranks.writes else _silent
+        self.progress = progress if self.ranks.writes else silent
         self.arm = ARMS[config.arm]
         for task in config.tasks:
             check_name(task_name(task))  # before any training: its snapshot could not be published
@@ -161,10 +161,6 @@ class Run:
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, to_json(self.config))
-
-
-def _silent(description: str, done: int, total: int) -> None:
-    """The progress of a process whose work another one shows."""
 
 
 def _start_of(config: TrainConfig, base: BaseModel) -> BackboneEntry | None:

@@ -26,6 +26,10 @@ Progress = Callable[[str, int, int], None]  # (description, done, total)
 Items = list[ItemMeasure]  # of one task, in the order of its examples
 
 
+def silent(description: str, done: int, total: int) -> None:
+    """The progress of a process whose work another one shows."""
+
+
 def measure_stages(
     snapshots: Snapshots,
     evaluator: Evaluator,

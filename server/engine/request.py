@@ -137,6 +137,8 @@ class Request:
         owner: whose share of the engine it uses.
         cache_salt: it shares cached prefixes only with requests that have the same one: who can
             see `cached_tokens` could else tell what others have sent.
+        is_streamed: False: nobody sees its outputs before the last one, so an engine may keep them
+            until then, in one for each sequence, and may run it again if what ran it is lost.
     """
 
     id: str
@@ -149,6 +151,7 @@ class Request:
     interactive: bool = True
     owner: str = ""
     cache_salt: str = ""
+    is_streamed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +197,7 @@ class RequestOutput:
             `prompt_logprobs_from` on, if asked for.
         finish_reason: why the sequence ended; None while it goes on.
         error: a message, set exactly if finish_reason is `error`, or if it is `abort` because of
-            the "deadline" or because its adapter was "unloaded".
+            the "deadline", because its adapter was "unloaded", or because what ran it is "lost".
         cause: the exception that loading an adapter raised, or a ConstraintStuck. The stream raises
             it in place of this output.
         completion_tokens: the length of the answer, in tokens (a total).

@@ -37,6 +37,7 @@ from server.service.errors import (
     DeadlineExceeded,
     GenerationFailed,
     InvalidField,
+    ReplicaLost,
 )
 from server.service.frontend import Frontend
 from server.service.generation import Generation, all_of, already_begun
@@ -262,7 +263,7 @@ class Ablation:
             return of_likelihoods(scorer, texts, likelihoods)
         except DeadlineExceeded as error:
             return ItemResult("timed_out", error=error.message)
-        except (AdapterUnloaded, GenerationFailed, PromptTooLong) as error:
+        except (AdapterUnloaded, GenerationFailed, PromptTooLong, ReplicaLost) as error:
             return ItemResult("failed", error=str(error))
 
     def _sampling(self, question: Question, job: Job) -> SamplingParams:
@@ -312,7 +313,7 @@ class _Item:
 
         Raises:
             DeadlineExceeded: the deadline passed, in the queue or before it.
-            AdapterUnloaded, GenerationFailed, PromptTooLong: the generation failed.
+            AdapterUnloaded, GenerationFailed, PromptTooLong, ReplicaLost: the generation failed.
             STOPPING: the server is stopping.
         """
         while True:

@@ -159,6 +159,10 @@ class ServerStopped(ApiError, status=503, code="server_stopped"):
     """The server stopped before a request was done that had begun: it may have run in part."""
 
 
+class ReplicaLost(ApiError, status=503, code="replica_lost", headers={"Retry-After": "1"}):
+    """What ran the request has ended, and an answer had begun or no other could run it."""
+
+
 class TooManyConnections(
     ApiError, status=503, code="too_many_connections", headers={"Retry-After": "1"}
 ):

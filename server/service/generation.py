@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from server.service.errors import (
     DeadlineExceeded,
     Draining,
     GenerationFailed,
+    ReplicaLost,
     ServerStopped,
     to_api_error,
 )
@@ -95,8 +96,8 @@ class Generation:
 
         Raises:
             EngineError, StoreError: the request was refused and has not run.
-            ConstraintStuck, DeadlineExceeded, AdapterUnloaded, GenerationFailed, ServerStopped:
-                the engine ended it.
+            ConstraintStuck, DeadlineExceeded, AdapterUnloaded, ReplicaLost, GenerationFailed,
+            ServerStopped: the engine ended it.
         """
         # Close the engine's stream here, not when the garbage collector finds it.
         async with aclosing(self._engine.submit(self.request)) as stream:
@@ -111,6 +112,7 @@ class Generation:
 
     async def finished(self) -> None:
         """Wait until every sequence has ended. Raises as `outputs`."""
+        self.request = replace(self.request, is_streamed=False)
         async for _ in self.outputs():
             pass
 
@@ -200,6 +202,8 @@ def _raise_failure(output: RequestOutput) -> None:
         raise DeadlineExceeded(message, field="timeout_s")
     if output.error == "unloaded":
         raise AdapterUnloaded("its adapter was unloaded by an administrator", field="task")
+    if output.error == "lost":
+        raise ReplicaLost("the replica that ran the request has ended; send it again")
     raise ServerStopped("the request was aborted: the server is stopping")
 
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import tiny
+from replicas import remote_engine
 from scripted_engine import FIRST_TOKEN, TINY, Ending, ScriptedEngine
 
 from server.engine.inference_engine import InferenceEngine
@@ -94,7 +95,13 @@ def scripted_engine() -> InferenceEngine:
     return DrawnEngine(max_queue=MAX_QUEUE, max_length=400)
 
 
-ENGINES = {"native": native_engine, "scripted": scripted_engine}
+def engine_of_replicas() -> InferenceEngine:
+    """The engine of an ingress, on two replicas that have the native engine."""
+    remote, _ = remote_engine([native_engine(), native_engine()], max_model_len=400)
+    return remote
+
+
+ENGINES = {"native": native_engine, "scripted": scripted_engine, "replicas": engine_of_replicas}
 
 
 @pytest.fixture(params=ENGINES)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from server.daemon_threads import DaemonThreads
-from server.engine.errors import EngineStopped, PromptTooLong, QueueFull
+from server.engine.errors import EngineStopped, PromptTooLong
 from server.engine.inference_engine import Outputs, ServedModel
 from server.engine.native.adapter_pool import AdapterPool, Loader
 from server.engine.native.engine import Engine
@@ -26,6 +26,7 @@ from server.engine.request import (
     RequestOutput,
     SamplingParams,
 )
+from server.engine.room import check_room
 
 logger = logging.getLogger(__name__)
 
@@ -183,19 +184,18 @@ class AsyncEngine:
             raise PromptTooLong(length, max_tokens, limit)
 
     def _check_room(self, request: Request) -> None:
-        """Raises QueueFull if no more sequences may run and wait.
-
-        An owner has an equal part of that room even where others have filled it.
-        """
+        """Raises QueueFull if no more sequences may run and wait."""
         num_open: Counter[str] = Counter()
         for stream in self._streams.values():
             num_open[stream.request.owner] += len(stream.open)
-        n, owner = request.sampling.n, request.owner
-        room = self.max_queue + self.engine.scheduler.max_num_seqs
-        part = room // len({*num_open, owner})
-        if num_open.total() + n > room and num_open[owner] + n > part:
-            num_waiting = num_open.total() - self.engine.scheduler.max_num_seqs
-            raise QueueFull(self.max_queue, max(1.0, num_waiting * self._step_seconds))
+        check_room(
+            num_open,
+            request.owner,
+            request.sampling.n,
+            max_running=self.engine.scheduler.max_num_seqs,
+            max_queue=self.max_queue,
+            step_s=self._step_seconds,
+        )
 
     async def _outputs(self, stream: _Stream) -> Outputs:
         num_open = stream.request.sampling.n

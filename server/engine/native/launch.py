@@ -66,8 +66,13 @@ class EngineConfig:
     step_timeout_s: float = 0.0
 
 
-def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
+def start_engine(
+    base: BaseModel, config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> AsyncEngine:
     """Loads the model and starts the engine's thread.
+
+    Args:
+        tokenizer: of the base model, which no other thread changes; None: it is loaded.
 
     Raises:
         CrmaError: the model cannot be served with this configuration.
@@ -82,7 +87,7 @@ def start_engine(base: BaseModel, config: EngineConfig) -> AsyncEngine:
     kernel = _native_kernel(device, computes_in, config)
     injection = Injection(_load(base, device, computes_in, kernel))
     model = injection.model
-    tokenizer = serving_tokenizer(base)
+    tokenizer = tokenizer or serving_tokenizer(base)
     max_model_len = min(config.max_model_len, context_length(model.config))
     rope = _rope_beyond(model, max_model_len)
     dtype = _dtype_name(computes_in, config.quantization)

@@ -115,7 +115,11 @@ async def test_a_base_without_a_chat_template_is_ablated_raw_and_the_message_say
 
 @pytest.mark.parametrize(
     ("ending", "count"),
-    [((FinishReason.ABORT, "deadline"), "timed_out"), ((FinishReason.ERROR, "lost"), "failed")],
+    [
+        ((FinishReason.ABORT, "deadline"), "timed_out"),
+        ((FinishReason.ERROR, "lost"), "failed"),
+        ((FinishReason.ABORT, "lost"), "failed"),
+    ],
 )
 async def test_a_late_or_failed_item_is_never_a_wrong_answer(
     served: Served, ending: tuple[FinishReason, str], count: str

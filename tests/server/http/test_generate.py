@@ -33,6 +33,7 @@ REFUSALS = [
 FAILURES = [
     ((ABORT, "deadline"), 504, "deadline_exceeded"),
     ((ABORT, "unloaded"), 409, "adapter_unloaded"),
+    ((ABORT, "lost"), 503, "replica_lost"),
     ((ERROR, "the step failed"), 500, "generation_failed"),
     ((ABORT, None), 503, "server_stopped"),
 ]
@@ -91,6 +92,14 @@ async def test_a_stream_sends_a_token_an_event_and_then_the_rest_of_the_answer(
     ((name, data),) = events(done)
     assert name == "done"
     assert list(data) == [key for key in whole if key not in ("text", "logprobs")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_engine_is_told_whether_outputs_are_seen_as_they_come(
+    served: Served, stream: bool
+) -> None:
+    await served.generate(stream=stream)
+    assert served.engine.requests[-1].is_streamed is stream
 
 
 async def test_top_logprobs_come_with_each_token_and_prompt_logprobs_with_the_answer(

@@ -1,0 +1,30 @@
+"""How many sequences an engine takes at once, and whose."""
+
+from collections import Counter
+
+from server.engine.errors import QueueFull
+
+
+def check_room(
+    num_open: Counter[str], owner: str, n: int, *, max_running: int, max_queue: int, step_s: float
+) -> None:
+    """Check that an engine has room for a request.
+
+    An owner has an equal part of the room even where others have filled it.
+
+    Args:
+        num_open: sequences that run and wait, by owner.
+        owner: of the request.
+        n: its sequences.
+        max_running: sequences that run at once.
+        max_queue: sequences that may wait beside them.
+        step_s: how long a step takes.
+
+    Raises:
+        QueueFull: there is none.
+    """
+    room = max_queue + max_running
+    part = room // len({*num_open, owner})
+    if num_open.total() + n > room and num_open[owner] + n > part:
+        num_waiting = num_open.total() - max_running
+        raise QueueFull(max_queue, max(1.0, num_waiting * step_s))

@@ -1,0 +1,89 @@
+"""`python -m server.ray replicas.yaml`: the server on replicas, as docs/replicas.md says."""
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+from ray import serve
+
+from crma.core.errors import ConfigError, CrmaError
+from server.__main__ import explain
+from server.http.log import configure as configure_logs
+from server.ray.application import build
+from server.ray.config import ReplicasConfig
+from server.service.access import check_access
+from server.settings import Settings
+
+log = logging.getLogger("server")
+
+NAME = "crma"
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Serve until told to stop.
+
+    The exit code is 2 for a configuration or model that cannot be used.
+    """
+    parser = argparse.ArgumentParser(prog="python -m server.ray", description=__doc__)
+    parser.add_argument("config", nargs="?", type=Path, help="a YAML file; none: the defaults")
+    path: Path | None = parser.parse_args(arguments).config
+    try:
+        config = ReplicasConfig() if path is None else ReplicasConfig.read(path)
+        settings = config.server_settings()
+        configure_logs(settings.log_format)
+        check_access(settings)
+        # The app cannot know where it listens, and would refuse to be open anywhere.
+        opened = {**config.settings, "allow_open": True}
+        _serve(config.model_copy(update={"settings": opened}), settings)
+    except CrmaError as error:
+        sys.stderr.write(explain(error) + "\n")
+        return 2
+    finally:
+        ray.shutdown()
+    return 0
+
+
+def _serve(config: ReplicasConfig, settings: Settings) -> None:
+    """Start the application, and end it at SIGTERM or SIGINT. Raises ConfigError: it cannot run."""
+    _start_ray(config)
+    told = threading.Event()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: told.set())  # Ray has handlers of its own until here
+    serve.start(http_options={"host": settings.host, "port": settings.port})
+    try:
+        serve.run(build(config), name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        message = f"the replicas do not start; the log above has the reason ({error})"
+        raise ConfigError(message, field="config", value=NAME) from error
+    log.info("listening on http://%s:%d, %s", settings.host, settings.port, _wording(config))
+    told.wait()
+    log.info("draining")
+    serve.shutdown()
+
+
+def _start_ray(config: ReplicasConfig) -> None:
+    """Join the cluster, or start one."""
+    if config.address is not None:
+        ray.init(config.address, log_to_driver=False)
+        return
+    ray.init(
+        "local",
+        num_cpus=config.cluster_cpus,
+        object_store_memory=config.object_store_mib * 2**20,
+        include_dashboard=False,
+    )
+
+
+def _wording(config: ReplicasConfig) -> str:
+    if config.autoscaling is None:
+        return f"{config.replicas} replicas"
+    return f"{config.autoscaling.min_replicas} to {config.autoscaling.max_replicas} replicas"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
