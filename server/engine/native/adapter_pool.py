@@ -336,8 +336,7 @@ class AdapterPool:
 
     def _read(self, digest: str) -> Weights | Exception:
         try:
-            adapter = self._loaders[digest]()
-            return self._stream.load(partial(prepare, adapter, self.injection))
+            return self.prepared(self._loaders[digest]())
         except Exception as error:
             unexpected = not isinstance(error, CrmaError)
             logger.warning("adapter %s: %s", digest, error, exc_info=unexpected)
