@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from vllm import TokensPrompt
+from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -319,9 +319,7 @@ class VllmEngine:
         request = stream.request
         selection = request.selection
         lora = await self._lora(selection)
-        prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
-        if request.cache_salt:
-            prompt["cache_salt"] = request.cache_salt
+        prompt = tokens_input(list(request.prompt_ids), cache_salt=request.cache_salt or None)
         try:
             outputs = self._llm.generate(
                 prompt,
