@@ -23,10 +23,11 @@ from crma.store.opening import open_store
 from crma.store.source import is_address
 from server.app import create_app
 from server.drain import CANCEL_SECONDS, DrainingServer
-from server.engine.native.async_engine import AsyncEngine
+from server.engine.inference_engine import InferenceEngine
 from server.engine.native.freed_memory import return_freed_memory
 from server.engine.native.kv_size import KvSize
 from server.engine.native.launch import EngineConfig, start_engine
+from server.engine.vllm import launch as vllm_launch
 from server.http.log import configure as configure_logs
 from server.listener import addresses, listen, max_connections, protocol, raise_descriptor_limit
 from server.loading import answering
@@ -35,13 +36,13 @@ from server.service.frontend import Frontend
 from server.service.metrics import Metrics
 from server.service.registry import Registry
 from server.service.telemetry import connect
-from server.settings import Settings, drop_service_links
+from server.settings import Settings, drop_service_links, set_defaults
 
 log = logging.getLogger("server")
 
 
 def build(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
-    """The app on the native engine.
+    """The app on the engine that the settings name.
 
     Args:
         metrics: those of its connections too; None: new ones.
@@ -76,10 +77,10 @@ def _new_metrics(settings: Settings) -> Metrics:
     return Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
 
 
-def _start_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
-    max_adapter_bytes = None
-    if settings.max_adapter_mib is not None:
-        max_adapter_bytes = settings.max_adapter_mib * 2**20
+def _start_engine(settings: Settings, base: BaseModel) -> InferenceEngine:
+    settings.check_engine()
+    if settings.engine == "vllm":
+        return _start_vllm(settings, base)
     config = EngineConfig(
         device=settings.device,
         dtype=settings.dtype,
@@ -93,12 +94,40 @@ def _start_engine(settings: Settings, base: BaseModel) -> AsyncEngine:
         kv_size=KvSize(settings.kv_cache_tokens, settings.kv_cache_mib),
         prefix_caching=settings.prefix_caching,
         max_loaded_adapters=settings.max_loaded_adapters,
-        max_adapter_bytes=max_adapter_bytes,
+        max_adapter_bytes=_max_adapter_bytes(settings),
         max_queue=settings.max_queue,
         target_step_s=settings.target_step_s,
         step_timeout_s=settings.step_timeout_s,
     )
     return start_engine(base, config)
+
+
+def _start_vllm(settings: Settings, base: BaseModel) -> InferenceEngine:
+    config = vllm_launch.EngineConfig(
+        device=settings.device,
+        dtype=settings.dtype,
+        quantization=settings.vllm_quantization,
+        num_threads=settings.num_threads,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        pipeline_parallel_size=settings.pipeline_parallel_size,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=settings.max_model_len,
+        kv_size=KvSize(settings.kv_cache_tokens, settings.kv_cache_mib),
+        memory_share=settings.memory_share,
+        prefix_caching=settings.prefix_caching,
+        max_loras=settings.max_loras,
+        max_lora_rank=settings.max_lora_rank,
+        max_loaded_adapters=settings.max_loaded_adapters,
+        max_adapter_bytes=_max_adapter_bytes(settings),
+        max_queue=settings.max_queue,
+    )
+    set_defaults(vllm_launch.environment(config))
+    return vllm_launch.start_engine(base, config)
+
+
+def _max_adapter_bytes(settings: Settings) -> int | None:
+    return None if settings.max_adapter_mib is None else settings.max_adapter_mib * 2**20
 
 
 def _base_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:

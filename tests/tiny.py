@@ -71,8 +71,14 @@ FAMILIES: dict[str, partial[PretrainedConfig]] = {
 }
 TIED = {"llama_tied": partial(transformers.LlamaConfig, **SIZES, **GQA, tie_word_embeddings=True)}
 WIDE = {f"{name}_wide": partial(FAMILIES[name], head_dim=16) for name in ("llama", "gemma2")}
-# Heads as vLLM's kernels for CPUs take them, and as many as three processes can share.
-SHARED_HEADS = {"hidden_size": 96, "intermediate_size": 96, "num_attention_heads": 3}
+# Heads as vLLM's kernels for CPUs take them, and sizes that three processes can share. The last 84
+# rows of embedding and head are no tokens.
+SHARED_HEADS = {
+    "vocab_size": 384,
+    "hidden_size": 96,
+    "intermediate_size": 96,
+    "num_attention_heads": 3,
+}
 PARALLEL = {
     "llama_parallel": partial(
         transformers.LlamaConfig, **{**SIZES, **SHARED_HEADS}, num_key_value_heads=3

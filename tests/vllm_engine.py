@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import tiny
 
 from crma.method.injection import Injection
+from crma.models.base_model import BaseModel
 from server.engine.native.kv_size import KvSize
 from server.engine.vllm.adapter_pool import HostAdapterPool
 from server.engine.vllm.launch import EngineConfig, environment, start_engine
@@ -42,12 +43,12 @@ CONFIG = EngineConfig(
 """Of the tiny model. There are more selections than slots."""
 
 
-def start(folder: Path, **changes: Any) -> VllmEngine:
-    """An engine on the tiny model, pulled into `folder`."""
+def start(base: BaseModel, **changes: Any) -> VllmEngine:
+    """An engine on a base model, with CONFIG but for `changes`."""
     config = replace(CONFIG, **changes)
     for name, value in environment(config).items():
         os.environ.setdefault(name, value)
-    return cast("VllmEngine", start_engine(tiny.pulled_base(folder, "llama_parallel"), config))
+    return cast("VllmEngine", start_engine(base, config))
 
 
 class KeptLlm:
@@ -74,12 +75,13 @@ class SharedVllm:
 
     def __init__(self, folder: Path, max_queue: int, **parallel: int) -> None:
         self.max_queue = max_queue
-        self.engine = start(folder, **parallel)
+        self.engine = start(tiny.pulled_base(folder, "llama_parallel"), **parallel)
         self._ids = self.engine._selections._ids  # vLLM caches by them
 
     def make_engine(self) -> VllmEngine:
         """A new engine without adapters. Only the stop tokens of a request end its answers."""
-        from server.engine.vllm.engine import Limits, VllmEngine  # reads the environment
+        from server.engine.vllm.engine import VllmEngine  # reads the environment
+        from server.engine.vllm.request_queue import Limits
         from server.engine.vllm.selections import Selections
 
         first = self.engine

@@ -1,7 +1,7 @@
 """The engines that the conformance suite runs against.
 
-To add an engine, write a function that makes one and put it into ENGINES. Those on vLLM have the mark
-`vllm`: `make e2e-vllm` runs them.
+To add an engine, write a function that makes one and put it into ENGINES. Those on vLLM have the
+mark `vllm`: `make e2e-vllm` runs them.
 """
 
 import json
@@ -129,9 +129,7 @@ ENGINES: dict[str, Engines] = {
 }
 # What vLLM imports warns, and that is none of our code.
 OF_VLLM = (pytest.mark.vllm, pytest.mark.filterwarnings("default"))
-PARAMS = [
-    pytest.param(name, marks=OF_VLLM if name.startswith("vllm") else ()) for name in ENGINES
-]
+PARAMS = [pytest.param(name, marks=OF_VLLM if name.startswith("vllm") else ()) for name in ENGINES]
 
 
 @pytest.fixture(scope="module", params=PARAMS)

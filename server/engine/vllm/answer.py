@@ -1,15 +1,19 @@
 """One sequence of a request: what vLLM says of it, as outputs of the seam."""
 
+from __future__ import annotations
+
 import time
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
-from vllm.logprobs import Logprob
-from vllm.outputs import RequestOutput as VllmOutput
 
 from server.engine.native.detokenizer import Detokenizer
 from server.engine.request import FinishReason, Request, RequestOutput, Timings, TokenLogprob
+
+if TYPE_CHECKING:
+    from vllm.logprobs import Logprob
+    from vllm.outputs import RequestOutput as VllmOutput
 
 
 class Answer:

@@ -74,12 +74,12 @@ def _by_sequence(product: Callable[..., None]) -> Callable[..., None]:
         x: Tensor,
         weights: Tensor,
         y: Tensor,
-        starts: Tensor,
+        _starts: Tensor,
         lengths: Tensor,
         slots: Tensor,
-        num_sequences: int,
-        max_length: int,
-        num_tokens: int,
+        _num_sequences: int,
+        _max_length: int,
+        _num_tokens: int,
         *options: object,
     ) -> None:
         product(x, weights, y, torch.repeat_interleave(slots, lengths), *options)

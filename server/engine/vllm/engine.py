@@ -3,10 +3,9 @@
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import ExitStack, aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from crma.core.errors import CrmaError
 from crma.core.selection import BASE, AdapterSelection
 from server.daemon_threads import DaemonThreads
-from server.engine.errors import EngineStopped, PromptTooLong, QueueFull
+from server.engine.errors import EngineStopped, PromptTooLong
 from server.engine.inference_engine import Outputs, ServedModel
 from server.engine.native.adapter_pool import Loader
 from server.engine.native.constraint import Constraints
@@ -31,6 +30,7 @@ from server.engine.request import (
 )
 from server.engine.vllm.adapter_pool import HostAdapterPool
 from server.engine.vllm.answer import Answer
+from server.engine.vllm.request_queue import Limits, check_room, waiting
 from server.engine.vllm.sampling import check_sampling, vllm_sampling
 from server.engine.vllm.selections import Selections
 from server.engine.vllm.self_check import check_rows
@@ -40,19 +40,6 @@ from server.engine.vllm.stream import Stream
 logger = logging.getLogger(__name__)
 
 FAILED = "the engine failed"
-RETRY_SECONDS = 1.0  # an estimate of when a full queue has room again
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much runs, waits and is kept at once.
-
-    max_loras: selections in one step, the base model beside them.
-    """
-
-    max_num_seqs: int
-    max_queue: int
-    max_loras: int
 
 
 class VllmEngine:
@@ -117,7 +104,7 @@ class VllmEngine:
         self._check_open()
         check_sampling(request.sampling)
         self._check_length(request)
-        self._check_room(request)
+        check_room(self._streams.values(), request, self.limits)
         answers = [self._answer(request, index) for index in range(request.sampling.n)]
         stream = Stream(request, answers)
         self._streams[request.id] = stream
@@ -227,20 +214,6 @@ class VllmEngine:
         if not 0 < length <= limit - max_tokens:
             raise PromptTooLong(length, max_tokens, limit)
 
-    def _check_room(self, request: Request) -> None:
-        """Raises QueueFull if no more sequences may run and wait.
-
-        An owner has an equal part of that room even where others have filled it.
-        """
-        num_open: Counter[str] = Counter()
-        for stream in self._streams.values():
-            num_open[stream.request.owner] += stream.num_open
-        n, owner = request.sampling.n, request.owner
-        room = self.limits.max_queue + self.limits.max_num_seqs
-        part = room // len({*num_open, owner})
-        if num_open.total() + n > room and num_open[owner] + n > part:
-            raise QueueFull(self.limits.max_queue, RETRY_SECONDS)
-
     # On the event loop -------------------------------------------------------------------------
 
     def _answer(self, request: Request, index: int) -> Answer:
@@ -257,12 +230,13 @@ class VllmEngine:
     def _begin_waiting(self) -> None:
         """Hand vLLM the requests that may run now, and load the adapters of the others."""
         for digest, cause in self.pool.take_failures().items():
-            for stream in self._waiting():
+            for stream in waiting(self._streams.values()):
                 if digest in stream.request.selection:
                     self._end(stream, FinishReason.ERROR, str(cause), cause)
-        self.pool.prefetch(stream.request.selection for stream in self._waiting())
+        in_order = waiting(self._streams.values())
+        self.pool.prefetch(stream.request.selection for stream in in_order)
         num_running = sum(s.num_open for s in self._streams.values() if s.has_begun)
-        for stream in self._waiting():
+        for stream in in_order:
             selection = stream.request.selection
             room = self.limits.max_num_seqs - num_running
             if num_running and len(stream.answers) > room:
@@ -272,17 +246,6 @@ class VllmEngine:
                 self._begin(stream)
             elif not self.pool.is_loading(selection):
                 break  # it waits for room, which those behind it would take
-
-    def _waiting(self) -> list[Stream]:
-        """The requests that have not begun, the next one first."""
-        num_running: Counter[str] = Counter()
-        for stream in self._streams.values():
-            if stream.has_begun:
-                num_running[stream.request.owner] += stream.num_open
-        waiting = [stream for stream in self._streams.values() if not stream.has_begun]
-        # Stable: those of one rank stay in the order in which they came.
-        waiting.sort(key=lambda s: (not s.request.interactive, num_running[s.request.owner]))
-        return waiting
 
     def _begin(self, stream: Stream) -> None:
         stream.has_begun = True

@@ -20,12 +20,13 @@ from server.engine.inference_engine import InferenceEngine, ServedModel
 from server.engine.native.engine import model_stop_ids
 from server.engine.native.kv_cache import block_bytes
 from server.engine.native.kv_size import DEFAULT_TOKENS, MIB, KvSize
-from server.engine.vllm.plugin import TAPPED
+from server.engine.vllm.plugin import GUARD, NUM_TOKENS, TAPPED
 from server.engine.vllm.versions import INSTALL, check_versions
 
 logger = logging.getLogger(__name__)
 
-GUARD = "crma_guard"  # as in tapped_models.py, which only vLLM's processes can import
+PIPELINE_SHARE = 0.5  # of memory, which vLLM then wants to be free; it does not take it
+CPU_BLOCK = 128  # tokens of a block of the KV cache on a CPU: vLLM's own choice
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def _start(
 ) -> InferenceEngine:
     """As `start_engine`; the engine closes `resources`."""
     _check_platform(device)
-    from server.engine.vllm.engine import Limits, VllmEngine
+    from server.engine.vllm.engine import VllmEngine
+    from server.engine.vllm.request_queue import Limits
     from server.engine.vllm.selections import Selections
     from server.engine.vllm.step_stats import StepStats
 
@@ -121,16 +123,21 @@ def _start(
     folder = resources.enter_context(tempfile.TemporaryDirectory(prefix="crma-vllm-"))
     # vLLM does not take a prompt that fills its context, for which we only measure: one more.
     longest = min(config.max_model_len + 1, context_length(model.config))
-    options = _options(base, config, device, model, longest)
-    llm, stats = _start_vllm(options, StepStats)
     tokenizer = load_tokenizer(base)
     num_known = max(tokenizer.get_vocab().values()) + 1
+    num_tokens = min(num_known, model.get_input_embeddings().num_embeddings)
+    options = {
+        **_options(base, config, model, longest),
+        **_memory(config, device, model),
+        "additional_config": {GUARD: config.guards_base_rows, NUM_TOKENS: num_tokens},
+    }
+    llm, stats = _start_vllm(options, StepStats)
     served = ServedModel(
         name=base.name,
         digest=base.digest,
         dtype=_dtype_name(model.dtype, config.quantization),
         max_model_len=longest - 1,
-        num_tokens=min(num_known, model.get_input_embeddings().num_embeddings),
+        num_tokens=num_tokens,
     )
     blocks, _ = decoder_blocks(model)
     most = _max_kept(config)
@@ -140,15 +147,12 @@ def _start(
     return VllmEngine(llm, served, tokenizer, stop_ids, pool, selections, stats, limits, resources)
 
 
-def _options(
-    base: BaseModel, config: EngineConfig, device: torch.device, model: Any, longest: int
-) -> dict[str, Any]:
-    """vLLM's `AsyncEngineArgs`."""
+def _options(base: BaseModel, config: EngineConfig, model: Any, longest: int) -> dict[str, Any]:
+    """Most of vLLM's `AsyncEngineArgs`."""
     (architecture, *_) = model.config.architectures
     return {
         "model": str(base.path),
         "hf_overrides": {"architectures": [TAPPED[architecture]]},
-        "additional_config": {GUARD: config.guards_base_rows},
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": config.quantization,
         "tensor_parallel_size": config.tensor_parallel_size,
@@ -167,7 +171,6 @@ def _options(
         "max_cpu_loras": _max_kept(config),
         "max_lora_rank": config.max_lora_rank,
         "disable_log_stats": True,
-        **_memory(config, device, model),
     }
 
 
@@ -177,16 +180,25 @@ def _max_kept(config: EngineConfig) -> int:
 
 
 def _memory(config: EngineConfig, device: torch.device, model: Any) -> dict[str, Any]:
-    """How large the KV cache is, of each process."""
+    """How large the KV cache of each process is."""
     if config.memory_share is not None:
         return {"gpu_memory_utilization": config.memory_share}
     size = config.kv_size
-    if size.mib is not None:
-        return {"kv_cache_memory_bytes": size.mib * MIB // config.world_size}
-    if size.tokens is None and device.type != "cpu":
+    if device.type != "cpu" and size.tokens is None and size.mib is None:
         return {}
     tokens = max(size.tokens or DEFAULT_TOKENS, config.max_model_len + 1)
-    return {"kv_cache_memory_bytes": -(-tokens * block_bytes(model, 1) // config.world_size)}
+    num_bytes = tokens * block_bytes(model, 1)
+    if size.mib is not None:
+        num_bytes = size.mib * MIB
+    if device.type == "cpu" and config.pipeline_parallel_size > 1:
+        # With a size in bytes vLLM 0.32 leaves out the step in which it makes what its pipeline
+        # needs.
+        return {
+            "num_gpu_blocks_override": -(-tokens // CPU_BLOCK),
+            "block_size": CPU_BLOCK,
+            "gpu_memory_utilization": PIPELINE_SHARE,
+        }
+    return {"kv_cache_memory_bytes": -(-num_bytes // config.world_size)}
 
 
 def _start_vllm(options: Mapping[str, Any], stats_type: Any) -> tuple[Any, Any]:
@@ -194,19 +206,14 @@ def _start_vllm(options: Mapping[str, Any], stats_type: Any) -> tuple[Any, Any]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    made = []
-
-    def make_stats(vllm_config: Any, engine_index: int = 0) -> Any:
-        made.append(stats_type(vllm_config, engine_index))
-        return made[-1]
-
+    stats = stats_type()
     try:
         arguments = AsyncEngineArgs(**options)
-        llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[make_stats])
+        llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[lambda *_: stats])
     except Exception as error:
         message = f"vLLM cannot start: {error}"
         raise ConfigError(message, field="engine", value="vllm", allowed="native") from error
-    return llm, made[0]
+    return llm, stats
 
 
 def _check_platform(device: torch.device) -> None:

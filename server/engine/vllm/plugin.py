@@ -15,6 +15,10 @@ TAPPED = {
 }
 """The architecture in a model's config -> that of vLLM's model with taps."""
 
+TAP = "crma_tap"  # the last name of a tap's path
+GUARD = "crma_guard"  # in vLLM's `additional_config`; False only to show the fault without it
+NUM_TOKENS = "crma_num_tokens"  # likewise: token ids lie below it, in prompts and answers
+
 MODULE = "server.engine.vllm.tapped_models"
 
 

@@ -2,9 +2,8 @@
 
 import json
 
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.sampling_params import SamplingParams as VllmSampling
-from vllm.sampling_params import StructuredOutputsParams
 
 from crma.models.json_schema import JSON_STYLE, closed
 from server.engine.errors import UnsupportedRequest

@@ -17,8 +17,7 @@ from crma.method.backbone import FoldedPair
 from crma.method.lora import Lora
 from crma.store.peft_config import CONFIG, WEIGHTS
 from crma.store.peft_key import PREFIX
-
-TAP = "crma_tap"  # as in tap.py, which only vLLM's processes can import
+from server.engine.vllm.plugin import TAP
 
 Pair = tuple[str, Tensor, Tensor]  # module path, A [r, in], B [out, r] with the scaling in it
 
@@ -61,9 +60,7 @@ def write_folder(
         raise
 
 
-def _pairs(
-    lora: Lora | None, backbone: Sequence[FoldedPair] | None, blocks: str
-) -> Iterator[Pair]:
+def _pairs(lora: Lora | None, backbone: Sequence[FoldedPair] | None, blocks: str) -> Iterator[Pair]:
     if lora is not None:
         for path, pair in lora.pairs.items():
             yield path, pair.A, pair.scaled_b

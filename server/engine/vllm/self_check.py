@@ -103,9 +103,7 @@ def _prompt(engine: VllmEngine) -> tuple[int, ...]:
     return tuple(min(token, last) for token in range(20, 36))
 
 
-async def _ask(
-    engine: VllmEngine, prompt: tuple[int, ...], selection: AdapterSelection
-) -> Answer:
+async def _ask(engine: VllmEngine, prompt: tuple[int, ...], selection: AdapterSelection) -> Answer:
     """The log-probabilities of a prescribed answer. Raises EngineStopped: there is none."""
     forced = prompt[0]
     sampling = SamplingParams(
@@ -143,9 +141,7 @@ def _lora(injection: Injection, seed: int) -> Lora:
 def _backbone(injection: Injection) -> Backbone:
     """A random backbone; unlike a new one it is not the identity."""
     generator = torch.Generator().manual_seed(0)
-    config = CrmaConfig(
-        len(injection.blocks), injection.hidden_size, num_streams=1, stream_rank=2
-    )
+    config = CrmaConfig(len(injection.blocks), injection.hidden_size, num_streams=1, stream_rank=2)
     made = Backbone(config, generator)
     with torch.no_grad():
         made.W.normal_(std=SIZE, generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,15 +26,9 @@ def load_skeleton(base: BaseModel, dtype: torch.dtype) -> PreTrainedModel:
     architectures = list(config.architectures or ())
     if not architectures or architectures[0] not in TAPPED:
         message = f"the engine vllm does not serve the architecture {architectures}"
-        raise UnsupportedModel(
-            message, field="model", value=architectures, allowed=sorted(TAPPED)
-        )
+        raise UnsupportedModel(message, field="model", value=architectures, allowed=sorted(TAPPED))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(
-            base.path, local_files_only=True
-        )
-    except OSError:
-        pass  # the model has none: its config says what ends an answer
+    with suppress(OSError):  # without that file, its config says what ends an answer
+        model.generation_config = GenerationConfig.from_pretrained(base.path, local_files_only=True)
     return model

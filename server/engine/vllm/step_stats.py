@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from server.engine.request import EngineCounters
@@ -17,19 +16,13 @@ class StepStats(StatLoggerBase):
         kv_cache_usage: the share of blocks in use then.
     """
 
-    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+    def __init__(self) -> None:
         self.counters = EngineCounters()
         self.num_running = 0
         self.num_waiting = 0
         self.kv_cache_usage = 0.0
 
-    def record(
-        self,
-        scheduler_stats: Any,
-        iteration_stats: Any,
-        mm_cache_stats: Any = None,
-        engine_idx: int = 0,
-    ) -> None:
+    def record(self, scheduler_stats: Any, iteration_stats: Any, **_: Any) -> None:
         """Take the statistics of a step; None: it has none."""
         if scheduler_stats is not None:
             self._take_state(scheduler_stats)

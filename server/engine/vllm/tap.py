@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear
 from vllm.model_executor.models.utils import PPMissingLayer
 
-TAP = "crma_tap"  # the last name of a tap's path
+from server.engine.vllm.plugin import TAP
 
 
 class Tap(ReplicatedLinear):

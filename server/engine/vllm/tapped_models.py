@@ -5,6 +5,8 @@ Imported in vLLM's processes only.
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
@@ -17,20 +19,31 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.platforms import current_platform
 
 from server.engine.vllm.base_rows import guard_base_rows
+from server.engine.vllm.plugin import GUARD, NUM_TOKENS
 from server.engine.vllm.tap import add_taps
-
-GUARD = "crma_guard"  # in vLLM's `additional_config`; False only to show the fault without it
 
 
 class Tapped:
-    """Adds the taps when a model is made. It comes before vLLM's class among the bases."""
+    """Adds the taps when a model is made, and never chooses a token that the tokenizer lacks.
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
-        if current_platform.is_cpu() and vllm_config.additional_config.get(GUARD, True):
+    It comes before vLLM's class among the bases.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **layers: Any) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **layers)
+        options = vllm_config.additional_config
+        self.num_tokens: int = options[NUM_TOKENS]
+        if current_platform.is_cpu() and options[GUARD]:
             guard_base_rows()
         config = vllm_config.model_config.hf_config
         add_taps(self, config.num_hidden_layers, config.hidden_size)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """[rows, d] -> [rows, vocabulary], -inf for rows of the head that are no tokens."""
+        logits: Tensor | None = super().compute_logits(hidden_states)  # type: ignore[misc]
+        if logits is not None:
+            logits[:, self.num_tokens :] = -torch.inf
+        return logits
 
 
 class CrmaLlamaForCausalLM(Tapped, LlamaForCausalLM):
