@@ -41,7 +41,7 @@ e2e: setup clients  ## the long tests, on the real model, with other people's cl
 
 vllm: .venv-vllm/.installed  ## an environment with vLLM for CPUs: docs/vllm.md
 
-e2e-vllm: vllm  ## the engine on vLLM: with one process, three and two, and against the native engine
+e2e-vllm: vllm  ## the engine on vLLM, with one process and with three, and against transformers
 	.venv-vllm/bin/python -m pytest -m vllm
 
 soak: setup  ## an hour of mixed load, churn, wrong input and kills, or SOAK_MINUTES of it

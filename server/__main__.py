@@ -21,7 +21,7 @@ from crma.models.model_shape import read_shape
 from crma.models.prompts import Format, base_format
 from crma.store.opening import open_store
 from crma.store.source import is_address
-from server.app import create_app
+from server.app import check_tracing, create_app
 from server.drain import CANCEL_SECONDS, DrainingServer
 from server.engine.inference_engine import InferenceEngine
 from server.engine.native.freed_memory import return_freed_memory
@@ -57,6 +57,7 @@ def build(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     base = find_base(settings.model, home=settings.home)
     telemetry = None
     if settings.otlp_endpoint is not None:
+        check_tracing()
         telemetry = connect(settings.otlp_endpoint, base.name)
     engine = _start_engine(settings, base)
     tokenizer = load_tokenizer(base)  # not the engine's: two threads must not share one

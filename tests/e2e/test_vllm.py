@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def adapters(inj: Injection) -> dict[str, Lora | Backbone]:
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 3])
-async def test_a_mixed_batch_answers_as_transformers_does(tensor_parallel_size: int) -> None:
+async def test_a_mixed_batch_answers_as_transformers_does(
+    tensor_parallel_size: int, record_property: Callable[[str, object], None]
+) -> None:
     """Three processes share the 9 heads and 3 key-value heads of SmolLM2-135M."""
     from vllm_engine import start
 
@@ -90,7 +93,8 @@ async def test_a_mixed_batch_answers_as_transformers_does(tensor_parallel_size: 
         wanted = oracle(inj, known, selection, prompt)
         assert (selection, tuple(tokens)) == (selection, wanted[0])
         distances += [abs(a - b) for a, b in zip(logprobs, wanted[1], strict=True)]
-    print(f"{len(asked)} answers, largest difference of {len(distances)}: {max(distances):.2g}")
+    record_property("answers", len(asked))
+    record_property("largest_difference", max(distances))
     assert max(distances) < TOLERANCE
     assert len({tuple(tokens) for tokens, _ in found}) > len(PROMPTS)
 

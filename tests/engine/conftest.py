@@ -125,7 +125,6 @@ ENGINES: dict[str, Engines] = {
     "scripted": lambda: nullcontext(scripted_engine),
     "vllm": running_vllm,
     "vllm-tensor-parallel": partial(running_vllm, tensor_parallel_size=3),
-    "vllm-pipeline-parallel": partial(running_vllm, pipeline_parallel_size=2),
 }
 # What vLLM imports warns, and that is none of our code.
 OF_VLLM = (pytest.mark.vllm, pytest.mark.filterwarnings("default"))

@@ -1,6 +1,5 @@
 """Starts vLLM on a base model, and the engine on it."""
 
-import logging
 import platform
 import tempfile
 from collections.abc import Mapping
@@ -22,11 +21,6 @@ from server.engine.native.kv_cache import block_bytes
 from server.engine.native.kv_size import DEFAULT_TOKENS, MIB, KvSize
 from server.engine.vllm.plugin import GUARD, NUM_TOKENS, TAPPED
 from server.engine.vllm.versions import INSTALL, check_versions
-
-logger = logging.getLogger(__name__)
-
-PIPELINE_SHARE = 0.5  # of memory, which vLLM then wants to be free; it does not take it
-CPU_BLOCK = 128  # tokens of a block of the KV cache on a CPU: vLLM's own choice
 
 
 @dataclass(frozen=True)
@@ -92,6 +86,7 @@ def start_engine(base: BaseModel, config: EngineConfig) -> InferenceEngine:
 
     check_versions()
     device = resolve_device(config.device)
+    _check_pipeline(config, device)
     dtype = resolve_dtype(config.dtype, device)
     injection = Injection(load_skeleton(base, dtype))
     pool = HostAdapterPool(
@@ -103,6 +98,14 @@ def start_engine(base: BaseModel, config: EngineConfig) -> InferenceEngine:
     except BaseException:
         resources.close()
         raise
+
+
+def _check_pipeline(config: EngineConfig, device: torch.device) -> None:
+    """Raises ConfigError for a pipeline on CPUs, whose first step ends vLLM 0.32."""
+    if device.type == "cpu" and config.pipeline_parallel_size > 1:
+        message = "vLLM on CPUs does not make what a pipeline with LoRAs hands on"
+        value = config.pipeline_parallel_size
+        raise ConfigError(message, field="pipeline_parallel_size", value=value, allowed="1")
 
 
 def _start(
@@ -190,14 +193,6 @@ def _memory(config: EngineConfig, device: torch.device, model: Any) -> dict[str,
     num_bytes = tokens * block_bytes(model, 1)
     if size.mib is not None:
         num_bytes = size.mib * MIB
-    if device.type == "cpu" and config.pipeline_parallel_size > 1:
-        # With a size in bytes vLLM 0.32 leaves out the step in which it makes what its pipeline
-        # needs.
-        return {
-            "num_gpu_blocks_override": -(-tokens // CPU_BLOCK),
-            "block_size": CPU_BLOCK,
-            "gpu_memory_utilization": PIPELINE_SHARE,
-        }
     return {"kv_cache_memory_bytes": -(-num_bytes // config.world_size)}
 
 

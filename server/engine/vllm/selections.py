@@ -15,8 +15,9 @@ from pathlib import Path
 
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from crma.core.errors import CrmaError, InvalidAdapter
+from crma.core.errors import InvalidAdapter
 from crma.core.selection import AdapterSelection
 from server.engine.vllm.adapter_pool import HostAdapterPool
 from server.engine.vllm.selection_folder import write_folder
@@ -87,7 +88,7 @@ class Selections:
                 await self._llm.add_lora(lora)
             except Exception as error:
                 shutil.rmtree(folder, ignore_errors=True)
-                if isinstance(error, CrmaError):
+                if isinstance(error, EngineDeadError):
                     raise
                 logger.warning("vLLM does not load %s: %s", name, error)
                 message = f"vLLM does not load this adapter: {error}"

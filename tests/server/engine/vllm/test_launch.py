@@ -6,7 +6,10 @@ import pytest
 import torch
 from vllm_engine import CONFIG
 
-from server.engine.vllm.launch import environment
+from crma.core.errors import ConfigError
+from crma.models.base_model import BaseModel
+from server.engine.vllm import launch
+from server.engine.vllm.launch import environment, start_engine
 
 
 def test_a_cpu_is_named_to_vllm_and_its_threads_are_shared_by_the_processes(
@@ -18,3 +21,12 @@ def test_a_cpu_is_named_to_vllm_and_its_threads_are_shared_by_the_processes(
     assert found["VLLM_TARGET_DEVICE"] == "cpu"
     assert found["OMP_NUM_THREADS"] == "2"
     assert environment(replace(config, num_threads=1))["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_pipeline_on_cpus_is_refused_by_name(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "check_versions", lambda: None)
+    with pytest.raises(ConfigError, match="pipeline") as caught:
+        start_engine(base, replace(CONFIG, pipeline_parallel_size=2))
+    assert caught.value.field == "pipeline_parallel_size"
