@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from server.engine.native.detokenizer import Detokenizer
+from server.engine.native.output import STEP_FAILED
 from server.engine.request import FinishReason, Request, RequestOutput, Timings, TokenLogprob
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class Answer:
             return self._end(ours, FinishReason.LENGTH)
         tokens = list(completion.token_ids)
         reason = _reason(completion.finish_reason)
+        if reason is FinishReason.ERROR:
+            return self._end(replace(ours, error=STEP_FAILED), reason)
         is_ended = reason is FinishReason.STOP and tokens[-1:] and tokens[-1] in self.end_ids
         if is_ended and not self.request.sampling.include_stop_str_in_output:
             tokens.pop()
@@ -140,7 +143,7 @@ def _end_ids(request: Request, model_end_ids: frozenset[int]) -> frozenset[int]:
 
 
 def _reason(finish_reason: str | None) -> FinishReason | None:
-    """vLLM's reason as ours; anything but an end of the tokens is an error."""
+    """vLLM's reason as ours; one that is not ours is an error."""
     if finish_reason is None:
         return None
     known = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -18,10 +19,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from crma.core.errors import CrmaError
 from crma.core.selection import BASE, AdapterSelection
 from server.daemon_threads import DaemonThreads
-from server.engine.errors import EngineStopped, PromptTooLong
+from server.engine.errors import EngineStopped, PromptTooLong, UnsupportedRequest
 from server.engine.inference_engine import Outputs, ServedModel
 from server.engine.native.adapter_pool import Loader
 from server.engine.native.constraint import Constraints
+from server.engine.native.output import STEP_FAILED
 from server.engine.request import (
     Constraint,
     EngineStats,
@@ -269,12 +271,14 @@ class VllmEngine:
             await self._generate(stream, answer)
         except EngineDeadError:
             self._fail("vLLM has ended")
-        except Exception as error:
+        except VLLMClientError as error:  # what `check_sampling` does not know
+            refusal = UnsupportedRequest(f"vLLM refuses this request: {error}")
+            stream.put(answer.end(FinishReason.ERROR, str(refusal), refusal))
+        except CrmaError as error:
+            stream.put(answer.end(FinishReason.ERROR, str(error), error))
+        except Exception:
             logger.exception("request %s failed in vLLM", stream.request.id)
-            if not answer.is_finished:
-                cause = error if isinstance(error, CrmaError) else None
-                reason = "the step failed" if cause is None else str(error)
-                stream.put(answer.end(FinishReason.ERROR, reason, cause))
+            stream.put(answer.end(FinishReason.ERROR, STEP_FAILED))
         if not stream.num_open:
             self._forget(stream)
 

@@ -92,3 +92,9 @@ def test_an_answer_that_is_cut_short_has_its_totals() -> None:
     last = made.end(FinishReason.ABORT, "deadline")
     assert (last.finish_reason, last.error) == (FinishReason.ABORT, "deadline")
     assert last.completion_tokens == 2
+
+
+def test_an_answer_that_vllm_ends_for_another_reason_is_an_error_with_a_message() -> None:
+    last = answer().take(output(reason="error"))
+    assert last.finish_reason is FinishReason.ERROR
+    assert last.error
