@@ -273,12 +273,12 @@ class VllmEngine:
             self._fail("vLLM has ended")
         except VLLMClientError as error:  # what `check_sampling` does not know
             refusal = UnsupportedRequest(f"vLLM refuses this request: {error}")
-            stream.put(answer.end(FinishReason.ERROR, str(refusal), refusal))
+            stream.end_answer(answer, FinishReason.ERROR, str(refusal), refusal)
         except CrmaError as error:
-            stream.put(answer.end(FinishReason.ERROR, str(error), error))
+            stream.end_answer(answer, FinishReason.ERROR, str(error), error)
         except Exception:
             logger.exception("request %s failed in vLLM", stream.request.id)
-            stream.put(answer.end(FinishReason.ERROR, STEP_FAILED))
+            stream.end_answer(answer, FinishReason.ERROR, STEP_FAILED)
         if not stream.num_open:
             self._forget(stream)
 

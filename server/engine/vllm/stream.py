@@ -43,11 +43,21 @@ class Stream:
     ) -> None:
         """End the sequences that are not finished, and what reads them."""
         for answer in self.answers:
-            if not answer.is_finished:
-                self.put(answer.end(reason, error, cause))
+            self.end_answer(answer, reason, error, cause)
         for task in self.tasks:
             task.cancel()
         self.close()
+
+    def end_answer(
+        self,
+        answer: Answer,
+        reason: FinishReason,
+        error: str | None = None,
+        cause: Exception | None = None,
+    ) -> None:
+        """End one sequence, unless it is finished."""
+        if not answer.is_finished:
+            self.put(answer.end(reason, error, cause))
 
     def close(self) -> None:
         """Stop its timer: nothing of it is open any more."""
