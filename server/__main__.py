@@ -23,12 +23,13 @@ from crma.models.prompts import Format, base_format
 from crma.models.serving_record import serving_tokenizer
 from crma.store.opening import open_store
 from crma.store.source import is_address
-from server.app import create_app
+from server.app import check_tracing, create_app
 from server.drain import CANCEL_SECONDS, DrainingServer
 from server.engine.inference_engine import InferenceEngine
 from server.engine.native.freed_memory import return_freed_memory
 from server.engine.native.kv_size import KvSize
 from server.engine.native.launch import EngineConfig, start_engine
+from server.engine.vllm import launch as vllm_launch
 from server.http.log import configure as configure_logs
 from server.listener import addresses, listen, max_connections, protocol, raise_descriptor_limit
 from server.loading import answering
@@ -37,7 +38,7 @@ from server.service.frontend import Frontend
 from server.service.metrics import Metrics
 from server.service.registry import Registry
 from server.service.telemetry import connect
-from server.settings import Settings, drop_service_links
+from server.settings import Settings, drop_service_links, set_defaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +51,7 @@ log = logging.getLogger("server")
 def new_engine(
     settings: Settings, base: BaseModel, tokenizer: PreTrainedTokenizerBase
 ) -> InferenceEngine:
-    """The engine of this process, which runs.
+    """The engine that the settings name, in this process; it runs.
 
     Args:
         tokenizer: of the base model, for the engine alone.
@@ -58,6 +59,9 @@ def new_engine(
     Raises:
         CrmaError: what it cannot serve, named.
     """
+    settings.check_engine()
+    if settings.engine == "vllm":
+        return _start_vllm(settings, base)
     return start_engine(base, _engine_config(settings), tokenizer)
 
 
@@ -82,6 +86,7 @@ def build(
     base = find_base(settings.model, home=settings.home)
     telemetry = None
     if settings.otlp_endpoint is not None:
+        check_tracing()
         telemetry = connect(settings.otlp_endpoint, base.name)
     tokenizer = serving_tokenizer(base)
     engine = engine_on(settings, base, for_another_thread(tokenizer))
@@ -104,9 +109,6 @@ def new_metrics(settings: Settings) -> Metrics:
 
 
 def _engine_config(settings: Settings) -> EngineConfig:
-    max_adapter_bytes = None
-    if settings.max_adapter_mib is not None:
-        max_adapter_bytes = settings.max_adapter_mib * 2**20
     return EngineConfig(
         device=settings.device,
         dtype=settings.dtype,
@@ -120,11 +122,39 @@ def _engine_config(settings: Settings) -> EngineConfig:
         kv_size=KvSize(settings.kv_cache_tokens, settings.kv_cache_mib),
         prefix_caching=settings.prefix_caching,
         max_loaded_adapters=settings.max_loaded_adapters,
-        max_adapter_bytes=max_adapter_bytes,
+        max_adapter_bytes=_max_adapter_bytes(settings),
         max_queue=settings.max_queue,
         target_step_s=settings.target_step_s,
         step_timeout_s=settings.step_timeout_s,
     )
+
+
+def _start_vllm(settings: Settings, base: BaseModel) -> InferenceEngine:
+    config = vllm_launch.EngineConfig(
+        device=settings.device,
+        dtype=settings.dtype,
+        quantization=settings.vllm_quantization,
+        num_threads=settings.num_threads,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        pipeline_parallel_size=settings.pipeline_parallel_size,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=settings.max_model_len,
+        kv_size=KvSize(settings.kv_cache_tokens, settings.kv_cache_mib),
+        memory_share=settings.memory_share,
+        prefix_caching=settings.prefix_caching,
+        max_loras=settings.max_loras,
+        max_lora_rank=settings.max_lora_rank,
+        max_loaded_adapters=settings.max_loaded_adapters,
+        max_adapter_bytes=_max_adapter_bytes(settings),
+        max_queue=settings.max_queue,
+    )
+    set_defaults(vllm_launch.environment(config))
+    return vllm_launch.start_engine(base, config)
+
+
+def _max_adapter_bytes(settings: Settings) -> int | None:
+    return None if settings.max_adapter_mib is None else settings.max_adapter_mib * 2**20
 
 
 def _base_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:

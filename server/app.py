@@ -5,13 +5,16 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from inspect import signature
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi import __version__ as fastapi_version
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
+from crma.core.errors import ConfigError
 from crma.models.loading import compute_alone
 from server import __version__
 from server.http import error_handlers
@@ -149,6 +152,19 @@ def _add_middleware(app: FastAPI, frontend: Frontend) -> None:
         app.add_middleware(HealthPort, port=settings.health_port, paths=operations.PATHS)
     app.add_middleware(RequestLog, metrics=frontend.metrics)
     _allow_origins(app, settings.cors_origins)  # errors too
+
+
+def check_tracing() -> None:
+    """Check that FastAPI makes a span of each request.
+
+    Raises:
+        ConfigError: it does not yet: what vLLM allows is older.
+    """
+    if "telemetry" not in signature(FastAPI.__init__).parameters:
+        message = "traces need FastAPI 0.165 or later; the engine vllm comes with an older one"
+        raise ConfigError(
+            message, field="otlp_endpoint", value=fastapi_version, allowed="leave it out"
+        )
 
 
 def _telemetry_config(telemetry: Telemetry | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ with `crma` is left aside (`server/service_links.py`).
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,6 +22,17 @@ from server.service_links import service_links
 PREFIX = "CRMA_"
 MAX_KEPT_SECONDS = 3_153_600_000  # a hundred years, which dates can go back
 MAX_SECONDS = 31_536_000  # a year; the longest that clocks can wait is a few hundred
+ONLY_NATIVE = frozenset({"quantization", "kernel", "target_step_s", "step_timeout_s"})
+ONLY_VLLM = frozenset(
+    {
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "vllm_quantization",
+        "memory_share",
+        "max_loras",
+        "max_lora_rank",
+    }
+)
 _ADDRESS = r"https?://[^\s?#]+"
 _ORIGIN = r"https?://[^\s/?#@*]+"  # as browsers send it: no path, not even a final slash
 
@@ -70,11 +82,14 @@ class Settings(BaseSettings):
     load_backbone: bool = _setting(
         True, "Load the CRMA backbone; false: requests that need it get 409."
     )
+    engine: Literal["native", "vllm"] = _setting(
+        "native", "What computes: our own engine, or [vLLM](vllm.md)."
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _setting(
         "auto", "Type of weights and KV cache; auto: by device."
     )
     quantization: Literal["none", "int8"] = _setting(
-        "none", "Weights of the base; int8 needs the native kernel."
+        "none", "Weights of the base; int8 needs the native kernel. Not with vLLM."
     )
     device: Literal["auto", "cpu", "cuda"] = _setting(
         "auto", "Where the model runs; auto: CUDA if there is one."
@@ -86,6 +101,23 @@ class Settings(BaseSettings):
     )
     num_threads: int = _setting(
         0, "CPU threads of the model; 0: one per core, or per CPU of a container's quota.", ge=0
+    )
+
+    tensor_parallel_size: int = _setting(1, "vLLM: processes that share every layer.", ge=1)
+    pipeline_parallel_size: int = _setting(
+        1, "vLLM: groups of processes that have some of the layers each.", ge=1
+    )
+    vllm_quantization: str | None = _setting(
+        None, "vLLM: its name of a quantization; unset: as the model's files are.", min_length=1
+    )
+    memory_share: float | None = _setting(
+        None, "vLLM: share of a device's memory that it takes; unset: its own, on CUDA.", gt=0, le=1
+    )
+    max_loras: int = _setting(
+        8, "vLLM: selections of adapters that a step can have, beside the base model.", ge=1
+    )
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = _setting(
+        32, "vLLM: largest rank of a task adapter or backbone; all take its memory."
     )
 
     max_num_seqs: int = _setting(16, "Sequences that run at once.", ge=1)
@@ -285,6 +317,14 @@ class Settings(BaseSettings):
             return tuple(map(_expanded, value))
         return _expanded(value)
 
+    def check_engine(self) -> None:
+        """Raises ConfigError if a setting was made that the chosen engine does not have."""
+        of_others = ONLY_NATIVE if self.engine == "vllm" else ONLY_VLLM
+        for name in sorted(of_others & self.model_fields_set):
+            message = f"CRMA_ENGINE={self.engine} does not have this setting"
+            value = getattr(self, name)
+            raise ConfigError(message, field=name, value=value, allowed="leave it out")
+
     @property
     def is_open(self) -> bool:
         """Whether requests need no key."""
@@ -334,3 +374,9 @@ def drop_service_links() -> list[str]:
     for name in links:
         del os.environ[name]
     return links
+
+
+def set_defaults(variables: Mapping[str, str]) -> None:
+    """Set variables of the environment that the operator has not set, for other people's code."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)

@@ -71,6 +71,19 @@ FAMILIES: dict[str, partial[PretrainedConfig]] = {
 }
 TIED = {"llama_tied": partial(transformers.LlamaConfig, **SIZES, **GQA, tie_word_embeddings=True)}
 WIDE = {f"{name}_wide": partial(FAMILIES[name], head_dim=16) for name in ("llama", "gemma2")}
+# Heads as vLLM's kernels for CPUs take them, and sizes that three processes can share. The last 84
+# rows of embedding and head are no tokens.
+SHARED_HEADS = {
+    "vocab_size": 384,
+    "hidden_size": 96,
+    "intermediate_size": 96,
+    "num_attention_heads": 3,
+}
+PARALLEL = {
+    "llama_parallel": partial(
+        transformers.LlamaConfig, **{**SIZES, **SHARED_HEADS}, num_key_value_heads=3
+    )
+}
 # Models whose rotary frequencies depend on the length of a sequence, from 13 tokens on.
 LONGROPE = {
     "rope_type": "longrope",
@@ -104,7 +117,7 @@ def injection(family: str = "llama") -> Injection:
     One per process: tests that change the model take a `fresh` copy.
     """
     torch.manual_seed(0)
-    config = {**FAMILIES, **TIED, **WIDE, **SCALED}[family]()
+    config = {**FAMILIES, **TIED, **WIDE, **PARALLEL, **SCALED}[family]()
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() == 1:  # norms start at 1 and biases at 0, which would hide mistakes

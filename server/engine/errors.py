@@ -55,6 +55,10 @@ class PromptTooLong(EngineError):
         super().__init__(message, field="prompt", value=num_prompt_tokens, allowed=allowed)
 
 
+class UnsupportedRequest(EngineError):
+    """A request that this engine would not answer as it asks; another engine may."""
+
+
 class InvalidConstraint(EngineError):
     """A constraint on an answer that is no valid one, or too large."""
 

@@ -75,6 +75,7 @@ class InferenceEngine(Protocol):
 
         Raises:
             EngineStopped, QueueFull, PromptTooLong: at once; nothing was queued.
+            UnsupportedRequest: likewise; this engine would not do what an option asks for.
             StoreError, AdapterPoolFull: from the generator, instead of an output: an adapter
                 cannot be loaded.
         """

@@ -24,6 +24,7 @@ from server.engine.errors import (
     InvalidConstraint,
     PromptTooLong,
     QueueFull,
+    UnsupportedRequest,
 )
 from server.records.errors import RecordsNotWritable, RecordsUnavailable
 
@@ -195,6 +196,7 @@ STATUS_OF: tuple[tuple[type[Exception], int, str], ...] = (
     (ConfigError, 422, "invalid_field"),
     (InvalidConstraint, 400, "invalid_constraint"),
     (ConstraintStuck, 400, "constraint_stuck"),
+    (UnsupportedRequest, 400, "unsupported_request"),
     (PromptTooLong, 400, "context_length_exceeded"),
     (QueueFull, 429, "queue_full"),
     (EngineStopped, 503, "draining"),

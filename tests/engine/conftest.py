@@ -1,17 +1,26 @@
 """The engines that the conformance suite runs against.
 
-To add an engine, write a function that makes one and put it into ENGINES.
+To add an engine, write a function that makes one and put it into ENGINES. Those on vLLM have the
+mark `vllm`: `make e2e-vllm` runs them.
 """
 
 import json
 import random
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import tiny
 from replicas import remote_engine
 from scripted_engine import FIRST_TOKEN, TINY, Ending, ScriptedEngine
 
+from crma.method.backbone import Backbone
+from crma.method.lora import Lora
 from server.engine.inference_engine import InferenceEngine
 from server.engine.native.async_engine import AsyncEngine
 from server.engine.request import FinishReason, Request, SamplingParams
@@ -19,6 +28,7 @@ from server.engine.request import FinishReason, Request, SamplingParams
 MAX_QUEUE = 8
 OTHER_TOKEN = 299
 Token = tuple[int, str]
+MakeEngine = Callable[[], InferenceEngine]
 WORDS = ("the ", "naïve ", "café ", "is ", "free ", "and ", "the other ", "answers ")
 
 
@@ -101,14 +111,55 @@ def engine_of_replicas() -> InferenceEngine:
     return remote
 
 
-ENGINES = {"native": native_engine, "scripted": scripted_engine, "replicas": engine_of_replicas}
+@contextmanager
+def running_vllm(**parallel: int) -> Iterator[MakeEngine]:
+    """An engine on vLLM's processes, which run until the block ends."""
+    if find_spec("vllm") is None:  # not imported yet: it reads the environment first
+        pytest.skip("make e2e-vllm runs this in an environment with vLLM")
+    from vllm_engine import SharedVllm
+
+    with tempfile.TemporaryDirectory() as folder:
+        shared = SharedVllm(Path(folder), MAX_QUEUE, **parallel)
+        try:
+            yield shared.make_engine
+        finally:
+            shared.close()
 
 
-@pytest.fixture(params=ENGINES)
-async def engine(request: pytest.FixtureRequest) -> AsyncIterator[InferenceEngine]:
+Engines = Callable[[], AbstractContextManager[MakeEngine]]
+ENGINES: dict[str, Engines] = {
+    "native": lambda: nullcontext(native_engine),
+    "scripted": lambda: nullcontext(scripted_engine),
+    "replicas": lambda: nullcontext(engine_of_replicas),
+    "vllm": running_vllm,
+    "vllm-tensor-parallel": partial(running_vllm, tensor_parallel_size=3),
+}
+# What vLLM imports warns, and that is none of our code.
+OF_VLLM = (pytest.mark.vllm, pytest.mark.filterwarnings("default"))
+PARAMS = [pytest.param(name, marks=OF_VLLM if name.startswith("vllm") else ()) for name in ENGINES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
+def make_engine(request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
+    """Makes engines of one kind, one after the other."""
+    with ENGINES[request.param]() as make:
+        yield make
+
+
+@pytest.fixture
+def known(request: pytest.FixtureRequest) -> dict[str, Lora | Backbone]:
+    """Adapters for the model of the engine, by digest."""
+    is_vllm = request.node.callspec.params["make_engine"].startswith("vllm")
+    return tiny.adapters(tiny.injection("llama_parallel" if is_vllm else "llama"))
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def engine(
+    make_engine: MakeEngine, known: dict[str, Lora | Backbone]
+) -> AsyncIterator[InferenceEngine]:
     """A running engine with three tasks and two backbones registered; closed afterwards."""
-    engine = ENGINES[request.param]()
-    for digest, adapter in tiny.adapters(tiny.injection()).items():
+    engine = make_engine()
+    for digest, adapter in known.items():
         engine.register(digest, lambda adapter=adapter: adapter, 1000)
     yield engine
     await engine.close()

@@ -6,10 +6,12 @@ import time
 from typing import Any
 
 import pytest
-from tiny import adapters, ask, injection
+from tiny import ask
 
 from crma.core.errors import NotFound, StoreError
 from crma.core.selection import BASE, AdapterSelection
+from crma.method.backbone import Backbone
+from crma.method.lora import Lora
 from server.engine.errors import (
     AdapterInUse,
     EngineStopped,
@@ -26,6 +28,7 @@ from server.engine.request import (
     RequestOutput,
 )
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # vLLM stays on the loop that it began on
 TASK = AdapterSelection("task-0")
 BOTH = AdapterSelection("task-1", "crma-0")
 BROKEN = AdapterSelection("broken")
@@ -269,7 +272,7 @@ async def test_a_deadline_ends_its_own_request_only(engine: InferenceEngine) -> 
 
 
 async def test_an_adapter_that_cannot_be_loaded_fails_its_own_request_only(
-    engine: InferenceEngine,
+    engine: InferenceEngine, known: dict[str, Lora | Backbone]
 ) -> None:
     def damaged() -> Any:
         raise StoreError("the file is damaged", field="weights")
@@ -281,7 +284,7 @@ async def test_an_adapter_that_cannot_be_loaded_fails_its_own_request_only(
     with pytest.raises(NotFound):
         await run(engine, ask("unknown", AdapterSelection("nowhere")))
     assert ending(await neighbour) == (FinishReason.LENGTH, None)
-    repaired = adapters(injection())["task-2"]
+    repaired = known["task-2"]
     engine.register("broken", lambda: repaired, 1000)
     assert ending(await run(engine, ask("again", BROKEN))) == (FinishReason.LENGTH, None)
     await is_well(engine)

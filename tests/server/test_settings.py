@@ -193,3 +193,24 @@ def test_a_store_is_a_folder_or_an_address(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigError, match=r"CRMA_STORE: .*allowed: a folder, s3://…") as caught:
         Settings.load()
     assert (caught.value.field, caught.value.value) == ("CRMA_STORE", "ftp://host/x")
+
+
+@pytest.mark.parametrize(
+    ("engine", "name", "value"),
+    [
+        ("vllm", "CRMA_KERNEL", "on"),
+        ("vllm", "CRMA_QUANTIZATION", "int8"),
+        ("vllm", "CRMA_TARGET_STEP_S", "0.1"),
+        ("native", "CRMA_TENSOR_PARALLEL_SIZE", "2"),
+        ("native", "CRMA_MAX_LORAS", "4"),
+    ],
+)
+def test_a_setting_of_another_engine_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, engine: str, name: str, value: str
+) -> None:
+    monkeypatch.setenv("CRMA_ENGINE", engine)
+    Settings.load().check_engine()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=engine) as caught:
+        Settings.load().check_engine()
+    assert f"CRMA_{caught.value.field.upper()}" == name

@@ -336,12 +336,15 @@ class AdapterPool:
 
     def _read(self, digest: str) -> Weights | Exception:
         try:
-            adapter = self._loaders[digest]()
-            return self._stream.load(partial(prepare, adapter, self.injection))
+            return self.prepared(self._loaders[digest]())
         except Exception as error:
             unexpected = not isinstance(error, CrmaError)
             logger.warning("adapter %s: %s", digest, error, exc_info=unexpected)
             return error.with_traceback(None)  # its frames would keep the weights in memory
+
+    def prepared(self, adapter: Lora | Backbone) -> Weights:
+        """An adapter as it is kept. Raises as `prepare`."""
+        return self._stream.load(partial(prepare, adapter, self.injection))
 
     def _admit(
         self, digest: str, weights: Weights, keep: frozenset[str], started: float

@@ -14,8 +14,13 @@ Weights = Lora | list[FoldedPair]
 """A task adapter, or a backbone folded into one pair a layer."""
 
 
-def prepare(adapter: Lora | Backbone, injection: Injection) -> Weights:
+def prepare(
+    adapter: Lora | Backbone, injection: Injection, device: torch.device | None = None
+) -> Weights:
     """Check an adapter against the model and convert it for serving.
+
+    Args:
+        device: where its weights are to be; None: the model's.
 
     Raises:
         InvalidAdapter: it does not fit the model, or its weights overflow as they serve: scaled, in
@@ -23,12 +28,13 @@ def prepare(adapter: Lora | Backbone, injection: Injection) -> Weights:
     """
     weights: Weights
     model = injection.model
+    device = device or model.device
     if isinstance(adapter, Backbone):
         injection.check_backbone(adapter.config.num_layers, adapter.config.hidden_size)
-        weights = adapter.folded(model.device, model.dtype)
+        weights = adapter.folded(device, model.dtype)
     else:
         injection.check(adapter)
-        weights = _laid_out(injection.bind(adapter.to(model.device, model.dtype)))
+        weights = _laid_out(injection.bind(adapter.to(device, model.dtype)))
     if not all(tensor.isfinite().all() for tensor in tensors_of(weights)):
         limit = torch.finfo(model.dtype).max
         raise InvalidAdapter(

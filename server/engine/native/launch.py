@@ -87,7 +87,8 @@ def start_engine(
     kernel = _native_kernel(device, computes_in, config)
     injection = Injection(_load(base, device, computes_in, kernel))
     model = injection.model
-    tokenizer = tokenizer or serving_tokenizer(base)
+    if tokenizer is None:
+        tokenizer = serving_tokenizer(base)
     max_model_len = min(config.max_model_len, context_length(model.config))
     rope = _rope_beyond(model, max_model_len)
     dtype = _dtype_name(computes_in, config.quantization)
