@@ -7,12 +7,32 @@ from typing import TYPE_CHECKING, Any
 
 from crma.core.errors import ConfigError
 from crma.models.inert_text import encode_rendered
-from crma.models.jinja_template import PARAMETERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from crma.models.prompts import Conversation
+
+PARAMETERS = frozenset(  # of transformers' `apply_chat_template`
+    {
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "kwargs",
+    }
+)
 
 
 def encode_chat(

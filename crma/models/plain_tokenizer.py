@@ -1,4 +1,4 @@
-"""A tokenizer as transformers configures it, without transformers.
+"""A tokenizer as transformers configures it, without transformers' own object.
 
 transformers' own changes its backend before each use, so no two threads can share one. This one
 never changes: all threads share it, and the vocabulary is in memory once.
@@ -12,8 +12,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer
-
-from crma.models.jinja_template import render_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,16 +129,22 @@ class PlainTokenizer:
             ValueError: there is no template, or no message.
             Exception: whatever the template raises.
         """
+        # Here: the engine itself needs nothing of transformers, and this takes a tenth of a start.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         if tokenize:
             raise ValueError("tokenize: a rendering is encoded by crma.models.inert_text")
-        return render_template(
-            self._template(chat_template, tools is not None),
-            conversation,
+        if not conversation:
+            raise ValueError("a chat template needs at least one message")
+        (text,), _ = render_jinja_template(
+            conversations=[conversation],
             tools=tools,
             documents=documents,
-            generate=add_generation_prompt,
-            variables={**self.special_tokens_map, **variables},
+            chat_template=self._template(chat_template, tools is not None),
+            add_generation_prompt=add_generation_prompt,
+            **{**self.special_tokens_map, **variables},
         )
+        return str(text)
 
     def _template(self, asked: str | None, has_tools: bool) -> str:
         """The template to use: one that was asked for, by its text or name, or the model's own.
