@@ -57,7 +57,7 @@ def join(
     packed: PackedWeight | Int8Weight | None = None
     if kernel is not None and int8:
         packed = Int8Weight.of(_side_by_side(linears))
-        product = partial(_product_in_int8, kernel, packed)
+        product: Product = partial(_product_in_int8, kernel, packed)
     elif kernel is not None and packs(kernel, linears):
         packed = PackedWeight.of(_side_by_side(linears))
         product = partial(_product_of_packed, kernel, packed)

@@ -96,7 +96,9 @@ void multiply(int64_t rows, const X* x, int64_t x_stride, Weight w, Write write)
     const int64_t panel_words = w.words_of_column * PANEL;
     const int64_t panels = up_to(PANEL, w.columns) / PANEL;
     const int64_t chunk = std::min(rows, rows_at_once(x_stride * sizeof(X)));
-    const int64_t strip = std::clamp<int64_t>(panels / 32 * 2, 2, 32);  // panels of a turn
+    // Of a turn: so many panels that each thread has some turns, and does not often wait for the next.
+    const int64_t turns = 4 * num_threads();
+    const int64_t strip = std::clamp<int64_t>(up_to(2, (panels + turns - 1) / turns), 2, 32);
     auto multiply_strip = [&](int64_t turn) {
         std::vector<SumOf<X>> memory(chunk * 2 * PANEL);
         const int64_t stop = std::min(panels, (turn + 1) * strip);

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -15,14 +15,16 @@
 // Round a row to 8 bits and return its scale, which is NaN for a row that is not finite. `rounded` is
 // longer than the row by what fills the last word.
 template <typename T> inline float round_row(const T* x, int8_t* rounded, int64_t in) {
-    float largest = 0;
+    int32_t largest_bits = 0;  // of a number without its sign: they are in the order of the numbers
     float zero_or_nan = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : zero_or_nan)
+#pragma omp simd reduction(max : largest_bits) reduction(+ : zero_or_nan)
     for (int64_t i = 0; i < in; i++) {
-        float v = load(x[i]);
-        largest = std::max(largest, std::abs(v));
+        const float v = load(x[i]);
+        const int32_t bits = std::bit_cast<int32_t>(v) & 0x7fffffff;
+        largest_bits = bits > largest_bits ? bits : largest_bits;
         zero_or_nan += v * 0.0f;
     }
+    const float largest = std::bit_cast<float>(largest_bits);
     float inverse = largest > 0 ? 127.0f / largest : 0.0f;
 #pragma omp simd
     for (int64_t i = 0; i < in; i++) rounded[i] = int8_t(int32_t(std::rint(load(x[i]) * inverse)));
