@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import argparse
 import logging
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from crma.core.cache import cache_home
 from crma.core.errors import ConfigError, CrmaError
 from crma.models.base_model import BaseModel, find_base
 from crma.models.model_shape import read_shape
-from crma.models.plain_tokenizer import for_another_thread
+from crma.models.plain_tokenizer import for_another_thread, import_templates
 from crma.models.prompts import Format, base_format
 from crma.models.serving_record import serving_tokenizer
 from crma.store.opening import open_store
@@ -93,6 +94,8 @@ def build(
         check_tracing()
         telemetry = connect(settings.otlp_endpoint, base.name)
     tokenizer = serving_tokenizer(base)
+    # Half a second of imports, while the engine packs weights without the interpreter's lock.
+    threading.Thread(target=import_templates, daemon=True).start()
     engine = engine_on(settings, base, for_another_thread(tokenizer))
     registry = Registry(
         store=store,

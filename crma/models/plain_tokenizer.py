@@ -24,6 +24,11 @@ def for_another_thread(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     return copy.deepcopy(tokenizer)
 
 
+def import_templates() -> None:
+    """Import what renders chat templates, so that the first of them does not wait for it."""
+    import transformers.utils.chat_template_utils  # noqa: F401
+
+
 class PlainTokenizer:
     """Stands for transformers' tokenizer wherever a model is served. Its methods are those of
     `PreTrainedTokenizerBase` that serving needs, with the same results.
@@ -129,7 +134,7 @@ class PlainTokenizer:
             ValueError: there is no template, or no message.
             Exception: whatever the template raises.
         """
-        # Here: the engine itself needs nothing of transformers, and this takes a tenth of a start.
+        # Here, because an engine needs nothing else of transformers.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if tokenize:
