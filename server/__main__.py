@@ -235,6 +235,8 @@ def _serve(options: Mapping[str, Any], links: Sequence[str], ports: ExitStack) -
     return_freed_memory()
     gc.freeze()  # what is loaded now stays: collections need not look through it again and again
     log.info("listening on %s; /docs has documentation and examples", addresses(sockets))
+    if settings.page:
+        log.info("open the same address in a browser to ask, compare and watch")
     config = uvicorn.Config(
         app,
         http=protocol(settings, most, metrics),
