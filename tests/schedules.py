@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import tiny
+import tiny_configs
 import torch
 from hypothesis import strategies as st
 from sampling import chooser
@@ -164,7 +165,7 @@ class World:
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     """A random prompt of `length` tokens. Prompts of one seed share their first tokens."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(2, tiny.VOCAB, (length,), generator=generator).tolist())
+    return tuple(torch.randint(2, tiny_configs.VOCAB, (length,), generator=generator).tolist())
 
 
 def samplings(most_tokens: int) -> st.SearchStrategy[SamplingParams]:

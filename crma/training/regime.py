@@ -144,11 +144,11 @@ def take(cells: Grid) -> Taken:
 def _totals(cells: Grid) -> dict[Setting, float]:
     """The loss of each setting that was tried at every rank, summed over ranks."""
     ranks = {rank for by_rank in cells.values() for rank in by_rank}
-    return {
-        setting: sum(cell.loss for cell in by_rank.values())
-        for setting, by_rank in cells.items()
-        if set(by_rank) == ranks
-    }
+    totals = {}
+    for setting, by_rank in cells.items():
+        if set(by_rank) == ranks:
+            totals[setting] = sum(cell.loss for cell in by_rank.values())
+    return totals
 
 
 def regime_table(records: Sequence[Record]) -> str:

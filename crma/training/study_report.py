@@ -79,7 +79,10 @@ def _backbone(step: Step, records: Mapping[str, Record]) -> str:
     ]
     if not found:
         return ""
-    largest = [f"{key} {max(each[key] for each in found):.4f}" for key in BACKBONE]
+    largest = []
+    for key in BACKBONE:
+        highest = max(each[key] for each in found)
+        largest.append(f"{key} {highest:.4f}")
     holds = sum(each["holds"] for each in found)
     return (
         f"Certificate of {winners[0]}: holds in {holds} of {len(found)} runs; largest over seeds: "

@@ -6,12 +6,13 @@ import re
 import cost_model
 import pytest
 import tiny
+import tiny_configs
 from cost_model import BASES, MEASURED, Shape
 from paths import EXPERIMENTS
 
 from crma.method.backbone import CrmaConfig
 
-TINY = Shape("tiny", 2, 32, 16, 48, tiny.VOCAB)
+TINY = Shape("tiny", 2, 32, 16, 48, tiny_configs.VOCAB)
 
 
 @pytest.mark.parametrize(

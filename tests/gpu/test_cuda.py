@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_configs
 import torch
 from rounding import MAX_RATIO, Rounding, logprobs, of_tokens
 from schedules import SELECTIONS, Answer, Call, World, mismatches, prompt, run
@@ -58,19 +59,19 @@ def world(family: str) -> World:
     return World(injection, tiny.adapters(injection))
 
 
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.WIDE])
+@pytest.mark.parametrize("family", [*tiny_configs.FAMILIES, *tiny_configs.WIDE])
 def test_every_request_gets_what_it_gets_alone_on_the_cpu(
     family: str, device: torch.device
 ) -> None:
     """In fp32: shared prefixes, chunked prompts, preemption and more adapters than fit."""
     alone = world(family)
     on_device = World(moved(alone.injection, device), alone.adapters)
-    limits = TILED if family in tiny.WIDE else TIGHT
+    limits = TILED if family in tiny_configs.WIDE else TIGHT
     answered, engine = run(on_device, SCHEDULE, **limits)
     for call, index, answer in answered:
         assert not mismatches(alone, answer, call, index, TOLERANCE)
     assert engine.counters.num_preemptions > 0
-    is_tiled = device.type == "cuda" and family in tiny.WIDE
+    is_tiled = device.type == "cuda" and family in tiny_configs.WIDE
     assert engine.runner.in_tiles == is_tiled
 
 

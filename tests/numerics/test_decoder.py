@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_configs
 import torch
 from rounding import MAX_RATIO, MAX_RATIO_OF_ONE, Rounding, logprobs, of_tokens
 from schedules import SELECTIONS, Answer, Call, World, prompt
@@ -77,7 +78,7 @@ def is_rounded_like_the_modules(engine: Engine, world: World, family: str) -> bo
     return whole.ratio <= MAX_RATIO and max(ratios) <= MAX_RATIO_OF_ONE
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny_configs.FAMILIES)
 def test_it_covers_four_families(family: str) -> None:
     engine, _ = tiny.make_engine(tiny.injection(family), {})
     assert (engine.runner.decoder is not None) == (family in COVERED)

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import tiny
+import tiny_configs
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from schedules import SELECTIONS, Answer, Call, World, calls, mismatches, prompt, run
@@ -50,7 +51,7 @@ def check(world: World, answered: list[tuple[Call, int, Answer]]) -> None:
         assert not wrong, (wrong, call, index, answer)
 
 
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.SCALED])
+@pytest.mark.parametrize("family", [*tiny_configs.FAMILIES, *tiny_configs.SCALED])
 @examples(5)
 @given(**SCHEDULES)
 def test_every_request_gets_what_it_gets_alone(
@@ -66,7 +67,7 @@ def test_every_request_gets_what_it_gets_alone(
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.SCALED])
+@pytest.mark.parametrize("family", [*tiny_configs.FAMILIES, *tiny_configs.SCALED])
 @examples(60)
 @given(**SCHEDULES)
 def test_every_request_gets_what_it_gets_alone_in_more_schedules(

@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import tiny
+import tiny_configs
 import torch
 from peft.tuners.lora.config import KasaConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
@@ -209,7 +210,7 @@ def model(family: str) -> Any:
     """The tiny model of a family; "tied": the Llama, with one weight for embedding and head."""
     if family != "tied":
         return tiny.injection(family)
-    config = tiny.FAMILIES["llama"](tie_word_embeddings=True)
+    config = tiny_configs.FAMILIES["llama"](tie_word_embeddings=True)
     made = AutoModelForCausalLM.from_config(config)
     state = tiny.injection().model.state_dict()
     made.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})

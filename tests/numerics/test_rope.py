@@ -6,6 +6,7 @@ runs them through random schedules too.
 
 import pytest
 import tiny
+import tiny_configs
 import torch
 from schedules import Call, World, mismatches, prompt, run
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from crma.models.rope import RopeScaling, context_length, rope_scaling
 from server.engine.native.rotary import ScaledRotary
 from server.engine.request import SamplingParams
 
-every_scaled = pytest.mark.parametrize("family", tiny.SCALED)
+every_scaled = pytest.mark.parametrize("family", tiny_configs.SCALED)
 TOLERANCE = 1e-4
 PLAIN = SamplingParams(8, logprobs=2, prompt_logprobs=1)
 
@@ -122,7 +123,7 @@ def test_the_context_of_a_dynamic_model_is_its_factor_times_the_original() -> No
 def test_models_of_one_table_and_of_tables_by_layer_are_told_apart() -> None:
     assert rope_scaling(tiny.injection("llama").model.config) is None
     assert rope_scaling(tiny.injection("gemma3").model.config) is None
-    config = tiny.FAMILIES["gemma3"]()
-    config.rope_parameters["full_attention"] = tiny.LONGROPE
+    config = tiny_configs.FAMILIES["gemma3"]()
+    config.rope_parameters["full_attention"] = tiny_configs.LONGROPE
     assert rope_scaling(config) == RopeScaling("mixed", 12)
     forget_lengths(tiny.injection("gemma3").model)

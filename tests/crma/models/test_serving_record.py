@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import tiny
+import tiny_configs
 import transformers
 from tiny import tokenizer
 from transformers import AutoConfig, PreTrainedConfig
@@ -19,7 +19,7 @@ from crma.models.pull import pull
 from crma.models.serving_record import BACKEND, RECORD, read_served, serving_tokenizer
 
 TEXT = "the <|im_end|> of naïve 日本"
-LLAMA = partial(transformers.LlamaConfig, **tiny.SIZES)
+LLAMA = partial(transformers.LlamaConfig, **tiny_configs.SIZES)
 
 
 @pytest.fixture
@@ -93,9 +93,9 @@ def test_an_older_server_in_another_process_leaves_a_tokenizer_that_is_not_used(
         assert serving_tokenizer(pulled).encode(TEXT) == tokenizer().encode(TEXT)
 
 
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.SCALED])
+@pytest.mark.parametrize("family", [*tiny_configs.FAMILIES, *tiny_configs.SCALED])
 def test_the_config_has_every_field_of_transformers_config(family: str, tmp_path: Path) -> None:
-    config: PreTrainedConfig = {**tiny.FAMILIES, **tiny.SCALED}[family]()
+    config: PreTrainedConfig = {**tiny_configs.FAMILIES, **tiny_configs.SCALED}[family]()
     config.save_pretrained(tmp_path)
     read = AutoConfig.from_pretrained(tmp_path)
     served = read_served(BaseModel("tiny", "", tmp_path, {}))

@@ -7,6 +7,7 @@ from typing import Any
 import openai
 import pytest
 import tiny
+import tiny_configs
 from api import Serve, Served, openai_client, refused
 
 from server.engine.errors import QueueFull
@@ -34,9 +35,9 @@ REFUSED_COMPLETIONS = [
     ("prompt", "\ud800", "prompt"),
     ("prompt", 5, "prompt"),
     ("prompt", None, "prompt"),
-    ("prompt", [1, tiny.VOCAB], "prompt.1"),
+    ("prompt", [1, tiny_configs.VOCAB], "prompt.1"),
     ("prompt", [-1], "prompt.0"),
-    ("prompt", [[1, 2], [tiny.VOCAB]], "prompt.1.0"),
+    ("prompt", [[1, 2], [tiny_configs.VOCAB]], "prompt.1.0"),
     ("temperature", 2.1, "temperature"),
     ("max_tokens", 0, "max_tokens"),
     ("best_of", 2, "best_of"),

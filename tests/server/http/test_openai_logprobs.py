@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_configs
 from api import Served
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -191,7 +192,7 @@ def test_an_impossible_token_has_openais_least_log_probability() -> None:
 
 
 def test_of_two_tokens_without_a_text_the_most_probable_counts() -> None:
-    nowhere = tiny.VOCAB + 5  # as any other id beyond the vocabulary, it has no text
+    nowhere = tiny_configs.VOCAB + 5  # as any other id beyond the vocabulary, it has no text
     logprob = TokenLogprob(-3.0, ((nowhere, -1.0), (nowhere + 1, -2.0)))
     logprobs = CompletionLogprobs(TokenTexts(tiny.tokenizer()), skips_special=True)
     assert logprobs.of_answer([nowhere + 2], [logprob])["top_logprobs"] == [{"": -1.0}]

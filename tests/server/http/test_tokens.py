@@ -8,6 +8,7 @@ from typing import Any
 import api_keys
 import pytest
 import tiny
+import tiny_configs
 from api import Serve, Served, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -111,7 +112,7 @@ async def test_special_tokens_are_shown_and_parts_of_a_character_too(served: Ser
 @pytest.mark.parametrize(
     ("tokens", "field"),
     [
-        ([1, tiny.VOCAB], "tokens.1"),
+        ([1, tiny_configs.VOCAB], "tokens.1"),
         ([-1], "tokens.0"),
         ([2**70], "tokens.0"),
         (["1"], "tokens.0"),

@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+import tiny_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,4 +36,4 @@ def test_special_tokens_are_known_and_spelled_out(texts: TokenTexts) -> None:
     assert texts.text_of(1) == "<|im_end|>"
     assert texts.is_special(1)
     assert not texts.is_special(5)
-    assert texts.bytes_of(tiny.VOCAB + 5) == b"", "there is no such token"
+    assert texts.bytes_of(tiny_configs.VOCAB + 5) == b"", "there is no such token"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_configs
 import torch
 import transformers
 from paths import ROOT
@@ -29,7 +30,7 @@ from server.engine.request import RequestOutput
 CPU = torch.device("cpu")
 COVERED = ("llama", "mistral", "qwen2", "qwen3", "llama_tied")
 SELECTIONS = (("task-1", "crma-0"), ("task-3", None), (None, "crma-1"), (None, None))
-LLAMA = partial(transformers.LlamaConfig, **tiny.SIZES, **tiny.GQA)
+LLAMA = partial(transformers.LlamaConfig, **tiny_configs.SIZES, **tiny_configs.GQA)
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 LLAMA3 = {
@@ -41,11 +42,13 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 CONFIGS: dict[str, partial[PretrainedConfig]] = {
-    **{family: {**tiny.FAMILIES, **tiny.TIED}[family] for family in COVERED},
+    **{family: {**tiny_configs.FAMILIES, **tiny_configs.TIED}[family] for family in COVERED},
     "biases": partial(LLAMA, attention_bias=True, mlp_bias=True),
     "wide heads": partial(LLAMA, head_dim=16),
-    "windows": partial(transformers.Qwen2Config, **tiny.SIZES, **tiny.GQA, **WINDOWS),
-    "biases of qwen3": partial(tiny.FAMILIES["qwen3"], attention_bias=True),
+    "windows": partial(
+        transformers.Qwen2Config, **tiny_configs.SIZES, **tiny_configs.GQA, **WINDOWS
+    ),
+    "biases of qwen3": partial(tiny_configs.FAMILIES["qwen3"], attention_bias=True),
     "linear": partial(
         LLAMA, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
     ),
@@ -157,7 +160,7 @@ def test_the_file_is_let_go_once_its_weights_are_packed(family: str, tmp_path: P
 
 @pytest.mark.parametrize("family", ["gpt_neox", "phi3", "gemma2"])
 def test_a_model_of_another_family_is_left_to_transformers(family: str, tmp_path: Path) -> None:
-    base = pulled(tmp_path, tiny.FAMILIES[family](), torch.float32)
+    base = pulled(tmp_path, tiny_configs.FAMILIES[family](), torch.float32)
     assert bare_model(base, CPU, torch.float32) is None
 
 
@@ -165,7 +168,7 @@ def test_a_model_of_another_family_is_left_to_transformers(family: str, tmp_path
 def test_frequencies_that_follow_the_length_are_left_to_transformers(
     family: str, tmp_path: Path
 ) -> None:
-    base = pulled(tmp_path, tiny.SCALED[family](), torch.float32)
+    base = pulled(tmp_path, tiny_configs.SCALED[family](), torch.float32)
     assert bare_model(base, CPU, torch.float32) is None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import tiny
+import tiny_configs
 import torch
 from tiny import ask, injection, make_engine, tokenizer
 
@@ -162,7 +162,7 @@ def test_masked_logits_keep_allowed_ones_and_free_rows_bit_for_bit(
     constraints: Constraints,
 ) -> None:
     found = matcher(constraints, DIGITS)
-    logits = torch.randn(3, tiny.VOCAB + 20)  # a model may have more rows than tokens
+    logits = torch.randn(3, tiny_configs.VOCAB + 20)  # a model may have more rows than tokens
     before = logits.clone()
     masked = constrained(logits, [None, found, None])
     assert torch.equal(logits, before)
@@ -175,7 +175,7 @@ def test_masked_logits_keep_allowed_ones_and_free_rows_bit_for_bit(
 
 def test_a_row_without_a_finite_logit_left_is_stuck(constraints: Constraints) -> None:
     found = matcher(constraints, DIGITS)
-    logits = torch.zeros(1, tiny.VOCAB)
+    logits = torch.zeros(1, tiny_configs.VOCAB)
     logits[0, list(allowed(found))] = -torch.inf
     with pytest.raises(Stuck, match="rules out every token"):
         constrained(logits, [found])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import tiny
+import tiny_configs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -16,7 +17,7 @@ TEXTS = st.text(st.one_of(LETTERS, st.characters(exclude_categories=("Cs",))), m
 
 
 # Special tokens, and ids beyond the vocabulary, among them.
-ANY_IDS = st.lists(st.integers(0, tiny.VOCAB + 5), max_size=14)
+ANY_IDS = st.lists(st.integers(0, tiny_configs.VOCAB + 5), max_size=14)
 IDS = st.one_of(ANY_IDS, TEXTS.map(lambda text: tiny.tokenizer().encode(text)))
 
 

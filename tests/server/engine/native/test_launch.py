@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_configs
 from transformers import AutoModelForCausalLM
 
 from crma.core.errors import ConfigError
@@ -101,7 +102,7 @@ def test_token_ids_are_those_of_tokenizer_and_embedding_both(
     """The tokenizer's length counted: one with ids left out, or more of them than the model."""
     tokenizer = copy.deepcopy(tiny.tokenizer())
     tokenizer.add_tokens(["<new>"])
-    model = AutoModelForCausalLM.from_config(tiny.FAMILIES["llama"](vocab_size=num_rows))
+    model = AutoModelForCausalLM.from_config(tiny_configs.FAMILIES["llama"](vocab_size=num_rows))
     assert launch._num_tokens(model, tokenizer) == num_tokens
 
 

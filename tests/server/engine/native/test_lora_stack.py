@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import tiny
+import tiny_configs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,7 +56,7 @@ def inputs(site: Site, num_rows: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(num_rows)
     y = torch.randn(num_rows, sum(SHAPES[path][0] for path in site), generator=generator)
     if site == EMBEDDING:
-        return y, torch.randint(tiny.VOCAB, (num_rows,), generator=generator)
+        return y, torch.randint(tiny_configs.VOCAB, (num_rows,), generator=generator)
     return y, torch.randn(num_rows, SHAPES[site[0]][1], generator=generator)
 
 

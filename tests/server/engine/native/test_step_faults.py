@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_configs
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -89,7 +90,7 @@ def tokens_of_neighbours(world: World) -> set[int]:
 def test_a_forward_pass_that_fails_at_one_token(world: World, caplog: Any) -> None:
     """A module's hook raises: in the decoder the embedding is a function, so take the modules."""
     world = World(tiny.injection("phi3"), tiny.adapters(tiny.injection("phi3")))
-    poison = min(set(range(2, tiny.VOCAB)) - tokens_of_neighbours(world))
+    poison = min(set(range(2, tiny_configs.VOCAB)) - tokens_of_neighbours(world))
 
     def hook(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         if (inputs[0] == poison).any():
@@ -104,7 +105,7 @@ def test_a_forward_pass_that_fails_at_one_token(world: World, caplog: Any) -> No
 
 
 def test_a_token_id_beyond_the_embedding(world: World) -> None:
-    check(world, ask("bad", prompt=(5, tiny.VOCAB, 7)), lambda _: None)
+    check(world, ask("bad", prompt=(5, tiny_configs.VOCAB, 7)), lambda _: None)
 
 
 def test_a_batch_that_cannot_be_built(world: World) -> None:

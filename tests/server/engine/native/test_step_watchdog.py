@@ -9,6 +9,7 @@ import pytest
 SCRIPT = """
 import asyncio, ctypes
 import tiny
+import tiny_configs
 from server.engine.inference_engine import ServedModel
 from server.engine.native.async_engine import AsyncEngine
 from server.engine.native.step_watchdog import StepWatchdog
@@ -34,7 +35,7 @@ def run(*step):
 core.runner.run = run
 
 async def main():
-    model = ServedModel("tiny", "sha256:" + "a" * 64, "float32", 400, tiny.VOCAB)
+    model = ServedModel("tiny", "sha256:" + "a" * 64, "float32", 400, tiny_configs.VOCAB)
     engine = AsyncEngine(core, model, 8, StepWatchdog(0.8))
     await engine.warm_up()
     print("the first step has taken its time", flush=True)
