@@ -180,11 +180,13 @@ class VllmEngine:
 
     async def unload(self, digest: str, *, wait_s: float = 0.0, cancel: bool = False) -> None:
         """Free a resident adapter, here and in vLLM. See `InferenceEngine.unload`."""
-        abort = None
-        if cancel:
-            loop = asyncio.get_running_loop()
-            abort = partial(loop.call_soon_threadsafe, self._abort_adapter, digest)
-        await asyncio.to_thread(self.pool.unload, digest, wait_s=wait_s, abort=abort)
+        loop = asyncio.get_running_loop()
+
+        def abort() -> None:
+            loop.call_soon_threadsafe(self._abort_adapter, digest)
+
+        users = abort if cancel else None
+        await asyncio.to_thread(self.pool.unload, digest, wait_s=wait_s, abort=users)
         await self._selections.drop_gone()
 
     async def pin(self, digest: str) -> None:

@@ -1,6 +1,7 @@
 """A request's sampling options in vLLM's terms. What vLLM would do otherwise is refused by name."""
 
 import json
+from typing import Any
 
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.sampling_params import SamplingParams as VllmSampling
@@ -85,7 +86,7 @@ def _structured(constraint: Constraint) -> StructuredOutputsParams:
         return StructuredOutputsParams(regex=source)
     if constraint.kind is ConstraintKind.GRAMMAR:
         return StructuredOutputsParams(grammar=source)
-    schema = {"type": "object"}
+    schema: Any = {"type": "object"}
     if constraint.kind is ConstraintKind.JSON_SCHEMA:
         schema = closed(json.loads(source))
     if isinstance(schema, dict):
