@@ -1,6 +1,6 @@
 """Tiny real models of every family, with adapters, a store, an engine and a whole app for them.
 
-The weights are random; the classes, tokenizers and files are those of real models.
+The weights are random; classes, tokenizers and files are real.
 """
 
 import atexit
@@ -17,6 +17,7 @@ import torch
 import transformers
 from dora import dora
 from fastapi import FastAPI
+from parallel import SHARED_HEADS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
@@ -69,21 +70,9 @@ FAMILIES: dict[str, partial[PretrainedConfig]] = {
     "phi3": partial(transformers.Phi3Config, **SIZES, **GQA),
     "gpt_neox": partial(transformers.GPTNeoXConfig, **SIZES),
 }
+PARALLEL = {"llama_parallel": partial(transformers.LlamaConfig, **{**SIZES, **SHARED_HEADS})}
 TIED = {"llama_tied": partial(transformers.LlamaConfig, **SIZES, **GQA, tie_word_embeddings=True)}
 WIDE = {f"{name}_wide": partial(FAMILIES[name], head_dim=16) for name in ("llama", "gemma2")}
-# Heads as vLLM's kernels for CPUs take them, and sizes that three processes can share. The last 84
-# rows of embedding and head are no tokens.
-SHARED_HEADS = {
-    "vocab_size": 384,
-    "hidden_size": 96,
-    "intermediate_size": 96,
-    "num_attention_heads": 3,
-}
-PARALLEL = {
-    "llama_parallel": partial(
-        transformers.LlamaConfig, **{**SIZES, **SHARED_HEADS}, num_key_value_heads=3
-    )
-}
 # Models whose rotary frequencies depend on the length of a sequence, from 13 tokens on.
 LONGROPE = {
     "rope_type": "longrope",
@@ -114,7 +103,7 @@ FORMAT = PromptFormat("<|im_start|>", "[answer]", "<|im_end|>")
 def injection(family: str = "llama") -> Injection:
     """A random fp32 model of a family with its hooks, set up as `load_model` does.
 
-    One per process: tests that change the model take a `fresh` copy.
+    One per process: tests that change it take a `fresh` copy.
     """
     torch.manual_seed(0)
     config = {**FAMILIES, **TIED, **WIDE, **PARALLEL, **SCALED}[family]()
@@ -130,9 +119,8 @@ def injection(family: str = "llama") -> Injection:
 def fresh(inj: Injection) -> nn.Module:
     """A copy of the model without hooks, for a test that changes it."""
     config = inj.model.config
-    model = AutoModelForCausalLM.from_config(
-        config, attn_implementation=config._attn_implementation
-    )
+    attention = config._attn_implementation
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.load_state_dict(inj.model.state_dict())
     return model.eval()
 
