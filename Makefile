@@ -42,7 +42,7 @@ e2e: setup clients  ## the long tests, on the real model, with other people's cl
 vllm: .venv-vllm/.installed  ## an environment with vLLM for CPUs: docs/vllm.md
 
 e2e-vllm: vllm  ## the engine on vLLM, with one process and with three, and against transformers
-	.venv-vllm/bin/python -m pytest -m vllm
+	.venv-vllm/bin/python -m pytest -m vllm -W default
 
 soak: setup  ## an hour of mixed load, churn, wrong input and kills, or SOAK_MINUTES of it
 	$(BIN)/python -m pytest -m e2e tests/e2e/test_soak.py --soak-minutes $(SOAK_MINUTES)

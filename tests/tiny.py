@@ -1,6 +1,6 @@
 """Tiny real models of every family, with adapters, a store, an engine and a whole app for them.
 
-The weights are random; the classes, tokenizers and files are those of real models.
+The weights are random; classes, tokenizers and files are real.
 """
 
 import atexit
@@ -55,7 +55,7 @@ FORMAT = PromptFormat("<|im_start|>", "[answer]", "<|im_end|>")
 def injection(family: str = "llama") -> Injection:
     """A random fp32 model of a family with its hooks, set up as `load_model` does.
 
-    One per process: tests that change the model take a `fresh` copy.
+    One per process: tests that change it take a `fresh` copy.
     """
     torch.manual_seed(0)
     config = CONFIGS[family]()
@@ -71,9 +71,8 @@ def injection(family: str = "llama") -> Injection:
 def fresh(inj: Injection) -> nn.Module:
     """A copy of the model without hooks, for a test that changes it."""
     config = inj.model.config
-    model = AutoModelForCausalLM.from_config(
-        config, attn_implementation=config._attn_implementation
-    )
+    attention = config._attn_implementation
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.load_state_dict(inj.model.state_dict())
     return model.eval()
 

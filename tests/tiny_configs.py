@@ -3,6 +3,7 @@
 from functools import partial
 
 import transformers
+from parallel import SHARED_HEADS
 from transformers import PretrainedConfig
 
 VOCAB = 300
@@ -34,19 +35,7 @@ FAMILIES: dict[str, partial[PretrainedConfig]] = {
 }
 TIED = {"llama_tied": partial(transformers.LlamaConfig, **SIZES, **GQA, tie_word_embeddings=True)}
 WIDE = {f"{name}_wide": partial(FAMILIES[name], head_dim=16) for name in ("llama", "gemma2")}
-# Heads as vLLM's kernels for CPUs take them, and sizes that three processes can share. The last 84
-# rows of embedding and head are no tokens.
-SHARED_HEADS = {
-    "vocab_size": 384,
-    "hidden_size": 96,
-    "intermediate_size": 96,
-    "num_attention_heads": 3,
-}
-PARALLEL = {
-    "llama_parallel": partial(
-        transformers.LlamaConfig, **{**SIZES, **SHARED_HEADS}, num_key_value_heads=3
-    )
-}
+PARALLEL = {"llama_parallel": partial(transformers.LlamaConfig, **{**SIZES, **SHARED_HEADS})}
 # Models whose rotary frequencies depend on the length of a sequence, from 13 tokens on.
 LONGROPE = {
     "rope_type": "longrope",

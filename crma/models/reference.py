@@ -5,6 +5,7 @@ It is slow on purpose, so that it stays simple.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -72,14 +73,17 @@ def generate(
     device = next(injection.model.parameters()).device
     ids = torch.tensor([list(prompt_ids)], device=device)
     cache = None
+    named = _cache_name(injection.model)
     rope = rope_scaling(injection.model.config)
     forget_lengths(injection.model)
     tokens: list[int] = []
     logprobs: list[float] = []
     with torch.inference_mode(), injection.active(plan or Plan()):
         while len(tokens) < max_tokens:
-            output = injection.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
-            cache = output.cache
+            output = injection.model(
+                input_ids=ids, use_cache=True, logits_to_keep=1, **{named: cache}
+            )
+            cache = getattr(output, named)
             logits = output.logits[0, -1].float()
             token = choose(logits, tokens)
             if token in stop_ids:
@@ -91,3 +95,8 @@ def generate(
                 cache = None
                 ids = torch.tensor([[*prompt_ids, *tokens]], device=device)
     return Generation(tuple(tokens), tuple(logprobs), "length")
+
+
+def _cache_name(model: nn.Module) -> str:
+    """What the model calls its KV cache: before transformers 5.24, `past_key_values`."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"

@@ -61,7 +61,7 @@ def expand_slice(
 
 def _groups(weights: Tensor, slots: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(rows [k], weight [out, in]) of each slot that rows have."""
-    for slot in slots.unique().tolist():
+    for slot in set(slots.tolist()):
         if slot >= 0:
             (rows,) = torch.where(slots == slot)
             yield rows, weights[slot].flatten(0, -2)

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import ExitStack, aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -91,6 +91,7 @@ class VllmEngine:
         self._background: set[asyncio.Task[None]] = set()
         self._failure: str | None = None
         self._is_closed = False
+        self._is_checked = False  # until then no step counts: the server is not ready
         pool.on_change = self._pool_has_changed
 
     # Requests ----------------------------------------------------------------------------------
@@ -131,8 +132,11 @@ class VllmEngine:
         begun = [stream for stream in streams if stream.has_begun]
         num_waiting = min(self._steps.num_waiting, len(begun))  # in vLLM, for blocks or slots
         cache = self._llm.vllm_config.cache_config
+        counters = self._steps.counters
+        if not self._is_checked:
+            counters = replace(counters, num_steps=0)
         return EngineStats(
-            **asdict(self._steps.counters),
+            **asdict(counters),
             **asdict(self.pool.counters),
             has_failed=self._failure is not None,
             failure=self._failure or "",
@@ -154,6 +158,7 @@ class VllmEngine:
             EngineStopped: a step failed, or the check did.
         """
         await check_rows(self, self.pool.injection, self.limits.max_loras)
+        self._is_checked = True
 
     async def close(self) -> None:
         """Take nothing new, abort what has not finished, and end vLLM's processes."""
@@ -180,11 +185,13 @@ class VllmEngine:
 
     async def unload(self, digest: str, *, wait_s: float = 0.0, cancel: bool = False) -> None:
         """Free a resident adapter, here and in vLLM. See `InferenceEngine.unload`."""
-        abort = None
-        if cancel:
-            loop = asyncio.get_running_loop()
-            abort = partial(loop.call_soon_threadsafe, self._abort_adapter, digest)
-        await asyncio.to_thread(self.pool.unload, digest, wait_s=wait_s, abort=abort)
+        loop = asyncio.get_running_loop()
+
+        def abort() -> None:
+            loop.call_soon_threadsafe(self._abort_adapter, digest)
+
+        users = abort if cancel else None
+        await asyncio.to_thread(self.pool.unload, digest, wait_s=wait_s, abort=users)
         await self._selections.drop_gone()
 
     async def pin(self, digest: str) -> None:

@@ -15,6 +15,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,8 +52,8 @@ async def check_rows(engine: VllmEngine, injection: Injection, max_loras: int) -
     tasks = [f"{NAME}-task-{index}" for index in range(1 + others)]
     backbone = f"{NAME}-crma"
     for seed, digest in enumerate(tasks):
-        engine.register(digest, lambda seed=seed: _lora(injection, seed), 0)
-    engine.register(backbone, lambda: _backbone(injection), 0)
+        engine.register(digest, partial(_lora, injection, seed), 0)
+    engine.register(backbone, partial(_backbone, injection), 0)
     try:
         await _check(engine, injection, tasks, backbone)
     finally:

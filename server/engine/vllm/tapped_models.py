@@ -6,7 +6,7 @@ Imported in vLLM's processes only.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
@@ -23,14 +23,14 @@ from server.engine.vllm.plugin import GUARD, NUM_TOKENS
 from server.engine.vllm.tap import add_taps
 
 
-class Tapped:
+class Tapped(nn.Module):
     """Adds the taps when a model is made, and never chooses a token that the tokenizer lacks.
 
     It comes before vLLM's class among the bases.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **layers: Any) -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **layers)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **layers)  # vLLM's class
         options = vllm_config.additional_config
         self.num_tokens: int = options[NUM_TOKENS]
         if current_platform.is_cpu() and options[GUARD]:

