@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, backbone, injection, lora
+from tiny import backbone, injection, lora
+from tiny_configs import FAMILIES
 from torch import Tensor
 
 from crma.core.selection import BASE, AdapterSelection

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, injection, lora, tokenizer
+from tiny import injection, lora, tokenizer
+from tiny_configs import FAMILIES
 
 from crma.data.examples import Example
 from crma.evaluation.evaluator import (

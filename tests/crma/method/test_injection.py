@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from dora import dora
-from tiny import FAMILIES, injection, lora
+from tiny import injection, lora
+from tiny_configs import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from crma.core.errors import ConfigError, InvalidAdapter, UnsupportedModel

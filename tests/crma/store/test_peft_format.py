@@ -10,7 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 from published import BASE
-from tiny import FAMILIES, fresh, injection, lora
+from tiny import fresh, injection, lora
+from tiny_configs import FAMILIES
 from torch import Tensor, nn
 
 from crma.core.errors import InvalidAdapter

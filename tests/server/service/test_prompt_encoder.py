@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import tiny
-from tiny import FORMAT, VOCAB
+from tiny import FORMAT
+from tiny_configs import VOCAB
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
