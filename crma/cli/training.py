@@ -172,7 +172,7 @@ def study(
         bool, typer.Option("--dry-run", help="Say what would run, and what it costs.")
     ] = False,
 ) -> Answer:
-    """Run experiments one after the other, each set by what those before it decided.
+    """Run experiments in order, each set by those before it.
 
     Records that exist are not made again. The tables of all phases are printed, and written to
     RESULTS/<study>.md.

@@ -26,7 +26,7 @@ LLAMA = partial(transformers.LlamaConfig, **tiny_configs.SIZES)
 def pulled(base: BaseModel, tmp_path: Path) -> BaseModel:
     """A pulled model of its own, without a record."""
     folder = tmp_path / "home" / "models" / base.name
-    shutil.copytree(base.path, folder, ignore=shutil.ignore_patterns(RECORD, BACKEND))
+    shutil.copytree(base.path, folder, ignore=shutil.ignore_patterns(".*"))
     return read_base(folder)
 
 
