@@ -10,9 +10,9 @@ from functools import cache
 from math import ceil
 from typing import Any
 
-from paths import ROOT
+from bench_results import bench_records
+from paths import BENCH
 
-BENCH = ROOT / "clients" / "bench"
 RANK = 8  # of a LoRA on every linear
 CRMA_RANK = 16  # of the folded pair of each block: 4 streams of rank 4, as shipped
 BYTES = 2  # of a number in bfloat16
@@ -82,9 +82,12 @@ BASES = (
 
 @cache
 def _bench(name: str) -> Mapping[str, Any]:
-    """The figures of our engine in bfloat16 in a row of the benchmark."""
-    rows = map(json.loads, (BENCH / "results.jsonl").read_text("utf-8").splitlines())
-    return next(row for row in rows if (row["row"], row["engine"]) == (name, "server"))
+    """The figures of our engine in bfloat16, on AMX, in a row of the benchmark."""
+    return next(
+        row
+        for row in bench_records("amx")
+        if (row.get("row"), row.get("engine")) == (name, "server")
+    )
 
 
 def load_seconds_a_byte() -> float:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench_results import bench_records
 from cost_model import BASE_COLUMNS, SLOT_COLUMNS, base_rows, slot_rows
 from fastapi import APIRouter, FastAPI
 from paths import EXPERIMENTS, RESULTS, ROOT
@@ -191,9 +192,10 @@ def sharing_table() -> str:
     return study_report(read_study(EXPERIMENTS / "sharing.toml"), RESULTS)
 
 
-def bench_table() -> str:
+def bench_table(isa: str) -> str:
     """What `make bench` measured: medians, ranges of the repetitions, and the median TTFT."""
-    rows = {(row["row"], row["engine"]): row for row in _bench_records() if "row" in row}
+    records = bench_records(isa)
+    rows = {(row["row"], row["engine"]): row for row in records if "row" in row}
     measured = {name for name, _ in rows}
     engines = [engine for engine in ENGINES if ("base", engine) in rows]
 
@@ -222,11 +224,11 @@ def bench_table() -> str:
     return "\n".join([*markdown_table(header, table), "", origin])
 
 
-def goals_table() -> str:
+def goals_table(isa: str) -> str:
     """What `make bench` found of each goal."""
     answers = {None: NOT_MEASURED, "no": "no", "must": "must", "aim": "must and aim"}
     known: dict[str, Any] = {}
-    for row in _bench_records():
+    for row in bench_records(isa):
         if "goal" in row and (row["found"] is not None or row["goal"] not in known):
             known[row["goal"]] = row
     table = []
@@ -237,12 +239,6 @@ def goals_table() -> str:
     if not table:
         return "These results are from before the goals."
     return "\n".join(markdown_table(["goal", "must", "aim", "found", "reached"], table))
-
-
-def _bench_records() -> list[dict[str, Any]]:
-    """What `make bench` wrote: rows and goals."""
-    lines = (ROOT / "clients" / "bench" / "results.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def cost_table() -> str:
@@ -302,8 +298,9 @@ TABLES = {
     "sharing": Table(DOCS / "results.md", sharing_table),
     "quick": Table(DOCS / "results.md", partial(experiment_table, "quick")),
     "full": Table(DOCS / "results.md", partial(experiment_table, "full")),
-    "bench": Table(DOCS / "benchmark.md", bench_table),
-    "goals": Table(DOCS / "benchmark.md", goals_table),
+    "bench-amx": Table(DOCS / "benchmark.md", partial(bench_table, "amx")),
+    "bench-avx2": Table(DOCS / "benchmark.md", partial(bench_table, "avx2")),
+    "goals-avx2": Table(DOCS / "benchmark.md", partial(goals_table, "avx2")),
 }
 
 
