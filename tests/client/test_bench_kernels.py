@@ -38,6 +38,7 @@ def test_a_profile_has_every_part_of_a_step_and_shares_that_add_up() -> None:
     assert three == pytest.approx(3 * one)
 
 
+@pytest.mark.e2e
 def test_the_rate_of_products_is_the_best_of_all_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.limits.SIZE", 64)
     monkeypatch.setattr("bench.limits.NUM_WEIGHTS", 1 << 16)

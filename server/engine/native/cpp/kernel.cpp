@@ -7,6 +7,12 @@
 // Shapes: rows of one token each; H query heads over h key-value heads of size e; blocks of z
 // positions. Tensors are contiguous unless there is a stride.
 
+#if defined(__x86_64__) && !defined(__clang__)
+// GCC 12 moves vectors of 8 bytes through MMX registers and leaves them in use: what divides on the
+// x87 unit in this thread afterwards, such as NumPy's `//`, then gets NaN.
+#pragma GCC target("no-mmx")
+#endif
+
 #include "attention.h"
 #include "blocks.h"
 #include "lora.h"
