@@ -15,6 +15,17 @@ from crma.models.base_model import BaseModel
 STUDY = "sharing.toml"
 TASKS = {"first": ("yes", "no"), "second": ("left", "right"), "third": ("up", "down")}
 NUM_SEEDS = 2  # of every arm
+ENDPOINT = """
+name = "small"
+arm = "winner"
+against = ["FROZEN"]
+measure = "holdout"
+seeds = [0, 1]
+orders = [["a", "b"]]
+alpha = 0.05
+drift_margin = 0.5
+worst_drift = 1.0
+"""
 
 
 def write_small_study(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -26,7 +27,7 @@ def for_another_thread(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
 
 def import_templates() -> None:
     """Import what renders chat templates, so that the first of them does not wait for it."""
-    import transformers.utils.chat_template_utils  # noqa: F401
+    import_module("transformers.utils.chat_template_utils")
 
 
 class PlainTokenizer:

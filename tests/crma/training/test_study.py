@@ -4,22 +4,12 @@ from pathlib import Path
 
 import pytest
 from paths import EXPERIMENTS
+from small_study import ENDPOINT
 
 from crma.core.digests import file_digest
 from crma.core.errors import ConfigError
 from crma.training.study import Study, read_study
 
-ENDPOINT = """
-name = "small"
-arm = "winner"
-against = ["FROZEN"]
-measure = "holdout"
-seeds = [0, 1]
-orders = [["a", "b"]]
-alpha = 0.05
-drift_margin = 0.5
-worst_drift = 1.0
-"""
 EXPERIMENT = """
 name = "its-own"
 endpoint = "endpoint.toml"

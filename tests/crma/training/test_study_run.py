@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from command_line import crma
+from small_study import ENDPOINT
 
 from crma.core.errors import DataError, TrainingError
 from crma.core.files import locked
@@ -14,17 +15,6 @@ from crma.training.study import Study, read_study
 from crma.training.study_report import forecast, study_report
 from crma.training.study_run import Conduct
 
-ENDPOINT = """
-name = "small"
-arm = "winner"
-against = ["FROZEN"]
-measure = "holdout"
-seeds = [0, 1]
-orders = [["a", "b"]]
-alpha = 0.05
-drift_margin = 0.5
-worst_drift = 1.0
-"""
 GRID = """
 name = "grid"
 endpoint = "endpoint.toml"
