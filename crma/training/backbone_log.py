@@ -13,20 +13,17 @@ import torch
 from torch import Tensor
 
 from crma.method.backbone import Backbone
-from crma.training.adapted_model import RecordingPair
 
 StepLog = dict[str, list[float]]  # measure -> a value for each layer
 
 
-def measure_backbone(
-    backbone: Backbone, M_0: Tensor, recording: Sequence[RecordingPair]
-) -> StepLog:
+def measure_backbone(backbone: Backbone, M_0: Tensor, ratios: Tensor) -> StepLog:
     """Measure every layer of a backbone after a backward pass.
 
     Args:
         backbone: the one that trains.
         M_0: its mixing matrices at the start of the run.
-        recording: the pairs of the last forward pass; none where there was none yet.
+        ratios: ||dh|| / ||h|| of every layer in the last forward pass, [L]; [0] if there was none.
 
     Returns:
         grad_S: ||dloss/dS||_F; 0 if S does not train.
@@ -40,7 +37,6 @@ def measure_backbone(
     """
     with torch.no_grad():
         M = backbone.mixing()
-        ratios = [pair.ratio for pair in recording if pair.ratio is not None]
         measured = {
             "grad_S": _gradient_norm(backbone.S),
             "moved": (M - M_0).flatten(1).norm(dim=1),
@@ -49,9 +45,12 @@ def measure_backbone(
             "c_M_minus_1": torch.maximum(_sum_deviation(M, -1), _sum_deviation(M, -2)),
             "gate": torch.sigmoid(backbone.gamma),
             "W_norm": _bounded_norm(backbone.W),
-            "dh": torch.stack(ratios) if ratios else torch.zeros(0),
+            "dh": ratios,
         }
-    return {name: _rounded(values) for name, values in measured.items()}
+        # One copy from the device, which the CPU waits for.
+        flat = torch.cat([values.to(M) for values in measured.values()]).tolist()
+    values = iter(flat)
+    return {name: [_rounded(next(values)) for _ in found] for name, found in measured.items()}
 
 
 def summarise(log: Sequence[StepLog]) -> dict[str, Any]:
@@ -76,7 +75,7 @@ def summarise(log: Sequence[StepLog]) -> dict[str, Any]:
 
 def _gradient_norm(S: Tensor) -> Tensor:
     if S.grad is None:
-        return torch.zeros(len(S))
+        return torch.zeros(len(S), device=S.device)
     return S.grad.flatten(1).norm(dim=1)
 
 
@@ -91,6 +90,6 @@ def _bounded_norm(W: Tensor) -> Tensor:
     return largest.clamp(min=0, max=1).sqrt()
 
 
-def _rounded(values: Tensor) -> list[float]:
+def _rounded(value: float) -> float:
     """Six significant digits: the log is read by people and compared between runs."""
-    return [float(f"{value:.6g}") for value in values.tolist()]
+    return float(f"{value:.6g}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from crma.core.errors import TrainingError
 from crma.evaluation.evaluator import Encoded, collate
+from crma.method.backbone import Backbone
 from crma.training.adapted_model import AdaptedModel
 from crma.training.arms import ARMS
 from crma.training.backbone_log import measure_backbone
@@ -43,6 +44,7 @@ class TaskTrainer:
         first_task: whether the backbone trains for the first time.
         pad_id: the padding token.
         folder: the step log is written to `<folder>/log.jsonl`.
+        progress: called with (steps done, total steps) after every step.
         M_0: the mixing matrices at the start of the run; None if the backbone does not train.
         average: follows the weights step by step, if they are to be averaged.
         free: [L, d, d] the projection on the directions in which R may move; None: in all.
@@ -57,16 +59,14 @@ class TaskTrainer:
     first_task: bool
     pad_id: int
     folder: Path
+    progress: Callable[[int, int], None]
     M_0: Tensor | None = None
     average: WeightAverage | None = None
     free: Tensor | None = None
     ranks: Ranks = ALONE
 
-    def run(self, progress: Callable[[int, int], None]) -> float:
+    def run(self) -> float:
         """Train to the end of the last epoch.
-
-        Args:
-            progress: called with (steps done, total steps) after every step.
 
         Returns:
             The seconds it took.
@@ -76,24 +76,21 @@ class TaskTrainer:
         """
         groups = parameter_groups(self.config, self.adapted, first_task=self.first_task)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
-        factors: list[Callable[[int], float]] = [
-            partial(self._rate_factor, group["name"]) for group in groups
-        ]
-        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        rates = self.rates(optimizer)
         self.folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         dropout = random.Random(f"{self.config.seed}/{self.task}/drop")
         file = self.folder / LOG_FILE
         with file.open("wb", buffering=0) if self.ranks.writes else nullcontext() as log:
             for epoch in range(self.config.epochs):
-                for step, indices in self._batches(epoch):
-                    crma = self._has_no_lora or dropout.random() >= self.config.crma.drop
+                for step, indices in self.batches(epoch):
+                    crma = self.has_no_lora or dropout.random() >= self.config.crma.drop
                     measured = self._step(optimizer, [self.rows[i] for i in indices], crma=crma)
                     rates.step()
                     if log is not None:
-                        log.write(self._line(epoch, step, measured))
-                    self._check_mixing_gradient(step, measured)
-                    progress(step + 1, self._num_steps)
+                        log.write(self.log_line(epoch, step, measured))
+                    self.check_mixing_gradient(step, measured)
+                    self.progress(step + 1, self.num_steps)
         return time.perf_counter() - started
 
     @property
@@ -101,28 +98,36 @@ class TaskTrainer:
         return math.ceil(len(self.rows) / self.config.batch_size)
 
     @property
-    def _num_steps(self) -> int:
+    def num_steps(self) -> int:
+        """The steps to the end of the last epoch."""
         return self._steps_per_epoch * self.config.epochs
 
     @property
-    def _has_no_lora(self) -> bool:
+    def has_no_lora(self) -> bool:
         """Whether the backbone trains alone."""
         return not self.adapted.lora.pairs
 
     @property
     def _backbone_starts(self) -> int:
         """The step at which the backbone starts to train."""
-        if not self.first_task or self._has_no_lora:
+        if not self.first_task or self.has_no_lora:
             return 0
-        return round(self.config.crma.starts_at * self._num_steps)
+        return round(self.config.crma.starts_at * self.num_steps)
+
+    def rates(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        """The learning rates of all groups, step by step."""
+        factors: list[Callable[[int], float]] = [
+            partial(self._rate_factor, group["name"]) for group in optimizer.param_groups
+        ]
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
 
     def _rate_factor(self, group: str, step: int) -> float:
         """The factor on a parameter group's peak learning rate."""
         if group != "lora" and step < self._backbone_starts:
             return 0.0
-        return learning_rate_factor(step, self._num_steps, self.config.warmup)
+        return learning_rate_factor(step, self.num_steps, self.config.warmup)
 
-    def _batches(self, epoch: int) -> enumerate[list[int]]:
+    def batches(self, epoch: int) -> enumerate[list[int]]:
         """The batches of an epoch with their step numbers, which count on from epoch to epoch."""
         key = f"{self.config.seed}/{self.task}/{epoch}"
         batches = epoch_batches(self.rows, self.config.batch_size, key)
@@ -148,11 +153,9 @@ class TaskTrainer:
         }
         backbone = self.adapted.backbone
         if backbone is not None and self.M_0 is not None and crma:
-            measured["crma"] = measure_backbone(backbone, self.M_0, self.adapted.recording)
-        if not all(math.isfinite(value) for value in (measured["loss"], *norms.values())):
-            message = f"{self.task}: loss or gradient is not finite; lower lr"
-            raise TrainingError(message, field="loss", value=measured, allowed="finite")
-        self._update(optimizer)
+            measured["crma"] = measure_backbone(backbone, self.M_0, self.adapted.ratios)
+        self.check_finite(measured)
+        move(optimizer, self.adapted.backbone, self.free)
         if self.average is not None:
             self.average.update()
         return measured
@@ -163,17 +166,6 @@ class TaskTrainer:
         if not ARMS[self.config.arm].grows:
             return 0.0
         return settings.orthogonality * overlap(self.adapted.lora, settings.rank)
-
-    def _update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Move the parameters; R only in its free directions."""
-        backbone = self.adapted.backbone
-        if self.free is None or backbone is None:
-            optimizer.step()
-            return
-        before = backbone.R.detach().clone()
-        optimizer.step()
-        with torch.no_grad():
-            backbone.R.copy_(before + (backbone.R - before) @ self.free)
 
     def _backward(
         self, optimizer: torch.optim.Optimizer, rows: Sequence[Encoded], *, crma: bool
@@ -202,14 +194,22 @@ class TaskTrainer:
             self.ranks.add_up([sums])
         return float(sums[0]), int(sums[1])
 
-    def _line(self, epoch: int, step: int, measured: dict[str, Any]) -> bytes:
+    def log_line(self, epoch: int, step: int, measured: dict[str, Any]) -> bytes:
         """A line of the log."""
-        factor = learning_rate_factor(step, self._num_steps, self.config.warmup)
+        factor = learning_rate_factor(step, self.num_steps, self.config.warmup)
         line = {"task": self.task, "step": step, "epoch": epoch, "lr": factor, **measured}
         text = json.dumps(line, allow_nan=False, separators=(",", ":"))
         return text.encode() + b"\n"
 
-    def _check_mixing_gradient(self, step: int, measured: dict[str, Any]) -> None:
+    def check_finite(self, measured: dict[str, Any]) -> None:
+        """Raise TrainingError if the loss or a gradient of a step is not finite."""
+        if not all(
+            math.isfinite(each) for each in (measured["loss"], *measured["grad_norm"].values())
+        ):
+            message = f"{self.task}: loss or gradient is not finite; lower lr"
+            raise TrainingError(message, field="loss", value=measured, allowed="finite")
+
+    def check_mixing_gradient(self, step: int, measured: dict[str, Any]) -> None:
         """Raise TrainingError if a layer's M has no gradient where it must have one.
 
         The gradient is 0 until W moves. In task 1 it must be non-zero in every layer from ten steps
@@ -225,6 +225,23 @@ class TaskTrainer:
             raise TrainingError(
                 message, field="layers", value=dead, allowed="a gradient in every layer"
             )
+
+
+def move(optimizer: torch.optim.Optimizer, backbone: Backbone | None, free: Tensor | None) -> None:
+    """Take a step of the optimizer, in which R moves only in its free directions.
+
+    Args:
+        optimizer: of all parameters.
+        backbone: the one that trains, if any.
+        free: [L, d, d] the projection on those directions; None: R may move in all.
+    """
+    if free is None or backbone is None:
+        optimizer.step()
+        return
+    before = backbone.R.detach().clone()
+    optimizer.step()
+    with torch.no_grad():
+        backbone.R.copy_(before + (backbone.R - before) @ free)
 
 
 def _gradients(optimizer: torch.optim.Optimizer, *, crma: bool) -> list[Tensor]:

@@ -10,16 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from crma.core.errors import ConfigError, TrainingError
 from crma.core.files import replace_file, to_json
 from crma.data.examples import Example
 from crma.data.splits import load_split
 from crma.evaluation.evaluator import Encoded, Evaluator
-from crma.method.injection import Injection
 from crma.models.base_model import BaseModel
-from crma.models.loading import load_model, load_tokenizer, resolve_device, training_dtype
 from crma.store.entry import BackboneEntry
 from crma.store.manifest import check_name
 from crma.store.opening import open_store
@@ -29,9 +25,9 @@ from crma.training.initial_adapters import backbone_shape
 from crma.training.prompt_format import format_of
 from crma.training.ranks import Ranks
 from crma.training.record import Progress, make_record, measure_stages, read_logs, silent
-from crma.training.shards import load_shards
 from crma.training.snapshots import Snapshots
-from crma.training.stage_trainer import StageTrainer
+from crma.training.stage_trainer import StageTrainer, Training, train_alone
+from crma.training.training_model import TrainingModel, load_training_model
 
 
 class Run:
@@ -42,6 +38,7 @@ class Run:
         base: a pulled base model.
         folder: the run folder; if it holds a run of the same configuration, that run resumes.
         progress: called with (description, done, total).
+        loaded: the base model in the dtype of the configuration, if other runs train on it too.
 
     Attributes:
         ranks: the processes that train it together; alone by default.
@@ -60,7 +57,12 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainConfig, base: BaseModel, folder: Path, progress: Progress
+        self,
+        config: TrainConfig,
+        base: BaseModel,
+        folder: Path,
+        progress: Progress,
+        loaded: TrainingModel | None = None,
     ) -> None:
         self.config = config
         self.base = base
@@ -71,16 +73,13 @@ class Run:
         for task in config.tasks:
             check_name(task_name(task))  # before any training: its snapshot could not be published
         self.start = _start_of(config, base)
-        self.device = resolve_device("auto")
-        self.model = self._load()
-        self.serving_attention = self.model.config._attn_implementation
-        if self.device.type == "cpu":
-            # The backward pass of torch's fused attention takes a third of a step there.
-            self.model.set_attn_implementation("eager")
-        self.injection = Injection(self.model)
-        tokenizer = load_tokenizer(base)
-        prompt_format = format_of(config, tokenizer)
-        self.evaluator = Evaluator(self.injection, tokenizer, prompt_format)
+        loaded = loaded or load_training_model(base, config.dtype, self.ranks)
+        self.injection = loaded.injection
+        self.model = loaded.injection.model
+        self.device = self.model.device
+        self.serving_attention = loaded.serving_attention
+        prompt_format = format_of(config, loaded.tokenizer)
+        self.evaluator = Evaluator(self.injection, loaded.tokenizer, prompt_format)
         self.train_rows = self._rows("train", config.train_items or None)
         self.measure_rows = self._rows(config.measure)
         self.snapshots = Snapshots(folder / "store", config, base, self.evaluator.fmt, self.start)
@@ -97,7 +96,11 @@ class Run:
         )
 
     def execute(self) -> dict[str, Any]:
-        """Train every stage, measure, and write the record.
+        """Train every stage, measure, and write the record. Returns and raises as `training`."""
+        return train_alone(self.training())
+
+    def training(self) -> Training[dict[str, Any]]:
+        """Train every stage, measure, and write the record, part by part.
 
         Returns:
             The record; empty in a process that only trains with others.
@@ -110,7 +113,9 @@ class Run:
             self._pin_config()
         started = time.perf_counter()
         num_stages = len(self.snapshots.stages)
-        train_s = sum(self.stage_trainer.train(index) for index in range(num_stages))
+        train_s = 0.0
+        for index in range(num_stages):
+            train_s += yield from self.stage_trainer.train(index)
         self.ranks.wait()
         if not self.ranks.sharded:
             self.ranks.leave()
@@ -128,13 +133,6 @@ class Run:
         record["wall_s"] = time.perf_counter() - started
         replace_file(self.folder / "record.json", to_json(record))
         return record
-
-    def _load(self) -> PreTrainedModel:
-        """The base model, or this process's part of it."""
-        dtype = training_dtype(self.config.dtype, self.device)
-        if self.ranks.sharded:
-            return load_shards(self.base, self.device, dtype, self.ranks)
-        return load_model(self.base, self.device, dtype)
 
     def _rows(self, splits: str, limit: int | None = None) -> dict[str, list[Encoded]]:
         """The examples of a split, or of several joined by "+", by task."""

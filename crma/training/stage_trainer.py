@@ -5,11 +5,11 @@ stage that was interrupted trains again from its start, with the same result.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -42,6 +42,26 @@ STATS_FILE = "stats.json"  # exists once a stage is trained and its snapshot pub
 MOMENTS_FILE = "moments.safetensors"  # of the block outputs, in arms that protect them
 PRETRAINING = "pretraining"  # the folder of the backbone that trains alone, before the stage
 SETTLED = "settled"  # the folder of the LoRA that trains alone, after its backbone went back
+
+
+Result = TypeVar("Result")
+
+Training = Generator[TaskTrainer, float, Result]
+"""Training step by step: yields what is to be trained next, and is sent the seconds that it took.
+
+So whoever goes through it may train it alone, or together with that of other runs.
+"""
+
+
+def train_alone(training: Training[Result]) -> Result:
+    """Go through a training, each part by itself. Raises as `TaskTrainer.run`."""
+    try:
+        trainer = next(training)
+        while True:
+            trainer = training.send(trainer.run())
+    except StopIteration as end:
+        result: Result = end.value
+        return result
 
 
 class Fit(NamedTuple):
@@ -93,7 +113,7 @@ class StageTrainer:
 
     # The stage ---------------------------------------------------------------------------------
 
-    def train(self, index: int) -> float:
+    def train(self, index: int) -> Training[float]:
         """Train a stage and publish its snapshot, unless that is done.
 
         Returns:
@@ -110,13 +130,13 @@ class StageTrainer:
             return json.loads(stats.read_text())["wall_s"]
         lora = self.start_lora(index)
         backbone = self._start_backbone(index)
-        wall_s = self._pretrain(index, backbone)
-        fit = self._fit_stage(index, lora, backbone)
+        wall_s = yield from self._pretrain(index, backbone)
+        fit = yield from self._fit_stage(index, lora, backbone)
         wall_s += fit.wall_s
         if self.arm.slow and backbone is not None:
             fit.apply()
             backbone = self._gone_back(index, backbone)
-            fit = self._settle(stage, lora, backbone)
+            fit = yield from self._settle(stage, lora, backbone)
             wall_s += fit.wall_s
         self.ranks.check_same([*lora.parameters(), *(backbone.parameters() if backbone else ())])
         if self.ranks.measures:
@@ -173,7 +193,7 @@ class StageTrainer:
 
     # What trains -------------------------------------------------------------------------------
 
-    def _pretrain(self, index: int, backbone: Backbone | None) -> float:
+    def _pretrain(self, index: int, backbone: Backbone | None) -> Training[float]:
         """Train the backbone alone, in arms that do so before this stage. Returns the seconds."""
         tasks = self.snapshots.pretraining_tasks(index)
         if backbone is None or not tasks:
@@ -183,11 +203,11 @@ class StageTrainer:
         adapted = AdaptedModel(self.injection, no_lora, backbone, backbone_moves=True)
         stage = Stage(f"{name}, backbone", tasks)
         folder = self.folder / name / PRETRAINING
-        fit = self._fit(stage, adapted, folder, self.config, first_task=True)
+        fit = yield from self._fit(stage, adapted, folder, self.config, first_task=True)
         fit.apply()
         return fit.wall_s
 
-    def _fit_stage(self, index: int, lora: Lora, backbone: Backbone | None) -> Fit:
+    def _fit_stage(self, index: int, lora: Lora, backbone: Backbone | None) -> Training[Fit]:
         """Train the LoRA of a stage, and the backbone if it moves in this stage."""
         stage = self.snapshots.stages[index]
         arm, config = self.arm, self.config
@@ -203,7 +223,11 @@ class StageTrainer:
             free = None if moments is None else free_directions(moments).to(self.device)
         adapted = AdaptedModel(self.injection, lora, backbone, backbone_moves=moves)
         folder = self.folder / stage.name
-        return self._fit(stage, adapted, folder, config, first_task=at_full_rates, free=free)
+        return (
+            yield from self._fit(
+                stage, adapted, folder, config, first_task=at_full_rates, free=free
+            )
+        )
 
     def _gone_back(self, index: int, fast: Backbone) -> Backbone:
         """The backbone that goes 1 / t of the way from the last one to the fast one of task t."""
@@ -212,13 +236,13 @@ class StageTrainer:
             return fast
         return blend(last, fast.to("cpu"), 1 / (index + 1))
 
-    def _settle(self, stage: Stage, lora: Lora, backbone: Backbone) -> Fit:
+    def _settle(self, stage: Stage, lora: Lora, backbone: Backbone) -> Training[Fit]:
         """Train a LoRA alone for the epochs that are left, under a backbone that stands still."""
         config = self.config.model_copy(update={"epochs": self.config.epochs // 2})
         adapted = AdaptedModel(self.injection, lora, backbone, backbone_moves=False)
         settled = Stage(f"{stage.name}, settled", stage.tasks)
         folder = self.folder / stage.name / SETTLED
-        return self._fit(settled, adapted, folder, config, first_task=False)
+        return (yield from self._fit(settled, adapted, folder, config, first_task=False))
 
     def _fit(
         self,
@@ -229,13 +253,14 @@ class StageTrainer:
         *,
         first_task: bool,
         free: torch.Tensor | None = None,
-    ) -> Fit:
+    ) -> Training[Fit]:
         """Train adapters on the tasks of a stage; they end at the weights after the last step."""
         adapted.to(self.device)
         M_0 = None
         if adapted.backbone_moves:
             M_0 = self._first_backbone().to(self.device).mixing().detach()
         average = WeightAverage(adapted.parameters(), config.ema) if config.ema else None
+        description = f"{self.arm.name} seed {config.seed}: {stage.name}"
         trainer = TaskTrainer(
             config=config,
             device=self.device,
@@ -245,13 +270,14 @@ class StageTrainer:
             first_task=first_task,
             pad_id=self.evaluator.stop_id,
             folder=folder,
+            progress=partial(self.progress, description),
             M_0=M_0,
             average=average,
             free=free,
             ranks=self.ranks,
         )
-        description = f"{self.arm.name} seed {config.seed}: {stage.name}"
-        return Fit(trainer.run(partial(self.progress, description)), average)
+        seconds = yield trainer
+        return Fit(seconds, average)
 
     # What is measured and kept -----------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class WeightAverage:
@@ -38,3 +38,10 @@ class WeightAverage:
         """Set the parameters to their averages."""
         for average, parameter in zip(self.average, self.parameters, strict=True):
             parameter.copy_(average)
+
+    @torch.no_grad()
+    def adopt(self, averages: Iterable[Tensor], num_steps: int) -> None:
+        """Take averages that were followed elsewhere, over so many steps."""
+        self.num_steps = num_steps
+        for average, other in zip(self.average, averages, strict=True):
+            average.copy_(other)

@@ -11,6 +11,7 @@ import pytest
 if TYPE_CHECKING:
     from crma.models.base_model import BaseModel
     from crma.training.protocol import Run
+    from crma.training.training_model import TrainingModel
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +31,12 @@ def make(base: BaseModel, data: Path) -> Callable[..., Run]:
     from crma.training.protocol import Run
 
     def make(
-        out: Path, arm: str = "MODULAR", *, tasks: Any = ("first", "second"), **changes: Any
+        out: Path,
+        arm: str = "MODULAR",
+        *,
+        tasks: Any = ("first", "second"),
+        loaded: TrainingModel | None = None,
+        **changes: Any,
     ) -> Run:
         crma = {"num_streams": 2, "stream_rank": 2, "later_scale": 0.5}
         values = {
@@ -43,6 +49,6 @@ def make(base: BaseModel, data: Path) -> Callable[..., Run]:
             "lora": {"rank": 2, "alpha": 4.0} | changes.get("lora", {}),
             "crma": crma | changes.get("crma", {}),
         }
-        return Run(TrainConfig.from_dict(values), base, out, lambda *_: None)
+        return Run(TrainConfig.from_dict(values), base, out, lambda *_: None, loaded)
 
     return make

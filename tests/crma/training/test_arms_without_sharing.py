@@ -108,7 +108,7 @@ def test_an_oracle_that_leaves_a_task_out_never_sees_it(make: Make, tmp_path: Pa
 def test_a_killed_oracle_resumes_and_ends_with_the_same_result(make: Make, tmp_path: Path) -> None:
     whole = make(tmp_path / "whole", "ORACLE-loo").execute()
     calls = 0
-    step = TaskTrainer._check_mixing_gradient
+    step = TaskTrainer.check_mixing_gradient
 
     def dying(*arguments: Any) -> None:
         nonlocal calls
@@ -118,7 +118,7 @@ def test_a_killed_oracle_resumes_and_ends_with_the_same_result(make: Make, tmp_p
         step(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskTrainer, "_check_mixing_gradient", dying)
+        patch.setattr(TaskTrainer, "check_mixing_gradient", dying)
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path / "killed", "ORACLE-loo").execute()
     again = make(tmp_path / "killed", "ORACLE-loo").execute()

@@ -147,8 +147,8 @@ def die(patch: pytest.MonkeyPatch, death: Death) -> None:
 
 
 DEATHS = {
-    "in the first task": Death(TaskTrainer, "_check_mixing_gradient", 9),
-    "in the second task": Death(TaskTrainer, "_check_mixing_gradient", STEPS + 8),
+    "in the first task": Death(TaskTrainer, "check_mixing_gradient", 9),
+    "in the second task": Death(TaskTrainer, "check_mixing_gradient", STEPS + 8),
     "between backbone and task": Death(AdapterStore, "publish_backbone", 2),
     "before the task serves": Death(publication, "write_channels", 2, before=True),
     "before the task counts": Death(AdapterStore, "publish_task", 1),

@@ -1,0 +1,133 @@
+"""The frozen base model with the adapters of several runs, which read one batch together.
+
+Shapes: n runs; b rows of each in a batch, those of the first run first; s positions; d hidden size;
+r rank; L layers; nk the rank of a folded backbone. The parameters of the runs are stacked: a LoRA
+pair is A [n, r, in], B [n, out, r], and a backbone is one of n L layers, those of the first run
+first.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from crma.evaluation.evaluator import IGNORED, Batch
+from crma.method.backbone import Backbone
+from crma.method.lora import Lora, LoraPair
+from crma.training.adapted_model import AdaptedModel, RecordingPair
+
+
+class JointLoraPair(LoraPair):
+    """A pair of every run: A [n, r, in], B [n, out, r]."""
+
+    def delta(self, x: Tensor) -> Tensor:
+        """[n b, s, in] -> [n b, s, out]: the rows of each run get its own update."""
+        low_rank = _of_each_run(x, self.A.to(x.dtype))
+        return _of_each_run(low_rank * self.scaling, self.B.to(x.dtype))
+
+
+class JointRecordingPair(RecordingPair):
+    """A layer's folded pair of every run: A [n, nk, d], B [n, d, nk]. `ratio` is [n]."""
+
+    def delta(self, h: Tensor) -> Tensor:
+        """[n b, s, d] -> [n b, s, d], differentiable in the pair."""
+        dh = _of_each_run(_of_each_run(h, self.A), self.B)
+        with torch.no_grad():
+            self.ratio = self._norms(dh) / self._norms(h)
+        return dh
+
+    def _norms(self, h: Tensor) -> Tensor:
+        return h.view(len(self.A), -1).float().norm(dim=1)
+
+
+class JointModel(AdaptedModel):
+    """The frozen base model with the adapters of several runs, one next to the other.
+
+    Args:
+        runs: the model of each run on its own, all of one shape on one injection. Their adapters
+            are copied.
+    """
+
+    def __init__(self, runs: Sequence[AdaptedModel]) -> None:
+        first = runs[0]
+        lora = _joint_lora([run.lora for run in runs])
+        backbone = _joint_backbone([run.backbone for run in runs if run.backbone is not None])
+        super().__init__(first.injection, lora, backbone, backbone_moves=first.backbone_moves)
+        self.num_runs = len(runs)
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The summed loss of the answer tokens of each run, in nats: [n]."""
+        wanted = batch.targets != IGNORED  # [n b, keep]
+        num_tokens = wanted.view(self.num_runs, -1).sum(1).tolist()
+        targets = batch.targets[wanted]
+        logits = self.logits(batch).float()
+        nats = nn.functional.cross_entropy(logits, targets, reduction="none")
+        return torch.stack([part.sum() for part in torch.split(nats, num_tokens)])
+
+    @property
+    def ratios(self) -> Tensor:
+        """||dh|| / ||h|| of each layer of each run in the last forward pass: [n L]; or [0]."""
+        found = super().ratios  # [L, n]
+        return found.mT.flatten() if found.numel() else found
+
+    def fold(self, backbone: Backbone) -> list[RecordingPair]:
+        """One pair a layer for all runs."""
+        folded = super().fold(backbone)  # n L pairs
+        L = len(folded) // self.num_runs
+        return [
+            JointRecordingPair(
+                torch.stack([pair.A for pair in folded[layer::L]]),
+                torch.stack([pair.B for pair in folded[layer::L]]),
+            )
+            for layer in range(L)
+        ]
+
+    def of_run(self, index: int, like: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters of one run, detached.
+
+        Args:
+            index: of the run.
+            like: the parameters of the run's own model.
+        """
+        own = []
+        for joint, parameter in zip(self.parameters(), like, strict=True):
+            stacked = joint.detach().reshape(self.num_runs, *parameter.shape)
+            own.append(stacked[index])
+        return own
+
+
+def _of_each_run(x: Tensor, weights: Tensor) -> Tensor:
+    """x [n b, s, in] times the transposes of weights [n, out, in], those of its run."""
+    rows = x.reshape(len(weights), -1, x.shape[-1])
+    return torch.bmm(rows, weights.mT).view(*x.shape[:-1], -1)
+
+
+def _joint_lora(loras: Sequence[Lora]) -> Lora:
+    """The pairs of all runs, stacked."""
+    first = loras[0]
+    pairs: dict[str, LoraPair] = {}
+    for path, pair in first.pairs.items():
+        A = _stacked([lora.pairs[path].A for lora in loras])
+        B = _stacked([lora.pairs[path].B for lora in loras])
+        pairs[path] = JointLoraPair(A, B, pair.scaling)
+    return Lora(first.config, pairs)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> nn.Parameter:
+    stacked = torch.stack([tensor.detach() for tensor in tensors])
+    return nn.Parameter(stacked, requires_grad=tensors[0].requires_grad)
+
+
+def _joint_backbone(backbones: Sequence[Backbone]) -> Backbone | None:
+    """The layers of all runs, one after the other; None without any backbone."""
+    if not backbones:
+        return None
+    joint = deepcopy(backbones[0])
+    num_layers = joint.config.num_layers * len(backbones)
+    joint.config = replace(joint.config, num_layers=num_layers)
+    for name, parameter in backbones[0].named_parameters():
+        layers = torch.cat([each.get_parameter(name).detach() for each in backbones])
+        setattr(joint, name, nn.Parameter(layers, requires_grad=parameter.requires_grad))
+    return joint

@@ -1,0 +1,278 @@
+"""Trains the tasks of several runs at once, in one forward pass of the base model that they share.
+
+A step of one run of a small model is thousands of small operations that leave a GPU idle. Here the
+batches of all runs are rows of one batch, and their adapters are stacked. What a run gets is what
+it gets alone, up to rounding: it keeps its own rows, their order, gradient norms and log.
+
+Shapes: n runs; L layers; p parameters of a group in one run.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from crma.evaluation.evaluator import IGNORED, Encoded, collate
+from crma.training.arms import ARMS
+from crma.training.backbone_log import StepLog, measure_backbone
+from crma.training.joint_model import JointModel
+from crma.training.loop import LOG_FILE, TaskTrainer, move
+from crma.training.optimizer import parameter_groups
+from crma.training.stage_trainer import Result, Training
+from crma.training.weight_average import WeightAverage
+
+OWN = {"seed", "tasks"}  # keys of a configuration in which runs that train together may differ
+
+
+def can_be_joint(trainer: TaskTrainer) -> bool:
+    """Whether a trainer's steps are the same in kind for every run, and take one process."""
+    grows = ARMS[trainer.config.arm].grows
+    return not grows and trainer.config.crma.drop == 0 and trainer.ranks.size == 1
+
+
+def kind(trainer: TaskTrainer) -> tuple[Any, ...]:
+    """Trainers of one kind can train together."""
+    adapted = trainer.adapted
+    shapes = [(tuple(each.shape), each.requires_grad) for each in adapted.parameters()]
+    return (
+        trainer.config.model_dump_json(exclude=OWN),
+        len(trainer.rows),
+        shapes,
+        adapted.backbone_moves,
+        trainer.first_task,
+        trainer.M_0 is None,
+        trainer.average is None,
+        trainer.free is None,
+        id(adapted.injection),
+    )
+
+
+def train_together(trainings: Sequence[Training[Result]]) -> list[Result]:
+    """Go through trainings side by side; what is of one kind trains at once.
+
+    Each is sent its share of the seconds.
+
+    Returns:
+        The results, in the order of the trainings.
+
+    Raises:
+        TrainingError: as `TaskTrainer.run`; all end with the first that fails.
+    """
+    results: dict[int, Result] = {}
+    waiting: dict[int, TaskTrainer] = {}
+
+    def go_on(index: int, seconds: float | None) -> None:
+        try:
+            waiting[index] = trainings[index].send(seconds)  # type: ignore[arg-type]
+        except StopIteration as end:
+            results[index] = end.value
+
+    for index in range(len(trainings)):
+        go_on(index, None)
+    while waiting:
+        wanted = kind(next(iter(waiting.values())))
+        chosen = [index for index, trainer in waiting.items() if kind(trainer) == wanted]
+        trainers = [waiting.pop(index) for index in chosen]
+        if len(trainers) == 1 or not can_be_joint(trainers[0]):
+            taken = [trainer.run() for trainer in trainers]
+        else:
+            taken = [JointTrainer(trainers).run() / len(trainers)] * len(trainers)
+        for index, seconds in zip(chosen, taken, strict=True):
+            go_on(index, seconds)
+    return [results[index] for index in range(len(trainings))]
+
+
+class Block(NamedTuple):
+    """What every run trains at one rate, so that one operation clips, moves or averages it.
+
+    Attributes:
+        values: [n, p].
+        parameters: each [n, ..]: views of the values.
+    """
+
+    values: nn.Parameter
+    parameters: Sequence[nn.Parameter]
+
+    def split(self, joint: Tensor) -> list[Tensor]:
+        """The part of each parameter, in its shape, of a tensor [n, p]."""
+        n = len(joint)
+        sizes = [parameter.numel() // n for parameter in self.parameters]
+        parts = torch.split(joint, sizes, dim=1)
+        return [
+            part.view(parameter.shape)
+            for part, parameter in zip(parts, self.parameters, strict=True)
+        ]
+
+    def clip_gradients(self, largest: float) -> Tensor:
+        """Take the parameters' gradients; cut those of each run as `clip_grad_norm_` does.
+
+        Args:
+            largest: the norm that the gradient of one run may have.
+
+        Returns:
+            The norms before that, [n].
+        """
+        n = len(self.values)
+        gradients = [_gradient(parameter).reshape(n, -1) for parameter in self.parameters]
+        gradient = torch.cat(gradients, dim=1)
+        norms = gradient.norm(dim=1)
+        gradient.mul_((largest / (norms + 1e-6)).clamp(max=1.0)[:, None])
+        self.values.grad = gradient
+        for parameter, part in zip(self.parameters, self.split(gradient), strict=True):
+            parameter.grad = part
+        return norms
+
+
+class JointTrainer:
+    """Trains what several trainers of one kind would train, each alone.
+
+    Args:
+        trainers: one of each run, for which `can_be_joint`.
+    """
+
+    def __init__(self, trainers: Sequence[TaskTrainer]) -> None:
+        self.trainers = trainers
+        first = trainers[0]
+        self.config = first.config
+        self.model = JointModel([trainer.adapted for trainer in trainers])
+        self.groups = parameter_groups(self.config, self.model, first_task=first.first_task)
+        self.blocks = [self._side_by_side(group["params"]) for group in self.groups]
+        self.average: WeightAverage | None = None
+        if first.average is not None:
+            values = [block.values for block in self.blocks]
+            self.average = WeightAverage(values, first.average.decay)
+        self.M_0 = _all([trainer.M_0 for trainer in trainers])
+        self.free = _all([trainer.free for trainer in trainers])
+
+    def run(self) -> float:
+        """Train to the end of the last epoch; the adapters of every trainer end there.
+
+        Returns:
+            The seconds it took.
+
+        Raises:
+            TrainingError: as `TaskTrainer.run`, for any of the runs.
+        """
+        first = self.trainers[0]
+        groups = [
+            group | {"params": [block.values]}
+            for group, block in zip(self.groups, self.blocks, strict=True)
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+        rates = first.rates(optimizer)
+        started = time.perf_counter()
+        with ExitStack() as files:
+            logs = []
+            for trainer in self.trainers:
+                trainer.folder.mkdir(parents=True, exist_ok=True)
+                logs.append(files.enter_context((trainer.folder / LOG_FILE).open("wb")))
+            for epoch, step, rows in self._batches():
+                measured = self._step(optimizer, rows)
+                rates.step()
+                for log, trainer, own in zip(logs, self.trainers, measured, strict=True):
+                    log.write(trainer.log_line(epoch, step, own))
+                    trainer.check_mixing_gradient(step, own)
+                first.progress(step + 1, first.num_steps)
+        self._hand_back()
+        return time.perf_counter() - started
+
+    def _batches(self) -> Iterator[tuple[int, int, list[list[Encoded]]]]:
+        """(epoch, step, the rows of each run) of every step."""
+        for epoch in range(self.config.epochs):
+            for batches in zip(*(each.batches(epoch) for each in self.trainers), strict=True):
+                step = batches[0][0]
+                rows = [
+                    [trainer.rows[i] for i in indices]
+                    for trainer, (_, indices) in zip(self.trainers, batches, strict=True)
+                ]
+                yield epoch, step, rows
+
+    def _step(
+        self, optimizer: torch.optim.Optimizer, rows: Sequence[Sequence[Encoded]]
+    ) -> list[dict[str, Any]]:
+        """Take a step on the batch of every run. Returns the measures of each, for its log."""
+        self.model.zero_grad(set_to_none=True)
+        losses, num_tokens = self._backward(rows)
+        norms = torch.stack([block.clip_gradients(self.config.clip) for block in self.blocks])
+        by_run = torch.cat([losses[None], norms]).mT.tolist()  # one copy from the device
+        names = [group["name"] for group in optimizer.param_groups]
+        measured = []
+        for trainer, tokens, (loss, *own_norms) in zip(
+            self.trainers, num_tokens, by_run, strict=True
+        ):
+            own = {
+                "loss": loss,
+                "tokens": tokens,
+                "grad_norm": dict(zip(names, own_norms, strict=True)),
+            }
+            trainer.check_finite(own)
+            measured.append(own)
+        self._measure_backbones(measured)
+        move(optimizer, self.model.backbone, self.free)
+        if self.average is not None:
+            self.average.update()
+        return measured
+
+    def _backward(self, rows: Sequence[Sequence[Encoded]]) -> tuple[Tensor, list[int]]:
+        """Gradients of the mean loss of each run's batch.
+
+        Returns:
+            The losses [n], and how many tokens each batch has.
+        """
+        most = max(len(own) for own in rows)
+        filled = [row for own in rows for row in (*own, *[own[0]] * (most - len(own)))]
+        batch = collate(filled, self.trainers[0].pad_id, self.trainers[0].device)
+        for run, own in enumerate(rows):
+            batch.targets[run * most + len(own) : (run + 1) * most] = IGNORED
+        num_answer_tokens = [sum(len(row.answer) for row in own) for own in rows]
+        losses = self.model.losses(batch)
+        losses = losses / torch.tensor(num_answer_tokens, device=losses.device)
+        torch.autograd.backward(losses.sum())
+        num_tokens = [sum(len(row.prompt) + len(row.answer) - 1 for row in own) for own in rows]
+        return losses.detach(), num_tokens
+
+    def _measure_backbones(self, measured: Sequence[dict[str, Any]]) -> None:
+        """Add to the measures of each run those of its backbone, if that trains."""
+        if self.model.backbone is None or self.M_0 is None:
+            return
+        found = measure_backbone(self.model.backbone, self.M_0, self.model.ratios)
+        L = len(self.M_0) // len(self.trainers)
+        for run, own in enumerate(measured):
+            of_run: StepLog = {key: each[run * L : (run + 1) * L] for key, each in found.items()}
+            own["crma"] = of_run
+
+    def _side_by_side(self, parameters: Sequence[nn.Parameter]) -> Block:
+        """Move parameters into one block, of which they become views."""
+        flat = [parameter.detach().reshape(len(self.trainers), -1) for parameter in parameters]
+        block = Block(nn.Parameter(torch.cat(flat, dim=1)), parameters)
+        for parameter, part in zip(parameters, block.split(block.values.detach()), strict=True):
+            parameter.data = part
+        return block
+
+    @torch.no_grad()
+    def _hand_back(self) -> None:
+        """Give every trainer its adapters, and their averages."""
+        owns = [list(trainer.adapted.parameters()) for trainer in self.trainers]
+        for run, own in enumerate(owns):
+            for parameter, trained in zip(own, self.model.of_run(run, own), strict=True):
+                parameter.copy_(trained)
+        if self.average is None:
+            return
+        self.average.apply()
+        for run, trainer in enumerate(self.trainers):
+            if trainer.average is not None:
+                averages = self.model.of_run(run, owns[run])
+                trainer.average.adopt(averages, self.average.num_steps)
+
+
+def _all(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Those of all runs, one after the other; None if they have none."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(found) if found else None
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,0 +1,85 @@
+"""crma.training.joint_trainer: runs that train at once get what each gets alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from crma.training.arms import ARMS
+from crma.training.joint_trainer import train_together
+from crma.training.protocol import Run
+from crma.training.training_model import load_training_model
+
+if TYPE_CHECKING:
+    from crma.models.base_model import BaseModel
+
+JOINT_ARMS = sorted(set(ARMS) - {"O-LoRA"})
+SETTINGS = {"batch_size": 5, "ema": 0.8, "clip": 0.5}  # batches of 5, 5 and 2
+SEEDS = (0, 1, 2)
+
+
+def together(runs: list[Run]) -> list[dict[str, Any]]:
+    return train_together([run.training() for run in runs])
+
+
+@pytest.fixture
+def three(make: Callable[..., Run], base: BaseModel, tmp_path: Path) -> Callable[..., list[Run]]:
+    """Makes three runs of an arm on one model; the second has another order of tasks."""
+
+    def three(folder: str, arm: str, **changes: Any) -> list[Run]:
+        loaded = load_training_model(base, "float32")
+        return [
+            make(
+                tmp_path / folder / str(seed),
+                arm,
+                tasks=("second", "first") if seed == 1 else ("first", "second"),
+                seed=seed,
+                loaded=loaded,
+                **SETTINGS | changes,
+            )
+            for seed in SEEDS
+        ]
+
+    return three
+
+
+def log(run: Run) -> list[dict[str, Any]]:
+    """The step log. Without `dh`, which counts the padding of a batch, too."""
+    files = list(run.stage_trainer.logs())
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    for line in lines:
+        line.get("crma", {}).pop("dh", None)
+    return lines
+
+
+def assert_close(found: Any, wanted: Any) -> None:
+    """Numbers to a relative 1e-3, as deep as they lie; all else is equal."""
+    if isinstance(wanted, dict):
+        assert list(found) == list(wanted)
+        for key, value in wanted.items():
+            assert_close(found[key], value)
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert_close(one, other)
+    elif isinstance(wanted, float):
+        assert found == pytest.approx(wanted, rel=1e-3, abs=2e-5)
+    else:
+        assert found == wanted
+
+
+@pytest.mark.parametrize("arm", JOINT_ARMS)
+def test_each_run_gets_what_it_gets_alone(three: Callable[..., list[Run]], arm: str) -> None:
+    alone = three("alone", arm)
+    joint = three("joint", arm)
+    wanted = [run.execute() for run in alone]
+    found = together(joint)
+    for ours, theirs in zip(found, wanted, strict=True):
+        for key in ("seed", "order", "loss", "loss_unaveraged", "items", "steps", "norm_log"):
+            assert_close(ours[key], theirs[key])
+    for ours, theirs in zip(joint, alone, strict=True):
+        assert_close(log(ours), log(theirs))
