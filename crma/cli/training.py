@@ -158,8 +158,14 @@ def study(
         "crma/results"
     ),
     work: Annotated[Path, typer.Option(help="The folder of the run folders.")] = Path("runs"),
-    workers: Annotated[
-        int, typer.Option(min=1, help="So many runs at once, each in a process of its own.")
+    workers: Annotated[int, typer.Option(min=1, help="So many processes make runs at once.")] = 1,
+    together: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="So many runs that differ only in seed and order train at once in a process, on "
+            "one base model: one run of a small model leaves most of a GPU idle.",
+        ),
     ] = 1,
     only: Annotated[
         str, typer.Option(help="Only runs whose name matches a pattern, such as '*-seed0'.")
@@ -187,7 +193,9 @@ def study(
         return _to_do(forecast(planned, results, regardless=regardless))
     target = results / f"{planned.name}.md"
     with progress() as report:
-        conduct = Conduct(planned, results, work, workers, only, until, regardless, report)
+        conduct = Conduct(
+            planned, results, work, workers, together, only, until, regardless, report
+        )
         for phase in conduct.run():
             text = study_report(planned, results)
             replace_file(target, f"{text}\n".encode())

@@ -83,6 +83,12 @@ class Arm:
     mapping: MixingMap = "rounded"
     groups: tuple[Group, ...] = ALL_GROUPS
 
+    @property
+    def stages_are_apart(self) -> bool:
+        """Whether no stage needs what an earlier one trained."""
+        shares = (self.crma and not self.private) or self.warm is not None or not self.fresh_lora
+        return not shares and not self.joint
+
     def rank(self, rank: int, lora_parameters_per_rank: int, crma_parameters: int) -> int:
         """The LoRA rank that this arm trains.
 

@@ -11,7 +11,7 @@ A run whose record exists is skipped, so a killed experiment resumes where it st
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -173,7 +173,7 @@ def plan(experiment: Experiment, results: Path, *, only: str) -> Plan:
     configs = experiment.planned()
     endpoint = experiment.judged_by()
     digest = None if endpoint is None else endpoint.digest
-    paths = {name: results / experiment.name / f"{name}.json" for name in configs}
+    paths = {name: record_path(experiment, results, name) for name in configs}
     for name, path in paths.items():
         if path.exists():
             _check_record(path, name, configs[name], digest)
@@ -237,16 +237,35 @@ def execute(
             of its checks.
     """
     runs = plan(experiment, results, only=only)
+    make(experiment, results, work, runs.missing, report=report, runner=runner)
+    return [path for path in runs.paths.values() if path.exists()]
+
+
+def make(
+    experiment: Experiment,
+    results: Path,
+    work: Path,
+    names: Iterable[str],
+    *,
+    report: Progress,
+    runner: Runner,
+) -> None:
+    """Make the records of the runs with these names. The rest as in `execute`."""
+    configs = experiment.planned()
     endpoint = experiment.judged_by()
     folder = work / experiment.name
-    missing = {name: MissingRun(runs.configs[name], folder / name) for name in runs.missing}
-    for name, record in runner(experiment.name, missing, report):
+    runs = {name: MissingRun(configs[name], folder / name) for name in names}
+    for name, record in runner(experiment.name, runs, report):
         if endpoint is not None:
             record["endpoint"] = endpoint.digest
-        path = runs.paths[name]
+        path = record_path(experiment, results, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, to_json(record))
-    return [path for path in runs.paths.values() if path.exists()]
+
+
+def record_path(experiment: Experiment, results: Path, name: str) -> Path:
+    """Where the record of a run is or will be."""
+    return results / experiment.name / f"{name}.json"
 
 
 def _check_record(path: Path, name: str, config: TrainConfig, endpoint: str | None) -> None:

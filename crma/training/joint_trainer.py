@@ -21,7 +21,7 @@ from crma.training.backbone_log import StepLog, measure_backbone
 from crma.training.joint_model import JointModel
 from crma.training.loop import LOG_FILE, TaskTrainer, move
 from crma.training.optimizer import parameter_groups
-from crma.training.stage_trainer import Result, Training
+from crma.training.training import Result, Training, side_by_side
 from crma.training.weight_average import WeightAverage
 
 OWN = {"seed", "tasks"}  # keys of a configuration in which runs that train together may differ
@@ -61,28 +61,32 @@ def train_together(trainings: Sequence[Training[Result]]) -> list[Result]:
     Raises:
         TrainingError: as `TaskTrainer.run`; all end with the first that fails.
     """
-    results: dict[int, Result] = {}
-    waiting: dict[int, TaskTrainer] = {}
+    training = side_by_side(trainings)
+    try:
+        trainers = next(training)
+        while True:
+            trainers = training.send(_train(trainers))
+    except StopIteration as end:
+        results: list[Result] = end.value
+        return results
 
-    def go_on(index: int, seconds: float | None) -> None:
-        try:
-            waiting[index] = trainings[index].send(seconds)  # type: ignore[arg-type]
-        except StopIteration as end:
-            results[index] = end.value
 
-    for index in range(len(trainings)):
-        go_on(index, None)
-    while waiting:
-        wanted = kind(next(iter(waiting.values())))
-        chosen = [index for index, trainer in waiting.items() if kind(trainer) == wanted]
-        trainers = [waiting.pop(index) for index in chosen]
-        if len(trainers) == 1 or not can_be_joint(trainers[0]):
-            taken = [trainer.run() for trainer in trainers]
+def _train(trainers: Sequence[TaskTrainer]) -> list[float]:
+    """Train everything, one kind after the other. Returns each one's share of the seconds."""
+    taken = [0.0] * len(trainers)
+    left = list(range(len(trainers)))
+    while left:
+        wanted = kind(trainers[left[0]])
+        chosen = [index for index in left if kind(trainers[index]) == wanted]
+        left = [index for index in left if index not in chosen]
+        if len(chosen) > 1 and can_be_joint(trainers[chosen[0]]):
+            seconds = JointTrainer([trainers[index] for index in chosen]).run()
+            for index in chosen:
+                taken[index] = seconds / len(chosen)
         else:
-            taken = [JointTrainer(trainers).run() / len(trainers)] * len(trainers)
-        for index, seconds in zip(chosen, taken, strict=True):
-            go_on(index, seconds)
-    return [results[index] for index in range(len(trainings))]
+            for index in chosen:
+                taken[index] = trainers[index].run()
+    return taken
 
 
 class Block(NamedTuple):

@@ -26,7 +26,8 @@ from crma.training.prompt_format import format_of
 from crma.training.ranks import Ranks
 from crma.training.record import Progress, make_record, measure_stages, read_logs, silent
 from crma.training.snapshots import Snapshots
-from crma.training.stage_trainer import StageTrainer, Training, train_alone
+from crma.training.stage_trainer import StageTrainer
+from crma.training.training import Training, side_by_side, train_alone
 from crma.training.training_model import TrainingModel, load_training_model
 
 
@@ -99,8 +100,12 @@ class Run:
         """Train every stage, measure, and write the record. Returns and raises as `training`."""
         return train_alone(self.training())
 
-    def training(self) -> Training[dict[str, Any]]:
+    def training(self, *, at_once: bool = False) -> Training[dict[str, Any]]:
         """Train every stage, measure, and write the record, part by part.
+
+        Args:
+            at_once: offer stages that do not need each other side by side. A run that is killed
+                then loses all of them.
 
         Returns:
             The record; empty in a process that only trains with others.
@@ -112,10 +117,13 @@ class Run:
         if self.ranks.writes:
             self._pin_config()
         started = time.perf_counter()
-        num_stages = len(self.snapshots.stages)
+        stages = [self.stage_trainer.train(i) for i in range(len(self.snapshots.stages))]
         train_s = 0.0
-        for index in range(num_stages):
-            train_s += yield from self.stage_trainer.train(index)
+        if at_once and self.arm.stages_are_apart:
+            train_s = sum((yield from side_by_side(stages)))
+        else:
+            for stage in stages:
+                train_s += yield from stage
         self.ranks.wait()
         if not self.ranks.sharded:
             self.ranks.leave()

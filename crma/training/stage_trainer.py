@@ -5,11 +5,11 @@ stage that was interrupted trains again from its start, with the same result.
 """
 
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +35,7 @@ from crma.training.protected_span import (
 from crma.training.ranks import ALONE, Ranks
 from crma.training.record import Progress
 from crma.training.snapshots import Snapshots, Stage
+from crma.training.training import Training
 from crma.training.weight_average import WeightAverage
 
 STORED_DTYPE = torch.bfloat16  # of published LoRAs
@@ -42,26 +43,6 @@ STATS_FILE = "stats.json"  # exists once a stage is trained and its snapshot pub
 MOMENTS_FILE = "moments.safetensors"  # of the block outputs, in arms that protect them
 PRETRAINING = "pretraining"  # the folder of the backbone that trains alone, before the stage
 SETTLED = "settled"  # the folder of the LoRA that trains alone, after its backbone went back
-
-
-Result = TypeVar("Result")
-
-Training = Generator[TaskTrainer, float, Result]
-"""Training step by step: yields what is to be trained next, and is sent the seconds that it took.
-
-So whoever goes through it may train it alone, or together with that of other runs.
-"""
-
-
-def train_alone(training: Training[Result]) -> Result:
-    """Go through a training, each part by itself. Raises as `TaskTrainer.run`."""
-    try:
-        trainer = next(training)
-        while True:
-            trainer = training.send(trainer.run())
-    except StopIteration as end:
-        result: Result = end.value
-        return result
 
 
 class Fit(NamedTuple):
@@ -276,7 +257,7 @@ class StageTrainer:
             free=free,
             ranks=self.ranks,
         )
-        seconds = yield trainer
+        (seconds,) = yield [trainer]
         return Fit(seconds, average)
 
     # What is measured and kept -----------------------------------------------------------------

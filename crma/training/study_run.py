@@ -6,13 +6,13 @@ are compared.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from crma.core.errors import TrainingError
 from crma.core.files import locked
@@ -20,8 +20,9 @@ from crma.core.provenance import hardware, machine_class
 from crma.data.splits import load_split
 from crma.models.base_model import find_base
 from crma.training.decision import Decision, decide, keep
-from crma.training.experiment import Experiment, Plan, execute, plan
-from crma.training.record import Progress
+from crma.training.experiment import Experiment, Plan, make, one_by_one, plan
+from crma.training.joint_runs import all_at_once, groups
+from crma.training.record import Progress, silent
 from crma.training.study import Phase, Study
 from crma.training.study_settings import settled, waits_for, why_not
 
@@ -78,7 +79,8 @@ class Conduct:
         study: the study.
         results: records are written to `<results>/<phase>/<run>.json`.
         work: of the run folders.
-        workers: so many runs at once, each in a process of its own; 1: in this process.
+        workers: so many processes; 1: this one.
+        together: so many runs of a kind train at once in a process (`joint_runs`).
         only: a pattern of run names, where several machines divide the runs of a phase.
         until: the last phase to run; empty: all.
         regardless: run what a ceiling makes pointless, too.
@@ -89,6 +91,7 @@ class Conduct:
     results: Path
     work: Path
     workers: int
+    together: int
     only: str
     until: str
     regardless: bool
@@ -117,45 +120,81 @@ class Conduct:
             raise TrainingError(message, field="work", value=value, allowed=allowed) from None
 
     def _run(self) -> Iterator[str]:
-        for step in walk(self.study, self.results, regardless=self.regardless):
-            if step.why_not:
-                continue
-            self.make(step)
-            if any(not path.exists() for path in step.runs.paths.values()):
-                return  # other machines make the rest
-            if step.phase.decides:
-                keep(decide(self.study, step.phase, self.results), self.results)
-            yield step.phase.name
-            if step.phase.name == self.until:
-                return
-
-    def make(self, step: Step) -> None:
-        """Make the missing records of a phase. Raises as `run`."""
-        missing = plan(step.experiment, self.results, only=self.only).missing
-        if not missing:
-            return
-        check_machine(step.runs, missing)
-        if self.workers == 1:
-            execute(step.experiment, self.results, self.work, only=self.only, report=self.report)
-            return
-        self._make_at_once(step.experiment, missing)
-
-    def _make_at_once(self, experiment: Experiment, missing: list[str]) -> None:
-        """Make records in several processes. The first run that fails ends it."""
-        context = get_context("spawn")  # CUDA cannot be used in a forked process
-        arguments = (self.workers,)
-        with ProcessPoolExecutor(self.workers, context, _share_cores, arguments) as pool:
-            begun = [
-                pool.submit(_make_one, experiment, self.results, self.work, name)
-                for name in missing
-            ]
+        told: set[str] = set()
+        with self._pool() as pool:
             try:
-                for done, future in enumerate(as_completed(begun)):
-                    self.report(experiment.name, done, len(missing))
-                    future.result()
+                yield from self._phases(pool, told)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+    def _phases(self, pool: Executor, told: set[str]) -> Iterator[str]:
+        """Begin every phase as soon as it waits for none, and tell of each that is done."""
+        begun: set[str] = set()
+        waiting: dict[Future[None], str] = {}
+        while True:
+            for step in self._ready():
+                name = step.phase.name
+                if all(path.exists() for path in step.runs.paths.values()):
+                    if name not in told:
+                        self._decide(step.phase)
+                        told.add(name)
+                        yield name
+                elif name not in begun:
+                    begun.add(name)
+                    waiting |= dict.fromkeys(self._begin(pool, step), name)
+                    if self.workers == 1:
+                        break  # one phase after the other
+            if not waiting:
+                return  # done, or other machines make the rest
+            self._wait_for_a_phase(waiting)
+
+    def _ready(self) -> Iterator[Step]:
+        """The phases that run and wait for no other, to the last that is to run."""
+        for step in walk(self.study, self.results, regardless=self.regardless):
+            if not step.why_not and not step.waits_for:
+                yield step
+            if step.phase.name == self.until:
+                return
+
+    def _decide(self, phase: Phase) -> None:
+        if phase.decides:
+            keep(decide(self.study, phase, self.results), self.results)
+
+    def _begin(self, pool: Executor, step: Step) -> list[Future[None]]:
+        """Begin the missing runs of a phase, so many at once. Raises as `run`."""
+        missing = plan(step.experiment, self.results, only=self.only).missing
+        if not missing:
+            return []
+        check_machine(step.runs, missing)
+        configs = {name: step.runs.configs[name] for name in missing}
+        runner = all_at_once if self.together > 1 else one_by_one
+        report = self.report if self.workers == 1 else silent
+        arguments = (step.experiment, self.results, self.work)
+        return [
+            pool.submit(make, *arguments, list(group), report=report, runner=runner)
+            for group in groups(configs, self.together)
+        ]
+
+    def _wait_for_a_phase(self, waiting: dict[Future[None], str]) -> None:
+        """Wait until all that was begun of some phase is made. Raises as the first that failed."""
+        while True:
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            ended = {waiting.pop(future) for future in done}
+            for future in done:
+                future.result()
+            for name in ended:
+                left = sum(name == each for each in waiting.values())
+                self.report(f"{name}: groups of runs left", 0, left)
+            if ended - set(waiting.values()):
+                return
+
+    def _pool(self) -> Executor:
+        """What makes runs: several processes, or this one."""
+        if self.workers == 1:
+            return Here()
+        context = get_context("spawn")  # CUDA cannot be used in a forked process
+        return ProcessPoolExecutor(self.workers, context, _share_cores, (self.workers,))
 
     def _check_supplies(self) -> None:
         """Raise DataError or ConfigError now for what a later phase would miss hours later."""
@@ -173,6 +212,19 @@ class Conduct:
             find_base(model)
         for task, split in sorted(splits):
             load_split(task, split)
+
+
+class Here(Executor):
+    """Does what it is given in this process, at once."""
+
+    def submit(  # type: ignore[override]
+        self, task: Callable[..., None], /, *arguments: Any, **named: Any
+    ) -> Future[None]:
+        """Do it. Raises as the task does."""
+        future: Future[None] = Future()
+        task(*arguments, **named)
+        future.set_result(None)
+        return future
 
 
 def check_machine(runs: Plan, names: Sequence[str]) -> None:
@@ -201,7 +253,3 @@ def _share_cores(workers: int) -> None:
     import torch  # here, in the new process
 
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-
-
-def _make_one(experiment: Experiment, results: Path, work: Path, name: str) -> None:
-    execute(experiment, results, work, only=name, report=lambda *_: None)

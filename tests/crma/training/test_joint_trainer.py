@@ -23,7 +23,7 @@ SEEDS = (0, 1, 2)
 
 
 def together(runs: list[Run]) -> list[dict[str, Any]]:
-    return train_together([run.training() for run in runs])
+    return train_together([run.training(at_once=True) for run in runs])
 
 
 @pytest.fixture

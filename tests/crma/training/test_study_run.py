@@ -56,7 +56,7 @@ def file(base: BaseModel, write_task: Callable[..., None], tmp_path: Path) -> Pa
 def run(file: Path, *, only: str = "*", until: str = "", work: str = "work") -> list[str]:
     """The phases that were done."""
     results, folder = file.parent / "results", file.parent / work
-    conduct = Conduct(read_study(file), results, folder, 1, only, until, False, lambda *_: None)
+    conduct = Conduct(read_study(file), results, folder, 1, 1, only, until, False, lambda *_: None)
     return list(conduct.run())
 
 

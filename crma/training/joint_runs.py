@@ -1,0 +1,54 @@
+"""Runs of an experiment that train at once, on one base model in one process."""
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from math import ceil
+
+from crma.models.base_model import find_base
+from crma.training.config import TrainConfig
+from crma.training.experiment import MissingRun, Record
+from crma.training.joint_trainer import OWN, train_together
+from crma.training.protocol import Run
+from crma.training.record import Progress
+from crma.training.training_model import TrainingModel, load_training_model
+
+
+def all_at_once(
+    name: str, runs: Mapping[str, MissingRun], report: Progress
+) -> Iterator[tuple[str, Record]]:
+    """The `Runner` that trains all runs together. They are of one group (`groups`)."""
+    made = []
+    for run in runs.values():
+        loaded = _loaded(run.config.model, run.config.dtype)
+        base = find_base(run.config.model)
+        made.append(Run(run.config, base, run.folder, report, loaded))
+    report(name, 0, len(made))
+    records = train_together([run.training(at_once=True) for run in made])
+    yield from zip(runs, records, strict=True)
+
+
+def groups(configs: Mapping[str, TrainConfig], most: int) -> list[dict[str, TrainConfig]]:
+    """Divide runs into those that differ in nothing but the seed and the order of their tasks.
+
+    Args:
+        configs: run name -> its configuration.
+        most: runs in a group; larger ones are divided evenly.
+    """
+    alike: dict[str, dict[str, TrainConfig]] = {}
+    for name, config in configs.items():
+        settings = config.model_dump_json(exclude=OWN)
+        key = f"{settings} {sorted(config.tasks)}"
+        alike.setdefault(key, {})[name] = config
+    found = []
+    for group in alike.values():
+        names = list(group)
+        size = ceil(len(names) / ceil(len(names) / most))
+        parts = [names[start : start + size] for start in range(0, len(names), size)]
+        found += [{name: group[name] for name in part} for part in parts]
+    return found
+
+
+@lru_cache(maxsize=1)
+def _loaded(model: str, dtype: str) -> TrainingModel:
+    """The base model, which stays loaded in a process that makes one group after the other."""
+    return load_training_model(find_base(model), dtype)
