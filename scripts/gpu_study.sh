@@ -3,7 +3,8 @@
 # with torch and transformers, without a network, and bring its records back:
 #
 #     scripts/gpu_study.sh [--device cuda|cpu] [--carried FOLDER] [--study FILE] [--results FOLDER]
-#                          [--seconds N] [--workers N] [--until PHASE] [--regardless] [OUT]
+#                          [--seconds N] [--workers N] [--together N]
+#                          [--until PHASE] [--regardless] [OUT]
 #
 # It goes on from the records in --results (crma/results), stops after --seconds (480) or at the end
 # of the phase --until, and leaves in OUT ($OUT, or build/gpu):
@@ -14,13 +15,15 @@
 # The exit code is that of the study; 124: its time was up.
 #
 # --carried: what scripts/gpu_pack.sh FOLDER --data wrote; left out: all is installed and built.
-# --workers: so many runs at once (8): one run of a small model does not fill a GPU.
+# --workers, --together: so many processes (8), in each of which so many runs of a kind train at once
+# (12): one run of a small model does not fill a GPU.
 set -euo pipefail
 
 device=cuda carried= study=crma/experiments/sharing.toml results=crma/results seconds=480
 out=${OUT:-build/gpu}
 options=()
 workers=8
+together=12
 while (($#)); do
     case $1 in
         --device) device=$2 && shift ;;
@@ -29,6 +32,7 @@ while (($#)); do
         --results) results=$(realpath -m "$2") && shift ;;
         --seconds) seconds=$2 && shift ;;
         --workers) workers=$2 && shift ;;
+        --together) together=$2 && shift ;;
         --until) options+=(--until "$2") && shift ;;
         --regardless) options+=(--regardless) ;;
         -*) echo "gpu_study.sh: unknown option $1" >&2 && exit 2 ;;
@@ -64,7 +68,8 @@ sleep 0.1  # so that no file has the time of the mark
 
 rc=0
 timeout --kill-after=20 --signal=INT "$seconds" "$python" -m crma study "$study" \
-    --results "$work/results" --work "$work/runs" --workers "$workers" "${options[@]}" \
+    --results "$work/results" --work "$work/runs" --workers "$workers" \
+    --together "$together" "${options[@]}" \
     >> "$out/log.txt" 2>&1 || rc=$?
 
 find "$work/results" -maxdepth 1 -name '*.md' -newer "$work/begun" -exec cp {} "$out" \;

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from math import ceil
 
+import torch
+
 from crma.models.base_model import find_base
 from crma.training.config import TrainConfig
 from crma.training.experiment import MissingRun, Record
@@ -24,6 +26,8 @@ def all_at_once(
         made.append(Run(run.config, base, run.folder, report, loaded))
     report(name, 0, len(made))
     records = train_together([run.training(at_once=True) for run in made])
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # other processes share the device
     yield from zip(runs, records, strict=True)
 
 

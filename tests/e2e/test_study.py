@@ -25,7 +25,7 @@ def root(
     """A folder in which the whole study was run, by two processes at once."""
     root = tmp_path_factory.mktemp("study")
     file = write_small_study(root, base, write_task)
-    code, out, err = study(file, "--workers", 2, "--regardless")
+    code, out, err = study(file, "--workers", 2, "--together", 3, "--regardless")
     assert code == 0, err
     assert (root / "results" / "sharing.md").read_text() == out
     return root

@@ -53,10 +53,13 @@ def file(base: BaseModel, write_task: Callable[..., None], tmp_path: Path) -> Pa
     return tmp_path / "study.toml"
 
 
-def run(file: Path, *, only: str = "*", until: str = "", work: str = "work") -> list[str]:
+def run(
+    file: Path, *, together: int = 1, only: str = "*", until: str = "", work: str = "work"
+) -> list[str]:
     """The phases that were done."""
     results, folder = file.parent / "results", file.parent / work
-    conduct = Conduct(read_study(file), results, folder, 1, 1, only, until, False, lambda *_: None)
+    study = read_study(file)
+    conduct = Conduct(study, results, folder, 1, together, only, until, False, lambda *_: None)
     return list(conduct.run())
 
 
@@ -88,6 +91,19 @@ def test_a_later_phase_is_set_by_what_an_earlier_one_decided(file: Path) -> None
     assert f"endpoint `{study.endpoint}`." in text
     decided = json.loads((results / "grid/decision.json").read_text())["in_words"]
     assert text.count(decided) == 1
+
+
+def test_runs_that_train_together_make_the_same_records(file: Path) -> None:
+    assert run(file, together=2) == ["grid", "later"]
+    joint = {name: json.loads((file.parent / "results" / name).read_text()) for name in GRID_RUNS}
+    for name in GRID_RUNS:
+        (file.parent / "results" / name).unlink()
+    (file.parent / "results/grid/decision.json").unlink()
+    assert run(file, until="grid", work="other") == ["grid"]
+    for name, record in joint.items():
+        alone = json.loads((file.parent / "results" / name).read_text())
+        assert record["pairing"] == alone["pairing"]
+        assert record["loss"][-1] == pytest.approx(alone["loss"][-1], rel=1e-4)
 
 
 def test_a_study_resumes_and_ends_where_it_is_told(file: Path) -> None:
