@@ -106,18 +106,23 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     def answers_only(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         return inputs[0][wanted]  # [b, keep, d] -> [answer tokens, d]
 
-    positions = batch.attention_mask.cumsum(-1) - 1  # 0 at the first real token of each row
     hook = model.get_output_embeddings().register_forward_pre_hook(answers_only)
     try:
-        output = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=positions.clamp(min=0),
-            use_cache=False,
-            logits_to_keep=batch.targets.shape[1],
-        )
+        return last_logits(model, batch)
     finally:
         hook.remove()
+
+
+def last_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return logits [b, keep, vocabulary] in the model's dtype, of the last `keep` columns."""
+    positions = batch.attention_mask.cumsum(-1) - 1  # 0 at the first real token of each row
+    output = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=positions.clamp(min=0),
+        use_cache=False,
+        logits_to_keep=batch.targets.shape[1],
+    )
     return output.logits
 
 

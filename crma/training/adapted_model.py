@@ -48,17 +48,14 @@ class AdaptedModel(nn.Module):
 
     def forward(self, batch: Batch, *, crma: bool = True) -> Tensor:
         """The summed loss of a batch's answer tokens, in nats. `crma` switches the backbone."""
-        return answer_loss(self.logits(batch, crma=crma), batch)
-
-    def logits(self, batch: Batch, *, crma: bool = True) -> Tensor:
-        """As `answer_logits`, under the adapters. `crma` switches the backbone."""
         backbones = []
         if self.backbone is not None and crma:
             if self.backbone_moves or not self.recording:
-                self.recording = self.fold(self.backbone)
+                self.recording = self._fold(self.backbone)
             backbones = [(None, self.recording)]
         with self.injection.active(Plan([(None, self.lora)], backbones)):
-            return answer_logits(self.injection.model, batch)
+            logits = answer_logits(self.injection.model, batch)
+            return answer_loss(logits, batch)
 
     @property
     def ratios(self) -> Tensor:
@@ -66,7 +63,7 @@ class AdaptedModel(nn.Module):
         found = [pair.ratio for pair in self.recording if pair.ratio is not None]
         return torch.stack(found) if found else torch.zeros(0)
 
-    def fold(self, backbone: Backbone) -> list[RecordingPair]:
+    def _fold(self, backbone: Backbone) -> list[RecordingPair]:
         """One pair a layer in the model's dtype, differentiable if the backbone trains."""
         dtype = self.injection.model.dtype
         with torch.set_grad_enabled(self.backbone_moves):

@@ -9,12 +9,14 @@ first.
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from crma.evaluation.evaluator import IGNORED, Batch
+from crma.evaluation.evaluator import IGNORED, Batch, last_logits
 from crma.method.backbone import Backbone
+from crma.method.injection import Plan
 from crma.method.lora import Lora, LoraPair
 from crma.training.adapted_model import AdaptedModel, RecordingPair
 
@@ -42,6 +44,13 @@ class JointRecordingPair(RecordingPair):
         return h.view(len(self.A), -1).float().norm(dim=1)
 
 
+class JointFold(NamedTuple):
+    """The folded pairs of all layers of all runs, in the model's dtype."""
+
+    A: Tensor  # [n, L, nk, d]
+    B: Tensor  # [n, L, d, nk]
+
+
 class JointModel(AdaptedModel):
     """The frozen base model with the adapters of several runs, one next to the other.
 
@@ -57,32 +66,46 @@ class JointModel(AdaptedModel):
         super().__init__(first.injection, lora, backbone, backbone_moves=first.backbone_moves)
         self.num_runs = len(runs)
 
-    def losses(self, batch: Batch) -> Tensor:
-        """The summed loss of the answer tokens of each run, in nats: [n]."""
-        wanted = batch.targets != IGNORED  # [n b, keep]
-        num_tokens = wanted.view(self.num_runs, -1).sum(1).tolist()
-        targets = batch.targets[wanted]
-        logits = self.logits(batch).float()
-        nats = nn.functional.cross_entropy(logits, targets, reduction="none")
-        return torch.stack([part.sum() for part in torch.split(nats, num_tokens)])
+    def joint_fold(self) -> JointFold | None:
+        """The folded backbones, differentiable if they train; None without any."""
+        if self.backbone is None:
+            return None
+        dtype = self.injection.model.dtype
+        with torch.set_grad_enabled(self.backbone_moves):
+            A, B = self.backbone.fold()
+            by_run = (self.num_runs, -1)
+            return JointFold(
+                A.to(dtype).view(*by_run, *A.shape[1:]), B.to(dtype).view(*by_run, *B.shape[1:])
+            )
+
+    def losses(self, batch: Batch, fold: JointFold | None) -> Tensor:
+        """The summed loss of the answer tokens of each run, in nats: [n].
+
+        No shape depends on what the batch holds, so that a CUDA graph can do it again.
+        """
+        backbones = []
+        if fold is not None:
+            layers = zip(fold.A.unbind(1), fold.B.unbind(1), strict=True)
+            self.recording = [JointRecordingPair(A, B) for A, B in layers]
+            backbones = [(None, self.recording)]
+        with self.injection.active(Plan([(None, self.lora)], backbones)):
+            logits = last_logits(self.injection.model, batch).float()  # [n b, keep, vocabulary]
+        targets = batch.targets.flatten()
+        nats = nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="none"
+        )
+        return nats.view(self.num_runs, -1).sum(1)
+
+    @property
+    def trained_lora(self) -> list[nn.Parameter]:
+        """The parameters of the LoRAs that train."""
+        return [each for each in self.lora_parameters if each.requires_grad]
 
     @property
     def ratios(self) -> Tensor:
         """||dh|| / ||h|| of each layer of each run in the last forward pass: [n L]; or [0]."""
         found = super().ratios  # [L, n]
         return found.mT.flatten() if found.numel() else found
-
-    def fold(self, backbone: Backbone) -> list[RecordingPair]:
-        """One pair a layer for all runs."""
-        folded = super().fold(backbone)  # n L pairs
-        L = len(folded) // self.num_runs
-        return [
-            JointRecordingPair(
-                torch.stack([pair.A for pair in folded[layer::L]]),
-                torch.stack([pair.B for pair in folded[layer::L]]),
-            )
-            for layer in range(L)
-        ]
 
     def of_run(self, index: int, like: Sequence[Tensor]) -> list[Tensor]:
         """The parameters of one run, detached.

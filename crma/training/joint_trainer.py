@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from crma.evaluation.evaluator import IGNORED, Encoded, collate
+from crma.evaluation.evaluator import IGNORED, Batch, Encoded, collate
 from crma.training.arms import ARMS
 from crma.training.backbone_log import StepLog, measure_backbone
 from crma.training.joint_model import JointModel
+from crma.training.joint_pass import pass_of
 from crma.training.loop import LOG_FILE, TaskTrainer, move
 from crma.training.optimizer import parameter_groups
 from crma.training.training import Result, Training, side_by_side
@@ -143,6 +144,8 @@ class JointTrainer:
         self.config = first.config
         self.model = JointModel([trainer.adapted for trainer in trainers])
         self.groups = parameter_groups(self.config, self.model, first_task=first.first_task)
+        self.device = first.device
+        self.do_pass = pass_of(self.model)
         self.blocks = [self._side_by_side(group["params"]) for group in self.groups]
         self.average: WeightAverage | None = None
         if first.average is not None:
@@ -228,15 +231,20 @@ class JointTrainer:
         """
         most = max(len(own) for own in rows)
         filled = [row for own in rows for row in (*own, *[own[0]] * (most - len(own)))]
-        batch = collate(filled, self.trainers[0].pad_id, self.trainers[0].device)
+        batch = collate(filled, self.trainers[0].pad_id)
         for run, own in enumerate(rows):
             batch.targets[run * most + len(own) : (run + 1) * most] = IGNORED
-        num_answer_tokens = [sum(len(row.answer) for row in own) for own in rows]
-        losses = self.model.losses(batch)
-        losses = losses / torch.tensor(num_answer_tokens, device=losses.device)
-        torch.autograd.backward(losses.sum())
+        batch = Batch(*(each.to(self.device) for each in batch))
+        answer_tokens = [float(sum(len(row.answer) for row in own)) for own in rows]
+        fold = self.model.joint_fold()
+        passed = self.do_pass(batch, torch.tensor(answer_tokens, device=self.device), fold)
+        for parameter, gradient in zip(self.model.trained_lora, passed.lora, strict=True):
+            parameter.grad = gradient
+        if passed.fold:
+            trained = [part for part in fold or () if part.requires_grad]
+            torch.autograd.backward(trained, passed.fold)
         num_tokens = [sum(len(row.prompt) + len(row.answer) - 1 for row in own) for own in rows]
-        return losses.detach(), num_tokens
+        return passed.losses, num_tokens
 
     def _measure_backbones(self, measured: Sequence[dict[str, Any]]) -> None:
         """Add to the measures of each run those of its backbone, if that trains."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from crma.training.arms import ARMS
 from crma.training.joint_trainer import train_together
 from crma.training.protocol import Run
 from crma.training.training_model import load_training_model
@@ -17,9 +16,9 @@ from crma.training.training_model import load_training_model
 if TYPE_CHECKING:
     from crma.models.base_model import BaseModel
 
-JOINT_ARMS = sorted(set(ARMS) - {"O-LoRA"})
+JOINT_ARMS = ("FROZEN-warm-mean", "M=I", "SLOW-FAST_free-M", "NULL-SPACE", "PRIVATE", "ORACLE-loo")
 SETTINGS = {"batch_size": 5, "ema": 0.8, "clip": 0.5}  # batches of 5, 5 and 2
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 
 
 def together(runs: list[Run]) -> list[dict[str, Any]]:
@@ -27,10 +26,10 @@ def together(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def three(make: Callable[..., Run], base: BaseModel, tmp_path: Path) -> Callable[..., list[Run]]:
-    """Makes three runs of an arm on one model; the second has another order of tasks."""
+def pair(make: Callable[..., Run], base: BaseModel, tmp_path: Path) -> Callable[..., list[Run]]:
+    """Makes two runs of an arm on one model; the second has another order of tasks."""
 
-    def three(folder: str, arm: str, **changes: Any) -> list[Run]:
+    def pair(folder: str, arm: str, **changes: Any) -> list[Run]:
         loaded = load_training_model(base, "float32")
         return [
             make(
@@ -44,7 +43,7 @@ def three(make: Callable[..., Run], base: BaseModel, tmp_path: Path) -> Callable
             for seed in SEEDS
         ]
 
-    return three
+    return pair
 
 
 def log(run: Run) -> list[dict[str, Any]]:
@@ -73,9 +72,9 @@ def assert_close(found: Any, wanted: Any) -> None:
 
 
 @pytest.mark.parametrize("arm", JOINT_ARMS)
-def test_each_run_gets_what_it_gets_alone(three: Callable[..., list[Run]], arm: str) -> None:
-    alone = three("alone", arm)
-    joint = three("joint", arm)
+def test_each_run_gets_what_it_gets_alone(pair: Callable[..., list[Run]], arm: str) -> None:
+    alone = pair("alone", arm)
+    joint = pair("joint", arm)
     wanted = [run.execute() for run in alone]
     found = together(joint)
     for ours, theirs in zip(found, wanted, strict=True):
