@@ -6,6 +6,7 @@ Shapes: L layers, n streams; M and M_0 [L, n, n].
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from statistics import median_high
 from typing import Any
 
@@ -49,8 +50,8 @@ def measure_backbone(backbone: Backbone, M_0: Tensor, ratios: Tensor) -> StepLog
         }
         # One copy from the device, which the CPU waits for.
         flat = torch.cat([values.to(M) for values in measured.values()]).tolist()
-    values = iter(flat)
-    return {name: [_rounded(next(values)) for _ in found] for name, found in measured.items()}
+    values = map(_rounded, flat)
+    return {name: list(islice(values, len(found))) for name, found in measured.items()}
 
 
 def summarise(log: Sequence[StepLog]) -> dict[str, Any]:

@@ -37,7 +37,9 @@ def experiment_report(experiment: Experiment, records: Mapping[str, Record]) -> 
     made = list(records.values())
     if endpoint is not None and missing(endpoint, made):
         return endpoint_table(endpoint, made)
-    return "\n\n".join(part for part in [arms_table(records), *_found(experiment, records)] if part)
+    # The grid of a regime says all that a table of its arms would.
+    arms = "" if experiment.report == "regime" else arms_table(records)
+    return "\n\n".join(part for part in [arms, *_found(experiment, records)] if part)
 
 
 def _found(experiment: Experiment, records: Mapping[str, Record]) -> list[str]:

@@ -31,24 +31,22 @@ def all_at_once(
     yield from zip(runs, records, strict=True)
 
 
-def groups(configs: Mapping[str, TrainConfig], most: int) -> list[dict[str, TrainConfig]]:
-    """Divide runs into those that differ in nothing but the seed and the order of their tasks.
+def groups(configs: Mapping[str, TrainConfig], most: int) -> list[list[str]]:
+    """The names of runs, divided into those that differ only in seed and order of tasks.
 
     Args:
         configs: run name -> its configuration.
         most: runs in a group; larger ones are divided evenly.
     """
-    alike: dict[str, dict[str, TrainConfig]] = {}
+    alike: dict[str, list[str]] = {}
     for name, config in configs.items():
         settings = config.model_dump_json(exclude=OWN)
         key = f"{settings} {sorted(config.tasks)}"
-        alike.setdefault(key, {})[name] = config
-    found = []
-    for group in alike.values():
-        names = list(group)
+        alike.setdefault(key, []).append(name)
+    found: list[list[str]] = []
+    for names in alike.values():
         size = ceil(len(names) / ceil(len(names) / most))
-        parts = [names[start : start + size] for start in range(0, len(names), size)]
-        found += [{name: group[name] for name in part} for part in parts]
+        found += [names[start : start + size] for start in range(0, len(names), size)]
     return found
 
 

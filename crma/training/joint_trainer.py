@@ -146,6 +146,7 @@ class JointTrainer:
         self.groups = parameter_groups(self.config, self.model, first_task=first.first_task)
         self.device = first.device
         self.do_pass = pass_of(self.model)
+        self.still = None if self.model.backbone_moves else self.model.joint_fold()
         self.blocks = [self._side_by_side(group["params"]) for group in self.groups]
         self.average: WeightAverage | None = None
         if first.average is not None:
@@ -189,12 +190,12 @@ class JointTrainer:
     def _batches(self) -> Iterator[tuple[int, int, list[list[Encoded]]]]:
         """(epoch, step, the rows of each run) of every step."""
         for epoch in range(self.config.epochs):
-            for batches in zip(*(each.batches(epoch) for each in self.trainers), strict=True):
-                step = batches[0][0]
-                rows = [
-                    [trainer.rows[i] for i in indices]
-                    for trainer, (_, indices) in zip(self.trainers, batches, strict=True)
-                ]
+            of_runs = [each.batches(epoch) for each in self.trainers]
+            for batches in zip(*of_runs, strict=True):
+                rows = []
+                for trainer, (_, indices) in zip(self.trainers, batches, strict=True):
+                    rows.append([trainer.rows[i] for i in indices])
+                step, _ = batches[0]
                 yield epoch, step, rows
 
     def _step(
@@ -229,22 +230,17 @@ class JointTrainer:
         Returns:
             The losses [n], and how many tokens each batch has.
         """
-        most = max(len(own) for own in rows)
-        filled = [row for own in rows for row in (*own, *[own[0]] * (most - len(own)))]
-        batch = collate(filled, self.trainers[0].pad_id)
-        for run, own in enumerate(rows):
-            batch.targets[run * most + len(own) : (run + 1) * most] = IGNORED
+        batch = collate_runs(rows, self.trainers[0].pad_id)
         batch = Batch(*(each.to(self.device) for each in batch))
-        answer_tokens = [float(sum(len(row.answer) for row in own)) for own in rows]
-        fold = self.model.joint_fold()
-        passed = self.do_pass(batch, torch.tensor(answer_tokens, device=self.device), fold)
+        answer_tokens = torch.tensor([_answer_tokens(own) for own in rows], device=self.device)
+        fold = self.still or self.model.joint_fold()
+        passed = self.do_pass(batch, answer_tokens, fold)
         for parameter, gradient in zip(self.model.trained_lora, passed.lora, strict=True):
             parameter.grad = gradient
         if passed.fold:
             trained = [part for part in fold or () if part.requires_grad]
             torch.autograd.backward(trained, passed.fold)
-        num_tokens = [sum(len(row.prompt) + len(row.answer) - 1 for row in own) for own in rows]
-        return passed.losses, num_tokens
+        return passed.losses, [_read_tokens(own) for own in rows]
 
     def _measure_backbones(self, measured: Sequence[dict[str, Any]]) -> None:
         """Add to the measures of each run those of its backbone, if that trains."""
@@ -284,6 +280,31 @@ def _all(tensors: Sequence[Tensor | None]) -> Tensor | None:
     """Those of all runs, one after the other; None if they have none."""
     found = [tensor for tensor in tensors if tensor is not None]
     return torch.cat(found) if found else None
+
+
+def collate_runs(rows: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
+    """One batch with as many rows of each run, as `JointModel` takes it.
+
+    Where a run has fewer, its first is repeated, without an answer.
+    """
+    most = max(len(own) for own in rows)
+    filled: list[Encoded] = []
+    repeated: list[int] = []
+    for own in rows:
+        missing = most - len(own)
+        filled += [*own, *[own[0]] * missing]
+        repeated += range(len(filled) - missing, len(filled))
+    batch = collate(filled, pad_id)
+    batch.targets[repeated] = IGNORED
+    return batch
+
+
+def _answer_tokens(rows: Sequence[Encoded]) -> float:
+    return float(sum(len(row.answer) for row in rows))
+
+
+def _read_tokens(rows: Sequence[Encoded]) -> int:
+    return sum(len(row.prompt) + len(row.answer) - 1 for row in rows)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

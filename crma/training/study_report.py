@@ -22,31 +22,42 @@ def study_report(study: Study, results: Path) -> str:
     Raises ConfigError and TrainingError as `walk`.
     """
     parts = []
-    made: dict[str, dict[str, Record]] = {}
-    for step in walk(study, results, regardless=False):
-        records = made[step.phase.name] = _records(step)
+    steps = list(walk(study, results, regardless=False))
+    made = {step.phase.name: _records(step) for step in steps}
+    went_on = {step.phase.extends for step in steps if made[step.phase.name]}
+    for step in steps:
+        records = made[step.phase.name]
         said = [f"### {step.phase.name}"]
         if step.why_not:
             said.append(f"{'Run regardless' if records else 'Not run'}: {step.why_not}")
         if records:
-            said += _of_phase(step, records, made.get(step.phase.extends, {}), results)
+            extended = made.get(step.phase.extends, {})
+            with_tables = step.phase.name not in went_on
+            said += _of_phase(step, records, extended, results, with_tables=with_tables)
         if len(said) > 1:
             parts.append("\n\n".join(said))
     return "\n\n".join(parts) or "No run of this study has been made yet."
 
 
 def _of_phase(
-    step: Step, records: Mapping[str, Record], extended: Mapping[str, Record], results: Path
+    step: Step,
+    records: Mapping[str, Record],
+    extended: Mapping[str, Record],
+    results: Path,
+    *,
+    with_tables: bool,
 ) -> list[str]:
     """What the runs of a phase were, and once all are there, its tables.
 
-    Those of a phase that extends another one are of the records of both.
+    Those of a phase that extends another one are of the records of both, so the other has none.
     """
     provenance = _provenance(step, list(records.values()))
     if len(records) < len(step.runs.paths):
         return [provenance]
-    tables = experiment_report(step.experiment, {**extended, **records})
-    found = [provenance, tables]
+    tables = ""
+    if with_tables:
+        tables = experiment_report(step.experiment, {**extended, **records})
+    found = [part for part in (provenance, tables) if part]
     decision = results / step.phase.name / FILE
     if decision.exists():
         words = json.loads(decision.read_text("utf-8"))["in_words"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,7 +125,9 @@ class Conduct:
             try:
                 yield from self._phases(pool, told)
             except BaseException:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in active_children():  # they would make what they were given before
+                    worker.terminate()
                 raise
 
     def _phases(self, pool: Executor, told: set[str]) -> Iterator[str]:
@@ -172,7 +174,7 @@ class Conduct:
         report = self.report if self.workers == 1 else silent
         arguments = (step.experiment, self.results, self.work)
         return [
-            pool.submit(make, *arguments, list(group), report=report, runner=runner)
+            pool.submit(make, *arguments, group, report=report, runner=runner)
             for group in groups(configs, self.together)
         ]
 

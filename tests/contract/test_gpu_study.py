@@ -68,12 +68,13 @@ def test_a_study_goes_on_from_what_was_brought_back(
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_study_whose_time_is_up_brings_back_the_runs_that_it_made(
-    base: BaseModel, write_task: Callable[..., None], tmp_path: Path
+    base: BaseModel, write_task: Callable[..., None], tmp_path: Path, workers: int
 ) -> None:
     file = write_small_study(tmp_path, base, write_task)
     out, results = tmp_path / "out", tmp_path / "results"
-    done = run("--study", file, "--results", results, "--workers", 1, "--seconds", 15, out)
+    done = run("--study", file, "--results", results, "--workers", workers, "--seconds", 15, out)
     assert done.returncode == 124, (out / "log.txt").read_text()[-4000:]
     for name in unpack(out, results):
         if name.endswith(".json"):

@@ -10,12 +10,8 @@ def config(seed: int, *tasks: str, arm: str = "FROZEN", **changes: object) -> Tr
     )
 
 
-def names(configs: dict[str, TrainConfig], most: int) -> list[list[str]]:
-    return [list(group) for group in groups(configs, most)]
-
-
 def test_runs_that_differ_in_seed_and_order_are_one_group() -> None:
-    assert names({"x": config(0), "y": config(1, "b", "a")}, 9) == [["x", "y"]]
+    assert groups({"x": config(0), "y": config(1, "b", "a")}, 9) == [["x", "y"]]
 
 
 def test_runs_that_differ_in_anything_else_are_apart() -> None:
@@ -27,9 +23,9 @@ def test_runs_that_differ_in_anything_else_are_apart() -> None:
         "rate": config(0, lora={"lr": 1e-3}),
         "y": config(1),
     }
-    assert names(configs, 9) == [["x", "y"], ["arm"], ["tasks"], ["batch"], ["rate"]]
+    assert groups(configs, 9) == [["x", "y"], ["arm"], ["tasks"], ["batch"], ["rate"]]
 
 
 def test_a_large_group_is_divided_evenly() -> None:
-    sizes = [len(group) for group in names({str(seed): config(seed) for seed in range(25)}, 12)]
+    sizes = [len(group) for group in groups({str(seed): config(seed) for seed in range(25)}, 12)]
     assert sizes == [9, 9, 7]
