@@ -120,19 +120,19 @@ class Conduct:
             raise TrainingError(message, field="work", value=value, allowed=allowed) from None
 
     def _run(self) -> Iterator[str]:
-        told: set[str] = set()
         with self._pool() as pool:
             try:
-                yield from self._phases(pool, told)
+                yield from self._phases(pool)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for worker in active_children():  # they would make what they were given before
                     worker.terminate()
                 raise
 
-    def _phases(self, pool: Executor, told: set[str]) -> Iterator[str]:
+    def _phases(self, pool: Executor) -> Iterator[str]:
         """Begin every phase as soon as it waits for none, and tell of each that is done."""
-        begun: set[str] = set()
+        told: set[str] = set()
+        begun: dict[str, int] = {}  # phase -> its groups of runs
         waiting: dict[Future[None], str] = {}
         while True:
             for step in self._ready():
@@ -143,13 +143,14 @@ class Conduct:
                         told.add(name)
                         yield name
                 elif name not in begun:
-                    begun.add(name)
-                    waiting |= dict.fromkeys(self._begin(pool, step), name)
-                    if self.workers == 1:
+                    futures = self._begin(pool, step)
+                    begun[name] = len(futures)
+                    waiting |= dict.fromkeys(futures, name)
+                    if futures and self.workers == 1:
                         break  # one phase after the other
             if not waiting:
                 return  # done, or other machines make the rest
-            self._wait_for_a_phase(waiting)
+            self._wait_for_a_phase(waiting, begun)
 
     def _ready(self) -> Iterator[Step]:
         """The phases that run and wait for no other, to the last that is to run."""
@@ -178,7 +179,7 @@ class Conduct:
             for group in groups(configs, self.together)
         ]
 
-    def _wait_for_a_phase(self, waiting: dict[Future[None], str]) -> None:
+    def _wait_for_a_phase(self, waiting: dict[Future[None], str], begun: dict[str, int]) -> None:
         """Wait until all that was begun of some phase is made. Raises as the first that failed."""
         while True:
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
@@ -187,7 +188,7 @@ class Conduct:
                 future.result()
             for name in ended:
                 left = sum(name == each for each in waiting.values())
-                self.report(f"{name}: groups of runs left", 0, left)
+                self.report(name, begun[name] - left, begun[name])
             if ended - set(waiting.values()):
                 return
 
