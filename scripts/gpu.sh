@@ -37,15 +37,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 : > "$out/log.txt"
 
-python=${PYTHON:-python3}
-if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then
-    python=.venv/bin/python
-fi
-export PYTHONPATH=$work/site:$PWD:$PWD/clients/python:$PWD/clients
-export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-if [[ $device == cpu ]]; then
-    export CUDA_VISIBLE_DEVICES=
-fi
+source scripts/gpu_environment.sh
 
 patience=1
 [[ $device == cuda ]] || patience=8  # limits are those of a GPU
@@ -70,7 +62,6 @@ part() {
 }
 
 if [[ -n $carried ]]; then
-    export CRMA_HOME=$work/home PIP_NO_INDEX=1 PIP_FIND_LINKS=$work
     part setup 90 scripts/gpu_unpack.sh "$python" "$carried" "$work"
 fi
 

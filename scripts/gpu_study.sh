@@ -47,17 +47,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-python=${PYTHON:-python3}
-if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then
-    python=.venv/bin/python
-fi
-export PYTHONPATH=$work/site:$PWD:$PWD/clients/python:$PWD/clients
-export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-if [[ $device == cpu ]]; then
-    export CUDA_VISIBLE_DEVICES=
-fi
+source scripts/gpu_environment.sh
 if [[ -n $carried ]]; then
-    export CRMA_HOME=$work/home PIP_NO_INDEX=1 PIP_FIND_LINKS=$work
     scripts/gpu_unpack.sh "$python" "$carried" "$work" > "$out/log.txt" 2>&1
 fi
 
