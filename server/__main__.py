@@ -10,40 +10,23 @@ if __name__ == "__main__":
 import argparse
 import logging
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
 
-from crma.core.cache import cache_home
-from crma.core.errors import ConfigError, CrmaError
-from crma.models.base_model import BaseModel, find_base
-from crma.models.model_shape import read_shape
-from crma.models.plain_tokenizer import for_another_thread, import_templates
-from crma.models.prompts import Format, base_format
-from crma.models.serving_record import serving_tokenizer
-from crma.store.opening import open_store
-from crma.store.source import is_address
-from server.app import check_tracing, create_app
+from crma.core.errors import CrmaError
+from crma.models.base_model import BaseModel
 from server.drain import CANCEL_SECONDS, DrainingServer
 from server.engine.inference_engine import InferenceEngine
 from server.engine.native.freed_memory import return_freed_memory
-from server.engine.native.kv_size import KvSize
-from server.engine.native.launch import EngineConfig, start_engine
-from server.engine.vllm import launch as vllm_launch
 from server.http.log import configure as configure_logs
 from server.listener import addresses, listen, max_connections, protocol, raise_descriptor_limit
 from server.loading import answering
 from server.service.access import check_access
-from server.service.frontend import Frontend
-from server.service.metrics import Metrics
-from server.service.registry import Registry
-from server.service.telemetry import connect
-from server.settings import Settings, drop_service_links, set_defaults
+from server.settings import Settings, drop_service_links
+from server.startup import build, explain, new_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,133 +34,6 @@ if TYPE_CHECKING:
     EngineOn = Callable[[Settings, BaseModel, PreTrainedTokenizerBase], InferenceEngine]
 
 log = logging.getLogger("server")
-
-
-def new_engine(
-    settings: Settings, base: BaseModel, tokenizer: PreTrainedTokenizerBase
-) -> InferenceEngine:
-    """The engine that the settings name, in this process; it runs.
-
-    Args:
-        tokenizer: of the base model, for the engine alone.
-
-    Raises:
-        CrmaError: what it cannot serve, named.
-    """
-    settings.check_engine()
-    if settings.engine == "vllm":
-        return _start_vllm(settings, base)
-    return start_engine(base, _engine_config(settings), tokenizer)
-
-
-def build(
-    settings: Settings,
-    metrics: Metrics | None = None,
-    engine_on: EngineOn = new_engine,
-) -> FastAPI:
-    """The app on an engine.
-
-    Args:
-        metrics: those of its connections too; None: new ones.
-        engine_on: makes the engine.
-
-    Raises:
-        CrmaError: what it cannot serve, named.
-    """
-    metrics = metrics or new_metrics(settings)
-    if is_address(settings.store):
-        log.info("looking at the adapter store %s, and copying what is new", settings.store)
-    store = open_store(settings.store, settings.require_signature, settings.home)
-    base = find_base(settings.model, home=settings.home)
-    telemetry = None
-    if settings.otlp_endpoint is not None:
-        check_tracing()
-        telemetry = connect(settings.otlp_endpoint, base.name)
-    tokenizer = serving_tokenizer(base)
-    # Half a second of imports, while the engine packs weights without the interpreter's lock.
-    threading.Thread(target=import_templates, daemon=True).start()
-    engine = engine_on(settings, base, for_another_thread(tokenizer))
-    registry = Registry(
-        store=store,
-        base=base,
-        engine=engine,
-        base_format=_base_format(tokenizer),
-        metrics=metrics,
-        shape=read_shape(base),
-        load_backbone=settings.load_backbone,
-        copy_s=settings.store_poll_s,
-    )
-    return create_app(Frontend(settings, engine, registry, tokenizer, metrics, telemetry))
-
-
-def new_metrics(settings: Settings) -> Metrics:
-    """Metrics of a server, in a registry of their own."""
-    return Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
-
-
-def _engine_config(settings: Settings) -> EngineConfig:
-    return EngineConfig(
-        device=settings.device,
-        dtype=settings.dtype,
-        quantization=settings.quantization,
-        kernel=settings.kernel,
-        kernel_folder=(settings.home or cache_home()) / "kernels",
-        num_threads=settings.num_threads,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_model_len=settings.max_model_len,
-        kv_size=KvSize(settings.kv_cache_tokens, settings.kv_cache_mib),
-        prefix_caching=settings.prefix_caching,
-        max_loaded_adapters=settings.max_loaded_adapters,
-        max_adapter_bytes=_max_adapter_bytes(settings),
-        max_queue=settings.max_queue,
-        target_step_s=settings.target_step_s,
-        step_timeout_s=settings.step_timeout_s,
-    )
-
-
-def _start_vllm(settings: Settings, base: BaseModel) -> InferenceEngine:
-    config = vllm_launch.EngineConfig(
-        device=settings.device,
-        dtype=settings.dtype,
-        quantization=settings.vllm_quantization,
-        num_threads=settings.num_threads,
-        tensor_parallel_size=settings.tensor_parallel_size,
-        pipeline_parallel_size=settings.pipeline_parallel_size,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_model_len=settings.max_model_len,
-        kv_size=KvSize(settings.kv_cache_tokens, settings.kv_cache_mib),
-        memory_share=settings.memory_share,
-        prefix_caching=settings.prefix_caching,
-        max_loras=settings.max_loras,
-        max_lora_rank=settings.max_lora_rank,
-        max_loaded_adapters=settings.max_loaded_adapters,
-        max_adapter_bytes=_max_adapter_bytes(settings),
-        max_queue=settings.max_queue,
-    )
-    set_defaults(vllm_launch.environment(config))
-    return vllm_launch.start_engine(base, config)
-
-
-def _max_adapter_bytes(settings: Settings) -> int | None:
-    return None if settings.max_adapter_mib is None else settings.max_adapter_mib * 2**20
-
-
-def _base_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
-    """The base model's chat template; None where it has none, and takes raw prompts only."""
-    try:
-        return base_format(tokenizer)
-    except ConfigError as error:
-        log.warning("only raw prompts for the base model: %s", error.message)
-        return None
-
-
-def explain(error: CrmaError) -> str:
-    """What stopped the start, in a line: the variable if it is a setting, and what is allowed."""
-    variable = f"CRMA_{error.field.upper()}: " if error.field in Settings.model_fields else ""
-    allowed = f" (allowed: {error.allowed})" if error.allowed else ""
-    return f"{variable}{error.message}{allowed}"
 
 
 def _options(arguments: Sequence[str]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from tempfile import TemporaryDirectory
 import httpx
 from paths import STORE
 
-from server.__main__ import build
 from server.settings import Settings
+from server.startup import build
 
 
 @asynccontextmanager

@@ -330,8 +330,8 @@ def filled_store(root: Path, base: BaseModel) -> AdapterStore:
 @asynccontextmanager
 async def serving(base: BaseModel, store: Path | str, **options: Any) -> AsyncIterator[FastAPI]:
     """The app as `python -m server` builds it, on the CPU in fp32: ready, then stopped."""
-    from server.__main__ import build
     from server.settings import Settings
+    from server.startup import build
 
     settings: dict[str, Any] = {
         "home": base.path.parents[1],

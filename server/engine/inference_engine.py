@@ -1,7 +1,7 @@
 """The seam: everything that the server asks of an engine.
 
 `server.service` and `server.http` know an engine by this Protocol, by `request.py` and by
-`errors.py`; only `server.__main__` names an implementation. `server.engine.native` is ours.
+`errors.py`; only `server.engines` names an implementation. `server.engine.native` is ours.
 `tests/engine` holds every implementation to the same behaviour.
 """
 

@@ -12,12 +12,12 @@ import ray
 from ray import serve
 
 from crma.core.errors import ConfigError, CrmaError
-from server.__main__ import explain
 from server.http.log import configure as configure_logs
 from server.ray.application import build
 from server.ray.config import ReplicasConfig
 from server.service.access import check_access
 from server.settings import Settings
+from server.startup import explain
 
 log = logging.getLogger("server")
 

@@ -24,11 +24,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from crma.core.errors import BaseMismatch, CrmaError, StoreError
 from crma.models.base_model import BaseModel, find_base
 from crma.models.serving_record import serving_tokenizer
-from server.__main__ import build as build_app
-from server.__main__ import new_engine, new_metrics
 from server.daemon_threads import DaemonThreads
 from server.engine.inference_engine import InferenceEngine
 from server.engine.native.freed_memory import return_freed_memory
+from server.engines import new_engine
 from server.http.log import configure as configure_logs
 from server.listener import DEFAULT_CONNECTIONS
 from server.ray.config import ReplicasConfig
@@ -39,6 +38,8 @@ from server.ray.router import AdapterRouter
 from server.ray.serve_replicas import ServeReplicas
 from server.service.access import check_access
 from server.settings import Settings
+from server.startup import build as build_app
+from server.startup import new_metrics
 
 if TYPE_CHECKING:
     from crma.method.backbone import Backbone

@@ -31,9 +31,9 @@ from crma.models.base_model import BaseModel
 from crma.models.prompts import BASE_TEMPLATE
 from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry
-from server.__main__ import build
 from server.engine.request import EngineStats, SamplingParams
 from server.settings import Settings
+from server.startup import build
 
 pytestmark = pytest.mark.e2e
 

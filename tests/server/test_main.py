@@ -15,39 +15,7 @@ import pytest
 import tiny
 from paths import ROOT
 
-from crma.core.errors import ConfigError, CrmaError, NotFound, UnsupportedModel
-from server.__main__ import build, explain, main
-from server.settings import Settings
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (
-            ConfigError("too small", field="kv_cache_tokens", value=64, allowed=">= 2048"),
-            "CRMA_KV_CACHE_TOKENS: too small (allowed: >= 2048)",
-        ),
-        (UnsupportedModel("no blocks", field="architecture"), "no blocks"),
-        (CrmaError("no field"), "no field"),
-    ],
-)
-def test_a_line_names_the_setting_that_stopped_the_start(error: CrmaError, line: str) -> None:
-    assert explain(error) == line
-
-
-@pytest.mark.parametrize("there", [False, True], ids=["missing", "other"])
-def test_a_folder_that_is_no_store_stops_the_start_by_name(there: bool, tmp_path: Path) -> None:
-    """CRMA_STORE=/typo was ready, with no tasks."""
-    folder = tmp_path / "typo"
-    if there:
-        folder.mkdir()
-        (folder / "notes.txt").write_text("mine")
-    with pytest.raises(NotFound) as caught:
-        build(Settings(store=folder))
-    line = explain(caught.value)
-    assert line.startswith("CRMA_STORE: ")
-    assert str(folder) in line
-    assert there or f"`crma store init --store {folder}`" in line
+from server.__main__ import main
 
 
 def test_what_kubernetes_set_is_named_in_the_log(
@@ -184,18 +152,20 @@ def test_a_server_whose_engine_has_failed_ends_with_code_1(num_passes: int, tmp_
 
 SLOW_START = """
 import sys
-from server import __main__ as server
+from crma.core.errors import CrmaError
+from server import engines
+from server.__main__ import main
 
-start = server.start_engine
+start = engines.start_engine
 
 def start_when_told(*given):
     print("the model loads", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip() == "fail":
-        raise server.CrmaError("the model is broken")
+        raise CrmaError("the model is broken")
     return start(*given)
 
-server.start_engine = start_when_told
-sys.exit(server.main())
+engines.start_engine = start_when_told
+sys.exit(main())
 """
 
 
