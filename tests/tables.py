@@ -22,8 +22,10 @@ from cost_model import BASE_COLUMNS, SLOT_COLUMNS, base_rows, slot_rows
 from fastapi import APIRouter, FastAPI
 from paths import EXPERIMENTS, RESULTS, ROOT
 from prometheus_client import CollectorRegistry, Metric
+from replicas import remote_engine
 from route_rules import SCOPES
 from route_rules import rows as route_rows
+from scripted_engine import ScriptedEngine
 
 from crma.core.allowed import describe
 from crma.training.config import CrmaSettings, LoraSettings, TrainConfig
@@ -34,6 +36,7 @@ from crma.training.tables import arms_table
 from server import __version__
 from server.engine.request import EngineStats
 from server.http import routes
+from server.ray.replica_metrics import ReplicaMetrics
 from server.service.engine_metrics import EngineMetrics
 from server.service.errors import CODES
 from server.service.metrics import Metrics
@@ -163,10 +166,16 @@ def metric_families() -> list[Metric]:
     return [*metrics.registry.collect(), *engine.collect(), *vllm.collect()]
 
 
-def metrics_table() -> str:
+def replica_metric_families() -> list[Metric]:
+    """Every metric that a server on replicas has besides."""
+    engine, _ = remote_engine([ScriptedEngine()])
+    return list(ReplicaMetrics(engine).collect())
+
+
+def metrics_table(families: Callable[[], list[Metric]]) -> str:
     """Every metric with its type and help text, by name."""
     rows = set()
-    for family in metric_families():
+    for family in families():
         suffix = "_total" if family.type == "counter" else ""
         rows.add((f"`{family.name}{suffix}`", family.type, family.documentation))
     return "\n".join(markdown_table(["name", "type", "meaning"], sorted(rows)))
@@ -291,7 +300,8 @@ TABLES = {
     "slots": Table(DOCS / "cost.md", slots_table),
     "settings": Table(DOCS / "settings.md", settings_table),
     "errors": Table(DOCS / "api.md", errors_table),
-    "metrics": Table(DOCS / "operations.md", metrics_table),
+    "metrics": Table(DOCS / "operations.md", partial(metrics_table, metric_families)),
+    "replica-metrics": Table(DOCS / "replicas.md", partial(metrics_table, replica_metric_families)),
     "access": Table(DOCS / "operations.md", access_table),
     "config": Table(DOCS / "training.md", config_table),
     "results": Table(DOCS / "results.md", results_table),

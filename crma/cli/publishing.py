@@ -157,6 +157,8 @@ def promote(
     from crma.training.promotion import promote as decide
 
     adapters = open_store(store)
+    if not dry_run:
+        adapters.writable_root()  # before the measurements, not after them
     served = Served(find_base(model), adapters)
     evidence = decide(
         served,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ray
 from ray import serve
+from ray.serve.config import ProxyLocation
 
 from crma.core.errors import ConfigError, CrmaError
 from server.http.log import configure as configure_logs
@@ -37,9 +38,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         settings = config.server_settings()
         configure_logs(settings.log_format)
         check_access(settings)
-        # The app cannot know where it listens, and would refuse to be open anywhere.
-        opened = {**config.settings, "allow_open": True}
-        _serve(config.model_copy(update={"settings": opened}), settings)
+        _serve(config.for_processes(settings), settings)
     except CrmaError as error:
         sys.stderr.write(explain(error) + "\n")
         return 2
@@ -54,7 +53,8 @@ def _serve(config: ReplicasConfig, settings: Settings) -> None:
     told = threading.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: told.set())  # Ray has handlers of its own until here
-    serve.start(http_options={"host": settings.host, "port": settings.port})
+    listening = {"host": settings.host, "port": settings.port}
+    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=listening)
     try:
         serve.run(build(config), name=NAME, route_prefix="/")
     except RuntimeError as error:
@@ -63,7 +63,10 @@ def _serve(config: ReplicasConfig, settings: Settings) -> None:
     log.info("listening on http://%s:%d, %s", settings.host, settings.port, _wording(config))
     told.wait()
     log.info("draining")
-    serve.shutdown()
+    if config.address is None:
+        serve.shutdown()
+    else:  # Serve is the cluster's, and may have other applications
+        serve.delete(NAME)
 
 
 def _start_ray(config: ReplicasConfig) -> None:

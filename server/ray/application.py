@@ -175,7 +175,11 @@ def build(args: ReplicasConfig) -> Application:
         name=ENGINE,
         num_replicas=None if args.autoscaling else args.replicas,
         autoscaling_config=_autoscaling(args),
-        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        ray_actor_options={
+            "num_cpus": args.num_cpus,
+            "num_gpus": args.num_gpus,
+            "runtime_env": {"env_vars": args.environment(settings)},
+        },
         max_ongoing_requests=settings.max_num_seqs + settings.max_queue + RESERVED_CALLS,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         health_check_period_s=HEALTH_SECONDS,

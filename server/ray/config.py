@@ -116,6 +116,31 @@ class ReplicasConfig(BaseModel):
                 raise ConfigError(message, field=name, value=value, allowed=default)
         return settings
 
+    def for_processes(self, settings: Settings) -> Self:
+        """The configuration for the processes of a server that was found to be allowed to start.
+
+        The ingress cannot know where Serve listens, and refuses to be open. Where this process
+        is open, it is told that it may. Where this one has keys, it must have some of its own.
+
+        Args:
+            settings: of this process.
+        """
+        if not settings.is_open:
+            return self
+        return self.model_copy(update={"settings": {**self.settings, "allow_open": True}})
+
+    def environment(self, settings: Settings) -> dict[str, str]:
+        """Variables of a replica's process, and of those that it starts.
+
+        Ray gives every process of a replica as many threads as the replica has CPUs; those of
+        vLLM share them.
+        """
+        if settings.engine != "vllm":
+            return {}
+        num_processes = settings.tensor_parallel_size * settings.pipeline_parallel_size
+        num_threads = settings.num_threads or int(self.num_cpus)
+        return {"OMP_NUM_THREADS": str(max(1, num_threads // num_processes))}
+
 
 UNSUPPORTED = ("health_port", "keep_alive_s", "max_head_bytes", "head_timeout_s", "drain_grace_s")
 """Settings of the connections of `python -m server`."""

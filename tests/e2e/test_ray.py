@@ -3,144 +3,36 @@
 They need the extra `ray`, and are skipped without it.
 """
 
-import importlib.util
 import json
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import tiny
-import yaml
 from command_line import crma
+from ray_cluster import LONG, TASKS, Cluster, Load, needs_ray, running, tiny_settings
 
-from crma.models.base_model import BaseModel
-from crma.store.adapter_store import AdapterStore
 from crma.training.experiment import read_experiment
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(
-        importlib.util.find_spec("ray") is None,
-        reason="Ray is not installed: pip install 'crma-server[ray]'",
-    ),
-]
-START_SECONDS = 240.0
-ENGINE = "ray::ServeReplica:crma:engine"
-TASKS = ("medical", "legal")
-LONG = 300  # tokens
-
-
-@dataclass
-class Cluster:
-    """A server on two replicas.
-
-    store: what it serves. address: where it listens.
-    """
-
-    process: subprocess.Popen[bytes]
-    address: str
-    base: BaseModel
-    store: AdapterStore
-
-    def __post_init__(self) -> None:
-        headers = {"Authorization": "Bearer admin"}
-        self.client = httpx.Client(base_url=self.address, timeout=120, headers=headers)
-
-    def generate(self, **body: Any) -> dict[str, Any]:
-        response = self.client.post("/generate", json={"raw": True, "ignore_eos": True, **body})
-        assert response.status_code == 200, response.text
-        answer: dict[str, Any] = response.json()
-        return answer
-
-    def measured(self, name: str) -> list[float]:
-        """The values of all series of a metric, without its prefix."""
-        found = re.findall(
-            rf"^crma_{name}(?:{{.*}})? (\S+)$", self.client.get("/metrics").text, re.M
-        )
-        return [float(value) for value in found]
-
-    def wait_until(self, metric: str, *values: float) -> None:
-        until = time.monotonic() + START_SECONDS
-        while self.measured(metric) != list(values):
-            assert time.monotonic() < until, f"{metric} is {self.measured(metric)}"
-
-    def wait_until_ready(self) -> None:
-        until = time.monotonic() + START_SECONDS
-        while time.monotonic() < until:
-            assert self.process.poll() is None, "the server has ended"
-            try:
-                if self.client.get("/readyz").status_code == 200:
-                    return
-            except httpx.HTTPError:
-                self.process.poll()
-        raise TimeoutError("the server is not ready")
-
-    def engines(self) -> list[int]:
-        """The process ids of the replicas."""
-        return [each for each in _descendants(self.process.pid) if _name(each).startswith(ENGINE)]
-
-
-def _name(process: int) -> str:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_text()
-    except OSError:  # it has ended
-        return ""
-
-
-def _descendants(process: int) -> list[int]:
-    """The processes that a process has started, and those that they have."""
-    parents: dict[int, int] = {}
-    for each in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            fields = Path(f"/proc/{each}/stat").read_text().rpartition(") ")[2].split()
-        except OSError:
-            continue
-        parents[int(each)] = int(fields[1])
-    found = [process]
-    for each in found:
-        found += [child for child, parent in parents.items() if parent == each]
-    return found
+pytestmark = [pytest.mark.e2e, needs_ray]
+SEEN_SECONDS = 2.0  # a promotion, by all requests, as docs/replicas.md says
+SETTLED_SECONDS = 10.0  # until the ingress has seen how its replicas are
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    base = tiny.pulled_base(folder)
-    store = tiny.filled_store(folder / "store", base)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {
-        **{"home": str(folder / "home"), "model": base.name, "store": str(store.root)},
-        **{"device": "cpu", "dtype": "float32", "kernel": "off", "num_threads": 1},
-        **{"port": port, "admin_key": "admin", "evaluations": str(folder / "evaluations")},
-        **{"max_model_len": 400, "log_format": "json"},
-    }
-    config = folder / "replicas.yaml"
-    resources = {"replicas": 2, "num_cpus": 0.5, "ingress_cpus": 0, "cluster_cpus": 2}
-    config.write_text(yaml.safe_dump({**resources, "object_store_mib": 100, "settings": settings}))
-    command = [sys.executable, "-m", "server.ray", str(config)]
-    with subprocess.Popen(command, cwd=folder) as process:
-        served = Cluster(process, f"http://127.0.0.1:{port}", base, store)
-        try:
-            served.wait_until_ready()
-            served.wait_until("replicas", 2.0)
-            yield served
-        finally:
-            served.client.close()
-            process.send_signal(signal.SIGTERM)
-            process.wait(120)
+    with running(folder, tiny_settings(folder), replicas=2) as served:
+        served.wait_until("replicas", 2.0)
+        yield served
 
 
 @pytest.fixture
@@ -218,13 +110,53 @@ def test_an_adapter_that_cannot_be_had_is_refused_as_by_one_engine(cluster: Clus
     assert pattern.json()["error"]["code"] == "invalid_constraint"
 
 
-def test_requests_go_where_their_adapter_is_in_memory(cluster: Cluster) -> None:
+def test_requests_go_where_their_adapter_is_in_memory(
+    cluster: Cluster, record_property: Callable[[str, object], None]
+) -> None:
     for task in TASKS:
         cluster.generate(prompt="one", task=task, max_tokens=2)
+    assert loads_of_tasks_in_turn(cluster, record_property) == 0
+
+
+def test_without_affinity_adapters_are_loaded_again_and_again(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Of two tasks and a backbone, two have room in a replica."""
+    settings = {**tiny_settings(tmp_path), "max_loaded_adapters": 2}
+    with running(tmp_path, settings, replicas=2, affinity=False) as served:
+        served.wait_until("replicas", 2.0)
+        assert loads_of_tasks_in_turn(served, record_property) > 4
+
+
+def loads_of_tasks_in_turn(
+    cluster: Cluster, record_property: Callable[[str, object], None]
+) -> float:
+    """How many adapters were loaded for ten requests, one after the other."""
     (before,) = cluster.measured("adapter_load_seconds_count")
     for number in range(10):
         cluster.generate(prompt=f"one {number}", task=TASKS[number % 2], max_tokens=2)
-    assert cluster.measured("adapter_load_seconds_count") == [before]
+    (after,) = cluster.measured("adapter_load_seconds_count")
+    record_property("loads", after - before)
+    return after - before
+
+
+def test_metrics_are_the_sums_of_the_replicas(cluster: Cluster) -> None:
+    names = ("generation_tokens_total", "num_requests_running", "num_requests_waiting")
+    with ThreadPoolExecutor(8) as threads:
+        bodies = [{"prompt": f"{number}", "max_tokens": 40} for number in range(8)]
+        list(threads.map(lambda body: cluster.generate(**body), bodies))
+    until = time.monotonic() + SETTLED_SECONDS
+    while any(sums(cluster, name)[0] != sums(cluster, name)[1] for name in names):
+        assert time.monotonic() < until, [sums(cluster, name) for name in names]
+    assert all(each > 0 for each in cluster.measured("replica_generation_tokens_total"))
+    (usage,) = cluster.measured("kv_cache_usage_perc")
+    assert usage == pytest.approx(sum(cluster.measured("replica_kv_cache_usage_perc")) / 2)
+
+
+def sums(cluster: Cluster, name: str) -> tuple[float, float]:
+    """A metric of the server, and the sum over its replicas."""
+    (total,) = cluster.measured(name)
+    return total, sum(cluster.measured(f"replica_{name}"))
 
 
 def test_a_promotion_and_a_roll_back_reach_both_replicas(cluster: Cluster) -> None:
@@ -235,19 +167,20 @@ def test_a_promotion_and_a_roll_back_reach_both_replicas(cluster: Cluster) -> No
             answers = list(threads.map(lambda body: cluster.generate(**body), bodies))
         return {answer["provenance"]["task"] for answer in answers}
 
-    old = digests()
-    entry = tiny.publish(cluster.store, cluster.base, "legal", 7)
-    until = time.monotonic() + 10
-    while digests() != {entry.digest}:
-        assert time.monotonic() < until
-    before = cluster.measured("replica_generation_tokens_total")
-    assert digests() == {entry.digest}
-    after = cluster.measured("replica_generation_tokens_total")
-    assert all(later > earlier for later, earlier in zip(after, before, strict=True)), "both"
+    def seen(digest: str) -> None:
+        """Both replicas answer with a version that was made the serving one a moment ago."""
+        until = time.monotonic() + SEEN_SECONDS
+        while time.monotonic() < until:
+            digests()
+        before = cluster.measured("replica_generation_tokens_total")
+        assert digests() == {digest}
+        after = cluster.measured("replica_generation_tokens_total")
+        assert all(later > earlier for later, earlier in zip(after, before, strict=True)), "both"
+
+    (old,) = digests()
+    seen(tiny.publish(cluster.store, cluster.base, "legal", 7).digest)
     assert cluster.client.post("/adapters/legal/rollback").status_code == 200
-    until = time.monotonic() + 10
-    while digests() != old:
-        assert time.monotonic() < until
+    seen(old)
 
 
 def test_a_pinned_adapter_is_in_both_replicas(cluster: Cluster) -> None:
@@ -290,6 +223,32 @@ def test_a_replica_that_is_killed_loses_nothing_that_has_not_begun(cluster: Clus
     assert cluster.generate(**body)["text"] == expected
     cluster.wait_until("replicas", 2.0)
     assert first not in cluster.engines()
+
+
+def test_load_goes_on_while_a_replica_is_killed_and_replaced(
+    cluster: Cluster, record_property: Callable[[str, object], None]
+) -> None:
+    lost, retried = (
+        cluster.measured("requests_lost_total"),
+        cluster.measured("requests_retried_total"),
+    )
+    first, _ = cluster.engines()
+    with Load(cluster, 8, max_tokens=100) as load:
+        while min(load.num_ended("whole"), load.num_ended("stream")) < 8:
+            assert not cluster.process.poll()
+        os.kill(first, signal.SIGKILL)
+        cluster.wait_until("replicas", 1.0)
+        cluster.wait_until("replicas", 2.0)
+    broken = load.endings["stream", "replica_lost"]
+    assert load.endings["whole", "done"] == load.num_ended("whole")
+    assert load.endings["stream", "done"] == load.num_ended("stream") - broken
+    lost = [
+        after - before
+        for after, before in zip(cluster.measured("requests_lost_total"), lost, strict=True)
+    ]
+    assert lost == [broken]
+    record_property("endings", {" ".join(key): count for key, count in load.endings.items()})
+    record_property("retried", cluster.measured("requests_retried_total")[0] - retried[0])
 
 
 def test_a_configuration_that_cannot_be_used_ends_the_process_with_code_2(tmp_path: Path) -> None:

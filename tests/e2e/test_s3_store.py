@@ -10,6 +10,7 @@ import pytest
 import tiny
 from command_line import crma
 from mirrored import contents
+from signing_keys import make_keys
 
 from crma.models.base_model import BaseModel
 from crma.store.adapter_store import AdapterStore
@@ -111,6 +112,37 @@ def test_the_command_reads_a_store_in_s3(
     assert f"{ADDRESS}/tasks/legal/v2: {WEIGHTS}: not the file that was published" in out
     bucket.sync()
     assert verify(base)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("promote", "v1", "--model", "{base}"),
+        ("rollback", "--channel", "tasks/legal"),
+        ("gc", "--delete"),
+        ("import", "{lora}", "new", "--model", "{base}"),
+        ("sign", "{key}"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_that_would_change_it_say_where_it_is_written(
+    bucket: Bucket,
+    store: AdapterStore,
+    base: BaseModel,
+    home: Path,
+    tmp_path: Path,
+    command: tuple[str, ...],
+) -> None:
+    """`promote` refused it too, after minutes of measurements."""
+    for seed in (5, 6, 7):  # so that there is something to delete
+        tiny.publish(store, base, "legal", seed)
+    bucket.sync()
+    key = make_keys(tmp_path, "author").private
+    places = {"base": base.path, "lora": store.task("legal").path, "key": key}
+    arguments = [each.format_map(places) for each in command]
+    code, _, err = crma("store", *arguments, "--store", ADDRESS)
+    assert code == 1
+    assert f"{ADDRESS} is read from here and never changed: publish where it is written" in err
 
 
 def test_a_store_that_was_never_there_stops_the_start_and_one_that_is_away_does_not(

@@ -76,3 +76,24 @@ def test_the_page_names_every_key_and_every_setting_that_is_refused() -> None:
         assert f"`{name}`" in page
     for name in UNSUPPORTED:
         assert f"`CRMA_{name.upper()}`" in page
+
+
+def test_a_cluster_may_be_open_only_if_who_starts_the_server_is_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With keys where it was started, and none on the cluster, the server was open to all."""
+    config = ReplicasConfig(settings={"max_num_seqs": 4})
+    opened = config.for_processes(config.server_settings())
+    assert opened.settings == {"max_num_seqs": 4, "allow_open": True}
+    monkeypatch.setenv("CRMA_API_KEYS", "mine")
+    assert config.for_processes(config.server_settings()) == config
+
+
+def test_processes_of_vllm_share_the_cpus_of_their_replica() -> None:
+    """Each had as many threads as the replica has CPUs."""
+    config = ReplicasConfig(num_cpus=6, settings={"engine": "vllm", "tensor_parallel_size": 3})
+    assert config.environment(config.server_settings()) == {"OMP_NUM_THREADS": "2"}
+    one = ReplicasConfig(num_cpus=0.5, settings={"engine": "vllm"})
+    assert one.environment(one.server_settings()) == {"OMP_NUM_THREADS": "1"}
+    native = ReplicasConfig(num_cpus=6)
+    assert native.environment(native.server_settings()) == {}

@@ -1,0 +1,52 @@
+"""Replicas that come with the load and go without it.
+
+They need the extra `ray`, and are skipped without it.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from ray_cluster import LONG, TASKS, Cluster, Load, needs_ray, running, tiny_settings
+
+pytestmark = [pytest.mark.e2e, needs_ray]
+SCALING = {
+    "min_replicas": 1,
+    "max_replicas": 2,
+    "target_requests": 2,
+    "upscale_delay_s": 0,
+    "downscale_delay_s": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("scaling")
+    with running(folder, tiny_settings(folder), autoscaling=SCALING) as served:
+        yield served
+
+
+def test_load_makes_a_second_replica_start_and_less_of_it_takes_one_away(
+    cluster: Cluster, record_property: Callable[[str, object], None]
+) -> None:
+    """No request is lost at either, nor retried."""
+    cluster.wait_until("replicas", 1.0)
+    assert cluster.client.post("/adapters/medical/pin").status_code == 200
+    with Load(cluster, 12, max_tokens=40) as many:
+        cluster.wait_until("replicas", 2.0)
+        while min(cluster.measured("replica_generation_tokens_total")) < LONG:
+            assert cluster.process.poll() is None
+        assert min(cluster.measured("replica_resident_adapters")) > 1, "both have what is pinned"
+    (made_by_two,) = cluster.measured("generation_tokens_total")
+    with Load(cluster, 2, max_tokens=LONG) as few:  # on one or both of them
+        cluster.wait_until("replicas", 1.0)
+    for load in (many, few):
+        assert set(load.endings) == {("whole", "done"), ("stream", "done")}
+        record_property("endings", {" ".join(key): count for key, count in load.endings.items()})
+    assert cluster.measured("requests_lost_total") == [0.0]
+    assert cluster.measured("requests_retried_total") == [0.0]
+    assert cluster.measured("generation_tokens_total")[0] > made_by_two, "also what has ended did"
+    for task in TASKS:
+        cluster.generate(prompt="one", task=task, max_tokens=2)
+    (before,) = cluster.measured("adapter_load_seconds_count")
+    cluster.generate(prompt="two", task="medical", max_tokens=2)
+    assert cluster.measured("adapter_load_seconds_count") == [before], "the one that stays is warm"
