@@ -58,7 +58,8 @@ def _serve(config: ReplicasConfig, settings: Settings) -> None:
     try:
         serve.run(build(config), name=NAME, route_prefix="/")
     except RuntimeError as error:
-        message = f"the replicas do not start; the log above has the reason ({error})"
+        logs = "the log above has" if config.address is None else "Ray's logs on the cluster have"
+        message = f"the replicas do not start; {logs} the reason ({error})"
         raise ConfigError(message, field="config", value=NAME) from error
     log.info("listening on http://%s:%d, %s", settings.host, settings.port, _wording(config))
     told.wait()

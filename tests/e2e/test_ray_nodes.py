@@ -72,12 +72,13 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     folder = tmp_path_factory.mktemp("nodes")
     settings = {f"CRMA_{name.upper()}": str(value) for name, value in tiny_settings(folder).items()}
     settings.pop("CRMA_ADMIN_KEY")
-    environment = {**os.environ, **settings, "RAY_AUTH_TOKEN": "0" * 64}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    environment = {**os.environ, **settings, **token}
     secrets = {"CRMA_ADMIN_KEY": "admin", "CRMA_API_KEYS": OURS}
     gcs, dashboard = free_port(), free_port()
     address = f"127.0.0.1:{gcs}"
     start = [COMMANDS / "ray", "start", "--block", "--object-store-memory", str(80 * 2**20)]
-    start += ["--min-worker-port", "20000", "--max-worker-port", "29999"]
+    start += ["--node-ip-address=127.0.0.1", "--min-worker-port=20000", "--max-worker-port=29999"]
     options = [
         "--num-cpus=1",
         '--resources={"ingress": 1}',
