@@ -23,6 +23,7 @@ from server.startup import explain
 log = logging.getLogger("server")
 
 NAME = "crma"
+FAILED = "DEPLOY_FAILED"  # what Serve calls a deployment that it has given up
 
 
 def main(arguments: Sequence[str] = ()) -> int:
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         settings = config.server_settings()
         configure_logs(settings.log_format)
         check_access(settings)
-        _serve(config.for_processes(settings), settings)
+        _serve(config, settings)
     except CrmaError as error:
         sys.stderr.write(explain(error) + "\n")
         return 2
@@ -56,18 +57,32 @@ def _serve(config: ReplicasConfig, settings: Settings) -> None:
     listening = {"host": settings.host, "port": settings.port}
     serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=listening)
     try:
-        serve.run(build(config), name=NAME, route_prefix="/")
+        _deploy(config)
+        log.info("listening on http://%s:%d, %s", settings.host, settings.port, _wording(config))
+        told.wait()
+        log.info("draining")
+    finally:
+        if config.address is None:
+            serve.shutdown()
+        else:  # Serve is the cluster's, and may have other applications
+            serve.delete(NAME)
+
+
+def _deploy(config: ReplicasConfig) -> None:
+    """Start the application, and wait until it serves. Raises ConfigError: it cannot run."""
+    try:
+        serve.run(build(config.for_processes()), name=NAME, route_prefix="/")
     except RuntimeError as error:
-        logs = "the log above has" if config.address is None else "Ray's logs on the cluster have"
-        message = f"the replicas do not start; {logs} the reason ({error})"
+        message = f"the replicas do not start: {_reason() or error}"
         raise ConfigError(message, field="config", value=NAME) from error
-    log.info("listening on http://%s:%d, %s", settings.host, settings.port, _wording(config))
-    told.wait()
-    log.info("draining")
-    if config.address is None:
-        serve.shutdown()
-    else:  # Serve is the cluster's, and may have other applications
-        serve.delete(NAME)
+
+
+def _reason() -> str:
+    """The last line of what stopped a deployment; empty if Serve does not say."""
+    found = serve.status().applications[NAME].deployments.values()
+    said = [each.message.strip() for each in found if each.status == FAILED]
+    lines = [line for message in said for line in message.splitlines()]
+    return lines[-1] if lines else ""
 
 
 def _start_ray(config: ReplicasConfig) -> None:

@@ -116,16 +116,14 @@ class ReplicasConfig(BaseModel):
                 raise ConfigError(message, field=name, value=value, allowed=default)
         return settings
 
-    def for_processes(self, settings: Settings) -> Self:
+    def for_processes(self) -> Self:
         """The configuration for the processes of a server that was found to be allowed to start.
 
-        The ingress cannot know where Serve listens, and refuses to be open. Where this process
-        is open, it is told that it may. Where this one has keys, it must have some of its own.
-
-        Args:
-            settings: of this process.
+        The ingress cannot know where Serve listens, and refuses to be open. On a cluster of its
+        own it has this process's keys, if there are any, and is told that it may. On another it
+        must have some, or be told by who wrote the configuration.
         """
-        if not settings.is_open:
+        if self.address is not None:
             return self
         return self.model_copy(update={"settings": {**self.settings, "allow_open": True}})
 

@@ -54,11 +54,14 @@ class Nodes:
     environment: dict[str, str]
     folder: Path
 
-    def server(self, process: subprocess.Popen[bytes]) -> Cluster:
-        """The server that one process started, once it is ready; its client has the key."""
+    @contextmanager
+    def server(self, process: subprocess.Popen[bytes]) -> Iterator[Cluster]:
+        """The server that a process started, once both replicas serve."""
         served = Cluster(process, f"http://127.0.0.1:{self.port}", self.folder)
-        served.wait_until_ready()
-        return served
+        with served.client:
+            served.wait_until_ready()
+            served.wait_until("replicas", 2.0)
+            yield served
 
     def serve(self, *arguments: str) -> None:
         """Run Serve's command."""
@@ -94,6 +97,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         wait_for(f"http://127.0.0.1:{dashboard}/api/version", head)
         agent = f"--dashboard-agent-listen-port={free_port()}"
         joined = [*start, "--address", address, "--num-cpus=4", agent]
+        joined += ['--resources={"elsewhere": 1}']
         with subprocess.Popen(joined, env=environment, cwd=folder) as worker, ended(worker):
             yield Nodes(
                 *(head, worker, address, f"http://127.0.0.1:{dashboard}"),
@@ -155,10 +159,9 @@ def test_what_the_manifest_tells_ray_serve_runs_on_a_head_and_a_worker(nodes: No
     file = nodes.folder / "serve.yaml"
     file.write_text(yaml.safe_dump(config))
     nodes.serve("deploy", str(file))
-    served = nodes.server(nodes.head)
-    served.wait_until("replicas", 2.0)
-    check_answers(served)
-    assert (replicas_in(nodes.head), replicas_in(nodes.worker)) == (0, 2)
+    with nodes.server(nodes.head) as served:
+        check_answers(served)
+        assert (replicas_in(nodes.head), replicas_in(nodes.worker)) == (0, 2)
     nodes.serve("shutdown", "-y")
 
 
@@ -182,18 +185,32 @@ def test_a_server_joins_a_cluster_and_leaves_what_others_run_there(nodes: Nodes)
     """Its end was the end of Serve, and of every application on the cluster."""
     script = [sys.executable, "-c", OTHER, nodes.address, str(nodes.port)]
     subprocess.run(script, env=nodes.environment, check=True, timeout=120)
-    config = nodes.folder / "replicas.yaml"
-    settings = {"port": nodes.port}
-    config.write_text(
-        yaml.safe_dump({"address": nodes.address, "num_cpus": 2, "settings": settings})
-    )
-    command = [sys.executable, "-m", "server.ray", str(config)]
-    with subprocess.Popen(command, env=nodes.environment) as process, ended(process):
-        served = nodes.server(process)
-        served.wait_until("replicas", 2.0)
-        check_answers(served)
-        assert httpx.get(f"{served.address}/other", timeout=60).text == "other"
+    address = f"http://127.0.0.1:{nodes.port}"
+    with joining(nodes, "ingress") as process, ended(process):
+        with nodes.server(process) as served:
+            check_answers(served)
+        assert httpx.get(f"{address}/other", timeout=60).text == "other"
     assert process.returncode == 0
-    assert httpx.get(f"{served.address}/other", timeout=60).text == "other"
-    assert httpx.get(f"{served.address}/healthz", timeout=60).status_code == 404
+    assert httpx.get(f"{address}/other", timeout=60).text == "other"
+    assert httpx.get(f"{address}/healthz", timeout=60).status_code == 404
     assert replicas_in(nodes.worker) == 0
+
+
+def test_a_server_without_keys_on_the_cluster_does_not_start_and_leaves_nothing(
+    nodes: Nodes,
+) -> None:
+    """It was open to all: who started it was on the loopback interface alone."""
+    with joining(nodes, "elsewhere", stderr=subprocess.PIPE, text=True) as process:
+        _, shown = process.communicate(timeout=START_SECONDS)
+    assert process.returncode == 2
+    assert "no keys are set" in shown.splitlines()[-1]
+    assert replicas_in(nodes.worker) == 0
+
+
+def joining(nodes: Nodes, place: str, **options: Any) -> subprocess.Popen[Any]:
+    """Start a server on the cluster, with its ingress where a resource is."""
+    config = nodes.folder / "replicas.yaml"
+    keys = {"address": nodes.address, "num_cpus": 2, "ingress_resources": {place: 1}}
+    config.write_text(yaml.safe_dump({**keys, "settings": {"port": nodes.port}}))
+    command = [sys.executable, "-m", "server.ray", str(config)]
+    return subprocess.Popen(command, env=nodes.environment, **options)
