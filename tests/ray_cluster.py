@@ -74,6 +74,11 @@ class Cluster:
         )
         return [float(value) for value in found]
 
+    def value(self, name: str) -> float:
+        """The value of a metric that has one series."""
+        (value,) = self.measured(name)
+        return value
+
     def wait_until(self, metric: str, *values: float) -> None:
         until = time.monotonic() + START_SECONDS
         while self.measured(metric) != list(values):
@@ -168,7 +173,7 @@ class Load:
 
     Args:
         num_clients: at once.
-        body: of every request; a client asks for one of TASKS, in turn.
+        body: of every request. A client asks for the base model, or for one of TASKS.
 
     Attributes:
         endings: how many requests ended how, by "whole" or "stream", and "done" or the code of
@@ -200,7 +205,8 @@ class Load:
 
     def _ask(self, number: int) -> None:
         form = ("whole", "stream")[number % 2]
-        body = {**self._body, "task": TASKS[number // 2 % 2], "stream": form == "stream"}
+        task = (None, *TASKS)[number // 2 % 3]
+        body = {**self._body, "task": task, "stream": form == "stream"}
         while not self._ended.is_set():
             response = self._cluster.client.post("/generate", json=body)
             self.endings[form, _ending(response)] += 1

@@ -35,18 +35,17 @@ def test_load_makes_a_second_replica_start_and_less_of_it_takes_one_away(
         cluster.wait_until("replicas", 2.0)
         while min(cluster.measured("replica_generation_tokens_total")) < LONG:
             assert cluster.process.poll() is None
-        assert min(cluster.measured("replica_resident_adapters")) > 1, "both have what is pinned"
-    (made_by_two,) = cluster.measured("generation_tokens_total")
-    with Load(cluster, 2, max_tokens=LONG) as few:  # on one or both of them
+        assert min(cluster.measured("replica_resident_adapters")) > 0, "both have what is pinned"
+    made_by_two = cluster.value("generation_tokens_total")
+    with Load(cluster, 2, max_tokens=LONG) as few:  # one on each of them
         cluster.wait_until("replicas", 1.0)
     for load in (many, few):
         assert set(load.endings) == {("whole", "done"), ("stream", "done")}
         record_property("endings", {" ".join(key): count for key, count in load.endings.items()})
-    assert cluster.measured("requests_lost_total") == [0.0]
-    assert cluster.measured("requests_retried_total") == [0.0]
-    assert cluster.measured("generation_tokens_total")[0] > made_by_two, "also what has ended did"
+    assert cluster.value("requests_lost_total") == cluster.value("requests_retried_total") == 0
+    assert cluster.value("generation_tokens_total") > made_by_two, "also what has ended did"
     for task in TASKS:
         cluster.generate(prompt="one", task=task, max_tokens=2)
-    (before,) = cluster.measured("adapter_load_seconds_count")
+    before = cluster.value("adapter_load_seconds_count")
     cluster.generate(prompt="two", task="medical", max_tokens=2)
-    assert cluster.measured("adapter_load_seconds_count") == [before], "the one that stays is warm"
+    assert cluster.value("adapter_load_seconds_count") == before, "the one that stays is warm"
