@@ -4,6 +4,7 @@ They need the extra `ray`, and are skipped without it.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from ray_cluster import LONG, TASKS, Cluster, Load, needs_ray, running, tiny_settings
@@ -49,3 +50,17 @@ def test_load_makes_a_second_replica_start_and_less_of_it_takes_one_away(
     before = cluster.value("adapter_load_seconds_count")
     cluster.generate(prompt="two", task="medical", max_tokens=2)
     assert cluster.value("adapter_load_seconds_count") == before, "the one that stays is warm"
+
+
+def test_what_outlasts_the_time_to_drain_runs_again_or_is_said_to_be_lost(tmp_path: Path) -> None:
+    settings = {**tiny_settings(tmp_path), "drain_timeout_s": 0}
+    with running(tmp_path, settings, autoscaling={**SCALING, "downscale_delay_s": 0}) as cluster:
+        with Load(cluster, 12, max_tokens=40):
+            cluster.wait_until("replicas", 2.0)
+        with Load(cluster, 2, max_tokens=LONG) as few:
+            cluster.wait_until("replicas", 1.0)
+        num_lost = few.endings["stream", "replica_lost"]
+        assert few.endings["whole", "done"] == few.num_ended("whole")
+        assert few.endings["stream", "done"] == few.num_ended("stream") - num_lost
+        assert cluster.value("requests_lost_total") == num_lost
+        assert cluster.value("requests_retried_total") + num_lost > 0
