@@ -79,8 +79,9 @@ def _deploy(config: ReplicasConfig) -> None:
 
 def _reason() -> str:
     """The last line of what stopped a deployment; empty if Serve does not say."""
-    found = serve.status().applications[NAME].deployments.values()
-    said = [each.message.strip() for each in found if each.status == FAILED]
+    found = serve.status().applications.get(NAME)
+    deployments = [] if found is None else found.deployments.values()
+    said = [each.message.strip() for each in deployments if each.status == FAILED]
     lines = [line for message in said for line in message.splitlines()]
     return lines[-1] if lines else ""
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,13 +71,20 @@ class Nodes:
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+def ray_folder() -> Iterator[str]:
+    """For what Ray leaves, such as the address of the last cluster. Names of sockets are short."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory, ray_folder: str) -> Iterator[Nodes]:
     """As docker/kubernetes/crma-ray.yaml: settings in the environment, secrets on the head."""
     folder = tmp_path_factory.mktemp("nodes")
     settings = {f"CRMA_{name.upper()}": str(value) for name, value in tiny_settings(folder).items()}
     settings.pop("CRMA_ADMIN_KEY")
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
-    environment = {**os.environ, **settings, **token}
+    environment = {**os.environ, **settings, **token, "RAY_TMPDIR": ray_folder}
     secrets = {"CRMA_ADMIN_KEY": "admin", "CRMA_API_KEYS": OURS}
     gcs, dashboard = free_port(), free_port()
     address = f"127.0.0.1:{gcs}"
