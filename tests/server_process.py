@@ -44,7 +44,10 @@ def running_server(*, max_descriptors: int | None = None, **settings: str) -> It
         ) as server,
     ):
         assert server.stderr is not None
-        assert any(" ready: " in line for line in server.stderr)
+        shown = []
+        while not shown or " ready: " not in shown[-1]:
+            shown.append(server.stderr.readline())
+            assert shown[-1], "the server has ended:\n" + "".join(shown[-30:])
         threading.Thread(target=server.stderr.read, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{port}"
