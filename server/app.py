@@ -17,6 +17,7 @@ from fastapi_offline import FastAPIOffline
 from crma.core.errors import ConfigError
 from crma.models.loading import compute_alone
 from server import __version__
+from server.engine.errors import EngineError
 from server.http import error_handlers
 from server.http.body_limit import BodyLimit
 from server.http.cut_off import CutOff
@@ -190,7 +191,7 @@ def _watch_engine(frontend: Frontend) -> None:
     stats = frontend.engine.stats
     names = frontend.registry.names
     models = frontend.registry.model_names
-    watched = EngineMetrics(metrics, stats, names, models, settings.max_loaded_adapters)
+    watched = EngineMetrics(metrics, stats, names, models, settings.max_running_adapters)
     metrics.registry.register(watched)
     if settings.metrics_compat:
         metrics.registry.register(VllmMetrics(metrics, stats, frontend.model.name))
@@ -213,13 +214,16 @@ def _allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
 
 
 async def _start(frontend: Frontend) -> None:
-    """Verify the store and run a first step; until then /readyz says what is missing."""
+    """Verify the store and run the first steps; until then /readyz says what is missing."""
     try:
         await frontend.registry.start()
         await frontend.engine.warm_up()
-    except Exception:
+    except Exception as error:
         log.exception("the server cannot start, and ends")
+        known = isinstance(error, EngineError)  # others may name files
+        frontend.failure = str(error) if known else "its log has the reason"
         frontend.engine.on_failure()
     else:
+        frontend.is_warm = True
         tasks = sorted(frontend.registry.names().values())
         log.info("ready: %s, tasks: %s", frontend.model.name, tasks)

@@ -330,6 +330,11 @@ class Settings(BaseSettings):
         """Whether requests need no key."""
         return not self.api_keys and self.keys_file is None
 
+    @property
+    def max_running_adapters(self) -> int:
+        """Adapters that the requests of one step can have, for routers."""
+        return self.max_loras if self.engine == "vllm" else self.max_loaded_adapters
+
     @classmethod
     def load(cls, **given: Any) -> Self:
         """Settings from the environment, and before that those that are `given`.

@@ -274,11 +274,17 @@ def flip_bit(file: Path) -> None:
 
 
 def publish_backbone(
-    store: AdapterStore, base: BaseModel, seed: int = 0, /, **changes: Any
+    store: AdapterStore,
+    base: BaseModel,
+    seed: int = 0,
+    /,
+    *,
+    family: str = "llama",
+    **changes: Any,
 ) -> BackboneEntry:
     """Publish a random backbone; it serves."""
     fields = {"base": base, "lineage": (), **PROVENANCE, **changes}
-    return store.publish_backbone(backbone(injection(), seed), **fields)
+    return store.publish_backbone(backbone(injection(family), seed), **fields)
 
 
 def publish(
@@ -303,15 +309,16 @@ def publish(
     return store.publish_task(name, **fields)
 
 
-def filled_store(root: Path, base: BaseModel) -> AdapterStore:
-    """A store with two tasks, a backbone and the question set "public".
+def filled_store(root: Path, base: BaseModel, family: str = "llama") -> AdapterStore:
+    """A store with two tasks, a backbone and the question set "public", for a model of a family.
 
     "medical" was trained with the backbone, "legal" without one. The set asks three questions of
     each task.
     """
     store = AdapterStore(root)
-    publish(store, base, "medical", 1, backbone=publish_backbone(store, base).digest)
-    publish(store, base, "legal", 2)
+    shared = publish_backbone(store, base, family=family)
+    publish(store, base, "medical", 1, family=family, backbone=shared.digest)
+    publish(store, base, "legal", 2, family=family)
     lines = []
     for task in ("medical", "legal"):
         for number in range(3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -100,8 +101,18 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     return has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # macOS's torch has not
 
 
+def await_transformers() -> None:
+    """Wait until transformers is imported, in whichever thread that began.
+
+    `from transformers import …` fails while another thread imports it for the first time: it sees
+    the module that transformers replaces at the end of its own import.
+    """
+    import_module("transformers")
+
+
 def load_model(base: BaseModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Load the base model, frozen and in evaluation mode. Nothing is fetched."""
+    await_transformers()
     from transformers import AutoModelForCausalLM  # here, because it imports the code of models
     from transformers.utils import logging
 

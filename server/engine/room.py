@@ -1,8 +1,20 @@
-"""How many sequences an engine takes at once, and whose."""
+"""How long a sequence may be, how many an engine takes at once, and whose."""
 
 from collections import Counter
+from collections.abc import Sequence
 
-from server.engine.errors import QueueFull
+from server.engine.errors import PromptTooLong, QueueFull
+
+
+def check_length(prompt_ids: Sequence[int], max_tokens: int, max_model_len: int) -> None:
+    """Check that a prompt and its answer fit the model's context.
+
+    Raises:
+        PromptTooLong: they do not, or the prompt is empty.
+    """
+    length = len(prompt_ids)
+    if not 0 < length <= max_model_len - max_tokens:
+        raise PromptTooLong(length, max_tokens, max_model_len)
 
 
 def check_room(

@@ -64,7 +64,7 @@ class EngineMetrics(Collector):
         stats: of the engine.
         names: digest to store name, of task adapters.
         models: digest to what clients send as `model`, of task adapters.
-        max_adapters: that may be resident at once.
+        max_adapters: that requests of one step can have.
     """
 
     metrics: Metrics

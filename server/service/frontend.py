@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+COLD = "the engine has not passed its first steps yet"
+
 
 @dataclass(eq=False)
 class Frontend:
@@ -65,6 +67,8 @@ class Frontend:
         usage: how much they have used, by day.
         audit: what administrators did.
         draining: the server stops and takes no new requests.
+        is_warm: the engine's first steps have passed, and on vLLM its self-check.
+        failure: why the server cannot start, if it cannot.
     """
 
     settings: Settings
@@ -74,6 +78,8 @@ class Frontend:
     metrics: Metrics
     telemetry: Telemetry | None = None
     draining: bool = False
+    is_warm: bool = False
+    failure: str | None = None
 
     def __post_init__(self) -> None:
         self.model = self.engine.model
@@ -114,6 +120,8 @@ class Frontend:
             raise Draining("the server is stopping and takes no new requests")
         if not self.registry.verified:
             raise NotReady("the adapter store is not verified yet; try again")
+        if not self.is_warm:
+            raise NotReady(f"{COLD}; try again")
 
     def check(
         self,
@@ -300,16 +308,16 @@ class Frontend:
 
     def not_ready(self) -> str | None:
         """Why this server should get no requests now; None if it should."""
+        stats = self.engine.stats()
+        if self.failure is not None:
+            return f"the server cannot start: {self.failure}"
+        if stats.has_failed:
+            return f"the engine has failed ({stats.failure}); restart the server"
         if self.draining:
             return "stopping"
         if not self.registry.verified:
             return "the adapter store is not verified yet"
-        stats = self.engine.stats()
-        if stats.has_failed:
-            return f"the engine has failed ({stats.failure}); restart the server"
-        if not stats.num_steps:
-            return "no step has run yet"
-        return None
+        return None if self.is_warm else COLD
 
     async def stop(self) -> None:
         """End every request that still waits or runs: it raises one of STOPPING (`errors.py`)."""

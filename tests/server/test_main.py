@@ -1,19 +1,14 @@
 """server.__main__: what an operator reads when the server does not start."""
 
-import os
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import httpx
 import pytest
-import tiny
 from paths import ROOT
+from server_process import running_script
 
 from server.__main__ import main
 
@@ -73,13 +68,6 @@ def test_an_option_is_a_setting_and_comes_before_the_environment(
     assert said in capsys.readouterr().err
 
 
-class Process(NamedTuple):
-    """A server as a process, and where it listens."""
-
-    server: subprocess.Popen[str]
-    address: str
-
-
 BROKEN_LATER = """
 import sys
 from server.__main__ import main
@@ -100,44 +88,13 @@ sys.exit(main())
 """
 
 
-@contextmanager
-def running(script: str, *arguments: str, tmp_path: Path, **settings: str) -> Iterator[Process]:
-    """A server on a tiny model, started by a script that calls `main`."""
-    base = tiny.pulled_base(tmp_path)
-    store = tiny.filled_store(tmp_path / "store", base)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = {
-        "CRMA_HOME": str(tmp_path / "home"),
-        "CRMA_MODEL": "tiny",
-        "CRMA_STORE": str(store.root),
-        "CRMA_PORT": str(port),
-        "CRMA_DTYPE": "float32",
-        "CRMA_KERNEL": "off",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    with subprocess.Popen(
-        [sys.executable, "-c", script, *arguments],
-        cwd=tmp_path,
-        env={**os.environ, **own, **settings},
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as server:
-        try:
-            yield Process(server, f"http://127.0.0.1:{port}")
-        finally:
-            server.kill()
-
-
 @pytest.mark.parametrize(
     "num_passes",
     [pytest.param(0, id="at the first step", marks=pytest.mark.e2e), pytest.param(1, id="later")],
 )
 def test_a_server_whose_engine_has_failed_ends_with_code_1(num_passes: int, tmp_path: Path) -> None:
     """It was -15, as after an orderly stop, so that `Restart=on-failure` did nothing."""
-    with running(BROKEN_LATER, str(num_passes), tmp_path=tmp_path) as (server, address):
+    with running_script(BROKEN_LATER, str(num_passes), tmp_path=tmp_path) as (server, address):
         assert server.stderr is not None
         if num_passes:
             assert any(" ready: " in line for line in server.stderr)
@@ -179,7 +136,7 @@ def told(server: subprocess.Popen[str], word: str) -> None:
 @pytest.mark.e2e
 def test_a_server_answers_while_its_model_loads(tmp_path: Path) -> None:
     """Probes hung until their time-outs: the port was bound, and nobody answered."""
-    with running(SLOW_START, tmp_path=tmp_path, CRMA_DRAIN_GRACE_S="0") as (server, address):
+    with running_script(SLOW_START, tmp_path=tmp_path, CRMA_DRAIN_GRACE_S="0") as (server, address):
         assert server.stderr is not None
         assert any("the model loads" in line for line in server.stderr)
         with httpx.Client(base_url=address, timeout=30) as client:
@@ -200,7 +157,7 @@ def test_a_server_answers_while_its_model_loads(tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 def test_a_model_that_cannot_be_loaded_ends_the_process_with_code_2(tmp_path: Path) -> None:
-    with running(SLOW_START, tmp_path=tmp_path) as (server, _):
+    with running_script(SLOW_START, tmp_path=tmp_path) as (server, _):
         told(server, "fail")
         _, shown = server.communicate(timeout=60)
     assert server.returncode == 2
@@ -233,7 +190,7 @@ sys.exit(main())
 def test_a_file_system_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
     """The end waited for the thread of the loads, and for every thread that waited for that."""
     settings = {"CRMA_DRAIN_TIMEOUT_S": "1", "CRMA_ADMIN_KEY": "admin"}
-    with running(HANGING_LOADS, tmp_path=tmp_path, **settings) as (server, address):
+    with running_script(HANGING_LOADS, tmp_path=tmp_path, **settings) as (server, address):
         assert server.stderr is not None
         assert any(" ready: " in line for line in server.stderr)
         headers = {"Authorization": "Bearer admin"}
@@ -309,7 +266,7 @@ sys.exit(status)
 @pytest.mark.e2e
 def test_a_server_needs_nothing_that_only_linux_has(tmp_path: Path) -> None:
     """macOS has no /proc, allows fewer open files than it says, and its torch has no mkldnn."""
-    with running(NOT_LINUX, tmp_path=tmp_path, CRMA_DTYPE="auto") as (server, address):
+    with running_script(NOT_LINUX, tmp_path=tmp_path, CRMA_DTYPE="auto") as (server, address):
         assert server.stderr is not None
         assert any(" ready: " in line for line in server.stderr)
         for task in (None, "medical"):

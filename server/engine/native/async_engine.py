@@ -11,11 +11,10 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from server.daemon_threads import DaemonThreads
-from server.engine.errors import EngineStopped, PromptTooLong
+from server.engine.errors import EngineStopped
 from server.engine.inference_engine import Outputs, ServedModel
-from server.engine.native.adapter_pool import AdapterPool, Loader
 from server.engine.native.engine import Engine
+from server.engine.native.pooled_engine import PooledEngine
 from server.engine.native.sequence import Sequence
 from server.engine.native.step_watchdog import StepWatchdog
 from server.engine.request import (
@@ -26,7 +25,7 @@ from server.engine.request import (
     RequestOutput,
     SamplingParams,
 )
-from server.engine.room import check_room
+from server.engine.room import check_length, check_room
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ class _Stream:
     open: set[int]
 
 
-class AsyncEngine:
+class AsyncEngine(PooledEngine):
     """The `InferenceEngine` that runs an `Engine` in a thread; the thread starts at once.
 
     The event loop sends commands (add, abort) to the thread, which carries them out between two
@@ -65,17 +64,13 @@ class AsyncEngine:
         max_queue: int,
         watchdog: StepWatchdog | None = None,
     ) -> None:
+        super().__init__(model, engine.pool)
         self.engine = engine
-        self.pool: AdapterPool = engine.pool
-        self.model = model
         self.max_queue = max_queue
         self.watchdog = watchdog
-        self.on_failure: Callable[[], None] = lambda: None
         self._wake = threading.Condition()
         self._commands: list[Command] = []
         self._streams: dict[str, _Stream] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None  # the loop that submits
-        self._threads = DaemonThreads()  # that wait for loads
         self._stopped = False
         self._ended = False  # the thread has carried out its last command
         self._step_seconds = 0.1
@@ -95,7 +90,7 @@ class AsyncEngine:
         """Queue a request; its outputs follow. See `InferenceEngine.submit`."""
         self._loop = asyncio.get_running_loop()
         self._check_open()
-        self._check_length(request)
+        check_length(request.prompt_ids, request.sampling.max_tokens, self.engine.max_model_len)
         self._check_room(request)
         stream = _Stream(request, asyncio.Queue(), set(range(request.sampling.n)))
         self._streams[request.id] = stream
@@ -136,37 +131,6 @@ class AsyncEngine:
             logger.warning("an adapter still loads, and is left behind: its files do not answer")
         self.engine.constraints.close()
 
-    # Adapters ----------------------------------------------------------------------------------
-
-    def register(self, digest: str, loader: Loader, num_parameters: int) -> None:
-        """Make an adapter loadable; its size in memory is estimated from `num_parameters`."""
-        itemsize = self.pool.injection.model.dtype.itemsize
-        self.pool.register(digest, loader, num_parameters * itemsize)
-
-    async def load(self, digest: str) -> None:
-        """Make an adapter resident. See `InferenceEngine.load`."""
-        await self._threads.run(partial(self.pool.load, digest))
-
-    async def unload(self, digest: str, *, wait_s: float = 0.0, cancel: bool = False) -> None:
-        """Free a resident adapter. See `InferenceEngine.unload`."""
-        abort = partial(self._abort_adapter, digest) if cancel else None
-        await asyncio.to_thread(self.pool.unload, digest, wait_s=wait_s, abort=abort)
-
-    async def pin(self, digest: str) -> None:
-        """Load an adapter and keep it resident until `unpin`."""
-        await self._threads.run(partial(self.pool.pin, digest))
-
-    def unpin(self, digest: str) -> None:
-        """Let a pinned adapter be evicted again."""
-        self.pool.unpin(digest)
-
-    def resident(self) -> tuple[str, ...]:
-        """Digests of the adapters in memory, least recently used first."""
-        return self.pool.resident()
-
-    def _abort_adapter(self, digest: str) -> None:
-        self._send(lambda: self.engine.abort_adapter(digest))
-
     # On the event loop -------------------------------------------------------------------------
 
     def _check_open(self) -> None:
@@ -174,14 +138,6 @@ class AsyncEngine:
         if self._stopped:
             reason = "the engine has failed" if self._stats.has_failed else "the server is stopping"
             raise EngineStopped(f"{reason} and takes no new requests")
-
-    def _check_length(self, request: Request) -> None:
-        """Raises PromptTooLong unless the prompt and its answer fit the model's context."""
-        length = len(request.prompt_ids)
-        max_tokens = request.sampling.max_tokens
-        limit = self.engine.max_model_len
-        if not 0 < length <= limit - max_tokens:
-            raise PromptTooLong(length, max_tokens, limit)
 
     def _check_room(self, request: Request) -> None:
         """Raises QueueFull if no more sequences may run and wait."""
@@ -228,6 +184,9 @@ class AsyncEngine:
                 del self._streams[output.request_id]
             stream.queue.put_nowait(output)
 
+    def _abort_adapter(self, digest: str) -> None:
+        self._send(lambda: self.engine.abort_adapter(digest))
+
     def _end_streams(self) -> None:
         """Every open request ends with an error: the engine has failed.
 
@@ -257,12 +216,6 @@ class AsyncEngine:
         """Send outputs to the event loop, all at once: every call wakes the loop."""
         if outputs:
             self._call(partial(self._put, outputs))
-
-    def _call(self, function: Callable[[], None]) -> None:
-        """Have the event loop call a function, after all that it was sent before."""
-        loop = self._loop
-        if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(function)
 
     # In the engine's thread --------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from contextlib import ExitStack, aclosing
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,18 +18,18 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from crma.core.errors import CrmaError
 from crma.core.selection import BASE, AdapterSelection
-from server.daemon_threads import DaemonThreads
-from server.engine.errors import EngineStopped, PromptTooLong, UnsupportedRequest
+from server.engine.errors import EngineStopped, UnsupportedRequest
 from server.engine.inference_engine import Outputs, ServedModel
-from server.engine.native.adapter_pool import Loader
 from server.engine.native.constraint import Constraints
 from server.engine.native.output import STEP_FAILED
+from server.engine.native.pooled_engine import PooledEngine
 from server.engine.request import (
     Constraint,
     EngineStats,
     FinishReason,
     Request,
 )
+from server.engine.room import check_length
 from server.engine.vllm.adapter_pool import HostAdapterPool
 from server.engine.vllm.answer import Answer
 from server.engine.vllm.request_queue import Limits, check_room, waiting
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 FAILED = "the engine failed"
 
 
-class VllmEngine:
+class VllmEngine(PooledEngine):
     """The `InferenceEngine` on vLLM's `AsyncLLM`.
 
     It hands vLLM as many sequences as run at once, with adapters that are loaded. The others wait
@@ -74,10 +74,8 @@ class VllmEngine:
         limits: Limits,
         resources: ExitStack,
     ) -> None:
-        self.model = model
-        self.pool = pool
+        super().__init__(model, pool)
         self.limits = limits
-        self.on_failure: Callable[[], None] = lambda: None
         self._llm = llm
         self._tokenizer = tokenizer
         self._model_end_ids = model_end_ids
@@ -86,8 +84,6 @@ class VllmEngine:
         self._resources = resources
         self._constraints = Constraints(tokenizer, model_end_ids)
         self._streams: dict[str, Stream] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._threads = DaemonThreads()  # that wait for loads
         self._background: set[asyncio.Task[None]] = set()
         self._failure: str | None = None
         self._is_closed = False
@@ -106,7 +102,7 @@ class VllmEngine:
         self._loop = asyncio.get_running_loop()
         self._check_open()
         check_sampling(request.sampling)
-        self._check_length(request)
+        check_length(request.prompt_ids, request.sampling.max_tokens, self.model.max_model_len)
         check_room(self._streams.values(), request, self.limits)
         answers = [self._answer(request, index) for index in range(request.sampling.n)]
         stream = Stream(request, answers)
@@ -174,37 +170,13 @@ class VllmEngine:
 
     # Adapters ----------------------------------------------------------------------------------
 
-    def register(self, digest: str, loader: Loader, num_parameters: int) -> None:
-        """Make an adapter loadable; its size in memory is estimated from `num_parameters`."""
-        itemsize = self.pool.injection.model.dtype.itemsize
-        self.pool.register(digest, loader, num_parameters * itemsize)
-
-    async def load(self, digest: str) -> None:
-        """Make an adapter resident in this process; vLLM gets it with the first request."""
-        await self._threads.run(partial(self.pool.load, digest))
-
     async def unload(self, digest: str, *, wait_s: float = 0.0, cancel: bool = False) -> None:
         """Free a resident adapter, here and in vLLM. See `InferenceEngine.unload`."""
-        loop = asyncio.get_running_loop()
-
-        def abort() -> None:
-            loop.call_soon_threadsafe(self._abort_adapter, digest)
-
-        users = abort if cancel else None
-        await asyncio.to_thread(self.pool.unload, digest, wait_s=wait_s, abort=users)
+        await super().unload(digest, wait_s=wait_s, cancel=cancel)
         await self._selections.drop_gone()
 
-    async def pin(self, digest: str) -> None:
-        """Load an adapter and keep it resident until `unpin`."""
-        await self._threads.run(partial(self.pool.pin, digest))
-
-    def unpin(self, digest: str) -> None:
-        """Let a pinned adapter be evicted again."""
-        self.pool.unpin(digest)
-
-    def resident(self) -> tuple[str, ...]:
-        """Digests of the adapters in memory, least recently used first."""
-        return self.pool.resident()
+    def _abort_adapter(self, digest: str) -> None:
+        self._call(partial(self._end_users, digest))
 
     # What is refused ---------------------------------------------------------------------------
 
@@ -214,14 +186,6 @@ class VllmEngine:
             raise EngineStopped("the engine has failed and takes no new requests")
         if self._is_closed:
             raise EngineStopped("the server is stopping and takes no new requests")
-
-    def _check_length(self, request: Request) -> None:
-        """Raises PromptTooLong unless the prompt and its answer fit the model's context."""
-        length = len(request.prompt_ids)
-        max_tokens = request.sampling.max_tokens
-        limit = self.model.max_model_len
-        if not 0 < length <= limit - max_tokens:
-            raise PromptTooLong(length, max_tokens, limit)
 
     # On the event loop -------------------------------------------------------------------------
 
@@ -347,7 +311,7 @@ class VllmEngine:
         if self._streams.get(stream.request.id) is stream:
             del self._streams[stream.request.id]
 
-    def _abort_adapter(self, digest: str) -> None:
+    def _end_users(self, digest: str) -> None:
         """End the requests that run with an adapter."""
         for stream in list(self._streams.values()):
             if stream.has_begun and digest in stream.request.selection:
@@ -376,12 +340,6 @@ class VllmEngine:
     def _end_all_failed(self) -> None:
         for stream in list(self._streams.values()):
             self._end(stream, FinishReason.ERROR, FAILED)
-
-    def _call(self, function: Callable[[], None]) -> None:
-        """Have the event loop call a function."""
-        loop = self._loop
-        if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(function)
 
 
 def _task_digests(streams: Iterable[Stream]) -> tuple[str, ...]:

@@ -13,7 +13,12 @@ import torch
 from crma.core.errors import ConfigError
 from crma.method.injection import Injection, decoder_blocks
 from crma.models.base_model import BaseModel
-from crma.models.loading import load_tokenizer, resolve_device, resolve_dtype
+from crma.models.loading import (
+    await_transformers,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
 from crma.models.rope import context_length
 from server.engine.inference_engine import InferenceEngine, ServedModel
 from server.engine.native.engine import model_stop_ids
@@ -81,10 +86,11 @@ def start_engine(base: BaseModel, config: EngineConfig) -> InferenceEngine:
     Raises:
         CrmaError: the model cannot be served with this configuration, or vLLM cannot start.
     """
+    check_versions()
+    await_transformers()
     from server.engine.vllm.adapter_pool import HostAdapterPool
     from server.engine.vllm.skeleton import load_skeleton
 
-    check_versions()
     device = resolve_device(config.device)
     _check_pipeline(config, device)
     dtype = resolve_dtype(config.dtype, device)

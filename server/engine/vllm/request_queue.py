@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from server.engine.errors import QueueFull
+from server.engine import room
 from server.engine.request import Request
 from server.engine.vllm.stream import Stream
 
-RETRY_SECONDS = 1.0  # an estimate of when a full queue has room again
+STEP_SECONDS = 0.1  # an estimate: vLLM does not say how long its steps take
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,7 @@ class Limits:
 
 
 def check_room(streams: Collection[Stream], request: Request, limits: Limits) -> None:
-    """Check that a request may run or wait beside others.
-
-    An owner has an equal part of the room even where others have filled it.
+    """Check that a request may run or wait beside others, as `room.check_room`.
 
     Raises:
         QueueFull: it may not.
@@ -34,11 +32,14 @@ def check_room(streams: Collection[Stream], request: Request, limits: Limits) ->
     num_open: Counter[str] = Counter()
     for stream in streams:
         num_open[stream.request.owner] += stream.num_open
-    n, owner = request.sampling.n, request.owner
-    room = limits.max_queue + limits.max_num_seqs
-    part = room // len({*num_open, owner})
-    if num_open.total() + n > room and num_open[owner] + n > part:
-        raise QueueFull(limits.max_queue, RETRY_SECONDS)
+    room.check_room(
+        num_open,
+        request.owner,
+        request.sampling.n,
+        max_running=limits.max_num_seqs,
+        max_queue=limits.max_queue,
+        step_s=STEP_SECONDS,
+    )
 
 
 def waiting(streams: Collection[Stream]) -> list[Stream]:

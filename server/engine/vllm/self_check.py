@@ -74,7 +74,7 @@ async def _check(
     prompt = _prompt(engine)
     alone = [await _ask(engine, prompt, selection) for selection in selections]
     for other in others:  # now every slot has held an adapter
-        await _ask(engine, prompt, AdapterSelection(other))
+        await _ask(engine, prompt, AdapterSelection(other), num_tokens=1)
     together = await asyncio.gather(*(_ask(engine, prompt, each) for each in selections))
     tolerance = TOLERANCE.get(injection.model.dtype, COARSE_TOLERANCE)
     effects = [_distance(a, b) for a, b in itertools.combinations(alone, 2)]
@@ -104,11 +104,16 @@ def _prompt(engine: VllmEngine) -> tuple[int, ...]:
     return tuple(min(token, last) for token in range(20, 36))
 
 
-async def _ask(engine: VllmEngine, prompt: tuple[int, ...], selection: AdapterSelection) -> Answer:
+async def _ask(
+    engine: VllmEngine,
+    prompt: tuple[int, ...],
+    selection: AdapterSelection,
+    num_tokens: int = NUM_TOKENS,
+) -> Answer:
     """The log-probabilities of a prescribed answer. Raises EngineStopped: there is none."""
     forced = prompt[0]
     sampling = SamplingParams(
-        max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0, logit_bias=((forced, 100.0),)
+        max_tokens=num_tokens, ignore_eos=True, logprobs=0, logit_bias=((forced, 100.0),)
     )
     name = f"{NAME}-{selection.task_digest}-{selection.crma_digest}"
     request = Request(name, prompt, sampling=sampling, selection=selection)

@@ -33,7 +33,7 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz", responses={503: {"description": "Not ready; `reason` says why."}})
 async def readyz(frontend: TheFrontend, caller: TheCaller, response: Response) -> dict[str, Any]:
-    """200 once the store is verified and the engine has run a step.
+    """200 once the store is verified and the engine has passed its first steps.
 
     503 before that, and while the server drains. `problems` names every task that cannot answer,
     with the reason. They do not make it 503: the other tasks and the base model answer. Neither

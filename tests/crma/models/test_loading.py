@@ -1,7 +1,12 @@
 """crma.models.loading: the dtype that each device serves and trains in."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from paths import ROOT
 
 from crma.core.errors import ConfigError
 from crma.models import loading
@@ -71,3 +76,38 @@ def test_a_dtype_that_does_not_exist_is_refused_with_those_that_do() -> None:
     assert caught.value.field == "dtype"
     assert caught.value.value == "int4"
     assert caught.value.allowed == ["auto", "bfloat16", "float16", "float32"]
+
+
+LOADING_BESIDE_AN_IMPORT = """
+import sys
+import threading
+from pathlib import Path
+
+from crma.models.base_model import BaseModel
+from crma.models.loading import load_model, torch
+from crma.models.plain_tokenizer import import_templates
+
+has_begun = threading.Event()
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("transformers."):
+            has_begun.set()
+
+sys.meta_path.insert(0, Watch())
+threading.Thread(target=import_templates).start()
+has_begun.wait()
+try:
+    base = BaseModel("none", "sha256:0", Path(sys.argv[1]), {})
+    load_model(base, torch.device("cpu"), torch.float32)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.e2e
+def test_a_model_is_loaded_while_another_thread_imports_transformers(tmp_path: Path) -> None:
+    """A start ended in "cannot import name 'AutoModelForCausalLM' from 'transformers'"."""
+    command = [sys.executable, "-c", LOADING_BESIDE_AN_IMPORT, str(tmp_path)]  # no model is there
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert "config.json" in run.stdout, run.stderr

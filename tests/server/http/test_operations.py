@@ -1,10 +1,12 @@
 """Health, metrics, documentation, request ids and the access log."""
 
+import asyncio
 import json
 import logging
 import re
 import shutil
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from server import __version__
 from server.engine.errors import EngineStopped
 from server.engine.request import EngineStats, FinishReason
 from server.http.log import Format
+from server.service.frontend import COLD
+from server.service.registry import Registry
 
 
 async def test_the_server_is_ready_once_the_store_is_verified_and_a_step_has_run(
@@ -42,13 +46,38 @@ async def test_the_server_is_ready_once_the_store_is_verified_and_a_step_has_run
     await served.app.state.starting
     assert (await served.client.get("/readyz")).status_code == 200
     assert await probes(served) == [200] * 3
-    served.engine.requests.clear()
-    assert (await served.client.get("/readyz")).json()["reason"] == "no step has run yet"
     assert (await served.generate()).status_code == 200
     served.app.state.frontend.draining = True
     assert (await served.client.get("/readyz")).json()["reason"] == "stopping"
     assert await probes(served) == [503] * 3
     assert await served.error() == (503, "draining")
+
+
+@dataclass(eq=False)
+class ColdEngine(ScriptedEngine):
+    """Its first steps set `begun`, and end when `go` is set."""
+
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    go: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def warm_up(self) -> None:
+        await super().warm_up()
+        self.begun.set()
+        await self.go.wait()
+
+
+async def test_no_request_is_served_before_the_first_steps_have_passed(serve: Serve) -> None:
+    """The engine on vLLM answered before its self-check had found that it mixes up adapters."""
+    engine = ColdEngine()
+    served = await serve(engine=engine, wait=False)
+    await engine.begun.wait()
+    early = await served.client.get("/readyz")
+    assert (early.status_code, early.json()["reason"]) == (503, COLD)
+    assert await served.error() == (503, "not_ready")
+    engine.go.set()
+    await served.app.state.starting
+    assert (await served.client.get("/readyz")).status_code == 200
+    assert (await served.generate()).status_code == 200
 
 
 async def test_a_server_whose_engine_has_failed_is_not_ready_and_says_why(
@@ -66,8 +95,28 @@ async def test_a_server_whose_first_step_fails_ends(serve: Serve) -> None:
     ended: list[bool] = []
     engine = ScriptedEngine(ending=(FinishReason.ERROR, "the step failed"))
     engine.on_failure = lambda: ended.append(True)
-    await serve(engine=engine)
+    served = await serve(engine=engine)
     assert ended == [True]
+    served.app.state.frontend.draining = True  # as `DrainingServer.fail` does
+    answer = await served.client.get("/readyz")
+    reason = "the server cannot start: the first step failed: the step failed"
+    assert (answer.status_code, answer.json()["reason"]) == (503, reason)
+    assert await served.error() == (503, "draining")
+
+
+async def test_the_reason_of_a_start_that_fails_otherwise_is_in_the_log_only(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Probes need no key, and such an error may name files."""
+
+    async def fail(_: Registry) -> None:
+        raise OSError("/secret/place is gone")
+
+    monkeypatch.setattr(Registry, "start", fail)
+    served = await serve()
+    answer = await served.client.get("/readyz")
+    assert answer.json()["reason"] == "the server cannot start: its log has the reason"
+    assert "/secret/place is gone" in caplog.text
 
 
 async def test_one_task_that_cannot_serve_is_named_and_does_not_make_the_server_unready(

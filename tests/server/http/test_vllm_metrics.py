@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import tiny
 from api import BASE, Serve
 from prometheus_client.parser import text_string_to_metric_families
@@ -100,6 +101,16 @@ async def test_an_endpoint_picker_finds_all_that_it_reads(serve: Serve) -> None:
         "running_lora_adapters": "",
         "waiting_lora_adapters": "",
     }
+
+
+async def test_on_vllm_as_many_adapters_run_as_there_are_slots(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was how many this process keeps, of which a router would send too many at once."""
+    monkeypatch.setenv("CRMA_ENGINE", "vllm")
+    served = await serve(max_loras=3)
+    info = labels_of(await served.metrics(), "vllm:lora_requests_info")
+    assert info["max_lora"] == "3"
 
 
 async def test_an_adapter_in_memory_counts_as_running_by_the_name_that_clients_send(
