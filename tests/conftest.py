@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import built_kernels
 import pytest
 from json_report import JsonReport
 
@@ -31,10 +33,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return
+    built_kernels.share(config)
     path: Path | None = config.getoption("--record")
-    is_worker = hasattr(config, "workerinput")
-    if path is not None and not is_worker:
+    if path is not None:
         config.pluginmanager.register(JsonReport(path.absolute()))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported stays: to look through it for garbage, again and again, took a tenth of the
+    time of all tests."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")
