@@ -16,6 +16,7 @@ import tiny
 from paths import ROOT
 
 from crma.core.errors import ConfigError, CrmaError, NotFound, UnsupportedModel
+from crma.models.serving_record import read_served
 from server.__main__ import build, explain, main
 from server.settings import Settings
 
@@ -136,6 +137,7 @@ sys.exit(main())
 def running(script: str, *arguments: str, tmp_path: Path, **settings: str) -> Iterator[Process]:
     """A server on a tiny model, started by a script that calls `main`."""
     base = tiny.pulled_base(tmp_path)
+    read_served(base)  # as `crma pull` does
     store = tiny.filled_store(tmp_path / "store", base)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -285,6 +287,28 @@ def test_only_what_serving_needs_is_imported() -> None:
     command = [sys.executable, "-c", script]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300, check=True)
     assert run.stdout.decode().strip() == "[]"
+
+
+IS_IT_IMPORTED = """
+import sys
+from server import __main__ as server, app
+
+def say():
+    print("transformers is imported:", "transformers" in sys.modules, file=sys.stderr, flush=True)
+
+app.import_templates = say
+sys.exit(server.main())
+"""
+
+
+@pytest.mark.e2e
+def test_what_renders_chats_is_imported_once_the_server_is_ready(tmp_path: Path) -> None:
+    """To render one question of the base model's took a tenth of every start."""
+    with running(IS_IT_IMPORTED, tmp_path=tmp_path) as (server, _):
+        assert server.stderr is not None
+        lines = (line.strip() for line in server.stderr)
+        assert any(" ready: " in line for line in lines)
+        assert next(lines) == "transformers is imported: False"
 
 
 NOT_LINUX = """
