@@ -16,6 +16,7 @@ import tiny
 from paths import ROOT
 
 from crma.core.errors import ConfigError, CrmaError, NotFound, UnsupportedModel
+from crma.models.model_shape import read_shape
 from crma.models.serving_record import read_served
 from server.__main__ import build, explain, main
 from server.settings import Settings
@@ -137,7 +138,8 @@ sys.exit(main())
 def running(script: str, *arguments: str, tmp_path: Path, **settings: str) -> Iterator[Process]:
     """A server on a tiny model, started by a script that calls `main`."""
     base = tiny.pulled_base(tmp_path)
-    read_served(base)  # as `crma pull` does
+    read_shape(base)
+    read_served(base)  # both as `crma pull` does
     store = tiny.filled_store(tmp_path / "store", base)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
