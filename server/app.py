@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from fastapi_offline import FastAPIOffline
 
 from crma.core.errors import ConfigError
 from crma.models.loading import compute_alone
+from crma.models.plain_tokenizer import import_templates
 from server import __version__
 from server.engine.errors import EngineError
 from server.http import error_handlers
@@ -227,3 +229,5 @@ async def _start(frontend: Frontend) -> None:
         frontend.is_warm = True
         tasks = sorted(frontend.registry.names().values())
         log.info("ready: %s, tasks: %s", frontend.model.name, tasks)
+        # Half a second of imports, so that the first chat does not wait for all of it.
+        threading.Thread(target=import_templates, daemon=True).start()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from crma.core.errors import ConfigError, CrmaError
+from crma.core.errors import CrmaError
 from crma.models.base_model import BaseModel, find_base
 from crma.models.model_shape import read_shape
-from crma.models.plain_tokenizer import for_another_thread, import_templates
-from crma.models.prompts import Format, base_format
-from crma.models.serving_record import serving_tokenizer
+from crma.models.plain_tokenizer import for_another_thread
+from crma.models.prompts import BASE_TEMPLATE, Format
+from crma.models.serving_record import Served, read_served, serving_tokenizer
 from crma.store.opening import open_store
 from crma.store.source import is_address
 from server.app import check_tracing, create_app
@@ -58,15 +57,14 @@ def build(
     if settings.otlp_endpoint is not None:
         check_tracing()
         telemetry = connect(settings.otlp_endpoint, base.name)
-    tokenizer = serving_tokenizer(base)
-    # Half a second of imports, while the engine packs weights without the interpreter's lock.
-    threading.Thread(target=import_templates, daemon=True).start()
+    served = read_served(base)
+    tokenizer = serving_tokenizer(base, served)
     engine = engine_on(settings, base, for_another_thread(tokenizer))
     registry = Registry(
         store=store,
         base=base,
         engine=engine,
-        base_format=_base_format(tokenizer),
+        base_format=_base_format(served),
         metrics=metrics,
         shape=read_shape(base),
         load_backbone=settings.load_backbone,
@@ -80,13 +78,12 @@ def new_metrics(settings: Settings) -> Metrics:
     return Metrics(CollectorRegistry(), max_adapter_labels=settings.max_adapter_labels)
 
 
-def _base_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
+def _base_format(served: Served) -> Format | None:
     """The base model's chat template; None where it has none, and takes raw prompts only."""
-    try:
-        return base_format(tokenizer)
-    except ConfigError as error:
-        log.warning("only raw prompts for the base model: %s", error.message)
+    if served.chat_problem is not None:
+        log.warning("only raw prompts for the base model: %s", served.chat_problem)
         return None
+    return BASE_TEMPLATE
 
 
 def explain(error: CrmaError) -> str:

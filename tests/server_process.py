@@ -14,6 +14,9 @@ from typing import NamedTuple
 import tiny
 from paths import ROOT, STORE
 
+from crma.models.model_shape import read_shape
+from crma.models.serving_record import read_served
+
 
 @contextmanager
 def running_server(*, max_descriptors: int | None = None, **settings: str) -> Iterator[str]:
@@ -68,6 +71,8 @@ def running_script(
 ) -> Iterator[Process]:
     """A server on a tiny model of a family, started by a script that calls `main`."""
     base = tiny.pulled_base(tmp_path, family)
+    read_shape(base)
+    read_served(base)  # both as `crma pull` does
     store = tiny.filled_store(tmp_path / "store", base, family)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -3,7 +3,6 @@
 The weights are random; classes, tokenizers and files are real.
 """
 
-import atexit
 import json
 import tempfile
 from collections.abc import AsyncIterator, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from built_kernels import build_best
 from dora import dora
 from fastapi import FastAPI
 from tiny_configs import CONFIGS, VOCAB
@@ -34,10 +34,8 @@ from crma.store.adapter_store import AdapterStore
 from crma.store.entry import BackboneEntry, TaskEntry
 from server.engine.native.adapter_pool import AdapterPool
 from server.engine.native.block_pool import BlockPool, root_key
-from server.engine.native.cpu_class import own_classes
 from server.engine.native.engine import Engine
 from server.engine.native.kernel import Kernel
-from server.engine.native.kernel_build import build
 from server.engine.native.model_runner import ModelRunner
 from server.engine.native.scheduler import Scheduler
 from server.engine.request import Request, SamplingParams
@@ -179,12 +177,9 @@ def adapters(inj: Injection) -> dict[str, Lora | Backbone]:
 
 @cache
 def library() -> Path | None:
-    """The native kernel's library, built once per process; None without a compiler."""
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
+    """The native kernel's library; None without a compiler."""
     try:
-        measured = [each for each in own_classes() if each.is_measured]
-        return build(Path(folder.name), measured[0])
+        return build_best()
     except ConfigError:
         return None
 

@@ -1,9 +1,10 @@
 """What transformers makes of a pulled model's files, recorded beside it.
 
 A server needs its config, its rotary frequencies and its tokenizer as transformers loads them, and
-to import transformers' code for that takes a third of a start and more memory than a small model's
-adapters. So transformers is asked once, by `crma pull` or the first start, and the answers are kept
-in two hidden files that are no part of the model: `.serving.json` and `.tokenizer.json`.
+whether its chat template serves. To import transformers' code for that takes a third of a start and
+more memory than a small model's adapters. So transformers is asked once, by `crma pull` or the
+first start, and the answers are kept in two hidden files that are no part of the model:
+`.serving.json` and `.tokenizer.json`.
 
 They follow from the model's files and from the versions of transformers and tokenizers. A record of
 others is ignored and replaced.
@@ -23,9 +24,11 @@ from pydantic import TypeAdapter, ValidationError
 from tokenizers import Tokenizer
 
 from crma.core.digests import bytes_digest, file_digest
+from crma.core.errors import ConfigError
 from crma.core.files import replace_record
 from crma.models.base_model import BASE_JSON, BaseModel
 from crma.models.plain_tokenizer import PlainTokenizer
+from crma.models.prompts import check_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -73,6 +76,7 @@ class Served:
         end_ids: the tokens that end an answer, as the generation config has them.
         tokenizer: None: it is of another kind, and stays with transformers.
         backend: digest of BACKEND; None without a tokenizer.
+        chat_problem: why the chat template does not serve, in words; None: it does.
     """
 
     config: Mapping[str, Any]
@@ -80,6 +84,7 @@ class Served:
     end_ids: int | Sequence[int] | None
     tokenizer: SpecialTokens | None
     backend: str | None
+    chat_problem: str | None
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,15 @@ def read_served(base: BaseModel) -> Served:
     return served
 
 
-def serving_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase | PlainTokenizer:
-    """The tokenizer of a pulled model, as a server needs it. Nothing is fetched."""
-    served = read_served(base)
+def serving_tokenizer(
+    base: BaseModel, served: Served | None = None
+) -> PreTrainedTokenizerBase | PlainTokenizer:
+    """The tokenizer of a pulled model, as a server needs it. Nothing is fetched.
+
+    Args:
+        served: what `read_served` found; None: it is read.
+    """
+    served = served or read_served(base)
     if served.tokenizer is not None:
         with suppress(OSError):  # a folder that cannot be written has none
             data = (base.path / BACKEND).read_bytes()
@@ -149,13 +160,18 @@ def _ask_transformers(base: BaseModel) -> tuple[Served, bytes | None]:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base.path, local_files_only=True)
-    special, backend = _tokenizer_of(base)
+    tokenizer = _readable_tokenizer(base)
+    special, backend = None, None
+    if tokenizer is not None and _is_plain(tokenizer):
+        special = _special_tokens(tokenizer)
+        backend = tokenizer.backend_tokenizer.to_str().encode()
     served = Served(
         config=json.loads(config.to_json_string(use_diff=False)),
         frequencies=_frequencies(config),
         end_ids=_end_ids(base, config),
         tokenizer=special,
         backend=None if backend is None else bytes_digest(backend),
+        chat_problem=_chat_problem(tokenizer),
     )
     return served, backend
 
@@ -180,15 +196,22 @@ def _end_ids(base: BaseModel, config: PreTrainedConfig) -> int | list[int] | Non
     return generation.eos_token_id
 
 
-def _tokenizer_of(base: BaseModel) -> tuple[SpecialTokens | None, bytes | None]:
-    """What to record of the tokenizer; nothing if there is none, or one of another kind."""
+def _readable_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer; None if there is none that can be read."""
     try:
-        tokenizer = _transformers_tokenizer(base)
+        return _transformers_tokenizer(base)
     except Exception:  # transformers raises many kinds; whoever needs the tokenizer gets to see it
-        return None, None
-    if not _is_plain(tokenizer):
-        return None, None
-    return _special_tokens(tokenizer), tokenizer.backend_tokenizer.to_str().encode()
+        return None
+
+
+def _chat_problem(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    if tokenizer is None:
+        return "the base model has no tokenizer that can be read"
+    try:
+        check_template(tokenizer, None)
+    except ConfigError as error:
+        return error.message
+    return None
 
 
 def _transformers_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from crma.core.errors import ConfigError
+from crma.core.files import LOCK
 from crma.method.lora import LoraPair
 from server.engine.native import kernel_build
 from server.engine.native.cpu_class import own_classes
@@ -296,7 +297,7 @@ def test_an_error_says_why_the_kernel_cannot_be_built(
     monkeypatch.setattr(kernel_build, "SOURCE", source)
     with pytest.raises(ConfigError, match=r"does not build the kernel|no C\+\+ compiler"):
         Kernel(torch.float32, tmp_path / "kernels")
-    assert not list((tmp_path / "kernels").glob("*"))
+    assert [path.name for path in (tmp_path / "kernels").iterdir()] == [LOCK]
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be built"):
         Kernel(torch.float32, tmp_path / "file")

@@ -214,6 +214,28 @@ def test_only_what_serving_needs_is_imported() -> None:
     assert run.stdout.decode().strip() == "[]"
 
 
+IS_IT_IMPORTED = """
+import sys
+from server import __main__ as server, app
+
+def say():
+    print("transformers is imported:", "transformers" in sys.modules, file=sys.stderr, flush=True)
+
+app.import_templates = say
+sys.exit(server.main())
+"""
+
+
+@pytest.mark.e2e
+def test_what_renders_chats_is_imported_once_the_server_is_ready(tmp_path: Path) -> None:
+    """To render one question of the base model's took a tenth of every start."""
+    with running_script(IS_IT_IMPORTED, tmp_path=tmp_path) as (server, _):
+        assert server.stderr is not None
+        lines = (line.strip() for line in server.stderr)
+        assert any(" ready: " in line for line in lines)
+        assert next(lines) == "transformers is imported: False"
+
+
 NOT_LINUX = """
 import errno
 import faulthandler

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from crma.core.errors import ConfigError
+from crma.core.files import TEMPORARY_PREFIX, locked
 from server.engine.native.cpu_class import CpuClass
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ NO_OPENMP = "-fopenmp-simd"  # the kernel's loops are vector code, on one thread
 def build(folder: Path, cpu_class: CpuClass) -> Path:
     """Return the kernel's library for a class in `folder`; build it if it is not there.
 
-    Its name has the hash of all that it depends on: source, compiler and options.
+    Its name has the hash of all that it depends on: source, compiler and options. Of processes that
+    need it at the same time, one builds it and the others wait.
 
     Raises:
         ConfigError: there is no compiler, or it does not build the source; the message says why.
@@ -43,10 +45,12 @@ def build(folder: Path, cpu_class: CpuClass) -> Path:
         subprocess.SubprocessError: the compiler does not say its version.
     """
     path = folder / f"kernel-{cpu_class.name}-{_fingerprint(_command(cpu_class.options))}.so"
-    if not path.exists():
-        logger.info("building the native kernel for %s, once: some seconds", cpu_class.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        compile_kernel(cpu_class.options, path)
+    if path.exists():
+        return path
+    with locked(folder):
+        if not path.exists():
+            logger.info("building the native kernel for %s, once: some seconds", cpu_class.name)
+            compile_kernel(cpu_class.options, path)
     return path
 
 
@@ -67,7 +71,7 @@ def compile_kernel(options: Sequence[str], path: Path) -> None:
         ConfigError: there is no compiler, or it does not build the source; the message says why.
     """
     command = _command(options)
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=path.parent) as temporary:
         unfinished = Path(temporary) / path.name
         try:
             _compile([*command, OPENMP, "-o", str(unfinished), *_linked()])

@@ -123,3 +123,30 @@ def test_a_tokenizer_with_ways_of_its_own_stays_with_transformers(pulled: BaseMo
         assert not serving_record._is_plain(again)
     finally:
         again.split_special_tokens = before
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        (None, None),
+        ("", "no chat template"),
+        ("{{ messages[0].role }}", "does not show the user's text"),
+        ("{{ raise_exception('no users') }}", "refuses one user turn: no users"),
+    ],
+)
+def test_whether_the_chat_template_serves_is_recorded(
+    pulled: BaseModel, template: str | None, problem: str | None
+) -> None:
+    """Each start imported transformers to render one question."""
+    if template is not None:
+        (pulled.path / "chat_template.jinja").write_text(template)
+    read_served(pulled)
+    with patch.object(serving_record, "_ask_transformers", side_effect=AssertionError):
+        found = read_served(pulled).chat_problem
+    assert found is None if problem is None else problem in str(found)
+
+
+def test_a_model_without_a_tokenizer_serves_no_chats(tmp_path: Path) -> None:
+    LLAMA().save_pretrained(tmp_path)
+    problem = read_served(BaseModel("tiny", "", tmp_path, {})).chat_problem
+    assert problem == "the base model has no tokenizer that can be read"
