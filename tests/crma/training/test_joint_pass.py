@@ -57,11 +57,11 @@ def test_a_padded_batch_has_the_same_losses_and_gradients(
     assert len(found.fold) == (0 if arm == "FROZEN" else 2)
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes all operations, with the shapes that they are given."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.noted: list[tuple[str, str]] = []
 
     def __torch_dispatch__(
