@@ -122,5 +122,5 @@ def test_a_run_that_fails_does_not_end_those_of_other_processes(
     (tmp_path / "broken.toml").write_text(text)
     (tmp_path / "study.toml").write_text(BROKEN_STUDY)
     code, _, err = study(tmp_path / "study.toml", "--workers", 2)
-    assert (code, "not finite" in err, "fails-seed0" in err) == (2, True, True)
+    assert (code, "not finite" in err, "fails-seed0" in err) == (1, True, True)
     assert list(records(tmp_path, "broken")) == ["goes-on-seed0"]
