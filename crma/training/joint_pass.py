@@ -95,6 +95,8 @@ class RecordedPasses:
         self.direct = DirectPass(model)
         self.recorded: dict[tuple[torch.Size, torch.Size], Recorded] = {}
         self.pool = torch.cuda.graph_pool_handle()
+        # One for all shapes: each stream keeps memory and a workspace of cuBLAS of its own.
+        self.beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, batch: Batch, num_tokens: Tensor, fold: JointFold | None) -> Passed:
         """Do a pass. Nothing is added to any `grad`."""
@@ -115,12 +117,11 @@ class RecordedPasses:
     def _record(self, batch: Batch, num_tokens: Tensor, fold: JointFold | None) -> Recorded:
         kept = None if fold is None else JointFold(*(_leaf(part.clone()) for part in fold))
         inputs = (Batch(*(each.clone() for each in batch)), num_tokens.clone(), kept)
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        self.beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.beside):
             for _ in range(WARM_UPS):
                 self.direct(*inputs)
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(self.beside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             passed = self.direct(*inputs)

@@ -206,7 +206,7 @@ class TaskTrainer:
         if not all(
             math.isfinite(each) for each in (measured["loss"], *measured["grad_norm"].values())
         ):
-            message = f"{self.task}: loss or gradient is not finite; lower lr"
+            message = f"{self.task}: loss or gradient is not finite; lower lr ({self.folder})"
             raise TrainingError(message, field="loss", value=measured, allowed="finite")
 
     def check_mixing_gradient(self, step: int, measured: dict[str, Any]) -> None:
@@ -221,7 +221,7 @@ class TaskTrainer:
             return
         dead = [layer for layer, norm in enumerate(measured["crma"]["grad_S"]) if norm == 0.0]
         if dead:
-            message = f"{self.task}: the gradient of M is 0 at step {step}"
+            message = f"{self.task}: the gradient of M is 0 at step {step} ({self.folder})"
             raise TrainingError(
                 message, field="layers", value=dead, allowed="a gradient in every layer"
             )

@@ -24,7 +24,9 @@ def study_report(study: Study, results: Path) -> str:
     parts = []
     steps = list(walk(study, results, regardless=False))
     made = {step.phase.name: _records(step) for step in steps}
-    went_on = {step.phase.extends for step in steps if made[step.phase.name]}
+    went_on = {
+        step.phase.extends for step in steps if len(made[step.phase.name]) == len(step.runs.paths)
+    }
     for step in steps:
         records = made[step.phase.name]
         said = [f"### {step.phase.name}"]
@@ -49,7 +51,8 @@ def _of_phase(
 ) -> list[str]:
     """What the runs of a phase were, and once all are there, its tables.
 
-    Those of a phase that extends another one are of the records of both, so the other has none.
+    Those of a phase that extends another one are of the records of both, so the other then has
+    none.
     """
     provenance = _provenance(step, list(records.values()))
     if len(records) < len(step.runs.paths):

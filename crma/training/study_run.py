@@ -103,6 +103,9 @@ class Conduct:
         Yields:
             The name of each phase, when all of its records are there.
 
+        Other processes end the runs that they have begun before an error is raised; Ctrl-C ends
+        them at once.
+
         Raises:
             ConfigError: there is no phase `until`, or the records of a phase allow no decision.
             DataError: the data of a phase that will run is not there.
@@ -123,10 +126,14 @@ class Conduct:
         with self._pool() as pool:
             try:
                 yield from self._phases(pool)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for worker in active_children():  # they would make what they were given before
-                    worker.terminate()
+            except BaseException as error:
+                a_run_failed = isinstance(error, Exception)  # otherwise, the time is up
+                try:
+                    # What other processes have begun may be hours of work.
+                    pool.shutdown(wait=a_run_failed, cancel_futures=True)
+                finally:
+                    for worker in active_children():  # they would make what they were given before
+                        worker.terminate()
                 raise
 
     def _phases(self, pool: Executor) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from command_line import crma
-from small_study import write_small_study
+from small_study import ENDPOINT, write_small_study
 
 from crma.core.digests import file_digest
 from crma.models.base_model import BaseModel
@@ -16,6 +16,22 @@ pytestmark = pytest.mark.e2e
 
 DECIDES = {"regime", "ceiling", "screening", "clinc-4", "clinc-100"}
 REPORTS = {"confirm", "clinc-4-arms", "full-size", "clinc-100-arms"}
+
+
+BROKEN = """
+name = "broken"
+endpoint = "endpoint.toml"
+config = {{tasks = ["{task}"], model = "{model}", dtype = "float32"}}
+runs = [
+    {{arm = "FROZEN", label = "fails", seeds = [0], changes.lora.lr = 1e30}},
+    {{arm = "FROZEN", label = "goes-on", seeds = [0], changes.epochs = 200}},
+]
+"""
+BROKEN_STUDY = """
+name = "one"
+endpoint = "endpoint.toml"
+phases = [{name = "broken", experiment = "broken.toml"}]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +111,16 @@ def test_a_second_run_makes_nothing_and_says_the_same(root: Path) -> None:
     code, again, _ = study(root / "sharing.toml", "--regardless", "--dry-run", "--json")
     assert {row["missing"] for row in json.loads(again)} == {0}
     assert out == (root / "results" / "sharing.md").read_text()
+
+
+def test_a_run_that_fails_does_not_end_those_of_other_processes(
+    base: BaseModel, write_task: Callable[..., None], tmp_path: Path
+) -> None:
+    write_task(tmp_path / "own", ("yes", "no"))
+    (tmp_path / "endpoint.toml").write_text(ENDPOINT)
+    text = BROKEN.format(task=tmp_path / "own", model=base.path)
+    (tmp_path / "broken.toml").write_text(text)
+    (tmp_path / "study.toml").write_text(BROKEN_STUDY)
+    code, _, err = study(tmp_path / "study.toml", "--workers", 2)
+    assert (code, "not finite" in err, "fails-seed0" in err) == (1, True, True)
+    assert list(records(tmp_path, "broken")) == ["goes-on-seed0"]

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
-from crma.training.joint_trainer import train_together
+from crma.core.errors import TrainingError
+from crma.training.joint_trainer import JointTrainer, train_together
 from crma.training.protocol import Run
 from crma.training.training_model import load_training_model
 
@@ -82,3 +84,13 @@ def test_each_run_gets_what_it_gets_alone(pair: Callable[..., list[Run]], arm: s
             assert_close(ours[key], theirs[key])
     for ours, theirs in zip(joint, alone, strict=True):
         assert_close(log(ours), log(theirs))
+
+
+def test_an_error_names_the_run_that_failed(pair: Callable[..., list[Run]]) -> None:
+    good, bad = trainers = [next(run.training())[0] for run in pair("broken", "FROZEN")]
+    with torch.no_grad():
+        bad.adapted.lora_parameters[0].fill_(float("nan"))
+    with pytest.raises(TrainingError, match="not finite") as caught:
+        JointTrainer(trainers).run()
+    assert str(bad.folder) in caught.value.message
+    assert str(good.folder) not in caught.value.message

@@ -106,6 +106,23 @@ def test_runs_that_train_together_make_the_same_records(file: Path) -> None:
         assert record["loss"][-1] == pytest.approx(alone["loss"][-1], rel=1e-4)
 
 
+def test_a_phase_has_its_tables_until_one_that_extends_it_is_done(file: Path) -> None:
+    grid = (file.parent / "grid.toml").read_text().replace("seeds = [0, 1]", "seeds = [0]")
+    (file.parent / "grid.toml").write_text(grid)  # with one seed, no setting passes
+    for old, new in {"grid": "more", "b6": "b2", "b3": "b1", "= 6": "= 2", "= 3": "= 1"}.items():
+        grid = grid.replace(old, new)
+    (file.parent / "more.toml").write_text(grid)
+    more = '{name = "more", experiment = "more.toml", decides = "regime", extends = "grid"},'
+    text = file.read_text().replace('    {name = "later"', f'    {more}\n    {{name = "later"')
+    file.write_text(text)
+    study, results = read_study(file), file.parent / "results"
+    assert run(file, until="grid") == ["grid"]
+    assert run(file, only="b2-*") == ["grid"]
+    assert study_report(study, results).count("| batch |") == 1
+    assert run(file, until="more", work="other") == ["grid", "more"]
+    assert study_report(study, results).count("| batch |") == 1
+
+
 def test_a_study_resumes_and_ends_where_it_is_told(file: Path) -> None:
     assert run(file, until="grid") == ["grid"]
     before = (file.parent / "results/grid/b6-seed0.json").stat().st_mtime_ns
