@@ -10,3 +10,6 @@ import os
 
 # Ray reports its use to its makers unless told not to. Set before a cluster starts.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Serve gives its proxy 5 s to start, and otherwise ends it, and so the server: too few on a busy
+# machine.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
