@@ -243,7 +243,7 @@ def test_load_goes_on_while_a_replica_is_killed_and_replaced(
     assert load.endings["whole", "done"] == load.num_ended("whole")
     assert load.endings["stream", "done"] == load.num_ended("stream") - broken
     assert cluster.value("requests_lost_total") - lost == broken
-    assert num_retried > 0
+    assert num_retried + broken > 0  # which of the two the killed replica had, is chance
 
 
 def test_a_configuration_that_cannot_be_used_ends_the_process_with_code_2(tmp_path: Path) -> None:
