@@ -15,8 +15,8 @@
 # The exit code is that of the study; 124: its time was up.
 #
 # --carried: what scripts/gpu_pack.sh FOLDER --data wrote; left out: all is installed and built.
-# --workers, --together: so many processes (8), in each of which so many runs of a kind train at once
-# (12): one run of a small model does not fill a GPU.
+# --workers, --together: so many processes (8), in each of which so many runs of a kind train at
+# once (12): one run of a small model does not fill a GPU.
 set -euo pipefail
 
 device=cuda carried= study=crma/experiments/sharing.toml results=crma/results seconds=480

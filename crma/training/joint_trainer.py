@@ -22,7 +22,7 @@ from crma.training.joint_model import JointModel
 from crma.training.joint_pass import pass_of
 from crma.training.loop import LOG_FILE, TaskTrainer, move
 from crma.training.optimizer import parameter_groups
-from crma.training.training import Result, Training, side_by_side
+from crma.training.training import Result, Training, go_through, side_by_side
 from crma.training.weight_average import WeightAverage
 
 OWN = {"seed", "tasks"}  # keys of a configuration in which runs that train together may differ
@@ -62,14 +62,7 @@ def train_together(trainings: Sequence[Training[Result]]) -> list[Result]:
     Raises:
         TrainingError: as `TaskTrainer.run`; all end with the first that fails.
     """
-    training = side_by_side(trainings)
-    try:
-        trainers = next(training)
-        while True:
-            trainers = training.send(_train(trainers))
-    except StopIteration as end:
-        results: list[Result] = end.value
-        return results
+    return go_through(side_by_side(trainings), _train)
 
 
 def _train(trainers: Sequence[TaskTrainer]) -> list[float]:

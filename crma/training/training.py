@@ -1,6 +1,6 @@
 """Training part by part, so that parts of several runs can be trained at once."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
 from crma.training.loop import TaskTrainer
@@ -11,15 +11,24 @@ Training = Generator[list[TaskTrainer], list[float], Result]
 """Yields what can be trained next, in any order or at once; is sent the seconds that each took."""
 
 
-def train_alone(training: Training[Result]) -> Result:
-    """Go through a training, one trainer after the other. Raises as `TaskTrainer.run`."""
+Train = Callable[[Sequence[TaskTrainer]], list[float]]
+"""Trains all that it is given. Returns the seconds that each took."""
+
+
+def go_through(training: Training[Result], train: Train) -> Result:
+    """Go through a training to its end. Raises as `train`."""
     try:
         trainers = next(training)
         while True:
-            trainers = training.send([trainer.run() for trainer in trainers])
+            trainers = training.send(train(trainers))
     except StopIteration as end:
         result: Result = end.value
         return result
+
+
+def train_alone(training: Training[Result]) -> Result:
+    """Go through a training, one trainer after the other. Raises as `TaskTrainer.run`."""
+    return go_through(training, lambda trainers: [trainer.run() for trainer in trainers])
 
 
 def side_by_side(trainings: Sequence[Training[Result]]) -> Training[list[Result]]:
