@@ -218,14 +218,13 @@ def test_int8_is_refused_for_a_model_that_the_decoder_does_not_cover() -> None:
 def test_blocks_in_one_call_have_the_bits_of_their_operations_one_by_one(
     family: str, dtype: torch.dtype, int8: bool
 ) -> None:
-    """Chunks of prompts and answers, most selections in one batch; a DoRA goes one by one."""
+    """Chunks of prompts and answers, all selections in one batch, one of them a DoRA."""
     if tiny.library() is None:
         pytest.skip("no C++ compiler")
     original = tiny.injection(family)
     inj = Injection(tiny.fresh(original).bfloat16().to(dtype))  # weights that the kernel packs
     world = World(inj, tiny.adapters(original))
     calls = one_call_a_selection(ALL_LOGPROBS)
-    calls = [call for call in calls if call.selection.task_digest != "task-3"]
 
     def run(one_by_one: bool) -> tuple[list[Answer], list[int]]:
         limits = {"max_num_seqs": 16, "max_num_batched_tokens": 40, "max_resident": 6}

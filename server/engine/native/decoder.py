@@ -230,7 +230,7 @@ class Decoder:
         if plan.stacked is not None:
             plan.stacked.add_((self._embedding_path,), h, input_ids)
         rotation = self._rotation(h, positions)
-        if self.packed_blocks is not None and self.packed_blocks.can_run(plan):
+        if self.packed_blocks is not None:
             self.packed_blocks.run(h, rotation, paged, plan)
         else:
             self._run_layers(h, rotation, paged, plan)

@@ -20,11 +20,13 @@ from crma.method.lora import Lora, LoraPair
 from server.engine.native.kernel import Kernel
 from server.engine.native.lora_stack import Site
 
-_ENTRY = 5  # int64 of a pair: addresses of A [rank, in] and B [rank, width], rank, start, width
+# int64 of a pair: addresses of A [rank, in] and B [rank, width], rank, start, width, and addresses
+# of the scale and the shift [width] of its outputs, 0 where they stay as they are.
+_ENTRY = 7
 
 
 def table_of(sites: Sequence[Sequence[tuple[int, LoraPair]]], pairs_of_site: int) -> Tensor:
-    """The table [S, P, 5] of the pairs of each site, each after its first output column.
+    """The table [S, P, 7] of the pairs of each site, each after its first output column.
 
     Args:
         sites: the A of their pairs is contiguous, and so is B, transposed; the scaling is 1. The
@@ -44,7 +46,17 @@ def _entry(start: int, pair: LoraPair) -> list[int]:
     assert pair.B.mT.is_contiguous()
     assert pair.scaling == 1.0
     out, rank = pair.B.shape
-    return [pair.A.data_ptr(), pair.B.data_ptr(), rank, start, out]
+    return [pair.A.data_ptr(), pair.B.data_ptr(), rank, start, out, *_rescaling(pair)]
+
+
+def _rescaling(pair: LoraPair) -> tuple[int, int]:
+    output = pair.output
+    if output is None:
+        return 0, 0
+    assert isinstance(output, Affine)
+    assert output.scale.is_contiguous()
+    assert output.shift.is_contiguous()
+    return output.scale.data_ptr(), output.shift.data_ptr()
 
 
 def backbone_uses(
@@ -71,15 +83,13 @@ class _Known:
 
     Attributes:
         lora: the adapter, as long as it is resident.
-        table: [S, P, 5].
+        table: [S, P, 7].
         sites: those on which it has a pair.
-        rescaled: the linears whose outputs it rescales.
     """
 
     lora: ref[Lora]
     table: Tensor
     sites: frozenset[Site]
-    rescaled: frozenset[str]
 
 
 class LoraTables:
@@ -116,7 +126,6 @@ class LoraTables:
             ref(lora),
             table_of([self._placed(site, lora) for site in self.places], self.pairs_of_site),
             frozenset(site for site in self.places if not pairs.keys().isdisjoint(site)),
-            frozenset(path for path, pair in pairs.items() if isinstance(pair.output, Affine)),
         )
 
     def _placed(self, site: Site, lora: Lora) -> list[tuple[int, LoraPair]]:
@@ -154,13 +163,7 @@ class LoraRows:
         addresses = {digest: each.table.data_ptr() for digest, each in known.items()}
         self.addresses = torch.tensor([addresses.get(digest or "", 0) for digest in digests])
         self._known = list(known.values())
-        self._rescaled = frozenset[str]().union(*(each.rescaled for each in self._known))
         self._digests = digests
-
-    @property
-    def rescales(self) -> bool:
-        """Whether an adapter rescales outputs, which the kernel cannot do."""
-        return bool(self._rescaled)
 
     def add_(self, site: Site, y: Tensor, x: Tensor) -> None:
         """Change each row of y [b, out] as its adapter does for its row of x, in place.
@@ -170,29 +173,21 @@ class LoraRows:
         """
         if not any(site in each.sites for each in self._known):
             return
-        index, columns = self._tables.places[site]
-        for start, path in zip(columns, site, strict=True):
-            if path in self._rescaled:
-                self._rescale(path, start, y)
+        index, _ = self._tables.places[site]
         if x.is_floating_point():
             self._kernel.add_lora(y, x.contiguous(), self.addresses, index, self.pairs_of_site)
         else:
             self._embed(site[0], y, x)
 
-    def _rescale(self, path: str, start: int, y: Tensor) -> None:
-        """Rescale the outputs of one linear, for the adapters that do."""
-        for digest, pair in self._pairs(path):
-            if isinstance(pair.output, Affine):
-                columns = y[:, start : start + len(pair.output.scale)]
-                columns.copy_(pair.output.applied(columns, self._rows(digest)))
-
     def _embed(self, path: str, y: Tensor, ids: Tensor) -> None:
-        for digest, pair in self._pairs(path):
+        for digest, lora in self._loras.items():
+            pair = lora.pairs.get(path)
+            if pair is None:
+                continue
             rows = self._rows(digest)
+            if isinstance(pair.output, Affine):
+                y.copy_(pair.output.applied(y, rows))
             y.index_add_(0, rows, pair.delta(ids[rows]))
-
-    def _pairs(self, path: str) -> list[tuple[str, LoraPair]]:
-        return [(d, lora.pairs[path]) for d, lora in self._loras.items() if path in lora.pairs]
 
     def _rows(self, digest: str) -> Tensor:
         """The rows of an adapter, as an index."""

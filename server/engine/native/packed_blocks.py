@@ -100,11 +100,6 @@ class PackedBlocks:
         self._kernel = kernel
         self.taken: Tensor | None = None
 
-    def can_run(self, plan: Plan) -> bool:
-        """Whether the kernel can do all that the adapters of a batch do."""
-        adapters = plan.stacked
-        return adapters is None or (isinstance(adapters, LoraRows) and not adapters.rescales)
-
     def run(self, h: Tensor, rotation: tuple[Tensor, Tensor], paged: PagedKv, plan: Plan) -> None:
         """Run all blocks on the residual stream, and store keys and values in the cache.
 
@@ -118,7 +113,8 @@ class PackedBlocks:
         backbones = torch.tensor([(of_rows.data_ptr(), 1, 0) for of_rows, _ in uses])
         adapters = plan.stacked
         own = NO_ADAPTERS
-        if isinstance(adapters, LoraRows):
+        if adapters is not None:
+            assert isinstance(adapters, LoraRows)
             own = (adapters.addresses.data_ptr(), adapters.pairs_of_site, self._first_site)
         cos, sin = (each.contiguous() for each in rotation)
         # fmt: off

@@ -12,11 +12,21 @@
 #include "each_row.h"
 #include "few_rows.h"
 
-// One pair of a LoRA: y[start, start + width) += x times A [rank, in] times B [rank, width].
+// One pair of a LoRA: y[start, start + width) += x times A [rank, in] times B [rank, width]. Before
+// that, if it has a scale and a shift [width], as DoRA's do, these columns are rescaled.
 template <typename T> struct LoraPair {
     const T* A;
     const T* B;
     int64_t rank, start, width;
+    const float* scale;  // null: the columns stay as they are
+    const float* shift;
+
+    void rescale(T* columns) const {
+        if (!scale) return;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++)
+            columns[i] = store<T>(load(columns[i]) * scale[i] + shift[i]);
+    }
 };
 
 // Rows in float, by a pointer each: those of x themselves, or copies.
@@ -65,7 +75,10 @@ void add_pairs(const LoraPair<T>* pairs, int64_t num_pairs, int64_t rows, const 
     std::vector<T*> outputs(rows);
     for (int64_t p = 0; p < num_pairs; p++) {
         const LoraPair<T>& pair = pairs[p];
-        for (int64_t r = 0; r < rows; r++) outputs[r] = y[r] + pair.start;
+        for (int64_t r = 0; r < rows; r++) {
+            outputs[r] = y[r] + pair.start;
+            pair.rescale(outputs[r]);
+        }
         const std::vector<const T*> B = rows_of(pair.B, pair.rank, pair.width);
         const RowList<T> all_of_B{B.data(), pair.rank, 0, pair.width};
         add_weighted_rows(rows, {products.data() + firsts[p], ranks}, all_of_B, outputs.data());

@@ -5,7 +5,9 @@ from weakref import ref
 
 import tiny
 import torch
+from dora import dora
 
+from crma.method.frozen_linear import Affine
 from crma.method.lora import Lora
 from server.engine.native.adapter_weights import prepare
 from server.engine.native.decoder import Decoder
@@ -32,8 +34,21 @@ def test_a_table_says_where_each_pair_is_and_copies_nothing() -> None:
         pairs = [lora.pairs[path] for path in site if path in lora.pairs]
         for row, pair, start in zip(table[index].tolist(), pairs, columns, strict=False):
             out, rank = pair.B.shape
-            assert row == [pair.A.data_ptr(), pair.B.data_ptr(), rank, start, out]
+            assert row == [pair.A.data_ptr(), pair.B.data_ptr(), rank, start, out, 0, 0]
         assert not table[index, len(pairs) :].any()
+
+
+def test_a_table_says_where_the_rescaling_of_a_dora_is() -> None:
+    inj = tiny.injection()
+    lora = prepare(dora(inj, 3), inj)
+    assert isinstance(lora, Lora)
+    found = tables()
+    table = found.find("a", lora).table
+    for site, (index, _) in found.places.items():
+        for entry, path in zip(table[index].tolist(), site, strict=False):
+            output = lora.pairs[path].output
+            assert isinstance(output, Affine)
+            assert entry[5:] == [output.scale.data_ptr(), output.shift.data_ptr()]
 
 
 def test_a_site_is_known_only_where_an_adapter_has_a_pair() -> None:
