@@ -28,6 +28,21 @@ CHOICE = "doc_to_choice: choices\ndoc_to_target: gold\nmetric_list: [{metric: ac
 OPEN = "doc_to_target: answer\ngeneration_kwargs: {until: ['<|im_end|>'], max_gen_toks: 16}\n"
 NUM_QUESTIONS = 40
 TOLERANCE = 1e-3  # of log-likelihoods in float32
+MODELS: list[tuple[Variant, str]] = [  # variants, and what a server calls them
+    ("base", "base"),
+    ("task", "legal:crma-off"),
+    ("task+crma", "legal"),
+]
+
+
+def check_scores(tasks: Path, address: str, variant: Variant, model: str, served: Served) -> str:
+    """Check that lm-eval scores a server as it scores the weights; a line of what it found."""
+    theirs = score_with_weights(tasks, variant, served)
+    found = compared(score_through_server(tasks, address, model, served), theirs)
+    # The base model's chats go through its own template, which adds a system turn.
+    if variant != "base":
+        assert chat_answers(tasks, address, model) == theirs.answers
+    return found
 
 
 def write_tasks(folder: Path, served: Served) -> Path:

@@ -1,6 +1,27 @@
-"""The options of the long tests."""
+"""The options of the long tests, and what several of them need."""
+
+from pathlib import Path
 
 import pytest
+from lm_eval_scores import write_tasks
+from paths import STORE
+
+from crma.evaluation.offline import Served
+from crma.models.base_model import find_base
+from crma.store.adapter_store import AdapterStore
+
+
+@pytest.fixture(scope="module")
+def served() -> Served:
+    """The shipped adapters, in float32."""
+    return Served(find_base(), AdapterStore(STORE), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def lm_eval_tasks(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the definitions of lm-eval's tasks."""
+    pytest.importorskip("lm_eval")
+    return write_tasks(tmp_path_factory.mktemp("tasks"), served)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

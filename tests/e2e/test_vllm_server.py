@@ -15,20 +15,11 @@ from typing import Any
 
 import httpx
 import pytest
-from lm_eval_scores import (
-    chat_answers,
-    compared,
-    score_through_server,
-    score_with_weights,
-    write_tasks,
-)
-from paths import STORE
+from lm_eval_scores import MODELS, check_scores
 from server_process import running_script, running_server
 
 from crma.core.selection import Variant
 from crma.evaluation.offline import Served
-from crma.models.base_model import find_base
-from crma.store.adapter_store import AdapterStore
 from server.service.frontend import COLD
 
 pytestmark = [
@@ -126,33 +117,16 @@ def test_the_openai_sdk_works_unchanged(model: str, address: str) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-@pytest.fixture(scope="module")
-def served() -> Served:
-    return Served(find_base(), AdapterStore(STORE), device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def tasks(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tasks(tmp_path_factory.mktemp("tasks"), served)
-
-
-@pytest.mark.parametrize(
-    ("variant", "model"), [("base", "base"), ("task", "legal:crma-off"), ("task+crma", "legal")]
-)
+@pytest.mark.parametrize(("variant", "model"), MODELS)
 def test_lm_eval_scores_the_server_as_it_scores_the_weights(
     variant: Variant,
     model: str,
     address: str,
     served: Served,
-    tasks: Path,
+    lm_eval_tasks: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    pytest.importorskip("lm_eval")
-    ours = score_through_server(tasks, address, model, served)
-    theirs = score_with_weights(tasks, variant, served)
-    record_property(variant, compared(ours, theirs))
-    if variant != "base":
-        assert chat_answers(tasks, address, model) == theirs.answers
+    record_property(variant, check_scores(lm_eval_tasks, address, variant, model, served))
 
 
 # When it is ready -----------------------------------------------------------------------------
