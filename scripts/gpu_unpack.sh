@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What scripts/gpu_pack.sh packed, on a machine without a network:
 # scripts/gpu_unpack.sh PYTHON CARRIED WORK
-# Packages go to WORK/site; the base model, whose halves are joined and checked, into CRMA_HOME, and
+# Packages go to WORK/site; the base model, whose parts are joined and checked, into CRMA_HOME, and
 # the data too, if it was packed.
 set -euo pipefail
 
