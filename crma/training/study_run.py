@@ -115,8 +115,8 @@ class Conduct:
         Yields:
             The name of each phase, when all of its records are there.
 
-        Other processes end the runs that they have begun before an error is raised; Ctrl-C ends
-        them at once.
+        Where several processes run it, all is made that does not need a run that failed, before
+        its error is raised; Ctrl-C ends them at once.
 
         Raises:
             ConfigError: there is no phase `until`, or the records of a phase allow no decision.
@@ -171,6 +171,7 @@ class Conduct:
         told: set[str] = set()
         begun: dict[str, int] = {}  # phase -> its groups of runs
         waiting: dict[Future[None], str] = {}
+        failed: list[BaseException] = []
         while True:
             for step in self._ready():
                 name = step.phase.name
@@ -185,9 +186,11 @@ class Conduct:
                     waiting |= dict.fromkeys(futures, name)
                     if futures and self.workers == 1:
                         break  # one phase after the other
+            if failed and not waiting:
+                raise failed[0]
             if not waiting:
                 return  # done, or other machines make the rest
-            self._wait_for_a_phase(waiting, begun)
+            failed += self._wait_for_a_phase(waiting, begun)
 
     def _ready(self) -> Iterator[Step]:
         """The phases that run and wait for no other, to the last that is to run."""
@@ -225,18 +228,20 @@ class Conduct:
             for group in groups(configs, self.together)
         ]
 
-    def _wait_for_a_phase(self, waiting: dict[Future[None], str], begun: dict[str, int]) -> None:
-        """Wait until all that was begun of some phase is made. Raises as the first that failed."""
+    def _wait_for_a_phase(
+        self, waiting: dict[Future[None], str], begun: dict[str, int]
+    ) -> list[BaseException]:
+        """Wait until all that was begun of some phase has ended. Returns what failed."""
+        failed: list[BaseException] = []
         while True:
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
             ended = {waiting.pop(future) for future in done}
-            for future in done:
-                future.result()
+            failed += filter(None, (future.exception() for future in done))
             for name in ended:
                 left = sum(name == each for each in waiting.values())
                 self.report(name, begun[name] - left, begun[name])
             if ended - set(waiting.values()):
-                return
+                return failed
 
     def _pool(self) -> Executor:
         """What makes runs: several processes, or this one."""
