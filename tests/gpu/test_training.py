@@ -110,23 +110,6 @@ def test_where_rows_are_padded_gradients_are_finite(
     assert all(tensor.isfinite().all() for tensor in passed.tensors())
 
 
-def test_a_recording_that_fails_leaves_the_device_as_it_was(device: torch.device) -> None:
-    if device.type != "cuda":
-        pytest.skip("only CUDA records")
-    tape = CudaTape()
-    numbers = torch.ones(1000, device=device)
-
-    def reads() -> None:
-        (numbers * 2).sum().item()
-
-    tape.warm_up(reads)
-    with pytest.raises(RuntimeError):
-        tape.record(reads)
-    assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    torch.cuda.empty_cache()
-    assert (numbers * 2).sum().item() == 2000
-
-
 def test_what_was_recorded_reads_and_writes_where_it_did(device: torch.device) -> None:
     if device.type != "cuda":
         pytest.skip("only CUDA records")
@@ -148,6 +131,24 @@ def test_what_was_recorded_reads_and_writes_where_it_did(device: torch.device) -
         assert [each.item() for each in sums] == [16 * factor, 32 * factor]
         del play
         tape.forget()  # the next ones are recorded anew
+
+
+def test_a_recording_that_fails_leaves_the_device_as_it_was(device: torch.device) -> None:
+    """The last test: where that is not so, no later one can record."""
+    if device.type != "cuda":
+        pytest.skip("only CUDA records")
+    tape = CudaTape()
+    numbers = torch.ones(1000, device=device)
+
+    def reads() -> None:
+        (numbers * 2).sum().item()
+
+    tape.warm_up(reads)
+    with pytest.raises(RuntimeError):
+        tape.record(reads)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.cuda.empty_cache()
+    assert (numbers * 2).sum().item() == 2000
 
 
 def _ignore(*_: object) -> None:
