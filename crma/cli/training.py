@@ -1,4 +1,4 @@
-"""`crma train`, `crma experiment`, `crma study` and `crma plots`."""
+"""`crma train`, `crma experiment` and `crma plots`."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,8 @@ from crma.core.errors import ConfigError
 from crma.models.base_model import find_base
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from crma.training.experiment import Plan
     from crma.training.shipping import Shipment
-    from crma.training.study_report import Forecast
 
 group = typer.Typer()
 
@@ -146,81 +143,6 @@ def _costs(runs: "Plan", results: Path) -> Answer:
         ("time", time),
     ]
     return Answer(value, columns(rows))
-
-
-@group.command(epilog="Next: crma plots")
-@answers
-def study(
-    file: Annotated[
-        Path, typer.Argument(help="A TOML file, such as crma/experiments/sharing.toml.")
-    ],
-    results: Annotated[Path, typer.Option(help="The folder of the records.")] = Path(
-        "crma/results"
-    ),
-    work: Annotated[Path, typer.Option(help="The folder of the run folders.")] = Path("runs"),
-    workers: Annotated[int, typer.Option(min=1, help="So many processes make runs at once.")] = 1,
-    together: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="So many runs that differ only in seed and order train at once in a process, on "
-            "one base model: one run of a small model leaves most of a GPU idle.",
-        ),
-    ] = 1,
-    only: Annotated[
-        str, typer.Option(help="Only runs whose name matches a pattern, such as '*-seed0'.")
-    ] = "*",
-    until: Annotated[str, typer.Option(help="The last phase to run.")] = "",
-    regardless: Annotated[
-        bool, typer.Option("--regardless", help="Run what a ceiling makes pointless, too.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would run, and what it costs.")
-    ] = False,
-) -> Answer:
-    """Run experiments in order, each set by those before it.
-
-    Records that exist are not made again. The tables of all phases are printed, and written to
-    RESULTS/<study>.md.
-    """
-    from crma.core.files import replace_file
-    from crma.training.study import read_study
-    from crma.training.study_report import forecast, study_report
-    from crma.training.study_run import Conduct
-
-    planned = read_study(file)
-    if dry_run:
-        return _to_do(forecast(planned, results, regardless=regardless))
-    target = results / f"{planned.name}.md"
-    with progress() as report:
-        conduct = Conduct(
-            planned, results, work, workers, together, only, until, regardless, report
-        )
-        for phase in conduct.run():
-            text = study_report(planned, results)
-            replace_file(target, f"{text}\n".encode())
-            note(f"{phase} is done: {target}")
-    text = study_report(planned, results)
-    return Answer({"report": text}, text)
-
-
-def _to_do(phases: "Sequence[Forecast]") -> Answer:
-    """What a study still has to do, and what that costs."""
-    value = []
-    for each in phases:
-        cost = None if each.cost is None else each.cost._asdict()
-        value.append({**each._asdict(), "cost": cost})
-    known = [each.cost for each in phases if each.cost is not None]
-    hours = sum(cost.seconds or 0 for cost in known) / 3600
-    header = ("phase", "runs", "missing", "time", "state")
-    total = (
-        "all",
-        str(sum(each.runs for each in phases)),
-        str(sum(each.missing for each in phases)),
-        f"{hours:.1f} h",
-        f"of what is known, one run after the other, on {known[0].machine}" if known else "",
-    )
-    return Answer(value, columns([header, *(each.row() for each in phases), total]))
 
 
 @group.command()

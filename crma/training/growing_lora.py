@@ -4,7 +4,8 @@ Wang et al. 2023, "Orthogonal Subspace Learning for Language Model Continual Lea
 Findings): the rows of earlier tasks stand still and go on adding what they add; the new rows of A
 are kept orthogonal to them by a penalty.
 
-Shapes: r the rank of a task; t tasks; A [t r, in]; B [out, t r].
+Shapes: r the rank of a task; t tasks; A [t r, in]; B [out, t r]; of n runs that train together, A
+[n, t r, in] and B [n, out, t r].
 """
 
 from functools import partial
@@ -39,17 +40,33 @@ def grown_lora(earlier: Lora, new: Lora) -> Lora:
 
 
 def overlap(lora: Lora, new_rank: int) -> Tensor:
-    """The sum of |A_i A_tᵀ| over all pairs: a differentiable scalar, 0 for the first task.
+    """The sum of |A_i A_tᵀ| over all pairs: differentiable, 0 for the first task; [] or [n].
 
     Args:
-        lora: a grown one.
+        lora: a grown one, of one run or of several.
         new_rank: r, the number of last rows that belong to the newest task.
     """
-    total = torch.zeros(())
+    sums = []
     for pair in lora.pairs.values():
-        old, new = pair.A[:-new_rank].detach(), pair.A[-new_rank:]
-        total = total.to(new.device) + (old @ new.mT).abs().sum()
-    return total
+        old, new = pair.A[..., :-new_rank, :].detach(), pair.A[..., -new_rank:, :]
+        sums.append((old @ new.mT).abs().sum((-2, -1)))
+    return torch.stack(sums).sum(0)
+
+
+def newest(lora: Lora, new_rank: int) -> list[Tensor]:
+    """1 where a value of the LoRA belongs to the newest task, otherwise 0, by parameter.
+
+    Args:
+        lora: as in `overlap`.
+        new_rank: as there.
+    """
+    found = []
+    for _, pair in sorted(lora.pairs.items()):  # as `Lora.parameters` orders them
+        A, B = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
+        A[..., -new_rank:, :] = 1
+        B[..., -new_rank:] = 1
+        found += [A, B]
+    return found
 
 
 def _without_first(count: int, dim: int, gradient: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ pair is A [n, r, in], B [n, out, r], and a backbone is one of n L layers, those 
 first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import NamedTuple
@@ -57,14 +57,18 @@ class JointModel(AdaptedModel):
     Args:
         runs: the model of each run on its own, all of one shape on one injection. Their adapters
             are copied.
+        penalty: what the LoRAs add to the objective of each run, [n]; None: nothing.
     """
 
-    def __init__(self, runs: Sequence[AdaptedModel]) -> None:
+    def __init__(
+        self, runs: Sequence[AdaptedModel], penalty: Callable[[Lora], Tensor] | None = None
+    ) -> None:
         first = runs[0]
         lora = _joint_lora([run.lora for run in runs])
         backbone = _joint_backbone([run.backbone for run in runs if run.backbone is not None])
         super().__init__(first.injection, lora, backbone, backbone_moves=first.backbone_moves)
         self.num_runs = len(runs)
+        self.penalty = penalty
 
     def joint_fold(self) -> JointFold | None:
         """The folded backbones, differentiable if they train; None without any."""
@@ -78,17 +82,35 @@ class JointModel(AdaptedModel):
                 A.to(dtype).view(*by_run, *A.shape[1:]), B.to(dtype).view(*by_run, *B.shape[1:])
             )
 
-    def losses(self, batch: Batch, fold: JointFold | None) -> Tensor:
+    def lora_with(self, trained: Sequence[Tensor]) -> Lora:
+        """The LoRAs with other tensors in place of `trained_lora`."""
+        rest = iter(trained)
+
+        def instead(own: Tensor) -> Tensor:
+            return next(rest) if own.requires_grad else own
+
+        pairs: dict[str, LoraPair] = {}
+        for path, pair in sorted(self.lora.pairs.items()):  # as `Lora.parameters` orders them
+            A = instead(pair.A)
+            pairs[path] = replace(pair, A=A, B=instead(pair.B))
+        return Lora(self.lora.config, pairs)
+
+    def losses(self, batch: Batch, lora: Lora, fold: JointFold | None) -> Tensor:
         """The summed loss of the answer tokens of each run, in nats: [n].
 
         No shape depends on what the batch holds, so that a CUDA graph can do it again.
+
+        Args:
+            batch: the rows of all runs.
+            lora: as `lora_with` returns it.
+            fold: as `joint_fold` returns it.
         """
         backbones = []
         if fold is not None:
             layers = zip(fold.A.unbind(1), fold.B.unbind(1), strict=True)
             self.recording = [JointRecordingPair(A, B) for A, B in layers]
             backbones = [(None, self.recording)]
-        with self.injection.active(Plan([(None, self.lora)], backbones)):
+        with self.injection.active(Plan([(None, lora)], backbones)):
             logits = last_logits(self.injection.model, batch).float()  # [n b, keep, vocabulary]
         targets = batch.targets.flatten()
         nats = nn.functional.cross_entropy(
@@ -104,8 +126,9 @@ class JointModel(AdaptedModel):
     @property
     def ratios(self) -> Tensor:
         """||dh|| / ||h|| of each layer of each run in the last forward pass: [n L]; or [0]."""
-        found = super().ratios  # [L, n]
-        return found.mT.flatten() if found.numel() else found
+        if not self.recording:
+            return torch.zeros(0, device=self.injection.model.device)
+        return super().ratios.mT.flatten()  # of [L, n]
 
     def of_run(self, index: int, like: Sequence[Tensor]) -> list[Tensor]:
         """The parameters of one run, detached.
@@ -119,6 +142,19 @@ class JointModel(AdaptedModel):
             stacked = joint.detach().reshape(self.num_runs, *parameter.shape)
             own.append(stacked[index])
         return own
+
+
+def joined(tensors: Sequence[Tensor], num_runs: int) -> Tensor:
+    """Copies of tensors [n, ..] side by side in one: [n, p]; without any, [n, 0]."""
+    flat = [tensor.detach().reshape(num_runs, -1) for tensor in tensors]
+    return torch.cat(flat, dim=1) if flat else torch.zeros(num_runs, 0)
+
+
+def parted(joint: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a tensor [n, p] in the shapes of those that are `joined` in it."""
+    sizes = [tensor.numel() // len(joint) for tensor in like]
+    parts = torch.split(joint, sizes, dim=1)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def _of_each_run(x: Tensor, weights: Tensor) -> Tensor:

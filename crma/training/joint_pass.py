@@ -1,10 +1,10 @@
-"""Forward and backward passes of a joint model; on CUDA, recorded once and played again.
+"""The forward and backward pass of a joint model, as it comes.
 
-A pass of a small model is thousands of kernels, and launching them takes many times as long as
-running them. A CUDA graph launches all of them at once. What it reads and writes lies where it lay
-when it was recorded, so a batch is padded to one of a few shapes and copied there.
+`recorded_pass` does the same as a CUDA graph, which has rules (docs/decisions/0082). So all that
+changes from pass to pass is an argument here, and nothing waits for the device.
 
-Shapes: n runs; b rows of each; s positions; keep the longest answer.
+Shapes: n runs; p values of the LoRAs that train in one run; b rows of each run; s positions; keep
+the longest answer; L layers.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from crma.evaluation.evaluator import IGNORED, Batch
-from crma.training.adapted_model import RecordingPair
-from crma.training.joint_model import JointFold, JointModel
+from crma.training.joint_model import JointFold, JointModel, parted
 
-WARM_UPS = 2  # passes before one is recorded: libraries allocate and choose kernels in the first
-POSITIONS = 16  # batches of a graph have a multiple of so many positions
-ANSWER_TOKENS = 4  # and their answers a multiple of so many tokens
+POSITIONS = 16  # a padded batch has a multiple of so many positions
+ANSWER_TOKENS = 8  # and its answers a multiple of so many tokens
+
+
+class Inputs(NamedTuple):
+    """What a pass reads that changes from step to step.
+
+    Attributes:
+        batch: the rows of all runs.
+        num_tokens: [n] the answer tokens of each run's rows, as float.
+        lora: [n, p] the values of `JointModel.trained_lora`, `joined`.
+        fold: the folded backbones; None without any. Parts that require a gradient get one.
+    """
+
+    batch: Batch
+    num_tokens: Tensor
+    lora: Tensor
+    fold: JointFold | None
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in order."""
+        return [*self.batch, self.num_tokens, self.lora, *(self.fold or ())]
 
 
 class Passed(NamedTuple):
@@ -27,105 +45,61 @@ class Passed(NamedTuple):
 
     Attributes:
         losses: [n] the mean loss of each run's batch, per answer token.
-        lora: the gradients of `JointModel.trained_lora`, each of its own run's loss.
+        lora: [n, p] the gradients of the LoRAs, each of its own run's objective.
         fold: those of the parts of the fold that require one.
+        ratios: as `JointModel.ratios`.
+        recorded: whether the pass was played from a recording.
     """
 
     losses: Tensor
-    lora: tuple[Tensor, ...]
+    lora: Tensor
     fold: tuple[Tensor, ...]
+    ratios: Tensor
+    recorded: bool = False
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of it, in order."""
+        return [self.losses, self.lora, *self.fold, self.ratios]
 
 
-Pass = Callable[[Batch, Tensor, JointFold | None], Passed]
-"""Given a batch, the answer tokens of each run [n], and the folded backbones."""
-
-
-def pass_of(model: JointModel) -> Pass:
-    """What does the passes of a model where it is."""
-    if model.injection.model.device.type == "cuda":
-        return RecordedPasses(model)
-    return DirectPass(model)
+Pass = Callable[[Inputs], Passed]
 
 
 class DirectPass:
-    """Does each pass as it comes."""
+    """Does each pass as it comes.
+
+    What a pass differentiates are leaves of its own. So no pass finds a node of an earlier one, on
+    whose stream autograd would wait: that breaks a recording.
+    """
 
     def __init__(self, model: JointModel) -> None:
         self.model = model
 
-    def __call__(self, batch: Batch, num_tokens: Tensor, fold: JointFold | None) -> Passed:
+    def __call__(self, inputs: Inputs) -> Passed:
         """Do a pass. Nothing is added to any `grad`."""
-        leaves = None if fold is None else JointFold(*(_leaf(part) for part in fold))
-        lora = self.model.trained_lora
-        inputs = [*lora, *(part for part in leaves or () if part.requires_grad)]
-        losses = self.model.losses(batch, leaves) / num_tokens
-        gradients = torch.autograd.grad(losses.sum(), inputs)
-        return Passed(losses.detach(), gradients[: len(lora)], gradients[len(lora) :])
+        model = self.model
+        lora = inputs.lora.detach().requires_grad_()
+        fold = None if inputs.fold is None else JointFold(*map(_leaf, inputs.fold))
+        # Cast at once, and not tensor by tensor: a tenth of all operations would do that.
+        cast = parted(lora.to(model.injection.model.dtype), model.trained_lora)
+        losses = model.losses(inputs.batch, model.lora_with(cast), fold) / inputs.num_tokens
+        objective = losses.sum()
+        if model.penalty is not None:
+            exact = model.lora_with(parted(lora, model.trained_lora))
+            objective = objective + model.penalty(exact).sum()
+        trained = [part for part in fold or () if part.requires_grad]
+        if lora.numel() == 0:
+            gradients = (lora.detach(), *torch.autograd.grad(objective, trained))
+        else:
+            gradients = torch.autograd.grad(objective, [lora, *trained])
+        ratios = model.ratios
+        model.recording = []  # it holds on to the graph of autograd
+        return Passed(losses.detach(), gradients[0], gradients[1:], ratios)
 
 
 def _leaf(part: Tensor) -> Tensor:
     """The same numbers without their past."""
     return part.detach().requires_grad_(part.requires_grad)
-
-
-class Recorded(NamedTuple):
-    """A recorded pass.
-
-    Attributes:
-        graph: plays it.
-        inputs: where it reads the batch, the answer tokens and the folded backbones.
-        passed: where it writes.
-        recording: the folded pairs, whose ratios it writes.
-    """
-
-    graph: torch.cuda.CUDAGraph
-    inputs: tuple[Batch, Tensor, JointFold | None]
-    passed: Passed
-    recording: list[RecordingPair]
-
-
-class RecordedPasses:
-    """Records a pass for every shape of batch, and plays it for those that follow.
-
-    What a pass returns is overwritten by the next one.
-    """
-
-    def __init__(self, model: JointModel) -> None:
-        self.model = model
-        self.direct = DirectPass(model)
-        self.recorded: dict[tuple[torch.Size, torch.Size], Recorded] = {}
-        self.pool = torch.cuda.graph_pool_handle()
-        # One for all shapes: each stream keeps memory and a workspace of cuBLAS of its own.
-        self.beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-    def __call__(self, batch: Batch, num_tokens: Tensor, fold: JointFold | None) -> Passed:
-        """Do a pass. Nothing is added to any `grad`."""
-        batch = padded(batch)
-        shape = (batch.input_ids.shape, batch.targets.shape)
-        if shape not in self.recorded:
-            self.recorded[shape] = self._record(batch, num_tokens, fold)
-        found = self.recorded[shape]
-        into, num_into, fold_into = found.inputs
-        pairs = [*zip(into, batch, strict=True), (num_into, num_tokens)]
-        pairs += zip(fold_into or (), fold or (), strict=True)
-        for place, value in pairs:
-            place.detach().copy_(value.detach())
-        found.graph.replay()
-        self.model.recording = found.recording
-        return found.passed
-
-    def _record(self, batch: Batch, num_tokens: Tensor, fold: JointFold | None) -> Recorded:
-        kept = None if fold is None else JointFold(*(_leaf(part.clone()) for part in fold))
-        inputs = (Batch(*(each.clone() for each in batch)), num_tokens.clone(), kept)
-        self.beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.beside):
-            for _ in range(WARM_UPS):
-                self.direct(*inputs)
-        torch.cuda.current_stream().wait_stream(self.beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            passed = self.direct(*inputs)
-        return Recorded(graph, inputs, passed, list(self.model.recording))
 
 
 def padded(batch: Batch) -> Batch:

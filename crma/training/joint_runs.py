@@ -8,25 +8,36 @@ import torch
 
 from crma.models.base_model import find_base
 from crma.training.config import TrainConfig
+from crma.training.cuda_tape import CudaTape
 from crma.training.experiment import MissingRun, Record
 from crma.training.joint_trainer import OWN, train_together
 from crma.training.protocol import Run
 from crma.training.record import Progress
+from crma.training.recorded_pass import Recorder
 from crma.training.training_model import TrainingModel, load_training_model
 
 
 def all_at_once(
-    name: str, runs: Mapping[str, MissingRun], report: Progress
+    name: str, runs: Mapping[str, MissingRun], report: Progress, *, graphs: bool = True
 ) -> Iterator[tuple[str, Record]]:
-    """The `Runner` that trains all runs together. They are of one group (`groups`)."""
+    """The `Runner` that trains all runs together. They are of one group (`groups`).
+
+    Args:
+        name: of the experiment.
+        runs: those of the group.
+        report: called with (description, done, total).
+        graphs: on a GPU, record passes as CUDA graphs.
+    """
     made = []
     for run in runs.values():
         loaded = _loaded(run.config.model, run.config.dtype)
         base = find_base(run.config.model)
         made.append(Run(run.config, base, run.folder, report, loaded))
     report(name, 0, len(made))
-    records = train_together([run.training(at_once=True) for run in made])
-    if torch.cuda.is_available():
+    recorder = _recorder(graphs=graphs)
+    records = train_together([run.training(at_once=True) for run in made], recorder)
+    recorder.forget()
+    if torch.cuda.is_available() and not recorder.failed:
         torch.cuda.empty_cache()  # other processes share the device
     yield from zip(runs, records, strict=True)
 
@@ -48,6 +59,12 @@ def groups(configs: Mapping[str, TrainConfig], most: int) -> list[list[str]]:
         size = ceil(len(names) / ceil(len(names) / most))
         found += [names[start : start + size] for start in range(0, len(names), size)]
     return found
+
+
+@lru_cache(maxsize=1)
+def _recorder(*, graphs: bool) -> Recorder:
+    """That of the process: it remembers if nothing can be recorded here."""
+    return Recorder(CudaTape() if graphs and torch.cuda.is_available() else None)
 
 
 @lru_cache(maxsize=1)

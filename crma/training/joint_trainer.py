@@ -10,18 +10,23 @@ Shapes: n runs; L layers; p parameters of a group in one run.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from crma.evaluation.evaluator import IGNORED, Batch, Encoded, collate
+from crma.method.lora import Lora
 from crma.training.arms import ARMS
 from crma.training.backbone_log import StepLog, measure_backbone
-from crma.training.joint_model import JointModel
-from crma.training.joint_pass import pass_of
+from crma.training.config import LoraSettings
+from crma.training.growing_lora import newest, overlap
+from crma.training.joint_model import JointModel, joined, parted
+from crma.training.joint_pass import Inputs, Passed
 from crma.training.loop import LOG_FILE, TaskTrainer, move
 from crma.training.optimizer import parameter_groups
+from crma.training.recorded_pass import Recorder
 from crma.training.training import Result, Training, go_through, side_by_side
 from crma.training.weight_average import WeightAverage
 
@@ -30,8 +35,7 @@ OWN = {"seed", "tasks"}  # keys of a configuration in which runs that train toge
 
 def can_be_joint(trainer: TaskTrainer) -> bool:
     """Whether a trainer's steps are the same in kind for every run, and take one process."""
-    grows = ARMS[trainer.config.arm].grows
-    return not grows and trainer.config.crma.drop == 0 and trainer.ranks.size == 1
+    return trainer.config.crma.drop == 0 and trainer.ranks.size == 1
 
 
 def kind(trainer: TaskTrainer) -> tuple[Any, ...]:
@@ -51,10 +55,16 @@ def kind(trainer: TaskTrainer) -> tuple[Any, ...]:
     )
 
 
-def train_together(trainings: Sequence[Training[Result]]) -> list[Result]:
+def train_together(
+    trainings: Sequence[Training[Result]], recorder: Recorder | None = None
+) -> list[Result]:
     """Go through trainings side by side; what is of one kind trains at once.
 
     Each is sent its share of the seconds.
+
+    Args:
+        trainings: those of several runs.
+        recorder: of this process; None: passes are done as they come.
 
     Returns:
         The results, in the order of the trainings.
@@ -62,10 +72,11 @@ def train_together(trainings: Sequence[Training[Result]]) -> list[Result]:
     Raises:
         TrainingError: as `TaskTrainer.run`; all end with the first that fails.
     """
-    return go_through(side_by_side(trainings), _train)
+    train = partial(_train, recorder or Recorder())
+    return go_through(side_by_side(trainings), train)
 
 
-def _train(trainers: Sequence[TaskTrainer]) -> list[float]:
+def _train(recorder: Recorder, trainers: Sequence[TaskTrainer]) -> list[float]:
     """Train everything, one kind after the other. Returns each one's share of the seconds."""
     taken = [0.0] * len(trainers)
     left = list(range(len(trainers)))
@@ -74,7 +85,7 @@ def _train(trainers: Sequence[TaskTrainer]) -> list[float]:
         chosen = [index for index in left if kind(trainers[index]) == wanted]
         left = [index for index in left if index not in chosen]
         if len(chosen) > 1 and can_be_joint(trainers[chosen[0]]):
-            seconds = JointTrainer([trainers[index] for index in chosen]).run()
+            seconds = JointTrainer([trainers[index] for index in chosen], recorder).run()
             for index in chosen:
                 taken[index] = seconds / len(chosen)
         else:
@@ -94,32 +105,25 @@ class Block(NamedTuple):
     values: nn.Parameter
     parameters: Sequence[nn.Parameter]
 
-    def split(self, joint: Tensor) -> list[Tensor]:
-        """The part of each parameter, in its shape, of a tensor [n, p]."""
-        n = len(joint)
-        sizes = [parameter.numel() // n for parameter in self.parameters]
-        parts = torch.split(joint, sizes, dim=1)
-        return [
-            part.view(parameter.shape)
-            for part, parameter in zip(parts, self.parameters, strict=True)
-        ]
+    def gradient(self) -> Tensor:
+        """The gradients of the parameters, side by side: [n, p]."""
+        return joined([_gradient(each) for each in self.parameters], len(self.values))
 
-    def clip_gradients(self, largest: float) -> Tensor:
-        """Take the parameters' gradients; cut those of each run as `clip_grad_norm_` does.
+    def take(self, gradient: Tensor, largest: float) -> Tensor:
+        """Take a gradient [n, p]; cut that of each run as `clip_grad_norm_` does.
 
         Args:
+            gradient: side by side.
             largest: the norm that the gradient of one run may have.
 
         Returns:
             The norms before that, [n].
         """
-        n = len(self.values)
-        gradients = [_gradient(parameter).reshape(n, -1) for parameter in self.parameters]
-        gradient = torch.cat(gradients, dim=1)
         norms = gradient.norm(dim=1)
-        gradient.mul_((largest / (norms + 1e-6)).clamp(max=1.0)[:, None])
+        gradient = gradient * (largest / (norms + 1e-6)).clamp(max=1.0)[:, None]
         self.values.grad = gradient
-        for parameter, part in zip(self.parameters, self.split(gradient), strict=True):
+        parts = parted(gradient, self.parameters)
+        for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part
         return norms
 
@@ -129,18 +133,27 @@ class JointTrainer:
 
     Args:
         trainers: one of each run, for which `can_be_joint`.
+        recorder: of this process.
     """
 
-    def __init__(self, trainers: Sequence[TaskTrainer]) -> None:
+    def __init__(self, trainers: Sequence[TaskTrainer], recorder: Recorder) -> None:
         self.trainers = trainers
         first = trainers[0]
         self.config = first.config
-        self.model = JointModel([trainer.adapted for trainer in trainers])
+        grows = ARMS[self.config.arm].grows
+        penalty = partial(_penalty, self.config.lora) if grows else None
+        self.model = JointModel([trainer.adapted for trainer in trainers], penalty)
         self.groups = parameter_groups(self.config, self.model, first_task=first.first_task)
         self.device = first.device
-        self.do_pass = pass_of(self.model)
+        self.do_pass = recorder.pass_of(self.model)
         self.still = None if self.model.backbone_moves else self.model.joint_fold()
-        self.blocks = [self._side_by_side(group["params"]) for group in self.groups]
+        self.blocks = [self._block(group["params"]) for group in self.groups]
+        # It is the first group; a backbone that trains alone has none.
+        self.lora = self.blocks[0] if self.model.trained_lora else None
+        self.learns: Tensor | None = None  # [n, p], 1 where a LoRA that grows does
+        if grows:
+            learning = newest(self.model.lora, self.config.lora.rank)
+            self.learns = joined(learning, len(trainers))
         self.average: WeightAverage | None = None
         if first.average is not None:
             values = [block.values for block in self.blocks]
@@ -157,6 +170,14 @@ class JointTrainer:
         Raises:
             TrainingError: as `TaskTrainer.run`, for any of the runs.
         """
+        started = time.perf_counter()
+        for _ in self.steps():
+            pass
+        self._hand_back()
+        return time.perf_counter() - started
+
+    def steps(self) -> Iterator[None]:
+        """Train step by step to the end of the last epoch. Raises as `run`."""
         first = self.trainers[0]
         groups = [
             group | {"params": [block.values]}
@@ -164,7 +185,6 @@ class JointTrainer:
         ]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
         rates = first.rates(optimizer)
-        started = time.perf_counter()
         with ExitStack() as files:
             logs = []
             for trainer in self.trainers:
@@ -177,8 +197,7 @@ class JointTrainer:
                     log.write(trainer.log_line(epoch, step, own))
                     trainer.check_mixing_gradient(step, own)
                 first.progress(step + 1, first.num_steps)
-        self._hand_back()
-        return time.perf_counter() - started
+                yield
 
     def _batches(self) -> Iterator[tuple[int, int, list[list[Encoded]]]]:
         """(epoch, step, the rows of each run) of every step."""
@@ -196,62 +215,72 @@ class JointTrainer:
     ) -> list[dict[str, Any]]:
         """Take a step on the batch of every run. Returns the measures of each, for its log."""
         self.model.zero_grad(set_to_none=True)
-        losses, num_tokens = self._backward(rows)
-        norms = torch.stack([block.clip_gradients(self.config.clip) for block in self.blocks])
-        by_run = torch.cat([losses[None], norms]).mT.tolist()  # one copy from the device
+        passed = self._backward(rows)
+        norms = torch.stack(self._take_gradients(passed))
+        by_run = torch.cat([passed.losses[None], norms]).mT.tolist()  # one copy from the device
         names = [group["name"] for group in optimizer.param_groups]
         measured = []
-        for trainer, tokens, (loss, *own_norms) in zip(
-            self.trainers, num_tokens, by_run, strict=True
-        ):
+        for trainer, own_rows, (loss, *own_norms) in zip(self.trainers, rows, by_run, strict=True):
             own = {
                 "loss": loss,
-                "tokens": tokens,
+                "tokens": _read_tokens(own_rows),
                 "grad_norm": dict(zip(names, own_norms, strict=True)),
+                "recorded": passed.recorded,
             }
             trainer.check_finite(own)
             measured.append(own)
-        self._measure_backbones(measured)
+        self._measure_backbones(measured, passed.ratios)
         move(optimizer, self.model.backbone, self.free)
         if self.average is not None:
             self.average.update()
         return measured
 
-    def _backward(self, rows: Sequence[Sequence[Encoded]]) -> tuple[Tensor, list[int]]:
-        """Gradients of the mean loss of each run's batch.
-
-        Returns:
-            The losses [n], and how many tokens each batch has.
-        """
+    def _backward(self, rows: Sequence[Sequence[Encoded]]) -> Passed:
+        """The pass of the batch of every run; its gradients arrive at the backbones."""
         batch = collate_runs(rows, self.trainers[0].pad_id)
         batch = Batch(*(each.to(self.device) for each in batch))
         answer_tokens = torch.tensor([_answer_tokens(own) for own in rows], device=self.device)
         fold = self.still or self.model.joint_fold()
-        passed = self.do_pass(batch, answer_tokens, fold)
-        for parameter, gradient in zip(self.model.trained_lora, passed.lora, strict=True):
-            parameter.grad = gradient
+        no_lora = answer_tokens.new_zeros(len(rows), 0)
+        lora = no_lora if self.lora is None else self.lora.values
+        passed = self.do_pass(Inputs(batch, answer_tokens, lora, fold))
         if passed.fold:
             trained = [part for part in fold or () if part.requires_grad]
             torch.autograd.backward(trained, passed.fold)
-        return passed.losses, [_read_tokens(own) for own in rows]
+        return passed
 
-    def _measure_backbones(self, measured: Sequence[dict[str, Any]]) -> None:
-        """Add to the measures of each run those of its backbone, if that trains."""
+    def _take_gradients(self, passed: Passed) -> list[Tensor]:
+        """Cut the gradients of every block. Returns their norms before that, each [n]."""
+        norms = []
+        for block in self.blocks:
+            gradient = passed.lora if block is self.lora else block.gradient()
+            if block is self.lora and self.learns is not None:
+                gradient = gradient * self.learns
+            norms.append(block.take(gradient, self.config.clip))
+        return norms
+
+    def _measure_backbones(self, measured: Sequence[dict[str, Any]], ratios: Tensor) -> None:
+        """Add to the measures of each run those of its backbone, if that trains.
+
+        Args:
+            measured: of each run.
+            ratios: as `JointModel.ratios`.
+        """
         if self.model.backbone is None or self.M_0 is None:
             return
-        found = measure_backbone(self.model.backbone, self.M_0, self.model.ratios)
+        found = measure_backbone(self.model.backbone, self.M_0, ratios)
         L = len(self.M_0) // len(self.trainers)
         for run, own in enumerate(measured):
             of_run: StepLog = {key: each[run * L : (run + 1) * L] for key, each in found.items()}
             own["crma"] = of_run
 
-    def _side_by_side(self, parameters: Sequence[nn.Parameter]) -> Block:
+    def _block(self, parameters: Sequence[nn.Parameter]) -> Block:
         """Move parameters into one block, of which they become views."""
-        flat = [parameter.detach().reshape(len(self.trainers), -1) for parameter in parameters]
-        block = Block(nn.Parameter(torch.cat(flat, dim=1)), parameters)
-        for parameter, part in zip(parameters, block.split(block.values.detach()), strict=True):
+        values = joined(parameters, len(self.trainers))
+        parts = parted(values, parameters)
+        for parameter, part in zip(parameters, parts, strict=True):
             parameter.data = part
-        return block
+        return Block(nn.Parameter(values), parameters)
 
     @torch.no_grad()
     def _hand_back(self) -> None:
@@ -290,6 +319,11 @@ def collate_runs(rows: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
     batch = collate(filled, pad_id)
     batch.targets[repeated] = IGNORED
     return batch
+
+
+def _penalty(settings: LoraSettings, lora: Lora) -> Tensor:
+    """What LoRAs that grow add to the objective of each run, as `TaskTrainer` adds it: [n]."""
+    return settings.orthogonality * overlap(lora, settings.rank)
 
 
 def _answer_tokens(rows: Sequence[Encoded]) -> float:

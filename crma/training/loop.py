@@ -150,6 +150,7 @@ class TaskTrainer:
             "loss": loss,
             "tokens": num_tokens,
             "grad_norm": norms,
+            "recorded": False,
         }
         backbone = self.adapted.backbone
         if backbone is not None and self.M_0 is not None and crma:

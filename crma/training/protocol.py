@@ -30,6 +30,8 @@ from crma.training.stage_trainer import StageTrainer
 from crma.training.training import Training, side_by_side, train_alone
 from crma.training.training_model import TrainingModel, load_training_model
 
+ROWS_ON_GPU = 200  # measured at once there, where a pass of 50 short rows is launching kernels
+
 
 class Run:
     """One run: an arm, a seed and an order of tasks, on one base model.
@@ -80,7 +82,8 @@ class Run:
         self.device = self.model.device
         self.serving_attention = loaded.serving_attention
         prompt_format = format_of(config, loaded.tokenizer)
-        self.evaluator = Evaluator(self.injection, loaded.tokenizer, prompt_format)
+        at_once = ROWS_ON_GPU if self.device.type == "cuda" else Evaluator.batch_size
+        self.evaluator = Evaluator(self.injection, loaded.tokenizer, prompt_format, at_once)
         self.train_rows = self._rows("train", config.train_items or None)
         self.measure_rows = self._rows(config.measure)
         self.snapshots = Snapshots(folder / "store", config, base, self.evaluator.fmt, self.start)

@@ -124,7 +124,12 @@ def make_record(
         "steps": len(log),
         "norm_log": norm_log,
         "certificate": certificate,
-        "training": {"tokens": tokens, "wall_s": train_s, "tokens_per_s": tokens / train_s},
+        "training": {
+            "tokens": tokens,
+            "wall_s": train_s,
+            "tokens_per_s": tokens / train_s,
+            "recorded_steps": sum(step["recorded"] for step in log),
+        },
         "hardware": machine,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "commit": commit(),

@@ -5,10 +5,10 @@ machine or another one. Only the runs of one seed of a phase must be of one clas
 are compared.
 """
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 from crma.core.errors import TrainingError
 from crma.core.files import locked
-from crma.core.provenance import hardware, machine_class
 from crma.data.splits import load_split
 from crma.models.base_model import find_base
+from crma.training.config import TrainConfig
 from crma.training.decision import Decision, decide, keep
 from crma.training.experiment import Experiment, Plan, make, one_by_one, plan
 from crma.training.joint_runs import all_at_once, groups
+from crma.training.partners import refuse, strangers
 from crma.training.record import Progress, silent
 from crma.training.study import Phase, Study
 from crma.training.study_settings import settled, waits_for, why_not
@@ -71,6 +72,15 @@ def walk(study: Study, results: Path, *, regardless: bool) -> Iterator[Step]:
             decisions[phase.name] = decide(study, phase, results) if is_made else None
 
 
+def next_run(study: Study, results: Path) -> TrainConfig:
+    """The first run without a record, or, if all have one, the first of the study."""
+    steps = list(walk(study, results, regardless=False))
+    for step in steps:
+        if step.runs.missing and not step.why_not:
+            return step.runs.configs[step.runs.missing[0]]
+    return next(iter(steps[0].runs.configs.values()))
+
+
 @dataclass(frozen=True)
 class Conduct:
     """How a study is run.
@@ -84,6 +94,7 @@ class Conduct:
         only: a pattern of run names, where several machines divide the runs of a phase.
         until: the last phase to run; empty: all.
         regardless: run what a ceiling makes pointless, too.
+        graphs: on a GPU, runs that train together record their passes as CUDA graphs.
         report: called with (description, done, total).
     """
 
@@ -95,6 +106,7 @@ class Conduct:
     only: str
     until: str
     regardless: bool
+    graphs: bool
     report: Progress
 
     def run(self) -> Iterator[str]:
@@ -103,8 +115,8 @@ class Conduct:
         Yields:
             The name of each phase, when all of its records are there.
 
-        Other processes end the runs that they have begun before an error is raised; Ctrl-C ends
-        them at once.
+        Where several processes run it, all is made that does not need a run that failed, before
+        its error is raised; Ctrl-C ends them at once.
 
         Raises:
             ConfigError: there is no phase `until`, or the records of a phase allow no decision.
@@ -113,7 +125,7 @@ class Conduct:
                 phase are of other settings, or gave another decision before; a run failed; or
                 another process runs the study.
         """
-        self._check_supplies()
+        self.check()
         try:
             with locked(self.work, wait=False):
                 yield from self._run()
@@ -121,6 +133,24 @@ class Conduct:
             message = "another process runs a study in this folder"
             value, allowed = str(self.work), "a folder of its own"
             raise TrainingError(message, field="work", value=value, allowed=allowed) from None
+
+    def check(self) -> None:
+        """Check before any work what would end it later. Raises as `run`."""
+        self._check_supplies()
+        refuse(self._strangers())
+
+    def drop_strangers(self) -> list[Path]:
+        """Delete the records that `run` would refuse to go on with. Returns them."""
+        dropped = list(self._strangers())
+        for path in dropped:
+            path.unlink()
+        return dropped
+
+    def _strangers(self) -> dict[Path, dict[str, Any]]:
+        found: dict[Path, dict[str, Any]] = {}
+        for step in self._steps():
+            found |= strangers(step.runs, self._missing(step))
+        return found
 
     def _run(self) -> Iterator[str]:
         with self._pool() as pool:
@@ -141,6 +171,7 @@ class Conduct:
         told: set[str] = set()
         begun: dict[str, int] = {}  # phase -> its groups of runs
         waiting: dict[Future[None], str] = {}
+        failed: list[BaseException] = []
         while True:
             for step in self._ready():
                 name = step.phase.name
@@ -155,17 +186,27 @@ class Conduct:
                     waiting |= dict.fromkeys(futures, name)
                     if futures and self.workers == 1:
                         break  # one phase after the other
+            if failed and not waiting:
+                raise failed[0]
             if not waiting:
                 return  # done, or other machines make the rest
-            self._wait_for_a_phase(waiting, begun)
+            failed += self._wait_for_a_phase(waiting, begun)
 
     def _ready(self) -> Iterator[Step]:
         """The phases that run and wait for no other, to the last that is to run."""
+        return (step for step in self._steps() if not step.waits_for)
+
+    def _steps(self) -> Iterator[Step]:
+        """The phases that run, as far as is known, to the last that is to run."""
         for step in walk(self.study, self.results, regardless=self.regardless):
-            if not step.why_not and not step.waits_for:
+            if not step.why_not:
                 yield step
             if step.phase.name == self.until:
                 return
+
+    def _missing(self, step: Step) -> list[str]:
+        """The runs of a phase to make here."""
+        return plan(step.experiment, self.results, only=self.only).missing
 
     def _decide(self, phase: Phase) -> None:
         if phase.decides:
@@ -173,12 +214,13 @@ class Conduct:
 
     def _begin(self, pool: Executor, step: Step) -> list[Future[None]]:
         """Begin the missing runs of a phase, so many at once. Raises as `run`."""
-        missing = plan(step.experiment, self.results, only=self.only).missing
+        missing = self._missing(step)
         if not missing:
             return []
-        check_machine(step.runs, missing)
+        refuse(strangers(step.runs, missing))
         configs = {name: step.runs.configs[name] for name in missing}
-        runner = all_at_once if self.together > 1 else one_by_one
+        at_once = partial(all_at_once, graphs=self.graphs)
+        runner = at_once if self.together > 1 else one_by_one
         report = self.report if self.workers == 1 else silent
         arguments = (step.experiment, self.results, self.work)
         return [
@@ -186,18 +228,20 @@ class Conduct:
             for group in groups(configs, self.together)
         ]
 
-    def _wait_for_a_phase(self, waiting: dict[Future[None], str], begun: dict[str, int]) -> None:
-        """Wait until all that was begun of some phase is made. Raises as the first that failed."""
+    def _wait_for_a_phase(
+        self, waiting: dict[Future[None], str], begun: dict[str, int]
+    ) -> list[BaseException]:
+        """Wait until all that was begun of some phase has ended. Returns what failed."""
+        failed: list[BaseException] = []
         while True:
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
             ended = {waiting.pop(future) for future in done}
-            for future in done:
-                future.result()
+            failed += filter(None, (future.exception() for future in done))
             for name in ended:
                 left = sum(name == each for each in waiting.values())
                 self.report(name, begun[name] - left, begun[name])
             if ended - set(waiting.values()):
-                return
+                return failed
 
     def _pool(self) -> Executor:
         """What makes runs: several processes, or this one."""
@@ -235,27 +279,6 @@ class Here(Executor):
         task(*arguments, **named)
         future.set_result(None)
         return future
-
-
-def check_machine(runs: Plan, names: Sequence[str]) -> None:
-    """Raise TrainingError if runs have partners that were made on another class of machine.
-
-    Args:
-        runs: of a phase.
-        names: those that are to be made here. Their partners have the same seed.
-    """
-    here = machine_class(hardware())
-    seeds = {runs.configs[name].seed for name in names}
-    for name, path in runs.paths.items():
-        if runs.configs[name].seed not in seeds or not path.exists():
-            continue
-        found = json.loads(path.read_text("utf-8"))["pairing"]["machine"]
-        if found != here:
-            message = (
-                "this machine is of another class than that of the records of this seed; runs of "
-                "two classes are no pair: go on there, or begin the study in another folder"
-            )
-            raise TrainingError(message, field=name, value=here, allowed=found)
 
 
 def _share_cores(workers: int) -> None:

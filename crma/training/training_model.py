@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from crma.method.injection import Injection
@@ -44,4 +45,8 @@ def load_training_model(base: BaseModel, dtype: str, ranks: Ranks = ALONE) -> Tr
     if device.type == "cpu":
         # The backward pass of torch's fused attention takes a third of a step there.
         model.set_attn_implementation("eager")
+    if device.type == "cuda":
+        # Its backward pass gives NaN where rows are padded (cuDNN before 9.26; torch prefers it
+        # from 2.11 on): https://github.com/pytorch/pytorch/issues/196678
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return TrainingModel(Injection(model), load_tokenizer(base), serving_attention)

@@ -3,7 +3,6 @@
 import random
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +14,7 @@ from schedules import SELECTIONS, Answer, Call, World, mismatches, prompt, run
 
 from crma.core.selection import AdapterSelection
 from crma.method.injection import Injection
-from crma.models.base_model import BaseModel
 from crma.models.loading import cuda_dtype, resolve_dtype
-from crma.training import protocol, training_model
-from crma.training.config import TrainConfig
-from crma.training.joint_trainer import train_together
 from server.engine.native import adapter_pool
 from server.engine.native.batch import build_batch
 from server.engine.native.kv_cache import attend
@@ -173,65 +168,3 @@ def test_the_dtype_is_that_of_the_gpu(device: torch.device) -> None:
         pytest.skip("the choice of a CPU has tests of its own")
     expected = cuda_dtype(torch.cuda.get_device_capability(device))
     assert resolve_dtype("auto", device) == expected
-
-
-@pytest.fixture
-def run_values(
-    write_task: Callable[[Path, tuple[str, str]], None], tmp_path: Path
-) -> dict[str, Any]:
-    """The configuration of a run of two small tasks."""
-    write_task(tmp_path / "data" / "first", ("yes", "no"))
-    write_task(tmp_path / "data" / "second", ("left", "right"))
-    return {
-        "tasks": [str(tmp_path / "data" / task) for task in ("first", "second")],
-        "epochs": 2,
-        "batch_size": 2,
-        "dtype": "float32",
-        "lora": {"rank": 2, "alpha": 4.0},
-        "crma": {"num_streams": 2, "stream_rank": 2, "later_scale": 0.5},
-    }
-
-
-def test_a_run_on_the_device_trains_what_it_trains_on_the_cpu(
-    device: torch.device,
-    base: BaseModel,
-    run_values: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    losses = []
-    for place in (torch.device("cpu"), device):
-        monkeypatch.setattr(training_model, "resolve_device", lambda _, place=place: place)
-        out = tmp_path / f"run-{len(losses)}"
-        record = protocol.Run(TrainConfig.from_dict(run_values), base, out, _ignore).execute()
-        losses.append([loss for row in record["loss"] for loss in row])
-    on_cpu, on_device = losses
-    assert on_device == pytest.approx(on_cpu, rel=1e-3)
-
-
-@pytest.mark.parametrize("arm", ["FROZEN", "MODULAR", "NULL-SPACE", "ORACLE-loo", "SLOW-FAST"])
-def test_runs_that_train_at_once_on_the_device_get_what_each_gets_alone(
-    device: torch.device,
-    base: BaseModel,
-    run_values: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    arm: str,
-) -> None:
-    """There, passes are recorded and played again."""
-    monkeypatch.setattr(training_model, "resolve_device", lambda _: device)
-    loaded = training_model.load_training_model(base, "float32")
-
-    def run(folder: str, seed: int) -> protocol.Run:
-        config = TrainConfig.from_dict(run_values | {"arm": arm, "seed": seed})
-        return protocol.Run(config, base, tmp_path / folder / str(seed), _ignore, loaded)
-
-    joint = train_together([run("joint", seed).training(at_once=True) for seed in range(3)])
-    for seed, record in enumerate(joint):
-        alone = run("alone", seed).execute()
-        losses, wanted = ([x for row in each["loss"] for x in row] for each in (record, alone))
-        assert losses == pytest.approx(wanted, rel=1e-3)
-
-
-def _ignore(*_: object) -> None:
-    """Take no part in the progress of a run."""

@@ -13,12 +13,21 @@ import torch
 from crma.core.errors import TrainingError
 from crma.training.joint_trainer import JointTrainer, train_together
 from crma.training.protocol import Run
+from crma.training.recorded_pass import Recorder
 from crma.training.training_model import load_training_model
 
 if TYPE_CHECKING:
     from crma.models.base_model import BaseModel
 
-JOINT_ARMS = ("FROZEN-warm-mean", "M=I", "SLOW-FAST_free-M", "NULL-SPACE", "PRIVATE", "ORACLE-loo")
+JOINT_ARMS = (
+    "FROZEN-warm-mean",
+    "O-LoRA",
+    "M=I",
+    "SLOW-FAST_free-M",
+    "NULL-SPACE",
+    "PRIVATE",
+    "ORACLE-loo",
+)
 SETTINGS = {"batch_size": 5, "ema": 0.8, "clip": 0.5}  # batches of 5, 5 and 2
 SEEDS = (0, 1)
 
@@ -91,6 +100,6 @@ def test_an_error_names_the_run_that_failed(pair: Callable[..., list[Run]]) -> N
     with torch.no_grad():
         bad.adapted.lora_parameters[0].fill_(float("nan"))
     with pytest.raises(TrainingError, match="not finite") as caught:
-        JointTrainer(trainers).run()
+        JointTrainer(trainers, Recorder()).run()
     assert str(bad.folder) in caught.value.message
     assert str(good.folder) not in caught.value.message

@@ -59,7 +59,9 @@ def run(
     """The phases that were done."""
     results, folder = file.parent / "results", file.parent / work
     study = read_study(file)
-    conduct = Conduct(study, results, folder, 1, together, only, until, False, lambda *_: None)
+    conduct = Conduct(
+        study, results, folder, 1, together, only, until, False, True, lambda *_: None
+    )
     return list(conduct.run())
 
 
@@ -158,14 +160,55 @@ def test_runs_of_two_classes_of_machine_are_not_mixed(file: Path) -> None:
     assert run(file, until="grid") == ["grid"]
 
 
-def test_machines_may_divide_a_phase_by_seeds(file: Path) -> None:
-    """A pair has one seed."""
-    run(file, until="grid")
-    for label in ("b6", "b3"):
-        path = file.parent / f"results/grid/{label}-seed0.json"
+def of_another_class(*paths: Path) -> None:
+    """Make records those of another machine."""
+    for path in paths:
         record = json.loads(path.read_text())
         record["pairing"]["machine"]["cpu"] = "another"
         path.write_text(json.dumps(record))
+
+
+def test_another_class_is_refused_before_any_phase_begins(file: Path) -> None:
+    frozen = '{arm = "FROZEN", seeds = [5]}'
+    last = (file.parent / "later.toml").read_text().replace('"later"', '"last"')
+    last = last.replace(frozen, f'{frozen}, {{arm = "NAIVE", seeds = [5]}}')
+    (file.parent / "last.toml").write_text(last)
+    added = '    {name = "last", experiment = "last.toml"},\n]'
+    file.write_text(file.read_text().replace("]\n", f"{added}\n"))
+    run(file)
+    results = file.parent / "results"
+    of_another_class(results / "last/FROZEN-seed5.json")
+    (results / "last/NAIVE-seed5.json").unlink()
+    (results / "later/FROZEN-seed5.json").unlink()
+    with pytest.raises(TrainingError, match=r"1 records .* \(--fresh-class\)"):
+        run(file)
+    assert not (results / "later/FROZEN-seed5.json").exists()
+    assert run(file, until="later") == ["grid", "later"]
+
+
+def test_records_of_another_class_are_dropped_on_demand_and_made_here(file: Path) -> None:
+    run(file, until="grid")
+    grid = file.parent / "results/grid"
+    of_another_class(grid / "b6-seed0.json", grid / "b6-seed1.json")
+    (grid / "b3-seed1.json").unlink()
+    (grid / "decision.json").unlink()
+    kept = (grid / "b6-seed0.json").read_bytes()  # its seed has no missing run
+    folders = ("--results", grid.parent, "--work", file.parent / "work")
+    code, _, err = crma("study", file, *folders)
+    assert (code, "--fresh-class" in err) == (1, True)
+    code, _, err = crma("study", file, *folders, "--until", "grid", "--fresh-class")
+    assert code == 0, err
+    assert "dropped" in err
+    assert (grid / "b6-seed0.json").read_bytes() == kept
+    made_here = json.loads((grid / "b6-seed1.json").read_text())
+    assert made_here["pairing"]["machine"]["cpu"] != "another"
+
+
+def test_machines_may_divide_a_phase_by_seeds(file: Path) -> None:
+    """A pair has one seed."""
+    run(file, until="grid")
+    grid = file.parent / "results/grid"
+    of_another_class(grid / "b6-seed0.json", grid / "b3-seed0.json")
     (file.parent / "results/grid/b3-seed1.json").unlink()
     (file.parent / "results/grid/decision.json").unlink()
     assert run(file, until="grid") == ["grid"]
@@ -174,10 +217,7 @@ def test_machines_may_divide_a_phase_by_seeds(file: Path) -> None:
 def test_a_later_phase_may_run_on_another_machine(file: Path) -> None:
     run(file, until="grid")
     results = file.parent / "results"
-    for path in (results / "grid").glob("*-seed*.json"):
-        record = json.loads(path.read_text())
-        record["pairing"]["machine"]["cpu"] = "another"
-        path.write_text(json.dumps(record))
+    of_another_class(*(results / "grid").glob("*-seed*.json"))
     (results / "grid/decision.json").unlink()
     assert run(file) == ["grid", "later"]
 
