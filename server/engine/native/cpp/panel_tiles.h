@@ -12,7 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
+#if defined(__AVX2__) || defined(__AVX512BF16__) || defined(__AMX_BF16__)
 #include <immintrin.h>
 #endif
 
@@ -92,29 +92,60 @@ template <int VECTORS> struct WordsOfColumns {
     }
 };
 
-// Add the products of a word of each column; x points to what it meets, in the first row. In floats:
-// all vectors of one k first and then row by row, so that the compiler keeps all sums in registers.
+// What meets a word of the weight, in each of some rows. There is a pointer for every third row: an
+// address can have a stride in it, or two, but three take a register.
+template <typename X> struct RowsOfX {
+    const X *first, *fourth, *seventh;
+    int64_t stride;
+
+    RowsOfX(const X* x, int64_t stride)
+        : first(x), fourth(x + 3 * stride), seventh(x + 6 * stride), stride(stride) {}
+
+    const X& at(int row, int n) const {
+        const X* nearest = row < 3 ? first : row < 6 ? fourth : seventh;
+        return nearest[row % 3 * stride + n];
+    }
+    void advance() {
+        first += PER_WORD<X>;
+        fourth += PER_WORD<X>;
+        seventh += PER_WORD<X>;
+    }
+};
+
+// The first and the second number of each of some words, as floats. The second ones take the lower
+// halves, which are 0, from the first ones: with a mask, one of 6 x 2 sums would have no register.
+inline Floats first_numbers(Words words) { return (Floats)(words << 16); }
+inline Floats second_numbers(Words words, [[maybe_unused]] Floats first) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (Floats)_mm256_blend_epi16((__m256i)first, (__m256i)words, 0b10101010);
+#else
+    return (Floats)(words & 0xffff0000);
+#endif
+}
+
+// Add the products of a word of each column. In floats: all vectors of one k first and then row by
+// row, so that the compiler keeps all sums in registers.
 template <int ROWS, int VECTORS>
-inline void add_word(Tile<float, ROWS, VECTORS>& tile, const float* x, int64_t x_stride,
+inline void add_word(Tile<float, ROWS, VECTORS>& tile, const RowsOfX<float>& x,
                      WordsOfColumns<VECTORS> words) {
     Floats w[VECTORS];
-    for (int c = 0; c < VECTORS; c++) w[c] = (Floats)(words.at(c) << 16);
+    for (int c = 0; c < VECTORS; c++) w[c] = first_numbers(words.at(c));
     for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < VECTORS; c++) tile.sums[r][c] += x[r * x_stride] * w[c];
-    for (int c = 0; c < VECTORS; c++) w[c] = (Floats)(words.at(c) & 0xffff0000);
+        for (int c = 0; c < VECTORS; c++) tile.sums[r][c] += x.at(r, 0) * w[c];
+    for (int c = 0; c < VECTORS; c++) w[c] = second_numbers(words.at(c), w[c]);
     for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < VECTORS; c++) tile.sums[r][c] += x[r * x_stride + 1] * w[c];
+        for (int c = 0; c < VECTORS; c++) tile.sums[r][c] += x.at(r, 1) * w[c];
 }
 
 #ifdef __AVX512BF16__
 template <int ROWS, int VECTORS>
-inline void add_word(Tile<float, ROWS, VECTORS>& tile, const bfloat16* x, int64_t x_stride,
+inline void add_word(Tile<float, ROWS, VECTORS>& tile, const RowsOfX<bfloat16>& x,
                      WordsOfColumns<VECTORS> words) {
     Words w[VECTORS];
     for (int c = 0; c < VECTORS; c++) w[c] = words.at(c);
     for (int r = 0; r < ROWS; r++) {
         uint32_t pair;
-        __builtin_memcpy(&pair, x + r * x_stride, sizeof pair);
+        __builtin_memcpy(&pair, &x.at(r, 0), sizeof pair);
         const Words of_row = Words{} + pair;
         for (int c = 0; c < VECTORS; c++)
             tile.sums[r][c] = (Floats)_mm512_dpbf16_ps((__m512)tile.sums[r][c], (__m512bh)of_row,
@@ -123,24 +154,26 @@ inline void add_word(Tile<float, ROWS, VECTORS>& tile, const bfloat16* x, int64_
 }
 #endif
 
-// Not inlined: by itself, the loop gets all registers.
+// Not inlined: by itself, the loop gets all registers. And no "TER": that pass of GCC computes products
+// of 8 bits long before they are added, and takes the registers of the sums for them.
 template <int ROWS, int COUNT, typename X>
-__attribute__((noinline)) void multiply_tile(const X* x, int64_t x_stride, const Panels& panels,
+__attribute__((noinline, optimize("no-tree-ter"))) void multiply_tile(const X* x, int64_t x_stride, const Panels& panels,
                                              const Sums<SumOf<X>>& sums) {
     constexpr int VECTORS = COUNT * PANEL_VECTORS;
     Tile<SumOf<X>, ROWS, VECTORS> tile(sums);
     const int64_t stride = panels.stride, count = panels.words_of_column;
     const uint32_t* words = panels.words;
     const char* ahead = reinterpret_cast<const char*>(words + panels.ahead);
+    RowsOfX<X> of_x(x, x_stride);
     for (int64_t i = 0; i < count; i++, ahead += panels.ahead_step) {
         for (int n = 0; n < COUNT; n++) __builtin_prefetch(ahead + n * stride * sizeof(uint32_t));
-        add_word(tile, x + PER_WORD<X> * i, x_stride,
-                 WordsOfColumns<VECTORS>{words + i * PANEL, stride});
+        add_word(tile, of_x, WordsOfColumns<VECTORS>{words + i * PANEL, stride});
+        of_x.advance();
     }
     tile.store_to(sums);
 }
 
-constexpr int MAX_ROWS = LANES == 16 ? 8 : 5;  // of a tile: as many sums as there are registers
+constexpr int MAX_ROWS = LANES == 16 ? 8 : LANES == 8 ? 6 : 5;  // of a tile: as many sums as there are registers
 
 // Rows for which two panels at once fit the registers; with fewer, each sum waits for the last one.
 constexpr int MAX_WIDE_ROWS = LANES == 16 ? MAX_ROWS : LANES == 8 ? 2 : 1;
