@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -89,36 +90,60 @@ struct Weight {
     int64_t words_of_column, columns;
 };
 
+// Turns at work that lies side by side in memory. Each thread begins with a part of its own, which it
+// reads from front to back, and then helps with what the others have left.
+class Turns {
+    struct alignas(CACHE_LINE) Part {
+        std::atomic<int64_t> next;
+        int64_t stop;
+    };
+    std::vector<Part> parts;
+
+  public:
+    Turns(int64_t turns, int64_t threads) : parts(threads) {
+        for (int64_t t = 0; t < threads; t++) {
+            parts[t].next = turns * t / threads;
+            parts[t].stop = turns * (t + 1) / threads;
+        }
+    }
+
+    template <typename F> void take(int64_t thread, F visit) {
+        const int64_t count = parts.size();
+        for (int64_t n = 0; n < count; n++) {
+            Part& part = parts[(thread + n) % count];
+            for (int64_t turn = part.next++; turn < part.stop; turn = part.next++) visit(turn);
+        }
+    }
+};
+
 // Multiply x, [rows, x_stride], and call write(row, first column, number of columns, sums) for parts of
-// rows, which lie next to each other. The threads take turns.
+// rows, which lie next to each other. A turn is two panels.
 template <typename X, typename Write>
 void multiply(int64_t rows, const X* x, int64_t x_stride, Weight w, Write write) {
     const int64_t panel_words = w.words_of_column * PANEL;
     const int64_t panels = up_to(PANEL, w.columns) / PANEL;
     const int64_t chunk = std::min(rows, rows_at_once(x_stride * sizeof(X)));
-    // Of a turn: so many panels that each thread has some turns, and does not often wait for the next.
-    const int64_t turns = 4 * num_threads();
-    const int64_t strip = std::clamp<int64_t>(up_to(2, (panels + turns - 1) / turns), 2, 32);
-    auto multiply_strip = [&](int64_t turn) {
-        std::vector<SumOf<X>> memory(chunk * 2 * PANEL);
-        const int64_t stop = std::min(panels, (turn + 1) * strip);
-        for (int64_t first = 0; first < rows; first += chunk) {
-            const int64_t num_rows = std::min(chunk, rows - first);
-            for (int64_t panel = turn * strip; panel < stop; panel += 2) {
-                const int count = int(std::min<int64_t>(2, stop - panel));
-                const int64_t column = panel * PANEL;
-                const Sums<SumOf<X>> sums{memory.data(), count * PANEL, true};
-                multiply_in_blocks(num_rows, x + first * x_stride, x_stride,
-                                   Panels{w.words + panel * panel_words, count, panel_words,
-                                          x_stride / PER_WORD<X>, 0, CACHE_LINE},
-                                   sums);
-                for (int64_t r = 0; r < num_rows; r++)
-                    write(first + r, column, std::min<int64_t>(count * PANEL, w.columns - column),
-                          sums.from(r, 0).values);
-            }
-        }
+    auto multiply_pair = [&](int64_t pair, int64_t first, SumOf<X>* memory) {
+        const int64_t panel = 2 * pair, column = panel * PANEL;
+        const int count = int(std::min<int64_t>(2, panels - panel));
+        const int64_t num_rows = std::min(chunk, rows - first);
+        const Sums<SumOf<X>> sums{memory, count * PANEL, true};
+        multiply_in_blocks(num_rows, x + first * x_stride, x_stride,
+                           Panels{w.words + panel * panel_words, count, panel_words,
+                                  x_stride / PER_WORD<X>, 0, CACHE_LINE},
+                           sums);
+        for (int64_t r = 0; r < num_rows; r++)
+            write(first + r, column, std::min<int64_t>(count * PANEL, w.columns - column),
+                  sums.from(r, 0).values);
     };
-    each_row((panels + strip - 1) / strip, strip * PANEL * x_stride * rows, multiply_strip);
+    const int64_t pairs = up_to(2, panels) / 2, threads = num_threads();
+    for (int64_t first = 0; first < rows; first += chunk) {
+        Turns turns(pairs, threads);
+        each_row(threads, chunk * panels * PANEL * x_stride / threads, [&](int64_t thread) {
+            std::vector<SumOf<X>> memory(chunk * 2 * PANEL);
+            turns.take(thread, [&](int64_t pair) { multiply_pair(pair, first, memory.data()); });
+        });
+    }
 }
 
 // y [rows, columns] = x [rows, in] times w, plus bias [columns] if there is one.
