@@ -35,17 +35,27 @@ template <typename X> constexpr int PER_WORD = Arithmetic<X>::PER_WORD;
 struct Panels {
     const uint32_t* words;
     int count;
-    int64_t stride;  // words from a panel to the next
+    int64_t stride;           // words from a panel to the next
     int64_t words_of_column;  // that are to be multiplied
-    int64_t ahead;            // words from here to what is read next, and is fetched meanwhile
-    int64_t ahead_step;       // bytes of that for each word that is multiplied
+    const char* next;         // what is read after them, and is fetched meanwhile
+    int64_t next_step;        // bytes of that for each word that is multiplied
+
+    int64_t panel_bytes() const { return stride * sizeof(uint32_t); }
+
+    Panels only(int n) const {
+        Panels one = *this;
+        one.words += n * stride;
+        one.next += n * panel_bytes();
+        one.count = 1;
+        return one;
+    }
 
     // For one of some tiles of rows, which share the fetching: all at once in the first tile would
     // be more than the memory gives in its time.
     Panels shared(int64_t tile, int64_t tiles) const {
         Panels part = *this;
-        part.ahead += words_of_column * tile / tiles * PANEL;
-        part.ahead_step = std::max<int64_t>(CACHE_LINE / tiles, 1);
+        part.next += words_of_column * tile / tiles * next_step;
+        part.next_step = std::max<int64_t>(next_step / tiles, 1);
         return part;
     }
 };
@@ -163,15 +173,18 @@ __attribute__((noinline, optimize("no-tree-ter"))) void multiply_tile(const X* x
     Tile<SumOf<X>, ROWS, VECTORS> tile(sums);
     const int64_t stride = panels.stride, count = panels.words_of_column;
     const uint32_t* words = panels.words;
-    const char* ahead = reinterpret_cast<const char*>(words + panels.ahead);
+    const char* next = panels.next;
     RowsOfX<X> of_x(x, x_stride);
-    for (int64_t i = 0; i < count; i++, ahead += panels.ahead_step) {
-        for (int n = 0; n < COUNT; n++) __builtin_prefetch(ahead + n * stride * sizeof(uint32_t));
+    for (int64_t i = 0; i < count; i++, next += panels.next_step) {
+        for (int n = 0; n < COUNT; n++) __builtin_prefetch(next + n * panels.panel_bytes());
         add_word(tile, of_x, WordsOfColumns<VECTORS>{words + i * PANEL, stride});
         of_x.advance();
     }
     tile.store_to(sums);
 }
+
+constexpr int64_t MANY_ROWS = 24;  // from here on, parts of panels are read again and again
+constexpr int64_t MAX_WORDS_AT_ONCE = 160;  // of a column, then: they stay in the nearest cache
 
 constexpr int MAX_ROWS = LANES == 16 ? 8 : LANES == 8 ? 6 : 5;  // of a tile: as many sums as there are registers
 
@@ -184,9 +197,8 @@ void multiply_panels(const X* x, int64_t x_stride, const Panels& panels,
     if constexpr (ROWS <= MAX_WIDE_ROWS) {
         if (panels.count == 2) return multiply_tile<ROWS, 2>(x, x_stride, panels, sums);
     }
-    Panels one = panels;
-    for (int n = 0; n < panels.count; n++, one.words += panels.stride)
-        multiply_tile<ROWS, 1>(x, x_stride, one, sums.from(0, n * PANEL));
+    for (int n = 0; n < panels.count; n++)
+        multiply_tile<ROWS, 1>(x, x_stride, panels.only(n), sums.from(0, n * PANEL));
 }
 
 // multiply_panels<rows>, for a number of rows that is known only now.

@@ -61,11 +61,13 @@ inline int64_t rows_at_once(int64_t row_bytes) {
     return std::max(cache_bytes / row_bytes / step, int64_t(1)) * step;
 }
 
-// How many words of a column are multiplied before the next ones. Each tile of rows reads the same
-// part of a panel: where there are many, it should stay in the nearest cache.
+// How many words of a column are multiplied before the next ones, in parts of nearly the same number.
+// Each tile of rows reads the same part of a panel: where there are many, it should stay in the
+// nearest cache.
 inline int64_t words_at_once(int64_t rows, int64_t words) {
-    constexpr int64_t many_rows = 24, block = 256;
-    return rows < many_rows ? words : block;
+    if (rows < MANY_ROWS) return words;
+    const int64_t parts = (words + MAX_WORDS_AT_ONCE - 1) / MAX_WORDS_AT_ONCE;
+    return up_to(16, (words + parts - 1) / parts);  // as AMX takes them
 }
 
 // sums = x times the panels.
@@ -74,12 +76,14 @@ void multiply_in_blocks(int64_t rows, const X* x, int64_t x_stride, Panels panel
                         Sums<SumOf<X>> sums) {
     const int64_t words = panels.words_of_column;
     const int64_t block = words_at_once(rows, words);
+    const char* const after_all = panels.next;
     for (int64_t first = 0; first < words; first += block) {
+        const uint32_t* const after = panels.words + block * PANEL;
         panels.words_of_column = std::min(block, words - first);
-        bool is_last = first + block >= words;
-        panels.ahead = is_last ? panels.count * panels.stride - first * PANEL : block * PANEL;
+        panels.next =
+            first + block < words ? reinterpret_cast<const char*>(after) : after_all;
         multiply_rows(rows, x + PER_WORD<X> * first, x_stride, panels, sums);
-        panels.words += block * PANEL;
+        panels.words = after;
         sums.start_at_0 = false;
     }
 }
@@ -128,10 +132,16 @@ void multiply(int64_t rows, const X* x, int64_t x_stride, Weight w, Write write)
         const int count = int(std::min<int64_t>(2, panels - panel));
         const int64_t num_rows = std::min(chunk, rows - first);
         const Sums<SumOf<X>> sums{memory, count * PANEL, true};
-        multiply_in_blocks(num_rows, x + first * x_stride, x_stride,
-                           Panels{w.words + panel * panel_words, count, panel_words,
-                                  x_stride / PER_WORD<X>, 0, CACHE_LINE},
-                           sums);
+        const uint32_t* const words = w.words + panel * panel_words;
+        const bool is_last = panel + count == panels;
+        const uint32_t* const next = is_last ? words : words + count * panel_words;
+        const Panels these{words,
+                           count,
+                           panel_words,
+                           x_stride / PER_WORD<X>,
+                           reinterpret_cast<const char*>(next),
+                           CACHE_LINE};
+        multiply_in_blocks(num_rows, x + first * x_stride, x_stride, these, sums);
         for (int64_t r = 0; r < num_rows; r++)
             write(first + r, column, std::min<int64_t>(count * PANEL, w.columns - column),
                   sums.from(r, 0).values);
