@@ -51,7 +51,7 @@ inline void lay_out(uint32_t four, Bytes* to) {
 
 #if defined(__AVX512VNNI__)
 template <int ROWS, int VECTORS>
-inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const RowsOfX<Bytes>& x,
+inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const RowsOfX<Bytes, ROWS>& x,
                      WordsOfColumns<VECTORS> words) {
     Words w[VECTORS];
     for (int c = 0; c < VECTORS; c++) w[c] = words.at(c);
@@ -75,7 +75,7 @@ inline Ints add_products(Words a, Shorts b) {
 }
 
 template <int ROWS, int VECTORS>
-inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const RowsOfX<Bytes>& x,
+inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const RowsOfX<Bytes, ROWS>& x,
                      WordsOfColumns<VECTORS> words) {
     Shorts w[VECTORS];
     for (int c = 0; c < VECTORS; c++) w[c] = (Shorts)words.at(c) << 8 >> 8;  // bytes 0 and 2
@@ -89,7 +89,7 @@ inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const RowsOfX<Bytes>& x
 }
 #else
 template <int ROWS, int VECTORS>
-inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const RowsOfX<Bytes>& x,
+inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const RowsOfX<Bytes, ROWS>& x,
                      WordsOfColumns<VECTORS> words) {
     for (int k = 0; k < 4; k++) {
         Ints w[VECTORS];

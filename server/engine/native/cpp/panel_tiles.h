@@ -104,21 +104,20 @@ template <int VECTORS> struct WordsOfColumns {
 
 // What meets a word of the weight, in each of some rows. There is a pointer for every third row: an
 // address can have a stride in it, or two, but three take a register.
-template <typename X> struct RowsOfX {
-    const X *first, *fourth, *seventh;
-    int64_t stride;
+template <typename X, int ROWS> class RowsOfX {
+    const X* thirds[(ROWS + 2) / 3];
+    const int64_t stride;
 
-    RowsOfX(const X* x, int64_t stride)
-        : first(x), fourth(x + 3 * stride), seventh(x + 6 * stride), stride(stride) {}
-
-    const X& at(int row, int n) const {
-        const X* nearest = row < 3 ? first : row < 6 ? fourth : seventh;
-        return nearest[row % 3 * stride + n];
+  public:
+    RowsOfX(const X* x, int64_t stride) : stride(stride) {
+        for (const X*& third : thirds) {
+            third = x;
+            x += 3 * stride;
+        }
     }
+    const X& at(int row, int n) const { return thirds[row / 3][row % 3 * stride + n]; }
     void advance() {
-        first += PER_WORD<X>;
-        fourth += PER_WORD<X>;
-        seventh += PER_WORD<X>;
+        for (const X*& third : thirds) third += PER_WORD<X>;
     }
 };
 
@@ -136,7 +135,7 @@ inline Floats second_numbers(Words words, [[maybe_unused]] Floats first) {
 // Add the products of a word of each column. In floats: all vectors of one k first and then row by
 // row, so that the compiler keeps all sums in registers.
 template <int ROWS, int VECTORS>
-inline void add_word(Tile<float, ROWS, VECTORS>& tile, const RowsOfX<float>& x,
+inline void add_word(Tile<float, ROWS, VECTORS>& tile, const RowsOfX<float, ROWS>& x,
                      WordsOfColumns<VECTORS> words) {
     Floats w[VECTORS];
     for (int c = 0; c < VECTORS; c++) w[c] = first_numbers(words.at(c));
@@ -149,7 +148,7 @@ inline void add_word(Tile<float, ROWS, VECTORS>& tile, const RowsOfX<float>& x,
 
 #ifdef __AVX512BF16__
 template <int ROWS, int VECTORS>
-inline void add_word(Tile<float, ROWS, VECTORS>& tile, const RowsOfX<bfloat16>& x,
+inline void add_word(Tile<float, ROWS, VECTORS>& tile, const RowsOfX<bfloat16, ROWS>& x,
                      WordsOfColumns<VECTORS> words) {
     Words w[VECTORS];
     for (int c = 0; c < VECTORS; c++) w[c] = words.at(c);
@@ -174,7 +173,7 @@ __attribute__((noinline, optimize("no-tree-ter"))) void multiply_tile(const X* x
     const int64_t stride = panels.stride, count = panels.words_of_column;
     const uint32_t* words = panels.words;
     const char* next = panels.next;
-    RowsOfX<X> of_x(x, x_stride);
+    RowsOfX<X, ROWS> of_x(x, x_stride);
     for (int64_t i = 0; i < count; i++, next += panels.next_step) {
         for (int n = 0; n < COUNT; n++) __builtin_prefetch(next + n * panels.panel_bytes());
         add_word(tile, of_x, WordsOfColumns<VECTORS>{words + i * PANEL, stride});

@@ -104,56 +104,56 @@ class Turns {
     std::vector<Part> parts;
 
   public:
-    Turns(int64_t turns, int64_t threads) : parts(threads) {
-        for (int64_t t = 0; t < threads; t++) {
-            parts[t].next = turns * t / threads;
-            parts[t].stop = turns * (t + 1) / threads;
+    Turns(int64_t turns, int64_t num_parts) : parts(num_parts) {
+        for (int64_t p = 0; p < num_parts; p++) {
+            parts[p].next = turns * p / num_parts;
+            parts[p].stop = turns * (p + 1) / num_parts;
         }
     }
 
-    template <typename F> void take(int64_t thread, F visit) {
+    template <typename F> void take(int64_t first_part, F visit) {
         const int64_t count = parts.size();
         for (int64_t n = 0; n < count; n++) {
-            Part& part = parts[(thread + n) % count];
-            for (int64_t turn = part.next++; turn < part.stop; turn = part.next++) visit(turn);
+            Part& part = parts[(first_part + n) % count];
+            while (part.next < part.stop) {
+                const int64_t turn = part.next++;
+                if (turn < part.stop) visit(turn);
+            }
         }
     }
 };
 
 // Multiply x, [rows, x_stride], and call write(row, first column, number of columns, sums) for parts of
-// rows, which lie next to each other. A turn is two panels.
+// rows, which lie next to each other. A turn is a chunk of rows and two panels.
 template <typename X, typename Write>
 void multiply(int64_t rows, const X* x, int64_t x_stride, Weight w, Write write) {
     const int64_t panel_words = w.words_of_column * PANEL;
-    const int64_t panels = up_to(PANEL, w.columns) / PANEL;
+    const int64_t panels = up_to(PANEL, w.columns) / PANEL, pairs = up_to(2, panels) / 2;
     const int64_t chunk = std::min(rows, rows_at_once(x_stride * sizeof(X)));
-    auto multiply_pair = [&](int64_t pair, int64_t first, SumOf<X>* memory) {
-        const int64_t panel = 2 * pair, column = panel * PANEL;
-        const int count = int(std::min<int64_t>(2, panels - panel));
+    const int64_t num_turns = (rows + chunk - 1) / chunk * pairs;
+    const int64_t parts = std::min(num_threads(), num_turns);
+    auto words_of_pair = [&](int64_t pair) { return w.words + 2 * pair * panel_words; };
+    auto take_turn = [&](int64_t turn, SumOf<X>* memory) {
+        const int64_t first = turn / pairs * chunk, pair = turn % pairs;
         const int64_t num_rows = std::min(chunk, rows - first);
-        const Sums<SumOf<X>> sums{memory, count * PANEL, true};
-        const uint32_t* const words = w.words + panel * panel_words;
-        const bool is_last = panel + count == panels;
-        const uint32_t* const next = is_last ? words : words + count * panel_words;
-        const Panels these{words,
-                           count,
-                           panel_words,
-                           x_stride / PER_WORD<X>,
-                           reinterpret_cast<const char*>(next),
-                           CACHE_LINE};
-        multiply_in_blocks(num_rows, x + first * x_stride, x_stride, these, sums);
+        const int64_t column = 2 * pair * PANEL;
+        const int64_t num_columns = std::min<int64_t>(2 * PANEL, w.columns - column);
+        const Sums<SumOf<X>> sums{memory, 2 * PANEL, true};
+        const Panels both{words_of_pair(pair),
+                          num_columns > PANEL ? 2 : 1,
+                          panel_words,
+                          x_stride / PER_WORD<X>,
+                          reinterpret_cast<const char*>(words_of_pair((pair + 1) % pairs)),
+                          CACHE_LINE};
+        multiply_in_blocks(num_rows, x + first * x_stride, x_stride, both, sums);
         for (int64_t r = 0; r < num_rows; r++)
-            write(first + r, column, std::min<int64_t>(count * PANEL, w.columns - column),
-                  sums.from(r, 0).values);
+            write(first + r, column, num_columns, sums.from(r, 0).values);
     };
-    const int64_t pairs = up_to(2, panels) / 2, threads = num_threads();
-    for (int64_t first = 0; first < rows; first += chunk) {
-        Turns turns(pairs, threads);
-        each_row(threads, chunk * panels * PANEL * x_stride / threads, [&](int64_t thread) {
-            std::vector<SumOf<X>> memory(chunk * 2 * PANEL);
-            turns.take(thread, [&](int64_t pair) { multiply_pair(pair, first, memory.data()); });
-        });
-    }
+    Turns turns(num_turns, parts);
+    each_row(parts, rows * panels * PANEL * x_stride / parts, [&](int64_t part) {
+        std::vector<SumOf<X>> memory(chunk * 2 * PANEL);
+        turns.take(part, [&](int64_t turn) { take_turn(turn, memory.data()); });
+    });
 }
 
 // y [rows, columns] = x [rows, in] times w, plus bias [columns] if there is one.
@@ -164,9 +164,11 @@ void product(const T* x, const uint32_t* words, const T* bias, T* y, int64_t row
     const Weight w{words, words_of_column, columns};
     auto write = [&](int64_t row, int64_t column, int64_t count, const float* sums) {
         if (row >= rows) return;
-        T* to = y + row * columns + column;
+        T* const to = y + row * columns + column;
+        const T* const biases = bias ? bias + column : nullptr;
+#pragma omp simd
         for (int64_t c = 0; c < count; c++)
-            to[c] = store<T>(sums[c] + (bias ? load(bias[column + c]) : 0.0f));
+            to[c] = store<T>(sums[c] + (biases ? load(biases[c]) : 0.0f));
     };
     multiply(factors.rows, factors.values, factors.stride, w, write);
 }

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <memory>
 
 #include "bfloat16.h"
@@ -14,20 +15,19 @@
 
 // Round a row to 8 bits and return its scale, which is NaN for a row that is not finite.
 template <typename T> inline float round_row(const T* x, int8_t* rounded, int64_t in) {
+    constexpr int32_t infinity_bits = 0x7f800000;  // those of NaN are more
     int32_t largest_bits = 0;  // of a number without its sign: they are in the order of the numbers
-    float zero_or_nan = 0;
-#pragma omp simd reduction(max : largest_bits) reduction(+ : zero_or_nan)
+#pragma omp simd reduction(max : largest_bits)
     for (int64_t i = 0; i < in; i++) {
-        const float v = load(x[i]);
-        const int32_t bits = std::bit_cast<int32_t>(v) & 0x7fffffff;
+        const int32_t bits = std::bit_cast<int32_t>(load(x[i])) & 0x7fffffff;
         largest_bits = bits > largest_bits ? bits : largest_bits;
-        zero_or_nan += v * 0.0f;
     }
     const float largest = std::bit_cast<float>(largest_bits);
-    float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
 #pragma omp simd
     for (int64_t i = 0; i < in; i++) rounded[i] = int8_t(int32_t(std::rint(load(x[i]) * inverse)));
-    return largest / 127.0f + zero_or_nan;
+    if (largest_bits >= infinity_bits) return std::numeric_limits<float>::quiet_NaN();
+    return largest / 127.0f;
 }
 
 // Rows of x in 8 bits, laid out as the processor multiplies them, and their scales.
