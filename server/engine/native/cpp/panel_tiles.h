@@ -42,6 +42,7 @@ struct Panels {
 
     int64_t panel_bytes() const { return stride * sizeof(uint32_t); }
 
+    // One of the two.
     Panels only(int n) const {
         Panels one = *this;
         one.words += n * stride;
@@ -121,8 +122,8 @@ template <typename X, int ROWS> class RowsOfX {
     }
 };
 
-// The first and the second number of each of some words, as floats. The second ones take the lower
-// halves, which are 0, from the first ones: with a mask, one of 6 x 2 sums would have no register.
+// The first and the second number of each of some words, as floats. On AVX2 the second ones get
+// their lower halves, which are 0, from the first ones: a mask would take the register of a sum.
 inline Floats first_numbers(Words words) { return (Floats)(words << 16); }
 inline Floats second_numbers(Words words, [[maybe_unused]] Floats first) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -163,11 +164,12 @@ inline void add_word(Tile<float, ROWS, VECTORS>& tile, const RowsOfX<bfloat16, R
 }
 #endif
 
-// Not inlined: by itself, the loop gets all registers. And no "TER": that pass of GCC computes products
-// of 8 bits long before they are added, and takes the registers of the sums for them.
+// Not inlined: by itself, the loop gets all registers. And without a pass of GCC that computes
+// products of 8 bits long before they are added, in the registers that sums should have.
 template <int ROWS, int COUNT, typename X>
-__attribute__((noinline, optimize("no-tree-ter"))) void multiply_tile(const X* x, int64_t x_stride, const Panels& panels,
-                                             const Sums<SumOf<X>>& sums) {
+__attribute__((noinline, optimize("no-tree-ter")))
+void multiply_tile(const X* x, int64_t x_stride, const Panels& panels,
+                   const Sums<SumOf<X>>& sums) {
     constexpr int VECTORS = COUNT * PANEL_VECTORS;
     Tile<SumOf<X>, ROWS, VECTORS> tile(sums);
     const int64_t stride = panels.stride, count = panels.words_of_column;
@@ -182,10 +184,8 @@ __attribute__((noinline, optimize("no-tree-ter"))) void multiply_tile(const X* x
     tile.store_to(sums);
 }
 
-constexpr int64_t MANY_ROWS = 24;  // from here on, parts of panels are read again and again
-constexpr int64_t MAX_WORDS_AT_ONCE = 160;  // of a column, then: they stay in the nearest cache
-
-constexpr int MAX_ROWS = LANES == 16 ? 8 : LANES == 8 ? 6 : 5;  // of a tile: as many sums as there are registers
+// Of a tile: with as many sums as there are registers beside two for the weight and one for x.
+constexpr int MAX_ROWS = LANES == 16 ? 8 : LANES == 8 ? 6 : 5;
 
 // Rows for which two panels at once fit the registers; with fewer, each sum waits for the last one.
 constexpr int MAX_WIDE_ROWS = LANES == 16 ? MAX_ROWS : LANES == 8 ? 2 : 1;

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -15,6 +14,7 @@
 #include "bfloat16.h"
 #include "each_row.h"
 #include "panel_tiles.h"
+#include "turns.h"
 
 #if defined(__AMX_BF16__)
 template <typename T> using Factor = T;  // what a number of x is multiplied as
@@ -65,9 +65,10 @@ inline int64_t rows_at_once(int64_t row_bytes) {
 // Each tile of rows reads the same part of a panel: where there are many, it should stay in the
 // nearest cache.
 inline int64_t words_at_once(int64_t rows, int64_t words) {
-    if (rows < MANY_ROWS) return words;
-    const int64_t parts = (words + MAX_WORDS_AT_ONCE - 1) / MAX_WORDS_AT_ONCE;
-    return up_to(16, (words + parts - 1) / parts);  // as AMX takes them
+    constexpr int64_t many_rows = 24, most = 160, step = 16;  // AMX takes no fewer words
+    if (rows < many_rows) return words;
+    const int64_t parts = up_to(most, words) / most;
+    return up_to(step, (words + parts - 1) / parts);
 }
 
 // sums = x times the panels.
@@ -80,8 +81,8 @@ void multiply_in_blocks(int64_t rows, const X* x, int64_t x_stride, Panels panel
     for (int64_t first = 0; first < words; first += block) {
         const uint32_t* const after = panels.words + block * PANEL;
         panels.words_of_column = std::min(block, words - first);
-        panels.next =
-            first + block < words ? reinterpret_cast<const char*>(after) : after_all;
+        const bool is_last = first + block >= words;
+        panels.next = is_last ? after_all : reinterpret_cast<const char*>(after);
         multiply_rows(rows, x + PER_WORD<X> * first, x_stride, panels, sums);
         panels.words = after;
         sums.start_at_0 = false;
@@ -92,35 +93,6 @@ void multiply_in_blocks(int64_t rows, const X* x, int64_t x_stride, Panels panel
 struct Weight {
     const uint32_t* words;
     int64_t words_of_column, columns;
-};
-
-// Turns at work that lies side by side in memory. Each thread begins with a part of its own, which it
-// reads from front to back, and then helps with what the others have left.
-class Turns {
-    struct alignas(CACHE_LINE) Part {
-        std::atomic<int64_t> next;
-        int64_t stop;
-    };
-    std::vector<Part> parts;
-
-  public:
-    Turns(int64_t turns, int64_t num_parts) : parts(num_parts) {
-        for (int64_t p = 0; p < num_parts; p++) {
-            parts[p].next = turns * p / num_parts;
-            parts[p].stop = turns * (p + 1) / num_parts;
-        }
-    }
-
-    template <typename F> void take(int64_t first_part, F visit) {
-        const int64_t count = parts.size();
-        for (int64_t n = 0; n < count; n++) {
-            Part& part = parts[(first_part + n) % count];
-            while (part.next < part.stop) {
-                const int64_t turn = part.next++;
-                if (turn < part.stop) visit(turn);
-            }
-        }
-    }
 };
 
 // Multiply x, [rows, x_stride], and call write(row, first column, number of columns, sums) for parts of

@@ -33,14 +33,14 @@ template <typename T> inline float round_row(const T* x, int8_t* rounded, int64_
 // Rows of x in 8 bits, laid out as the processor multiplies them, and their scales.
 struct RoundedRows {
     const int64_t words;  // of the weight, that a row meets
-    const std::unique_ptr<uint32_t[]> rounded;
     const std::unique_ptr<Bytes[]> bytes;
     const std::unique_ptr<float[]> scales;
 
     template <typename T>
     RoundedRows(const T* x, int64_t rows, int64_t in)
-        : words(up_to(4, in) / 4), rounded(new uint32_t[rows * words]),
-          bytes(new Bytes[rows * words * WORDS_OF_X]), scales(new float[rows]) {
+        : words(up_to(4, in) / 4), bytes(new Bytes[rows * words * WORDS_OF_X]),
+          scales(new float[rows]) {
+        const std::unique_ptr<uint32_t[]> rounded(new uint32_t[rows * words]);
         each_row(rows, 8 * in, [&](int64_t r) {
             uint32_t* const row = rounded.get() + r * words;
             row[words - 1] = 0;  // what fills it
