@@ -164,12 +164,16 @@ inline void add_word(Tile<float, ROWS, VECTORS>& tile, const RowsOfX<bfloat16, R
 }
 #endif
 
-// Not inlined: by itself, the loop gets all registers. And without a pass of GCC that computes
+// Not inlined: by itself, the loop gets all registers. On AVX2 without a pass of GCC that computes
 // products of 8 bits long before they are added, in the registers that sums should have.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define BY_ITSELF __attribute__((noinline, optimize("no-tree-ter")))
+#else
+#define BY_ITSELF __attribute__((noinline))
+#endif
 template <int ROWS, int COUNT, typename X>
-__attribute__((noinline, optimize("no-tree-ter")))
-void multiply_tile(const X* x, int64_t x_stride, const Panels& panels,
-                   const Sums<SumOf<X>>& sums) {
+BY_ITSELF void multiply_tile(const X* x, int64_t x_stride, const Panels& panels,
+                             const Sums<SumOf<X>>& sums) {
     constexpr int VECTORS = COUNT * PANEL_VECTORS;
     Tile<SumOf<X>, ROWS, VECTORS> tile(sums);
     const int64_t stride = panels.stride, count = panels.words_of_column;
