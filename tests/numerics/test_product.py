@@ -177,6 +177,23 @@ def test_in_8_bits_it_is_the_product_of_the_rounded_row_and_weight(
     assert found[0, 0] == pytest.approx(6.0 * width, rel=1e-6)
 
 
+@pytest.mark.parametrize("rows", [*range(1, 14), 16, 17, 100, 512])
+def test_in_8_bits_sums_are_exact(variant: Variant, rows: int) -> None:
+    """Of whole numbers up to 127 on both sides, whose scales are 1: also where all are extreme."""
+    generator = torch.Generator().manual_seed(rows)
+    for width, out, smallest in ((1, 16, 127), (35, 40, 127), (601, 33, 127), (1037, 17, 0)):
+        x, weight = (
+            torch.randint(smallest, MAX_INT8 + 1, (n, width), generator=generator)
+            * (2 * torch.randint(2, (n, width), generator=generator) - 1)
+            for n in (rows, out)
+        )
+        for numbers in (x, weight):
+            numbers[:, 0] = MAX_INT8
+            numbers[-1] = -MAX_INT8
+        found = variant.product_int8(x.float(), Int8Weight.of(weight.float()))
+        assert torch.equal(found.long(), x @ weight.mT)
+
+
 def test_a_product_in_8_bits_leaves_nothing_in_the_registers_that_numpy_divides_with(
     variant: Variant,
 ) -> None:
@@ -233,6 +250,21 @@ def test_threads_change_no_bits(kernel: Kernel, rows: int) -> None:
     together = kernel.product(x, packed)
     torch.set_num_threads(1)
     assert torch.equal(kernel.product(x, packed), together)
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("out", [1, 33, 100])
+@pytest.mark.parametrize("rows", [1, 300, 3000])
+def test_more_threads_than_turns_change_no_bits(kernel: Kernel, rows: int, out: int) -> None:
+    x = draw(rows, 96)
+    packed = PackedWeight.of(draw(out, 96, seed=1))
+    int8 = Int8Weight.of(draw(out, 96, seed=2))
+    found = []
+    for threads in (1, 3, 8):
+        torch.set_num_threads(threads)
+        found.append(torch.stack([kernel.product(x, packed), kernel.product_int8(x, int8)]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_other_threads_of_the_interpreter_run_meanwhile(kernel: Kernel) -> None:

@@ -59,9 +59,10 @@ void multiply_amx(const bfloat16* x, int64_t x_stride, const Panels& panels,
     }
     for (int64_t pair = 0; pair < panels.words_of_column; pair += AMX_PAIRS) {
         const uint32_t* w = panels.words + pair * PANEL;
-        for (int64_t word = 0; word < AMX_PAIRS * PANEL; word += PANEL) {
-            __builtin_prefetch(w + panels.ahead + word);
-            if (TWO_COLUMNS) __builtin_prefetch(w + panels.stride + panels.ahead + word);
+        for (int64_t n = pair; n < pair + AMX_PAIRS; n++) {
+            const char* next = panels.next + n * panels.next_step;
+            __builtin_prefetch(next);
+            if (TWO_COLUMNS) __builtin_prefetch(next + panels.panel_bytes());
         }
         _tile_loadd(4, x + 2 * pair, x_bytes);
         _tile_loadd(6, w, panel_bytes);

@@ -34,27 +34,29 @@ template <> struct Arithmetic<Bytes> {
     static constexpr int PER_WORD = WORDS_OF_X;
 };
 
+// One of the four numbers of a word.
+inline int32_t byte_of(uint32_t word, int n) { return int32_t(word << (24 - 8 * n)) >> 24; }
+
 // Lay four numbers of x out for add_word.
-inline void lay_out(const int8_t (&x)[4], Bytes* to) {
+inline void lay_out(uint32_t four, Bytes* to) {
 #if defined(__AVX512VNNI__)
-    uint32_t word = 0;
-    for (int i = 0; i < 4; i++) word |= uint32_t(x[i] + ZERO_POINT) << 8 * i;
-    to[0] = {word};
+    to[0] = {four ^ 0x80808080};  // adds ZERO_POINT to each
 #elif defined(__AVX512BW__) || defined(__AVX2__)
-    for (int i = 0; i < 2; i++) to[i] = {uint16_t(x[i]) | uint32_t(uint16_t(x[i + 2])) << 16};
+    for (int i = 0; i < 2; i++)
+        to[i] = {(byte_of(four, i) & 0xffff) | uint32_t(byte_of(four, i + 2)) << 16};
 #else
-    for (int i = 0; i < 4; i++) to[i] = {uint32_t(int32_t(x[i]))};
+    for (int i = 0; i < 4; i++) to[i] = {uint32_t(byte_of(four, i))};
 #endif
 }
 
 #if defined(__AVX512VNNI__)
 template <int ROWS, int VECTORS>
-inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const Bytes* x, int64_t x_stride,
+inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const RowsOfX<Bytes, ROWS>& x,
                      WordsOfColumns<VECTORS> words) {
     Words w[VECTORS];
     for (int c = 0; c < VECTORS; c++) w[c] = words.at(c);
     for (int r = 0; r < ROWS; r++) {
-        const Words of_row = Words{} + x[r * x_stride].word;
+        const Words of_row = Words{} + x.at(r, 0).word;
         for (int c = 0; c < VECTORS; c++)
             tile.sums[r][c] = (Ints)_mm512_dpbusd_epi32((__m512i)tile.sums[r][c], (__m512i)of_row,
                                                         (__m512i)w[c]);
@@ -73,28 +75,28 @@ inline Ints add_products(Words a, Shorts b) {
 }
 
 template <int ROWS, int VECTORS>
-inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const Bytes* x, int64_t x_stride,
+inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const RowsOfX<Bytes, ROWS>& x,
                      WordsOfColumns<VECTORS> words) {
     Shorts w[VECTORS];
     for (int c = 0; c < VECTORS; c++) w[c] = (Shorts)words.at(c) << 8 >> 8;  // bytes 0 and 2
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < VECTORS; c++)
-            tile.sums[r][c] += add_products(Words{} + x[r * x_stride].word, w[c]);
+            tile.sums[r][c] += add_products(Words{} + x.at(r, 0).word, w[c]);
     for (int c = 0; c < VECTORS; c++) w[c] = (Shorts)words.at(c) >> 8;  // bytes 1 and 3
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < VECTORS; c++)
-            tile.sums[r][c] += add_products(Words{} + x[r * x_stride + 1].word, w[c]);
+            tile.sums[r][c] += add_products(Words{} + x.at(r, 1).word, w[c]);
 }
 #else
 template <int ROWS, int VECTORS>
-inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const Bytes* x, int64_t x_stride,
+inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const RowsOfX<Bytes, ROWS>& x,
                      WordsOfColumns<VECTORS> words) {
     for (int k = 0; k < 4; k++) {
         Ints w[VECTORS];
         for (int c = 0; c < VECTORS; c++) w[c] = (Ints)words.at(c) << (24 - 8 * k) >> 24;
         for (int r = 0; r < ROWS; r++)
             for (int c = 0; c < VECTORS; c++)
-                tile.sums[r][c] += int32_t(x[r * x_stride + k].word) * w[c];
+                tile.sums[r][c] += int32_t(x.at(r, k).word) * w[c];
     }
 }
 #endif

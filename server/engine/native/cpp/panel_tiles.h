@@ -12,7 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
+#if defined(__AVX2__) || defined(__AVX512BF16__) || defined(__AMX_BF16__)
 #include <immintrin.h>
 #endif
 
@@ -35,17 +35,28 @@ template <typename X> constexpr int PER_WORD = Arithmetic<X>::PER_WORD;
 struct Panels {
     const uint32_t* words;
     int count;
-    int64_t stride;  // words from a panel to the next
+    int64_t stride;           // words from a panel to the next
     int64_t words_of_column;  // that are to be multiplied
-    int64_t ahead;            // words from here to what is read next, and is fetched meanwhile
-    int64_t ahead_step;       // bytes of that for each word that is multiplied
+    const char* next;         // what is read after them, and is fetched meanwhile
+    int64_t next_step;        // bytes of that for each word that is multiplied
+
+    int64_t panel_bytes() const { return stride * sizeof(uint32_t); }
+
+    // One of the two.
+    Panels only(int n) const {
+        Panels one = *this;
+        one.words += n * stride;
+        one.next += n * panel_bytes();
+        one.count = 1;
+        return one;
+    }
 
     // For one of some tiles of rows, which share the fetching: all at once in the first tile would
     // be more than the memory gives in its time.
     Panels shared(int64_t tile, int64_t tiles) const {
         Panels part = *this;
-        part.ahead += words_of_column * tile / tiles * PANEL;
-        part.ahead_step = std::max<int64_t>(CACHE_LINE / tiles, 1);
+        part.next += words_of_column * tile / tiles * next_step;
+        part.next_step = std::max<int64_t>(next_step / tiles, 1);
         return part;
     }
 };
@@ -92,29 +103,59 @@ template <int VECTORS> struct WordsOfColumns {
     }
 };
 
-// Add the products of a word of each column; x points to what it meets, in the first row. In floats:
-// all vectors of one k first and then row by row, so that the compiler keeps all sums in registers.
+// What meets a word of the weight, in each of some rows. There is a pointer for every third row: an
+// address can have a stride in it, or two, but three take a register.
+template <typename X, int ROWS> class RowsOfX {
+    const X* thirds[(ROWS + 2) / 3];
+    const int64_t stride;
+
+  public:
+    RowsOfX(const X* x, int64_t stride) : stride(stride) {
+        for (const X*& third : thirds) {
+            third = x;
+            x += 3 * stride;
+        }
+    }
+    const X& at(int row, int n) const { return thirds[row / 3][row % 3 * stride + n]; }
+    void advance() {
+        for (const X*& third : thirds) third += PER_WORD<X>;
+    }
+};
+
+// The first and the second number of each of some words, as floats. On AVX2 the second ones get
+// their lower halves, which are 0, from the first ones: a mask would take the register of a sum.
+inline Floats first_numbers(Words words) { return (Floats)(words << 16); }
+inline Floats second_numbers(Words words, [[maybe_unused]] Floats first) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (Floats)_mm256_blend_epi16((__m256i)first, (__m256i)words, 0b10101010);
+#else
+    return (Floats)(words & 0xffff0000);
+#endif
+}
+
+// Add the products of a word of each column. In floats: all vectors of one k first and then row by
+// row, so that the compiler keeps all sums in registers.
 template <int ROWS, int VECTORS>
-inline void add_word(Tile<float, ROWS, VECTORS>& tile, const float* x, int64_t x_stride,
+inline void add_word(Tile<float, ROWS, VECTORS>& tile, const RowsOfX<float, ROWS>& x,
                      WordsOfColumns<VECTORS> words) {
     Floats w[VECTORS];
-    for (int c = 0; c < VECTORS; c++) w[c] = (Floats)(words.at(c) << 16);
+    for (int c = 0; c < VECTORS; c++) w[c] = first_numbers(words.at(c));
     for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < VECTORS; c++) tile.sums[r][c] += x[r * x_stride] * w[c];
-    for (int c = 0; c < VECTORS; c++) w[c] = (Floats)(words.at(c) & 0xffff0000);
+        for (int c = 0; c < VECTORS; c++) tile.sums[r][c] += x.at(r, 0) * w[c];
+    for (int c = 0; c < VECTORS; c++) w[c] = second_numbers(words.at(c), w[c]);
     for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < VECTORS; c++) tile.sums[r][c] += x[r * x_stride + 1] * w[c];
+        for (int c = 0; c < VECTORS; c++) tile.sums[r][c] += x.at(r, 1) * w[c];
 }
 
 #ifdef __AVX512BF16__
 template <int ROWS, int VECTORS>
-inline void add_word(Tile<float, ROWS, VECTORS>& tile, const bfloat16* x, int64_t x_stride,
+inline void add_word(Tile<float, ROWS, VECTORS>& tile, const RowsOfX<bfloat16, ROWS>& x,
                      WordsOfColumns<VECTORS> words) {
     Words w[VECTORS];
     for (int c = 0; c < VECTORS; c++) w[c] = words.at(c);
     for (int r = 0; r < ROWS; r++) {
         uint32_t pair;
-        __builtin_memcpy(&pair, x + r * x_stride, sizeof pair);
+        __builtin_memcpy(&pair, &x.at(r, 0), sizeof pair);
         const Words of_row = Words{} + pair;
         for (int c = 0; c < VECTORS; c++)
             tile.sums[r][c] = (Floats)_mm512_dpbf16_ps((__m512)tile.sums[r][c], (__m512bh)of_row,
@@ -123,24 +164,32 @@ inline void add_word(Tile<float, ROWS, VECTORS>& tile, const bfloat16* x, int64_
 }
 #endif
 
-// Not inlined: by itself, the loop gets all registers.
+// Not inlined: by itself, the loop gets all registers. From AVX2 on without a pass of GCC that
+// computes products of 8 bits long before they are added, in the registers that sums should have.
+#ifdef __AVX2__
+#define BY_ITSELF __attribute__((noinline, optimize("no-tree-ter")))
+#else
+#define BY_ITSELF __attribute__((noinline))
+#endif
 template <int ROWS, int COUNT, typename X>
-__attribute__((noinline)) void multiply_tile(const X* x, int64_t x_stride, const Panels& panels,
-                                             const Sums<SumOf<X>>& sums) {
+BY_ITSELF void multiply_tile(const X* x, int64_t x_stride, const Panels& panels,
+                             const Sums<SumOf<X>>& sums) {
     constexpr int VECTORS = COUNT * PANEL_VECTORS;
     Tile<SumOf<X>, ROWS, VECTORS> tile(sums);
     const int64_t stride = panels.stride, count = panels.words_of_column;
     const uint32_t* words = panels.words;
-    const char* ahead = reinterpret_cast<const char*>(words + panels.ahead);
-    for (int64_t i = 0; i < count; i++, ahead += panels.ahead_step) {
-        for (int n = 0; n < COUNT; n++) __builtin_prefetch(ahead + n * stride * sizeof(uint32_t));
-        add_word(tile, x + PER_WORD<X> * i, x_stride,
-                 WordsOfColumns<VECTORS>{words + i * PANEL, stride});
+    const char* next = panels.next;
+    RowsOfX<X, ROWS> of_x(x, x_stride);
+    for (int64_t i = 0; i < count; i++, next += panels.next_step) {
+        for (int n = 0; n < COUNT; n++) __builtin_prefetch(next + n * panels.panel_bytes());
+        add_word(tile, of_x, WordsOfColumns<VECTORS>{words + i * PANEL, stride});
+        of_x.advance();
     }
     tile.store_to(sums);
 }
 
-constexpr int MAX_ROWS = LANES == 16 ? 8 : 5;  // of a tile: as many sums as there are registers
+// Of a tile: with as many sums as there are registers beside two for the weight and one for x.
+constexpr int MAX_ROWS = LANES == 16 ? 8 : LANES == 8 ? 6 : 5;
 
 // Rows for which two panels at once fit the registers; with fewer, each sum waits for the last one.
 constexpr int MAX_WIDE_ROWS = LANES == 16 ? MAX_ROWS : LANES == 8 ? 2 : 1;
@@ -151,9 +200,8 @@ void multiply_panels(const X* x, int64_t x_stride, const Panels& panels,
     if constexpr (ROWS <= MAX_WIDE_ROWS) {
         if (panels.count == 2) return multiply_tile<ROWS, 2>(x, x_stride, panels, sums);
     }
-    Panels one = panels;
-    for (int n = 0; n < panels.count; n++, one.words += panels.stride)
-        multiply_tile<ROWS, 1>(x, x_stride, one, sums.from(0, n * PANEL));
+    for (int n = 0; n < panels.count; n++)
+        multiply_tile<ROWS, 1>(x, x_stride, panels.only(n), sums.from(0, n * PANEL));
 }
 
 // multiply_panels<rows>, for a number of rows that is known only now.

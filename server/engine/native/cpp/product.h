@@ -14,6 +14,7 @@
 #include "bfloat16.h"
 #include "each_row.h"
 #include "panel_tiles.h"
+#include "turns.h"
 
 #if defined(__AMX_BF16__)
 template <typename T> using Factor = T;  // what a number of x is multiplied as
@@ -60,11 +61,14 @@ inline int64_t rows_at_once(int64_t row_bytes) {
     return std::max(cache_bytes / row_bytes / step, int64_t(1)) * step;
 }
 
-// How many words of a column are multiplied before the next ones. Each tile of rows reads the same
-// part of a panel: where there are many, it should stay in the nearest cache.
+// How many words of a column are multiplied before the next ones, in parts of nearly the same number.
+// Each tile of rows reads the same part of a panel: where there are many, it should stay in the
+// nearest cache.
 inline int64_t words_at_once(int64_t rows, int64_t words) {
-    constexpr int64_t many_rows = 24, block = 256;
-    return rows < many_rows ? words : block;
+    constexpr int64_t many_rows = 24, most = 160, step = 16;  // AMX takes no fewer words
+    if (rows < many_rows) return words;
+    const int64_t parts = up_to(most, words) / most;
+    return up_to(step, (words + parts - 1) / parts);
 }
 
 // sums = x times the panels.
@@ -73,12 +77,14 @@ void multiply_in_blocks(int64_t rows, const X* x, int64_t x_stride, Panels panel
                         Sums<SumOf<X>> sums) {
     const int64_t words = panels.words_of_column;
     const int64_t block = words_at_once(rows, words);
+    const char* const after_all = panels.next;
     for (int64_t first = 0; first < words; first += block) {
+        const uint32_t* const after = panels.words + block * PANEL;
         panels.words_of_column = std::min(block, words - first);
-        bool is_last = first + block >= words;
-        panels.ahead = is_last ? panels.count * panels.stride - first * PANEL : block * PANEL;
+        const bool is_last = first + block >= words;
+        panels.next = is_last ? after_all : reinterpret_cast<const char*>(after);
         multiply_rows(rows, x + PER_WORD<X> * first, x_stride, panels, sums);
-        panels.words += block * PANEL;
+        panels.words = after;
         sums.start_at_0 = false;
     }
 }
@@ -90,35 +96,36 @@ struct Weight {
 };
 
 // Multiply x, [rows, x_stride], and call write(row, first column, number of columns, sums) for parts of
-// rows, which lie next to each other. The threads take turns.
+// rows, which lie next to each other. A turn is a chunk of rows and two panels.
 template <typename X, typename Write>
 void multiply(int64_t rows, const X* x, int64_t x_stride, Weight w, Write write) {
     const int64_t panel_words = w.words_of_column * PANEL;
-    const int64_t panels = up_to(PANEL, w.columns) / PANEL;
+    const int64_t panels = up_to(PANEL, w.columns) / PANEL, pairs = up_to(2, panels) / 2;
     const int64_t chunk = std::min(rows, rows_at_once(x_stride * sizeof(X)));
-    // Of a turn: so many panels that each thread has some turns, and does not often wait for the next.
-    const int64_t turns = 4 * num_threads();
-    const int64_t strip = std::clamp<int64_t>(up_to(2, (panels + turns - 1) / turns), 2, 32);
-    auto multiply_strip = [&](int64_t turn) {
-        std::vector<SumOf<X>> memory(chunk * 2 * PANEL);
-        const int64_t stop = std::min(panels, (turn + 1) * strip);
-        for (int64_t first = 0; first < rows; first += chunk) {
-            const int64_t num_rows = std::min(chunk, rows - first);
-            for (int64_t panel = turn * strip; panel < stop; panel += 2) {
-                const int count = int(std::min<int64_t>(2, stop - panel));
-                const int64_t column = panel * PANEL;
-                const Sums<SumOf<X>> sums{memory.data(), count * PANEL, true};
-                multiply_in_blocks(num_rows, x + first * x_stride, x_stride,
-                                   Panels{w.words + panel * panel_words, count, panel_words,
-                                          x_stride / PER_WORD<X>, 0, CACHE_LINE},
-                                   sums);
-                for (int64_t r = 0; r < num_rows; r++)
-                    write(first + r, column, std::min<int64_t>(count * PANEL, w.columns - column),
-                          sums.from(r, 0).values);
-            }
-        }
+    const int64_t num_turns = (rows + chunk - 1) / chunk * pairs;
+    const int64_t parts = std::min(num_threads(), num_turns);
+    auto words_of_pair = [&](int64_t pair) { return w.words + 2 * pair * panel_words; };
+    auto take_turn = [&](int64_t turn, SumOf<X>* memory) {
+        const int64_t first = turn / pairs * chunk, pair = turn % pairs;
+        const int64_t num_rows = std::min(chunk, rows - first);
+        const int64_t column = 2 * pair * PANEL;
+        const int64_t num_columns = std::min<int64_t>(2 * PANEL, w.columns - column);
+        const Sums<SumOf<X>> sums{memory, 2 * PANEL, true};
+        const Panels both{words_of_pair(pair),
+                          num_columns > PANEL ? 2 : 1,
+                          panel_words,
+                          x_stride / PER_WORD<X>,
+                          reinterpret_cast<const char*>(words_of_pair((pair + 1) % pairs)),
+                          CACHE_LINE};
+        multiply_in_blocks(num_rows, x + first * x_stride, x_stride, both, sums);
+        for (int64_t r = 0; r < num_rows; r++)
+            write(first + r, column, num_columns, sums.from(r, 0).values);
     };
-    each_row((panels + strip - 1) / strip, strip * PANEL * x_stride * rows, multiply_strip);
+    Turns turns(num_turns, parts);
+    each_row(parts, rows * panels * PANEL * x_stride / parts, [&](int64_t part) {
+        std::vector<SumOf<X>> memory(chunk * 2 * PANEL);
+        turns.take(part, [&](int64_t turn) { take_turn(turn, memory.data()); });
+    });
 }
 
 // y [rows, columns] = x [rows, in] times w, plus bias [columns] if there is one.
@@ -129,9 +136,11 @@ void product(const T* x, const uint32_t* words, const T* bias, T* y, int64_t row
     const Weight w{words, words_of_column, columns};
     auto write = [&](int64_t row, int64_t column, int64_t count, const float* sums) {
         if (row >= rows) return;
-        T* to = y + row * columns + column;
+        T* const to = y + row * columns + column;
+        const T* const biases = bias ? bias + column : nullptr;
+#pragma omp simd
         for (int64_t c = 0; c < count; c++)
-            to[c] = store<T>(sums[c] + (bias ? load(bias[column + c]) : 0.0f));
+            to[c] = store<T>(sums[c] + (biases ? load(biases[c]) : 0.0f));
     };
     multiply(factors.rows, factors.values, factors.stride, w, write);
 }
