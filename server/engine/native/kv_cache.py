@@ -7,9 +7,9 @@ time, so sequences of any length, chunks of prompts and single new tokens share 
 padding.
 
 The cache is [L, N, z, 2h, e]: the keys of a position lie before its values. Where the kernel
-computes, only the kernel writes and reads the cache, and a block's numbers have another order
-(cpp/cached_kv.h), which is that of reading. It is as large, so the shape stands for its sizes, and
-the blocks are where they were.
+computes, nothing else writes or reads the numbers of a block, and they have the order in which it
+reads them: head by head the keys turned over, [e, z], then the values, [z, e] (cpp/cached_kv.h).
+Then the shape only says how large the cache is.
 
 Shapes: L layers; N blocks of z positions; T tokens of a batch; H query heads over h key-value
 heads, g = H / h; e head size. A group is n sequences with s new tokens each and up to m blocks;

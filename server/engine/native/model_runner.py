@@ -102,7 +102,8 @@ class ModelRunner:
 
         Args:
             batch: every adapter that it selects is resident.
-            new_blocks: blocks that hold nothing of a sequence yet, to be zeroed.
+            new_blocks: blocks that hold nothing of a sequence yet; where torch attends, they are
+                zeroed.
 
         Returns:
             fp32 logits [rows, vocab] of the batch's `logit_rows`.

@@ -11,7 +11,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <type_traits>
@@ -86,9 +85,8 @@ template <typename T> class HeadAttention {
     const bool copies_keys;
     const std::unique_ptr<float[]> queries;  // [M, e], scaled
     const std::unique_ptr<float[]> copies;   // of the keys of a part, [e, PART], if at all
-    const T* values[PART];                   // of each position of a part; of block 0, if nobody
-                                             // sees it
-    float weights[MAX_FEW_ROWS * PART];      // of some queries; before that, scores
+    const T* values[PART];               // of each position of a part; block 0 for those not seen
+    float weights[MAX_FEW_ROWS * PART];  // of some queries; before that, scores
 
   public:
     HeadAttention(const Attention<T>& all, const RowTile& tile, int64_t k)

@@ -42,7 +42,9 @@ constexpr int64_t STORE_OPERATIONS = 32;
 
 // How many neighbouring rows a thread stores at a time. Keys of neighbouring positions share their
 // cache lines, which two threads at once would take from each other.
-inline int64_t stored_at_once(int64_t rows) { return rows / (4 * num_threads()) + 1; }
+inline int64_t stored_at_once(int64_t rows) {
+    return (rows + num_threads() - 1) / num_threads();
+}
 
 // Store the keys and values of rows [rows, 2h, e].
 template <typename T>
