@@ -259,12 +259,19 @@ void attend(const T* query, int64_t query_stride, const T* cache, const int64_t*
     auto attend_head = [&](int64_t n) {
         HeadAttention<T> one = head(n);
         std::vector<float> sums(size), more(is_shared ? 0 : size);
-        const Outcome whole = one.outcome(sums.data());
+        const Outcome whole = one.outcome(sums.data()), next = one.outcome(more.data());
+        bool is_first = true;  // it needs no adding up: added to nothing, it has the same bits
         for (int64_t part = 0; part < parts; part++) {
             if (!one.sees(part)) continue;
-            float* found = is_shared ? memory.get() + (n * parts + part) * size : more.data();
-            if (!is_shared) one.attend(part, one.outcome(found));
-            whole.add(one.outcome(found));
+            if (is_shared) {
+                whole.add(one.outcome(memory.get() + (n * parts + part) * size));
+            } else if (is_first) {
+                one.attend(part, whole);
+            } else {
+                one.attend(part, next);
+                whole.add(next);
+            }
+            is_first = false;
         }
         one.write(whole, out);
     };
