@@ -275,5 +275,5 @@ void attend(const T* query, int64_t query_stride, const T* cache, const int64_t*
         }
         one.write(whole, out);
     };
-    each_row(heads, 4 * parts * queries * e * (is_shared ? 1 : PART), attend_head, h);
+    each_row(heads, 4 * parts * queries * e * (is_shared ? 1 : PART), attend_head);
 }

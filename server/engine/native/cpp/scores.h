@@ -38,16 +38,20 @@ template <int QUERIES, int VECTORS, typename K, typename T>
 __attribute__((noinline)) void score_vectors(const float* queries, int64_t e,
                                              const KeyVectors<K, T>& keys, int64_t first,
                                              float* scores) {
+    // Vectors of places that lie in one block, if it has 16. In float, what is fetched for a number
+    // of their keys is then one cache line.
+    constexpr int SIDE_BY_SIDE = std::min(VECTORS, std::max(1, 16 / LANES));
     Floats sums[QUERIES][VECTORS];
     const K* starts[VECTORS];
-    const T* values[VECTORS];  // LANES · e numbers each, which lie side by side
+    const T* values[VECTORS];  // LANES · e numbers each
     for (int v = 0; v < VECTORS; v++) {
         for (int q = 0; q < QUERIES; q++) sums[q][v] = Floats{};
         starts[v] = keys.starts[first + v];
         values[v] = keys.values[(first + v) * LANES];
     }
     for (int64_t j = 0, at = 0; j < e; j++, at += keys.stride, queries++) {
-        for (int v = 0; v < VECTORS; v++) __builtin_prefetch(values[v] + j * LANES);
+        for (int v = 0; v < VECTORS; v += SIDE_BY_SIDE)
+            __builtin_prefetch(values[v] + j * SIDE_BY_SIDE * LANES);
         add_products(sums, queries, e, [&](int v) { return load_vector(starts[v] + at); });
     }
     for (int q = 0; q < QUERIES; q++)
