@@ -23,9 +23,12 @@ from server.engine.native.cpu_class import own_classes
 from server.engine.native.kernel import Kernel
 from server.engine.native.lora_table import table_of
 
-# Query heads, key-value heads, head size and block size: no multiples of a vector's width.
-H, HKV, E, Z = 6, 2, 24, 4
+# Query heads, key-value heads and head size: no multiples of a vector's width.
+H, HKV, E = 6, 2, 24
 SCALING = 0.3
+# Keys lie in whole vectors of any width, of some, of none; and a part begins inside a block of 24.
+BLOCK_SIZES = [16, 24, 4]
+Z = 4
 
 Paged = tuple[Tensor, Tensor]  # a cache, and the blocks of a sequence there
 VARIANTS = [
@@ -52,11 +55,15 @@ def relative_tolerance(kernel: Kernel, fp32: float) -> float:
     return fp32 if kernel.dtype == torch.float32 else 2**-7
 
 
-def attention(query: Tensor, kv: Tensor) -> Tensor:
+def attention(query: Tensor, kv: Tensor, softcap: float | None = None) -> Tensor:
     """Attention of one row [H, e] over [positions, 2h, e] in fp32, by torch."""
-    repeated = kv.float().repeat_interleave(H // HKV, dim=1)
+    q = query[:, None].float()
+    repeated = kv.float().repeat_interleave(len(query) // (kv.shape[1] // 2), dim=1)
     k, v = repeated.transpose(0, 1).chunk(2)
-    return scaled_dot_product_attention(query[:, None].float(), k, v, scale=SCALING)[:, 0]
+    if softcap is None:
+        return scaled_dot_product_attention(q, k, v, scale=SCALING)[:, 0]
+    scores = torch.tanh(q @ k.mT * SCALING / softcap) * softcap
+    return (scores.softmax(-1) @ v)[:, 0]
 
 
 def test_norm_and_gate_round_as_torch_does(kernel: Kernel) -> None:
@@ -69,36 +76,55 @@ def test_norm_and_gate_round_as_torch_does(kernel: Kernel) -> None:
     torch.testing.assert_close(kernel.gate(gate_up), silu(both_ends) * x, **tight)
 
 
-def attended(kernel: Kernel, query: Tensor, paged: Paged, first: int, window: int | None) -> Tensor:
+def attended(
+    kernel: Kernel,
+    query: Tensor,
+    paged: Paged,
+    first: int,
+    window: int | None,
+    softcap: float | None = None,
+) -> Tensor:
     """Attention of a sequence's rows [s, H, e] from position `first` on."""
     cache, blocks = paged
     positions = torch.arange(first, first + len(query))[None]
-    out = torch.empty(len(query), H, E, dtype=kernel.dtype)
-    kernel.attend(query, cache, blocks[None], positions, out, SCALING, window)
+    out = torch.empty_like(query)
+    kernel.attend(query, cache, blocks[None], positions, out, SCALING, window, softcap)
     return out
 
 
-def sequence(kernel: Kernel, length: int) -> tuple[Tensor, Paged]:
+def slots(blocks: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """The places of a sequence's positions in the cache."""
+    return blocks[positions // block_size] * block_size + positions % block_size
+
+
+def sequence(
+    kernel: Kernel, length: int, block_size: int = Z, shape: tuple[int, int] = (HKV, E)
+) -> tuple[Tensor, Paged]:
     """Keys and values [length, 2h, e] of a sequence, and where they are.
 
     All else in the cache is NaN: reading it would show.
+
+    Args:
+        shape: h and e.
     """
-    num_blocks = -(-length // Z)
-    kv = draw(kernel, length, 2 * HKV, E)
-    cache = torch.full((num_blocks + 9, Z, 2 * HKV, E), torch.nan, dtype=kernel.dtype)
+    num_kv, head_size = shape
+    num_blocks = -(-length // block_size)
+    kv = draw(kernel, length, 2 * num_kv, head_size)
+    cache = torch.full((num_blocks + 9, block_size, 2 * num_kv, head_size), torch.nan)
+    cache = cache.to(kernel.dtype)
     shuffled = torch.randperm(num_blocks + 9, generator=torch.Generator().manual_seed(0))
     blocks = shuffled[:num_blocks].contiguous()
-    places = torch.arange(length)
-    cache[blocks[places // Z], places % Z] = kv
+    kernel.store_kv(kv, cache, slots(blocks, torch.arange(length), block_size))
     return kv, (cache, blocks)
 
 
 @pytest.mark.parametrize("window", [None, 5, 70])
 @pytest.mark.parametrize(("first", "rows"), [(0, 1), (0, 21), (59, 9), (200, 3), (150, 40)])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_a_row_attends_to_its_own_positions_and_window(
-    kernel: Kernel, first: int, rows: int, window: int | None
+    kernel: Kernel, block_size: int, first: int, rows: int, window: int | None
 ) -> None:
-    kv, paged = sequence(kernel, first + rows)
+    kv, paged = sequence(kernel, first + rows, block_size)
     query = draw(kernel, rows, H, E)
     found = attended(kernel, query, paged, first, window)
     stops = range(first + 1, first + rows + 1)
@@ -111,11 +137,12 @@ def test_a_row_attends_to_its_own_positions_and_window(
 
 
 @pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_attention_of_a_row_has_the_same_bits_in_any_chunk(
-    kernel: Kernel, window: int | None
+    kernel: Kernel, block_size: int, window: int | None
 ) -> None:
     """Chunks of prompts of any size, single tokens, and a later token that is NaN."""
-    _, paged = sequence(kernel, 190)
+    _, paged = sequence(kernel, 190, block_size)
     query = draw(kernel, 190, H, E)
     whole = attended(kernel, query, paged, 0, window)
     for size in (1, 3, 8, 9, 64):
@@ -124,7 +151,8 @@ def test_attention_of_a_row_has_the_same_bits_in_any_chunk(
             found = attended(kernel, chunk, paged, first, window)
             assert torch.equal(found, whole[first : first + size])
     cache, blocks = paged
-    cache[blocks[-1], 189 % Z] = torch.nan
+    last = slots(blocks, torch.tensor([189]), block_size)
+    kernel.store_kv(torch.full((1, 2 * HKV, E), torch.nan, dtype=kernel.dtype), cache, last)
     found = attended(kernel, query, (cache, blocks), 0, window)
     assert torch.equal(found[:-1], whole[:-1])
     assert found[-1].isnan().all()
@@ -138,8 +166,7 @@ def test_sequences_of_one_call_read_their_own_blocks(kernel: Kernel) -> None:
     expected = torch.empty(4, H, E)
     for row, length in enumerate(lengths):
         kv = draw(kernel, length, 2 * HKV, E)
-        for p in range(length):
-            cache[blocks[row, p // Z], p % Z] = kv[p]
+        kernel.store_kv(kv, cache, slots(blocks[row], torch.arange(length), Z))
         expected[row] = attention(query[row], kv)
     positions = torch.tensor(lengths)[:, None] - 1
     out = torch.empty(4, H, E, dtype=kernel.dtype)
@@ -149,6 +176,59 @@ def test_sequences_of_one_call_read_their_own_blocks(kernel: Kernel) -> None:
     alone = torch.empty(1, H, E, dtype=kernel.dtype)
     kernel.attend(query[2:3], cache, blocks[2:3], positions[2:3], alone, SCALING, None)
     assert torch.equal(alone[0], out[2])
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_the_size_of_blocks_changes_no_bits(kernel: Kernel, block_size: int) -> None:
+    query = draw(kernel, 40, H, E)
+    found = [
+        attended(kernel, query, sequence(kernel, 150, size)[1], 110, 70) for size in (1, block_size)
+    ]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv"), [(1, 1), (4, 4), (4, 2), (12, 3), (7, 1)])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_any_number_of_queries_shares_a_key(
+    kernel: Kernel, num_heads: int, num_kv: int, rows: int
+) -> None:
+    kv, paged = sequence(kernel, 150, 16, (num_kv, 64))
+    query = draw(kernel, rows, num_heads, 64)
+    found = attended(kernel, query, paged, 150 - rows, None)
+    stops = range(151 - rows, 151)
+    expected = [attention(query[row], kv[:stop]) for row, stop in enumerate(stops)]
+    rtol = relative_tolerance(kernel, 1e-5)
+    torch.testing.assert_close(found.float(), torch.stack(expected), rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+def test_scores_are_bounded_softly(kernel: Kernel, softcap: float) -> None:
+    kv, paged = sequence(kernel, 150)
+    query = draw(kernel, 9, H, E)
+    found = attended(kernel, query, paged, 141, None, softcap)
+    stops = range(142, 151)
+    expected = [attention(query[row], kv[:stop], softcap) for row, stop in enumerate(stops)]
+    rtol = relative_tolerance(kernel, 1e-5)
+    torch.testing.assert_close(found.float(), torch.stack(expected), rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_rotation_stores_keys_as_they_are_turned_and_values_as_they_are(
+    kernel: Kernel, block_size: int
+) -> None:
+    """What it leaves in the cache is what storing the same keys and values leaves there."""
+    rows = 70
+    heads = draw(kernel, rows, H + 2 * HKV, E)
+    angles = draw(kernel, rows, 1, E)
+    cache = torch.zeros(9 * (70 // block_size + 1), block_size, 2 * HKV, E, dtype=kernel.dtype)
+    places = torch.randperm(rows, generator=torch.Generator().manual_seed(0)) + block_size
+    values = heads[:, H + HKV :].clone()
+    kernel.rotate(heads, None, 0.0, (angles.cos(), angles.sin()), cache, places)
+    assert torch.equal(heads[:, H + HKV :], values)
+    stored = torch.zeros_like(cache)
+    kernel.store_kv(heads[:, H:].contiguous(), stored, places)
+    assert torch.equal(cache, stored)
+    assert cache.any()
 
 
 @pytest.mark.parametrize("rows", [1, 11])

@@ -77,15 +77,17 @@ def test_every_request_gets_what_it_gets_alone_in_more_schedules(
     check(world(family), answered)
 
 
+@pytest.mark.parametrize("block_size", [8, 16])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_long_sequence_runs_beside_short_ones(family: str) -> None:
+def test_a_long_sequence_runs_beside_short_ones(family: str, block_size: int) -> None:
     prompts = [(5, 0), (253, 1), (305, 3)]  # length, arrival
     sampling = replace(PLAIN, max_tokens=7)
     schedule = [
         Call(SELECTIONS[i + 1], prompt(length), sampling, arrival=arrival)
         for i, (length, arrival) in enumerate(prompts)
     ]
-    answered, _ = run(world(family), schedule, room=720, max_num_seqs=3, max_resident=5)
+    limits = {"room": 720, "block_size": block_size, "max_num_seqs": 3, "max_resident": 5}
+    answered, _ = run(world(family), schedule, **limits)
     check(world(family), answered)
 
 

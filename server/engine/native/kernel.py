@@ -5,7 +5,7 @@ operations costs several times its work; the kernel's attention reads the cache 
 torch's has to copy the blocks first; and its products read weights of half the bytes.
 
 Shapes: rows of one token each; H query heads over h key-value heads of size e; cache
-[N, z, 2h, e], N blocks of z positions.
+[N, z, 2h, e], N blocks of z positions, as the kernel orders it (kv_cache.py).
 """
 
 import ctypes
@@ -26,8 +26,9 @@ from server.engine.native.prebuilt_kernel import find_prebuilt
 _SIGNATURES = {  # p: pointer, f: float, i: int64
     "norm": "ppfpii",
     "gate": "ppii",
-    "rotate": "ppfppppiiii",
-    "attend": "pippippifiiiiii",
+    "rotate": "ppfppppiiiii",
+    "store_kv": "pppiiii",
+    "attend": "pippippiffiiiiii",
     "add_lora": "pppiiiii",
     "product": "ppppiiii",
     "product_int8": "pppppiiii",
@@ -111,15 +112,22 @@ class Kernel:
             slots: [rows], the place of each row in the cache, of N · z.
         """
         rows, num_heads, e = heads.shape
-        h = cache.shape[-2] // 2
+        z, h = cache.shape[-3], cache.shape[-2] // 2
         norms = None if head_norms is None else head_norms.data_ptr()
         cos, sin = rotation
         # fmt: off
         self._function("rotate", _OF_NUMBER * heads.numel())(
             heads.data_ptr(), norms, eps, cos.data_ptr(), sin.data_ptr(),
-            cache.data_ptr(), slots.data_ptr(), rows, num_heads - 2 * h, h, e,
+            cache.data_ptr(), slots.data_ptr(), rows, num_heads - 2 * h, h, e, z,
         )
         # fmt: on
+
+    def store_kv(self, keys_and_values: Tensor, cache: Tensor, slots: Tensor) -> None:
+        """Store keys and values [rows, 2h, e] in the cache, which changes at the slots [rows]."""
+        rows, num_kv, e = keys_and_values.shape
+        function = self._function("store_kv", _OF_NUMBER * keys_and_values.numel())
+        pointers = (each.data_ptr() for each in (keys_and_values, cache, slots))
+        function(*pointers, rows, num_kv // 2, e, cache.shape[-3])
 
     def attend(
         self,
@@ -130,6 +138,7 @@ class Kernel:
         out: Tensor,
         scaling: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> None:
         """Attend from each row to the positions of its sequence up to its own.
 
@@ -144,6 +153,7 @@ class Kernel:
             out: [n · s, H, e], receives the result.
             scaling: of the scores.
             window: how many positions a row sees, the last ones; None: all.
+            softcap: c bounds a score x to c · tanh(x / c); None: no bound.
         """
         _, H, e = query.shape
         _, z, num_kv, _ = cache.shape
@@ -151,8 +161,8 @@ class Kernel:
         # fmt: off
         self._function("attend", query.numel() * m * z)(
             query.data_ptr(), query.stride(0), cache.data_ptr(), blocks.data_ptr(), m,
-            positions.data_ptr(), out.data_ptr(), window or 0, scaling, *positions.shape,
-            H, num_kv // 2, e, z,
+            positions.data_ptr(), out.data_ptr(), window or 0, scaling, softcap or 0.0,
+            *positions.shape, H, num_kv // 2, e, z,
         )
         # fmt: on
 

@@ -6,6 +6,11 @@ A batch is T tokens, each a row of its own. All operations but attention look at
 time, so sequences of any length, chunks of prompts and single new tokens share a batch without
 padding.
 
+The cache is [L, N, z, 2h, e]: the keys of a position lie before its values. Where the kernel
+computes, nothing else writes or reads the numbers of a block, and they have the order in which it
+reads them: head by head the keys turned over, [e, z], then the values, [z, e] (cpp/cached_kv.h).
+Then the shape only says how large the cache is.
+
 Shapes: L layers; N blocks of z positions; T tokens of a batch; H query heads over h key-value
 heads, g = H / h; e head size. A group is n sequences with s new tokens each and up to m blocks;
 p = m · z positions.
@@ -31,10 +36,11 @@ if TYPE_CHECKING:
 
 
 def make_cache(model: PreTrainedModel, num_blocks: int, block_size: int) -> Tensor:
-    """Allocate a cache [L, N, z, 2h, e] in which the keys of a position lie before its values.
+    """Allocate a cache [L, N, z, 2h, e].
 
-    Only the null block is zero. The caller must zero a sequence's blocks before their first use:
-    masked positions still enter a product, where a NaN left in memory would spread (NaN · 0 = NaN).
+    Only the null block is zero. Where torch attends, the caller must zero a sequence's blocks
+    before their first use: masked positions still enter a product, where a NaN left in memory would
+    spread (NaN · 0 = NaN).
     """
     shape = _cache_shape(model, num_blocks, block_size)
     cache = torch.empty(shape, dtype=model.dtype, device=model.device)
@@ -100,10 +106,10 @@ class PagedKv:
     """The cache as one forward pass sees it.
 
     Attributes:
-        cache: [L, N, z, 2h, e].
+        cache: [L, N, z, 2h, e], in the kernel's order if it computes.
         slots: [T], the place in the cache of each token's keys and values, of N · z.
         groups: together all rows of the batch, unless it is in tiles.
-        kernel: computes the attention; None: torch does.
+        kernel: stores and attends; None: torch does.
         tiles: the batch in tiles, which attend in one call; None: its groups attend.
     """
 
@@ -115,6 +121,9 @@ class PagedKv:
 
     def store(self, layer: int, new: Tensor) -> None:
         """Write the batch's keys and values [T, 2h, e] to the cache."""
+        if self.kernel is not None:
+            self.kernel.store_kv(new.contiguous(), self.cache[layer], self.slots)
+            return
         self.cache[layer].flatten(0, 1).index_copy_(0, self.slots, new)
 
 
@@ -140,34 +149,20 @@ def attend(
     cache = paged.cache[layer]
     if paged.tiles is not None:
         return attend_in_tiles(paged.tiles, cache, query, scaling, window, softcap)
+    if paged.kernel is not None and not query[0].is_contiguous():
+        query = query.contiguous()
     output = query.new_empty(query.shape)
-    if paged.kernel is not None and softcap is None and query[0].is_contiguous():
-        for group in paged.groups:
-            _attend_in_kernel(paged.kernel, group, cache, query, output, scaling, window)
-        return output
     for group in paged.groups:
-        attended = _attend_gathered(group, cache, query[group.rows], scaling, window, softcap)
-        output[group.rows] = attended
+        own, out = query, output
+        # Else skip the slicing: it takes as long as a short sequence's attention.
+        if group.positions.numel() < len(query):
+            own, out = query[group.rows], output[group.rows]
+        if paged.kernel is None:
+            out.copy_(_attend_gathered(group, cache, own, scaling, window, softcap))
+            continue
+        blocks = group.blocks.view(len(group.positions), -1)
+        paged.kernel.attend(own, cache, blocks, group.positions, out, scaling, window, softcap)
     return output
-
-
-def _attend_in_kernel(
-    kernel: Kernel,
-    group: AttentionGroup,
-    cache: Tensor,
-    query: Tensor,
-    output: Tensor,
-    scaling: float,
-    window: int | None,
-) -> None:
-    """Attention of a group's tokens, from query to output, both of the whole batch."""
-    n = len(group.positions)
-    blocks = group.blocks.view(n, -1)
-    # Else skip the slicing: it takes as long as a short sequence's attention.
-    if group.positions.numel() < len(query):
-        query = query[group.rows]
-        output = output[group.rows]
-    kernel.attend(query, cache, blocks, group.positions, output, scaling, window)
 
 
 def _attend_gathered(

@@ -102,7 +102,8 @@ class ModelRunner:
 
         Args:
             batch: every adapter that it selects is resident.
-            new_blocks: blocks that hold nothing of a sequence yet, to be zeroed.
+            new_blocks: blocks that hold nothing of a sequence yet; where torch attends, they are
+                zeroed.
 
         Returns:
             fp32 logits [rows, vocab] of the batch's `logit_rows`.
@@ -111,7 +112,8 @@ class ModelRunner:
         # cores, they no longer spin at barriers, and a step takes twice as long. Set the number in
         # every step, because MKL has one number for the whole process.
         torch.set_num_threads(self.num_threads)
-        self.kv[:, new_blocks] = 0
+        if self.kernel is None:
+            self.kv[:, new_blocks] = 0
         plan = self._plan(batch)
         if self.rotary is not None:
             self.rotary.set_rows(batch.chunks)

@@ -58,7 +58,7 @@ class Step:
 
     Attributes:
         chunks: the tokens to compute, at most one chunk for a sequence.
-        new_blocks: blocks allocated for them, whose old content has to be zeroed.
+        new_blocks: blocks allocated for them, whose old content must not reach an answer.
         preempted: sequences that went back to the queue, in the order in which they did.
         failed: sequences that could not be planned, because something raised.
     """

@@ -37,24 +37,31 @@ template <typename T> bool same_bits(const T* a, const T* b, int64_t count) {
 }
 
 template <typename T> struct Sequence {
-    const int64_t H = 6, h = 2, e = 72, z = 4, length = 150, first = 130, rows = length - first;
-    const std::vector<T> cache = draw<T>((length + z) * 2 * h * e), query = draw<T>(rows * H * e);
+    const int64_t H = 6, h = 2, e = 72, length = 150, first = 130, rows = length - first, z;
+    const std::vector<T> query = draw<T>(rows * H * e);
+    std::vector<T> cache = draw<T>((length + z) * 2 * h * e);
+    const CachedKv<T> cached{cache.data(), h, e, z};
     std::vector<int64_t> blocks, positions;
 
-    Sequence() {
+    explicit Sequence(int64_t z) : z(z) {
         for (int64_t b = (length + z - 1) / z; b > 0; b--) blocks.push_back(b - 1);
         for (int64_t p = first; p < length; p++) positions.push_back(p);
+        for (int64_t p = 0; p < length; p++)
+            cached.store(blocks[p / z] * z + p % z, draw<T>(2 * h * e).data());
     }
 
     std::vector<T> attended(int64_t row, int64_t count, int64_t window) const {
         std::vector<T> out(count * H * e);
         attend(query.data() + row * H * e, H * e, cache.data(), blocks.data(), int64_t(blocks.size()),
-               positions.data() + row, out.data(), window, 0.2f, 1, count, H, h, e, z);
+               positions.data() + row, out.data(), window, 0.2f, 0.0f, 1, count, H, h, e, z);
         return out;
     }
 
-    double number(int64_t position, int64_t head, int64_t j) const {
-        return load(cache[((blocks[position / z] * z + position % z) * 2 * h + head) * e + j]);
+    double key(int64_t position, int64_t k, int64_t j) const {
+        return load(cached.keys(blocks[position / z], k)[j * z + position % z]);
+    }
+    double value(int64_t position, int64_t k, int64_t j) const {
+        return load(cached.values(blocks[position / z], k)[position % z * e + j]);
     }
 
     // One head's result, in double.
@@ -65,18 +72,18 @@ template <typename T> struct Sequence {
         for (int64_t p = window ? std::max<int64_t>(0, stop - window) : 0; p < stop; p++) {
             double score = 0;
             for (int64_t j = 0; j < e; j++)
-                score += load(query[(row * H + i) * e + j]) * number(p, k, j);
+                score += load(query[(row * H + i) * e + j]) * key(p, k, j);
             const double weight = std::exp(0.2 * score);
             total += weight;
-            for (int64_t j = 0; j < e; j++) sums[j] += weight * number(p, h + k, j);
+            for (int64_t j = 0; j < e; j++) sums[j] += weight * value(p, k, j);
         }
         for (double& sum : sums) sum /= total;
         return sums;
     }
 };
 
-template <typename T> void check_attention(int64_t window) {
-    const Sequence<T> sequence;
+template <typename T> void check_attention(int64_t window, int64_t z) {
+    const Sequence<T> sequence(z);
     const int64_t H = sequence.H, e = sequence.e;
     const std::vector<T> found = sequence.attended(0, sequence.rows, window);
     for (int64_t row = 0; row < sequence.rows; row++) {
@@ -119,10 +126,11 @@ template <typename T> void check_lora() {
 }
 
 int main() {
-    for (int64_t window : {0, 70}) {
-        check_attention<float>(window);
-        check_attention<bfloat16>(window);
-    }
+    for (int64_t window : {0, 70})
+        for (int64_t z : {16, 24, 4}) {  // keys in whole vectors of any width, of some, of none
+            check_attention<float>(window, z);
+            check_attention<bfloat16>(window, z);
+        }
     check_lora<float>();
     check_lora<bfloat16>();
 }

@@ -4,97 +4,27 @@
 // its own, which are added up in order (online softmax). The parts are the same however many
 // threads there are, and whatever other rows: so threads share a long sequence, and a row's bits
 // depend on nothing but its own positions. Neighbouring tokens of a sequence, a tile, read a part
-// together, head by head: its keys are turned over once, so that a score is one lane's sum.
+// together, head by head. Keys lie turned over (cached_kv.h), so that a score is one lane's sum.
 //
 // Shapes: H query heads over h key-value heads of size e, g = H / h; blocks of z positions.
 
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "bfloat16.h"
+#include "cached_kv.h"
 #include "each_row.h"
-#include "exponential.h"
 #include "few_rows.h"
 #include "outcome.h"
+#include "scores.h"
 #include "vectors.h"
 
-constexpr int64_t PART = 64;       // positions
 constexpr int64_t TILE_ROWS = 32;  // at most
-constexpr int SCORE_VECTORS = 2;   // of positions, whose scores are computed at once
-static_assert(PART % (SCORE_VECTORS * LANES) == 0);
-
-// Positions [first, stop), from 0 on or from the first one of a part on.
-struct Range {
-    int64_t first, stop;
-
-    bool is_empty() const { return stop <= first; }
-    Range within(Range other) const {
-        return {std::max(first, other.first), std::min(stop, other.stop)};
-    }
-    Range from(int64_t start) const { return {first - start, stop - start}; }
-};
-
-// Turn the scores at some places of a part into weights, and return the largest score. All places
-// before them, and those behind them up to a whole vector, become 0.
-inline float to_weights(float* scores, Range places, float& total) {
-    const int64_t stop = (places.stop + LANES - 1) / LANES * LANES;
-    std::fill(scores, scores + places.first, -INFINITY);
-    std::fill(scores + places.stop, scores + stop, -INFINITY);
-    Floats largests = Floats{} - INFINITY;
-    for (int64_t p = 0; p < stop; p += LANES) {
-        const Floats some = load_vector(scores + p);
-        largests = some > largests ? some : largests;
-    }
-    float largest = largests[0];
-    for (int i = 1; i < LANES; i++) largest = std::max(largest, largests[i]);
-#pragma omp simd
-    for (int64_t p = 0; p < stop; p++) scores[p] = exponential(scores[p] - largest);
-    Floats sums{};
-    for (int64_t p = 0; p < stop; p += LANES) sums += load_vector(scores + p);
-    total = lane_sum(sums);
-    return largest;
-}
-
-// The scores of some queries, [QUERIES, e], at the next SCORE_VECTORS vectors of places. The keys of
-// a part are turned over: [e, PART]. Not inlined: by itself, the loop gets all registers.
-template <int QUERIES>
-__attribute__((noinline)) void score_vectors(const float* queries, int64_t e, const float* keys,
-                                             float* scores) {
-    Floats sums[QUERIES][SCORE_VECTORS];
-    for (int q = 0; q < QUERIES; q++)
-        for (int v = 0; v < SCORE_VECTORS; v++) sums[q][v] = Floats{};
-    for (int64_t j = 0; j < e; j++, queries++, keys += PART) {
-        Floats of_keys[SCORE_VECTORS];
-        for (int v = 0; v < SCORE_VECTORS; v++) of_keys[v] = load_vector(keys + v * LANES);
-        for (int q = 0; q < QUERIES; q++)
-            for (int v = 0; v < SCORE_VECTORS; v++) sums[q][v] += queries[q * e] * of_keys[v];
-    }
-    for (int q = 0; q < QUERIES; q++)
-        for (int v = 0; v < SCORE_VECTORS; v++)
-            store_vector(sums[q][v], scores + q * PART + v * LANES);
-}
-
-// score_vectors<queries>, for a number of queries that is known only now, at most MAX_FEW_ROWS.
-template <int QUERIES = MAX_FEW_ROWS>
-void score_few(int64_t count, const float* queries, int64_t e, const float* keys, float* scores) {
-    if constexpr (QUERIES > 0) {
-        if (count == QUERIES) return score_vectors<QUERIES>(queries, e, keys, scores);
-        score_few<QUERIES - 1>(count, queries, e, keys, scores);
-    }
-}
-
-// Ask the processor for what is read soon: a head has too little of each position for the processor
-// to see a pattern.
-inline void prefetch(const void* start, size_t num_bytes) {
-    constexpr size_t cache_line = 64;
-    const char* bytes = reinterpret_cast<const char*>(start);
-    for (size_t at = 0; at < num_bytes; at += cache_line) __builtin_prefetch(bytes + at);
-}
 
 // Neighbouring tokens of one sequence: rows [first, first + count).
 struct RowTile {
@@ -105,16 +35,15 @@ struct RowTile {
 template <typename T> struct Attention {
     const T* query;  // [rows, H, e]
     int64_t query_stride;
-    const T* cache;
+    CachedKv<const T> cached;
     const int64_t* blocks;  // [sequences, blocks_of_sequence]
     int64_t blocks_of_sequence;
     const int64_t* positions;  // [rows]
     int64_t window;            // 0: none
-    float scaling;
-    int64_t sequences, rows_of_sequence, H, h, e, z;
+    float scaling, softcap;    // 0: scores have no bound
+    int64_t sequences, rows_of_sequence, H;
 
-    int64_t position_size() const { return 2 * h * e; }
-    int64_t queries_of_head() const { return H / h; }
+    int64_t queries_of_head() const { return H / cached.h; }
 
     std::vector<RowTile> tiles() const {
         std::vector<RowTile> found;
@@ -136,13 +65,12 @@ template <typename T> struct Attention {
         return {seen(tile.first).first, seen(tile.first + tile.count - 1).stop};
     }
 
-    // Call visit(first, count, keys) for those of the positions that a block has; `keys` are the
-    // first one's.
+    // Call visit(first, count, block) for those of the positions that a block has.
     template <typename Visit> void each_block(int64_t sequence, Range range, Visit visit) const {
         const int64_t* table = blocks + sequence * blocks_of_sequence;
         for (int64_t p = range.first; p < range.stop;) {
-            const int64_t next = std::min(range.stop, (p / z + 1) * z);
-            visit(p, next - p, cache + (table[p / z] * z + p % z) * position_size());
+            const int64_t next = std::min(range.stop, (p / cached.z + 1) * cached.z);
+            visit(p, next - p, table[p / cached.z]);
             p = next;
         }
     }
@@ -153,25 +81,26 @@ template <typename T> struct Attention {
 template <typename T> class HeadAttention {
     const Attention<T>& all;
     const RowTile tile;
-    const int64_t k, g, M;                   // M queries
+    const int64_t k, g, e, z, M;             // M queries
+    const bool copies_keys;
     const std::unique_ptr<float[]> queries;  // [M, e], scaled
-    const std::unique_ptr<float[]> keys;     // of a part, [e, PART]
-    float weights[MAX_FEW_ROWS * PART];      // of some queries; before that, scores
-    const T* places[PART];                   // in the cache, of those positions of a part that are
-                                             // seen
+    const std::unique_ptr<float[]> copies;   // of the keys of a part, [e, PART], if at all
+    const T* values[PART];               // of each position of a part; block 0 for those not seen
+    float weights[MAX_FEW_ROWS * PART];  // of some queries; before that, scores
 
   public:
     HeadAttention(const Attention<T>& all, const RowTile& tile, int64_t k)
-        : all(all), tile(tile), k(k), g(all.queries_of_head()), M(tile.count * g),
-          queries(new float[M * all.e]), keys(new float[all.e * PART]) {
+        : all(all), tile(tile), k(k), g(all.queries_of_head()), e(all.cached.e), z(all.cached.z),
+          M(tile.count * g), copies_keys(must_copy_keys()), queries(new float[M * e]),
+          copies(new float[copies_keys ? e * PART : 0]) {
         for (int64_t m = 0; m < M; m++) {
-            const T* from = all.query + row(m) * all.query_stride + head(m) * all.e;
-            float* to = &queries[m * all.e];
-            for (int64_t j = 0; j < all.e; j++) to[j] = load(from[j]) * all.scaling;
+            const T* from = all.query + row(m) * all.query_stride + head(m) * e;
+            float* to = &queries[m * e];
+            for (int64_t j = 0; j < e; j++) to[j] = load(from[j]) * all.scaling;
         }
     }
 
-    Outcome outcome(float* memory) const { return Outcome(memory, M, all.e); }
+    Outcome outcome(float* memory) const { return Outcome(memory, M, e); }
 
     // Whether any of the queries sees a position of a part.
     bool sees(int64_t part) const {
@@ -182,24 +111,18 @@ template <typename T> class HeadAttention {
     void attend(int64_t part, const Outcome& outcome) {
         outcome.clear();
         const Range positions{part * PART, (part + 1) * PART};
-        const Range seen = all.seen(tile).within(positions);
-        all.each_block(tile.sequence, seen, [&](int64_t first, int64_t count, const T* block) {
-            for (int64_t p = 0; p < count; p++)
-                places[first % PART + p] = block + p * all.position_size();
-        });
-        turn_keys(seen.from(positions.first));
-        for (int64_t m = 0; m < M; m += MAX_FEW_ROWS) {
-            const int64_t count = std::min<int64_t>(MAX_FEW_ROWS, M - m);
-            weigh(m, count, positions, outcome);
-            add_values(m, count, positions, outcome);
-        }
+        find_values(positions);
+        if (copies_keys)
+            attend(positions, copied_keys(positions), outcome);
+        else
+            attend(positions, found_keys(positions), outcome);
     }
 
     // Write the queries' results to rows [rows, H, e], from the outcome of all positions.
     void write(const Outcome& outcome, T* out) const {
         for (int64_t m = 0; m < M; m++) {
-            T* to = out + (row(m) * all.H + head(m)) * all.e;
-            for (int64_t j = 0; j < all.e; j++)
+            T* to = out + (row(m) * all.H + head(m)) * e;
+            for (int64_t j = 0; j < e; j++)
                 to[j] = store<T>(outcome.sum(m)[j] / outcome.total(m));
         }
     }
@@ -208,39 +131,54 @@ template <typename T> class HeadAttention {
     int64_t row(int64_t m) const { return tile.first + m / g; }
     int64_t head(int64_t m) const { return k * g + m % g; }
 
-    const T* key(int64_t place) const { return places[place] + k * all.e; }
-
-    // Copy the keys at some places, turned over. The first head fetches the keys and values of all
-    // meanwhile, in the order in which they lie in memory: the next heads are the same thread's.
-    void turn_keys(Range seen) {
-        constexpr int64_t AHEAD = 4;  // places
-        const int64_t whole = all.e / 4 * 4;
-        for (int64_t p = seen.first; p < seen.stop; p += 4) {
-            const T* four[4];  // where there are fewer, the last one takes the free places
-            for (int64_t i = 0; i < 4; i++) {
-                four[i] = key(std::min(p + i, seen.stop - 1));
-                if (k == 0)
-                    prefetch(places[std::min(p + i + AHEAD, seen.stop - 1)],
-                             all.position_size() * sizeof(T));
-            }
-            const int64_t count = std::min<int64_t>(4, PART - p);
-            if (count == 4) turn_four(four, p, whole);
-            for (int64_t j = count == 4 ? whole : 0; j < all.e; j++)
-                for (int64_t i = 0; i < count; i++) keys[j * PART + p + i] = load(four[i][j]);
-        }
+    // Keys are read where they lie, unless that would not be whole vectors, or too often made float.
+    bool must_copy_keys() const {
+        const bool converts = !std::is_same_v<T, float>;
+        return z % LANES != 0 || (converts && M > MAX_FEW_ROWS);
     }
 
-    // Copy the first numbers of four keys, a multiple of four, to places [p, p + 4).
-    void turn_four(const T* const (&from)[4], int64_t p, int64_t count) {
-        for (int64_t j = 0; j < count; j += 4) {
-            Four a = load_four(from[0] + j), b = load_four(from[1] + j);
-            Four c = load_four(from[2] + j), d = load_four(from[3] + j);
-            transpose(a, b, c, d);
-            float* to = &keys[j * PART + p];
-            store_four(a, to);
-            store_four(b, to + PART);
-            store_four(c, to + 2 * PART);
-            store_four(d, to + 3 * PART);
+    // Call visit(first, count, block) for those of the positions that are seen.
+    template <typename Visit> void each_block(Range positions, Visit visit) const {
+        all.each_block(tile.sequence, all.seen(tile).within(positions), visit);
+    }
+
+    void find_values(Range positions) {
+        std::fill_n(values, PART, all.cached.values(0, k));
+        each_block(positions, [&](int64_t first, int64_t count, int64_t block) {
+            const T* from = all.cached.values(block, k) + first % z * e;
+            for (int64_t p = 0; p < count; p++) values[first % PART + p] = from + p * e;
+        });
+    }
+
+    KeyVectors<T, T> found_keys(Range positions) const {
+        KeyVectors<T, T> keys{.stride = z, .values = values};
+        std::fill_n(keys.starts, PART / LANES, all.cached.keys(0, k));
+        each_block(positions, [&](int64_t first, int64_t count, int64_t block) {
+            const T* from = all.cached.keys(block, k) + first % z;
+            for (int64_t p = -(first % LANES); p < count; p += LANES)
+                keys.starts[(first + p) % PART / LANES] = from + p;
+        });
+        return keys;
+    }
+
+    KeyVectors<float, T> copied_keys(Range positions) const {
+        each_block(positions, [&](int64_t first, int64_t count, int64_t block) {
+            const T* from = all.cached.keys(block, k) + first % z;
+            float* to = &copies[first % PART];
+            for (int64_t j = 0; j < e; j++, from += z, to += PART)
+                for (int64_t p = 0; p < count; p++) to[p] = load(from[p]);
+        });
+        KeyVectors<float, T> keys{.stride = PART, .values = values};
+        for (int64_t v = 0; v < PART / LANES; v++) keys.starts[v] = &copies[v * LANES];
+        return keys;
+    }
+
+    template <typename K>
+    void attend(Range positions, const KeyVectors<K, T>& keys, const Outcome& outcome) {
+        for (int64_t m = 0; m < M; m += MAX_FEW_ROWS) {
+            const int64_t count = std::min<int64_t>(MAX_FEW_ROWS, M - m);
+            weigh(m, count, positions, keys, outcome);
+            add_values(m, count, positions, outcome);
         }
     }
 
@@ -251,16 +189,18 @@ template <typename T> class HeadAttention {
     }
 
     // The weights of some queries at the places that they see, from their scores.
-    void weigh(int64_t first, int64_t count, Range positions, const Outcome& outcome) {
-        const Range places = seen(first, count, positions).from(positions.first);
-        constexpr int64_t STEP = SCORE_VECTORS * LANES;
-        for (int64_t p = places.first / STEP * STEP; p < places.stop; p += STEP)
-            score_few(count, &queries[first * all.e], all.e, &keys[p], weights + p);
+    template <typename K>
+    void weigh(int64_t first, int64_t count, Range positions, const KeyVectors<K, T>& keys,
+               const Outcome& outcome) {
+        const Range any = seen(first, count, positions).from(positions.first);
+        score_few(count, &queries[first * e], e, keys, any, weights);
         for (int64_t i = 0; i < count; i++) {
             const Range own = seen(first + i, 1, positions);
             if (own.is_empty()) continue;
-            outcome.largest(first + i) = to_weights(
-                weights + i * PART, own.from(positions.first), outcome.total(first + i));
+            float* scores = weights + i * PART;
+            const Range places = own.from(positions.first);
+            if (all.softcap > 0) bound(scores, places, all.softcap);
+            outcome.largest(first + i) = to_weights(scores, places, outcome.total(first + i));
         }
     }
 
@@ -285,9 +225,8 @@ template <typename T> class HeadAttention {
     void add_values_at(Range positions, int64_t count, int64_t i, float* const* sums) const {
         if (positions.is_empty()) return;
         const int64_t place = positions.first % PART;
-        const RowList<T> values{places + place, positions.stop - positions.first,
-                                (all.h + k) * all.e, all.e};
-        add_to_few_rows(count, {weights + i * PART + place, PART}, values, sums + i);
+        const RowList<T> rows{values + place, positions.stop - positions.first, 0, e};
+        add_to_few_rows(count, {weights + i * PART + place, PART}, rows, sums + i);
     }
 };
 
@@ -295,11 +234,11 @@ template <typename T> class HeadAttention {
 template <typename T>
 void attend(const T* query, int64_t query_stride, const T* cache, const int64_t* blocks,
             int64_t blocks_of_sequence, const int64_t* positions, T* out, int64_t window,
-            float scaling, int64_t sequences, int64_t rows_of_sequence, int64_t H, int64_t h,
-            int64_t e, int64_t z) {
-    const Attention<T> all{query,  query_stride, cache,     blocks,           blocks_of_sequence,
-                           positions, window,    scaling,   sequences,        rows_of_sequence,
-                           H,      h,            e,         z};
+            float scaling, float softcap, int64_t sequences, int64_t rows_of_sequence, int64_t H,
+            int64_t h, int64_t e, int64_t z) {
+    const Attention<T> all{query,     query_stride, {cache, h, e, z}, blocks,  blocks_of_sequence,
+                           positions, window,       scaling,          softcap, sequences,
+                           rows_of_sequence,        H};
     const std::vector<RowTile> tiles = all.tiles();
     const int64_t heads = tiles.size() * h;  // of the tiles, the last one first: it has most to do
     const int64_t parts = (blocks_of_sequence * z + PART - 1) / PART;
@@ -320,14 +259,21 @@ void attend(const T* query, int64_t query_stride, const T* cache, const int64_t*
     auto attend_head = [&](int64_t n) {
         HeadAttention<T> one = head(n);
         std::vector<float> sums(size), more(is_shared ? 0 : size);
-        const Outcome whole = one.outcome(sums.data());
+        const Outcome whole = one.outcome(sums.data()), next = one.outcome(more.data());
+        bool is_first = true;  // it needs no adding up: added to nothing, it has the same bits
         for (int64_t part = 0; part < parts; part++) {
             if (!one.sees(part)) continue;
-            float* found = is_shared ? memory.get() + (n * parts + part) * size : more.data();
-            if (!is_shared) one.attend(part, one.outcome(found));
-            whole.add(one.outcome(found));
+            if (is_shared) {
+                whole.add(one.outcome(memory.get() + (n * parts + part) * size));
+            } else if (is_first) {
+                one.attend(part, whole);
+            } else {
+                one.attend(part, next);
+                whole.add(next);
+            }
+            is_first = false;
         }
         one.write(whole, out);
     };
-    each_row(heads, 4 * parts * queries * e * (is_shared ? 1 : PART), attend_head, h);
+    each_row(heads, 4 * parts * queries * e * (is_shared ? 1 : PART), attend_head);
 }

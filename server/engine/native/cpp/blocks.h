@@ -3,7 +3,7 @@
 //
 // packed_blocks.py lays out what is described here: numbers of 64 bits, in this order. Shapes: rows
 // of one token each; d numbers of a row between blocks; f of the MLP; H query heads over h
-// key-value heads of size e; L blocks; cache [L, N, z, 2h, e].
+// key-value heads of size e; L blocks; the cache is that of cached_kv.h for each.
 
 #pragma once
 
@@ -141,7 +141,7 @@ template <typename T> class BlockRunner {
         multiply(block.qkv, site, scratch.normed, scratch.wide);
         T* cache = pass.cache + index * pass.N * pass.z * 2 * pass.h * pass.e;
         rotate(scratch.wide, block.head_norms, eps, pass.cos, pass.sin, cache, pass.slots,
-               pass.rows, pass.H, pass.h, pass.e);
+               pass.rows, pass.H, pass.h, pass.e, pass.z);
         attend_in_groups(block, cache);
         multiply(block.attention_out, site + 1, scratch.narrow, scratch.out);
         add(h, scratch.out, pass.rows, d);
@@ -149,13 +149,14 @@ template <typename T> class BlockRunner {
 
     void attend_in_groups(const Block<T>& block, const T* cache) const {
         const PartTimer timer(pass.taken, StepPart::ATTENTION);
+        constexpr float no_softcap = 0;
         int64_t row = 0;
         for (int64_t g = 0; g < pass.num_groups; g++) {
             const AttentionGroup& group = pass.groups[g];
             attend(scratch.wide + row * block.qkv.out, block.qkv.out, cache, group.blocks,
                    group.blocks_of_sequence, group.positions,
-                   scratch.narrow + row * pass.H * pass.e, block.window, scaling, group.sequences,
-                   group.rows_of_sequence, pass.H, pass.h, pass.e, pass.z);
+                   scratch.narrow + row * pass.H * pass.e, block.window, scaling, no_softcap,
+                   group.sequences, group.rows_of_sequence, pass.H, pass.h, pass.e, pass.z);
             row += group.rows();
         }
     }

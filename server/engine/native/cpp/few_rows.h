@@ -106,6 +106,27 @@ void multiply_by_rows(int64_t rows, const float* const* x, const RowList<T>& a,
     }
 }
 
+// sums[r][v] += x[r · stride] times vector v. What there is less of stays in registers: with 12
+// sums, the others and one of those, it is 16.
+template <int ROWS, int VECTORS, typename Load>
+inline __attribute__((always_inline)) void add_products(Floats (&sums)[ROWS][VECTORS],
+                                                        const float* x, int64_t stride,
+                                                        Load vector) {
+    if constexpr (ROWS < VECTORS) {
+        float factors[ROWS];
+        for (int r = 0; r < ROWS; r++) factors[r] = x[r * stride];
+        for (int v = 0; v < VECTORS; v++) {
+            const Floats one = vector(v);
+            for (int r = 0; r < ROWS; r++) sums[r][v] += factors[r] * one;
+        }
+    } else {
+        Floats vectors[VECTORS];
+        for (int v = 0; v < VECTORS; v++) vectors[v] = vector(v);
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++) sums[r][v] += x[r * stride] * vectors[v];
+    }
+}
+
 // y[r][c] += the sum of z[r][k] b[k][c], for some vectors of columns c.
 template <int ROWS, int VECTORS, typename Y, typename T>
 __attribute__((noinline)) void add_columns(Matrix<const float> z, const RowList<T>& b,
@@ -116,10 +137,8 @@ __attribute__((noinline)) void add_columns(Matrix<const float> z, const RowList<
     const float* weights = z.values;
     for (int64_t k = 0; k < b.count; k++, weights++) {
         const T* row = b[k] + column;
-        Floats of_b[VECTORS];
-        for (int v = 0; v < VECTORS; v++) of_b[v] = load_vector(row + v * LANES);
-        for (int r = 0; r < ROWS; r++)
-            for (int v = 0; v < VECTORS; v++) sums[r][v] += weights[r * z.stride] * of_b[v];
+        add_products(sums, weights, z.stride,
+                     [=](int v) { return load_vector(row + v * LANES); });
     }
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) store_vector(sums[r][v], y[r] + column + v * LANES);
@@ -130,7 +149,7 @@ constexpr int MAX_FEW_ROWS = 6;  // with two vectors of sums each, they fit 16 r
 // y[r] += the sum of z[r][k] times row k of b.
 template <int ROWS, typename Y, typename T>
 void add_to_rows(Matrix<const float> z, const RowList<T>& b, Y* const* y) {
-    constexpr int VECTORS = ROWS > 2 ? 2 : 4;
+    constexpr int VECTORS = ROWS > 3 ? 2 : 4;
     int64_t column = 0;
     for (; column + VECTORS * LANES <= b.width; column += VECTORS * LANES)
         add_columns<ROWS, VECTORS>(z, b, y, column);

@@ -15,6 +15,7 @@
 
 #include "attention.h"
 #include "blocks.h"
+#include "cached_kv.h"
 #include "lora.h"
 #include "product.h"
 #include "product_int8.h"
@@ -26,6 +27,7 @@ extern "C" {
 EXPORT(norm)
 EXPORT(gate)
 EXPORT(rotate)
+EXPORT(store_kv)
 EXPORT(attend)
 EXPORT(add_lora)
 EXPORT(product)

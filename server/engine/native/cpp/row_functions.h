@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "bfloat16.h"
+#include "cached_kv.h"
 #include "each_row.h"
 #include "exponential.h"
 
@@ -67,17 +68,21 @@ template <typename T> inline void rotate_head(T* x, const T* cos, const T* sin, 
     }
 }
 
+// Turn the queries and keys of rows [rows, H + 2h, e] in place, after their norms, if any, and store
+// keys and values in the cache.
 template <typename T>
 void rotate(T* heads, const T* head_norms, float eps, const T* cos, const T* sin, T* cache,
-            const int64_t* slots, int64_t rows, int64_t H, int64_t h, int64_t e) {
-    each_row(rows, 4 * (H + h) * e, [&](int64_t r) {
+            const int64_t* slots, int64_t rows, int64_t H, int64_t h, int64_t e, int64_t z) {
+    const CachedKv<T> cached{cache, h, e, z};
+    auto rotate_row = [&](int64_t r) {
         T* row = heads + r * (H + 2 * h) * e;
         for (int64_t i = 0; i < H + h; i++) {
             T* head = row + i * e;
             if (head_norms) norm_row(head, head_norms + i * e, eps, head, e);
             rotate_head(head, cos + r * e, sin + r * e, e);
         }
-        const T* keys_and_values = row + H * e;
-        std::copy_n(keys_and_values, 2 * h * e, cache + slots[r] * 2 * h * e);
-    });
+        cached.store(slots[r], row + H * e);
+    };
+    const int64_t operations = 4 * (H + h) * e + STORE_OPERATIONS * h * e;
+    each_row(rows, operations, rotate_row, stored_at_once(rows));
 }

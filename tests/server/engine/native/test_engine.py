@@ -6,12 +6,15 @@ That its tokens are right is tested in tests/numerics.
 import itertools
 from dataclasses import replace
 
+import pytest
 import tiny
+import torch
 from schedules import Loads
 from tiny import PROMPT, ask
 
 from crma.core.selection import AdapterSelection
 from crma.models.reference import generate
+from server.engine.native.block_pool import NULL_BLOCK
 from server.engine.native.engine import MAX_OVERTAKEN, Engine, model_stop_ids
 from server.engine.native.step_budget import FEWEST_TOKENS, StepBudget
 from server.engine.request import FinishReason, Request, RequestOutput, Timings
@@ -45,6 +48,14 @@ def last(outputs: list[RequestOutput], name: str = "r") -> RequestOutput:
 def oracle() -> tuple[int, ...]:
     """The six tokens that `ask()` is answered with."""
     return generate(tiny.injection(), PROMPT, max_tokens=6).token_ids
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_what_blocks_held_before_reaches_no_answer(native: bool) -> None:
+    engine = make(native=native)
+    engine.runner.kv[:, NULL_BLOCK + 1 :] = torch.nan
+    outputs = run(engine, ask())
+    assert tuple(token for output in outputs for token in output.token_ids) == oracle()
 
 
 def test_an_end_token_of_the_model_ends_a_sequence_unless_it_is_ignored() -> None:
