@@ -8,7 +8,13 @@ from torch import Tensor
 
 from server.engine.native.batch import Batch
 from server.engine.native.constraint import Stuck, constrained
-from server.engine.native.sampler import SamplingRow, rewind, sample, token_logprobs
+from server.engine.native.sampler import (
+    SamplingRow,
+    are_numbers,
+    rewind,
+    sample,
+    token_logprobs,
+)
 from server.engine.native.sequence import Sequence
 from server.engine.native.step import Chunk
 from server.engine.request import TokenLogprob
@@ -53,9 +59,7 @@ class StepResults:
             num_tokens: only token ids below it are sampled.
         """
         results = cls(batch.chunks)
-        # The largest value of a row that has a NaN or +inf, neither of which the sampler takes, is
-        # not finite.
-        is_valid = logits.amax(-1).isfinite().tolist()
+        is_valid = are_numbers(logits)
         sampled_rows: list[int] = []
         sampled: list[Sequence] = []
         first_row = 0
@@ -96,7 +100,7 @@ class StepResults:
             rows: one of them for each sequence.
         """
         try:
-            self.tokens.extend(_new_tokens(logits[rows], sequences, num_tokens))
+            self.tokens.extend(_new_tokens(_of(rows, logits), sequences, num_tokens))
         except Stuck:
             pass  # before any draw; not this server's fault, so it is not logged
         except Exception:
@@ -113,6 +117,11 @@ class StepResults:
             except Exception:
                 logger.exception("request %s could not be sampled", sequence.request.id)
                 self.failed.append(sequence)
+
+
+def _of(rows: list[int], logits: Tensor) -> Tensor:
+    """Some rows of logits, given in ascending order. All of them are not copied."""
+    return logits if len(rows) == len(logits) else logits[rows]
 
 
 def _took_prompt_logprobs(chunk: Chunk, num_rows: int, logits: Tensor, num_tokens: int) -> bool:
@@ -183,7 +192,9 @@ def _sampled_logprobs(
             rows.append(row)
             num_top.append(k)
     if rows:
-        found = token_logprobs(logits[rows], [tokens[row] for row in rows], num_top, num_tokens)
+        found = token_logprobs(
+            _of(rows, logits), [tokens[row] for row in rows], num_top, num_tokens
+        )
         for row, logprob in zip(rows, found, strict=True):
             logprobs[row] = (logprob,)
     return logprobs
