@@ -10,6 +10,7 @@ than the most probable one is never drawn.
 A processor chooses row by row (score_row.py), a device for all rows at once (score_rows.py).
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import chain
@@ -63,9 +64,9 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 def are_numbers(logits: Tensor) -> list[bool]:
     """Whether `sample` can take each row of logits [b, vocab]: no NaN, no +inf, a finite value."""
     # That is so if its largest value is finite: that of a row with a NaN is NaN.
-    if logits.device.type == "cpu":
-        return np.isfinite(logits.numpy().max(-1)).tolist()
-    return logits.amax(-1).isfinite().tolist()
+    if logits.device.type != "cpu":
+        return logits.amax(-1).isfinite().tolist()
+    return [math.isfinite(ScoreRow(row).largest_score) for row in logits.numpy()]
 
 
 def rewind(generator: torch.Generator, num_draws: int) -> None:

@@ -57,6 +57,11 @@ class ScoreRow:
     def __init__(self, scores: NDArray[np.float32]) -> None:
         self.scores = scores
 
+    @property
+    def largest_score(self) -> float:
+        """NaN, if a score is no number."""
+        return float(self.scores[self.scores.argmax()])
+
     def ranked(self, width: int) -> Ids:
         """The ids of the largest scores: the largest first, of ties the lowest id."""
         ids = self.largest(width)
@@ -97,7 +102,7 @@ class _Draw:
         self.scores = row.scores
         self.params = params
         self.point = point
-        self.best = float(row.scores.max())
+        self.best = row.largest_score
 
     def token(self) -> int:
         """The token that is drawn."""

@@ -68,7 +68,7 @@ class StepResults:
             first_row += num_rows
             if not all(is_valid[rows]):
                 results.overflown.append(chunk.sequence)
-            elif not _took_prompt_logprobs(chunk, num_rows, logits[rows], num_tokens):
+            elif not _took_prompt_logprobs(chunk, logits, rows, num_tokens):
                 results.failed.append(chunk.sequence)
             elif chunk.samples and chunk.sequence.request.sampling.max_tokens == 0:
                 results.measured.append(chunk.sequence)
@@ -124,13 +124,18 @@ def _of(rows: list[int], logits: Tensor) -> Tensor:
     return logits if len(rows) == len(logits) else logits[rows]
 
 
-def _took_prompt_logprobs(chunk: Chunk, num_rows: int, logits: Tensor, num_tokens: int) -> bool:
-    """Keep the log-probabilities of a chunk's prompt tokens if it wants them; False: it failed."""
+def _took_prompt_logprobs(chunk: Chunk, logits: Tensor, rows: slice, num_tokens: int) -> bool:
+    """Keep the log-probabilities of a chunk's prompt tokens if it wants them; False: it failed.
+
+    Args:
+        rows: those of the chunk.
+    """
     sequence = chunk.sequence
     if not sequence.wants_prompt_logprobs:
         return True
+    start = chunk.stop - (rows.stop - rows.start)
     try:
-        _add_prompt_logprobs(sequence, chunk.stop - num_rows, logits, num_tokens)
+        _add_prompt_logprobs(sequence, start, logits[rows], num_tokens)
     except Exception:
         logger.exception("request %s: no log-probabilities of its prompt", sequence.request.id)
         return False
