@@ -25,6 +25,7 @@ class Batch:
         chunks: the step's chunks, in the order in which their tokens lie in the batch.
         input_ids: [T] token ids.
         positions: [T] their positions in their sequences.
+        num_positions: they lie below it.
         paged: the KV cache, and where each token's keys and values go in it.
         selections: the adapters of each token.
         logit_rows: [rows] the tokens whose logits are needed, chunk after chunk; None: all.
@@ -34,6 +35,7 @@ class Batch:
     chunks: list[Chunk]
     input_ids: Tensor
     positions: Tensor
+    num_positions: int
     paged: PagedKv
     selections: list[AdapterSelection]
     logit_rows: Tensor | None
@@ -83,6 +85,7 @@ def build_batch(step: Step, cache: Tensor, *, in_tiles: bool = False) -> Batch:
         chunks,
         of_ids,
         of_positions,
+        max(chunk.stop for chunk in chunks),
         PagedKv(cache, of_slots, groups, tiles=tiles),
         selections,
         None if len(logit_rows) == len(input_ids) else of_logits,

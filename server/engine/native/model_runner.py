@@ -118,7 +118,10 @@ class ModelRunner:
             self.rotary.set_rows(batch.chunks)
         paged = replace(batch.paged, kernel=self.kernel)
         if self.decoder is not None:
-            return self.decoder.forward(batch.input_ids, batch.positions, paged, plan).float()
+            logits = self.decoder.forward(
+                batch.input_ids, batch.positions, batch.num_positions, paged, plan
+            )
+            return logits.float()
         return self._run_modules(batch, paged, plan).float()
 
     def _run_modules(self, batch: Batch, paged: PagedKv, plan: Plan) -> Tensor:
