@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import httpx
 import pytest
@@ -101,9 +102,9 @@ def test_the_next_server_need_not_wait_until_the_thread_has_ended(
     released = threading.Event()
     end = uvicorn.Server.shutdown
 
-    async def end_late(server: uvicorn.Server, own: list[socket.socket] | None = None) -> None:
+    async def end_late(server: uvicorn.Server, **given: Any) -> None:
         await asyncio.to_thread(released.wait, 5)
-        await end(server, own)
+        await end(server, **given)
 
     monkeypatch.setattr(uvicorn.Server, "shutdown", end_late)
     with answering(sockets, connection):
