@@ -58,7 +58,7 @@ def join(
         dtype = linears[0].weight.dtype
         packed = PackedWeight.of(_side_by_side(linears))
         product: Product = partial(_product_of_packed, kernel, packed)
-        norms = cache(partial(_norms_of_packed, packed, dtype))
+        norms: Callable[[], Tensor] = cache(partial(_norms_of_packed, packed, dtype))
     else:
         norms = partial(torch.cat, [squared_norms(one.weight) for one in linears])
         if kernel is not None and int8:
