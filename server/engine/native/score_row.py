@@ -37,6 +37,7 @@ PER_BLOCK = 128  # scores that are looked at together; their weights are summed 
 # 2^-32 is up to half of that off.
 ERROR_OF_TOTAL = 4e-5
 ERROR_OF_TOKEN = 4e-10
+TEMPERATURES = (1e-30, 1e30)  # for which that holds: beyond, fp32 overflows where it matters
 
 
 class _Uncertain(Exception):
@@ -144,7 +145,7 @@ class _Draw:
         # Subtract the largest score first: a tiny temperature then gives -inf, never +inf or NaN.
         masses -= self.best
         masses /= self.params.temperature
-        torch.from_numpy(masses).exp_()  # with the same bits as sampler.py
+        torch.from_numpy(masses).exp_()  # with the same bits as in score_rows.py
         if self.params.min_p:
             masses[masses < self.params.min_p] = 0.0
         masses *= MOST_PROBABLE_MASS
@@ -171,6 +172,8 @@ class _Draw:
 
     def _estimated(self) -> int:
         """The draw by estimated weights. Raises _Uncertain if they cannot tell it."""
+        if not TEMPERATURES[0] <= self.params.temperature <= TEMPERATURES[1]:
+            raise _Uncertain
         weights = self._weights(self.scores)
         starts = np.arange(0, len(weights), PER_BLOCK)
         sums = np.add.reduceat(weights, starts).cumsum(dtype=np.float64)

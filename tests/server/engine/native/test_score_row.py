@@ -13,9 +13,10 @@ from server.engine.native.score_row import ScoreRow
 from server.engine.request import SamplingParams
 
 VOCAB = 5000
+SHAPES = ("plain", "ties", "level", "few", "huge", "tiny")
 PARAMS = st.builds(
     SamplingParams,
-    temperature=st.sampled_from([0.0, 1e-40, 0.01, 0.6, 1.0, 2.0, 1e30]),
+    temperature=st.sampled_from([0.0, 1e-40, 0.01, 0.6, 1.0, 2.0, 1e30, 1e38]),
     top_p=st.sampled_from([1.0, 1.0, 0.3, 0.9, 0.9999, 1e-30]),
     top_k=st.sampled_from([0, 0, 1, 50, 3000]),
     min_p=st.sampled_from([0.0, 0.0, 0.05]),
@@ -32,6 +33,7 @@ def scores_of(shape: str, seed: int) -> torch.Tensor:
         "level": 0 * noise,
         "few": noise.masked_fill(noise < 1, -torch.inf),
         "huge": 1e38 * noise.clamp(-3, 3),
+        "tiny": 1e-40 * noise,
     }
     return shaped[shape]
 
@@ -39,7 +41,7 @@ def scores_of(shape: str, seed: int) -> torch.Tensor:
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(
     st.lists(
-        st.tuples(PARAMS, POINTS, st.sampled_from(["plain", "ties", "level", "few", "huge"])),
+        st.tuples(PARAMS, POINTS, st.sampled_from([*SHAPES])),
         min_size=1,
         max_size=4,
     ),
