@@ -151,7 +151,7 @@ class Settings(BaseSettings):
         ge=0,
     )
     step_timeout_s: float = _seconds(
-        300.0, "The process ends with code 1 if a step takes longer; 0: never.", ge=0
+        300.0, "A step that takes longer ends the process, within a tenth more; 0: never.", ge=0
     )
     max_queue: int = _setting(
         256, "Sequences that may wait, and prompts to encode; one more gets 429.", ge=1

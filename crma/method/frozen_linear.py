@@ -14,7 +14,7 @@ Shapes: in and out, the features of the linear; r the rank; A [r, in]; B [out, r
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,20 @@ class FrozenLinear:
 
     Attributes:
         product: x [.., in] in the model's dtype -> x Wᵀ [.., out], without the bias.
-        squared_norms: fp32 [out], of the rows of W.
+        norms: computes `squared_norms`, when an adapter asks for them first.
         bias: [out], or None.
         gain: factor that the module puts on x Wᵀ, as the embeddings of some families do.
     """
 
     product: Callable[[Tensor], Tensor]
-    squared_norms: Tensor
+    norms: Callable[[], Tensor]
     bias: Tensor | None = None
     gain: float = 1.0
+
+    @cached_property
+    def squared_norms(self) -> Tensor:
+        """fp32 [out], of the rows of W."""
+        return self.norms()
 
     @classmethod
     def of(cls, module: nn.Module) -> "FrozenLinear":
@@ -47,12 +52,14 @@ class FrozenLinear:
             return cls.of_embedding(weight, gain.item())
         bias = module.bias if isinstance(module, nn.Linear) else None
         product = partial(nn.functional.linear, weight=weight)
-        return cls(product, squared_norms(weight), None if bias is None else bias.detach())
+        norms = partial(squared_norms, weight)
+        return cls(product, norms, None if bias is None else bias.detach())
 
     @classmethod
     def of_embedding(cls, weight: Tensor, gain: float = 1.0) -> "FrozenLinear":
         """An embedding of this weight [in, out]."""
-        return cls(partial(torch.matmul, other=weight), squared_norms(weight.mT), gain=gain)
+        norms = partial(squared_norms, weight.mT)
+        return cls(partial(torch.matmul, other=weight), norms, gain=gain)
 
 
 def squared_norms(weight: Tensor) -> Tensor:

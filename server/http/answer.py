@@ -27,6 +27,7 @@ Body = TypeVar("Body")
 HEAVY = 2000
 """Log-probabilities that take about 10 ms to show; the event loop waits no longer than that."""
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps makes one for each event
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -106,9 +107,9 @@ class Answer(ABC, Generic[Body]):
         text = await self.frontend.build(lambda: json_text(self.body()))
         return Response(text, media_type="application/json")
 
-    async def _texts(self, events: Iterator[str], *, is_heavy: bool) -> Iterable[str]:
-        """Events, built in another thread if they are heavy."""
-        return await self.frontend.build(lambda: list(events)) if is_heavy else events
+    async def _built(self, events: Iterable[str]) -> Iterable[str]:
+        """Events, built in another thread."""
+        return await self.frontend.build(lambda: list(events))
 
     async def _events(
         self, first: tuple[int, RequestOutput], rest: NumberedOutputs, request: Request
@@ -117,10 +118,13 @@ class Answer(ABC, Generic[Body]):
         try:
             while numbered is not None:
                 is_heavy = self.is_heavy(*numbered)
-                for text in await self._texts(self.events(*numbered), is_heavy=is_heavy):
+                texts: Iterable[str] = self.events(*numbered)
+                for text in await self._built(texts) if is_heavy else texts:
                     yield text
                 numbered = await anext(rest, None)
-            for text in await self._texts(self.done(), is_heavy=self._num_logprobs > HEAVY):
+            is_heavy = self._num_logprobs > HEAVY
+            texts = self.done()
+            for text in await self._built(texts) if is_heavy else texts:
                 yield text
         except Exception as error:  # the status is sent already: an error can only be an event
             for text in self.failed(answered(request, error), request.scope["path"]):
@@ -164,7 +168,7 @@ def tokens(output: RequestOutput) -> Iterator[tuple[int | None, str, TokenLogpro
 
 def event(data: dict[str, Any], name: str | None = None) -> str:
     """One server-sent event."""
-    lines = f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    lines = f"data: {_ENCODER.encode(data)}\n\n"
     return f"event: {name}\n{lines}" if name else lines
 
 

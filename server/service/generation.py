@@ -5,8 +5,10 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
+
+from prometheus_client import Histogram
 
 from crma.core.errors import StoreError
 from server.engine.errors import ConstraintStuck, EngineError, EngineStopped
@@ -171,8 +173,13 @@ class Generation:
         """Record the time since the sequence's token before this one."""
         now = time.monotonic()
         if sequence.last_token_at is not None:
-            self._metrics.observe_gap(self._labels, now - sequence.last_token_at)
+            self._gaps.observe(now - sequence.last_token_at)
         sequence.last_token_at = now
+
+    @cached_property
+    def _gaps(self) -> Histogram:
+        """The metric of its labels; to look that up takes as long as to count."""
+        return self._metrics.gaps(self._labels)
 
     def _note_failure(self, error: BaseException) -> None:
         """Keep what ended a request; report one that ran, and none that was refused."""

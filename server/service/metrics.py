@@ -239,9 +239,9 @@ class Metrics:
             self.answer_length.labels(crma).observe(length)
         self.longest_answer.labels(crma).observe(max(outcome.output_tokens))
 
-    def observe_gap(self, labels: Labels, seconds: float) -> None:
-        """Count the time between two tokens of a sequence that somebody waits for."""
-        self.itl.labels(*labels).observe(seconds)
+    def gaps(self, labels: Labels) -> Histogram:
+        """Counts the times between two tokens of a sequence that somebody waits for."""
+        return self.itl.labels(*labels)
 
     def set_backbone(self, backbone: BackboneEntry | None) -> None:
         """Show the backbone that serves from now on, in place of the last one."""

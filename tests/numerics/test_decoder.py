@@ -13,11 +13,11 @@ from torch import Tensor
 
 from crma.core.errors import ConfigError
 from crma.method.injection import Injection
-from server.engine.native.decoder import Decoder
 from server.engine.native.engine import Engine
 from server.engine.native.lora_stack import StackedRows
 from server.engine.native.packed_blocks import PARTS
 from server.engine.native.packed_weight import PackedWeight
+from server.engine.native.rotary import Rotations
 from server.engine.request import SamplingParams
 
 COVERED = ("llama", "mistral", "qwen2", "qwen3")
@@ -148,12 +148,12 @@ def test_a_lost_adapter_shows_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_position_off_by_one_shows_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the fifth token on: all positions shifted alike change nothing."""
     engine, world = taken("llama", torch.bfloat16)
-    plain = Decoder._rotation
+    plain = Rotations.at
 
-    def rotation(self: Decoder, h: Tensor, positions: Tensor) -> Any:
-        return plain(self, h, positions + (positions > 4))
+    def at(self: Rotations, positions: Tensor, num_positions: int, h: Tensor) -> Any:
+        return plain(self, positions + (positions > 4), num_positions + 1, h)
 
-    monkeypatch.setattr(Decoder, "_rotation", rotation)
+    monkeypatch.setattr(Rotations, "at", at)
     assert not is_rounded_like_the_modules(engine, world, "llama")
 
 

@@ -16,7 +16,7 @@ from crma.core.selection import BASE
 from crma.method.injection import Injection
 from crma.models.reference import forget_lengths, generate
 from crma.models.rope import RopeScaling, context_length, rope_scaling
-from server.engine.native.rotary import ScaledRotary
+from server.engine.native.rotary import Rotations, ScaledRotary
 from server.engine.request import SamplingParams
 
 every_scaled = pytest.mark.parametrize("family", tiny_configs.SCALED)
@@ -127,3 +127,21 @@ def test_models_of_one_table_and_of_tables_by_layer_are_told_apart() -> None:
     config.rope_parameters["full_attention"] = tiny_configs.LONGROPE
     assert rope_scaling(config) == RopeScaling("mixed", 12)
     forget_lengths(tiny.injection("gemma3").model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rotations_that_are_kept_have_the_bits_of_those_that_are_computed(
+    dtype: torch.dtype,
+) -> None:
+    """Of any batch, before and after more positions are needed than were kept."""
+    rotary = tiny.injection("llama").model.model.rotary_emb
+    h = torch.zeros(1, dtype=dtype)
+    kept = Rotations(rotary, is_steady=True)
+    computed = Rotations(rotary, is_steady=False)
+    for positions in ([0], [1023], [3, 1, 1024], list(range(7, 900)), [5000, 2], [4095]):
+        found = kept.at(torch.tensor(positions), max(positions) + 1, h)
+        expected = computed.at(torch.tensor(positions), max(positions) + 1, h)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+            assert one.shape[:2] == (len(positions), 1)
+            assert one.is_contiguous()

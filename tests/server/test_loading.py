@@ -1,12 +1,16 @@
 """server.loading: what clients get while a model loads."""
 
+import asyncio
 import logging
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from prometheus_client import CollectorRegistry
 
 from server.listener import listen, protocol
@@ -84,6 +88,33 @@ def test_the_sockets_stay_open_for_the_next_server(
         with answering(sockets, connection):
             assert client.get("/healthz").status_code == 200
     assert "server process" not in caplog.text
+
+
+def test_the_next_server_need_not_wait_until_the_thread_has_ended(
+    settings: Settings,
+    sockets: list[socket.socket],
+    client: httpx.Client,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """uvicorn takes a tenth of a second and more to end. Who connects meanwhile is the next
+    server's."""
+    connection = protocol(settings, 100, Metrics(CollectorRegistry()))
+    released = threading.Event()
+    end = uvicorn.Server.shutdown
+
+    async def end_late(server: uvicorn.Server, **given: Any) -> None:
+        await asyncio.to_thread(released.wait, 5)
+        await end(server, **given)
+
+    monkeypatch.setattr(uvicorn.Server, "shutdown", end_late)
+    with answering(sockets, connection):
+        assert client.get("/healthz").status_code == 200
+    running = {each.name: each for each in threading.enumerate()}
+    address = ("127.0.0.1", settings.port)
+    with socket.create_connection(address) as caller, sockets[0].accept()[0] as accepted:
+        assert accepted.getpeername() == caller.getsockname()
+    released.set()
+    running["loading"].join()
 
 
 def test_an_error_while_loading_ends_the_answers(

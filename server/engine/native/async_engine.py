@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from server.engine.errors import EngineStopped
@@ -53,7 +53,7 @@ class AsyncEngine(PooledEngine):
         model: what `engine` runs.
         max_queue: sequences that may wait beside those that run; a request that exceeds it is
             refused, unless its owner has less than an equal part.
-        watchdog: ends the process when a step hangs; None: nothing does. The first step is not
+        watchdog: ends the process when a step hangs; left out: nothing does. The first step is not
             watched: it may compile or build what later ones use.
     """
 
@@ -67,7 +67,7 @@ class AsyncEngine(PooledEngine):
         super().__init__(model, engine.pool)
         self.engine = engine
         self.max_queue = max_queue
-        self.watchdog = watchdog
+        self.watchdog = watchdog or StepWatchdog(0)
         self._wake = threading.Condition()
         self._commands: list[Command] = []
         self._streams: dict[str, _Stream] = {}
@@ -235,6 +235,8 @@ class AsyncEngine(PooledEngine):
             self._stats = replace(self._stats, has_failed=True, failure=str(error))
             self._call(self._end_streams)
             self.on_failure()
+        finally:
+            self.watchdog.disarm()
 
     def _serve(self) -> None:
         """Carry out commands, run a step, deliver its outputs; sleep while there is nothing to
@@ -260,20 +262,18 @@ class AsyncEngine(PooledEngine):
 
     def _step(self) -> list[RequestOutput]:
         """Run a step, watched by the watchdog unless it is the first."""
-        if self.watchdog is None or not self.engine.counters.num_steps:
-            return self.engine.step()
-        self.engine.on_pass = self.watchdog.arm  # each pass of a step has the full time
-        self.watchdog.arm()
-        try:
-            return self.engine.step()
-        finally:
-            self.watchdog.disarm()
+        if self.engine.counters.num_steps:
+            self.engine.on_pass = self.watchdog.arm  # each pass of a step has the full time
+            self.watchdog.arm()
+        return self.engine.step()
 
     def _next_commands(self, is_idle: bool) -> list[Command] | None:
         """The commands that have come; an idle engine waits for one, or for a deadline.
 
         None: closed, nothing left.
         """
+        if is_idle:
+            self.watchdog.disarm()
         with self._wake:
             while is_idle and not self._commands and not self._stopped:
                 was_notified = self._wake.wait(self.engine.seconds_left())
@@ -294,8 +294,8 @@ class AsyncEngine(PooledEngine):
         scheduler = self.engine.scheduler
         blocks = scheduler.blocks
         return EngineStats(
-            **asdict(self.engine.counters),
-            **asdict(self.pool.counters),
+            **vars(self.engine.counters),
+            **vars(self.pool.counters),
             num_requests_running=_num_requests(scheduler.running),
             num_requests_waiting=scheduler.waiting.num_requests(),
             kv_cache_usage=1 - blocks.num_free / blocks.capacity,

@@ -3,9 +3,11 @@
 Shapes are those of kv_cache.py: T tokens in the batch, each in a row of its own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,18 +26,20 @@ class Batch:
         chunks: the step's chunks, in the order in which their tokens lie in the batch.
         input_ids: [T] token ids.
         positions: [T] their positions in their sequences.
+        num_positions: they lie below it.
         paged: the KV cache, and where each token's keys and values go in it.
         selections: the adapters of each token.
-        logit_rows: [rows] the tokens whose logits are needed, chunk after chunk.
+        logit_rows: [rows] the tokens whose logits are needed, chunk after chunk; None: all.
         num_logits: how many of those each chunk has.
     """
 
     chunks: list[Chunk]
     input_ids: Tensor
     positions: Tensor
+    num_positions: int
     paged: PagedKv
     selections: list[AdapterSelection]
-    logit_rows: Tensor
+    logit_rows: Tensor | None
     num_logits: list[int]
 
 
@@ -72,17 +76,29 @@ def build_batch(step: Step, cache: Tensor, *, in_tiles: bool = False) -> Batch:
         selections += [sequence.request.selection] * chunk.count
         logit_rows += range(len(input_ids) - num_rows, len(input_ids))
 
-    groups = () if in_tiles else _groups(singles, longer, block_size, device)
+    members = [] if in_tiles else _members(singles, longer, block_size)
+    tables = [_tables(chunks_of_group, block_size) for chunks_of_group in members]
     tiles = make_tiles(chunks, cache) if in_tiles else None
+    tensors = _tensors([input_ids, positions, slots, logit_rows, *tables], device)
+    of_ids, of_positions, of_slots, of_logits, *of_tables = tensors
+    groups = _groups(members, of_positions, of_tables)
     return Batch(
         chunks,
-        torch.tensor(input_ids, device=device),
-        torch.tensor(positions, device=device),
-        PagedKv(cache, torch.tensor(slots, device=device), groups, tiles=tiles),
+        of_ids,
+        of_positions,
+        max(chunk.stop for chunk in chunks),
+        PagedKv(cache, of_slots, groups, tiles=tiles),
         selections,
-        torch.tensor(logit_rows, dtype=torch.long, device=device),
+        None if len(logit_rows) == len(input_ids) else of_logits,
         num_logits,
     )
+
+
+def _tensors(lists: Sequence[list[int]], device: torch.device) -> Sequence[Tensor]:
+    """Lists as tensors: parts of one, which is sent to the device at once."""
+    together = np.array(list(chain.from_iterable(lists)), dtype=np.int64)  # sooner than torch does
+    sizes = [len(each) for each in lists]
+    return torch.from_numpy(together).to(device).split_with_sizes(sizes)
 
 
 def _slots(chunk: Chunk, block_size: int) -> list[int]:
@@ -92,9 +108,7 @@ def _slots(chunk: Chunk, block_size: int) -> list[int]:
     return [table[p // block_size] * block_size + p % block_size for p in positions]
 
 
-def _groups(
-    singles: list[Chunk], longer: list[Chunk], block_size: int, device: torch.device
-) -> tuple[AttentionGroup, ...]:
+def _members(singles: list[Chunk], longer: list[Chunk], block_size: int) -> list[list[Chunk]]:
     """Divide a batch into groups of sequences that attend together.
 
     Each longer chunk is a group. Single tokens, which are sorted by the length of their sequences,
@@ -103,33 +117,37 @@ def _groups(
     """
     by_magnitude = groupby(singles, key=lambda chunk: _num_blocks(chunk, block_size).bit_length())
     members = [list(group) for _, group in by_magnitude]
-    members += [[chunk] for chunk in longer]
-    groups = []
-    first_row = 0
-    for chunks in members:
-        num_rows = len(chunks) * chunks[0].count
-        rows = slice(first_row, first_row + num_rows)
-        groups.append(_group(chunks, rows, block_size, device))
-        first_row += num_rows
-    return tuple(groups)
+    return members + [[chunk] for chunk in longer]
 
 
-def _group(
-    chunks: list[Chunk], rows: slice, block_size: int, device: torch.device
-) -> AttentionGroup:
-    """The group of chunks with the same number of tokens that lie in the given rows."""
+def _tables(chunks: list[Chunk], block_size: int) -> list[int]:
+    """The blocks of a group's sequences, one after the other, all padded to the same number."""
     tables = [c.sequence.block_table[: _num_blocks(c, block_size)] for c in chunks]
     width = max(len(table) for table in tables)
     blocks: list[int] = []
     for table in tables:
         blocks += table
         blocks += [NULL_BLOCK] * (width - len(table))
-    positions = [range(chunk.start, chunk.stop) for chunk in chunks]
-    return AttentionGroup(
-        rows,
-        torch.tensor(blocks, device=device),
-        torch.tensor(positions, device=device),
-    )
+    return blocks
+
+
+def _groups(
+    members: Sequence[list[Chunk]], positions: Tensor, tables: Sequence[Tensor]
+) -> tuple[AttentionGroup, ...]:
+    """The groups of a batch, in the order in which their tokens lie there.
+
+    Args:
+        members: the chunks of each group, which all have the same number of tokens.
+        positions: [T], of the batch.
+        tables: [n · m], of each group.
+    """
+    groups = []
+    first_row = 0
+    for chunks, blocks in zip(members, tables, strict=True):
+        rows = slice(first_row, first_row + len(chunks) * chunks[0].count)
+        groups.append(AttentionGroup(rows, blocks, positions[rows].view(len(chunks), -1)))
+        first_row = rows.stop
+    return tuple(groups)
 
 
 def _num_blocks(chunk: Chunk, block_size: int) -> int:

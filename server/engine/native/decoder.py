@@ -27,6 +27,7 @@ from crma.method.injection import (
     embedding_shape,
     head_shape,
 )
+from crma.models.serving_record import STEADY_ROPES
 from server.engine.native.bare_model import BareModel
 from server.engine.native.joined_linear import JoinedLinear, join, packs
 from server.engine.native.kernel import Kernel
@@ -35,13 +36,12 @@ from server.engine.native.lora_stack import Site
 from server.engine.native.lora_table import backbone_uses
 from server.engine.native.packed_blocks import PackedBlock, PackedBlocks
 from server.engine.native.packed_weight import PackedWeight
+from server.engine.native.rotary import Rotary, Rotation, Rotations
 from server.engine.native.token_embedding import TokenEmbedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines [T, 1, e], the first half of the sines negated
-Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # h, positions -> cosines, sines
 AddDelta = Callable[[int], None]  # adds a backbone's delta of the layer with this index
 
 COVERED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -137,7 +137,8 @@ class Decoder:
             _own_unpacked_weights(model, tokens, is_shared=_is_shared(tokens, head, kernel, int8))
         self._int8 = int8
         self._frozen: dict[str, FrozenLinear] = {}
-        self._rotary: Rotary = rotary or inner.rotary_emb
+        is_steady = rotary is None and _is_steady(config)
+        self._rotations = Rotations(rotary or inner.rotary_emb, is_steady=is_steady)
         self._norm = inner.norm.weight.data
         (self._embedding_path,) = embedding_shape(model)
         self._layers: list[_Layer] = []
@@ -216,12 +217,20 @@ class Decoder:
             blocks, config.num_attention_heads, config.rms_norm_eps, first_site, self.kernel
         )
 
-    def forward(self, input_ids: Tensor, positions: Tensor, paged: PagedKv, plan: Plan) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        num_positions: int,
+        paged: PagedKv,
+        plan: Plan,
+    ) -> Tensor:
         """Run the model without gradients and store the tokens' keys and values in the cache.
 
         Args:
             input_ids: [T].
             positions: [T].
+            num_positions: they lie below it.
 
         Returns:
             Logits [rows, vocab] of the plan's `head_rows`.
@@ -229,7 +238,7 @@ class Decoder:
         h = self._embedding(input_ids)
         if plan.stacked is not None:
             plan.stacked.add_((self._embedding_path,), h, input_ids)
-        rotation = self._rotation(h, positions)
+        rotation = self._rotations.at(positions, num_positions, h)
         if self.packed_blocks is not None:
             self.packed_blocks.run(h, rotation, paged, plan)
         else:
@@ -246,11 +255,6 @@ class Decoder:
             self._mlp(layer, h, plan)
             for add_delta in add_deltas:
                 add_delta(index)
-
-    def _rotation(self, h: Tensor, positions: Tensor) -> Rotation:
-        cos, sin = (table[0, :, None] for table in self._rotary(h, positions[None]))
-        half = self.head_size // 2
-        return cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
 
     def _backbone(self, h: Tensor, rows: Tensor | None, pairs: Sequence[FoldedPair]) -> AddDelta:
         """Make the function that adds a backbone's delta to h in place, layer by layer.
@@ -324,6 +328,11 @@ class Decoder:
             return self.kernel.norm(x, weight, eps)
         # Without its weight in the norm, the result is rounded twice, as in the modules.
         return rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
+
+
+def _is_steady(config: Any) -> bool:
+    """Whether a position has the same frequencies in every sequence."""
+    return config.rope_parameters.get("rope_type", "default") in STEADY_ROPES
 
 
 def _backbone_in_kernel(

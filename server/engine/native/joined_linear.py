@@ -5,7 +5,7 @@ With the kernel, weights are packed in bfloat16, or rounded to 8 bits.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -50,27 +50,40 @@ def join(
         kernel: None: torch computes the product.
         int8: round the weights to 8 bits; needs the kernel.
     """
-    norms = [squared_norms(one.weight) for one in linears]
     bias = None
     if linears[0].bias is not None:
         bias = torch.cat([one.bias for one in linears])
     packed: PackedWeight | Int8Weight | None = None
-    if kernel is not None and int8:
-        packed = Int8Weight.of(_side_by_side(linears))
-        product: Product = partial(_product_in_int8, kernel, packed)
-    elif kernel is not None and packs(kernel, linears):
+    if kernel is not None and not int8 and packs(kernel, linears):
+        dtype = linears[0].weight.dtype
         packed = PackedWeight.of(_side_by_side(linears))
-        product = partial(_product_of_packed, kernel, packed)
+        product: Product = partial(_product_of_packed, kernel, packed)
+        norms: Callable[[], Tensor] = cache(partial(_norms_of_packed, packed, dtype))
     else:
-        product = _product(linears)
+        norms = partial(torch.cat, [squared_norms(one.weight) for one in linears])
+        if kernel is not None and int8:
+            packed = Int8Weight.of(_side_by_side(linears))
+            product = partial(_product_in_int8, kernel, packed)
+        else:
+            product = _product(linears)
     parts = []
     stop = 0
-    for one, squared in zip(linears, norms, strict=True):
+    for one in linears:
         columns = slice(stop, stop + one.out_features)
         stop = columns.stop
         own_bias = None if bias is None else bias[columns]
-        parts.append(FrozenLinear(partial(_columns, product, columns), squared, own_bias))
+        own_product = partial(_columns, product, columns)
+        parts.append(FrozenLinear(own_product, partial(_some, norms, columns), own_bias))
     return JoinedLinear(lambda x: product(x, bias), parts, packed, bias)
+
+
+def _norms_of_packed(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The squared norms of a packed weight, which had this dtype. Few adapters need them."""
+    return squared_norms(weight.unpacked().to(dtype))
+
+
+def _some(norms: Callable[[], Tensor], columns: slice) -> Tensor:
+    return norms()[columns]
 
 
 def _columns(product: Product, columns: slice, x: Tensor) -> Tensor:

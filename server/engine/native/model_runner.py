@@ -112,14 +112,17 @@ class ModelRunner:
         # cores, they no longer spin at barriers, and a step takes twice as long. Set the number in
         # every step, because MKL has one number for the whole process.
         torch.set_num_threads(self.num_threads)
-        if self.kernel is None:
+        if self.kernel is None and new_blocks:
             self.kv[:, new_blocks] = 0
         plan = self._plan(batch)
         if self.rotary is not None:
             self.rotary.set_rows(batch.chunks)
         paged = replace(batch.paged, kernel=self.kernel)
         if self.decoder is not None:
-            return self.decoder.forward(batch.input_ids, batch.positions, paged, plan).float()
+            logits = self.decoder.forward(
+                batch.input_ids, batch.positions, batch.num_positions, paged, plan
+            )
+            return logits.float()
         return self._run_modules(batch, paged, plan).float()
 
     def _run_modules(self, batch: Batch, paged: PagedKv, plan: Plan) -> Tensor:
@@ -159,7 +162,7 @@ class ModelRunner:
             self._stack.hold({d: self.pool.loras[d] for d in sorted(used)})
         head = None
         if self._adapts_head(used):
-            rows = batch.logit_rows.tolist()
+            rows = range(len(tasks)) if batch.logit_rows is None else batch.logit_rows.tolist()
             head = self._row_deltas([tasks[row] for row in rows])
         stacked = self._row_deltas(tasks)
         return replace(plan, stacked=stacked, head_rows=batch.logit_rows, stacked_head=head)

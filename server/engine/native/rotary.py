@@ -1,5 +1,6 @@
 """Rotary embeddings of a mixed batch: each row by the frequencies of its own sequence.
 
+Mostly these are the same for all sequences, and a position's cosines and sines are kept. Else
 transformers' modules choose one table for all rows of a call, by the largest position in it, and
 keep it for later calls. This takes their arithmetic, but chooses row by row and keeps nothing.
 """
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from crma.core.errors import UnsupportedModel
 from crma.models.rope import RopeScaling
@@ -22,7 +24,49 @@ from server.engine.native.step import Chunk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Rotation = tuple[Tensor, Tensor]  # cosines and sines [T, 1, e], the first half of the sines negated
+Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # h, positions -> cosines, sines
+
+FEWEST_POSITIONS = 1024  # of a table; it grows to the next power of two
 NUM_TABLES = 256  # kept: of a dynamic model, every length beyond the original one has its own
+
+
+class Rotations:
+    """What turns the queries and keys of a batch.
+
+    Args:
+        rotary: the model's embedding, or what takes its place.
+        is_steady: a position's rotation is always the same: it is computed once.
+    """
+
+    def __init__(self, rotary: Rotary, *, is_steady: bool) -> None:
+        self._rotary = rotary
+        self._is_steady = is_steady
+        self._num_known = 0
+        self._known: Rotation | None = None  # of the positions from 0 on: [n, e]
+
+    def at(self, positions: Tensor, num_positions: int, h: Tensor) -> Rotation:
+        """The rotations of positions [T].
+
+        Args:
+            num_positions: they lie below it.
+            h: its dtype is that of the result.
+        """
+        if not self._is_steady:
+            cos, sin = self._computed(positions, h)
+            return cos[:, None], sin[:, None]
+        if self._known is None or num_positions > self._num_known:
+            self._num_known = max(FEWEST_POSITIONS, 1 << (num_positions - 1).bit_length())
+            first = torch.arange(self._num_known, device=positions.device)
+            self._known = self._computed(first, h)
+        cos, sin = self._known
+        return embedding(positions, cos)[:, None], embedding(positions, sin)[:, None]
+
+    def _computed(self, positions: Tensor, h: Tensor) -> Rotation:
+        """As `at`, but [T, e]."""
+        cos, sin = self._rotary(h, positions[None])
+        half = sin.shape[-1] // 2
+        return cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
 
 
 class ScaledRotary:

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from server.engine.native.batch import Batch
 from server.engine.native.constraint import Stuck, constrained
-from server.engine.native.sampler import SamplingRow, rewind, sample, token_logprobs
+from server.engine.native.sampler import (
+    SamplingRow,
+    are_numbers,
+    rewind,
+    sample,
+    token_logprobs,
+)
 from server.engine.native.sequence import Sequence
 from server.engine.native.step import Chunk
 from server.engine.request import TokenLogprob
@@ -53,9 +59,7 @@ class StepResults:
             num_tokens: only token ids below it are sampled.
         """
         results = cls(batch.chunks)
-        # The largest value of a row that has a NaN or +inf, neither of which the sampler takes, is
-        # not finite.
-        is_valid = logits.amax(-1).isfinite().tolist()
+        is_valid = are_numbers(logits)
         sampled_rows: list[int] = []
         sampled: list[Sequence] = []
         first_row = 0
@@ -64,7 +68,7 @@ class StepResults:
             first_row += num_rows
             if not all(is_valid[rows]):
                 results.overflown.append(chunk.sequence)
-            elif not _took_prompt_logprobs(chunk, num_rows, logits[rows], num_tokens):
+            elif not _took_prompt_logprobs(chunk, logits, rows, num_tokens):
                 results.failed.append(chunk.sequence)
             elif chunk.samples and chunk.sequence.request.sampling.max_tokens == 0:
                 results.measured.append(chunk.sequence)
@@ -96,7 +100,7 @@ class StepResults:
             rows: one of them for each sequence.
         """
         try:
-            self.tokens.extend(_new_tokens(logits[rows], sequences, num_tokens))
+            self.tokens.extend(_new_tokens(_of(rows, logits), sequences, num_tokens))
         except Stuck:
             pass  # before any draw; not this server's fault, so it is not logged
         except Exception:
@@ -115,13 +119,23 @@ class StepResults:
                 self.failed.append(sequence)
 
 
-def _took_prompt_logprobs(chunk: Chunk, num_rows: int, logits: Tensor, num_tokens: int) -> bool:
-    """Keep the log-probabilities of a chunk's prompt tokens if it wants them; False: it failed."""
+def _of(rows: list[int], logits: Tensor) -> Tensor:
+    """Some rows of logits, given in ascending order. All of them are not copied."""
+    return logits if len(rows) == len(logits) else logits[rows]
+
+
+def _took_prompt_logprobs(chunk: Chunk, logits: Tensor, rows: slice, num_tokens: int) -> bool:
+    """Keep the log-probabilities of a chunk's prompt tokens if it wants them; False: it failed.
+
+    Args:
+        rows: those of the chunk.
+    """
     sequence = chunk.sequence
     if not sequence.wants_prompt_logprobs:
         return True
+    start = chunk.stop - (rows.stop - rows.start)
     try:
-        _add_prompt_logprobs(sequence, chunk.stop - num_rows, logits, num_tokens)
+        _add_prompt_logprobs(sequence, start, logits[rows], num_tokens)
     except Exception:
         logger.exception("request %s: no log-probabilities of its prompt", sequence.request.id)
         return False
@@ -183,7 +197,9 @@ def _sampled_logprobs(
             rows.append(row)
             num_top.append(k)
     if rows:
-        found = token_logprobs(logits[rows], [tokens[row] for row in rows], num_top, num_tokens)
+        found = token_logprobs(
+            _of(rows, logits), [tokens[row] for row in rows], num_top, num_tokens
+        )
         for row, logprob in zip(rows, found, strict=True):
             logprobs[row] = (logprob,)
     return logprobs
