@@ -7,25 +7,23 @@ ids. The order of summation (alone or batched, on another device) therefore cann
 between two tokens, and no draw falls on a token that was cut off. A token 2^33 times less probable
 than the most probable one is never drawn.
 
-Sorting a vocabulary takes about twenty times as long as finding its 128 largest scores. Only top-k
-and top-p need an order; they start with few candidates, and take more only where those do not
-settle the matter.
+A device chooses for all rows at once (score_rows.py). So does a processor where every token may be
+drawn; else it chooses row by row, on one thread (score_row.py).
 """
 
+import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from server.engine.native.score_row import LARGEST, ScoreRow
+from server.engine.native.score_rows import choose, ranked
 from server.engine.request import SamplingParams, TokenLogprob
-
-LARGEST = torch.finfo(torch.float32).max
-MOST_PROBABLE_MASS = 2.0**32
-ROOM_FOR_TIES = 64
-NUM_CANDIDATES = (128, 2048)  # for top-k and top-p, before the whole vocabulary is sorted
 
 
 class SamplingRow(NamedTuple):
@@ -56,33 +54,43 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     """
     scores = _penalised(_biased(logits, rows), rows)
     scores = _without_forbidden(scores, rows)
-    sampled = [i for i, row in enumerate(rows) if row.params.temperature > 0]
-    if len(sampled) == len(rows):
-        return _draw(scores, rows)
-    tokens = _most_likely(scores)
-    if sampled:
-        drawn = _draw(scores[sampled], [rows[i] for i in sampled])
-        for i, token in zip(sampled, drawn, strict=True):
-            tokens[i] = token
-    return tokens
+    points = [1 - _uniform(row.generator) if row.params.temperature else 1.0 for row in rows]
+    params = [row.params for row in rows]
+    if scores.device.type == "cpu":
+        return _choose_on_cpu(scores, params, points)
+    return choose(scores, params, points)
+
+
+def _choose_on_cpu(
+    scores: Tensor, params: Sequence[SamplingParams], points: Sequence[float]
+) -> list[int]:
+    """As `score_rows.choose`."""
+    tokens = {}
+    together = [i for i, each in enumerate(params) if _draws_from_all(each)]
+    if len(together) == len(params):
+        return choose(scores, params, points)
+    if together:
+        drawn = choose(
+            scores[together], [params[i] for i in together], [points[i] for i in together]
+        )
+        tokens = dict(zip(together, drawn, strict=True))
+    for i, row in enumerate(scores.numpy()):
+        if i not in tokens:
+            tokens[i] = ScoreRow(row).choose(params[i], points[i])
+    return [tokens[i] for i in range(len(params))]
+
+
+def _draws_from_all(params: SamplingParams) -> bool:
+    is_truncated = bool(params.top_k or params.min_p) or params.top_p < 1
+    return params.temperature > 0 and not is_truncated
 
 
 def are_numbers(logits: Tensor) -> list[bool]:
     """Whether `sample` can take each row of logits [b, vocab]: no NaN, no +inf, a finite value."""
     # That is so if its largest value is finite: that of a row with a NaN is NaN.
-    largest = logits.gather(-1, torch.tensor(_most_likely(logits), device=logits.device)[:, None])
-    return largest[:, 0].isfinite().tolist()
-
-
-def _most_likely(scores: Tensor) -> list[int]:
-    """The token with the largest score of each row, of ties the lowest id; that of a NaN first."""
-    if scores.device.type == "cpu":
-        # On one thread, in a tenth of the time: torch wakes its other threads, and waits for them.
-        tokens: list[int] = scores.numpy().argmax(-1).tolist()
-        return tokens
-    # max returns the first of ties, as argmax does, in a third of the time.
-    found: list[int] = scores.max(-1).indices.tolist()
-    return found
+    if logits.device.type != "cpu":
+        return logits.amax(-1).isfinite().tolist()
+    return [math.isfinite(ScoreRow(row).largest_score) for row in logits.numpy()]
 
 
 def rewind(generator: torch.Generator, num_draws: int) -> None:
@@ -104,23 +112,30 @@ def token_logprobs(
         num_tokens: only ids below it are among those; None: all.
 
     Returns:
-        One for each row. Of ties the lower ids come first; where more than 64 tokens tie at the
-        end of the list, any of them may be in it.
+        One for each row. Of ties the lower ids come first; on a device, where more than 64 tokens
+        tie at the end of the list, any of them may be in it.
     """
     logprobs = logits.log_softmax(-1)
-    ids = torch.tensor(token_ids, dtype=torch.long, device=logits.device)
-    chosen = logprobs.gather(-1, ids[:, None])[:, 0].tolist()
+    own = torch.tensor(token_ids, dtype=torch.long, device=logits.device)
+    chosen = logprobs.gather(-1, own[:, None])[:, 0].tolist()
     width = max(num_top, default=0)
     if width == 0:
         return [TokenLogprob(value) for value in chosen]
-    ranked = _ranked(logits[:, :num_tokens], width + ROOM_FOR_TIES)[:, :width]
-    top_ids = ranked.tolist()
-    top_logprobs = logprobs.gather(-1, ranked).tolist()
+    ids = _most_probable(logits[:, :num_tokens], width)
+    top_ids = ids.tolist()
+    top_logprobs = logprobs.gather(-1, ids).tolist()
     found = []
     for row, (value, k) in enumerate(zip(chosen, num_top, strict=True)):
         top = tuple(zip(top_ids[row][:k], top_logprobs[row][:k], strict=True))
         found.append(TokenLogprob(value, top))
     return found
+
+
+def _most_probable(logits: Tensor, width: int) -> Tensor:
+    """The ids [b, width] of the largest logits of each row, the largest first."""
+    if logits.device.type != "cpu":
+        return ranked(logits, width)
+    return torch.tensor(np.stack([ScoreRow(row).ranked(width) for row in logits.numpy()]))
 
 
 def _biased(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -217,110 +232,6 @@ def _for_frequency(count: Tensor, penalty: Tensor) -> Tensor:
     return penalty * count
 
 
-def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """Draw one token for each sampled row.
-
-    Args:
-        scores: [b, vocab] fp32, after penalties.
-        rows: b rows with a temperature above 0.
-    """
-    device = scores.device
-    params = [row.params for row in rows]
-    masses = scores.double()
-    # Subtract the largest score first: a tiny temperature then gives -inf, never +inf or NaN.
-    masses.sub_(masses.amax(-1, keepdim=True))
-    masses.div_(_column((p.temperature for p in params), device)).exp_()
-    if any(p.min_p for p in params):
-        masses.masked_fill_(masses < _column((p.min_p for p in params), device), 0.0)
-    masses.mul_(MOST_PROBABLE_MASS).round_()
-    truncated = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1]
-    if truncated:
-        # A top_k beyond the vocabulary keeps all of it. It may be an integer that no float holds.
-        vocab = scores.shape[-1]
-        top_k = _column((min(params[i].top_k or vocab, vocab) for i in truncated), device)
-        top_p = _column((params[i].top_p for i in truncated), device)
-        masses[truncated] = _truncated(masses[truncated], scores[truncated], top_k, top_p)
-    sums = masses.cumsum_(-1)
-    # In (0, 1]: the first sum that reaches a draw then belongs to a token with a mass, and there
-    # always is one.
-    draws = [1 - _uniform(row.generator) for row in rows]
-    return torch.searchsorted(sums, _column(draws, device) * sums[:, -1:])[:, 0].tolist()
-
-
 def _uniform(generator: torch.Generator) -> float:
     """A number in [0, 1)."""
     return torch.rand((), dtype=torch.float64, generator=generator).item()
-
-
-def _column(values: Iterable[float], device: torch.device) -> Tensor:
-    """[b, 1] float64."""
-    return torch.tensor(list(values), dtype=torch.float64, device=device)[:, None]
-
-
-def _truncated(masses: Tensor, scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Set to zero the masses that top-k cuts off, and those that top-p cuts off of what is left.
-
-    Each round takes more candidates, for the rows that the round before did not settle.
-
-    Args:
-        masses: [b, vocab] float64.
-        scores: [b, vocab] fp32; they give the order.
-        top_k: [b, 1] from 1 to vocab.
-        top_p: [b, 1].
-    """
-    result, is_settled = _truncated_to_candidates(masses, scores, top_k, top_p, NUM_CANDIDATES[0])
-    for num_candidates in (*NUM_CANDIDATES[1:], scores.shape[-1]):
-        if is_settled.all():
-            break
-        rows = (~is_settled).nonzero()[:, 0]
-        part, is_part_settled = _truncated_to_candidates(
-            masses[rows], scores[rows], top_k[rows], top_p[rows], num_candidates
-        )
-        result[rows] = part
-        is_settled[rows] = is_part_settled
-    return result
-
-
-def _truncated_to_candidates(
-    masses: Tensor, scores: Tensor, top_k: Tensor, top_p: Tensor, num_candidates: int
-) -> tuple[Tensor, Tensor]:
-    """Truncate as if only the tokens with the largest scores could be kept.
-
-    Returns:
-        Masses [b, vocab], zero outside the candidates; and [b] bool, False where a token outside
-        them might have to be kept.
-    """
-    vocab = scores.shape[-1]
-    ids = _ranked(scores, num_candidates)
-    kept = masses.gather(-1, ids)
-    rank = torch.arange(ids.shape[-1], device=ids.device)
-    kept[rank >= top_k] = 0.0
-    has_top_k = top_k < vocab
-    total = torch.where(has_top_k, kept.sum(-1, keepdim=True), masses.sum(-1, keepdim=True))
-    mass_before = kept.cumsum(-1) - kept
-    kept *= mass_before < top_p * total
-    result = torch.zeros_like(masses).scatter_(-1, ids, kept)
-    if num_candidates >= vocab:
-        return result, torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-    # The last candidate may tie with tokens outside, and a larger k keeps tokens there.
-    candidates = scores.gather(-1, ids)
-    ties_with_last = candidates == candidates[:, -1:]
-    keeps_last = ((kept > 0) & ties_with_last).any(-1)
-    wants_more = (has_top_k & (top_k > num_candidates))[:, 0]
-    return result, ~(keeps_last | wants_more)
-
-
-def _ranked(scores: Tensor, width: int) -> Tensor:
-    """Return the ids of the largest scores of each row: the largest first, of ties the lowest id.
-
-    Of the ids that tie with the last one, any may be in the result.
-
-    Args:
-        scores: [b, vocab].
-        width: how many; at most the vocabulary is returned.
-    """
-    if width >= scores.shape[-1]:
-        return torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    ids = scores.topk(width, sorted=False).indices.sort(-1).values
-    order = torch.sort(scores.gather(-1, ids), dim=-1, descending=True, stable=True).indices
-    return ids.gather(-1, order)
