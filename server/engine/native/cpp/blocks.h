@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 
@@ -82,9 +83,12 @@ template <typename T> struct Pass {
     int64_t* taken;  // receives what each StepPart takes; null: nobody wants to know
 };
 
-// The rows' memory during a pass.
+// The rows' memory during a pass. It begins at a cache line: else every other vector would be in two.
 template <typename T> class Scratch {
-    std::unique_ptr<T[]> memory;
+    struct alignas(CACHE_LINE) Line {
+        std::byte bytes[CACHE_LINE];
+    };
+    std::unique_ptr<Line[]> memory;
 
   public:
     T *normed, *wide, *narrow, *out;
@@ -93,8 +97,9 @@ template <typename T> class Scratch {
         const int64_t d = block.qkv.in;
         const int64_t widest = std::max(block.qkv.out, block.gate_up.out);
         const int64_t narrower = std::max(block.attention_out.in, block.down.in);
-        memory.reset(new T[rows * (2 * d + widest + narrower)]);
-        normed = memory.get();
+        const int64_t num_bytes = rows * (2 * d + widest + narrower) * sizeof(T);
+        memory.reset(new Line[num_bytes / CACHE_LINE + 1]);
+        normed = reinterpret_cast<T*>(memory.get());
         out = normed + rows * d;
         wide = out + rows * d;
         narrow = wide + rows * widest;

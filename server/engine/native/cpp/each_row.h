@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #ifdef _OPENMP
 #include <omp.h>
@@ -14,6 +15,12 @@ inline int64_t num_threads() {
 #else
     return 1;
 #endif
+}
+
+// How many neighbouring rows a thread takes at a time where each is as much work as the others: eight
+// turns a thread. To meet the other threads for every row would take as long as a norm's work.
+inline int64_t rows_of_turn(int64_t rows) {
+    return std::max<int64_t>(rows / (8 * num_threads()), 1);
 }
 
 // Call visit(row) for each row; a thread takes `at_once` neighbouring rows at a time. One thread does

@@ -26,11 +26,12 @@ template <typename T> void norm_row(const T* x, const T* weight, float eps, T* y
 
 template <typename T>
 void norm(const T* x, const T* weight, float eps, T* y, int64_t rows, int64_t d) {
-    each_row(rows, 2 * d, [&](int64_t r) { norm_row(x + r * d, weight, eps, y + r * d, d); });
+    auto norm_one = [&](int64_t r) { norm_row(x + r * d, weight, eps, y + r * d, d); };
+    each_row(rows, 2 * d, norm_one, rows_of_turn(rows));
 }
 
 template <typename T> void gate(const T* x, T* y, int64_t rows, int64_t d) {
-    each_row(rows, 8 * d, [&](int64_t r) {
+    auto gate_row = [&](int64_t r) {
         const T* gates = x + r * 2 * d;
         const T* ups = gates + d;
 #pragma omp simd
@@ -39,17 +40,19 @@ template <typename T> void gate(const T* x, T* y, int64_t rows, int64_t d) {
             float silu = v / (1.0f + exponential(-v));
             y[r * d + i] = store<T>(rounded<T>(silu) * load(ups[i]));
         }
-    });
+    };
+    each_row(rows, 8 * d, gate_row, rows_of_turn(rows));
 }
 
 // x += y.
 template <typename T> void add(T* x, const T* y, int64_t rows, int64_t d) {
-    each_row(rows, d, [&](int64_t r) {
+    auto add_row = [&](int64_t r) {
         T* to = x + r * d;
         const T* from = y + r * d;
 #pragma omp simd
         for (int64_t i = 0; i < d; i++) to[i] = store<T>(load(to[i]) + load(from[i]));
-    });
+    };
+    each_row(rows, d, add_row, rows_of_turn(rows));
 }
 
 // Turn one head in place. The first half of `sin` is negated.
