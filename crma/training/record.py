@@ -128,7 +128,7 @@ def make_record(
             "tokens": tokens,
             "wall_s": train_s,
             "tokens_per_s": tokens / train_s,
-            "recorded_steps": sum(step["recorded"] for step in log),
+            "recorded_steps": sum(step.get("recorded", False) for step in log),
         },
         "hardware": machine,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},

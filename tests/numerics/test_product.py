@@ -142,6 +142,20 @@ def test_a_rows_bits_depend_on_no_other_row_nor_on_their_number(
         assert torch.equal(variant.product(x[-rows:].contiguous(), packed, None), alone[-rows:])
 
 
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_product_of_no_rows_is_empty(name: str) -> None:
+    """The head gets no row in a step that ends no prompt."""
+    library = tiny.library()
+    if library is None:
+        pytest.skip("no C++ compiler")
+    weight = draw(40, 33)
+    native = in_process(name, library.parent)
+    for dtype in (torch.float32, torch.bfloat16):
+        nothing = torch.empty(0, 33, dtype=dtype)
+        assert native.product(nothing, PackedWeight.of(weight), None).shape == (0, 40)
+        assert native.product_int8(nothing, Int8Weight.of(weight)).shape == (0, 40)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_changes_no_other(variant: Variant, value: float) -> None:
     for dtype in (torch.float32, torch.bfloat16):

@@ -166,3 +166,16 @@ def test_holdout_and_reserve_are_asked_together(
     assert len(record["items"]["own"]["final"]) == 13
     digests = record["digests"]["data"][str(tmp_path / "own")]
     assert list(digests) == ["train", "validation", "holdout", "reserve"]
+
+
+def test_a_run_that_an_older_version_began_gets_its_record(make: Make, tmp_path: Path) -> None:
+    """Its logs do not say which steps were played from a recording: none was."""
+    run = make(tmp_path, matrix=False)
+    run.execute()
+    for file in run.stage_trainer.logs():
+        steps = [json.loads(line) for line in file.read_text().splitlines()]
+        for step in steps:
+            del step["recorded"]
+        file.write_text("".join(f"{json.dumps(step)}\n" for step in steps))
+    record = make(tmp_path, matrix=False).execute()
+    assert record["training"]["recorded_steps"] == 0

@@ -99,6 +99,7 @@ struct Weight {
 // rows, which lie next to each other. A turn is a chunk of rows and two panels.
 template <typename X, typename Write>
 void multiply(int64_t rows, const X* x, int64_t x_stride, Weight w, Write write) {
+    if (rows == 0) return;  // of the head, in a step that ends no prompt
     const int64_t panel_words = w.words_of_column * PANEL;
     const int64_t panels = up_to(PANEL, w.columns) / PANEL, pairs = up_to(2, panels) / 2;
     const int64_t chunk = std::min(rows, rows_at_once(x_stride * sizeof(X)));

@@ -13,6 +13,7 @@ from schedules import Loads
 from tiny import PROMPT, ask
 
 from crma.core.selection import AdapterSelection
+from crma.method.injection import Injection
 from crma.models.reference import generate
 from server.engine.native.block_pool import NULL_BLOCK
 from server.engine.native.engine import MAX_OVERTAKEN, Engine, model_stop_ids
@@ -56,6 +57,21 @@ def test_what_blocks_held_before_reaches_no_answer(native: bool) -> None:
     engine.runner.kv[:, NULL_BLOCK + 1 :] = torch.nan
     outputs = run(engine, ask())
     assert tuple(token for output in outputs for token in output.token_ids) == oracle()
+
+
+@pytest.mark.parametrize("int8", [True, False])
+def test_a_step_that_ends_no_prompt_needs_no_logits(int8: bool) -> None:
+    """Also where the kernel packs the head, and gets no row of it."""
+    if tiny.library() is None:
+        pytest.skip("no C++ compiler")
+    inj = tiny.injection()
+    model = tiny.fresh(inj).bfloat16().float()  # weights that lose nothing when they are packed
+    engine, _ = tiny.make_engine(Injection(model), {}, max_num_batched_tokens=4, int8=int8)
+    at_once, _ = tiny.make_engine(Injection(model), {}, int8=int8)
+    outputs = run(engine, ask(prompt=PROMPT * 2))
+    assert engine.runner.decoder is not None
+    assert engine.runner.decoder.packed_blocks is not None
+    assert text_of(outputs) == text_of(run(at_once, ask(prompt=PROMPT * 2)))
 
 
 def test_an_end_token_of_the_model_ends_a_sequence_unless_it_is_ignored() -> None:
