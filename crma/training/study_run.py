@@ -140,7 +140,12 @@ class Conduct:
         refuse(self._strangers())
 
     def drop_strangers(self) -> list[Path]:
-        """Delete the records that `run` would refuse to go on with. Returns them."""
+        """Delete the records that `run` would refuse to go on with. Returns them.
+
+        Raises:
+            DataError: the data of a phase that will run is not there; then nothing is deleted.
+        """
+        self._check_supplies()
         dropped = list(self._strangers())
         for path in dropped:
             path.unlink()

@@ -204,6 +204,21 @@ def test_records_of_another_class_are_dropped_on_demand_and_made_here(file: Path
     assert made_here["pairing"]["machine"]["cpu"] != "another"
 
 
+def test_no_record_is_dropped_where_data_are_missing(file: Path) -> None:
+    run(file, until="grid")
+    grid = file.parent / "results/grid"
+    of_another_class(grid / "b6-seed1.json")
+    (grid / "b3-seed1.json").unlink()
+    (grid / "decision.json").unlink()
+    later = file.parent / "later.toml"
+    later.write_text(later.read_text().replace("/own", "/absent"))
+    folders = ("--results", grid.parent, "--work", file.parent / "work")
+    code, _, err = crma("study", file, *folders, "--fresh-class")
+    assert code != 0
+    assert "absent" in err
+    assert (grid / "b6-seed1.json").exists()
+
+
 def test_machines_may_divide_a_phase_by_seeds(file: Path) -> None:
     """A pair has one seed."""
     run(file, until="grid")
