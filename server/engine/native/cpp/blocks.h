@@ -83,9 +83,9 @@ template <typename T> struct Pass {
     int64_t* taken;  // receives what each StepPart takes; null: nobody wants to know
 };
 
-// The rows' memory during a pass. It begins at a cache line: else every other vector would be in two.
-// A thread keeps it for its next pass: the system gives new memory page by page, which takes 6 ms of
-// a prompt of 512 tokens.
+// The rows' memory during a pass. It begins at a cache line: else every other vector would be in
+// two. A thread keeps it for its next pass: the system gives new memory page by page, which takes
+// 6 ms of a prompt of 512 tokens.
 template <typename T> class Scratch {
     struct alignas(CACHE_LINE) Line {
         std::byte bytes[CACHE_LINE];

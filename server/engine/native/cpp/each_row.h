@@ -17,8 +17,8 @@ inline int64_t num_threads() {
 #endif
 }
 
-// How many neighbouring rows a thread takes at a time where each is as much work as the others: eight
-// turns a thread. To meet the other threads for every row would take as long as a norm's work.
+// How many neighbouring rows a thread takes at a time where each is as much work as the others:
+// eight turns a thread. To ask for every row by itself would take as long as to norm it.
 inline int64_t rows_of_turn(int64_t rows) {
     return std::max<int64_t>(rows / (8 * num_threads()), 1);
 }

@@ -166,7 +166,7 @@ inline void add_word(Tile<float, ROWS, VECTORS>& tile, const RowsOfX<bfloat16, R
 
 // Not inlined: by itself, the loop gets all registers. From AVX2 on without a pass of GCC that
 // computes products of 8 bits long before they are added, in the registers that sums should have.
-#ifdef __AVX2__
+#if defined(__AVX2__) && !defined(__clang__)
 #define BY_ITSELF __attribute__((noinline, optimize("no-tree-ter")))
 #else
 #define BY_ITSELF __attribute__((noinline))

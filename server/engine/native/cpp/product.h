@@ -61,9 +61,9 @@ inline int64_t rows_at_once(int64_t row_bytes) {
     return std::max(cache_bytes / row_bytes / step, int64_t(1)) * step;
 }
 
-// How many words of a column are multiplied before the next ones, in parts of nearly the same number.
-// Each tile of rows reads the same part of a panel: where there are many, it should stay in the
-// nearest cache.
+// How many words of a column are multiplied before the next ones, in parts of nearly the same
+// number. Each tile of rows reads the same part of a panel: where there are many, it should stay in
+// the nearest cache.
 inline int64_t words_at_once(int64_t rows, int64_t words) {
     constexpr int64_t many_rows = 24, most = 160, step = 16;  // AMX takes no fewer words
     if (rows < many_rows) return words;
