@@ -24,16 +24,15 @@ def share(config: pytest.Config) -> None:
 
 
 def build_best() -> Path:
-    """The library for the best class of this processor that is measured; waits while another
-    process builds it.
+    """The library for the class that serves this processor by default; waits while another process
+    builds it.
 
     Raises ConfigError without a compiler.
     """
-    from server.engine.native.cpu_class import own_classes
+    from server.engine.native.cpu_class import default_classes
     from server.engine.native.kernel_build import build
 
-    measured = [each for each in own_classes() if each.is_measured]
-    return build(Path(os.environ[_FOLDER]), measured[0])
+    return build(Path(os.environ[_FOLDER]), default_classes()[0])
 
 
 def _build_all() -> None:

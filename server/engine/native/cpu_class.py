@@ -30,7 +30,8 @@ class CpuClass:
         options: of the compiler.
         needs: what Linux must list for a core, or the build would be killed by an instruction.
         multiplies_bfloat16: as it is; others multiply float.
-        is_measured: on such a processor. One that is not is chosen only by name.
+        stand_in: name of the class that serves such processors unless this one is named, because
+            it has not been measured on one; None: it has been.
     """
 
     name: str
@@ -38,14 +39,16 @@ class CpuClass:
     options: tuple[str, ...]
     needs: frozenset[str]
     multiplies_bfloat16: bool = False
-    is_measured: bool = True
+    stand_in: str | None = None
 
 
 GENERIC = CpuClass("generic", None, (), frozenset())  # on Arm it has NEON
 
 CPU_CLASSES = (  # the best first
-    CpuClass("amx", "x86_64", (*_BF16_OPTIONS, "-mamx-tile", "-mamx-bf16"), _AMX, True, False),
-    CpuClass("avx512bf16", "x86_64", _BF16_OPTIONS, _BF16, True, False),
+    CpuClass(
+        "amx", "x86_64", (*_BF16_OPTIONS, "-mamx-tile", "-mamx-bf16"), _AMX, True, "avx512vnni"
+    ),
+    CpuClass("avx512bf16", "x86_64", _BF16_OPTIONS, _BF16, True),
     CpuClass("avx512vnni", "x86_64", (*_V4_OPTIONS, "-mavx512vnni"), _VNNI),
     CpuClass("avx512", "x86_64", _V4_OPTIONS, _V4),
     CpuClass("avx2", "x86_64", ("-march=x86-64-v3",), _V3),
@@ -62,6 +65,14 @@ def own_classes() -> list[CpuClass]:
     """The classes that this processor belongs to, best first."""
     offered = _offered()
     return [each for each in classes_of(platform.machine()) if each.needs <= offered]
+
+
+def default_classes() -> list[CpuClass]:
+    """The classes that serve this processor unless one is named, best first."""
+    own = own_classes()
+    first = own[0].stand_in or own[0].name
+    names = [each.name for each in own]
+    return own[names.index(first) :]
 
 
 def _offered() -> frozenset[str]:

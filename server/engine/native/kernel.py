@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crma.core.errors import ConfigError
-from server.engine.native.cpu_class import CpuClass, own_classes
+from server.engine.native.cpu_class import CpuClass, default_classes, own_classes
 from server.engine.native.kernel_build import build
 from server.engine.native.packed_weight import Int8Weight, PackedWeight
 from server.engine.native.prebuilt_kernel import find_prebuilt
@@ -50,8 +50,7 @@ class Kernel:
     Args:
         dtype: float32 or bfloat16.
         folder: where the library is built, unless the server came with one.
-        cpu_class: name of the class that it is built for; None: the best of this processor's that
-            is measured.
+        cpu_class: name of the class that it is built for; None: the best of `default_classes`.
 
     Attributes:
         cpu_class: what the library is built for.
@@ -219,12 +218,11 @@ class Kernel:
 
 
 def _load(folder: Path, name: str | None) -> tuple[CpuClass, ctypes.CDLL]:
-    """The library for the class of this name, or for the best class that is measured."""
+    """The library for the class of this name, or for the best class that serves by default."""
     own = own_classes()
-    for cpu_class in own:
-        is_wanted = cpu_class.is_measured if name is None else cpu_class.name == name
-        if not is_wanted:
-            continue
+    named = [each for each in own if each.name == name]
+    wanted = default_classes() if name is None else named
+    for cpu_class in wanted:
         library = _load_class(folder, cpu_class)
         if library.may_run():
             return cpu_class, library

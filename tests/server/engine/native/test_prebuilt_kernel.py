@@ -9,8 +9,8 @@ import tiny
 import torch
 
 from crma.core.errors import ConfigError
-from server.engine.native import cpu_class, kernel, kernel_build, prebuilt_kernel
-from server.engine.native.cpu_class import GENERIC, CpuClass, own_classes
+from server.engine.native import cpu_class, kernel_build, prebuilt_kernel
+from server.engine.native.cpu_class import GENERIC, CpuClass, default_classes, own_classes
 from server.engine.native.kernel import Kernel
 from server.engine.native.packed_weight import PackedWeight
 
@@ -56,6 +56,22 @@ def test_a_processor_belongs_to_the_classes_whose_instructions_it_has(
     assert names[-1] == "generic"
 
 
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        (f"{AVX512} avx512_vnni avx512_bf16", "avx512bf16"),
+        (f"{AVX512} avx512_vnni avx512_bf16 amx_tile amx_bf16", "avx512vnni"),
+    ],
+)
+def test_a_class_that_was_never_measured_has_another_serve_in_its_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listed: str, expected: str
+) -> None:
+    pretend(monkeypatch, tmp_path, "x86_64", listed)
+    names = [each.name for each in default_classes()]
+    assert names[0] == expected
+    assert names[-1] == "generic"
+
+
 def test_the_image_has_a_library_for_every_class(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -84,8 +100,7 @@ def test_a_prebuilt_kernel_serves_where_there_is_no_compiler(
 ) -> None:
     """An image without a compiler ran without the kernel."""
     monkeypatch.setattr(prebuilt_kernel, "PREBUILT", tmp_path / "prebuilt")
-    measured = [each for each in own_classes() if each.is_measured]
-    monkeypatch.setattr(prebuilt_kernel, "classes_of", lambda _: measured[:1])
+    monkeypatch.setattr(prebuilt_kernel, "classes_of", lambda _: default_classes()[:1])
     assert len(prebuilt_kernel.build_all()) == 1
     monkeypatch.setenv("PATH", "")
     built_before = Kernel(torch.float32, tmp_path / "kernels")
@@ -102,8 +117,9 @@ def test_a_class_that_is_not_measured_is_chosen_only_by_name(
 ) -> None:
     if tiny.library() is None:
         pytest.skip("no C++ compiler")
-    new = CpuClass("new", None, (), frozenset(), is_measured=False)
-    monkeypatch.setattr(kernel, "own_classes", lambda: [new, GENERIC])
+    new = CpuClass("new", None, (), frozenset(), stand_in="generic")
+    classes = (new, CpuClass("older", None, (), frozenset()), GENERIC)
+    monkeypatch.setattr(cpu_class, "CPU_CLASSES", classes)
     assert Kernel(torch.float32, tmp_path).cpu_class == GENERIC
     assert Kernel(torch.float32, tmp_path, "new").cpu_class == new
 
