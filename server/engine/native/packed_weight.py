@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-PANEL = 16  # outputs of a panel
+PANEL = 32  # outputs of a panel
 INPUTS = 32  # inputs of a tile of AMX; weights are padded to a multiple
 MAX_INT8 = 127
-ROWS_AT_ONCE = 64 * PANEL  # of a weight that is copied to another dtype or layout
+ROWS_AT_ONCE = 32 * PANEL  # of a weight that is copied to another dtype or layout
 
 
 def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -38,12 +38,13 @@ class AmxTiles {
 };
 
 // Sums are tiles 0 to 3, two rows of tiles by two columns; x is tiles 4 and 5, the weight 6 and 7.
-template <bool TWO_ROWS, bool TWO_COLUMNS>
-void multiply_amx(const bfloat16* x, int64_t x_stride, const Panels& panels,
+template <bool TWO_ROWS>
+void multiply_amx(const bfloat16* x, int64_t x_stride, const Panel& panel,
                   const Sums<float>& sums) {
+    constexpr int AMX_COLUMNS = 16;
+    static_assert(PANEL == 2 * AMX_COLUMNS);
     const int64_t sum_bytes = sums.stride * sizeof(float);
     const int64_t x_bytes = x_stride * sizeof(bfloat16);
-    const int64_t panel_bytes = PANEL * sizeof(uint32_t);
     float* const corner = sums.values;
     float* const below = corner + AMX_ROWS * sums.stride;
     if (sums.start_at_0) {
@@ -53,46 +54,42 @@ void multiply_amx(const bfloat16* x, int64_t x_stride, const Panels& panels,
         _tile_zero(3);
     } else {
         _tile_loadd(0, corner, sum_bytes);
-        if (TWO_COLUMNS) _tile_loadd(1, corner + PANEL, sum_bytes);
+        _tile_loadd(1, corner + AMX_COLUMNS, sum_bytes);
         if (TWO_ROWS) _tile_loadd(2, below, sum_bytes);
-        if (TWO_ROWS && TWO_COLUMNS) _tile_loadd(3, below + PANEL, sum_bytes);
+        if (TWO_ROWS) _tile_loadd(3, below + AMX_COLUMNS, sum_bytes);
     }
-    for (int64_t pair = 0; pair < panels.words_of_column; pair += AMX_PAIRS) {
-        const uint32_t* w = panels.words + pair * PANEL;
+    for (int64_t pair = 0; pair < panel.words_of_column; pair += AMX_PAIRS) {
+        const uint32_t* w = panel.words + pair * PANEL;
         for (int64_t n = pair; n < pair + AMX_PAIRS; n++) {
-            const char* next = panels.next + n * panels.next_step;
+            const char* next = panel.next + n * panel.next_step;
             __builtin_prefetch(next);
-            if (TWO_COLUMNS) __builtin_prefetch(next + panels.panel_bytes());
+            __builtin_prefetch(next + CACHE_LINE);
         }
         _tile_loadd(4, x + 2 * pair, x_bytes);
-        _tile_loadd(6, w, panel_bytes);
+        _tile_loadd(6, w, Panel::WORD_BYTES);
+        _tile_loadd(7, w + AMX_COLUMNS, Panel::WORD_BYTES);
         _tile_dpbf16ps(0, 4, 6);
-        if (TWO_COLUMNS) {
-            _tile_loadd(7, w + panels.stride, panel_bytes);
-            _tile_dpbf16ps(1, 4, 7);
-        }
+        _tile_dpbf16ps(1, 4, 7);
         if (TWO_ROWS) {
             _tile_loadd(5, x + AMX_ROWS * x_stride + 2 * pair, x_bytes);
             _tile_dpbf16ps(2, 5, 6);
-            if (TWO_COLUMNS) _tile_dpbf16ps(3, 5, 7);
+            _tile_dpbf16ps(3, 5, 7);
         }
     }
     _tile_stored(0, corner, sum_bytes);
-    if (TWO_COLUMNS) _tile_stored(1, corner + PANEL, sum_bytes);
+    _tile_stored(1, corner + AMX_COLUMNS, sum_bytes);
     if (TWO_ROWS) _tile_stored(2, below, sum_bytes);
-    if (TWO_ROWS && TWO_COLUMNS) _tile_stored(3, below + PANEL, sum_bytes);
+    if (TWO_ROWS) _tile_stored(3, below + AMX_COLUMNS, sum_bytes);
 }
 
 // As the template of panel_tiles.h, for a multiple of AMX_ROWS rows and of AMX_PAIRS pairs.
-inline void multiply_rows(int64_t rows, const bfloat16* x, int64_t x_stride, const Panels& panels,
+inline void multiply_rows(int64_t rows, const bfloat16* x, int64_t x_stride, const Panel& panel,
                           const Sums<float>& sums) {
     AmxTiles tiles;
     for (int64_t row = 0; row < rows; row += 2 * AMX_ROWS) {
-        bool two_rows = row + AMX_ROWS < rows, two_columns = panels.count == 2;
-        auto multiply = two_rows ? two_columns ? multiply_amx<true, true> : multiply_amx<true, false>
-                                 : two_columns ? multiply_amx<false, true>
-                                               : multiply_amx<false, false>;
-        multiply(x + row * x_stride, x_stride, panels, sums.from(row, 0));
+        const bool two_rows = row + AMX_ROWS < rows;
+        auto multiply = two_rows ? multiply_amx<true> : multiply_amx<false>;
+        multiply(x + row * x_stride, x_stride, panel, sums.from(row, 0));
     }
 }
 #endif

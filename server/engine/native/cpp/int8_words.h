@@ -32,6 +32,7 @@ constexpr int WORDS_OF_X = 4;
 template <> struct Arithmetic<Bytes> {
     using Sum = int32_t;
     static constexpr int PER_WORD = WORDS_OF_X;
+    static constexpr int READING_ROWS = 8;
 };
 
 // One of the four numbers of a word.

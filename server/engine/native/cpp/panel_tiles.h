@@ -1,9 +1,10 @@
-// The inner loops of products: some rows of x times one or two panels of the weight.
+// The inner loops of products: some rows of x times a panel of the weight.
 //
 // A panel is PANEL columns of the weight, as [width / n][PANEL][n] numbers: of each column n
 // consecutive k lie side by side, in one 32-bit word. In bfloat16 n is 2: a vector of words becomes
 // two of floats by a shift and a mask, and is what the instructions on pairs of bfloat16 take as it
-// is. In 8 bits n is 4 (int8_words.h).
+// is. In 8 bits n is 4 (int8_words.h). A thread reads panel after panel, and so memory from front to
+// back; with AVX-512 that takes 32 columns, because a row's vector of sums waits for the last one.
 //
 // Every variant adds up the products of a row and a column in the order of k, whatever the number of
 // rows: so a row's bits depend on nothing but itself and the weight.
@@ -12,6 +13,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #if defined(__AVX2__) || defined(__AVX512BF16__) || defined(__AMX_BF16__)
 #include <immintrin.h>
 #endif
@@ -19,49 +21,57 @@
 #include "bfloat16.h"
 #include "vectors.h"
 
-constexpr int PANEL = 16;           // columns
-constexpr int64_t CACHE_LINE = 64;  // bytes: a word of each column
+constexpr int PANEL = 32;  // columns
 constexpr int PANEL_VECTORS = PANEL / LANES;
+constexpr int VECTOR_BYTES = 4 * LANES;
+constexpr int64_t CACHE_LINE = 64;  // bytes
+constexpr int SECOND_CACHE = 2;     // where __builtin_prefetch leaves what is not needed at once
 
-// What a number of x takes part in. PER_WORD of them meet a word of the weight.
+// What a number of x takes part in. PER_WORD of them meet a word of the weight. A tile of no more than
+// READING_ROWS, if there is no other, reads longer than it computes.
 template <typename X> struct Arithmetic {
     using Sum = float;
     static constexpr int PER_WORD = 2;
+    static constexpr int READING_ROWS = std::is_same_v<X, float> ? 2 : 8;
 };
 template <typename X> using SumOf = typename Arithmetic<X>::Sum;
 template <typename X> constexpr int PER_WORD = Arithmetic<X>::PER_WORD;
 
-// One or two panels side by side, from some k on.
-struct Panels {
+// A panel, from some k on.
+struct Panel {
     const uint32_t* words;
-    int count;
-    int64_t stride;           // words from a panel to the next
     int64_t words_of_column;  // that are to be multiplied
     const char* next;         // what is read after them, and is fetched meanwhile
-    int64_t next_step;        // bytes of that for each word that is multiplied
+    int64_t next_step;        // bytes of that for each word of a column; 0: it is not fetched
 
-    int64_t panel_bytes() const { return stride * sizeof(uint32_t); }
+    static constexpr int64_t WORD_BYTES = PANEL * sizeof(uint32_t);  // a word of each column
 
-    // One of the two.
-    Panels only(int n) const {
-        Panels one = *this;
-        one.words += n * stride;
-        one.next += n * panel_bytes();
-        one.count = 1;
-        return one;
+    // From a column on.
+    Panel from(int column) const {
+        Panel rest = *this;
+        rest.words += column;
+        return rest;
     }
 
-    // For one of some tiles of rows, which share the fetching: all at once in the first tile would
-    // be more than the memory gives in its time.
-    Panels shared(int64_t tile, int64_t tiles) const {
-        Panels part = *this;
-        part.next += words_of_column * tile / tiles * next_step;
-        part.next_step = std::max<int64_t>(next_step / tiles, 1);
+    // For one of some tiles, which share the fetching: all at once in the first tile would be more
+    // than the memory gives in its time.
+    Panel shared(int64_t tile, int64_t tiles) const {
+        Panel part = *this;
+        part.next += words_of_column * tile / tiles * WORD_BYTES;
+        part.next_step = WORD_BYTES / tiles;
+        return part;
+    }
+
+    // For a tile that reads longer than it computes. It fetches nothing, because the processor sees
+    // by itself what comes next, and is slower if told.
+    Panel by_itself() const {
+        Panel part = *this;
+        part.next_step = 0;
         return part;
     }
 };
 
-// Sums of rows and the columns of the panels. They start at 0, or go on from what they are.
+// Sums of rows and the columns of a panel. They start at 0, or go on from what they are.
 template <typename Sum> struct Sums {
     Sum* values;
     int64_t stride;  // from a row to the next
@@ -92,15 +102,11 @@ template <typename Sum, int ROWS, int VECTORS> struct Tile {
     }
 };
 
-// One word of each column of one or two panels.
+// A word of each of some columns.
 template <int VECTORS> struct WordsOfColumns {
     const uint32_t* words;
-    int64_t stride;
 
-    Words at(int vector) const {
-        const uint32_t* panel = words + vector / PANEL_VECTORS * stride;
-        return *(const WordsInMemory*)(panel + vector % PANEL_VECTORS * LANES);
-    }
+    Words at(int vector) const { return *(const WordsInMemory*)(words + vector * LANES); }
 };
 
 // What meets a word of the weight, in each of some rows. There is a pointer for every third row: an
@@ -171,58 +177,66 @@ inline void add_word(Tile<float, ROWS, VECTORS>& tile, const RowsOfX<bfloat16, R
 #else
 #define BY_ITSELF __attribute__((noinline))
 #endif
-template <int ROWS, int COUNT, typename X>
-BY_ITSELF void multiply_tile(const X* x, int64_t x_stride, const Panels& panels,
+template <int ROWS, int VECTORS, typename X>
+BY_ITSELF void multiply_tile(const X* x, int64_t x_stride, const Panel& panel,
                              const Sums<SumOf<X>>& sums) {
-    constexpr int VECTORS = COUNT * PANEL_VECTORS;
     Tile<SumOf<X>, ROWS, VECTORS> tile(sums);
-    const int64_t stride = panels.stride, count = panels.words_of_column;
-    const uint32_t* words = panels.words;
-    const char* next = panels.next;
+    const int64_t count = panel.words_of_column;
+    const uint32_t* words = panel.words;
+    const char* next = panel.next;
     RowsOfX<X, ROWS> of_x(x, x_stride);
-    for (int64_t i = 0; i < count; i++, next += panels.next_step) {
-        for (int n = 0; n < COUNT; n++) __builtin_prefetch(next + n * panels.panel_bytes());
-        add_word(tile, of_x, WordsOfColumns<VECTORS>{words + i * PANEL, stride});
+    for (int64_t i = 0; i < count; i++, next += panel.next_step) {
+        for (int64_t line = 0; line < VECTORS * VECTOR_BYTES; line += CACHE_LINE)
+            __builtin_prefetch(next + line, 0, SECOND_CACHE);
+        add_word(tile, of_x, WordsOfColumns<VECTORS>{words + i * PANEL});
         of_x.advance();
     }
     tile.store_to(sums);
 }
 
-// Of a tile: with as many sums as there are registers beside two for the weight and one for x.
-constexpr int MAX_ROWS = LANES == 16 ? 8 : LANES == 8 ? 6 : 5;
+// The vectors of a tile of many rows: a panel's, or half of them where those do not fit.
+constexpr int NARROW = LANES == 16 ? PANEL_VECTORS : PANEL_VECTORS / 2;
 
-// Rows for which two panels at once fit the registers; with fewer, each sum waits for the last one.
-constexpr int MAX_WIDE_ROWS = LANES == 16 ? MAX_ROWS : LANES == 8 ? 2 : 1;
+// Rows of a tile: with as many sums as there are registers beside two for the weight and one for x.
+template <int VECTORS> constexpr int MAX_ROWS = LANES == 8 ? 2 : 1;
+template <> constexpr int MAX_ROWS<NARROW> = LANES == 16 ? 8 : LANES == 8 ? 6 : 5;
 
-template <int ROWS, typename X>
-void multiply_panels(const X* x, int64_t x_stride, const Panels& panels,
-                     const Sums<SumOf<X>>& sums) {
-    if constexpr (ROWS <= MAX_WIDE_ROWS) {
-        if (panels.count == 2) return multiply_tile<ROWS, 2>(x, x_stride, panels, sums);
-    }
-    for (int n = 0; n < panels.count; n++)
-        multiply_tile<ROWS, 1>(x, x_stride, panels.only(n), sums.from(0, n * PANEL));
-}
-
-// multiply_panels<rows>, for a number of rows that is known only now.
-template <typename X, int ROWS = MAX_ROWS>
-void multiply_few(int64_t rows, const X* x, int64_t x_stride, const Panels& panels,
+// multiply_tile<rows>, for a number of rows that is known only now.
+template <int VECTORS, typename X, int ROWS = MAX_ROWS<VECTORS>>
+void multiply_few(int64_t rows, const X* x, int64_t x_stride, const Panel& panel,
                   const Sums<SumOf<X>>& sums) {
     if constexpr (ROWS > 0) {
-        if (rows == ROWS) return multiply_panels<ROWS>(x, x_stride, panels, sums);
-        multiply_few<X, ROWS - 1>(rows, x, x_stride, panels, sums);
+        if (rows == ROWS) return multiply_tile<ROWS, VECTORS>(x, x_stride, panel, sums);
+        multiply_few<VECTORS, X, ROWS - 1>(rows, x, x_stride, panel, sums);
     }
 }
 
-// Add the products of all rows, in tiles of nearly the same number of rows.
-template <typename X>
-void multiply_rows(int64_t rows, const X* x, int64_t x_stride, const Panels& panels,
-                   const Sums<SumOf<X>>& sums) {
-    int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+// Add the products of all rows and part of a panel's columns, in tiles of nearly the same number of
+// rows.
+template <int VECTORS, typename X>
+void multiply_columns(int64_t rows, const X* x, int64_t x_stride, const Panel& panel, int part,
+                      const Sums<SumOf<X>>& sums) {
+    constexpr int PARTS = PANEL_VECTORS / VECTORS;
+    const int column = part * VECTORS * LANES;
+    const int64_t tiles = (rows + MAX_ROWS<VECTORS> - 1) / MAX_ROWS<VECTORS>;
+    const bool only_reads = PARTS * tiles == 1 && rows <= Arithmetic<X>::READING_ROWS;
     for (int64_t t = 0; t < tiles; t++) {
-        int64_t first = rows * t / tiles;
-        int64_t stop = rows * (t + 1) / tiles;
-        multiply_few(stop - first, x + first * x_stride, x_stride, panels.shared(t, tiles),
-                     sums.from(first, 0));
+        const int64_t first = rows * t / tiles;
+        const int64_t stop = rows * (t + 1) / tiles;
+        const Panel own = only_reads ? panel.by_itself()
+                                     : panel.shared(part * tiles + t, PARTS * tiles);
+        multiply_few<VECTORS>(stop - first, x + first * x_stride, x_stride, own.from(column),
+                              sums.from(first, column));
     }
+}
+
+// Add the products of all rows. Few rows take all columns at once, since each sum waits for the last
+// one.
+template <typename X>
+void multiply_rows(int64_t rows, const X* x, int64_t x_stride, const Panel& panel,
+                   const Sums<SumOf<X>>& sums) {
+    if (rows <= MAX_ROWS<PANEL_VECTORS>)
+        return multiply_columns<PANEL_VECTORS>(rows, x, x_stride, panel, 0, sums);
+    for (int part = 0; part < PANEL_VECTORS / NARROW; part++)
+        multiply_columns<NARROW>(rows, x, x_stride, panel, part, sums);
 }

@@ -71,20 +71,18 @@ inline int64_t words_at_once(int64_t rows, int64_t words) {
     return up_to(step, (words + parts - 1) / parts);
 }
 
-// sums = x times the panels.
+// sums = x times a panel, of which each column has so many words.
 template <typename X>
-void multiply_in_blocks(int64_t rows, const X* x, int64_t x_stride, Panels panels,
-                        Sums<SumOf<X>> sums) {
-    const int64_t words = panels.words_of_column;
+void multiply_in_blocks(int64_t rows, const X* x, int64_t x_stride, const uint32_t* panel,
+                        int64_t words, const uint32_t* next_panel, Sums<SumOf<X>> sums) {
     const int64_t block = words_at_once(rows, words);
-    const char* const after_all = panels.next;
     for (int64_t first = 0; first < words; first += block) {
-        const uint32_t* const after = panels.words + block * PANEL;
-        panels.words_of_column = std::min(block, words - first);
+        const uint32_t* const from = panel + first * PANEL;
         const bool is_last = first + block >= words;
-        panels.next = is_last ? after_all : reinterpret_cast<const char*>(after);
-        multiply_rows(rows, x + PER_WORD<X> * first, x_stride, panels, sums);
-        panels.words = after;
+        const uint32_t* const next = is_last ? next_panel : from + block * PANEL;
+        const Panel part{from, std::min(block, words - first),
+                         reinterpret_cast<const char*>(next), Panel::WORD_BYTES};
+        multiply_rows(rows, x + PER_WORD<X> * first, x_stride, part, sums);
         sums.start_at_0 = false;
     }
 }
@@ -96,35 +94,31 @@ struct Weight {
 };
 
 // Multiply x, [rows, x_stride], and call write(row, first column, number of columns, sums) for parts of
-// rows, which lie next to each other. A turn is a chunk of rows and two panels.
+// rows, which lie next to each other. A turn is a chunk of rows and a panel.
 template <typename X, typename Write>
 void multiply(int64_t rows, const X* x, int64_t x_stride, Weight w, Write write) {
     if (rows == 0) return;  // of the head, in a step that ends no prompt
-    const int64_t panel_words = w.words_of_column * PANEL;
-    const int64_t panels = up_to(PANEL, w.columns) / PANEL, pairs = up_to(2, panels) / 2;
+    const int64_t panels = up_to(PANEL, w.columns) / PANEL;
     const int64_t chunk = std::min(rows, rows_at_once(x_stride * sizeof(X)));
-    const int64_t num_turns = (rows + chunk - 1) / chunk * pairs;
+    const int64_t num_turns = (rows + chunk - 1) / chunk * panels;
     const int64_t parts = std::min(num_threads(), num_turns);
-    auto words_of_pair = [&](int64_t pair) { return w.words + 2 * pair * panel_words; };
+    auto words_of_panel = [&](int64_t panel) {
+        return w.words + panel * w.words_of_column * PANEL;
+    };
     auto take_turn = [&](int64_t turn, SumOf<X>* memory) {
-        const int64_t first = turn / pairs * chunk, pair = turn % pairs;
+        const int64_t first = turn / panels * chunk, panel = turn % panels;
         const int64_t num_rows = std::min(chunk, rows - first);
-        const int64_t column = 2 * pair * PANEL;
-        const int64_t num_columns = std::min<int64_t>(2 * PANEL, w.columns - column);
-        const Sums<SumOf<X>> sums{memory, 2 * PANEL, true};
-        const Panels both{words_of_pair(pair),
-                          num_columns > PANEL ? 2 : 1,
-                          panel_words,
-                          x_stride / PER_WORD<X>,
-                          reinterpret_cast<const char*>(words_of_pair((pair + 1) % pairs)),
-                          CACHE_LINE};
-        multiply_in_blocks(num_rows, x + first * x_stride, x_stride, both, sums);
+        const int64_t column = panel * PANEL;
+        const int64_t num_columns = std::min<int64_t>(PANEL, w.columns - column);
+        const Sums<SumOf<X>> sums{memory, PANEL, true};
+        multiply_in_blocks(num_rows, x + first * x_stride, x_stride, words_of_panel(panel),
+                           x_stride / PER_WORD<X>, words_of_panel((panel + 1) % panels), sums);
         for (int64_t r = 0; r < num_rows; r++)
             write(first + r, column, num_columns, sums.from(r, 0).values);
     };
     Turns turns(num_turns, parts);
     each_row(parts, rows * panels * PANEL * x_stride / parts, [&](int64_t part) {
-        std::vector<SumOf<X>> memory(chunk * 2 * PANEL);
+        std::vector<SumOf<X>> memory(chunk * PANEL);
         turns.take(part, [&](int64_t turn) { take_turn(turn, memory.data()); });
     });
 }
