@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 from crma.core.cache import cache_home
 from crma.core.errors import ConfigError
 from crma.models.loading import resolve_dtype
+from server.engine.native.huge_pages import HugePages
 from server.engine.native.kernel import Kernel
 from server.engine.native.packed_weight import PackedWeight
 
@@ -55,7 +56,8 @@ def measure_limits(kernel: Kernel | None) -> dict[str, float]:
             rate of the large product.
         prefill_tok_s: the same without the head, which a prompt needs only once.
     """
-    as_many_bytes = torch.ones(NUM_WEIGHTS // 2)  # float32, where the weights are bfloat16
+    # float32, where the weights are bfloat16; in memory that is like theirs
+    as_many_bytes = HugePages().empty((NUM_WEIGHTS // 2,), torch.float32).fill_(1)
     read_s = best_time(as_many_bytes.sum)
     rates = {
         "gemm_fp32_gf_s": gemm_rate(torch.float32) / 1e9,

@@ -29,6 +29,7 @@ from crma.method.injection import (
 )
 from crma.models.serving_record import STEADY_ROPES
 from server.engine.native.bare_model import BareModel
+from server.engine.native.huge_pages import HugePages
 from server.engine.native.joined_linear import JoinedLinear, join, packs
 from server.engine.native.kernel import Kernel
 from server.engine.native.kv_cache import PagedKv, attend
@@ -136,6 +137,7 @@ class Decoder:
         if take_weights:
             _own_unpacked_weights(model, tokens, is_shared=_is_shared(tokens, head, kernel, int8))
         self._int8 = int8
+        self._memory = HugePages()
         self._frozen: dict[str, FrozenLinear] = {}
         is_steady = rotary is None and _is_steady(config)
         self._rotations = Rotations(rotary or inner.rotary_emb, is_steady=is_steady)
@@ -146,7 +148,7 @@ class Decoder:
             self._layers.append(self._layer(f"{path}.{i}", block))
             if take_weights:
                 _empty(block)
-        joined = join([head], kernel, int8=int8)
+        joined = self._join([head])
         self._head = self._projection(tuple(head_shape(model)), joined)
         self._embedding = _embedding(tokens, head, joined, model.dtype)
         if take_weights:
@@ -175,11 +177,14 @@ class Decoder:
         self._frozen.update(zip(site, joined.parts, strict=True))
         return _Projection(site, joined)
 
+    def _join(self, linears: list[nn.Linear]) -> JoinedLinear:
+        return join(linears, self.kernel, int8=self._int8, memory=self._memory)
+
     def _layer(self, path: str, block: Any) -> _Layer:
         def projection(names: tuple[str, ...]) -> _Projection:
             site = tuple(f"{path}.{name}" for name in names)
             linears = [block.get_submodule(name) for name in names]
-            return self._projection(site, join(linears, self.kernel, int8=self._int8))
+            return self._projection(site, self._join(linears))
 
         shared_window = getattr(self.config, "sliding_window", None)
         return _Layer(

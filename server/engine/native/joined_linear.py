@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from crma.method.frozen_linear import FrozenLinear, squared_norms
 from crma.models.loading import computes_in_bfloat16
+from server.engine.native.huge_pages import HugePages
 from server.engine.native.kernel import Kernel
 from server.engine.native.packed_weight import Int8Weight, PackedWeight, is_exact_in_bfloat16
 
@@ -38,7 +39,11 @@ class JoinedLinear:
 
 
 def join(
-    linears: list[nn.Linear], kernel: Kernel | None = None, *, int8: bool = False
+    linears: list[nn.Linear],
+    kernel: Kernel | None = None,
+    *,
+    int8: bool = False,
+    memory: HugePages | None = None,
 ) -> JoinedLinear:
     """Join linears on the same input.
 
@@ -49,6 +54,7 @@ def join(
         linears: all with a bias, or all without.
         kernel: None: torch computes the product.
         int8: round the weights to 8 bits; needs the kernel.
+        memory: where packed weights lie, one after the other.
     """
     bias = None
     if linears[0].bias is not None:
@@ -56,13 +62,13 @@ def join(
     packed: PackedWeight | Int8Weight | None = None
     if kernel is not None and not int8 and packs(kernel, linears):
         dtype = linears[0].weight.dtype
-        packed = PackedWeight.of(_side_by_side(linears))
+        packed = PackedWeight.of(_side_by_side(linears), memory)
         product: Product = partial(_product_of_packed, kernel, packed)
         norms: Callable[[], Tensor] = cache(partial(_norms_of_packed, packed, dtype))
     else:
         norms = partial(torch.cat, [squared_norms(one.weight) for one in linears])
         if kernel is not None and int8:
-            packed = Int8Weight.of(_side_by_side(linears))
+            packed = Int8Weight.of(_side_by_side(linears), memory)
             product = partial(_product_in_int8, kernel, packed)
         else:
             product = _product(linears)

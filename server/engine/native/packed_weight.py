@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from server.engine.native.huge_pages import HugePages
+
 PANEL = 32  # outputs of a panel
 INPUTS = 32  # inputs of a tile of AMX; weights are padded to a multiple
 MAX_INT8 = 127
 ROWS_AT_ONCE = 32 * PANEL  # of a weight that is copied to another dtype or layout
 
 
-def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _packed(weight: Tensor, dtype: torch.dtype, memory: HugePages) -> Tensor:
     """Panels [P, words, PANEL, inputs of a word] of a weight [out, in], padded with zeros.
 
     Rows are cast to `dtype` and packed some at a time: a weight may be mapped from its file, and no
@@ -29,7 +31,7 @@ def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     out, width = weight.shape
     of_word = 4 // dtype.itemsize
     num_words = -(-width // INPUTS) * INPUTS // of_word
-    panels = torch.empty(-(-out // PANEL), num_words, PANEL, of_word, dtype=dtype)
+    panels = memory.empty((-(-out // PANEL), num_words, PANEL, of_word), dtype)
     words = panels.view(torch.int32)[..., 0]  # torch moves whole words five times as fast
     first = 0
     for rows in torch.split(weight, ROWS_AT_ONCE):
@@ -60,9 +62,13 @@ class PackedWeight:
     in_features: int
 
     @classmethod
-    def of(cls, weight: Tensor) -> Self:
-        """Pack a weight [out, in], of any dtype; its values are rounded to bfloat16."""
-        return cls(_packed(weight, torch.bfloat16), *weight.shape)
+    def of(cls, weight: Tensor, memory: HugePages | None = None) -> Self:
+        """Pack a weight [out, in], of any dtype; its values are rounded to bfloat16.
+
+        Args:
+            memory: where the panels lie, after those that it gave before; None: by themselves.
+        """
+        return cls(_packed(weight, torch.bfloat16, memory or HugePages()), *weight.shape)
 
     @property
     def num_words(self) -> int:
@@ -98,12 +104,17 @@ class Int8Weight:
     in_features: int
 
     @classmethod
-    def of(cls, weight: Tensor) -> Self:
-        """Round a weight [out, in] to the nearest 8-bit values."""
+    def of(cls, weight: Tensor, memory: HugePages | None = None) -> Self:
+        """Round a weight [out, in] to the nearest 8-bit values.
+
+        Args:
+            memory: as for `PackedWeight`.
+        """
         parts = [_rounded(part) for part in torch.split(weight, ROWS_AT_ONCE)]
         values, scales = (torch.cat(each) for each in zip(*parts, strict=True))
         sums = values.sum(dim=1, dtype=torch.int32)
-        return cls(_packed(values, torch.int8), scales, sums, *weight.shape)
+        panels = _packed(values, torch.int8, memory or HugePages())
+        return cls(panels, scales, sums, *weight.shape)
 
     @property
     def num_words(self) -> int:

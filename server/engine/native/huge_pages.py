@@ -1,0 +1,48 @@
+"""Memory in huge pages, for weights: every step reads all of them from front to back.
+
+With pages of 4 KiB the processor looks up a page for every 64 cache lines, and what fetches ahead
+stops at its end. Most distributions of Linux give huge pages only to a program that asks for them.
+"""
+
+import contextlib
+import math
+import mmap
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CACHE_LINE = 64
+HUGE_PAGE = 2 << 20  # bytes
+MIN_RESERVED = 64 << 20  # bytes; what nobody writes to takes no memory
+
+
+class HugePages:
+    """Hands out memory, part after part, for which the system is asked for huge pages.
+
+    A system that does not have them gives small ones. A part's memory is freed when no tensor uses
+    any part that was reserved together with it.
+    """
+
+    def __init__(self) -> None:
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor on the CPU that begins at a cache line; its values are not set."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes > len(self._rest):
+            self._rest = _reserve(max(num_bytes, MIN_RESERVED))
+        part = self._rest[:num_bytes]
+        self._rest = self._rest[-(-num_bytes // CACHE_LINE) * CACHE_LINE :]
+        return part.view(dtype).view(*shape)
+
+
+def _reserve(num_bytes: int) -> Tensor:
+    """At least so many bytes from the beginning of a huge page on, uint8 [n]."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # no Linux
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    mapped = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel that was built without them
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(mapped, dtype=torch.uint8)
+    return whole[-whole.data_ptr() % HUGE_PAGE :]
