@@ -123,6 +123,17 @@ void multiply(int64_t rows, const X* x, int64_t x_stride, Weight w, Write write)
     });
 }
 
+// Write sums of neighbouring columns as numbers, plus their biases if there are any.
+template <typename T>
+void write_row(const float* sums, const T* biases, int64_t count, T* to) {
+    int64_t c = 0;
+    for (; c + LANES <= count; c += LANES) {
+        const Floats bias = biases ? load_vector(biases + c) : Floats{};
+        store_vector(load_vector(sums + c) + bias, to + c);
+    }
+    for (; c < count; c++) to[c] = store<T>(sums[c] + (biases ? load(biases[c]) : 0.0f));
+}
+
 // y [rows, columns] = x [rows, in] times w, plus bias [columns] if there is one.
 template <typename T>
 void product(const T* x, const uint32_t* words, const T* bias, T* y, int64_t rows, int64_t in,
@@ -131,11 +142,7 @@ void product(const T* x, const uint32_t* words, const T* bias, T* y, int64_t row
     const Weight w{words, words_of_column, columns};
     auto write = [&](int64_t row, int64_t column, int64_t count, const float* sums) {
         if (row >= rows) return;
-        T* const to = y + row * columns + column;
-        const T* const biases = bias ? bias + column : nullptr;
-#pragma omp simd
-        for (int64_t c = 0; c < count; c++)
-            to[c] = store<T>(sums[c] + (biases ? load(biases[c]) : 0.0f));
+        write_row(sums, bias ? bias + column : nullptr, count, y + row * columns + column);
     };
     multiply(factors.rows, factors.values, factors.stride, w, write);
 }

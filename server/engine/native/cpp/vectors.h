@@ -3,6 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include "bfloat16.h"
 
@@ -30,10 +33,14 @@ inline Floats load_vector(const bfloat16* from) {
 
 inline void store_vector(Floats x, float* to) { *(FloatsInMemory*)to = x; }
 inline void store_vector(Floats x, bfloat16* to) {
+#if defined(__AVX512BF16__)
+    *(HalvesInMemory*)to = (Halves)_mm512_cvtneps_pbh((__m512)x);  // makes 0 of the least numbers
+#else
     float each[LANES];
     store_vector(x, each);
 #pragma omp simd
     for (int i = 0; i < LANES; i++) to[i] = store<bfloat16>(each[i]);
+#endif
 }
 
 inline Four load_four(const float* from) { return *(const FourInMemory*)from; }
