@@ -34,7 +34,7 @@ inline Floats load_vector(const bfloat16* from) {
 inline void store_vector(Floats x, float* to) { *(FloatsInMemory*)to = x; }
 inline void store_vector(Floats x, bfloat16* to) {
 #if defined(__AVX512BF16__)
-    *(HalvesInMemory*)to = (Halves)_mm512_cvtneps_pbh((__m512)x);  // makes 0 of the least numbers
+    *(HalvesInMemory*)to = (Halves)_mm512_cvtneps_pbh((__m512)x);
 #else
     float each[LANES];
     store_vector(x, each);
