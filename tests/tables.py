@@ -61,8 +61,9 @@ ENGINES = {
     "int8": "CRMA Server, int8",
     "peft": "transformers, PEFT",
     "vllm": "vLLM",
-    "llama.cpp": "llama.cpp, 16 bits",
-    "llama.cpp-int8": "llama.cpp, 8 bits",
+    "llama.cpp": "llama.cpp, F16",
+    "llama.cpp-bf16": "llama.cpp, BF16",
+    "llama.cpp-int8": "llama.cpp, Q8_0",
 }
 
 # Rows of the benchmark table: row of the records -> label.

@@ -11,8 +11,8 @@ Figures = Mapping[Key, Sequence[float | None]]
 """The main figure of a row on an engine, in each repetition."""
 
 SERVER, INT8 = "server", "int8"
-# Peers whose weights have as many bytes as those of the two configurations of the server.
-LLAMA_CPP, LLAMA_CPP_INT8 = "llama.cpp", "llama.cpp-int8"
+# Peers by the bits of their weights, which are those of the server's two configurations.
+LLAMA_CPP = {16: ("llama.cpp", "llama.cpp-bf16"), 8: ("llama.cpp-int8",)}
 PEFT = "peft"
 
 
@@ -72,13 +72,19 @@ def goals(engines: Iterable[str]) -> list[Goal]:
     """
     peers = [name for name in engines if name not in (SERVER, INT8)]
     per_llama_cpp = [
-        Goal(f"{label} / llama.cpp, {bits} bits a weight", must, aim, (row, own), ((row, other),))
+        Goal(
+            f"{label} / llama.cpp, {bits} bits a weight",
+            must,
+            aim,
+            (row, own),
+            tuple((row, peer) for peer in LLAMA_CPP[bits]),
+        )
         for label, row, must, aim in (
             ("one stream", "single", 1.0, 1.2),
             ("16 at once", "base", 2.0, 4.0),
             ("512-token prompt", "prefill", 1.2, 2.0),
         )
-        for bits, own, other in ((16, SERVER, LLAMA_CPP), (8, INT8, LLAMA_CPP_INT8))
+        for bits, own in ((16, SERVER), (8, INT8))
     ]
     per_best_peer = tuple(("mixed", peer) for peer in (*peers, PEFT))
     return [

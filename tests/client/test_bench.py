@@ -329,6 +329,11 @@ def test_a_goal_is_a_share_of_the_limit_or_a_quotient_of_the_best_compared() -> 
         ("mixed", "server"): [200.0, 240.0],
         ("mixed", "slow"): [20.0, 20.0],
         ("mixed", "fast"): [50.0, 80.0],
+        ("single", "llama.cpp"): [30.0, 30.0],
+        ("single", "llama.cpp-bf16"): [40.0, 40.0],
+        ("prefill", "server"): [90.0],
+        ("prefill", "llama.cpp"): [30.0],
+        ("prefill", "llama.cpp-bf16"): [10.0],
     }
     by_label = {goal.label: goal for goal in goals(["server", "int8", "slow", "fast"])}
 
@@ -339,6 +344,8 @@ def test_a_goal_is_a_share_of_the_limit_or_a_quotient_of_the_best_compared() -> 
     assert found("one stream, int8: share of read bandwidth") == [0.5]
     assert found("8 adapters mixed / best peer") == [4.0, 3.0]
     assert found("8 adapters mixed / none") == []
+    assert found("one stream / llama.cpp, 16 bits a weight") == [1.5, 2.0]
+    assert found("512-token prompt / llama.cpp, 16 bits a weight") == [3.0]
     assert found("one stream / llama.cpp, 8 bits a weight") == []
 
 
