@@ -72,13 +72,7 @@ def goals(engines: Iterable[str]) -> list[Goal]:
     """
     peers = [name for name in engines if name not in (SERVER, INT8)]
     per_llama_cpp = [
-        Goal(
-            f"{label} / llama.cpp, {bits} bits a weight",
-            must,
-            aim,
-            (row, own),
-            tuple((row, peer) for peer in LLAMA_CPP[bits]),
-        )
+        _per_llama_cpp(f"{label} / llama.cpp, {bits} bits a weight", must, aim, (row, own), bits)
         for label, row, must, aim in (
             ("one stream", "single", 1.0, 1.2),
             ("16 at once", "base", 2.0, 4.0),
@@ -102,3 +96,8 @@ def goals(engines: Iterable[str]) -> list[Goal]:
 
 def _within_server(label: str, must: float, aim: float, row: str, other: str) -> Goal:
     return Goal(label, must, aim, (row, SERVER), ((other, SERVER),))
+
+
+def _per_llama_cpp(label: str, must: float, aim: float, measured: Key, bits: int) -> Goal:
+    row, _ = measured
+    return Goal(label, must, aim, measured, tuple((row, peer) for peer in LLAMA_CPP[bits]))
