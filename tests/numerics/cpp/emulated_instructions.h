@@ -38,6 +38,20 @@ inline __m512 emulated_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
 }
 #define _mm512_dpbf16_ps emulated_dpbf16_ps
 
+inline __m256i emulated_cvtneps_pbh(__m512 from) {
+    uint32_t bits[16];
+    uint16_t rounded[16];
+    memcpy(bits, &from, sizeof bits);
+    for (int i = 0; i < 16; i++) {
+        const bool is_nan = (bits[i] & 0x7fffffff) > 0x7f800000;
+        rounded[i] = is_nan ? 0x7fc0 : (bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16;
+    }
+    __m256i to;
+    memcpy(&to, rounded, sizeof to);
+    return to;
+}
+#define _mm512_cvtneps_pbh emulated_cvtneps_pbh
+
 inline __m512i emulated_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
     int32_t s[16];
     uint8_t x[64];
