@@ -40,7 +40,7 @@ template <typename T> struct Attention {
     int64_t blocks_of_sequence;
     const int64_t* positions;  // [rows]
     int64_t window;            // 0: none
-    float scaling, softcap;    // 0: scores have no bound
+    ScoreScale scale;
     int64_t sequences, rows_of_sequence, H;
 
     int64_t queries_of_head() const { return H / cached.h; }
@@ -79,24 +79,32 @@ template <typename T> struct Attention {
 // One thread's work on the queries of a key-value head in a tile. Query i of row r of the tile has
 // the number r · g + i.
 template <typename T> class HeadAttention {
+    using F = FactorOf<T>;
+
     const Attention<T>& all;
     const RowTile tile;
-    const int64_t k, g, e, z, M;             // M queries
+    const int64_t k, g, e, z, M;  // M queries
+    const int64_t width;          // e, up to whole lanes
     const bool copies_keys;
-    const std::unique_ptr<float[]> queries;  // [M, e], scaled
-    const std::unique_ptr<float[]> copies;   // of the keys of a part, [e, PART], if at all
-    const T* values[PART];               // of each position of a part; block 0 for those not seen
-    float weights[MAX_FEW_ROWS * PART];  // of some queries; before that, scores
+    const std::unique_ptr<F[]> queries;       // [M, width]
+    const std::unique_ptr<Lane<F>[]> copies;  // of the keys of a part, [lanes, PART], if at all
+    const std::unique_ptr<T[]> zeros;         // in place of numbers that are not seen
+    const T* values[PART];                    // of each position of a part
+    float scores[MAX_FEW_ROWS * PART];        // of some queries; at first, products with keys
+    F weights[MAX_FEW_ROWS * PART];
 
   public:
     HeadAttention(const Attention<T>& all, const RowTile& tile, int64_t k)
         : all(all), tile(tile), k(k), g(all.queries_of_head()), e(all.cached.e), z(all.cached.z),
-          M(tile.count * g), copies_keys(must_copy_keys()), queries(new float[M * e]),
-          copies(new float[copies_keys ? e * PART : 0]) {
+          M(tile.count * g), width(up_to_lane(e)), copies_keys(must_copy_keys()),
+          queries(new F[M * width]),
+          copies(new Lane<F>[copies_keys ? width / PER_LANE<F> * PART : 0]),
+          zeros(new T[std::max(e, z)]()) {
         for (int64_t m = 0; m < M; m++) {
             const T* from = all.query + row(m) * all.query_stride + head(m) * e;
-            float* to = &queries[m * e];
-            for (int64_t j = 0; j < e; j++) to[j] = load(from[j]) * all.scaling;
+            F* to = &queries[m * width];
+            for (int64_t j = 0; j < e; j++) to[j] = store<F>(load(from[j]));
+            for (int64_t j = e; j < width; j++) to[j] = F{};
         }
     }
 
@@ -131,10 +139,11 @@ template <typename T> class HeadAttention {
     int64_t row(int64_t m) const { return tile.first + m / g; }
     int64_t head(int64_t m) const { return k * g + m % g; }
 
-    // Keys are read where they lie, unless that would not be whole vectors, or too often made float.
+    // Keys are read where they lie, unless that would not be whole vectors or pairs, or they would
+    // too often be made float or paired.
     bool must_copy_keys() const {
         const bool converts = !std::is_same_v<T, float>;
-        return z % LANES != 0 || (converts && M > MAX_FEW_ROWS);
+        return z % LANES != 0 || width != e || (converts && M > MAX_FEW_ROWS);
     }
 
     // Call visit(first, count, block) for those of the positions that are seen.
@@ -143,7 +152,7 @@ template <typename T> class HeadAttention {
     }
 
     void find_values(Range positions) {
-        std::fill_n(values, PART, all.cached.values(0, k));
+        std::fill_n(values, PART, zeros.get());
         each_block(positions, [&](int64_t first, int64_t count, int64_t block) {
             const T* from = all.cached.values(block, k) + first % z * e;
             for (int64_t p = 0; p < count; p++) values[first % PART + p] = from + p * e;
@@ -151,7 +160,7 @@ template <typename T> class HeadAttention {
     }
 
     KeyVectors<T, T> found_keys(Range positions) const {
-        KeyVectors<T, T> keys{.stride = z, .values = values};
+        KeyVectors<T, T> keys{.starts = {}, .stride = PER_LANE<F> * z, .values = values};
         std::fill_n(keys.starts, PART / LANES, all.cached.keys(0, k));
         each_block(positions, [&](int64_t first, int64_t count, int64_t block) {
             const T* from = all.cached.keys(block, k) + first % z;
@@ -161,14 +170,14 @@ template <typename T> class HeadAttention {
         return keys;
     }
 
-    KeyVectors<float, T> copied_keys(Range positions) const {
+    KeyVectors<Lane<F>, T> copied_keys(Range positions) const {
         each_block(positions, [&](int64_t first, int64_t count, int64_t block) {
             const T* from = all.cached.keys(block, k) + first % z;
-            float* to = &copies[first % PART];
-            for (int64_t j = 0; j < e; j++, from += z, to += PART)
-                for (int64_t p = 0; p < count; p++) to[p] = load(from[p]);
+            Lane<F>* to = &copies[first % PART];
+            for (int64_t j = 0; j < e; j += PER_LANE<F>, from += PER_LANE<F> * z, to += PART)
+                copy_lanes(from, j + 1 < e ? from + z : zeros.get(), to, count);
         });
-        KeyVectors<float, T> keys{.stride = PART, .values = values};
+        KeyVectors<Lane<F>, T> keys{.starts = {}, .stride = PART, .values = values};
         for (int64_t v = 0; v < PART / LANES; v++) keys.starts[v] = &copies[v * LANES];
         return keys;
     }
@@ -176,57 +185,82 @@ template <typename T> class HeadAttention {
     template <typename K>
     void attend(Range positions, const KeyVectors<K, T>& keys, const Outcome& outcome) {
         for (int64_t m = 0; m < M; m += MAX_FEW_ROWS) {
-            const int64_t count = std::min<int64_t>(MAX_FEW_ROWS, M - m);
-            weigh(m, count, positions, keys, outcome);
-            add_values(m, count, positions, outcome);
+            const FewQueries few = few_queries(m, positions);
+            weigh(few, keys, outcome);
+            add_values(few, outcome);
         }
     }
 
-    // Those of the positions that any of some queries sees.
-    Range seen(int64_t first, int64_t count, Range positions) const {
-        const Range whole{all.seen(row(first)).first, all.seen(row(first + count - 1)).stop};
-        return whole.within(positions);
+    // Some of the queries, and the places of a part that each sees.
+    struct FewQueries {
+        int64_t first, count;
+        Range places[MAX_FEW_ROWS];
+
+        Range any() const { return {places[0].first, places[count - 1].stop}; }
+        Range common() const { return places[0].within(places[count - 1]); }
+
+        // Call visit(place among the few, number, places) for each that sees a place.
+        template <typename Visit> void each(Visit visit) const {
+            for (int64_t i = 0; i < count; i++)
+                if (!places[i].is_empty()) visit(i, first + i, places[i]);
+        }
+    };
+
+    FewQueries few_queries(int64_t first, Range positions) const {
+        FewQueries few{first, std::min<int64_t>(MAX_FEW_ROWS, M - first), {}};
+        for (int64_t i = 0; i < few.count; i++)
+            few.places[i] = all.seen(row(first + i)).within(positions).from(positions.first);
+        return few;
     }
 
-    // The weights of some queries at the places that they see, from their scores.
+    // The weights of some queries at the places that they see.
     template <typename K>
-    void weigh(int64_t first, int64_t count, Range positions, const KeyVectors<K, T>& keys,
-               const Outcome& outcome) {
-        const Range any = seen(first, count, positions).from(positions.first);
-        score_few(count, &queries[first * e], e, keys, any, weights);
-        for (int64_t i = 0; i < count; i++) {
-            const Range own = seen(first + i, 1, positions);
-            if (own.is_empty()) continue;
-            float* scores = weights + i * PART;
-            const Range places = own.from(positions.first);
-            if (all.softcap > 0) bound(scores, places, all.softcap);
-            outcome.largest(first + i) = to_weights(scores, places, outcome.total(first + i));
-        }
+    void weigh(const FewQueries& few, const KeyVectors<K, T>& keys, const Outcome& outcome) {
+        score_few(few.count, &queries[few.first * width], width, keys, few.any(), scores);
+        // First all queries' largest scores, then all weights: a processor computes what does not
+        // wait for each other at the same time.
+        few.each([&](int64_t i, int64_t m, Range places) {
+            outcome.largest(m) = to_scores(scores + i * PART, places, all.scale);
+        });
+        few.each([&](int64_t i, int64_t m, Range places) {
+            outcome.total(m) =
+                to_weights(scores + i * PART, places, outcome.largest(m), weights + i * PART);
+        });
     }
 
-    // Add the values: of positions that all of some queries see together, of others one by one.
-    void add_values(int64_t first, int64_t count, Range positions, const Outcome& outcome) const {
-        Range common = seen(first, 1, positions).within(seen(first + count - 1, 1, positions));
-        if (common.is_empty()) common = {positions.stop, positions.stop};
+    // Add the values: of places that all of some queries see together, of others token by token. A
+    // lane's places are not divided between the two.
+    void add_values(const FewQueries& few, const Outcome& outcome) const {
+        Range common = few.common();
+        if (common.is_empty()) common = {PART, PART};
+        common = {up_to_lane(common.first), down_to_lane(common.stop)};
         float* sums[MAX_FEW_ROWS];
-        for (int64_t i = 0; i < count; i++) sums[i] = outcome.sum(first + i);
-        for (int64_t i = 0; i < count; i++) {
-            const Range own = seen(first + i, 1, positions);
-            add_values_at({own.first, std::min(own.stop, common.first)}, 1, i, sums);
-        }
-        add_values_at(common, count, 0, sums);
-        for (int64_t i = 0; i < count; i++) {
-            const Range own = seen(first + i, 1, positions);
-            add_values_at({std::max(own.first, common.stop), own.stop}, 1, i, sums);
-        }
+        for (int64_t i = 0; i < few.count; i++) sums[i] = outcome.sum(few.first + i);
+        auto each_token = [&](auto range) {
+            for (int64_t i = 0, next; i < few.count; i = next) {
+                next = std::min(i + g - (few.first + i) % g, few.count);
+                add_values_at(range(few.places[i]), next - i, i, sums);
+            }
+        };
+        each_token([&](Range own) { return Range{own.first, std::min(own.stop, common.first)}; });
+        add_values_at(common, few.count, 0, sums);
+        each_token([&](Range own) { return Range{std::max(own.first, common.stop), own.stop}; });
     }
 
-    // Add the values of some positions to `count` sums from number i on.
-    void add_values_at(Range positions, int64_t count, int64_t i, float* const* sums) const {
-        if (positions.is_empty()) return;
-        const int64_t place = positions.first % PART;
-        const RowList<T> rows{values + place, positions.stop - positions.first, 0, e};
-        add_to_few_rows(count, {weights + i * PART + place, PART}, rows, sums + i);
+    static int64_t down_to_lane(int64_t n) { return n / PER_LANE<F> * PER_LANE<F>; }
+    static int64_t up_to_lane(int64_t n) { return down_to_lane(n + PER_LANE<F> - 1); }
+
+    // Add the values at some places to `count` sums from number i on. The first and last lane may
+    // have one place more: zeros are taken for its value.
+    void add_values_at(Range places, int64_t count, int64_t i, float* const* sums) const {
+        if (places.is_empty()) return;
+        const Range lanes{down_to_lane(places.first), up_to_lane(places.stop)};
+        const T* rows[PART];
+        std::copy(values + lanes.first, values + lanes.stop, rows);
+        if (lanes.first < places.first) rows[0] = zeros.get();
+        if (lanes.stop > places.stop) rows[lanes.count() - 1] = zeros.get();
+        add_to_few_rows(count, Matrix<const F>{weights + i * PART + lanes.first, PART},
+                        RowList<T, F>{rows, lanes.count(), 0, e}, sums + i);
     }
 };
 
@@ -237,7 +271,7 @@ void attend(const T* query, int64_t query_stride, const T* cache, const int64_t*
             float scaling, float softcap, int64_t sequences, int64_t rows_of_sequence, int64_t H,
             int64_t h, int64_t e, int64_t z) {
     const Attention<T> all{query,     query_stride, {cache, h, e, z}, blocks,  blocks_of_sequence,
-                           positions, window,       scaling,          softcap, sequences,
+                           positions, window,       {scaling, softcap},   sequences,
                            rows_of_sequence,        H};
     const std::vector<RowTile> tiles = all.tiles();
     const int64_t heads = tiles.size() * h;  // of the tiles, the last one first: it has most to do

@@ -19,6 +19,7 @@ constexpr int LANES = 4;
 
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef Words WordsInMemory __attribute__((aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef Floats FloatsInMemory __attribute__((aligned(4), may_alias));
 typedef float Four __attribute__((vector_size(16)));
@@ -26,9 +27,23 @@ typedef Four FourInMemory __attribute__((aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef Halves HalvesInMemory __attribute__((aligned(2), may_alias));
 
+inline Halves load_halves(const bfloat16* from) { return *(const HalvesInMemory*)from; }
+
+// Words of two halves each, the first one below the second.
+inline Words paired(Halves first, Halves second) {
+#if defined(__AVX512F__) && __has_builtin(__builtin_shufflevector)
+    // One instruction, where g++ 12 converts a vector of halves in two parts.
+    return (Words)__builtin_shufflevector(first, second, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21,
+                                          6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13,
+                                          29, 14, 30, 15, 31);
+#else
+    return __builtin_convertvector(first, Words) | __builtin_convertvector(second, Words) << 16;
+#endif
+}
+
 inline Floats load_vector(const float* from) { return *(const FloatsInMemory*)from; }
 inline Floats load_vector(const bfloat16* from) {
-    return (Floats)(__builtin_convertvector(*(const HalvesInMemory*)from, Words) << 16);
+    return (Floats)paired(Halves{}, load_halves(from));
 }
 
 inline void store_vector(Floats x, float* to) { *(FloatsInMemory*)to = x; }

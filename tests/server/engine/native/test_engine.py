@@ -121,7 +121,9 @@ def test_a_row_of_the_model_that_is_no_token_is_never_sampled() -> None:
     assert max(tokens) < 100 <= max(oracle())
     logprobs = [one for output in greedy for one in (*output.logprobs, *output.prompt_logprobs)]
     assert all(token < 100 for one in logprobs for token, _ in one.top)
-    assert greedy[0].logprobs[0].logprob == plain[0].logprobs[0].logprob
+    # torch's head adds up three rows in another order than one.
+    logprob = plain[0].logprobs[0].logprob
+    assert greedy[0].logprobs[0].logprob == pytest.approx(logprob, abs=2e-6)
 
 
 def test_a_stop_string_ends_a_sequence_and_is_no_part_of_its_text() -> None:
