@@ -20,5 +20,3 @@ template <> inline bfloat16 store<bfloat16>(float x) {  // to nearest, ties to e
     bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
     return {uint16_t(is_nan ? 0x7fc0 : nearest)};
 }
-
-template <typename T> inline float rounded(float x) { return load(store<T>(x)); }

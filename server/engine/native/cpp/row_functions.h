@@ -13,15 +13,21 @@
 #include "cached_kv.h"
 #include "each_row.h"
 #include "exponential.h"
+#include "few_rows.h"
+#include "vectors.h"
 
 template <typename T> void norm_row(const T* x, const T* weight, float eps, T* y, int64_t d) {
-    float squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < d; i++) squares += load(x[i]) * load(x[i]);
-    float scale = 1.0f / std::sqrt(squares / float(d) + eps);
-#pragma omp simd
-    for (int64_t i = 0; i < d; i++)
-        y[i] = store<T>(rounded<T>(load(x[i]) * scale) * load(weight[i]));
+    Floats sums{};
+    const int64_t whole = d / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) sums += load_vector(x + i) * load_vector(x + i);
+    float squares = lane_sum(sums);
+    for (int64_t i = whole; i < d; i++) squares += load(x[i]) * load(x[i]);
+    const float scale = 1.0f / std::sqrt(squares / float(d) + eps);
+    each_number(d, [&](int64_t i, auto some) {
+        using F = decltype(some);
+        const F scaled = rounded<T>(load_some<F>(x + i) * scale);
+        store_some(scaled * load_some<F>(weight + i), y + i);
+    });
 }
 
 template <typename T>
@@ -34,12 +40,12 @@ template <typename T> void gate(const T* x, T* y, int64_t rows, int64_t d) {
     auto gate_row = [&](int64_t r) {
         const T* gates = x + r * 2 * d;
         const T* ups = gates + d;
-#pragma omp simd
-        for (int64_t i = 0; i < d; i++) {
-            float v = load(gates[i]);
-            float silu = v / (1.0f + exponential(-v));
-            y[r * d + i] = store<T>(rounded<T>(silu) * load(ups[i]));
-        }
+        each_number(d, [&](int64_t i, auto some) {
+            using F = decltype(some);
+            const F v = load_some<F>(gates + i);
+            const F silu = rounded<T>(v / (1.0f + exponential(-v)));
+            store_some(silu * load_some<F>(ups + i), y + r * d + i);
+        });
     };
     each_row(rows, 8 * d, gate_row, rows_of_turn(rows));
 }
@@ -49,26 +55,27 @@ template <typename T> void add(T* x, const T* y, int64_t rows, int64_t d) {
     auto add_row = [&](int64_t r) {
         T* to = x + r * d;
         const T* from = y + r * d;
-#pragma omp simd
-        for (int64_t i = 0; i < d; i++) to[i] = store<T>(load(to[i]) + load(from[i]));
+        each_number(d, [&](int64_t i, auto some) {
+            using F = decltype(some);
+            store_some(load_some<F>(to + i) + load_some<F>(from + i), to + i);
+        });
     };
     each_row(rows, d, add_row, rows_of_turn(rows));
 }
 
 // Turn one head in place. The first half of `sin` is negated.
 template <typename T> inline void rotate_head(T* x, const T* cos, const T* sin, int64_t e) {
-    int64_t half = e / 2;
-#pragma omp simd
-    for (int64_t j = 0; j < half; j++) {
-        float a = load(x[j]);
-        float b = load(x[j + half]);
-        float a_cos = rounded<T>(a * load(cos[j]));
-        float b_sin = rounded<T>(b * load(sin[j]));
-        float b_cos = rounded<T>(b * load(cos[j + half]));
-        float a_sin = rounded<T>(a * load(sin[j + half]));
-        x[j] = store<T>(a_cos + b_sin);
-        x[j + half] = store<T>(b_cos + a_sin);
-    }
+    const int64_t half = e / 2;
+    each_number(half, [&](int64_t i, auto some) {
+        using F = decltype(some);
+        const F a = load_some<F>(x + i), b = load_some<F>(x + i + half);
+        const F a_cos = rounded<T>(a * load_some<F>(cos + i));
+        const F b_sin = rounded<T>(b * load_some<F>(sin + i));
+        const F b_cos = rounded<T>(b * load_some<F>(cos + i + half));
+        const F a_sin = rounded<T>(a * load_some<F>(sin + i + half));
+        store_some(a_cos + b_sin, x + i);
+        store_some(b_cos + a_sin, x + i + half);
+    });
 }
 
 // Turn the queries and keys of rows [rows, H + 2h, e] in place, after their norms, if any, and store

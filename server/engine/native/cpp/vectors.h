@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -56,6 +57,34 @@ inline void store_vector(Floats x, bfloat16* to) {
 #pragma omp simd
     for (int i = 0; i < LANES; i++) to[i] = store<bfloat16>(each[i]);
 #endif
+}
+
+// The same for one number or LANES of them: F is float or Floats.
+template <typename F, typename T> inline F load_some(const T* from) {
+    if constexpr (std::is_same_v<F, float>)
+        return load(*from);
+    else
+        return load_vector(from);
+}
+template <typename F, typename T> inline void store_some(F x, T* to) {
+    if constexpr (std::is_same_v<F, float>)
+        *to = store<T>(x);
+    else
+        store_vector(x, to);
+}
+template <typename T, typename F> inline F rounded(F x) {
+    if constexpr (std::is_same_v<T, float>) return x;
+    T numbers[sizeof(F) / sizeof(float)];
+    store_some(x, numbers);
+    return load_some<F>(numbers);
+}
+
+// Call visit(i, F{}) for n numbers: LANES at a time, from number i on, as long as there are so many,
+// then one by one.
+template <typename Visit> inline void each_number(int64_t n, Visit visit) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) visit(i, Floats{});
+    for (; i < n; i++) visit(i, 0.0f);
 }
 
 inline Four load_four(const float* from) { return *(const FourInMemory*)from; }
