@@ -76,6 +76,7 @@ class ScriptedEngine:
         self.closed = False
         self._open: dict[str, Request] = {}
         self._ended: dict[str, Ending] = {}
+        self._canceling: set[str] = set()  # adapters whose requests the pool is about to cancel
 
     # What a script decides ---------------------------------------------------------------------
 
@@ -181,6 +182,8 @@ class ScriptedEngine:
             yield self._finished(output, self.last(request), 0)
         for position, (token_id, text) in enumerate(tokens):
             await asyncio.sleep(0)
+            while self._canceling.intersection(request.selection):
+                await asyncio.sleep(0)  # else it could end before the pool's thread cancels it
             early = self._early_ending(request)
             if early is not None:
                 yield self._finished(output, early, position)
@@ -227,10 +230,13 @@ class ScriptedEngine:
     async def unload(self, digest: str, *, wait_s: float = 0.0, cancel: bool = False) -> None:
         abort = None
         if cancel:
+            self._canceling.add(digest)
             loop = asyncio.get_running_loop()
-            cancel_users = self.on_cancel or self._cancel_users
-            abort = partial(loop.call_soon_threadsafe, cancel_users, digest)
-        await asyncio.to_thread(self.pool.unload, digest, wait_s=wait_s, abort=abort)
+            abort = partial(loop.call_soon_threadsafe, self._cancel, digest)
+        try:
+            await asyncio.to_thread(self.pool.unload, digest, wait_s=wait_s, abort=abort)
+        finally:
+            self._canceling.discard(digest)
 
     async def pin(self, digest: str) -> None:
         await asyncio.to_thread(self.pool.pin, digest)
@@ -240,6 +246,10 @@ class ScriptedEngine:
 
     def resident(self) -> tuple[str, ...]:
         return self.pool.resident()
+
+    def _cancel(self, digest: str) -> None:
+        self._canceling.discard(digest)
+        (self.on_cancel or self._cancel_users)(digest)
 
     def _cancel_users(self, digest: str) -> None:
         for request in self._open.values():

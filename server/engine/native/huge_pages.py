@@ -1,4 +1,4 @@
-"""Memory in huge pages, for weights: every step reads all of them from front to back.
+"""Memory in huge pages, for what steps read much of: weights, keys and values.
 
 With pages of 4 KiB the processor looks up a page for every 64 cache lines, and what fetches ahead
 stops at its end. Most distributions of Linux give huge pages only to a program that asks for them.

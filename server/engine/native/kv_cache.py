@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from server.engine.native.block_pool import NULL_BLOCK
+from server.engine.native.huge_pages import HugePages
 from server.engine.native.kernel import Kernel
 from server.engine.native.tiled_attention import attend_in_tiles
 from server.engine.native.tiles import Tiles
@@ -43,7 +44,10 @@ def make_cache(model: PreTrainedModel, num_blocks: int, block_size: int) -> Tens
     spread (NaN · 0 = NaN).
     """
     shape = _cache_shape(model, num_blocks, block_size)
-    cache = torch.empty(shape, dtype=model.dtype, device=model.device)
+    if model.device.type == "cpu":
+        cache = HugePages().empty(shape, model.dtype)
+    else:
+        cache = torch.empty(shape, dtype=model.dtype, device=model.device)
     cache[:, NULL_BLOCK] = 0
     return cache
 
