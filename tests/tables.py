@@ -311,7 +311,9 @@ TABLES = {
     "full": Table(DOCS / "results.md", partial(experiment_table, "full")),
     "bench-amx": Table(DOCS / "benchmark.md", partial(bench_table, "amx")),
     "bench-avx2": Table(DOCS / "benchmark.md", partial(bench_table, "avx2")),
+    "bench-avx512bf16": Table(DOCS / "benchmark.md", partial(bench_table, "avx512bf16")),
     "goals-avx2": Table(DOCS / "benchmark.md", partial(goals_table, "avx2")),
+    "goals-avx512bf16": Table(DOCS / "benchmark.md", partial(goals_table, "avx512bf16")),
 }
 
 
