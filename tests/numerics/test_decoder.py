@@ -1,6 +1,7 @@
 """server.engine.native.decoder: it computes what transformers' modules compute."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from crma.core.errors import ConfigError
 from crma.method.injection import Injection
+from server.engine.native.decoder import Decoder
 from server.engine.native.engine import Engine
+from server.engine.native.huge_pages import CACHE_LINE
+from server.engine.native.kernel import Kernel
 from server.engine.native.lora_stack import StackedRows
 from server.engine.native.packed_blocks import PARTS
 from server.engine.native.packed_weight import PackedWeight
@@ -244,3 +248,17 @@ def test_blocks_in_one_call_have_the_bits_of_their_operations_one_by_one(
         assert torch.equal(logprobs(answer), logprobs(expected))
     assert min(taken) > 0
     assert not any(not_taken)
+
+
+def test_packed_weights_follow_each_other_in_memory() -> None:
+    """A step reads them in this order, from front to back."""
+    library = tiny.library()
+    if library is None:
+        pytest.skip("no C++ compiler")
+    model = tiny.injection().model.bfloat16().float()
+    decoder = Decoder(model, kernel=Kernel(torch.float32, library.parent))
+    assert decoder.packed_blocks is not None
+    linears = [linear for block in decoder.packed_blocks._blocks for linear in block.linears]
+    panels = [linear.packed.panels for linear in linears]
+    for one, following in pairwise(panels):
+        assert following.data_ptr() == one.data_ptr() + -(-one.nbytes // CACHE_LINE) * CACHE_LINE

@@ -14,7 +14,7 @@ from torch import Tensor
 
 CACHE_LINE = 64
 HUGE_PAGE = 2 << 20  # bytes
-MIN_RESERVED = 64 << 20  # bytes; what nobody writes to takes no memory
+MIN_RESERVED = 64 << 20  # bytes; what nobody writes to takes addresses, but no memory
 
 
 class HugePages:
@@ -28,7 +28,10 @@ class HugePages:
         self._rest = torch.empty(0, dtype=torch.uint8)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor on the CPU that begins at a cache line; its values are not set."""
+        """A tensor on the CPU that begins at a cache line; its values are not set.
+
+        Raises MemoryError if the system does not give so much.
+        """
         num_bytes = math.prod(shape) * dtype.itemsize
         if num_bytes > len(self._rest):
             self._rest = _reserve(max(num_bytes, MIN_RESERVED))
@@ -41,7 +44,12 @@ def _reserve(num_bytes: int) -> Tensor:
     """At least so many bytes from the beginning of a huge page on, uint8 [n]."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):  # no Linux
         return torch.empty(num_bytes, dtype=torch.uint8)
-    mapped = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    try:
+        mapped = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=flags)
+    except OSError as error:
+        wanted = f"{num_bytes >> 20} MiB for weights or the KV cache"
+        raise MemoryError(f"the system does not give {wanted}: {error.strerror}") from error
     with contextlib.suppress(OSError):  # a kernel that was built without them
         mapped.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(mapped, dtype=torch.uint8)

@@ -62,7 +62,7 @@ void multiply_amx(const bfloat16* x, int64_t x_stride, const Panel& panel,
         const uint32_t* w = panel.words + pair * PANEL;
         for (int64_t n = pair; n < pair + AMX_PAIRS; n++) {
             const char* next = panel.next + n * panel.next_step;
-            __builtin_prefetch(next);
+            __builtin_prefetch(next);  // into the first cache: not measured against the second
             __builtin_prefetch(next + CACHE_LINE);
         }
         _tile_loadd(4, x + 2 * pair, x_bytes);

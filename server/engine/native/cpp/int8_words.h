@@ -67,7 +67,7 @@ inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const RowsOfX<Bytes, RO
 typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
 
 // The sums of two products each, in 32 bits. `vpmaddubsw` would take bytes, and saturate at 16 bits.
-inline Ints add_products(Words a, Shorts b) {
+inline Ints pair_products(Words a, Shorts b) {
 #if defined(__AVX512BW__)
     return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #else
@@ -82,11 +82,11 @@ inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const RowsOfX<Bytes, RO
     for (int c = 0; c < VECTORS; c++) w[c] = (Shorts)words.at(c) << 8 >> 8;  // bytes 0 and 2
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < VECTORS; c++)
-            tile.sums[r][c] += add_products(Words{} + x.at(r, 0).word, w[c]);
+            tile.sums[r][c] += pair_products(Words{} + x.at(r, 0).word, w[c]);
     for (int c = 0; c < VECTORS; c++) w[c] = (Shorts)words.at(c) >> 8;  // bytes 1 and 3
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < VECTORS; c++)
-            tile.sums[r][c] += add_products(Words{} + x.at(r, 1).word, w[c]);
+            tile.sums[r][c] += pair_products(Words{} + x.at(r, 1).word, w[c]);
 }
 #else
 template <int ROWS, int VECTORS>

@@ -19,6 +19,7 @@
 #endif
 
 #include "bfloat16.h"
+#include "factors.h"
 #include "vectors.h"
 
 constexpr int PANEL = 32;  // columns
@@ -42,7 +43,7 @@ struct Panel {
     const uint32_t* words;
     int64_t words_of_column;  // that are to be multiplied
     const char* next;         // what is read after them, and is fetched meanwhile
-    int64_t next_step;        // bytes of that for each word of a column; 0: it is not fetched
+    int64_t next_step;        // bytes of that for each word of a column
 
     static constexpr int64_t WORD_BYTES = PANEL * sizeof(uint32_t);  // a word of each column
 
@@ -62,8 +63,8 @@ struct Panel {
         return part;
     }
 
-    // For a tile that reads longer than it computes. It fetches nothing, because the processor sees
-    // by itself what comes next, and is slower if told.
+    // For a tile that reads longer than it computes. It fetches no more than where the next panel
+    // begins: the processor sees by itself what comes next, and is slower if told.
     Panel by_itself() const {
         Panel part = *this;
         part.next_step = 0;
@@ -160,12 +161,8 @@ inline void add_word(Tile<float, ROWS, VECTORS>& tile, const RowsOfX<bfloat16, R
     Words w[VECTORS];
     for (int c = 0; c < VECTORS; c++) w[c] = words.at(c);
     for (int r = 0; r < ROWS; r++) {
-        uint32_t pair;
-        __builtin_memcpy(&pair, &x.at(r, 0), sizeof pair);
-        const Words of_row = Words{} + pair;
-        for (int c = 0; c < VECTORS; c++)
-            tile.sums[r][c] = (Floats)_mm512_dpbf16_ps((__m512)tile.sums[r][c], (__m512bh)of_row,
-                                                       (__m512bh)w[c]);
+        const Pair pair = lane_at(&x.at(r, 0));
+        for (int c = 0; c < VECTORS; c++) add_product(tile.sums[r][c], pair, w[c]);
     }
 }
 #endif

@@ -13,19 +13,14 @@
 #include "amx_tiles.h"
 #include "bfloat16.h"
 #include "each_row.h"
+#include "factors.h"
 #include "panel_tiles.h"
 #include "turns.h"
 
 #if defined(__AMX_BF16__)
-template <typename T> using Factor = T;  // what a number of x is multiplied as
 template <typename T> constexpr int64_t ROW_STEP = std::is_same_v<T, bfloat16> ? AMX_ROWS : 1;
 template <typename T> constexpr int64_t PAIR_STEP = std::is_same_v<T, bfloat16> ? AMX_PAIRS : 1;
 #else
-#if defined(__AVX512BF16__)
-template <typename T> using Factor = T;
-#else
-template <typename T> using Factor = float;
-#endif
 template <typename T> constexpr int64_t ROW_STEP = 1;
 template <typename T> constexpr int64_t PAIR_STEP = 1;
 #endif
@@ -34,7 +29,7 @@ inline int64_t up_to(int64_t step, int64_t n) { return (n + step - 1) / step * s
 
 // The factors of x, [rows, stride]: x itself, or a copy that is padded with zeros to the steps.
 template <typename T> class Factors {
-    using F = Factor<T>;
+    using F = FactorOf<T>;
     std::vector<F> memory;
 
   public:

@@ -6,13 +6,16 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine.native import huge_pages
 from server.engine.native.huge_pages import CACHE_LINE, HUGE_PAGE, HugePages
+from server.engine.native.kv_cache import make_cache
 
+THP = Path("/sys/kernel/mm/transparent_hugepage")
 DTYPES = st.sampled_from([torch.bfloat16, torch.int8, torch.float32])
 SHAPES = st.lists(st.integers(0, 40), min_size=1, max_size=3)
 
@@ -39,8 +42,12 @@ def test_parts_lie_one_after_the_other_until_a_reservation_ends(
     memory = HugePages()
     first, second = (memory.empty((1000,), torch.int8) for _ in range(2))
     assert second.data_ptr() == first.data_ptr() + 1024
+    first.fill_(1)
+    second.fill_(2)
     larger = memory.empty((3, HUGE_PAGE), torch.int8).fill_(3)
     assert larger.sum(dtype=torch.int64) == 3 * math.prod(larger.shape)
+    assert (first == 1).all()
+    assert (second == 2).all()
 
 
 def test_a_part_outlives_what_handed_it_out() -> None:
@@ -51,6 +58,21 @@ def test_a_part_outlives_what_handed_it_out() -> None:
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="not Linux")
+def test_a_reservation_begins_at_a_huge_page() -> None:
+    """Else its first and last megabyte would be in small ones."""
+    weights = [HugePages().empty((1,), torch.int8) for _ in range(3)]
+    model = tiny.injection().model
+    caches = [make_cache(model, num_blocks=4, block_size=4) for _ in range(3)]
+    assert [each.data_ptr() % HUGE_PAGE for each in (*weights, *caches)] == [0] * 6
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="not Linux")
+def test_memory_that_the_system_does_not_give_is_named() -> None:
+    with pytest.raises(MemoryError, match="1099511627776 MiB for weights or the KV cache"):
+        HugePages().empty((1 << 60,), torch.int8)
+
+
+@pytest.mark.skipif(not THP.exists(), reason="no huge pages")
 def test_linux_is_asked_for_huge_pages() -> None:
     part = HugePages().empty((10,), torch.int8)
     smaps = Path("/proc/self/smaps").read_text()
