@@ -1,5 +1,5 @@
-// Words of four numbers of 8 bits, of x and of a weight. Their products add up to 32 bits exactly, so
-// all variants give the same sums.
+// Words of four numbers of 8 bits, of x and of a weight. Their products add up to 32 bits exactly,
+// so all variants give the same sums.
 
 #pragma once
 
@@ -66,7 +66,8 @@ inline void add_word(Tile<int32_t, ROWS, VECTORS>& tile, const RowsOfX<Bytes, RO
 #elif defined(__AVX512BW__) || defined(__AVX2__)
 typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
 
-// The sums of two products each, in 32 bits. `vpmaddubsw` would take bytes, and saturate at 16 bits.
+// The sums of two products each, in 32 bits. `vpmaddubsw` would take bytes, and saturate at 16
+// bits.
 inline Ints pair_products(Words a, Shorts b) {
 #if defined(__AVX512BW__)
     return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);

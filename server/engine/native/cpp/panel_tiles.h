@@ -3,11 +3,11 @@
 // A panel is PANEL columns of the weight, as [width / n][PANEL][n] numbers: of each column n
 // consecutive k lie side by side, in one 32-bit word. In bfloat16 n is 2: a vector of words becomes
 // two of floats by a shift and a mask, and is what the instructions on pairs of bfloat16 take as it
-// is. In 8 bits n is 4 (int8_words.h). A thread reads panel after panel, and so memory from front to
-// back; with AVX-512 that takes 32 columns, because a row's vector of sums waits for the last one.
+// is. In 8 bits n is 4 (int8_words.h). A thread reads panel after panel, and so memory from front
+// to back. A panel has two vectors of AVX-512, because a row's next sum waits for its last one.
 //
-// Every variant adds up the products of a row and a column in the order of k, whatever the number of
-// rows: so a row's bits depend on nothing but itself and the weight.
+// Every variant adds up the products of a row and a column in the order of k, whatever the number
+// of rows: so a row's bits depend on nothing but itself and the weight.
 
 #pragma once
 
@@ -28,8 +28,8 @@ constexpr int VECTOR_BYTES = 4 * LANES;
 constexpr int64_t CACHE_LINE = 64;  // bytes
 constexpr int SECOND_CACHE = 2;     // where __builtin_prefetch leaves what is not needed at once
 
-// What a number of x takes part in. PER_WORD of them meet a word of the weight. A tile of no more than
-// READING_ROWS, if there is no other, reads longer than it computes.
+// What a number of x takes part in. PER_WORD of them meet a word of the weight. A tile of no more
+// than READING_ROWS, if there is no other, reads longer than it computes.
 template <typename X> struct Arithmetic {
     using Sum = float;
     static constexpr int PER_WORD = 2;
@@ -227,8 +227,8 @@ void multiply_columns(int64_t rows, const X* x, int64_t x_stride, const Panel& p
     }
 }
 
-// Add the products of all rows. Few rows take all columns at once, since each sum waits for the last
-// one.
+// Add the products of all rows. Few rows take all columns at once, since each sum waits for the
+// last one.
 template <typename X>
 void multiply_rows(int64_t rows, const X* x, int64_t x_stride, const Panel& panel,
                    const Sums<SumOf<X>>& sums) {

@@ -88,8 +88,8 @@ struct Weight {
     int64_t words_of_column, columns;
 };
 
-// Multiply x, [rows, x_stride], and call write(row, first column, number of columns, sums) for parts of
-// rows, which lie next to each other. A turn is a chunk of rows and a panel.
+// Multiply x, [rows, x_stride], and call write(row, first column, number of columns, sums) for
+// parts of rows, which lie next to each other. A turn is a chunk of rows and a panel.
 template <typename X, typename Write>
 void multiply(int64_t rows, const X* x, int64_t x_stride, Weight w, Write write) {
     if (rows == 0) return;  // of the head, in a step that ends no prompt

@@ -78,8 +78,8 @@ template <typename T> inline void rotate_head(T* x, const T* cos, const T* sin, 
     });
 }
 
-// Turn the queries and keys of rows [rows, H + 2h, e] in place, after their norms, if any, and store
-// keys and values in the cache.
+// Turn the queries and keys of rows [rows, H + 2h, e] in place, after their norms, if any, and
+// store keys and values in the cache.
 template <typename T>
 void rotate(T* heads, const T* head_norms, float eps, const T* cos, const T* sin, T* cache,
             const int64_t* slots, int64_t rows, int64_t H, int64_t h, int64_t e, int64_t z) {

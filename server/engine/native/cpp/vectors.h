@@ -79,8 +79,8 @@ template <typename T, typename F> inline F rounded(F x) {
     return load_some<F>(numbers);
 }
 
-// Call visit(i, F{}) for n numbers: LANES at a time, from number i on, as long as there are so many,
-// then one by one.
+// Call visit(i, F{}) for n numbers: LANES at a time, from number i on, as long as there are so
+// many, then one by one.
 template <typename Visit> inline void each_number(int64_t n, Visit visit) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) visit(i, Floats{});
